@@ -1,0 +1,105 @@
+"""A checkpoint directory as published: config.json beside safetensors or PyTorch .bin weights, whole or in shards.
+
+Opening one reads headers and indexes only; no weight byte is read, no code of the checkpoint runs, torch is not needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from passopt.ir.errors import ModelError
+from passopt.ir.expressions import Source
+from passopt.ir.sources import safetensors_sources, torch_sources
+
+CONFIG_NAME = "config.json"
+
+#: In order of preference: safetensors need no unpickling.
+WEIGHT_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model's configuration and where each of its tensors lies, by state dict name."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Source]
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """The checkpoint in `directory`. Raises ModelError saying what is missing or damaged."""
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: no such checkpoint directory")
+    config_path = directory / CONFIG_NAME
+    if not config_path.exists():
+        raise ModelError(f"{directory}: has no {CONFIG_NAME}; name the directory of a Hugging Face checkpoint")
+    return Checkpoint(directory, _read_json(config_path), _tensors(directory))
+
+
+def _tensors(directory: Path) -> dict[str, Source]:
+    path = next((directory / name for name in WEIGHT_NAMES if (directory / name).exists()), None)
+    if path is None:
+        raise ModelError(f"{directory}: has a {CONFIG_NAME} but no weights; looked for {', '.join(WEIGHT_NAMES)}")
+    if path.suffix == ".json":
+        return _indexed_tensors(path)
+    return _file_tensors(path)
+
+
+def _indexed_tensors(index: Path) -> dict[str, Source]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f'{index}: has no "weight_map" from tensor names to files')
+    shards = {file: _shard_tensors(index, file) for file in sorted(set(weight_map.values()))}
+    absent = sorted(name for name, file in weight_map.items() if name not in shards[file])
+    if absent:
+        raise ModelError(
+            f"{index}: {_some(absent)} not in the shard that it names ({weight_map[absent[0]]}); "
+            f"index and shards are of different checkpoints, download them again"
+        )
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def _shard_tensors(index: Path, file: str) -> dict[str, Source]:
+    if Path(file).name != file:
+        raise ModelError(f"{index}: names the shard {file!r}, which is not a file beside it; refused")
+    path = index.parent / file
+    if not path.exists():
+        raise ModelError(f"{path}: shard is missing, though {index.name} names it; download it again")
+    return _file_tensors(path)
+
+
+def _file_tensors(path: Path) -> dict[str, Source]:
+    with path.open("rb") as file:
+        head = file.read(len(_LFS_POINTER))
+    if head == _LFS_POINTER:
+        raise ModelError(f"{path}: a git-lfs pointer instead of weights; fetch them with: git lfs pull")
+    return safetensors_sources(path) if path.suffix == ".safetensors" else torch_sources(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    """The first names and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,1 @@
+"""The floor: models, values, lazy weights, text and verifier, thin over onnx-ir. Imports nothing else of passopt."""

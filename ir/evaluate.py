@@ -1,0 +1,287 @@
+"""Turn weight expressions into bytes, streamed in row chunks so that memory never grows with the model.
+
+An expression is read box by box (a range per axis); every operation maps a box of its result to boxes of its operands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from passopt.ir import expressions as ex
+from passopt.ir.errors import ModelError
+from passopt.ir.sources import check_unchanged
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Box: TypeAlias = tuple[tuple[int, int], ...]
+
+#: Bytes of fp32 working copy per chunk. A few chunks are alive at once, so peak memory is some multiples of this.
+CHUNK_BYTES = 32 << 20
+_SMALLEST_STEP = np.float32(127.5)
+
+
+@dataclasses.dataclass
+class Report:
+    """What happened while evaluating: per tensor, the finite values that became infinite in a narrower dtype."""
+
+    overflows: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Evaluator:
+    """Reads expressions for one rank. Files stay open until `close`; use as a context manager."""
+
+    def __init__(self, rank: int = 0, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.rank = rank
+        self.report = Report()
+        self._chunk_bytes = chunk_bytes
+        self._files: dict[str, int] = {}
+        self._column_scales: dict[ex.Expression, Array] = {}
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def array(self, expression: ex.Expression) -> Array:
+        """The whole tensor in memory: for small ones and for tests. Shape and dtype are the expression's."""
+        return self.read(expression, tuple((0, length) for length in expression.shape))
+
+    def chunks(self, expression: ex.Expression) -> Iterator[Array]:
+        """Consecutive row ranges of the tensor, C-contiguous; each fits the chunk size unless one row is larger."""
+        if not expression.shape:
+            yield self.array(expression)
+            return
+        rest = tuple((0, length) for length in expression.shape[1:])
+        for start, stop in self._row_ranges(expression, 0, expression.shape[0]):
+            yield np.ascontiguousarray(self.read(expression, ((start, stop), *rest)))
+
+    def read(self, expression: ex.Expression, box: Box) -> Array:
+        """The values inside `box`, one (start, stop) per axis."""
+        try:
+            reader = _READERS[type(expression)]
+        except KeyError:
+            raise ModelError(f"no evaluation for {type(expression).__name__}") from None
+        return reader(self, expression, box)
+
+    def _row_ranges(self, expression: ex.Expression, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        widest = max(math.prod(part.shape[1:]) for part in expression.walk())
+        step = max(1, self._chunk_bytes // max(1, 4 * widest))
+        return ((row, min(row + step, stop)) for row in range(start, stop, step))
+
+    def _full_rows(self, expression: ex.Expression, box: Box, compute: Callable[[int, int], Array]) -> Array:
+        """Values that need whole rows: `compute(start, stop)` gives full rows, of which the box keeps its columns."""
+        columns = tuple(slice(*bounds) for bounds in box[1:])
+        if all(bounds == (0, length) for bounds, length in zip(box[1:], expression.shape[1:], strict=True)):
+            return compute(*box[0])
+        parts = [compute(*rows)[(slice(None), *columns)] for rows in self._row_ranges(expression, *box[0])]
+        return np.concatenate(parts) if parts else np.empty([b - a for a, b in box], expression.dtype.numpy())
+
+    # One reader per operation.
+
+    def _read_source(self, source: ex.Source, box: Box) -> Array:
+        if not source.shape:
+            return self._read_rows(source, 0, 1).reshape(())
+        return self._full_rows(source, box, lambda start, stop: self._read_rows(source, start, stop))
+
+    def _read_rows(self, source: ex.Source, start: int, stop: int) -> Array:
+        row = math.prod(source.shape[1:]) * source.dtype.itemsize
+        row_bytes = int(row)
+        data = self._pread(source, source.offset + start * row_bytes, (stop - start) * row_bytes)
+        return np.frombuffer(data, source.dtype.numpy()).reshape(stop - start, *source.shape[1:])
+
+    def _pread(self, source: ex.Source, offset: int, length: int) -> bytearray:
+        path = source.file.path
+        if path not in self._files:
+            check_unchanged(source.file)
+            self._files[path] = os.open(path, os.O_RDONLY)
+        data = bytearray(length)
+        view, done = memoryview(data), 0
+        while done < length:
+            count = os.preadv(self._files[path], [view[done:]], offset + done)
+            if not count:
+                raise ModelError(f"{path}: ends at byte {offset + done}, inside tensor {source.name!r}")
+            done += count
+        return data
+
+    def _read_literal(self, literal: ex.Literal, box: Box) -> Array:
+        whole: Array = np.frombuffer(literal.data, literal.dtype.numpy()).reshape(literal.shape)
+        return whole[tuple(slice(*bounds) for bounds in box)]
+
+    def _read_slice(self, part: ex.Slice, box: Box) -> Array:
+        start, stop = box[part.along]
+        return self.read(part.operand, _moved(box, part.along, start + part.start, stop + part.start))
+
+    def _read_concat(self, joined: ex.Concat, box: Box) -> Array:
+        start, stop = box[joined.along]
+        pieces, offset = [], 0
+        for part in joined.parts:
+            length = part.shape[joined.along]
+            lower, upper = max(start - offset, 0), min(stop - offset, length)
+            if lower < upper:
+                pieces.append(self.read(part, _moved(box, joined.along, lower, upper)))
+            offset += length
+        return np.concatenate(pieces, axis=joined.along)
+
+    def _read_transpose(self, turned: ex.Transpose, box: Box) -> Array:
+        inner = [(0, 0)] * len(box)
+        for axis, bounds in zip(turned.permutation, box, strict=True):
+            inner[axis] = bounds
+        return np.transpose(self.read(turned.operand, tuple(inner)), turned.permutation)
+
+    def _read_cast(self, cast: ex.Cast, box: Box) -> Array:
+        values = self.read(cast.operand, box)
+        with np.errstate(over="ignore", invalid="ignore"):
+            result: Array = values.astype(cast.dtype.numpy())
+        if cast.dtype == ex.DataType.FLOAT16:
+            lost = int(np.count_nonzero(np.isinf(result)) - np.count_nonzero(np.isinf(values)))
+            if lost:
+                name = ", ".join(source.name for source in cast.sources())
+                self.report.overflows[name] = self.report.overflows.get(name, 0) + lost
+        return result
+
+    def _read_pad(self, padded: ex.Pad, box: Box) -> Array:
+        axis, (start, stop) = padded.along, box[padded.along]
+        old = padded.operand.shape[axis] // padded.segments
+        new = padded.shape[axis] // padded.segments
+        result: Array = np.full([b - a for a, b in box], padded.value, padded.dtype.numpy())
+        for segment in range(padded.segments):
+            lower, upper = max(start, segment * new), min(stop, segment * new + old)
+            if lower < upper:
+                shift = segment * (old - new)
+                values = self.read(padded.operand, _moved(box, axis, lower + shift, upper + shift))
+                result[_along(axis, lower - start, upper - start)] = values
+        return result
+
+    def _read_normalized(self, norm: ex.NormalizeRows, box: Box) -> Array:
+        def rows(start: int, stop: int) -> Array:
+            wide = self._finite(norm.operand, start, stop)
+            length = np.sqrt(np.einsum("ij,ij->i", wide, wide, dtype=np.float32))
+            np.divide(wide, np.maximum(length, np.float32(norm.epsilon))[:, None], out=wide)
+            return wide.astype(norm.dtype.numpy())
+
+        return self._full_rows(norm, box, rows)
+
+    def _read_codes(self, codes: ex.QuantizeCodes, box: Box) -> Array:
+        if codes.along == 0 or len(codes.shape) == 1:
+
+            def rows(start: int, stop: int) -> Array:
+                wide = self._finite(codes.operand, start, stop)
+                return quantize_values(wide, scales_of(_absmax(wide), codes.operand.dtype)[:, None])
+
+            return self._full_rows(codes, box, rows)
+
+        scales = self._scales_of_columns(codes.operand)
+        return self._full_rows(
+            codes, box, lambda start, stop: quantize_values(self._finite(codes.operand, start, stop), scales[None, :])
+        )
+
+    def _read_scales(self, scales: ex.QuantizeScales, box: Box) -> Array:
+        (start, stop) = box[0]
+        if scales.along:
+            return self._scales_of_columns(scales.operand)[start:stop]
+        ranges = self._row_ranges(scales.operand, start, stop)
+        peaks = [_absmax(self._finite(scales.operand, *rows)) for rows in ranges]
+        return scales_of(np.concatenate(peaks), scales.dtype)
+
+    def _scales_of_columns(self, weight: ex.Expression) -> Array:
+        if weight not in self._column_scales:
+            peak = np.zeros(weight.shape[1], np.float32)
+            for start, stop in self._row_ranges(weight, 0, weight.shape[0]):
+                np.maximum(peak, np.abs(self._finite(weight, start, stop)).max(axis=0), out=peak)
+            self._column_scales[weight] = scales_of(peak, weight.dtype)
+        return self._column_scales[weight]
+
+    def _finite(self, weight: ex.Expression, start: int, stop: int) -> Array:
+        """Full rows in fp32, a copy that may be written to. NaN or Inf is an error that names the tensor."""
+        rest = tuple((0, length) for length in weight.shape[1:])
+        wide = np.array(self.read(weight, ((start, stop), *rest)), np.float32)
+        if not np.isfinite(wide).all():
+            bad = int(np.argmin(np.isfinite(wide).all(axis=tuple(range(1, wide.ndim)))))
+            names = ", ".join(sorted({source.name for source in weight.sources()})) or "a constant"
+            raise ModelError(
+                f"{names}: NaN or Inf in row {start + bad}; such a weight has no scale. Repair the checkpoint, or "
+                f"export it with --dtype fp32 if the values overflowed in fp16."
+            )
+        return wide
+
+    def _read_shard(self, shard: ex.Shard, box: Box) -> Array:
+        axis, (start, stop) = shard.along, box[shard.along]
+        local = shard.shape[axis] // shard.segments
+        whole = local * shard.degree
+        pieces = []
+        for segment in range(shard.segments):
+            lower, upper = max(start, segment * local), min(stop, (segment + 1) * local)
+            if lower < upper:
+                shift = segment * (whole - local) + self.rank * local
+                pieces.append(self.read(shard.operand, _moved(box, axis, lower + shift, upper + shift)))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=axis)
+
+
+def scales_of(absmax: Array, dtype: ex.DataType) -> Array:
+    """absmax/127 in `dtype`, one per channel.
+
+    A channel of zeros gets `SCALE_OF_ZEROS`. Where the rounded scale is so small (subnormal) that the largest value
+    would not fit in ±127 codes, it is the next representable number.
+    """
+    kind = dtype.numpy()
+    exact = absmax / np.float32(127)
+    scales: Array = exact.astype(kind)
+    short = absmax > scales.astype(np.float32) * _SMALLEST_STEP
+    if short.any():
+        scales[short] = _next_up(scales[short])
+    scales[absmax == 0] = ex.SCALE_OF_ZEROS
+    return scales
+
+
+def _next_up(values: Array) -> Array:
+    """The next larger number of the same floating type; the bits of positive floats are ordered like integers."""
+    bits = values.view(f"u{values.dtype.itemsize}") + 1
+    result: Array = bits.astype(f"u{values.dtype.itemsize}").view(values.dtype)
+    return result
+
+
+def quantize_values(values: Array, scales: Array) -> Array:
+    """round-half-even(values / scales as stored), clamped to ±127. `values` (fp32) is overwritten."""
+    np.divide(values, scales.astype(np.float32), out=values)
+    np.rint(values, out=values)
+    np.clip(values, -127, 127, out=values)
+    return values.astype(np.int8)
+
+
+def _absmax(rows: Array) -> Array:
+    result: Array = np.abs(rows).reshape(len(rows), -1).max(axis=1, initial=0)
+    return result
+
+
+def _moved(box: Box, axis: int, start: int, stop: int) -> Box:
+    return (*box[:axis], (start, stop), *box[axis + 1 :])
+
+
+def _along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
+    return (*(slice(None),) * axis, slice(start, stop))
+
+
+_READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
+    ex.Source: Evaluator._read_source,
+    ex.Literal: Evaluator._read_literal,
+    ex.Slice: Evaluator._read_slice,
+    ex.Concat: Evaluator._read_concat,
+    ex.Transpose: Evaluator._read_transpose,
+    ex.Cast: Evaluator._read_cast,
+    ex.Pad: Evaluator._read_pad,
+    ex.NormalizeRows: Evaluator._read_normalized,
+    ex.QuantizeCodes: Evaluator._read_codes,
+    ex.QuantizeScales: Evaluator._read_scales,
+    ex.Shard: Evaluator._read_shard,
+}

@@ -1,0 +1,117 @@
+"""The cheap structure check that runs after every pass. A finding is a defect of the pass that ran last.
+
+Invariants: names are unique (SSA), every input is fed or produced earlier, nothing points at removed nodes, graph
+inputs and outputs have types, weights are whole. Messages show the ten nodes around the fault.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir
+
+from passopt.ir.errors import VerifyError
+
+_CONTEXT = 10
+
+
+def verify_model(model: onnx_ir.Model) -> None:
+    """Raise VerifyError at the first broken invariant of the main graph or of a local function."""
+    _verify_graph(model.graph, model)
+    for function in model.functions.values():
+        _verify_graph(function, model)
+
+
+def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model) -> None:
+    nodes = list(graph)
+    names: set[str] = set()
+    known: set[int] = set()
+
+    def fail(index: int, message: str) -> VerifyError:
+        return VerifyError(f"{message}\n{_around(nodes, index)}" if nodes else message)
+
+    def define(value: onnx_ir.Value, index: int, what: str) -> None:
+        if not value.name:
+            raise fail(index, f"{what} has no name")
+        if value.name in names:
+            raise fail(index, f"{what} {value.name!r}: the name is defined twice")
+        names.add(value.name)
+        known.add(id(value))
+
+    for value in graph.inputs:
+        define(value, 0, "graph input")
+    if isinstance(graph, onnx_ir.Graph):
+        for name, value in graph.initializers.items():
+            _verify_initializer(name, value)
+            if value not in graph.inputs:
+                define(value, 0, "initializer")
+    for index, node in enumerate(nodes):
+        for position, value in enumerate(node.inputs):
+            if value is not None and id(value) not in known:
+                raise fail(index, _undefined(node, position, value, nodes))
+        _verify_operator(node, model, index, fail)
+        for value in node.outputs:
+            if value.uses() or value.is_graph_output() or value.name:
+                define(value, index, f"output of {node.op_type} {node.name!r}")
+    for value in graph.outputs:
+        if id(value) not in known:
+            raise fail(len(nodes) - 1, f"graph output {value.name!r} is not produced by any node of the graph")
+        if isinstance(graph, onnx_ir.Graph) and value.type is None:
+            raise fail(len(nodes) - 1, f"graph output {value.name!r} has no type")
+
+
+def _verify_initializer(name: str, value: onnx_ir.Value) -> None:
+    tensor = value.const_value
+    if value.name != name:
+        raise VerifyError(f"initializer {name!r} is registered under another name than its own, {value.name!r}")
+    if tensor is None:
+        raise VerifyError(f"initializer {name!r} has no data")
+    if isinstance(tensor, onnx_ir.ExternalTensor):
+        raise VerifyError(f"initializer {name!r} is raw external data; load models with passopt.ir.load_model")
+    if value.dtype is not None and value.dtype != tensor.dtype:
+        raise VerifyError(f"initializer {name!r} is declared {value.dtype.name}, its data is {tensor.dtype.name}")
+    if value.shape is not None and tuple(value.shape.dims) != tuple(tensor.shape.numpy()):
+        raise VerifyError(f"initializer {name!r} is declared {value.shape}, its data has shape {tensor.shape}")
+
+
+def _undefined(node: onnx_ir.Node, position: int, value: onnx_ir.Value, nodes: list[onnx_ir.Node]) -> str:
+    where = f"{node.op_type} {node.name!r}: input {position} {value.name!r}"
+    producer = value.producer()
+    if producer is None:
+        return f"{where} is neither a graph input, an initializer nor the output of a node"
+    if any(producer is other for other in nodes):
+        return f"{where} is used before its producer {producer.op_type} {producer.name!r}"
+    return f"{where} is produced by {producer.op_type} {producer.name!r}, which is not in the graph"
+
+
+def _verify_operator(node: onnx_ir.Node, model: onnx_ir.Model, index: int, fail: object) -> None:
+    assert callable(fail)
+    if node.op_identifier() in model.functions:
+        return
+    version = model.graph.opset_imports.get(node.domain)
+    if version is None:
+        raise fail(index, f"{node.op_type} {node.name!r}: domain {node.domain!r} has no opset import")
+    if node.domain:
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, "")
+    except onnx.defs.SchemaError:
+        raise fail(index, f"{node.op_type} {node.name!r}: no such operator in opset {version}") from None
+    count = len(node.inputs)
+    if not schema.min_input <= count <= schema.max_input:
+        expected = f"{schema.min_input} to {schema.max_input}"
+        raise fail(index, f"{node.op_type} {node.name!r}: has {count} inputs, the operator takes {expected}")
+    unknown = set(node.attributes) - set(schema.attributes)
+    if unknown:
+        raise fail(index, f"{node.op_type} {node.name!r}: unknown attributes {sorted(unknown)} in opset {version}")
+
+
+def _around(nodes: list[onnx_ir.Node], index: int) -> str:
+    first, last = max(0, index - _CONTEXT), min(len(nodes), index + _CONTEXT + 1)
+    lines = []
+    for position in range(first, last):
+        node = nodes[position]
+        outputs = ", ".join(value.name or "?" for value in node.outputs)
+        inputs = ", ".join((value.name or "?") if value is not None else "''" for value in node.inputs)
+        mark = "-->" if position == index else "   "
+        lines.append(f"  {mark} {position:5d}  {outputs} = {node.op_type}({inputs})")
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""The bridge between onnx-ir tensors and weight expressions: a `LazyWeight` is a tensor whose bytes nobody has read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.errors import ModelError
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.expressions import Expression, Literal
+
+#: Constants up to this size stay inside model.onnx and may be looked at by a pass.
+SMALL_BYTES = 1024
+
+
+class LazyWeight(onnx_ir.LazyTensor):
+    """An initializer's tensor given by an expression. Reading it (`numpy()`) evaluates it: never in a pass."""
+
+    def __init__(self, expression: Expression, name: str | None = None) -> None:
+        super().__init__(self._evaluate, expression.dtype, onnx_ir.Shape(expression.shape), name=name)
+        self.expression = expression
+
+    def _evaluate(self) -> onnx_ir.TensorProtocol:
+        if self.expression.depends_on_rank:
+            raise ModelError(f"weight {self.name!r} differs between ranks; evaluate it for one rank")
+        with Evaluator() as evaluator:
+            return onnx_ir.Tensor(evaluator.array(self.expression), dtype=self.expression.dtype, name=self.name)
+
+
+def expression_of(value: onnx_ir.Value) -> Expression | None:
+    """The expression of an initializer or constant; None for a computed value.
+
+    A tensor in memory becomes a literal, so every constant weight can be sliced or sharded in one way.
+    """
+    tensor = constant_tensor(value)
+    if tensor is None:
+        return None
+    if isinstance(tensor, LazyWeight):
+        return tensor.expression
+    if isinstance(tensor, onnx_ir.ExternalTensor):
+        raise ModelError(f"weight {value.name!r} is external data that was not read through passopt.ir.load_model")
+    return Literal(tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
+
+
+def is_checkpoint_weight(value: onnx_ir.Value) -> bool:
+    """True for initializers whose bytes lie in files: no pass may read them."""
+    return isinstance(value.const_value, LazyWeight)
+
+
+def constant_tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node; None for anything computed or fed."""
+    if value.const_value is not None:
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain:
+        return None
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            return attribute.as_tensor()
+        if name in {"value_int", "value_ints"}:
+            return onnx_ir.tensor(np.array(attribute.value, np.int64))
+        if name in {"value_float", "value_floats"}:
+            return onnx_ir.tensor(np.array(attribute.value, np.float32))
+    return None
+
+
+def small_constant(value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """The array of a constant of at most `SMALL_BYTES`; None otherwise. Never touches a checkpoint weight."""
+    if value is None:
+        return None
+    tensor = constant_tensor(value)
+    if tensor is None or isinstance(tensor, LazyWeight) or tensor.nbytes > SMALL_BYTES:
+        return None
+    return tensor.numpy()
