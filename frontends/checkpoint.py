@@ -30,7 +30,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model's configuration and where each of its tensors lies, by state dict name."""
+    """A model's configuration and where each of its tensors lies, by state dict name. `directory` is absolute."""
 
     directory: Path
     config: Mapping[str, Any]
@@ -44,7 +44,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config_path = directory / CONFIG_NAME
     if not config_path.exists():
         raise ModelError(f"{directory}: has no {CONFIG_NAME}; name the directory of a Hugging Face checkpoint")
-    return Checkpoint(directory, _read_json(config_path), _tensors(directory))
+    return Checkpoint(directory.absolute(), _read_json(config_path), _tensors(directory))
 
 
 def _tensors(directory: Path) -> dict[str, Source]:

@@ -148,7 +148,7 @@ def _infer_collective(node: onnx_ir.Node) -> None:
         target.shape = source.shape
         return
     dims = list(source.shape.dims)
-    axis, size = node.attributes["axis"].as_int(), node.attributes["group_size"].as_int()
+    axis, size = node.attributes["axis"].as_int() % len(dims), node.attributes["group_size"].as_int()
     length = dims[axis]
-    dims[axis] = length * size if isinstance(length, int) else None  # type: ignore[call-overload]
-    target.shape = onnx_ir.Shape(dims)
+    gathered = length * size if isinstance(length, int) else None
+    target.shape = onnx_ir.Shape([*dims[:axis], gathered, *dims[axis + 1 :]])

@@ -45,9 +45,9 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model)
             if value not in graph.inputs:
                 define(value, 0, "initializer")
     for index, node in enumerate(nodes):
-        for position, value in enumerate(node.inputs):
-            if value is not None and id(value) not in known:
-                raise fail(index, _undefined(node, position, value, nodes))
+        for position, operand in enumerate(node.inputs):
+            if operand is not None and id(operand) not in known:
+                raise fail(index, _undefined(node, position, operand, nodes))
         _verify_operator(node, model, index, fail)
         for value in node.outputs:
             if value.uses() or value.is_graph_output() or value.name:

@@ -69,7 +69,8 @@ def perplexity(model: Any, tokens: torch.Tensor, length: int) -> float:
     model = copy.deepcopy(model).eval()
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     with torch.no_grad():
-        losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in windows.split(16)]
+        parts = [windows[start : start + 16] for start in range(0, len(windows), 16)]
+        losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in parts]
     return math.exp(sum(losses) / len(windows))
 
 

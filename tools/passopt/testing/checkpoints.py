@@ -130,7 +130,8 @@ def make_checkpoint(
         shutil.copyfile(source, directory / source.name)
     if weights:
         tensors = read_safetensors(DATA / _TRAINED[spec]) if trained else random_weights(spec, seed)
-        _write_weights(directory, cast(tensors, dtype), format, shards)
+        ordered = {name: tensors[name] for name in spec.shapes()}
+        _write_weights(directory, cast(ordered, dtype), format, shards)
     return directory
 
 
@@ -160,13 +161,18 @@ def read_safetensors(path: Path) -> Tensors:
     """All tensors of a file, bfloat16 ones too, which safetensors.numpy writes but does not read."""
     import ml_dtypes
     import numpy as np
-    from safetensors import deserialize
 
     dtypes = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
-    return {
-        name: np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in deserialize(path.read_bytes())
-    }
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+
+    def read(dtype: str, shape: list[int], data_offsets: list[int]) -> npt.NDArray[np.generic]:
+        begin, end = data_offsets
+        return np.frombuffer(content[start + begin : start + end], dtypes[dtype]).reshape(shape)
+
+    return {name: read(**entry) for name, entry in header.items()}
 
 
 def safetensors_bytes(tensors: Tensors) -> bytes:
@@ -239,7 +245,7 @@ def _write_configuration(directory: Path, spec: CheckpointSpec, dtype: Dtype) ->
 
     texts = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": True}
-    special = {role: {"content": text} | flags for role, text in texts.items()}
+    special = {role: {"content": text, **flags} for role, text in texts.items()}
     tokenizer_config = {
         "add_bos_token": False,
         "add_eos_token": False,
@@ -248,7 +254,7 @@ def _write_configuration(directory: Path, spec: CheckpointSpec, dtype: Dtype) ->
         "model_max_length": spec.max_positions,
         "sp_model_kwargs": {},
         "tokenizer_class": "BaichuanTokenizer",
-        **{role: {"__type": "AddedToken"} | token for role, token in special.items()},
+        **{role: {"__type": "AddedToken", **token} for role, token in special.items()},
     }
     generation_config = {
         **special_ids,

@@ -1,0 +1,216 @@
+"""What the stock Baichuan2 classes need to be traced faithfully: shims on instances, never on files or classes.
+
+Shapes: b batch, q positions of this step, p positions in the cache, kv = p + q.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import onnx_ir
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from passopt.ir.alibi import alibi_slopes
+from passopt.ir.errors import ModelError
+from passopt.ir.expressions import Source
+from passopt.ir.sources import safetensors_sources
+
+#: The ALiBi bias as slopes × columns, or as the constant [heads, positions, positions].
+Alibi: TypeAlias = Literal["formula", "baked"]
+
+FUTURE_MASK = "alibi.future_mask"
+SLOPES = "alibi.slopes"
+
+#: Traced constants, as attributes of the stock instance, and the initializers that they become.
+CONSTANTS = {
+    "model.alibi_slopes": SLOPES,
+    "model.alibi_future_mask": FUTURE_MASK,
+    "model.layers.0.self_attn.rotary_emb.cos_cached": "rotary.cos",
+    "model.layers.0.self_attn.rotary_emb.sin_cached": "rotary.sin",
+}
+
+#: Tensors that published checkpoints hold although the class computes them.
+COMPUTED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+_CHUNK_BYTES = 32 << 20
+
+
+def is_alibi(model: Any) -> bool:
+    """True for the ALiBi family (13B), False for the rotary one (7B), told by what the instance can do.
+
+    Raises ModelError if it is neither, or has no NormHead.
+    """
+    body, head = getattr(model, "model", None), getattr(model, "lm_head", None)
+    attention = getattr(next(iter(getattr(body, "layers", [])), None), "self_attn", None)
+    rotary = hasattr(getattr(attention, "rotary_emb", None), "cos_cached")
+    alibi = hasattr(body, "get_alibi_mask")
+    if not hasattr(head, "first_flag") or not hasattr(attention, "W_pack") or rotary == alibi:
+        raise ModelError(
+            f"{type(model).__name__} is not supported. Export supports Baichuan2: packed W_pack attention with either "
+            f"rotary tables or get_alibi_mask, and a NormHead."
+        )
+    return alibi
+
+
+def prepare(model: Any, alibi: Alibi) -> None:
+    """Shim one instance in place. `alibi` does not matter to the rotary family."""
+    model.eval()
+    # In evaluation the head normalises its own data in place, which tracing drops without a word.
+    model.lm_head.train()
+    if not is_alibi(model):
+        _share_rotary_tables(model)
+        return
+    if alibi == "baked":
+        mask = torch.empty(future_mask_shape(model), dtype=torch.float32, device="meta")
+        model.model.register_buffer("alibi_future_mask", mask, persistent=False)
+        model.model.get_alibi_mask = types.MethodType(_sliced_mask, model.model)
+        return
+    slopes = torch.from_numpy(alibi_slopes(model.config.num_attention_heads)).reshape(-1, 1, 1)
+    model.model.register_buffer("alibi_slopes", slopes, persistent=False)
+    model.model.get_alibi_mask = types.MethodType(_computed_mask, model.model)
+
+
+def future_mask_shape(model: Any) -> tuple[int, int, int]:
+    """[heads, positions, positions], as long as the stock code would build it."""
+    return model.config.num_attention_heads, model.model.max_cache_pos, model.model.max_cache_pos
+
+
+def _share_rotary_tables(model: Any) -> None:
+    """Every layer builds the same two tables; as one pair they are traced as one pair of constants."""
+    first = model.model.layers[0].self_attn.rotary_emb
+    for layer in model.model.layers:
+        rotary = layer.self_attn.rotary_emb
+        rotary.cos_cached, rotary.sin_cached = first.cos_cached, first.sin_cached
+
+
+def _computed_mask(body: Any, embeddings: torch.Tensor, total: int) -> torch.Tensor:
+    """slope × column, −inf above the diagonal: [heads, q, kv] in fp32, since in fp16 column 4095 is off by 2."""
+    past = total - embeddings.shape[1]
+    columns = torch.arange(total)
+    rows = torch.arange(past, total)
+    bias = body.alibi_slopes * columns.to(torch.float32)
+    future = torch.where(columns.unsqueeze(0) > rows.unsqueeze(1), float("-inf"), 0.0).to(torch.float32)
+    return bias + future
+
+
+def _sliced_mask(body: Any, embeddings: torch.Tensor, total: int) -> torch.Tensor:
+    """The rows of this step from the constant mask: [heads, q, kv] in fp32."""
+    past = total - embeddings.shape[1]
+    mask: torch.Tensor = body.alibi_future_mask[:, past:total, :total]
+    return mask
+
+
+def write_future_mask(path: Path, shape: tuple[int, int, int]) -> Source:
+    """Write the baked mask [heads, positions, positions] in fp32 as safetensors, never whole in memory."""
+    heads, positions, _ = shape
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
+    header = json.dumps({FUTURE_MASK: entry}).encode()
+    header += b" " * (-(8 + len(header)) % 64)
+    columns = np.arange(positions, dtype=np.float32)
+    step = max(1, _CHUNK_BYTES // (4 * positions))
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for slope in alibi_slopes(heads):
+            for start in range(0, positions, step):
+                rows = np.arange(start, min(start + step, positions), dtype=np.float32)[:, None]
+                file.write(np.where(columns > rows, np.float32("-inf"), slope * columns).tobytes())
+    return safetensors_sources(path)[FUTURE_MASK]
+
+
+class Step(torch.nn.Module):
+    """The stock model with tensors in and tensors out: one step of prefill, chunked prefill or decode."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.stock = stock
+        self.alibi = is_alibi(stock)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past: tuple[tuple[torch.Tensor, torch.Tensor], ...],
+        position_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """[b, q], [b, kv], per layer a pair of [b, heads, p, head_dim], [b, q] → logits, then each layer's pair."""
+        extra = {} if self.alibi else {"position_ids": position_ids}
+        logits, present = self.stock(
+            input_ids=input_ids,
+            attention_mask=_visible(attention_mask, input_ids.shape[1]) if self.alibi else attention_mask,
+            past_key_values=past,
+            use_cache=True,
+            return_dict=False,
+            **extra,
+        )
+        return (logits, *(state for layer in present for state in layer))
+
+
+def _visible(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """[b, kv] → [b, q, kv]: the stock code's own two-dimensional path fails as soon as there is a cache."""
+    past = attention_mask.shape[1] - length
+    rows, columns = attention_mask[:, past:].unsqueeze(2), attention_mask.unsqueeze(1)
+    return (rows == columns) & (columns > 0)
+
+
+class Fp32Islands(TorchFunctionMode):
+    """While active, what half precision would get wrong is computed in fp32 and cast back to the model's dtype.
+
+    Softmax over masked scores (the stock code would round the ALiBi bias) and the L2 norm of the head, whose epsilon
+    of 1e-12 is 0 in fp16. In fp32 nothing changes.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._dtype == torch.float32:
+            return function(*args, **kwargs)
+        if function in {functional.softmax, torch.softmax}:
+            return function(*args, **kwargs).to(self._dtype)
+        if function is functional.normalize:
+            return function(args[0].float(), *args[1:], **kwargs).to(self._dtype)
+        if function is functional.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scores in the model's dtype, scaled on both sides as torch does so that fp16 holds them; softmax in fp32."""
+    root = query.shape[-1] ** -0.25
+    scores = torch.matmul(query * root, key.transpose(-2, -1) * root).float()
+    if attn_mask is not None:
+        scores = scores + attn_mask.float()
+    return torch.matmul(functional.softmax(scores, dim=-1).to(value.dtype), value)
+
+
+def check_head(model: onnx_ir.Model) -> None:
+    """Raise ModelError unless the logits are a product with the normalised weight: tracing can lose that silently."""
+    product = model.graph.outputs[0].producer()
+    pending = list(product.inputs[1:]) if product is not None and product.op_type == "MatMul" else []
+    while pending:
+        value = pending.pop()
+        node = value.producer() if value is not None else None
+        if node is None:
+            continue
+        if node.op_type == "ReduceL2":
+            return
+        pending.extend(node.inputs)
+    raise ModelError(
+        "the traced head does not normalise its weight (no ReduceL2 before the product that gives the logits); "
+        "logits would be wrong. This passopt does not know this NormHead or this version of torch."
+    )

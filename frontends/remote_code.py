@@ -1,0 +1,92 @@
+"""The modeling code that lies in a checkpoint: imported from where it is, with consent only, and forgotten afterwards.
+
+Nothing is copied to a module cache and nothing is downloaded. Each import is a fresh package, so two checkpoints whose
+files have the same names do not get into each other's way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from passopt.frontends.checkpoint import Checkpoint
+from passopt.ir.errors import ModelError
+
+_packages = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class StockClasses:
+    """The checkpoint's own classes: `config` is a PretrainedConfig, `model` a PreTrainedModel with a language head."""
+
+    config: Any
+    model: Any
+
+
+@contextlib.contextmanager
+def stock_classes(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterator[StockClasses]:
+    """The classes that config.json's auto_map names, importable for the time of the block.
+
+    Raises ModelError if the checkpoint names none, if they lie elsewhere, without consent, or if an import fails.
+    """
+    config, model = (_reference(checkpoint, role) for role in ("AutoConfig", "AutoModelForCausalLM"))
+    if not trust_remote_code:
+        files = ", ".join(sorted(path.name for path in checkpoint.directory.glob("*.py")))
+        raise ModelError(
+            f"{checkpoint.directory}: the model is defined by Python files of the checkpoint ({files}), which would run "
+            f"on this machine. Read them, then pass --trust-remote-code."
+        )
+    with _package(checkpoint) as package:
+        yield StockClasses(_load(checkpoint, package, config), _load(checkpoint, package, model))
+
+
+def _reference(checkpoint: Checkpoint, role: str) -> tuple[str, str]:
+    """Module and class name for a role of the auto_map."""
+    auto_map = checkpoint.config.get("auto_map")
+    found = auto_map.get(role) if isinstance(auto_map, Mapping) else None
+    name = found[0] if isinstance(found, list) and found else found
+    if not isinstance(name, str):
+        classes = ", ".join(checkpoint.config.get("architectures") or ["no class"])
+        raise ModelError(
+            f"{checkpoint.directory}: config.json names {classes} and no {role} in an auto_map. "
+            f"Export supports Baichuan2 checkpoints, which bring their own modeling code."
+        )
+    module, _, attribute = name.rpartition(".")
+    if "--" in name or not module.isidentifier():
+        raise ModelError(
+            f"{checkpoint.directory}: auto_map names {name}, code that is not beside config.json. "
+            f"Put its files there and name it MODULE.CLASS; passopt downloads nothing."
+        )
+    return module, attribute
+
+
+@contextlib.contextmanager
+def _package(checkpoint: Checkpoint) -> Iterator[str]:
+    name = f"_passopt_remote_code_{next(_packages)}"
+    package = types.ModuleType(name)
+    package.__path__ = [str(checkpoint.directory)]
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the directory is the user's
+    sys.modules[name] = package
+    importlib.invalidate_caches()
+    try:
+        yield name
+    finally:
+        sys.dont_write_bytecode = write_bytecode
+        for module in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+            del sys.modules[module]
+
+
+def _load(checkpoint: Checkpoint, package: str, reference: tuple[str, str]) -> Any:
+    module, attribute = reference
+    try:
+        return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+    except Exception as error:  # the code is foreign: whatever it raises, the user needs to know in which file
+        raise ModelError(
+            f"{checkpoint.directory / module}.py: importing {attribute} failed: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,65 @@
+"""The names that an exported decoder keeps through every pass, and the sizes that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import onnx_ir
+
+from passopt.ir.errors import ModelError
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+LOGITS = "logits"
+
+#: Model metadata: the tensor-parallel degree of an SPMD graph, absent before `shard`.
+DEGREE = "passopt.degree"
+#: Model metadata: what export's self-check measured, or "skipped".
+SELF_CHECK = "passopt.self_check"
+
+_PAST_KEY = re.compile(r"past\.(\d+)\.key\Z")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Sizes read off the graph's inputs: past is [batch, kv_heads, past, head_dim] per layer."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    has_position_ids: bool
+    cache_dtype: onnx_ir.DataType
+
+
+def find_decoder(model: onnx_ir.Model) -> Decoder | None:
+    """The sizes of an exported decoder; None for any other graph."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    pasts = [value for name, value in inputs.items() if name and _PAST_KEY.match(name)]
+    if INPUT_IDS not in inputs or not pasts:
+        return None
+    shape, dtype = pasts[0].shape, pasts[0].dtype
+    if shape is None or dtype is None or len(shape) != 4:
+        return None
+    heads, width = shape[1], shape[3]
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return None
+    return Decoder(len(pasts), heads, width, POSITION_IDS in inputs, dtype)
+
+
+def decoder_of(model: onnx_ir.Model) -> Decoder:
+    """The sizes of an exported decoder. Raises ModelError that names what is missing."""
+    decoder = find_decoder(model)
+    if decoder is None:
+        names = ", ".join(str(value.name) for value in model.graph.inputs)
+        raise ModelError(
+            f"not an exported decoder: expected inputs {INPUT_IDS}, {ATTENTION_MASK} and past.N.key/value "
+            f"[batch, kv_heads, past, head_dim], found: {names}"
+        )
+    return decoder
+
+
+def degree_of(model: onnx_ir.Model) -> int:
+    """The tensor-parallel degree; 1 for a model that is not sharded."""
+    return int(model.metadata_props.get(DEGREE, "1"))

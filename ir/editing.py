@@ -1,0 +1,197 @@
+"""Changing a graph safely: the editor owns names, insertion points, provenance and the removal of what died.
+
+A rule or pass builds nodes with `Builder`; only the editor puts them into the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx_ir
+
+from passopt.ir.builder import Builder, Built
+from passopt.ir.errors import VerifyError
+
+#: Node metadata: the passes that made a node (oldest first), the original nodes it stands for, the HF module.
+MADE_BY = "passopt.pass"
+MADE_FROM = "passopt.from"
+MODULE = "passopt.module"
+
+
+class Editor:
+    """Edits the main graph of `model` on behalf of the pass `author`."""
+
+    def __init__(self, model: onnx_ir.Model, author: str) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.author = author
+        self.opset = model.graph.opset_imports.get("", 0)
+        self._names = _all_names(model)
+        self._counters: dict[str, int] = {}
+        self._order: dict[int, int] | None = None
+
+    def unique(self, name: str) -> str:
+        """`name`, or `name.2`, `name.3` …, whichever no value or node has yet."""
+        found, count = name, self._counters.get(name, 1)
+        while found in self._names:
+            count += 1
+            found = f"{name}.{count}"
+        self._counters[name] = count
+        self._names.add(found)
+        return found
+
+    def builder(self, hint: str) -> Builder:
+        return Builder(self.opset, self.unique, hint)
+
+    def insert(self, built: Built, before: onnx_ir.Node | None, origins: Iterable[onnx_ir.Node] = ()) -> None:
+        """Put built nodes before a node (None: at the end) and register their initializers."""
+        for value in built.initializers:
+            if value.uses() or value.is_graph_output():
+                self.graph.register_initializer(value)
+        origins = list(origins)
+        for node in built.nodes:
+            _set_provenance(node, self.author, origins)
+            if node.domain and node.domain not in self.graph.opset_imports:
+                self.graph.opset_imports[node.domain] = 1
+        if before is None:
+            self.graph.extend(built.nodes)
+        else:
+            self.graph.insert_before(before, built.nodes)
+        self._order = None
+
+    def replace(
+        self,
+        replaced: Mapping[onnx_ir.Value, onnx_ir.Value],
+        built: Built,
+        origins: Sequence[onnx_ir.Node],
+        before: onnx_ir.Node | None = None,
+    ) -> None:
+        """Insert `built`, let every use of an old value read the new one, and drop what nobody reads any more.
+
+        The new value takes the name of the old one and must have its dtype and shape. Raises VerifyError if not.
+        """
+        for old, new in replaced.items():
+            _check_replacement(old, new, self.author)
+        roots = [node for old in replaced if (node := old.producer()) is not None]
+        self.insert(built, before or self._insertion_point(built, roots), origins)
+        made = {id(value) for node in built.nodes for value in node.outputs}
+        for old, new in replaced.items():
+            if id(new) not in made and old.is_graph_output():
+                new = self._identity(new, old, origins)
+                made.add(id(new))
+            if new.shape is None:
+                new.shape = old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            if id(new) in made:
+                old.name, new.name = new.name, old.name
+        self.remove_dead(roots)
+
+    def remove_dead(self, nodes: Iterable[onnx_ir.Node]) -> int:
+        """Remove those nodes whose outputs nobody reads, then what only they read; returns how many nodes went."""
+        removed = 0
+        work = list(nodes)
+        while work:
+            node = work.pop()
+            if node.graph is None or any(value.uses() or value.is_graph_output() for value in node.outputs):
+                continue
+            inputs = [value for value in node.inputs if value is not None]
+            self.graph.remove(node, safe=True)
+            removed += 1
+            for value in inputs:
+                producer = value.producer()
+                if producer is not None:
+                    work.append(producer)
+                elif value.is_initializer():
+                    self.remove_unused_initializer(value)
+        if removed:
+            self._order = None
+        return removed
+
+    def remove_unused_initializer(self, value: onnx_ir.Value) -> bool:
+        """Drop an initializer that no node reads, unless the caller of the model can see it."""
+        if value.uses() or value.is_graph_output() or value.is_graph_input() or value.name is None:
+            return False
+        if self.graph.initializers.get(value.name) is not value:
+            return False
+        del self.graph.initializers[value.name]
+        return True
+
+    def _identity(self, value: onnx_ir.Value, old: onnx_ir.Value, origins: Sequence[onnx_ir.Node]) -> onnx_ir.Value:
+        """A graph output needs a name of its own, which an input or initializer cannot take."""
+        builder = self.builder(old.name or "value")
+        copy = builder.Identity(value)
+        self.insert(builder.built, old.producer(), origins)
+        assert isinstance(copy, onnx_ir.Value)
+        return copy
+
+    def _insertion_point(self, built: Built, roots: Sequence[onnx_ir.Node]) -> onnx_ir.Node:
+        """Before the first root; or, if something the new nodes read comes later, right after that."""
+        if len(roots) == 1:
+            return roots[0]
+        order = self._positions()
+        first = min(roots, key=lambda node: order[id(node)])
+        inside = {id(node) for node in built.nodes}
+        latest = order[id(first)] - 1
+        for node in built.nodes:
+            for value in node.inputs:
+                producer = value.producer() if value is not None else None
+                if producer is not None and id(producer) not in inside:
+                    latest = max(latest, order[id(producer)])
+        return self.graph[latest + 1] if latest >= order[id(first)] else first
+
+    def _positions(self) -> dict[int, int]:
+        if self._order is None:
+            self._order = {id(node): index for index, node in enumerate(self.graph)}
+        return self._order
+
+
+def discard(built: Built) -> None:
+    """Let go of nodes that were built and are not wanted, so that they do not count as uses of their inputs."""
+    for node in built.nodes:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
+
+
+def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, author: str) -> None:
+    if old.dtype is not None and new.dtype is not None and old.dtype != new.dtype:
+        raise VerifyError(
+            f"{author}: would replace {old.name!r} ({old.dtype.name}) by {new.name!r} ({new.dtype.name}); "
+            f"a rewrite must keep the dtype"
+        )
+    if old.shape is None or new.shape is None:
+        return
+    clash = len(old.shape) != len(new.shape) or any(
+        isinstance(x, int) and isinstance(y, int) and x != y
+        for x, y in zip(old.shape.dims, new.shape.dims, strict=True)
+    )
+    if clash:
+        raise VerifyError(
+            f"{author}: would replace {old.name!r} of shape {old.shape} by {new.name!r} of shape {new.shape}; "
+            f"a rewrite must keep the shape"
+        )
+
+
+def _set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.Node]) -> None:
+    names = [origin.metadata_props.get(MADE_FROM, origin.name or "?") for origin in origins]
+    passes = [origin.metadata_props[MADE_BY] for origin in origins if MADE_BY in origin.metadata_props]
+    modules = [origin.metadata_props[MODULE] for origin in origins if MODULE in origin.metadata_props]
+    node.metadata_props[MADE_BY] = _joined([*passes, author])
+    if names:
+        node.metadata_props[MADE_FROM] = _joined(names)
+    if modules:
+        node.metadata_props.setdefault(MODULE, modules[-1])
+
+
+def _joined(texts: Iterable[str]) -> str:
+    parts = dict.fromkeys(part for text in texts for part in text.split(","))
+    return ",".join(parts)
+
+
+def _all_names(model: onnx_ir.Model) -> set[str]:
+    graph = model.graph
+    names = {value.name for value in (*graph.inputs, *graph.initializers.values()) if value.name}
+    for node in graph.all_nodes():
+        names.update(value.name for value in node.outputs if value.name)
+        if node.name:
+            names.add(node.name)
+    return names

@@ -1,0 +1,32 @@
+"""dead-code: remove what no output depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir
+
+from passopt.ir.editing import Editor
+from passopt.passes.base import Pass, PassResult
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoveDeadCode(Pass):
+    """Drop nodes, initializers and local functions that no graph output depends on, so that nothing unused is written.
+
+    Before: ``y = Relu(x); unused = MatMul(x, w)``
+    After:  ``y = Relu(x)``
+    """
+
+    name = "dead-code"
+
+    def run(self, model: onnx_ir.Model) -> PassResult:
+        editor = Editor(model, self.name)
+        nodes = sum(editor.remove_dead([node]) for node in reversed(list(model.graph)))
+        weights = sum(editor.remove_unused_initializer(value) for value in list(model.graph.initializers.values()))
+        called = {node.op_identifier() for graph in model.graphs() for node in graph.all_nodes()}
+        unused = [identifier for identifier in model.functions if identifier not in called]
+        for identifier in unused:
+            del model.functions[identifier]
+        removed = nodes + weights + len(unused)
+        return PassResult(modified=removed > 0, matches=nodes)

@@ -1,0 +1,153 @@
+"""fold-constants: evaluate what depends on small constants only."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir
+
+from passopt.ir.editing import Editor
+from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
+from passopt.passes.base import Pass, PassResult
+
+#: Operators that are never evaluated: random ones, and those whose folding would undo a quantisation.
+_KEPT = frozenset(
+    {"DequantizeLinear", "QuantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"}
+    | {"Multinomial", "Bernoulli", "Dropout", "If", "Loop", "Scan"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Evaluate operators whose inputs are constants, so that patterns see numbers instead of the exporter's arithmetic.
+
+    Before: ``y = Reshape(x, Concat(Reshape(Cast(two), [-1]), [3]))``
+    After:  ``y = Reshape(x, [2, 3])``
+    A weight of the checkpoint is never read and a DequantizeLinear never folded. Equal constants become one; operators
+    without effect (Identity, a Cast to the same dtype) go; Shape of known dimensions is a constant.
+    `limit`: bytes of the largest result that is stored instead of computed.
+    """
+
+    name = "fold-constants"
+
+    limit: int = 1 << 20
+
+    def run(self, model: onnx_ir.Model) -> PassResult:
+        editor = Editor(model, self.name)
+        result = PassResult()
+        for node in list(model.graph):
+            if node.graph is None:
+                continue
+            result.tries += 1
+            if self._bypass(editor, node) or self._fold(editor, node):
+                result.matches += 1
+        merged = _merge_equal_constants(editor)
+        result.modified = result.matches > 0 or merged > 0
+        return result
+
+    def _bypass(self, editor: Editor, node: onnx_ir.Node) -> bool:
+        """Let users of a node without effect read its input."""
+        source, target = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if source is None or node.domain or not _has_no_effect(node, source) or target.is_graph_output():
+            return False
+        if source.shape is None:
+            source.shape = target.shape
+        target.replace_all_uses_with(source)
+        editor.remove_dead([node])
+        return True
+
+    def _fold(self, editor: Editor, node: onnx_ir.Node) -> bool:
+        array = self._value_of(node, editor.opset)
+        if array is None or array.nbytes > self.limit:
+            return False
+        target = node.outputs[0]
+        if target.dtype is not None:
+            array = array.astype(target.dtype.numpy(), copy=False)
+        builder = editor.builder(target.name or node.op_type)
+        if target.is_graph_output():
+            return False
+        constant = builder.initializer(target.name or node.op_type, array)
+        target.replace_all_uses_with(constant)
+        if constant.uses():
+            editor.graph.register_initializer(constant)
+        editor.remove_dead([node])
+        return True
+
+    def _value_of(self, node: onnx_ir.Node, opset: int) -> np.ndarray[Any, np.dtype[Any]] | None:
+        if node.domain or node.op_type in _KEPT or len(node.outputs) != 1:
+            return None
+        if node.op_type == "Constant":
+            tensor = constant_tensor(node.outputs[0])
+            return tensor.numpy() if tensor is not None else None
+        if node.op_type == "Shape":
+            return _known_dimensions(node)
+        arrays = {}
+        for value in node.inputs:
+            if value is None:
+                continue
+            tensor = None if is_checkpoint_weight(value) else constant_tensor(value)
+            if tensor is None or tensor.nbytes > self.limit:
+                return None
+            arrays[value.name or ""] = tensor.numpy()
+        return _evaluate(node, opset, arrays) if arrays else None
+
+
+def _has_no_effect(node: onnx_ir.Node, source: onnx_ir.Value) -> bool:
+    if node.op_type == "Identity":
+        return True
+    if node.op_type == "Cast":
+        return source.dtype is not None and node.attributes["to"].as_int() == source.dtype.value
+    if node.op_type == "CastLike":
+        like = node.inputs[1]
+        return source.dtype is not None and like is not None and like.dtype == source.dtype
+    return False
+
+
+def _known_dimensions(node: onnx_ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return None
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    end = node.attributes["end"].as_int() if "end" in node.attributes else len(source.shape)
+    dims = source.shape.dims[start:end]
+    return np.array(dims, np.int64) if all(isinstance(dim, int) for dim in dims) else None
+
+
+def _evaluate(
+    node: onnx_ir.Node, opset: int, arrays: dict[str, np.ndarray[Any, np.dtype[Any]]]
+) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """ONNX's reference implementation of one operator; None where it has none."""
+    proto = onnx_ir.to_proto(node)
+    inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in arrays]
+    outputs = [onnx.helper.make_tensor_value_info(proto.output[0], onnx.TensorProto.UNDEFINED, None)]
+    graph = onnx.helper.make_graph([proto], "one", inputs, outputs)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            (value,) = onnx.reference.ReferenceEvaluator(model).run(None, arrays)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    return np.asarray(value)
+
+
+def _merge_equal_constants(editor: Editor) -> int:
+    """One initializer per small constant: exporters write the same shape piece once per layer."""
+    first: dict[tuple[Any, ...], onnx_ir.Value] = {}
+    merged = 0
+    for value in list(editor.graph.initializers.values()):
+        array = small_constant(value)
+        if array is None or value.is_graph_output() or value.is_graph_input():
+            continue
+        key = (value.dtype, array.shape, array.tobytes())
+        kept = first.setdefault(key, value)
+        if kept is not value and value.uses():
+            value.replace_all_uses_with(kept)
+            editor.remove_unused_initializer(value)
+            merged += 1
+    return merged

@@ -1,0 +1,38 @@
+"""fold-norm-head: move NormHead's normalisation from the graph into the weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from passopt.ir.weights import is_checkpoint_weight
+from passopt.passes.base import Decline
+from passopt.passes.rewriting import RewritePass
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldNormHead(RewritePass):
+    """Normalise the head's rows once in the weight, not at every step: quantising and splitting need the final rows.
+
+    Before: ``w_hat = Div(w, Expand(Clip(ReduceL2(w, axis=1), eps)))``
+    After:  ``w_hat = normalize_rows(w)``, a lazy weight
+    """
+
+    name = "fold-norm-head"
+    accuracy = "reassociated"
+
+    def pattern(self, op: Any, w: Any, axes: Any, floor: Any, shape: Any) -> Any:
+        norm = op.any_of("spelling", axes_input=op.ReduceL2(w, axes, keepdims=1), no_axes=op.ReduceL2(w, keepdims=1))
+        clipped = op.any_of("bound", clip=op.Clip(norm, floor), maximum=op.Max(norm, floor))
+        return op.Div(w, op.any_of("broadcast", expand=op.Expand(clipped, shape), implicit=clipped), bind="normalized")
+
+    def rewrite(self, op: Any, w: Any, axes: Any, floor: Any, spelling: str) -> Any:
+        if not is_checkpoint_weight(w):
+            raise Decline(f"{w.name} is not a weight of the checkpoint")
+        weight = op.weight(w)
+        if len(weight.shape) != 2:
+            raise Decline(f"{w.name} has {len(weight.shape)} axes, a head has 2")
+        if spelling == "axes_input" and [axis % 2 for axis in op.constant(axes).reshape(-1).tolist()] != [1]:
+            raise Decline(f"{w.name} is normalised over axes {op.constant(axes).tolist()}, not over its rows")
+        epsilon = float(op.constant(floor).reshape(-1)[0])
+        return op.initializer(f"{w.name}.normalized", weight.normalize_rows(epsilon))

@@ -1,0 +1,37 @@
+"""inject-norm-head-bias: give the head a bias, which a vocab split needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from passopt.ir.contract import LOGITS
+from passopt.ir.expressions import Literal
+from passopt.passes.base import Decline
+from passopt.passes.rewriting import RewritePass
+
+
+@dataclasses.dataclass(frozen=True)
+class InjectNormHeadBias(RewritePass):
+    """Give the head a zero bias that is sharded with it: the place where a target masks the rows that padding added.
+
+    Before: ``logits = MatMul(x, Transpose(w))``
+    After:  ``logits = Add(MatMul(x, Transpose(w)), bias)``, bias zeros [vocab]
+    """
+
+    name = "inject-norm-head-bias"
+    after = ("fold-norm-head",)
+
+    def pattern(self, op: Any, x: Any, w: Any) -> Any:
+        return op.MatMul(x, op.Transpose(w, perm=[1, 0]), bind="logits")
+
+    def rewrite(self, op: Any, x: Any, w: Any, logits: Any) -> Any:
+        if not logits.is_graph_output() or logits.name != LOGITS:
+            raise Decline("not the head: its output is not the logits")
+        if w.shape is None or w.dtype is None or not isinstance(w.shape[0], int):
+            raise Decline(f"the vocabulary of {w.name} is unknown")
+        zeros = Literal.of(np.zeros(0, w.dtype.numpy())).pad(0, w.shape[0])
+        bias = op.initializer("lm_head.bias", zeros)
+        return op.Add(op.MatMul(x, op.Transpose(w, perm=[1, 0])), bias)

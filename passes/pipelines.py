@@ -1,0 +1,33 @@
+"""Named pipelines: plain tuples of steps, expanded visibly. `{option}` hands the pipeline's option to a step.
+
+Passes are idempotent, so steps that pipelines share may repeat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Steps in order, the options with their defaults, and what must hold after it ran (`PASS==N`)."""
+
+    summary: str
+    steps: tuple[str, ...]
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    expectations: tuple[str, ...] = ()
+
+
+PIPELINES: Mapping[str, Pipeline] = {
+    "tp": Pipeline(
+        "Tensor parallelism: one SPMD graph whose weights are shards; ranks come apart in the target.",
+        ("fold-norm-head", "inject-norm-head-bias", "shard{degree=$degree,pad=$pad}", "dead-code"),
+        {"degree": "2", "pad": "false"},
+    ),
+    "int8": Pipeline(
+        "Symmetric per-channel int8 weights as DequantizeLinear; embedding and head stay unless asked for.",
+        ("fold-norm-head", "quantize-weights{embedding=$embedding,head=$head}", "dead-code"),
+        {"embedding": "false", "head": "false"},
+    ),
+}
