@@ -142,6 +142,8 @@ class Step(torch.nn.Module):
         position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """[b, q], [b, kv], per layer a pair of [b, heads, p, head_dim], [b, q] → logits, then each layer's pair."""
+        for state in (state for layer in past for state in layer):
+            torch._check(state.shape[2] == past[0][0].shape[2])
         extra = {} if self.alibi else {"position_ids": position_ids}
         logits, present = self.stock(
             input_ids=input_ids,

@@ -16,6 +16,8 @@ LOGITS = "logits"
 
 #: Model metadata: the tensor-parallel degree of an SPMD graph, absent before `shard`.
 DEGREE = "passopt.degree"
+#: Model metadata: the number of kv heads before sharding, without padding.
+KV_HEADS = "passopt.kv_heads"
 #: Model metadata: what export's self-check measured, or "skipped".
 SELF_CHECK = "passopt.self_check"
 

@@ -43,20 +43,28 @@ class Editor:
     def builder(self, hint: str) -> Builder:
         return Builder(self.opset, self.unique, hint)
 
-    def insert(self, built: Built, before: onnx_ir.Node | None, origins: Iterable[onnx_ir.Node] = ()) -> None:
-        """Put built nodes before a node (None: at the end) and register their initializers."""
+    def insert(
+        self,
+        built: Built,
+        before: onnx_ir.Node | None,
+        origins: Iterable[onnx_ir.Node] = (),
+        *,
+        after: onnx_ir.Node | None = None,
+    ) -> None:
+        """Put built nodes before or after a node (neither: at the end) and register their initializers."""
         for value in built.initializers:
-            if value.uses() or value.is_graph_output():
-                self.graph.register_initializer(value)
+            self.graph.register_initializer(value)
         origins = list(origins)
         for node in built.nodes:
             _set_provenance(node, self.author, origins)
             if node.domain and node.domain not in self.graph.opset_imports:
                 self.graph.opset_imports[node.domain] = 1
-        if before is None:
-            self.graph.extend(built.nodes)
-        else:
+        if after is not None:
+            self.graph.insert_after(after, built.nodes)
+        elif before is not None:
             self.graph.insert_before(before, built.nodes)
+        else:
+            self.graph.extend(built.nodes)
         self._order = None
 
     def replace(
@@ -85,6 +93,24 @@ class Editor:
             if id(new) in made:
                 old.name, new.name = new.name, old.name
         self.remove_dead(roots)
+        for value in built.initializers:
+            self.remove_unused_initializer(value)
+
+    def follow(self, value: onnx_ir.Value, result: onnx_ir.Value, built: Built, suffix: str) -> None:
+        """Insert `built` right after the producer of `value`; all former users read `result`, which takes its name."""
+        producer = value.producer()
+        if producer is None:
+            raise VerifyError(f"{self.author}: {value.name!r} is not the output of a node")
+        inside = {id(node) for node in built.nodes}
+        users = [(use.node, use.idx) for use in value.uses() if id(use.node) not in inside]
+        self.insert(built, None, [producer], after=producer)
+        for index, output in enumerate(self.graph.outputs):
+            if output is value:
+                self.graph.outputs[index] = result
+        for node, index in users:
+            node.replace_input_with(index, result)
+        name = value.name or "value"
+        result.name, value.name = name, self.unique(f"{name}.{suffix}")
 
     def remove_dead(self, nodes: Iterable[onnx_ir.Node]) -> int:
         """Remove those nodes whose outputs nobody reads, then what only they read; returns how many nodes went."""

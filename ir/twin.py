@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir
 
@@ -15,7 +17,7 @@ _DTYPE_ATTRIBUTES = {"to", "dtype", "output_dtype"}
 def fp32_twin(model: onnx_ir.Model) -> onnx_ir.Model:
     """A clone with every BFLOAT16 (values, casts, constants, weights) replaced by FLOAT; weights stay lazy."""
     twin = model.clone()
-    for graph in twin.graphs():
+    for graph in _all_graphs(twin):
         for value in (*graph.inputs, *graph.initializers.values()):
             _widen_value(value)
         for node in graph:
@@ -24,6 +26,14 @@ def fp32_twin(model: onnx_ir.Model) -> onnx_ir.Model:
             for attribute in list(node.attributes.values()):
                 _widen_attribute(node, attribute)
     return twin
+
+
+def _all_graphs(model: onnx_ir.Model) -> Iterator[onnx_ir.Graph]:
+    """The main graph, the bodies of functions, and the subgraphs of both."""
+    yield from model.graphs()
+    for function in model.functions.values():
+        yield function.graph
+        yield from function.subgraphs()
 
 
 def _widen_value(value: onnx_ir.Value) -> None:

@@ -68,14 +68,17 @@ class FoldConstants(Pass):
         target = node.outputs[0]
         if target.dtype is not None:
             array = array.astype(target.dtype.numpy(), copy=False)
-        builder = editor.builder(target.name or node.op_type)
         if target.is_graph_output():
             return False
-        constant = builder.initializer(target.name or node.op_type, array)
+        name = target.name
+        tensor = onnx_ir.tensor(array, name=name)
+        constant = onnx_ir.Value(shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype))
+        constant.const_value = tensor
         target.replace_all_uses_with(constant)
+        editor.remove_dead([node])
+        constant.name = name  # free now, and the text stays as it was
         if constant.uses():
             editor.graph.register_initializer(constant)
-        editor.remove_dead([node])
         return True
 
     def _value_of(self, node: onnx_ir.Node, opset: int) -> np.ndarray[Any, np.dtype[Any]] | None:

@@ -1,0 +1,166 @@
+"""What is known of shapes without running anything: missing types filled in, integer vectors read by element.
+
+Exporters compute reshape targets in the graph (`Concat(batch, seq, 6, 12)`); `elements` reads such a vector back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeAlias
+
+import onnx_ir
+
+from passopt.ir.builder import MICROSOFT, infer_types
+from passopt.ir.errors import VerifyError
+from passopt.ir.weights import small_constant
+
+#: Targets of reshapes have a handful of elements; longer vectors are data.
+_LONGEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class DimOf:
+    """An element that is the length of `axis` of `value` at run time."""
+
+    value: onnx_ir.Value
+    axis: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantElement:
+    """An element that is a constant: element `index` of the small initializer `value`."""
+
+    number: int
+    value: onnx_ir.Value
+    index: int
+
+
+Element: TypeAlias = "DimOf | ConstantElement | None"
+Dimension: TypeAlias = "int | str | None"
+
+
+def elements(value: onnx_ir.Value | None) -> list[Element] | None:
+    """The elements of an int64 scalar or vector; None if not even their number is known."""
+    if value is None:
+        return None
+    array = small_constant(value)
+    if array is not None:
+        if array.dtype.kind not in "iu" or array.size > _LONGEST:
+            return None
+        return [ConstantElement(int(item), value, index) for index, item in enumerate(array.reshape(-1))]
+    node = value.producer()
+    found = _elements_of(node) if node is not None and not node.domain else None
+    if found is None and value.shape is not None and len(value.shape) <= 1:
+        length = value.shape[0] if len(value.shape) else 1
+        found = [None] * length if isinstance(length, int) and length <= _LONGEST else None
+    return found
+
+
+def _elements_of(node: onnx_ir.Node) -> list[Element] | None:
+    source = node.inputs[0] if node.inputs else None
+    if node.op_type == "Shape":
+        if source is None or source.shape is None:
+            return None
+        rank = len(source.shape)
+        start, end = _bound(node, "start", 0, rank), _bound(node, "end", rank, rank)
+        return [DimOf(source, axis) for axis in range(start, end)]
+    if node.op_type in {"Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"}:
+        return elements(source)
+    if node.op_type == "Concat":
+        parts = [elements(item) for item in node.inputs]
+        known = [part for part in parts if part is not None]
+        return [item for part in known for item in part] if len(known) == len(parts) else None
+    if node.op_type == "Gather":
+        return _gathered(node)
+    if node.op_type == "Slice":
+        return _sliced(node)
+    return None
+
+
+def _bound(node: onnx_ir.Node, name: str, default: int, rank: int) -> int:
+    attribute = node.attributes.get(name)
+    position = attribute.as_int() if attribute is not None else default
+    return max(0, min(rank, position + rank if position < 0 else position))
+
+
+def _gathered(node: onnx_ir.Node) -> list[Element] | None:
+    table, index = elements(node.inputs[0]), small_constant(node.inputs[1])
+    if table is None or index is None:
+        return None
+    positions = [int(item) for item in index.reshape(-1)]
+    return [table[item] for item in positions] if all(-len(table) <= item < len(table) for item in positions) else None
+
+
+def _sliced(node: onnx_ir.Node) -> list[Element] | None:
+    source = elements(node.inputs[0])
+    bounds = [small_constant(item) for item in node.inputs[1:]]
+    if source is None or any(item is None or item.size != 1 for item in bounds):
+        return None
+    numbers = [int(item.reshape(-1)[0]) for item in bounds if item is not None]
+    step = numbers[3] if len(numbers) > 3 else 1
+    return source[numbers[0] : numbers[1] : step]
+
+
+def dimensions(value: onnx_ir.Value) -> list[Dimension] | None:
+    """The shape as integers, symbol names and None (unknown); None without a known rank."""
+    if value.shape is None:
+        return None
+    return [dim if isinstance(dim, int) else dim.value for dim in value.shape.dims]
+
+
+def complete_types(model: onnx_ir.Model) -> None:
+    """Fill in dtypes and shapes that the model does not state. What a model states is never changed."""
+    opset = model.graph.opset_imports.get("", 0)
+    for node in model.graph:
+        if node.domain not in {"", MICROSOFT}:
+            continue
+        if all(_is_complete(value) for value in node.outputs):
+            continue
+        stated = [(value.type, value.shape) for value in node.outputs]
+        try:
+            infer_types(node, opset)
+        except VerifyError:
+            continue  # the checker will say so; here the node merely stays without a shape
+        for value, (kind, shape) in zip(node.outputs, stated, strict=True):
+            value.type = kind or value.type
+            value.shape = _merged(shape, value.shape)
+        _complete_target(node)
+
+
+def _is_complete(value: onnx_ir.Value) -> bool:
+    if value.type is None or value.shape is None:
+        return False
+    return all(isinstance(dim, int) or dim.value is not None for dim in value.shape.dims)
+
+
+def _merged(stated: onnx_ir.Shape | None, inferred: onnx_ir.Shape | None) -> onnx_ir.Shape | None:
+    if stated is None or inferred is None or len(stated) != len(inferred):
+        return stated or inferred
+    pairs = zip(stated.dims, inferred.dims, strict=True)
+    return onnx_ir.Shape([x if isinstance(x, int) or x.value is not None else y for x, y in pairs])
+
+
+def _complete_target(node: onnx_ir.Node) -> None:
+    """Reshape and Expand: read the target vector where inference gave up on it."""
+    if node.op_type not in {"Reshape", "Expand"} or _is_complete(node.outputs[0]):
+        return
+    target, source = elements(node.inputs[1]), node.inputs[0]
+    if target is None or source is None:
+        return
+    dims = [_dimension(item, source, position) for position, item in enumerate(target)]
+    if node.op_type == "Expand":
+        if source.shape is None or len(source.shape) != len(dims):
+            return
+        dims = [other if dim == 1 else dim for dim, other in zip(dims, dimensions(source) or [], strict=True)]
+    output = node.outputs[0]
+    output.shape = _merged(output.shape, onnx_ir.Shape(dims)) if output.shape is not None else onnx_ir.Shape(dims)
+
+
+def _dimension(item: Element, source: onnx_ir.Value, position: int) -> Dimension:
+    if isinstance(item, ConstantElement):
+        if item.number == 0 and source.shape is not None:
+            return (dimensions(source) or [])[position]
+        return item.number if item.number > 0 else None
+    if isinstance(item, DimOf):
+        return (dimensions(item.value) or [])[item.axis]
+    return None

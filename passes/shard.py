@@ -1,0 +1,63 @@
+"""shard: tensor parallelism as one SPMD graph."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir
+
+from passopt.ir.contract import degree_of
+from passopt.ir.editing import Editor
+from passopt.ir.errors import PassError
+from passopt.ir.shapes import complete_types
+from passopt.passes.base import Pass, PassResult
+from passopt.passes.sharding.materialize import Materializer
+from passopt.passes.sharding.plan import ShardPlan, plan_of
+from passopt.passes.sharding.propagate import Propagation
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard(Pass):
+    """Rewrite the graph once into what every rank runs: weights become shards, partial sums meet in collectives.
+
+    Before: ``y = MatMul(Relu(MatMul(x, w1)), w2)``
+    After:  ``y = AllReduce(MatMul(Relu(MatMul(x, shard(w1, axis=1))), shard(w2, axis=0)))``
+    A linear of a replicated input is column-parallel; everything else is inferred. The KV cache holds the rank's heads;
+    only logits are gathered. `pad=true` fills heads, channels and vocabulary with zeros to a multiple of the degree.
+    """
+
+    name = "shard"
+    after = ("fold-norm-head", "inject-norm-head-bias", "split-packed-qkv", "dematerialize-alibi")
+    accuracy = "reassociated"
+
+    degree: int = 2
+    pad: bool = False
+
+    def run(self, model: onnx_ir.Model) -> PassResult:
+        present = degree_of(model)
+        if present == self.degree:
+            return PassResult()
+        if present != 1:
+            raise PassError(f"{self.name}: the model is sharded already, degree {present}, asked for {self.degree}")
+        if self.degree < 1:
+            raise PassError(f"{self.name}: degree {self.degree} is not a positive number")
+        complete_types(model)
+        state = Propagation(model).run()
+        plan = plan_of(state)
+        self._check(plan)
+        done = Materializer(state, self.degree, Editor(model, self.name)).run()
+        note = f"{len(done.sharded)} tensors sharded, {done.all_reduces} AllReduce, {done.all_gathers} AllGather"
+        return PassResult(modified=True, matches=len(done.sharded), tries=len(model.graph), notes=[note])
+
+    def _check(self, plan: ShardPlan) -> None:
+        if not plan.sharded:
+            raise PassError(f"{self.name}: found no linear to shard: no MatMul has a constant weight of two axes")
+        blockers = plan.blockers(self.degree)
+        if not blockers or self.pad:
+            return
+        reasons = "; ".join(f"{group.units} units of {group.example}" for group in blockers)
+        legal = ", ".join(map(str, plan.legal_degrees)) or "none"
+        raise PassError(
+            f"{self.name}: degree {self.degree} does not divide {reasons}. Legal degrees: {legal}; "
+            f"or pad with zeros: tp{{degree={self.degree},pad=true}}"
+        )

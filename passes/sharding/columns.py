@@ -1,0 +1,135 @@
+"""What the output channels of a linear are made of, read off how its output is used.
+
+A packed projection is reshaped to [.., 3, width] and indexed along the 3: three segments. A projection that is
+reshaped to [.., heads, head_dim] has heads as units. Names are never looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import onnx_ir
+
+from passopt.ir.weights import small_constant
+from passopt.passes.sharding.axes import moved_axis, products, rank_of, selects_along
+
+_FURTHEST = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnLayout:
+    """The channels are `segments` × `units` × any number of channels per unit."""
+
+    segments: int
+    units: int
+
+
+def column_layout(value: onnx_ir.Value, axis: int, length: int) -> ColumnLayout:
+    """The layout of `axis`, of `length` channels, of a linear's output. Raises ValueError for unequal parts."""
+    segments = 1
+    found = _next_division(value, axis)
+    while found is not None:
+        node, axes = found
+        if node.op_type == "Split":
+            widths = _split_widths(node, length)
+            if len(set(widths)) != 1:
+                raise ValueError(f"{node.name} splits the channels into unequal parts {widths}; run split-packed-qkv")
+            segments *= len(widths)
+            found = _next_division(node.outputs[0], axes[0])
+            continue
+        output = node.outputs[0]
+        leading = _length(output, axes[0])
+        if not _is_indexed(output, axes[0]):
+            return ColumnLayout(segments, leading)
+        segments *= leading
+        if len(axes) == 1:
+            break
+        if len(axes) > 2:
+            return ColumnLayout(segments, _length(output, axes[1]))
+        found = _next_division(output, axes[1])
+    return ColumnLayout(segments, length // segments)
+
+
+def _next_division(value: onnx_ir.Value, axis: int) -> tuple[onnx_ir.Node, list[int]] | None:
+    """The first Reshape or Split downstream that divides the axis, with the output axes it becomes."""
+    for node, index, position in _followed(value, axis):
+        if node.op_type == "Split" and index == 0 and selects_along(node, 0, position):
+            return node, [position]
+        if node.op_type == "Reshape" and index == 0:
+            axes = _divided_into(node, position)
+            if len(axes) > 1:
+                return node, axes
+    return None
+
+
+def _is_indexed(value: onnx_ir.Value, axis: int) -> bool:
+    return any(selects_along(node, index, position) for node, index, position in _followed(value, axis))
+
+
+def _followed(value: onnx_ir.Value, axis: int) -> Iterator[tuple[onnx_ir.Node, int, int]]:
+    """Every (node, input index, axis) that the axis reaches with its elements in place, nearest first."""
+    work, steps = [(value, axis)], 0
+    while work and steps < _FURTHEST:
+        current, position = work.pop(0)
+        steps += 1
+        for use in current.uses():
+            yield use.node, use.idx, position
+            if use.node.op_type == "Reshape" and use.idx == 0:
+                axes = _divided_into(use.node, position)
+                if len(axes) == 1:
+                    work.append((use.node.outputs[0], axes[0]))
+                continue
+            if selects_along(use.node, use.idx, position):
+                continue
+            after = moved_axis(use.node, use.idx, position)
+            if after is not None:
+                work.extend((output, after) for output in use.node.outputs)
+
+
+def _divided_into(node: onnx_ir.Node, axis: int) -> list[int]:
+    """The output axes whose lengths multiply to the input axis; empty if the reshape merges it with others."""
+    before, after = products(node.inputs[0]), products(node.outputs[0])
+    length, start = before[axis], 0
+    outer = [item for item in before[:axis] if item is not None]
+    if length is None or length.symbols or len(outer) != axis:
+        return []
+    ahead = outer[:]
+    while start < len(after) and ahead:
+        factor = after[start]
+        if factor is None or factor not in ahead:
+            break
+        ahead.remove(factor)
+        start += 1
+    if ahead:
+        return []
+    axes, left = [], length.number
+    for position in range(start, len(after)):
+        factor = after[position]
+        if factor is None or factor.symbols or left % factor.number:
+            break
+        axes.append(position)
+        left //= factor.number
+        if left == 1:
+            return axes
+    return []
+
+
+def _length(value: onnx_ir.Value, axis: int) -> int:
+    dim = value.shape[axis] if value.shape is not None else None
+    if not isinstance(dim, int):
+        raise ValueError(f"the length of axis {axis} of {value.name} is not a number")
+    return dim
+
+
+def _split_widths(node: onnx_ir.Node, length: int) -> list[int]:
+    sizes = small_constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if sizes is not None:
+        return [int(size) for size in sizes.reshape(-1)]
+    count = len(node.outputs)
+    return [length // count] * count
+
+
+def output_axis(node: onnx_ir.Node) -> int:
+    """The last axis of a linear's output."""
+    return rank_of(node.outputs[0]) - 1

@@ -1,0 +1,235 @@
+"""Turn a propagation into the SPMD graph of one rank: shards for weights, local lengths, collectives, vocab masks."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.builder import MICROSOFT, Builder
+from passopt.ir.contract import DEGREE, KV_HEADS, find_decoder
+from passopt.ir.editing import Editor
+from passopt.ir.errors import PassError
+from passopt.ir.expressions import SCALE_OF_ZEROS, Expression, Literal, QuantizeScales
+from passopt.ir.shapes import ConstantElement, elements
+from passopt.ir.weights import LazyWeight, expression_of, small_constant
+from passopt.passes.sharding.axes import rank_of
+from passopt.passes.sharding.propagate import Propagation, Use, describe
+from passopt.passes.sharding.spec import Sharded, VocabMasked, local_length, padded_units
+
+#: Node metadata: the place of a collective in the order in which every rank runs them.
+COLLECTIVE = "passopt.collective"
+_REDUCIBLE = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.DOUBLE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Materialized:
+    """What was done: weights by name, and the number of each collective."""
+
+    sharded: tuple[str, ...]
+    all_reduces: int
+    all_gathers: int
+
+
+class Materializer:
+    def __init__(self, state: Propagation, degree: int, editor: Editor) -> None:
+        self.state = state
+        self.degree = degree
+        self.editor = editor
+        self._owned: dict[tuple[int, int], tuple[onnx_ir.Value, onnx_ir.Value]] = {}
+
+    def run(self) -> Materialized:
+        outputs = [(value, self.state.specs.get(value)) for value in self.editor.graph.outputs]
+        for use, (position, spec) in self.state.targets.items():
+            self._shrink(use, position, spec)
+        names = self._shard_constants()
+        self._localize_shapes()
+        for node, masked in self.state.tables.items():
+            self._mask_indices(node, masked)
+        for value in self.state.partial:
+            self._all_reduce(value, None)
+        for value, masked in self.state.masked.items():
+            self._all_reduce(value, masked)
+        for value, spec in outputs:
+            if isinstance(spec, Sharded) and not (value.name or "").startswith("present."):
+                self._all_gather(value, spec)
+        self._record()
+        kinds = collections.Counter(node.op_type for node in self.editor.graph if COLLECTIVE in node.metadata_props)
+        return Materialized(tuple(names), kinds["AllReduce"], kinds["AllGather"])
+
+    # Weights and constants.
+
+    def _shard_constants(self) -> list[str]:
+        """One new initializer per constant and spec; it keeps the name if no replicated use is left."""
+        groups: dict[tuple[onnx_ir.Value, Sharded], list[Use]] = collections.defaultdict(list)
+        for use, spec in self.state.constant_uses.items():
+            value = use.node.inputs[use.index]
+            assert value is not None
+            groups[(value, spec)].append(use)
+        names = []
+        for (value, spec), uses in groups.items():
+            name = value.name or "constant"
+            expression = self._sharded(value, spec, uses)
+            for use in uses:
+                use.node.replace_input_with(use.index, None)
+            alone = not value.uses() and not value.is_graph_output()
+            if alone:
+                self.editor.remove_unused_initializer(value)
+            final = name if alone else self.editor.unique(f"{name}.shard")
+            made = _initializer(final, expression)
+            self.editor.graph.register_initializer(made)
+            for use in uses:
+                use.node.replace_input_with(use.index, made)
+            names.append(final)
+        return names
+
+    def _sharded(self, value: onnx_ir.Value, spec: Sharded, uses: list[Use]) -> Expression:
+        expression = expression_of(value)
+        assert expression is not None
+        padded = padded_units(spec.units, self.degree)
+        length = expression.shape[spec.axis] // spec.units * padded
+        is_scale = isinstance(expression, QuantizeScales) or any(
+            use.node.op_type == "DequantizeLinear" and use.index == 1 for use in uses
+        )
+        filler = SCALE_OF_ZEROS if is_scale else 0.0
+        segments = spec.fixed_segments
+        return expression.pad(spec.axis, length, segments, filler).shard(spec.axis, self.degree, segments)
+
+    # Shapes.
+
+    def _localize_shapes(self) -> None:
+        for value, spec in self.state.specs.items():
+            if not isinstance(spec, Sharded) or value.shape is None:
+                continue
+            length = value.shape[spec.axis]
+            known = local_length(length, spec, self.degree) if isinstance(length, int) else None
+            dims = [known if axis == spec.axis else dim for axis, dim in enumerate(value.shape.dims)]
+            value.shape = onnx_ir.Shape(dims)
+
+    def _shrink(self, use: Use, position: int, spec: Sharded) -> None:
+        """Rebuild a target shape (or Split sizes: position -1, all elements) with the length of one rank."""
+        node, target = use.node, use.node.inputs[use.index]
+        assert target is not None
+        builder = self.editor.builder(target.name or "shape")
+        whole = small_constant(target)
+        if whole is not None:
+            local = whole.copy()
+            chosen = slice(None) if position < 0 else slice(position, position + 1)
+            local[chosen] = [local_length(int(item), spec, self.degree) for item in whole[chosen]]
+            result = builder.literal(local)
+        else:
+            result = self._shrunk_concat(builder, node, target, position, spec)
+        self.editor.insert(builder.built, node, [node])
+        producer = target.producer()
+        node.replace_input_with(use.index, result)
+        if producer is not None:
+            self.editor.remove_dead([producer])
+        else:
+            self.editor.remove_unused_initializer(target)
+
+    def _shrunk_concat(
+        self, builder: Builder, node: onnx_ir.Node, target: onnx_ir.Value, position: int, spec: Sharded
+    ) -> Any:
+        concat = target.producer()
+        found = elements(target)
+        if concat is None or concat.op_type != "Concat" or found is None:
+            raise PassError(f"{describe(node)}: its target shape {target.name} is not a Concat that can be rebuilt")
+        parts, offset = [], 0
+        for part in concat.inputs:
+            size = len(elements(part) or [])
+            item = found[position]
+            if offset <= position < offset + size and isinstance(item, ConstantElement):
+                if size != 1:
+                    raise PassError(f"{describe(node)}: element {position} of {target.name} is part of a longer piece")
+                parts.append(np.array([local_length(item.number, spec, self.degree)], np.int64))
+            else:
+                parts.append(part)
+            offset += size
+        return builder.Concat(*parts, axis=0)
+
+    # Collectives.
+
+    def _all_reduce(self, value: onnx_ir.Value, masked: VocabMasked | None) -> None:
+        builder = self.editor.builder(value.name or "value")
+        current: Any = value
+        if masked is not None:
+            current = self._masked_rows(builder, value, masked)
+        narrow = value.dtype if value.dtype not in _REDUCIBLE else None
+        if narrow is not None:
+            # onnxruntime's AllReduce takes no bfloat16.
+            current = builder.Cast(current, to=onnx_ir.DataType.FLOAT.value)
+        current = builder.AllReduce(current, domain=MICROSOFT)
+        if narrow is not None:
+            current = builder.Cast(current, to=narrow.value)
+        self.editor.follow(value, current, builder.built, "partial")
+
+    def _masked_rows(self, builder: Builder, value: onnx_ir.Value, masked: VocabMasked) -> Any:
+        """Zero where another rank owns the token; the sum over ranks then has each row once."""
+        owned = next(mask for (_, units), (mask, _) in self._owned.items() if units == masked.units)
+        for _ in range(rank_of(value) - rank_of(owned)):
+            owned = builder.Unsqueeze(owned, [-1])
+        assert value.dtype is not None
+        return builder.Where(owned, value, builder.literal(np.zeros((), value.dtype.numpy())))
+
+    def _mask_indices(self, node: onnx_ir.Node, masked: VocabMasked) -> None:
+        """Look up row 0 for tokens of other ranks."""
+        ids = node.inputs[1]
+        assert ids is not None
+        key = (id(ids), masked.units)
+        if key not in self._owned:
+            self._owned[key] = self._owned_tokens(node, ids, masked.units)
+        node.replace_input_with(1, self._owned[key][1])
+
+    def _owned_tokens(self, node: onnx_ir.Node, ids: onnx_ir.Value, units: int) -> tuple[onnx_ir.Value, onnx_ir.Value]:
+        """(mask, local index) of the token ids for this rank's rows."""
+        rows = padded_units(units, self.degree) // self.degree
+        builder = self.editor.builder(f"{ids.name}.local")
+        starts = Literal.of(np.arange(self.degree, dtype=np.int64) * rows).shard(0, self.degree)
+        local = builder.Sub(ids, builder.initializer("vocab.start", starts))
+        owned = builder.And(builder.GreaterOrEqual(local, 0), builder.Less(local, rows))
+        index = builder.Where(owned, local, 0)
+        self.editor.insert(builder.built, node, [node])
+        return owned, index
+
+    def _all_gather(self, value: onnx_ir.Value, spec: Sharded) -> None:
+        length = spec.units  # of one segment; a gathered output has one
+        if spec.fixed_segments != 1:
+            raise PassError(f"graph output {value.name!r} is {spec}; only one segment can be gathered")
+        builder = self.editor.builder(value.name or "value")
+        local = value.shape[spec.axis] if value.shape is not None else None
+        gathered = builder.AllGather(value, domain=MICROSOFT, axis=spec.axis, group_size=self.degree)
+        padded = padded_units(spec.units, self.degree)
+        if padded != spec.units:
+            assert isinstance(local, int)
+            true_length = local * self.degree // padded * length
+            gathered = builder.Slice(gathered, [0], [true_length], [spec.axis])
+        self.editor.follow(value, gathered, builder.built, "shard")
+
+    def _record(self) -> None:
+        """Number the collectives in the order of the graph, and note what the ranks must know."""
+        index = 0
+        for node in self.editor.graph:
+            if node.domain == MICROSOFT and node.op_type in {"AllReduce", "AllGather"}:
+                node.name = self.editor.unique(f"{node.op_type.lower()}.{index}")
+                node.metadata_props[COLLECTIVE] = str(index)
+                index += 1
+        metadata = self.editor.model.metadata_props
+        metadata[DEGREE] = str(self.degree)
+        decoder = find_decoder(self.editor.model)
+        heads = [
+            spec.units
+            for value, spec in self.state.specs.items()
+            if (value.name or "").startswith("past.")
+            if isinstance(spec, Sharded)
+        ]
+        if decoder is not None and heads:
+            metadata[KV_HEADS] = str(heads[0])
+
+
+def _initializer(name: str, expression: Expression) -> onnx_ir.Value:
+    value = onnx_ir.Value(name=name, shape=onnx_ir.Shape(expression.shape), type=onnx_ir.TensorType(expression.dtype))
+    value.const_value = LazyWeight(expression, name)
+    return value

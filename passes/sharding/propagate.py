@@ -1,0 +1,194 @@
+"""Infer how every value lies on the ranks: column-parallel linears are the seeds, everything else follows.
+
+Forward rules give an operator's outputs from its inputs; where an input must be sharded as well (a bias, the ALiBi
+slopes behind a mask), `demand` goes backward to the constants. Nothing is changed here: the result is a `Propagation`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+
+import onnx_ir
+
+from passopt.ir.contract import find_decoder
+from passopt.ir.errors import PassError
+from passopt.ir.weights import constant_tensor
+from passopt.passes.sharding.axes import products, rank_of
+from passopt.passes.sharding.spec import (
+    ONE,
+    REPLICATED,
+    LocalDims,
+    Product,
+    Replicated,
+    Sharded,
+    Spec,
+    VocabMasked,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """Input `index` of a node."""
+
+    node: onnx_ir.Node
+    index: int
+
+
+class Conflict(Exception):
+    """A rule cannot shard here. Becomes a PassError that names the node."""
+
+
+class Propagation:
+    """The specs of all values, the uses of constants that want a shard, and what must be inserted."""
+
+    def __init__(self, model: onnx_ir.Model) -> None:
+        self.model = model
+        self.specs: dict[onnx_ir.Value, Spec] = {}
+        self.constant_uses: dict[Use, Sharded] = {}
+        self.partial: dict[onnx_ir.Value, None] = {}
+        self.masked: dict[onnx_ir.Value, VocabMasked] = {}
+        self.targets: dict[Use, tuple[int, Sharded]] = {}
+        self.seeds: dict[onnx_ir.Node, Sharded] = {}
+        self.tables: dict[onnx_ir.Node, VocabMasked] = {}
+        self._order = {node: index for index, node in enumerate(model.graph)}
+        self._queue: list[int] = []
+        self._queued: set[int] = set()
+        self._nodes = list(model.graph)
+
+    def run(self) -> Propagation:
+        """Propagate to the fixed point. Raises PassError that names the node which has no consistent spec."""
+        self._seed_inputs()
+        for index in range(len(self._nodes)):
+            self._enqueue(index)
+        while self._queue:
+            index = heapq.heappop(self._queue)
+            self._queued.discard(index)
+            self._visit(self._nodes[index])
+        return self
+
+    # What rules ask.
+
+    def spec(self, node: onnx_ir.Node, index: int) -> Spec:
+        """How input `index` of a node lies on the ranks; an absent input is replicated."""
+        value = node.inputs[index]
+        if value is None:
+            return REPLICATED
+        if is_constant(value):
+            return self.constant_uses.get(Use(node, index), REPLICATED)
+        return self.specs.get(value, REPLICATED)
+
+    def demand(self, node: onnx_ir.Node, index: int, wanted: Sharded) -> None:
+        """Input `index` must be sharded so: go backward until constants are reached. Raises Conflict."""
+        value = node.inputs[index]
+        if value is None:
+            return
+        if is_constant(value):
+            self._demand_constant(node, index, value, wanted)
+            return
+        known = self.specs.get(value, REPLICATED)
+        if known == wanted:
+            return
+        producer = value.producer()
+        if not isinstance(known, Replicated) or producer is None:
+            raise Conflict(f"{value.name} is {known}, but must be {wanted}")
+        from passopt.passes.sharding.rules import shard_backward
+
+        shard_backward(self, producer, wanted)
+        self._set(value, wanted)
+        self._enqueue(self._order[producer])
+
+    def shrink_target(self, node: onnx_ir.Node, position: int, spec: Sharded) -> None:
+        """Element `position` of the target shape (input 1) must become the length of one rank."""
+        self.targets[Use(node, 1)] = (position, spec)
+
+    def reduce(self, value: onnx_ir.Value) -> None:
+        """The value is a partial sum on every rank: an AllReduce follows, and users see it replicated."""
+        self.partial[value] = None
+
+    def resolve_mask(self, value: onnx_ir.Value) -> None:
+        """Rows of a sharded table meet an operator that needs them all: mask foreign rows, then AllReduce."""
+        spec = self.specs[value]
+        assert isinstance(spec, VocabMasked)
+        self.masked[value] = spec
+        self._set(value, REPLICATED)
+
+    # The fixed point.
+
+    def _seed_inputs(self) -> None:
+        """The cache is sharded by kv heads, as the contract says; the operators that read it check that."""
+        decoder = find_decoder(self.model)
+        for value in self.model.graph.inputs:
+            is_cache = decoder is not None and (value.name or "").startswith("past.")
+            heads = decoder.kv_heads if decoder is not None else 0
+            self.specs[value] = Sharded(1, ONE, heads) if is_cache else REPLICATED
+
+    def _demand_constant(self, node: onnx_ir.Node, index: int, value: onnx_ir.Value, wanted: Sharded) -> None:
+        known = self.constant_uses.setdefault(Use(node, index), wanted)
+        if known != wanted:
+            raise Conflict(f"{value.name} is {known} here, but must be {wanted}")
+        length = products(value)[wanted.axis]
+        if length is None or length.divided_by(wanted.segments.times(Product(wanted.units))) is None:
+            raise Conflict(f"axis {wanted.axis} of {value.name} ({length}) does not consist of {wanted}")
+
+    def _set(self, value: onnx_ir.Value, spec: Spec) -> None:
+        if self.specs.get(value) == spec:
+            return
+        self.specs[value] = spec
+        for node in value.consumers():
+            if node in self._order:
+                self._enqueue(self._order[node])
+
+    def _enqueue(self, index: int) -> None:
+        if index not in self._queued:
+            self._queued.add(index)
+            heapq.heappush(self._queue, index)
+
+    def _visit(self, node: onnx_ir.Node) -> None:
+        from passopt.passes.sharding.rules import shard_forward
+
+        try:
+            specs = shard_forward(self, node)
+        except (Conflict, ValueError) as reason:
+            raise PassError(f"{describe(node)}: {reason}") from None
+        for value, spec in zip(node.outputs, specs, strict=True):
+            before = self.specs.get(value, REPLICATED)
+            if value in self.masked and isinstance(spec, VocabMasked):
+                continue
+            if not isinstance(before, Replicated) and before != spec:
+                raise PassError(f"{describe(node)}: {value.name} is needed {before}, but computed {spec}")
+            self._set(value, spec)
+
+
+def is_constant(value: onnx_ir.Value) -> bool:
+    return constant_tensor(value) is not None
+
+
+def is_weight_side(value: onnx_ir.Value | None) -> bool:
+    """True if the value depends on constants only: a weight, perhaps transposed, cast or dequantised."""
+    if value is None:
+        return False
+    if is_constant(value):
+        return True
+    node = value.producer()
+    if node is None or not node.inputs or node.op_type not in _WEIGHT_PATH:
+        return False
+    return all(item is None or is_weight_side(item) for item in node.inputs)
+
+
+_WEIGHT_PATH = frozenset(
+    {"Transpose", "Cast", "DequantizeLinear", "Identity", "Div", "Mul", "Expand", "Clip", "ReduceL2", "Max"}
+)
+
+
+def describe(node: onnx_ir.Node) -> str:
+    """Operator, name and, where known, the module of the original model."""
+    module = node.metadata_props.get("passopt.module")
+    return f"{node.op_type} {node.name!r}" + (f" in {module}" if module else "")
+
+
+def last_axis(value: onnx_ir.Value | None) -> int:
+    return rank_of(value) - 1
+
+
+__all__ = ["Conflict", "LocalDims", "Propagation", "Use", "describe", "is_constant", "is_weight_side", "last_axis"]

@@ -1,0 +1,354 @@
+"""One sharding rule per operator: forward (outputs from inputs) and backward (what inputs a sharded output needs).
+
+An operator without a rule is fine while all its inputs are replicated; a sharded input is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import onnx_ir
+
+from passopt.ir.shapes import ConstantElement, DimOf, elements
+from passopt.ir.weights import small_constant
+from passopt.passes.sharding.axes import (
+    ELEMENTWISE,
+    attribute_axis,
+    constant_axes,
+    moved_axis,
+    products,
+    rank_of,
+    reshaped_axis,
+    selects_along,
+    source_axis,
+)
+from passopt.passes.sharding.matmul import matmul_backward, matmul_forward
+from passopt.passes.sharding.propagate import Conflict, Propagation, is_constant
+from passopt.passes.sharding.spec import ONE, REPLICATED, LocalDims, Replicated, Sharded, Spec, VocabMasked
+
+Forward: TypeAlias = Callable[[Propagation, onnx_ir.Node], "Spec | list[Spec]"]
+Backward: TypeAlias = Callable[[Propagation, onnx_ir.Node, Sharded], None]
+
+_SHAPE_ARITHMETIC = frozenset({"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"})
+_PASSES_MASKED_ROWS = frozenset({"Cast", "Unsqueeze", "Mul"})
+_REDUCTIONS = frozenset(
+    {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceProd", "ArgMax"}
+)
+
+
+def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
+    """The specs of a node's outputs. Raises Conflict or ValueError where it cannot be sharded so."""
+    specs = [state.spec(node, index) for index in range(len(node.inputs))]
+    if any(isinstance(spec, VocabMasked) for spec in specs):
+        specs = _settle_masked_rows(state, node, specs)
+        if any(isinstance(spec, VocabMasked) for spec in specs):
+            return [next(spec for spec in specs if isinstance(spec, VocabMasked))] * len(node.outputs)
+    if any(isinstance(spec, LocalDims) for spec in specs) and node.op_type in _SHAPE_ARITHMETIC - {"Reshape"}:
+        return [_local_dims(state, node)]
+    rule = _FORWARD.get(node.op_type) if not node.domain else None
+    if rule is None or (node.op_type not in _SEEDING and all(isinstance(spec, Replicated) for spec in specs)):
+        if all(isinstance(spec, Replicated) for spec in specs):
+            return [REPLICATED] * len(node.outputs)
+        raise Conflict(f"no sharding rule for this operator; its inputs are {', '.join(map(str, specs))}")
+    found = rule(state, node)
+    return found if isinstance(found, list) else [found] * len(node.outputs)
+
+
+def shard_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    """Demand of a node's inputs what its output, sharded as `wanted`, needs. Raises Conflict."""
+    rule = _BACKWARD.get(node.op_type) if not node.domain else None
+    if rule is None:
+        raise Conflict(f"{node.outputs[0].name} must be {wanted}, and {node.op_type} has no rule to get there")
+    rule(state, node, wanted)
+
+
+def _settle_masked_rows(state: Propagation, node: onnx_ir.Node, specs: Sequence[Spec]) -> list[Spec]:
+    """Masked rows go on through casts and products of masked rows; anywhere else they are completed first."""
+    computed = [
+        spec for spec, value in zip(specs, node.inputs, strict=True) if value is not None and not is_constant(value)
+    ]
+    if node.op_type in _PASSES_MASKED_ROWS and all(isinstance(spec, VocabMasked) for spec in computed):
+        return list(specs)
+    settled = list(specs)
+    for index, (value, spec) in enumerate(zip(node.inputs, specs, strict=True)):
+        if value is not None and isinstance(spec, VocabMasked):
+            state.resolve_mask(value)
+            settled[index] = REPLICATED
+    return settled
+
+
+def _local_dims(state: Propagation, node: onnx_ir.Node) -> Spec:
+    """Which elements of a computed shape vector are lengths of one rank."""
+    found = elements(node.outputs[0])
+    if found is None:
+        raise Conflict("computes with the length of a sharded axis in a way that cannot be followed")
+    positions = set()
+    for position, item in enumerate(found):
+        if isinstance(item, DimOf):
+            spec = state.specs.get(item.value, REPLICATED)
+            if isinstance(spec, Sharded) and spec.axis == item.axis:
+                positions.add(position)
+    return LocalDims(frozenset(positions)) if positions else REPLICATED
+
+
+def _one_sharded(specs: Sequence[Spec]) -> Sharded | None:
+    """The spec that all sharded ones agree on. Raises Conflict if they differ or one is a local shape."""
+    sharded = [spec for spec in specs if isinstance(spec, Sharded)]
+    if any(isinstance(spec, LocalDims) for spec in specs):
+        raise Conflict("computes with the length of a sharded axis")
+    if any(spec != sharded[0] for spec in sharded):
+        raise Conflict(f"its inputs are sharded differently: {', '.join(map(str, sharded))}")
+    return sharded[0] if sharded else None
+
+
+def _elementwise(state: Propagation, node: onnx_ir.Node) -> Spec:
+    specs = []
+    for index, value in enumerate(node.inputs):
+        spec = state.spec(node, index)
+        if isinstance(spec, Sharded) and value is not None:
+            axis = moved_axis(node, index, spec.axis)
+            assert axis is not None
+            spec = spec.at(axis)
+        specs.append(spec)
+    if node.op_type == "CastLike":
+        return specs[0]
+    wanted = _one_sharded(specs)
+    if wanted is None:
+        return REPLICATED
+    _demand_of_all(state, node, wanted)
+    return wanted
+
+
+def _demand_of_all(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    """Inputs that have the sharded axis (and do not broadcast along it) must be sharded alike."""
+    count = 1 if node.op_type == "CastLike" else len(node.inputs)
+    for index, value in enumerate(node.inputs[:count]):
+        if value is None:
+            continue
+        axis = wanted.axis - rank_of(node.outputs[0]) + rank_of(value)
+        if axis < 0 or products(value)[axis] == ONE:
+            continue
+        state.demand(node, index, wanted.at(axis))
+
+
+def _moving(state: Propagation, node: onnx_ir.Node) -> Spec:
+    """Transpose, Unsqueeze, Squeeze, Softmax and the like: the axis moves with its elements in place."""
+    spec = _one_sharded([state.spec(node, 0)])
+    if spec is None:
+        return REPLICATED
+    if selects_along(node, 0, spec.axis):
+        raise Conflict(f"picks elements along axis {spec.axis}, which is {spec}")
+    axis = moved_axis(node, 0, spec.axis)
+    if axis is None:
+        raise Conflict(f"axis {spec.axis}, which is {spec}, does not survive this operator")
+    return spec.at(axis)
+
+
+def _moving_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    axis = source_axis(node, 0, wanted.axis)
+    if axis is None:
+        raise Conflict(f"{node.outputs[0].name} must be {wanted}, which its input has no axis for")
+    if selects_along(node, 0, axis):
+        raise Conflict(f"picks elements along axis {axis} of {node.inputs[0]}, which must be {wanted}")
+    state.demand(node, 0, wanted.at(axis))
+
+
+def _softmax(state: Propagation, node: onnx_ir.Node) -> Spec:
+    spec = _moving(state, node)
+    if isinstance(spec, Sharded) and attribute_axis(node, -1, rank_of(node.inputs[0])) == spec.axis:
+        raise Conflict(f"normalises over axis {spec.axis}, which is {spec}")
+    return spec
+
+
+def _gather(state: Propagation, node: onnx_ir.Node) -> Spec:
+    table = node.inputs[0]
+    if table is not None and is_constant(table) and not is_constant(node.inputs[1]):  # type: ignore[arg-type]
+        return _table(state, node, table)
+    if not isinstance(state.spec(node, 1), Replicated):
+        raise Conflict("the indices are sharded")
+    return _moving(state, node)
+
+
+def _table(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> Spec:
+    """A look-up in a constant: token embeddings are split by rows, anything else (rotary tables) is replicated."""
+    if node not in state.tables and not _is_embedding(node, table):
+        return _moving(state, node)
+    rows = products(table)[0]
+    assert rows is not None
+    state.demand(node, 0, Sharded(0, ONE, rows.number))
+    spec = VocabMasked(rows.number)
+    state.tables[node] = spec
+    return spec
+
+
+def _is_embedding(node: onnx_ir.Node, table: onnx_ir.Value) -> bool:
+    """Rows looked up by the token ids, which come from a graph input as they are."""
+    ids = node.inputs[1]
+    by_rows = attribute_axis(node, 0, rank_of(table)) == 0
+    return by_rows and ids is not None and ids.is_graph_input() and rank_of(table) in {1, 2}
+
+
+def _concat(state: Propagation, node: onnx_ir.Node) -> Spec:
+    wanted = _one_sharded([state.spec(node, index) for index in range(len(node.inputs))])
+    if wanted is None:
+        return REPLICATED
+    _concat_backward(state, node, wanted)
+    return wanted
+
+
+def _concat_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    if attribute_axis(node, 0, rank_of(node.inputs[0])) == wanted.axis:
+        raise Conflict(f"joins along axis {wanted.axis}, which is {wanted}")
+    for index in range(len(node.inputs)):
+        state.demand(node, index, wanted)
+
+
+def _split(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
+    spec = state.spec(node, 0)
+    if not isinstance(spec, Sharded) or not selects_along(node, 0, spec.axis):
+        return [_moving(state, node)] * len(node.outputs)
+    sizes = small_constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if spec.segments.symbols or spec.fixed_segments != len(node.outputs):
+        raise Conflict(f"splits axis {spec.axis} into {len(node.outputs)} parts, but it is {spec}")
+    if sizes is not None and len(set(sizes.tolist())) != 1:
+        raise Conflict(f"splits a sharded axis into unequal parts {sizes.tolist()}")
+    if sizes is not None:
+        state.shrink_target(node, -1, spec)
+    return [dataclasses.replace(spec, segments=ONE)] * len(node.outputs)
+
+
+def _reshape(state: Propagation, node: onnx_ir.Node) -> Spec:
+    spec, target = state.spec(node, 0), state.spec(node, 1)
+    if not isinstance(spec, Sharded):
+        if isinstance(target, LocalDims):
+            raise Conflict("gives a replicated value the length of a sharded axis")
+        return _local_dims(state, node) if isinstance(spec, LocalDims) else REPLICATED
+    before, after = products(node.inputs[0]), products(node.outputs[0])
+    found = reshaped_axis(before, after, spec.axis, spec.segments, spec.units)
+    if found is None:
+        shapes = f"{[str(p) for p in before]} → {[str(p) for p in after]}"
+        raise Conflict(f"tears apart axis {spec.axis}, which is {spec}: {shapes}")
+    result = Sharded(found[0], found[1], spec.units)
+    _fit_target(state, node, result, target)
+    return result
+
+
+def _reshape_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    before, after = products(node.outputs[0]), products(node.inputs[0])
+    found = reshaped_axis(before, after, wanted.axis, wanted.segments, wanted.units)
+    if found is None:
+        raise Conflict(f"{node.outputs[0].name} must be {wanted}, which its input cannot be")
+    state.demand(node, 0, Sharded(found[0], found[1], wanted.units))
+    _fit_target(state, node, wanted, state.spec(node, 1))
+
+
+def _fit_target(state: Propagation, node: onnx_ir.Node, result: Sharded, target: Spec) -> None:
+    """The target shape must say the length of one rank at the sharded axis, and at no other."""
+    found = elements(node.inputs[1])
+    if found is None:
+        raise Conflict("the target shape cannot be followed")
+    item = found[result.axis]
+    if isinstance(target, LocalDims) and target.positions != {result.axis}:
+        raise Conflict(f"the target is {target}, the sharded axis is {result.axis}")
+    if isinstance(item, ConstantElement):
+        if item.number > 0:
+            state.shrink_target(node, result.axis, result)
+        return
+    if not isinstance(target, LocalDims):
+        raise Conflict(f"the length of axis {result.axis} is computed, and not from a sharded axis")
+
+
+def _expand(state: Propagation, node: onnx_ir.Node) -> Spec:
+    spec = state.spec(node, 0)
+    if not isinstance(spec, Sharded):
+        known = state.specs.get(node.outputs[0], REPLICATED)
+        return known if isinstance(known, Sharded) else REPLICATED
+    result = spec.at(spec.axis + rank_of(node.outputs[0]) - rank_of(node.inputs[0]))
+    _expand_target(state, node, result)
+    return result
+
+
+def _expand_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    axis = wanted.axis - rank_of(node.outputs[0]) + rank_of(node.inputs[0])
+    if axis >= 0 and products(node.inputs[0])[axis] != ONE:
+        state.demand(node, 0, wanted.at(axis))
+    _expand_target(state, node, wanted)
+
+
+def _expand_target(state: Propagation, node: onnx_ir.Node, result: Sharded) -> None:
+    found, position = elements(node.inputs[1]), result.axis
+    if found is None:
+        raise Conflict("the target shape cannot be followed")
+    position -= rank_of(node.outputs[0]) - len(found)
+    item = found[position] if position >= 0 else None
+    if isinstance(item, ConstantElement) and item.number != 1:
+        state.shrink_target(node, position, result)
+
+
+def _reduction(state: Propagation, node: onnx_ir.Node) -> Spec:
+    spec = _one_sharded([state.spec(node, 0)])
+    if spec is None:
+        return REPLICATED
+    rank = rank_of(node.inputs[0])
+    axes = constant_axes(node, 1, rank)
+    if axes is None or spec.axis in axes:
+        raise Conflict(f"reduces over axis {spec.axis}, which is {spec}")
+    keeps = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
+    return spec if keeps else spec.at(spec.axis - sum(axis < spec.axis for axis in axes))
+
+
+def _reduction_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    axes = constant_axes(node, 1, rank_of(node.inputs[0]))
+    if axes is None or rank_of(node.outputs[0]) != rank_of(node.inputs[0]) or wanted.axis in axes:
+        raise Conflict(f"{node.outputs[0].name} must be {wanted}, which a reduction does not give")
+    state.demand(node, 0, wanted)
+
+
+def _shape(state: Propagation, node: onnx_ir.Node) -> Spec:
+    return _local_dims(state, node)
+
+
+def _dequantize(state: Propagation, node: onnx_ir.Node) -> Spec:
+    spec = state.spec(node, 0)
+    if isinstance(spec, Sharded):
+        _dequantize_backward(state, node, spec)
+    return spec
+
+
+def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    """A shard along the channels splits the scales as well; one along a row leaves them whole."""
+    state.demand(node, 0, wanted)
+    channel = attribute_axis(node, 1, rank_of(node.inputs[0]))
+    for index in range(1, len(node.inputs)):
+        per_channel = node.inputs[index] is not None and rank_of(node.inputs[index]) == 1
+        if per_channel and channel == wanted.axis:
+            state.demand(node, index, wanted.at(0))
+
+
+_SEEDING = frozenset({"MatMul", "Gather"})
+_FORWARD: dict[str, Forward] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_REDUCTIONS, _reduction),
+    **dict.fromkeys(("Transpose", "Unsqueeze", "Squeeze", "Slice"), _moving),
+    "Softmax": _softmax,
+    "Gather": _gather,
+    "Concat": _concat,
+    "Split": _split,
+    "Reshape": _reshape,
+    "Expand": _expand,
+    "Shape": _shape,
+    "MatMul": matmul_forward,
+    "DequantizeLinear": _dequantize,
+}
+_BACKWARD: dict[str, Backward] = {
+    **dict.fromkeys(ELEMENTWISE, _demand_of_all),
+    **dict.fromkeys(_REDUCTIONS, _reduction_backward),
+    **dict.fromkeys(("Transpose", "Unsqueeze", "Squeeze", "Slice", "Gather", "Softmax"), _moving_backward),
+    "Concat": _concat_backward,
+    "Reshape": _reshape_backward,
+    "Expand": _expand_backward,
+    "MatMul": matmul_backward,
+    "DequantizeLinear": _dequantize_backward,
+}

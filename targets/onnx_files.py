@@ -1,0 +1,271 @@
+"""Output folders of ONNX files: one model, or one per rank of an SPMD graph, with a manifest beside.
+
+`plan_output` tells every file's size to the byte without reading a weight; `write_output` writes exactly that,
+streamed, or nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import blake3
+import onnx_ir
+
+from passopt.ir import expressions as ex
+from passopt.ir.contract import degree_of
+from passopt.ir.errors import VerifyError
+from passopt.ir.evaluate import CHUNK_BYTES, Box, Evaluator
+from passopt.ir.files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
+from passopt.ir.layout import plan_layout, write_safetensors
+from passopt.ir.staging import staged_directory
+from passopt.targets.manifest import (
+    MANIFEST_NAME,
+    NO_DIGEST,
+    Manifest,
+    RankFiles,
+    rank_folders,
+    root_digest,
+    schedule_of,
+)
+
+#: Copied from the model's source, where they exist: all that a tokenizer and a runner need besides the model.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of weights over all ranks, by what they are; file headers and alignment are not counted."""
+
+    codes: int = 0
+    scales: int = 0
+    other: int = 0
+    padding: int = 0
+    constants: int = 0
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes that stand for weights of the checkpoint."""
+        return self.codes + self.scales + self.other
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputPlan:
+    """Bytes of every file, by path inside the output folder, and of the weights in them."""
+
+    files: Mapping[str, int]
+    weights: WeightBytes
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+    def to_json(self) -> dict[str, object]:
+        return {"files": dict(self.files), "bytes": self.nbytes, "weights": dataclasses.asdict(self.weights)}
+
+    def to_text(self) -> str:
+        """One line per file, the total, and what the weights are."""
+        rows = [*self.files.items(), ("total", self.nbytes)]
+        width = max(len(f"{nbytes:,}") for _, nbytes in rows)
+        parts = [f"{nbytes:,} {name}" for name, nbytes in dataclasses.asdict(self.weights).items() if nbytes]
+        lines = [f"{nbytes:>{width},}  {name}" for name, nbytes in rows]
+        return "\n".join([*lines, f"weights: {', '.join(parts) or 'none'}"])
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputReport:
+    """What was written. `overflows` counts, per weight and over all ranks, finite values that fp16 made infinite."""
+
+    plan: OutputPlan
+    manifest: Manifest
+    overflows: Mapping[str, int]
+
+
+def plan_output(
+    model: onnx_ir.Model,
+    *,
+    version: str,
+    pipeline: str,
+    source: Mapping[str, object],
+    companions: Path | None = None,
+) -> OutputPlan:
+    """What `write_output` with the same arguments would write. Reads no weight."""
+    draft = _Draft(model, version, pipeline, source)
+    files = {path.name: path.stat().st_size for path in _companions(companions)}
+    files[MANIFEST_NAME] = len(draft.manifest(draft.no_digests()).text())
+    for folder in draft.folders:
+        files[_inside(folder, MODEL_NAME)] = len(draft.graph)
+        files[_inside(folder, WEIGHTS_NAME)] = plan_layout(draft.weights).nbytes
+    return OutputPlan(files, _weight_bytes(model, draft.weights))
+
+
+def write_output(
+    model: onnx_ir.Model,
+    directory: Path,
+    *,
+    version: str,
+    pipeline: str,
+    source: Mapping[str, object],
+    companions: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> OutputReport:
+    """Write the whole output or nothing: `directory` must not exist, and the disk must hold the planned bytes.
+
+    `version` is that of passopt; `source` says what the model was made of (plain JSON); tokenizer and configuration are
+    copied from the folder `companions`; `progress` gets the weight bytes written since its last call. Memory is some
+    multiples of `chunk_bytes`. Raises UsageError, ModelError.
+    """
+    plan = plan_output(model, version=version, pipeline=pipeline, source=source, companions=companions)
+    draft = _Draft(model, version, pipeline, source)
+    digests: list[dict[str, str]] = []
+    overflows: dict[str, int] = {}
+    with staged_directory(directory, plan.nbytes) as staged:
+        for path in _companions(companions):
+            shutil.copyfile(path, staged / path.name)
+        for rank, folder in enumerate(draft.folders):
+            (staged / folder).mkdir(exist_ok=True)
+            (staged / folder / MODEL_NAME).write_bytes(draft.graph)
+            with Evaluator(rank, chunk_bytes) as evaluator:
+                weights = staged / folder / WEIGHTS_NAME
+                digests.append(write_safetensors(weights, draft.weights, evaluator, progress))
+            for name, count in evaluator.report.overflows.items():
+                overflows[name] = overflows.get(name, 0) + count
+        manifest = draft.manifest(digests)
+        (staged / MANIFEST_NAME).write_text(manifest.text(), encoding="utf-8")
+    return OutputReport(plan, manifest, overflows)
+
+
+def write_reference_output(
+    model: onnx_ir.Model,
+    directory: Path,
+    *,
+    version: str,
+    pipeline: str,
+    source: Mapping[str, object],
+    companions: Path | None = None,
+) -> Manifest:
+    """Write model.onnx, weights.plan.json and a manifest without digests; no weight is copied, shards stay shards."""
+    manifest = _Draft(model, version, pipeline, source).manifest([])
+    with staged_directory(directory) as staged:
+        for path in _companions(companions):
+            shutil.copyfile(path, staged / path.name)
+        save_reference(model, staged)
+        (staged / MANIFEST_NAME).write_text(manifest.text(), encoding="utf-8")
+    return manifest
+
+
+class _Draft:
+    """What is known of an output before its weights are read. All ranks share one graph: only their weights differ."""
+
+    def __init__(self, model: onnx_ir.Model, version: str, pipeline: str, source: Mapping[str, object]) -> None:
+        self.weights = file_weights(model)
+        self.graph = model_bytes(model, self.weights)
+        self.degree = degree_of(model)
+        self.folders = rank_folders(self.degree)
+        sharded = tuple(name for name, weight in self.weights.items() if weight.depends_on_rank)
+        if sharded and self.degree == 1:
+            raise VerifyError(f"weight {sharded[0]!r} is a shard, but the model does not say of which degree")
+        replicated = tuple(name for name in self.weights if name not in set(sharded)) if self.degree > 1 else ()
+        collectives = schedule_of(model)
+        self._outline = Manifest(version, pipeline, self.degree, source, collectives, replicated, sharded)
+
+    def no_digests(self) -> list[dict[str, str]]:
+        return [dict.fromkeys(plan_layout(self.weights).offsets, NO_DIGEST) for _ in self.folders]
+
+    def manifest(self, digests: list[dict[str, str]]) -> Manifest:
+        """With the digests of each rank's tensors; with none, the manifest of an output that only refers to weights."""
+        if not digests:
+            return self._outline
+        graph = blake3.blake3(self.graph).hexdigest()
+        ranks = tuple(
+            RankFiles(folder, graph, root_digest(tensors), tensors)
+            for folder, tensors in zip(self.folders, digests, strict=True)
+        )
+        root = root_digest({f"{rank.directory}/{name}": d for rank in ranks for name, d in rank.tensors.items()})
+        return dataclasses.replace(self._outline, ranks=ranks, root=root)
+
+
+def _inside(folder: str, name: str) -> str:
+    return name if folder == "." else f"{folder}/{name}"
+
+
+def _companions(folder: Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    return [folder / name for name in COMPANIONS if (folder / name).is_file()]
+
+
+def _weight_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression]) -> WeightBytes:
+    found = dataclasses.asdict(WeightBytes())
+    degree = degree_of(model)
+    for name, weight in weights.items():
+        kind = _kind(model.graph.initializers[name], weight)
+        whole = tuple((0, length) for length in weight.shape)
+        elements = math.prod(weight.shape)
+        real = [_real_elements(weight, whole, rank) for rank in range(degree)]
+        size = weight.nbytes // elements if elements else 0
+        found[kind] += sum(real) * size
+        found["padding"] += (degree * elements - sum(real)) * size
+    return WeightBytes(**found)
+
+
+def _kind(value: onnx_ir.Value, weight: ex.Expression) -> str:
+    """By what reads the weight, so that codes are told also where they come from a file."""
+    read_as = {index for node, index in value.uses() if node.op_type == "DequantizeLinear"}
+    parts = {type(part) for part in weight.walk()}
+    if 0 in read_as or ex.QuantizeCodes in parts:
+        return "codes"
+    if 1 in read_as or ex.QuantizeScales in parts:
+        return "scales"
+    return "other" if any(True for _ in weight.sources()) else "constants"
+
+
+def _real_elements(weight: ex.Expression, box: Box, rank: int) -> int:
+    """How many elements inside `box` are no padding."""
+    volume = math.prod(stop - start for start, stop in box)
+    if not volume or not any(isinstance(part, ex.Pad) for part in weight.walk()):
+        return volume
+    if isinstance(weight, ex.Cast | ex.NormalizeRows):
+        return _real_elements(weight.operand, box, rank)
+    if isinstance(weight, ex.Transpose):
+        inner = [(0, 0)] * len(box)
+        for axis, bounds in zip(weight.permutation, box, strict=True):
+            inner[axis] = bounds
+        return _real_elements(weight.operand, tuple(inner), rank)
+    if not isinstance(weight, ex.Slice | ex.Concat | ex.Pad | ex.Shard):
+        return volume
+    total, along = 0, weight.along
+    for operand, to, source, length in _moves(weight, rank):
+        lower, upper = max(box[along][0], to), min(box[along][1], to + length)
+        if lower < upper:
+            bounds = (lower + source - to, upper + source - to)
+            total += _real_elements(operand, (*box[:along], bounds, *box[along + 1 :]), rank)
+    return total
+
+
+def _moves(weight: ex.Slice | ex.Concat | ex.Pad | ex.Shard, rank: int) -> list[tuple[ex.Expression, int, int, int]]:
+    """(operand, start of a range in the result, its start in the operand, length), all along `weight.along`."""
+    along = weight.along
+    if isinstance(weight, ex.Slice):
+        return [(weight.operand, 0, weight.start, weight.shape[along])]
+    if isinstance(weight, ex.Concat):
+        ends = list(itertools.accumulate(part.shape[along] for part in weight.parts))
+        lengths = [part.shape[along] for part in weight.parts]
+        return [(part, end - n, 0, n) for part, end, n in zip(weight.parts, ends, lengths, strict=True)]
+    segments = range(weight.segments)
+    new, old = weight.shape[along] // weight.segments, weight.operand.shape[along] // weight.segments
+    if isinstance(weight, ex.Pad):
+        return [(weight.operand, segment * new, segment * old, old) for segment in segments]
+    return [(weight.operand, segment * new, segment * old + rank * new, new) for segment in segments]

@@ -1,0 +1,72 @@
+"""Run a model whose weights are lazy in stock onnxruntime on the CPU, exactly: int8 weights are multiplied in fp32."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.errors import ModelError
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.files import MODEL_NAME, save_materialized
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+#: onnxruntime's levels: 3 is errors only. Its warnings are about its own rewrites.
+_ERRORS_ONLY = 3
+
+
+class Session:
+    """One model, loaded. The weights pass through a temporary folder that is gone once they are loaded.
+
+    By default onnxruntime would quantise the activations of int8 products too (relative error 1e-2);
+    `qdq_accuracy_level=1` keeps them in fp32, `fold_qdq` dequantises all weights once instead. `scratch` is where the
+    temporary folder goes. Raises ModelError if onnxruntime refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: onnx_ir.Model,
+        *,
+        threads: int = 2,
+        qdq_accuracy_level: int = 1,
+        fold_qdq: bool = False,
+        scratch: Path | None = None,
+    ) -> None:
+        import onnxruntime  # type: ignore[import-untyped]
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(qdq_accuracy_level))
+        if fold_qdq:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        with tempfile.TemporaryDirectory(prefix="passopt-session-", dir=scratch) as folder, Evaluator() as evaluator:
+            save_materialized(model, Path(folder), evaluator)
+            try:
+                self._session: Any = onnxruntime.InferenceSession(
+                    str(Path(folder) / MODEL_NAME), options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # onnxruntime's exceptions have no common base of their own
+                raise ModelError(f"onnxruntime refuses the model: {_first_line(error)}") from error
+        self.inputs = {value.name: value.type for value in self._session.get_inputs()}
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs by name. `feeds` may hold more than the model's inputs. Raises ModelError if the run fails."""
+        missing = self.inputs.keys() - feeds.keys()
+        if missing:
+            raise ModelError(f"no value for the inputs {', '.join(sorted(missing))}")
+        try:
+            values = self._session.run(self.outputs, {name: feeds[name] for name in self.inputs})
+        except Exception as error:
+            raise ModelError(f"onnxruntime fails on the model: {_first_line(error)}") from error
+        return dict(zip(self.outputs, values, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,260 @@
+"""Output folders: planned to the byte, whole or absent, and described by their manifest."""
+
+from __future__ import annotations
+
+import collections
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+from blake3 import blake3
+
+from passopt.ir.errors import ModelError, UsageError, VerifyError
+from passopt.ir.expressions import DataType, Literal
+from passopt.ir.files import file_weights, load_model
+from passopt.ir.sources import safetensors_sources
+from passopt.ir.weights import LazyWeight
+from passopt.targets import onnx_files
+from passopt.targets.manifest import read_manifest, root_digest, schedule_of
+from passopt.targets.onnx_files import OutputReport, plan_output, write_output, write_reference_output
+from passopt.testing.decoders import DecoderSpec, tiny_decoder
+
+SPECS = [
+    DecoderSpec(),
+    DecoderSpec(quantized=True),
+    DecoderSpec(degree=2, dtype=DataType.FLOAT16),
+    DecoderSpec(degree=3, quantized=True),
+    DecoderSpec(degree=11, layers=1),
+]
+
+
+def write(model: onnx_ir.Model, directory: Path, companions: Path | None = None) -> OutputReport:
+    source = {"model": "model.onnx", "root": "f" * 64}
+    return write_output(
+        model, directory, version="0.1", pipeline="tp{degree=2}", source=source, companions=companions, chunk_bytes=512
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_plan_is_what_is_written_to_the_byte(tmp_path: Path, spec: DecoderSpec) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    (tmp_path / "source" / "tokenizer.model").write_bytes(b"12345")
+    (tmp_path / "source" / "modeling.py").write_text("never copied")
+    report = write(tiny_decoder(spec), tmp_path / "out", tmp_path / "source")
+    written = {
+        str(path.relative_to(tmp_path / "out")): path.stat().st_size
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    assert report.plan.files == written
+    assert report.plan.nbytes == sum(written.values())
+    assert report.plan.weights.padding + report.plan.weights.constants + report.plan.weights.checkpoint > 0
+
+
+def test_planning_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("passopt.ir.evaluate.Evaluator.read", lambda *_: pytest.fail("a weight was read"))
+    plan = plan_output(tiny_decoder(DecoderSpec(degree=2)), version="1", pipeline="", source={})
+    assert set(plan.files) == {"manifest.json"} | {
+        f"rank{rank}/{name}" for rank in range(2) for name in ("model.onnx", "weights.safetensors")
+    }
+    assert f"{plan.nbytes:,}  total" in plan.to_text()
+    assert json.loads(json.dumps(plan.to_json()))["bytes"] == plan.nbytes
+
+
+def from_checkpoint(spec: DecoderSpec, folder: Path) -> onnx_ir.Model:
+    """The tiny decoder with its literals moved to a checkpoint file, so that they count as its weights."""
+    from safetensors.numpy import save_file
+
+    model = tiny_decoder(spec)
+    unsplit = tiny_decoder(DecoderSpec(layers=spec.layers))
+    arrays = {name: LazyWeight(weight).numpy() for name, weight in file_weights(unsplit).items()}
+    save_file(arrays, folder / "checkpoint.safetensors")
+    sources = safetensors_sources(folder / "checkpoint.safetensors")
+    for name, value in model.graph.initializers.items():
+        base = name.removesuffix(".codes").removesuffix(".scales")
+        if not isinstance(value.const_value, LazyWeight) or base not in sources:
+            continue
+        value.const_value = LazyWeight(_rebased(value.const_value.expression, sources[base]), name)
+    return model
+
+
+def _rebased(expression: object, source: object) -> object:
+    if isinstance(expression, Literal):
+        return source
+    return expression.with_operand(_rebased(expression.operand, source))  # type: ignore[attr-defined]
+
+
+def test_sharded_bytes_are_the_full_ones_and_padding(tmp_path: Path) -> None:
+    whole = plan_output(from_checkpoint(DecoderSpec(), tmp_path), version="1", pipeline="", source={}).weights
+    for degree in (2, 3, 4):
+        model = from_checkpoint(DecoderSpec(degree=degree), tmp_path)
+        split = plan_output(model, version="1", pipeline="", source={}).weights
+        weights = file_weights(model)
+        replicated = sum(weight.nbytes for weight in weights.values() if not weight.depends_on_rank)
+        assert split.checkpoint + split.constants == whole.checkpoint + whole.constants + (degree - 1) * replicated
+        everything = sum(degree * weight.nbytes for weight in weights.values())
+        assert split.checkpoint + split.constants + split.padding == everything
+        assert bool(split.padding) == (degree != 1)
+
+
+def test_codes_and_scales_are_told_apart(tmp_path: Path) -> None:
+    model = from_checkpoint(DecoderSpec(quantized=True), tmp_path)
+    found = plan_output(model, version="1", pipeline="", source={}).weights
+    weights = file_weights(model)
+    assert found.codes == sum(weight.nbytes for name, weight in weights.items() if name.endswith(".codes"))
+    assert found.scales == sum(weight.nbytes for name, weight in weights.items() if name.endswith(".scales"))
+    assert found.padding == 0
+    # Written and read again, codes come from a file like any other weight; what reads them tells.
+    write(model, tmp_path / "out")
+    again = plan_output(load_model(tmp_path / "out"), version="1", pipeline="", source={}).weights
+    assert (again.codes, again.scales) == (found.codes, found.scales)
+
+
+def test_rank_folders_hold_what_each_rank_computes_with(tmp_path: Path) -> None:
+    spec = DecoderSpec(degree=2)
+    report = write(tiny_decoder(spec), tmp_path / "out")
+    whole = LazyWeight(file_weights(tiny_decoder())["model.layers.0.mlp.up_proj.weight"]).numpy()
+    ranks = [load_model(tmp_path / "out" / f"rank{rank}") for rank in range(2)]
+    parts = [model.graph.initializers["model.layers.0.mlp.up_proj.weight"].const_value.numpy() for model in ranks]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    slopes = [model.graph.initializers["alibi.slopes"].const_value.numpy().ravel().tolist() for model in ranks]
+    assert slopes == [[0.0625, 0.00390625], [0.25, 0.0]]
+    onnx.checker.check_model(tmp_path / "out" / "rank0" / "model.onnx")
+    assert report.manifest.degree == 2
+
+
+def test_manifest_describes_the_output(tmp_path: Path) -> None:
+    model = tiny_decoder(DecoderSpec(degree=2))
+    write(model, tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.version, manifest.pipeline, manifest.degree) == ("0.1", "tp{degree=2}", 2)
+    assert manifest.source == {"model": "model.onnx", "root": "f" * 64}
+    assert manifest.collectives == schedule_of(model)
+    assert collections.Counter(entry.op for entry in manifest.collectives) == {"AllReduce": 4, "AllGather": 1}
+    assert "model.norm.weight" in manifest.replicated
+    assert "model.layers.1.mlp.down_proj.weight" in manifest.sharded
+    assert sorted(manifest.replicated + manifest.sharded) == sorted(file_weights(model))
+    for rank in manifest.ranks:
+        folder = tmp_path / "out" / rank.directory
+        assert rank.model == blake3((folder / "model.onnx").read_bytes()).hexdigest()
+        weights = load_model(folder).graph.initializers
+        found = {name: blake3(weights[name].const_value.tobytes()).hexdigest() for name in rank.tensors}
+        assert found == rank.tensors
+        assert rank.root == root_digest(found)
+    same = {name: digest for name, digest in manifest.ranks[0].tensors.items() if name in manifest.replicated}
+    assert same.items() <= manifest.ranks[1].tensors.items()
+
+
+def test_root_digest_changes_with_any_byte(tmp_path: Path) -> None:
+    roots = {write(tiny_decoder(seed=seed), tmp_path / str(seed)).manifest.root for seed in range(3)}
+    roots.add(write(tiny_decoder(), tmp_path / "again").manifest.root)
+    assert len(roots) == 3
+
+
+def test_reference_outputs_keep_their_shards(tmp_path: Path) -> None:
+    model = tiny_decoder(DecoderSpec(degree=2))
+    write_reference_output(model, tmp_path / "out", version="0.1", pipeline="tp", source={})
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "model.onnx",
+        "weights.plan.json",
+    ]
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.ranks, manifest.root, manifest.degree) == ((), None, 2)
+    assert file_weights(load_model(tmp_path / "out")) == file_weights(model)
+
+
+def test_overflows_of_all_ranks_are_counted(tmp_path: Path) -> None:
+    model = from_checkpoint(DecoderSpec(degree=2), tmp_path)
+    value = model.graph.initializers["model.layers.0.mlp.up_proj.weight"]
+    huge = np.zeros((22, 10), np.float32)
+    huge[[0, 1, 21], 4] = 1e6, -2e6, 7e5
+    from safetensors.numpy import save_file
+
+    save_file({"w": huge}, tmp_path / "huge.safetensors")
+    source = safetensors_sources(tmp_path / "huge.safetensors")["w"]
+    value.const_value = LazyWeight(source.cast(DataType.FLOAT16).cast(DataType.FLOAT).shard(0, 2), value.name)
+    assert write(model, tmp_path / "out").overflows == {"w": 3}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError, OSError(28, "No space left on device")])
+def test_nothing_is_left_of_a_broken_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException]
+) -> None:
+    written: list[int] = []
+
+    def stop(nbytes: int) -> None:
+        written.append(nbytes)
+        if len(written) > 40:
+            raise error
+
+    model = tiny_decoder(DecoderSpec(degree=2))
+    expected = UsageError if isinstance(error, OSError) else error
+    with pytest.raises(expected):  # type: ignore[arg-type]
+        write_output(model, tmp_path / "deep" / "out", version="1", pipeline="", source={}, progress=stop)
+    assert len(written) > 40
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_existing_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(UsageError, match="output exists"):
+        write(tiny_decoder(), tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_a_full_disk_is_refused_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_decoder()
+    plan = plan_output(model, version="0.1", pipeline="tp{degree=2}", source={"model": "model.onnx", "root": "f" * 64})
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, plan.nbytes - 1))
+    monkeypatch.setattr(onnx_files, "write_safetensors", lambda *_: pytest.fail("something was written"))
+    with pytest.raises(UsageError, match=f"needs {plan.nbytes:,} bytes"):
+        write(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_without_a_degree_are_a_defect(tmp_path: Path) -> None:
+    model = tiny_decoder(DecoderSpec(degree=2))
+    del model.metadata_props["passopt.degree"]
+    with pytest.raises(VerifyError, match="of which degree"):
+        write(model, tmp_path / "out")
+
+
+def test_collectives_out_of_order_are_a_defect() -> None:
+    model = tiny_decoder(DecoderSpec(degree=2))
+    nodes = [node for node in model.graph if node.domain]
+    nodes[1].metadata_props["passopt.collective"] = "3"
+    with pytest.raises(VerifyError, match="is number 1 in graph order"):
+        schedule_of(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not a manifest"),
+        ("[]", "not a manifest"),
+        ('{"manifest": 99}', "manifest version 99"),
+        ('{"manifest": 1, "degree": 2}', "not a manifest"),
+    ],
+)
+def test_damaged_manifests_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ModelError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_manifests_do_not_lead_outside(tmp_path: Path) -> None:
+    write(tiny_decoder(DecoderSpec(degree=2)), tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(path.read_text().replace('"rank1"', '"../elsewhere"'))
+    with pytest.raises(ModelError, match=r"names the folder '../elsewhere'"):
+        read_manifest(tmp_path / "out")
+    with pytest.raises(ModelError, match=r"has no manifest\.json"):
+        read_manifest(tmp_path)
