@@ -97,7 +97,7 @@ def _computed_mask(body: Any, embeddings: torch.Tensor, total: int) -> torch.Ten
     past = total - embeddings.shape[1]
     columns = torch.arange(total)
     rows = torch.arange(past, total)
-    bias = body.alibi_slopes * columns.to(torch.float32)
+    bias: torch.Tensor = body.alibi_slopes * columns.to(torch.float32)
     future = torch.where(columns.unsqueeze(0) > rows.unsqueeze(1), float("-inf"), 0.0).to(torch.float32)
     return bias + future
 
@@ -143,7 +143,8 @@ class Step(torch.nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """[b, q], [b, kv], per layer a pair of [b, heads, p, head_dim], [b, q] → logits, then each layer's pair."""
         for state in (state for layer in past for state in layer):
-            torch._check(state.shape[2] == past[0][0].shape[2])
+            # Else the length of each layer's cache is a symbol of its own, which slows tracing by a third.
+            torch._check(state.shape[2] == past[0][0].shape[2])  # type: ignore[no-untyped-call]
         extra = {} if self.alibi else {"position_ids": position_ids}
         logits, present = self.stock(
             input_ids=input_ids,

@@ -45,17 +45,18 @@ def bind_weights(
     Raises ModelError for initializers without data, and for weights that tracing lost.
     """
     extra = extra or {}
-    unbound, bound = [], set()
+    unbound: list[str] = []
+    bound: set[str] = set()
     for name, value in model.graph.initializers.items():
         if name in checkpoint.tensors:
             value.const_value = LazyWeight(checkpoint.tensors[name].cast(dtype), name)
             bound.add(name)
         elif name in extra:
             value.const_value = LazyWeight(extra[name], name)
-        elif _is_fake(value):
+        elif value.const_value is None or _is_fake(value.const_value):
             unbound.append(name)
         else:
-            assert value.const_value is not None
+            # A copy in memory of our own, so that the model does not keep torch's storages alive.
             value.const_value = onnx_ir.Tensor(value.const_value.numpy().copy(), name=name)
     if unbound:
         raise ModelError(f"{checkpoint.directory}: no tensor of the checkpoint for the weights {_listed(unbound)}")
@@ -67,9 +68,9 @@ def _needed(checkpoint: Checkpoint) -> set[str]:
     return {name for name in checkpoint.tensors if not name.endswith(COMPUTED_SUFFIXES)}
 
 
-def _is_fake(value: onnx_ir.Value) -> bool:
+def _is_fake(tensor: onnx_ir.TensorProtocol) -> bool:
     """Traced without data: such a tensor would be written as garbage."""
-    return type(getattr(value.const_value, "raw", None)).__name__ == "FakeTensor"
+    return type(getattr(tensor, "raw", None)).__name__ == "FakeTensor"
 
 
 def _listed(names: Iterable[str], shown: int = 8) -> str:

@@ -46,8 +46,9 @@ def export_graph(
     """One graph for prefill, chunked prefill and decode, computing in `dtype`.
 
     Inputs input_ids [batch, seq], attention_mask [batch, past+seq], position_ids [batch, seq] (rotary family only) and
-    past.{layer}.{key,value} [batch, heads, past, head_dim]; outputs logits and present.{layer}.{key,value}. A baked ALiBi
-    mask is written to `scratch`, which has to outlive the model. Raises ModelError for checkpoints that do not fit.
+    past.{layer}.{key,value} [batch, heads, past, head_dim]; outputs logits [batch, seq, vocab] and
+    present.{layer}.{key,value} [batch, heads, past+seq, head_dim]. A baked ALiBi mask is written to `scratch`, which has
+    to outlive the model. Raises ModelError if checkpoint, class or consent are not as needed, UsageError for options.
     """
     if dtype not in TORCH_DTYPES:
         raise UsageError(f"export computes in {', '.join(kind.name for kind in TORCH_DTYPES)}, not in {dtype.name}")
@@ -72,7 +73,7 @@ def export_graph(
 
 def build_model(classes: StockClasses, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """An instance of the stock class in `dtype`: parameters without data, its computed tables real."""
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -130,7 +131,9 @@ def _sample(step: baichuan2.Step, dtype: torch.dtype) -> tuple[dict[str, Any], d
     arguments = {
         "input_ids": torch.ones(_BATCH, _SEQ, dtype=torch.long),
         "attention_mask": torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.long),
-        "past": tuple((torch.zeros(cache, dtype=dtype), torch.zeros(cache, dtype=dtype)) for _ in step.stock.model.layers),
+        "past": tuple(
+            (torch.zeros(cache, dtype=dtype), torch.zeros(cache, dtype=dtype)) for _ in step.stock.model.layers
+        ),
     }
     shapes = {
         "input_ids": {0: free, 1: free},

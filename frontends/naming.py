@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir
 
@@ -54,7 +54,7 @@ def _name_outputs(graph: onnx_ir.Graph, layers: int) -> None:
     _rename(graph.outputs, ["logits", *cache_names("present", layers)])
 
 
-def _rename(values: list[onnx_ir.Value], names: list[str]) -> None:
+def _rename(values: Sequence[onnx_ir.Value], names: list[str]) -> None:
     if len(values) != len(names):
         raise ModelError(f"traced {len(values)} inputs or outputs, expected {len(names)}: {', '.join(names[:4])}…")
     for value, name in zip(values, names, strict=True):
@@ -73,7 +73,7 @@ def _name_dimensions(graph: onnx_ir.Graph) -> None:
 
 
 def _symbol_names(graph: onnx_ir.Graph) -> dict[str, str]:
-    """The tracer's symbols, as they stand in the inputs' shapes: it has one for each input, which passes do not want."""
+    """The tracer's symbols, as they stand in the inputs' shapes: it has several for one length."""
     names: dict[str, str] = {}
     for value in graph.inputs:
         assert value.name is not None

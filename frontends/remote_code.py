@@ -39,8 +39,8 @@ def stock_classes(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterato
     if not trust_remote_code:
         files = ", ".join(sorted(path.name for path in checkpoint.directory.glob("*.py")))
         raise ModelError(
-            f"{checkpoint.directory}: the model is defined by Python files of the checkpoint ({files}), which would run "
-            f"on this machine. Read them, then pass --trust-remote-code."
+            f"{checkpoint.directory}: the model is defined by Python files of the checkpoint ({files}), which would "
+            f"run on this machine. Read them, then pass --trust-remote-code."
         )
     with _package(checkpoint) as package:
         yield StockClasses(_load(checkpoint, package, config), _load(checkpoint, package, model))

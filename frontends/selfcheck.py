@@ -1,12 +1,13 @@
 """Does an export compute what the stock code computes? Answered on a small model of the checkpoint's own class.
 
-The stock class runs eagerly in fp32, the exported graph in onnxruntime, on the same weights, rounded to the graph's dtype:
-prefill at once and in chunks, then decode, with one sequence padded on the left. Errors are max|Δ| / max|reference|.
+The stock class runs eagerly in fp32, the exported graph in onnxruntime, on the same weights rounded to the graph's
+dtype: prefill at once and in chunks, then decode, one sequence padded on the left. Errors are max|Δ| / max|reference|.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def self_check(
         error = max(_error(reference, _run_graph(session, reference, steps)) for steps in (_AT_ONCE, _IN_CHUNKS))
     if not error <= TOLERANCES[dtype]:
         raise CheckError(
-            f"{checkpoint.directory}: the exported graph differs from the stock code by {error:.2e} of its largest value, "
+            f"{checkpoint.directory}: the exported graph differs from the stock code by {error:.2e} of the largest value; "
             f"{TOLERANCES[dtype]:.0e} is allowed for {dtype.name} (measured on a small model of the same class)"
         )
     return error
@@ -113,7 +114,7 @@ def _random_weights(model: Any) -> dict[str, torch.Tensor]:
         if len(shape) == 1:
             return 0.6 + 0.8 * torch.rand(shape, generator=random)
         lengths = 0.5 + torch.rand(shape[0], 1, generator=random)
-        return torch.randn(shape, generator=random) * lengths * shape[-1] ** -0.5
+        return torch.randn(shape, generator=random) * lengths / math.sqrt(shape[-1])
 
     return {name: draw(weight.shape) for name, weight in model.named_parameters()}
 
@@ -133,7 +134,7 @@ def _reference(model: Any) -> _Reference:
 
 
 def _session(graph: onnx_ir.Model, scratch: Path) -> Any:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     directory = scratch / "graph"
     directory.mkdir()
@@ -173,8 +174,7 @@ def _error(reference: _Reference, outputs: dict[str, Array]) -> float:
     errors = []
     for name, expected in reference.outputs.items():
         found = outputs[name].astype(np.float32)
-        by_position = (lambda array: array) if name == "logits" else (lambda array: array.swapaxes(1, 2))
-        difference = np.abs(by_position(found)[valid] - by_position(expected)[valid]).max()
-        errors.append(float(difference / np.abs(expected).max()))
-    worst = max(errors)
-    return worst if np.isfinite(errors).all() else float("inf")
+        difference = np.abs(found - expected)
+        by_position = difference if name == "logits" else difference.swapaxes(1, 2)
+        errors.append(float(by_position[valid].max() / np.abs(expected).max()))
+    return max(errors) if np.isfinite(errors).all() else math.inf

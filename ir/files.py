@@ -89,7 +89,12 @@ def _external(path: Path, value: onnx_ir.Value, tensor: onnx_ir.ExternalTensor) 
 
 
 def file_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
-    """What goes to the weight file, by name: every lazy weight and every constant above `SMALL_BYTES`."""
+    """What goes to the weight file, by name: checkpoint weights, and every constant above `SMALL_BYTES`."""
+    return {name: weight for name, weight in _lazy_weights(model).items() if not _is_inline(weight)}
+
+
+def _lazy_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
+    """Every initializer that is unevaluated or too large to stay inside model.onnx."""
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -102,27 +107,40 @@ def file_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
     return weights
 
 
+def _is_inline(weight: ex.Expression) -> bool:
+    """Small and made of literals only, such as a rank's slopes: stock tools want such constants inside model.onnx."""
+    return weight.nbytes <= SMALL_BYTES and next(weight.sources(), None) is None
+
+
 @contextlib.contextmanager
-def _referring(model: onnx_ir.Model, location: str, offsets: Mapping[str, int]) -> Iterator[None]:
-    """For the time of a serialisation, weights are references into the file `location`."""
-    saved = {}
+def _standing_in(model: onnx_ir.Model, tensors: Mapping[str, onnx_ir.TensorProtocol]) -> Iterator[None]:
+    """For the time of a serialisation, these tensors stand for the initializers of their names."""
+    initializers = model.graph.initializers
+    saved = {name: initializers[name].const_value for name in tensors}
     try:
-        for name, offset in offsets.items():
-            value = model.graph.initializers[name]
-            tensor = saved[name] = value.const_value
-            assert tensor is not None
-            value.const_value = onnx_ir.ExternalTensor(
-                location, offset, tensor.nbytes, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=name
-            )
+        for name, tensor in tensors.items():
+            initializers[name].const_value = tensor
         yield
     finally:
-        for name, tensor in saved.items():
-            model.graph.initializers[name].const_value = tensor
+        for name, original in saved.items():
+            initializers[name].const_value = original
 
 
-def model_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression]) -> bytes:
-    """model.onnx as it lies beside weights.safetensors."""
-    with _referring(model, WEIGHTS_NAME, plan_layout(weights).offsets):
+def _reference(location: str, name: str, weight: ex.Expression, offset: int) -> onnx_ir.ExternalTensor:
+    shape = onnx_ir.Shape(weight.shape)
+    return onnx_ir.ExternalTensor(location, offset, weight.nbytes, weight.dtype, shape=shape, name=name)
+
+
+def model_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression], rank: int = 0) -> bytes:
+    """model.onnx of a rank as it lies beside weights.safetensors. Its length is the same for every rank."""
+    tensors: dict[str, onnx_ir.TensorProtocol] = {}
+    for name, offset in plan_layout(weights).offsets.items():
+        tensors[name] = _reference(WEIGHTS_NAME, name, weights[name], offset)
+    with Evaluator(rank) as evaluator:
+        for name, weight in _lazy_weights(model).items():
+            if name not in tensors:
+                tensors[name] = onnx_ir.Tensor(evaluator.array(weight), dtype=weight.dtype, name=name)
+    with _standing_in(model, tensors):
         return bytes(onnx_ir.to_proto(model).SerializeToString(deterministic=True))
 
 
@@ -134,14 +152,14 @@ def save_materialized(
 ) -> dict[str, str]:
     """Write model.onnx and weights.safetensors into an existing folder; returns the digest of each weight."""
     weights = file_weights(model)
-    (directory / MODEL_NAME).write_bytes(model_bytes(model, weights))
+    (directory / MODEL_NAME).write_bytes(model_bytes(model, weights, evaluator.rank))
     return write_safetensors(directory / WEIGHTS_NAME, weights, evaluator, progress)
 
 
 def save_reference(model: onnx_ir.Model, directory: Path) -> None:
     """Write model.onnx and weights.plan.json into an existing folder; no weight is copied."""
-    weights = file_weights(model)
-    with _referring(model, PLAN_NAME, dict.fromkeys(weights, 0)):
+    weights = _lazy_weights(model)
+    with _standing_in(model, {name: _reference(PLAN_NAME, name, weight, 0) for name, weight in weights.items()}):
         data = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
     (directory / MODEL_NAME).write_bytes(data)
     write_plan(directory / PLAN_NAME, weights)

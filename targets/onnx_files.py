@@ -104,8 +104,8 @@ def plan_output(
     draft = _Draft(model, version, pipeline, source)
     files = {path.name: path.stat().st_size for path in _companions(companions)}
     files[MANIFEST_NAME] = len(draft.manifest(draft.no_digests()).text())
-    for folder in draft.folders:
-        files[_inside(folder, MODEL_NAME)] = len(draft.graph)
+    for folder, graph in zip(draft.folders, draft.graphs, strict=True):
+        files[_inside(folder, MODEL_NAME)] = len(graph)
         files[_inside(folder, WEIGHTS_NAME)] = plan_layout(draft.weights).nbytes
     return OutputPlan(files, _weight_bytes(model, draft.weights))
 
@@ -136,7 +136,7 @@ def write_output(
             shutil.copyfile(path, staged / path.name)
         for rank, folder in enumerate(draft.folders):
             (staged / folder).mkdir(exist_ok=True)
-            (staged / folder / MODEL_NAME).write_bytes(draft.graph)
+            (staged / folder / MODEL_NAME).write_bytes(draft.graphs[rank])
             with Evaluator(rank, chunk_bytes) as evaluator:
                 weights = staged / folder / WEIGHTS_NAME
                 digests.append(write_safetensors(weights, draft.weights, evaluator, progress))
@@ -167,12 +167,12 @@ def write_reference_output(
 
 
 class _Draft:
-    """What is known of an output before its weights are read. All ranks share one graph: only their weights differ."""
+    """What is known of an output before its weights are read. The ranks' graphs differ in small constants only."""
 
     def __init__(self, model: onnx_ir.Model, version: str, pipeline: str, source: Mapping[str, object]) -> None:
         self.weights = file_weights(model)
-        self.graph = model_bytes(model, self.weights)
         self.degree = degree_of(model)
+        self.graphs = [model_bytes(model, self.weights, rank) for rank in range(self.degree)]
         self.folders = rank_folders(self.degree)
         sharded = tuple(name for name, weight in self.weights.items() if weight.depends_on_rank)
         if sharded and self.degree == 1:
@@ -188,10 +188,9 @@ class _Draft:
         """With the digests of each rank's tensors; with none, the manifest of an output that only refers to weights."""
         if not digests:
             return self._outline
-        graph = blake3.blake3(self.graph).hexdigest()
         ranks = tuple(
-            RankFiles(folder, graph, root_digest(tensors), tensors)
-            for folder, tensors in zip(self.folders, digests, strict=True)
+            RankFiles(folder, blake3.blake3(graph).hexdigest(), root_digest(tensors), tensors)
+            for folder, graph, tensors in zip(self.folders, self.graphs, digests, strict=True)
         )
         root = root_digest({f"{rank.directory}/{name}": d for rank in ranks for name, d in rank.tensors.items()})
         return dataclasses.replace(self._outline, ranks=ranks, root=root)

@@ -1,0 +1,194 @@
+"""Findings of a verification: one row per scenario and output, and a table with the worst of each scenario.
+
+Errors are relative: max|difference| / max|reference| over the positions that hold tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from passopt.verification_scenarios import Observation, Scenario
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+TOP_1 = "top-1"
+PERPLEXITY = "perplexity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """`error` is relative; of top-1 the share of positions that disagree, of perplexity |ratio − 1|."""
+
+    comparison: str
+    scenario: str
+    output: str
+    error: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """Orders rows from best to worst."""
+        return not self.ok, self.error / self.tolerance if self.tolerance else self.error
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """`notes` say what was compared and how; `ok` is true if every row is within its tolerance."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
+    def worst(self) -> Row:
+        return max(self.rows, key=lambda row: row.badness)
+
+    def to_json(self) -> dict[str, object]:
+        rows = [
+            {**dataclasses.asdict(row), "error": row.error if math.isfinite(row.error) else None, "ok": row.ok}
+            for row in self.rows
+        ]
+        return {"ok": self.ok, "notes": list(self.notes), "rows": rows}
+
+    def to_text(self) -> str:
+        """The notes, then per comparison a table with one line per scenario: its worst output."""
+        lines = list(self.notes)
+        for comparison in dict.fromkeys(row.comparison for row in self.rows):
+            lines += ["", f"{comparison}:", *_table([row for row in self.rows if row.comparison == comparison])]
+        failed = sum(not row.ok for row in self.rows)
+        verdict = "ok" if self.ok else f"FAILED: {failed} of {len(self.rows)} checks beyond tolerance"
+        return "\n".join([*lines, "", verdict]).lstrip("\n")
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    cells = [("scenario", "worst output", "error", "tolerance", "", "")]
+    for scenario in dict.fromkeys(row.scenario for row in rows):
+        own = [row for row in rows if row.scenario == scenario]
+        worst = max(own, key=lambda row: row.badness)
+        notes = dict.fromkeys(row.note for row in (worst, *own) if row.note)
+        cells.append(
+            (
+                scenario,
+                worst.output,
+                f"{worst.error:.2e}",
+                f"{worst.tolerance:.1e}",
+                "ok" if worst.ok else "FAILED",
+                ", ".join(notes),
+            )
+        )
+    widths = [max(len(line[column]) for line in cells) for column in range(5)]
+    return [
+        "  " + "  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[5]]).rstrip()
+        for line in cells
+    ]
+
+
+def relative_error(reference: Array, candidate: Array, where: Array | None = None) -> float:
+    """max|difference| / max|reference| over the elements selected by the boolean `where` of the leading axes.
+
+    Infinite for different shapes, and for values that are not finite: NaN never passes.
+    """
+    if reference.shape != candidate.shape:
+        return math.inf
+    if where is not None:
+        reference, candidate = reference[where], candidate[where]
+    if not reference.size:
+        return 0.0
+    wide = np.float64 if reference.dtype == np.float64 else np.float32
+    one, other = reference.astype(wide), candidate.astype(wide)
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
+    if not math.isfinite(difference) or not math.isfinite(scale):
+        return math.inf
+    if not difference:
+        return 0.0
+    return difference / scale if scale else math.inf
+
+
+def compare(
+    comparison: str, scenario: Scenario, reference: Observation, candidate: Observation, tolerance: float
+) -> list[Row]:
+    """One row for the logits, one for each cache output, and one for top-1 agreement."""
+    pairs = [_aligned(*both) for both in zip(reference.logits, candidate.logits, strict=True)]
+    valid = [step.valid[:, -pair[0].shape[1] :] for step, pair in zip(scenario.steps, pairs, strict=True)]
+    error = max(relative_error(one, other, where) for (one, other), where in zip(pairs, valid, strict=True))
+    rows = [Row(comparison, scenario.name, "logits", error, tolerance, _shapes(pairs))]
+    rows += _compare_cache(comparison, scenario, reference, candidate, tolerance)
+    if error < math.inf:
+        rows.append(_top_1(comparison, scenario, pairs, valid, tolerance))
+    return rows
+
+
+def _compare_cache(
+    comparison: str, scenario: Scenario, reference: Observation, candidate: Observation, tolerance: float
+) -> list[Row]:
+    where = scenario.steps[-1].attention_mask > 0
+    rows = []
+    for name, one in reference.present.items():
+        other = candidate.present.get(name)
+        if other is None:
+            rows.append(Row(comparison, scenario.name, name, math.inf, tolerance, "the candidate has no such output"))
+            continue
+        # [b, heads, kv, head_dim] → [b, kv, heads, head_dim], so that the mask selects leading axes.
+        turned = [np.moveaxis(array, 2, 1) for array in (one, other)]
+        error = relative_error(turned[0], turned[1], where)
+        rows.append(Row(comparison, scenario.name, name, error, tolerance, _shapes([(one, other)])))
+    return rows
+
+
+def _aligned(reference: Array, candidate: Array) -> tuple[Array, Array]:
+    """A candidate that gives the last position only is compared with the reference's last column."""
+    if candidate.shape[1] == 1 != reference.shape[1]:
+        return reference[:, -1:], candidate
+    return reference, candidate
+
+
+def _shapes(pairs: Sequence[tuple[Array, Array]]) -> str:
+    for one, other in pairs:
+        if one.shape != other.shape:
+            return f"shape {list(other.shape)}, expected {list(one.shape)}"
+    return ""
+
+
+def _top_1(
+    comparison: str,
+    scenario: Scenario,
+    pairs: Sequence[tuple[Array, Array]],
+    valid: Sequence[Array],
+    tolerance: float,
+) -> Row:
+    """Counted where the best and the second best differ by more than twice the tolerated error, which moves both."""
+    qualified, wrong, total = 0, 0, 0
+    for (reference, candidate), where in zip(pairs, valid, strict=True):
+        one, other = reference[where].astype(np.float32), candidate[where].astype(np.float32)
+        if one.shape[-1] < 2:
+            continue
+        second, best = np.partition(one, -2, axis=-1)[:, -2:].T
+        clear = best - second > 2 * tolerance * np.abs(one).max()
+        total += len(one)
+        qualified += int(clear.sum())
+        wrong += int((one.argmax(axis=-1) != other.argmax(axis=-1))[clear].sum())
+    note = f"top-1 {qualified - wrong}/{qualified} of {total} positions"
+    return Row(comparison, scenario.name, TOP_1, wrong / qualified if qualified else 0.0, 0.0, note)
+
+
+def compare_perplexity(comparison: str, one: float | None, other: float | None, tolerance: float) -> list[Row]:
+    """|candidate / reference − 1|; no row if a side has none."""
+    if one is None or other is None:
+        return []
+    error = abs(other / one - 1) if math.isfinite(one) and math.isfinite(other) else math.inf
+    note = f"perplexity {one:.4f} → {other:.4f}"
+    return [Row(comparison, "text", PERPLEXITY, error, tolerance, note)]

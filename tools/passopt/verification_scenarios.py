@@ -1,0 +1,214 @@
+"""What a verification runs: seeded steps of prefill, padded batches, cached decode and chunked prefill, and text windows.
+
+Shapes: b batch, q positions of a step, kv positions up to and with the step. Tokens are fixed in advance, so that both
+models see the same ones whatever they predict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, decoder_of
+from passopt.ir.errors import ModelError
+from passopt.targets.onnxruntime_session import Session
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+TOKENIZER_NAME = "tokenizer.model"
+
+_PADDINGS = (0, 5, 2)
+_PADDED_LENGTH = 9
+_PROMPT = 5
+_DECODE_STEPS = 4
+_CHUNKS = (6, 3, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One run of a model: input_ids and position_ids [b, q], attention_mask [b, kv]."""
+
+    input_ids: Array
+    attention_mask: Array
+    position_ids: Array
+
+    @property
+    def valid(self) -> Array:
+        """[b, q]: positions that hold a token; what a model computes for padding means nothing."""
+        return self.attention_mask[:, -self.input_ids.shape[1] :] > 0
+
+    def feeds(self) -> dict[str, Array]:
+        return {
+            INPUT_IDS: self.input_ids,
+            ATTENTION_MASK: self.attention_mask,
+            POSITION_IDS: self.position_ids,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """Steps that hand their cache on. Of a window of text, the last `scored` tokens count for perplexity."""
+
+    name: str
+    steps: tuple[Step, ...]
+    scored: int = 0
+
+
+@dataclasses.dataclass
+class Observation:
+    """What one model gave in one scenario: logits [b, q or 1, vocab] per step, and the cache after the last."""
+
+    logits: list[Array] = dataclasses.field(default_factory=list)
+    present: dict[str, Array] = dataclasses.field(default_factory=dict)
+    #: Sum of the negative log likelihoods of the scored tokens; None if the logits do not cover them.
+    surprise: float | None = None
+
+
+def make_scenarios(vocab: int, max_positions: int, lengths: Sequence[int], seed: int) -> list[Scenario]:
+    """All that fits into `max_positions`; lengths are in tokens."""
+    random = np.random.default_rng(seed)
+
+    def tokens(batch: int, length: int) -> Array:
+        return random.integers(0, vocab, (batch, length))
+
+    fitting = sorted({min(length, max_positions) for length in lengths})
+    found = [Scenario(f"prefill {length}", tuple(_steps(tokens(1, length), [length]))) for length in fitting]
+    padded = min(_PADDED_LENGTH, max_positions - _DECODE_STEPS)
+    if padded > max(_PADDINGS):
+        ids = tokens(len(_PADDINGS), padded + _DECODE_STEPS)
+        lengths = [padded, *[1] * _DECODE_STEPS]
+        found.append(Scenario("left padding, then decode", tuple(_steps(ids, lengths, _PADDINGS))))
+    prompt = min(_PROMPT, max_positions - _DECODE_STEPS)
+    if prompt > 0:
+        ids = tokens(1, prompt + _DECODE_STEPS)
+        found.append(Scenario("decode with cache", tuple(_steps(ids, [prompt, *[1] * _DECODE_STEPS]))))
+    if sum(_CHUNKS) <= max_positions:
+        found.append(Scenario("chunked prefill", tuple(_steps(tokens(1, sum(_CHUNKS)), _CHUNKS))))
+    return found
+
+
+def _steps(ids: Array, lengths: Sequence[int], paddings: Sequence[int] = (0,)) -> Iterator[Step]:
+    mask = np.ones(ids.shape, np.int64)
+    for row, padding in enumerate(paddings):
+        mask[row, :padding] = 0
+    positions = np.clip(mask.cumsum(axis=1) - 1, 0, None)
+    start = 0
+    for length in lengths:
+        stop = start + length
+        yield Step(ids[:, start:stop], mask[:, :stop], positions[:, start:stop])
+        start = stop
+
+
+def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Scenario]:
+    """Overlapping windows over a text: each scores the tokens that no window before it has scored.
+
+    A window holds `window` tokens and starts `stride` after the one before, so all but the first text tokens are
+    predicted from at least `window - stride` tokens before them. The very first token is never scored.
+    """
+    if not 0 < stride < window:
+        raise ModelError(f"stride {stride} must be positive and less than the window {window}")
+    ids = np.array([tokens], np.int64)
+    found: list[Scenario] = []
+    done, start = 1, 0
+    while done < len(tokens):
+        stop = min(start + window, len(tokens))
+        piece = ids[:, start:stop]
+        found.append(Scenario("text", tuple(_steps(piece, [stop - start])), scored=stop - done))
+        done, start = stop, start + stride
+    return found
+
+
+def read_tokens(text: str, directory: Path) -> list[int]:
+    """The text's token ids by the sentencepiece model beside the model. Raises ModelError if there is none."""
+    path = directory / TOKENIZER_NAME
+    if not path.exists():
+        raise ModelError(f"{directory}: has no {TOKENIZER_NAME}, which perplexity of a text needs")
+    import sentencepiece  # type: ignore[import-untyped]
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return [int(token) for token in processor.encode(text)]
+
+
+def observe(
+    model: onnx_ir.Model, scenarios: Sequence[Scenario], open_session: Callable[[onnx_ir.Model], Session]
+) -> list[Observation]:
+    """Run a model through all scenarios, each step on the cache that its own earlier steps made."""
+    session = open_session(model)
+    empty = empty_cache(model)
+    found = []
+    for scenario in scenarios:
+        observation = Observation()
+        cache: dict[str, Array] = {}
+        for step in scenario.steps:
+            cache = cache or {name: zeros(step.input_ids.shape[0]) for name, zeros in empty.items()}
+            outputs = session.run({**step.feeds(), **cache})
+            logits = outputs.pop(LOGITS)
+            if scenario.scored:
+                observation.surprise = surprise(logits, step, scenario.scored)
+                continue
+            observation.logits.append(logits)
+            cache = {name.replace("present.", "past.", 1): value for name, value in outputs.items()}
+            observation.present = outputs
+        found.append(observation)
+    return found
+
+
+def empty_cache(model: onnx_ir.Model) -> dict[str, Callable[[int], Array]]:
+    """Per cache input, the array [batch, heads, 0, head_dim] of its dtype for a batch size."""
+    decoder = decoder_of(model)
+    shape = decoder.kv_heads, 0, decoder.head_dim
+    dtype = decoder.cache_dtype.numpy()
+    names = [value.name or "" for value in model.graph.inputs]
+    return {name: lambda batch: np.zeros((batch, *shape), dtype) for name in names if name.startswith("past.")}
+
+
+def surprise(logits: Array, step: Step, scored: int) -> float | None:
+    """Sum of −log p over the last `scored` tokens of the step, in nats; None if logits are of the last position only."""
+    length = step.input_ids.shape[1]
+    if logits.shape[1] != length:
+        return None
+    rows = logits[0, length - 1 - scored : length - 1].astype(np.float64)
+    rows -= rows.max(axis=-1, keepdims=True)
+    targets = step.input_ids[0, length - scored :]
+    chosen = rows[np.arange(scored), targets] - np.log(np.exp(rows).sum(axis=-1))
+    return float(-chosen.sum())
+
+
+def perplexity(scenarios: Sequence[Scenario], observations: Sequence[Observation]) -> float | None:
+    """exp of the mean surprise over the text windows; None if there are none, or a model gave no logits for them."""
+    count = sum(scenario.scored for scenario in scenarios)
+    values = [seen.surprise for scenario, seen in zip(scenarios, observations, strict=True) if scenario.scored]
+    if not count or any(value is None for value in values):
+        return None
+    with np.errstate(over="ignore"):
+        return float(np.exp(sum(value for value in values if value is not None) / count))
+
+
+def vocabulary_of(model: onnx_ir.Model) -> int:
+    """The number of logits. Raises ModelError if the graph does not say."""
+    logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
+    size = logits.shape[-1] if logits is not None and logits.shape is not None else None
+    if not isinstance(size, int):
+        raise ModelError(f"output {LOGITS!r} has no known vocabulary size; expected [batch, seq, vocab]")
+    return size
+
+
+def positions_of(model: onnx_ir.Model) -> int | None:
+    """How many positions the model's tables hold: of rotary angles, learned positions or a baked ALiBi mask."""
+    lengths = []
+    for name, value in model.graph.initializers.items():
+        if name.startswith("rotary.") and value.shape is not None:
+            lengths.append(max(dim for dim in value.shape if isinstance(dim, int)))
+        elif name == "alibi.future_mask" and value.shape is not None:
+            lengths.append(int(value.shape[-1]))  # type: ignore[call-overload]
+    positions = next((value for value in model.graph.inputs if value.name == POSITION_IDS), None)
+    for node, index in positions.uses() if positions is not None else ():
+        table = node.inputs[0]
+        if node.op_type == "Gather" and index == 1 and table is not None and table.is_initializer():
+            lengths.append(int(table.shape[0]))  # type: ignore[index, call-overload]
+    return min(lengths, default=None)

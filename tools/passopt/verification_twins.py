@@ -1,0 +1,106 @@
+"""Twins of quantised graphs: weights dequantised by plain numpy, to check the int8 graph against its own codes.
+
+Deliberately apart from the quantiser: only the codes and scales that the graph holds are used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.errors import ModelError
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.expressions import Expression
+from passopt.ir.sources import external_source
+from passopt.ir.weights import LazyWeight, expression_of
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+_CODES = {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8}
+
+
+def dequantised_weights(model: onnx_ir.Model) -> list[onnx_ir.Node]:
+    """The DequantizeLinear nodes over constant codes."""
+    return [
+        node
+        for node in model.graph
+        if node.op_type == "DequantizeLinear"
+        and not node.domain
+        and node.inputs[0] is not None
+        and node.inputs[0].is_initializer()
+        and node.inputs[0].dtype in _CODES
+    ]
+
+
+def is_quantized(model: onnx_ir.Model) -> bool:
+    return bool(dequantised_weights(model))
+
+
+def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
+    """A clone in which every DequantizeLinear of constant codes is an initializer of its output's dtype.
+
+    The values are written to files in `scratch` in row chunks, and have to stay there as long as the twin is used.
+    """
+    twin = model.clone()
+    graph = twin.graph
+    for index, node in enumerate(dequantised_weights(twin)):
+        output = node.outputs[0]
+        name = f"{output.name}.dequantised"
+        source = _write(node, scratch / f"dequantised-{index}.bin", name)
+        value = onnx_ir.Value(
+            name=name,
+            type=onnx_ir.TensorType(source.dtype),
+            shape=onnx_ir.Shape(source.shape),
+            const_value=LazyWeight(source, name),  # type: ignore[arg-type]
+        )
+        graph.register_initializer(value)
+        output.replace_all_uses_with(value, replace_graph_outputs=True)
+        inputs = [value for value in node.inputs if value is not None]
+        graph.remove(node, safe=True)
+        for weight in inputs:
+            if weight.name in graph.initializers and not weight.uses():
+                del graph.initializers[weight.name]
+    return twin
+
+
+def _write(node: onnx_ir.Node, path: Path, name: str) -> Expression:
+    codes, scales, zeros = _operand(node, 0), _operand(node, 1), _operand(node, 2)
+    assert codes is not None
+    assert scales is not None
+    if "block_size" in node.attributes and node.attributes["block_size"].as_int():
+        raise ModelError(f"DequantizeLinear {node.name!r}: blocked scales cannot be checked yet")
+    axis = codes.axis(node.attributes["axis"].as_int() if "axis" in node.attributes else 1) if scales.shape else 0
+    with Evaluator() as evaluator, path.open("wb") as file:
+        factor = evaluator.array(scales)
+        offset = np.zeros_like(factor, np.int32) if zeros is None else evaluator.array(zeros).astype(np.int32)
+        start = 0
+        for chunk in evaluator.chunks(codes):
+            rows = slice(start, start + len(chunk)) if axis == 0 and scales.shape else slice(None)
+            wide = chunk.astype(np.int32) - _spread(offset, rows, axis, chunk.ndim)
+            values = wide.astype(np.float32) * _spread(factor, rows, axis, chunk.ndim).astype(np.float32)
+            file.write(values.astype(factor.dtype).tobytes())
+            start += len(chunk)
+    return external_source(path, name, scales.dtype, codes.shape, 0)
+
+
+def _operand(node: onnx_ir.Node, index: int) -> Expression | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        return None
+    expression = expression_of(value)
+    if expression is None:
+        raise ModelError(f"DequantizeLinear {node.name!r}: {value.name!r} is computed, expected a constant")
+    return expression
+
+
+def _spread(vector: Array, rows: slice, axis: int, ndim: int) -> Array:
+    """A scalar as it is; a vector along `axis`, of which axis 0 shows only `rows`."""
+    if not vector.ndim:
+        return vector
+    shape = [1] * ndim
+    shape[axis] = -1
+    part: Array = vector[rows].reshape(shape)
+    return part
