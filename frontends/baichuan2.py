@@ -182,7 +182,7 @@ class Fp32Islands(TorchFunctionMode):
         if self._dtype == torch.float32:
             return function(*args, **kwargs)
         if function in {functional.softmax, torch.softmax}:
-            return function(*args, **kwargs).to(self._dtype)
+            return function(args[0].half(),*args[1:], **kwargs).to(self._dtype)
         if function is functional.normalize:
             return function(args[0].float(), *args[1:], **kwargs).to(self._dtype)
         if function is functional.scaled_dot_product_attention:

@@ -85,8 +85,8 @@ def self_check(
         error = max(_error(reference, _run_graph(session, reference, steps)) for steps in (_AT_ONCE, _IN_CHUNKS))
     if not error <= TOLERANCES[dtype]:
         raise CheckError(
-            f"{checkpoint.directory}: the exported graph differs from the stock code by {error:.2e} of the largest value; "
-            f"{TOLERANCES[dtype]:.0e} is allowed for {dtype.name} (measured on a small model of the same class)"
+            f"{checkpoint.directory}: the exported graph differs from the stock code by {error:.2e} of the largest "
+            f"value; {TOLERANCES[dtype]:.0e} is allowed for {dtype.name} (measured on a small model of the same class)"
         )
     return error
 

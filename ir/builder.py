@@ -19,7 +19,7 @@ from passopt.ir.expressions import Expression
 from passopt.ir.weights import LazyWeight, small_constant
 
 Value: TypeAlias = onnx_ir.Value
-Operand: TypeAlias = "onnx_ir.Value | int | float | Sequence[int] | np.ndarray[Any, np.dtype[Any]] | None"
+Operand: TypeAlias = "onnx_ir.Value | int | float | Sequence[int] | np.ndarray[Any, np.dtype[Any]] | np.generic | None"
 
 #: Domains of the operators that passopt writes beside ONNX's own.
 MICROSOFT = "com.microsoft"
@@ -86,8 +86,8 @@ class Builder:
         for item in inputs:
             if item is None or isinstance(item, onnx_ir.Value):
                 values.append(item)
-            elif isinstance(item, np.ndarray):
-                values.append(self.literal(item))
+            elif isinstance(item, (np.ndarray, np.generic)):
+                values.append(self.literal(np.asarray(item)))
             elif isinstance(item, float):
                 if like is None:
                     raise VerifyError(f"{op_type}: the dtype of the number {item} is unknown; pass an array")
@@ -116,7 +116,7 @@ def infer_types(node: onnx_ir.Node, opset: int) -> None:
     opsets = [onnx.helper.make_opsetid("", opset)]
     try:
         found = shape_inference.infer_node_outputs(schema, onnx_ir.to_proto(node), types, data, opset_imports=opsets)
-    except shape_inference.InferenceError as error:
+    except (shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         inputs = [f"{v.name}: {v.dtype} {v.shape}" for v in node.inputs if v is not None]
         raise VerifyError(f"{node.op_type} {node.name!r} does not fit its inputs {inputs}: {error}") from error
     for value in node.outputs:

@@ -37,7 +37,7 @@ class Run:
 def longest_run(nodes: list[onnx_ir.Node]) -> Run | None:
     """The longest run of at least two blocks, or None."""
     finder = _Finder(nodes)
-    runs = [run for period in finder.periods() if (run := finder.run(period))]
+    runs = [run for anchor, period in finder.candidates() if (run := finder.run(anchor, period))]
     return max(runs, key=lambda run: run.period * run.count, default=None)
 
 
@@ -47,8 +47,8 @@ class _Finder:
         self.position = {id(node): index for index, node in enumerate(nodes)}
         self._keys = [_key(node) for node in nodes]
 
-    def periods(self) -> list[int]:
-        """Likely block lengths: distances between nodes that read weights whose names advance."""
+    def candidates(self) -> list[tuple[int, int]]:
+        """Likely (first weight's position, block length), from nodes that read weights whose names advance."""
         places: dict[object, list[int]] = collections.defaultdict(list)
         for index, node in enumerate(self.nodes):
             for value in node.inputs:
@@ -57,27 +57,38 @@ class _Finder:
         gaps: collections.Counter[int] = collections.Counter()
         for found in places.values():
             gaps.update(later - earlier for earlier, later in itertools.pairwise(found))
-        return [gap for gap, _ in gaps.most_common(3) if gap >= _SHORTEST_BLOCK]
+        likely = [gap for gap, _ in gaps.most_common(3) if gap >= _SHORTEST_BLOCK]
+        repeated = [found for found in places.values() if len(found) > 1]
+        # The first layer may differ from the others, where it computes what they share.
+        anchors = [min(found[layer] for found in repeated) for layer in (0, 1)] if repeated else []
+        return [(anchor, gap) for gap in likely for anchor in anchors]
 
-    def run(self, period: int) -> Run | None:
-        equal = [self._same(index, index + period, None) for index in range(len(self.nodes) - period)]
-        first, last = _longest_true(equal)
-        if last - first < _SHORTEST_BLOCK:
-            return None
-        for start in range(max(0, first - period + 1), first + 1):
+    def run(self, anchor: int, period: int) -> Run | None:
+        """The longest run of blocks of `period` nodes, the first of which holds node `anchor`."""
+        best: Run | None = None
+        for start in range(max(0, anchor - period + 1), anchor + 1):
             carried: dict[str, str] = {}
-            block = range(start, min(start + period, first))
-            if all(equal[index] or self._same(index, index + period, carried) for index in block):
-                count = (last + period - start) // period
-                return Run(start, period, count, tuple(carried.items())) if count > 1 else None
-        return None
+            if not self._same_block(start, period, carried):
+                continue
+            count = 2
+            while self._same_block(start + (count - 1) * period, period, None):
+                count += 1
+            if best is None or count > best.count:
+                best = Run(start, period, count, tuple(carried.items()))
+        return best
 
-    def _same(self, index: int, later: int, carried: dict[str, str] | None) -> bool:
+    def _same_block(self, start: int, period: int, carried: dict[str, str] | None) -> bool:
+        """True if the block at `start` equals the next one; `carried` allows another value to enter the first block."""
+        if start + 2 * period > len(self.nodes):
+            return False
+        return all(self._same(index, index + period, start, carried) for index in range(start, start + period))
+
+    def _same(self, index: int, later: int, start: int, carried: dict[str, str] | None) -> bool:
         if self._keys[index] != self._keys[later]:
             return False
         one, other = self.nodes[index], self.nodes[later]
         inputs = zip(one.inputs, other.inputs, strict=True)
-        if not all(self._same_input(x, y, index, later, carried) for x, y in inputs):
+        if not all(self._same_input(x, y, index, later, start, carried) for x, y in inputs):
             return False
         return all(
             x.is_graph_output() == y.is_graph_output() and (not x.is_graph_output() or _advances(x.name, y.name))
@@ -85,7 +96,13 @@ class _Finder:
         )
 
     def _same_input(
-        self, x: onnx_ir.Value | None, y: onnx_ir.Value | None, index: int, later: int, carried: dict[str, str] | None
+        self,
+        x: onnx_ir.Value | None,
+        y: onnx_ir.Value | None,
+        index: int,
+        later: int,
+        start: int,
+        carried: dict[str, str] | None,
     ) -> bool:
         if x is y:
             return True
@@ -94,14 +111,35 @@ class _Finder:
         first, second = x.producer(), y.producer()
         if first is None and second is None:
             return _same_leaf(x, y)
-        if first is not None and second is not None and x.index() == y.index():
-            back_x, back_y = index - self.position[id(first)], later - self.position[id(second)]
-            if back_x == back_y:
+        if second is None:
+            return False
+        back = later - self.position[id(second)]
+        if first is not None and x.index() == y.index():
+            if index - self.position[id(first)] == back:
                 return True
-        if carried is None or second is None or self.position[id(second)] < later - 2 * (later - index):
+            if self.position[id(second)] < start and self._same_prelude(first, second):
+                return True
+        if carried is None or not later - index <= back + (index - start) < 2 * (later - index):
             return False
         # What enters the first layer from before is what later layers get from the layer before them.
         return carried.setdefault(x.name or "", y.name or "") == (y.name or "")
+
+    def _same_prelude(self, first: onnx_ir.Node, second: onnx_ir.Node) -> bool:
+        """Nodes before all layers that stand for a layer each, such as the length of its cache."""
+        if self._keys[self.position[id(first)]] != self._keys[self.position[id(second)]]:
+            return False
+        for x, y in zip(first.inputs, second.inputs, strict=True):
+            if x is y:
+                continue
+            if x is None or y is None:
+                return False
+            one, other = x.producer(), y.producer()
+            if one is None and other is None:
+                if not _same_leaf(x, y):
+                    return False
+            elif one is None or other is None or not self._same_prelude(one, other):
+                return False
+        return True
 
 
 def _key(node: onnx_ir.Node) -> tuple[object, ...]:
@@ -131,14 +169,3 @@ def _advances(earlier: str | None, later: str | None) -> bool:
         return False
     steps = {int(y) - int(x) for x, y in zip(one[1::2], other[1::2], strict=True)}
     return 1 in steps and steps <= {0, 1}
-
-
-def _longest_true(flags: list[bool]) -> tuple[int, int]:
-    best, start = (0, 0), None
-    for index, flag in enumerate([*flags, False]):
-        if flag and start is None:
-            start = index
-        elif not flag and start is not None:
-            best = max(best, (start, index), key=lambda span: span[1] - span[0])
-            start = None
-    return best

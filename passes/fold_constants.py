@@ -46,7 +46,8 @@ class FoldConstants(Pass):
             result.tries += 1
             if self._bypass(editor, node) or self._fold(editor, node):
                 result.matches += 1
-        merged = _merge_equal_constants(editor)
+        result.matches += _unify_sizes(editor)
+        merged = _merge_equal_constants(editor) + _merge_equal_sizes(editor) + _hoist_sizes(editor)
         result.modified = result.matches > 0 or merged > 0
         return result
 
@@ -90,14 +91,28 @@ class FoldConstants(Pass):
         if node.op_type == "Shape":
             return _known_dimensions(node)
         arrays = {}
-        for value in node.inputs:
+        # CastLike needs only the dtype of its second input, which may be computed.
+        inputs = node.inputs[:1] if _casts_to_known_dtype(node) else node.inputs
+        for value in inputs:
             if value is None:
                 continue
             tensor = None if is_checkpoint_weight(value) else constant_tensor(value)
             if tensor is None or tensor.nbytes > self.limit:
                 return None
             arrays[value.name or ""] = tensor.numpy()
+        if len(inputs) < len(node.inputs):
+            return next(iter(arrays.values())).astype(_dtype_of(node.inputs[1]))
         return _evaluate(node, opset, arrays) if arrays else None
+
+
+def _casts_to_known_dtype(node: onnx_ir.Node) -> bool:
+    return node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None
+
+
+def _dtype_of(value: onnx_ir.Value | None) -> np.dtype[Any]:
+    assert value is not None
+    assert value.dtype is not None
+    return value.dtype.numpy()
 
 
 def _has_no_effect(node: onnx_ir.Node, source: onnx_ir.Value) -> bool:
@@ -154,3 +169,78 @@ def _merge_equal_constants(editor: Editor) -> int:
             editor.remove_unused_initializer(value)
             merged += 1
     return merged
+
+
+#: Integer arithmetic on lengths, which exporters repeat for every layer.
+_SIZE_ARITHMETIC = frozenset(
+    {"Shape", "Squeeze", "Unsqueeze", "Reshape", "Concat", "Cast", "Gather", "Slice", "Add", "Sub"}
+)
+
+
+def _unify_sizes(editor: Editor) -> int:
+    """Read a length that several inputs share from the first of them; an exporter picks any, not always the same."""
+    places: dict[str, tuple[onnx_ir.Value, int]] = {}
+    for value in editor.graph.inputs:
+        for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
+            if not isinstance(dim, int) and dim.value is not None:
+                places.setdefault(dim.value, (value, axis))
+    moved = 0
+    for node in editor.graph:
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type != "Shape" or source is None or not source.is_graph_input() or source.shape is None:
+            continue
+        start, end = (node.attributes[name].as_int() if name in node.attributes else -1 for name in ("start", "end"))
+        if start < 0 or end != start + 1:
+            continue
+        dim = source.shape[start]
+        place = None if isinstance(dim, int) or dim.value is None else places[dim.value]
+        if place is None or place == (source, start):
+            continue
+        node.replace_input_with(0, place[0])
+        node.attributes["start"] = onnx_ir.AttrInt64("start", place[1])
+        node.attributes["end"] = onnx_ir.AttrInt64("end", place[1] + 1)
+        moved += 1
+    return moved
+
+
+def _merge_equal_sizes(editor: Editor) -> int:
+    """One node per length: the same arithmetic on the same inputs."""
+    first: dict[tuple[Any, ...], onnx_ir.Node] = {}
+    merged = 0
+    for node in list(editor.graph):
+        if node.op_type not in _SIZE_ARITHMETIC or node.domain or not _is_size(node.outputs[0]):
+            continue
+        attributes = tuple(sorted((name, str(item.value)) for name, item in node.attributes.items()))
+        key = (node.op_type, attributes, tuple(id(value) for value in node.inputs))
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            node.outputs[0].replace_all_uses_with(kept.outputs[0])
+            editor.remove_dead([node])
+            merged += 1
+    return merged
+
+
+def _hoist_sizes(editor: Editor) -> int:
+    """Compute lengths first: shared ones would otherwise stand in the first layer and make it unlike the others."""
+    hoisted: list[onnx_ir.Node] = []
+    known: set[int] = set()
+    for node in editor.graph:
+        if node.op_type not in _SIZE_ARITHMETIC or node.domain or not _is_size(node.outputs[0]):
+            continue
+        producers = [value.producer() for value in node.inputs if value is not None]
+        if all(producer is None or id(producer) in known for producer in producers):
+            known.add(id(node))
+            hoisted.append(node)
+    nodes = list(editor.graph)
+    if nodes[: len(hoisted)] == hoisted:
+        return 0
+    for node in hoisted:
+        editor.graph.remove(node)
+    rest = next(node for node in nodes if id(node) not in known)
+    editor.graph.insert_before(rest, hoisted)
+    return len(hoisted)
+
+
+def _is_size(value: onnx_ir.Value) -> bool:
+    known_rank = value.shape is None or len(value.shape) <= 1
+    return value.dtype in {onnx_ir.DataType.INT64, None} and known_rank and not value.is_graph_output()

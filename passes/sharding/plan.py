@@ -1,4 +1,4 @@
-"""Which tensor-parallel degrees a model allows, and what blocks the others: `passopt plan` and the errors of `shard`."""
+"""Which tensor-parallel degrees a model allows and what blocks the others: `passopt plan`, and errors of `shard`."""
 
 from __future__ import annotations
 

@@ -108,7 +108,8 @@ def relative_error(reference: Array, candidate: Array, where: Array | None = Non
     if not reference.size:
         return 0.0
     wide = np.float64 if reference.dtype == np.float64 else np.float32
-    one, other = reference.astype(wide), candidate.astype(wide)
+    one: Array = reference.astype(wide)
+    other: Array = candidate.astype(wide)
     with np.errstate(invalid="ignore", over="ignore"):
         difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
     if not math.isfinite(difference) or not math.isfinite(scale):

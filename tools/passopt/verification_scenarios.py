@@ -1,4 +1,4 @@
-"""What a verification runs: seeded steps of prefill, padded batches, cached decode and chunked prefill, and text windows.
+"""What a verification runs: seeded prefill, padded batches, cached decode, chunked prefill, and windows of a text.
 
 Shapes: b batch, q positions of a step, kv positions up to and with the step. Tokens are fixed in advance, so that both
 models see the same ones whatever they predict.
@@ -81,8 +81,8 @@ def make_scenarios(vocab: int, max_positions: int, lengths: Sequence[int], seed:
     padded = min(_PADDED_LENGTH, max_positions - _DECODE_STEPS)
     if padded > max(_PADDINGS):
         ids = tokens(len(_PADDINGS), padded + _DECODE_STEPS)
-        lengths = [padded, *[1] * _DECODE_STEPS]
-        found.append(Scenario("left padding, then decode", tuple(_steps(ids, lengths, _PADDINGS))))
+        steps = _steps(ids, [padded, *[1] * _DECODE_STEPS], _PADDINGS)
+        found.append(Scenario("left padding, then decode", tuple(steps)))
     prompt = min(_PROMPT, max_positions - _DECODE_STEPS)
     if prompt > 0:
         ids = tokens(1, prompt + _DECODE_STEPS)
@@ -128,7 +128,7 @@ def read_tokens(text: str, directory: Path) -> list[int]:
     path = directory / TOKENIZER_NAME
     if not path.exists():
         raise ModelError(f"{directory}: has no {TOKENIZER_NAME}, which perplexity of a text needs")
-    import sentencepiece  # type: ignore[import-untyped]
+    import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     return [int(token) for token in processor.encode(text)]
@@ -168,7 +168,7 @@ def empty_cache(model: onnx_ir.Model) -> dict[str, Callable[[int], Array]]:
 
 
 def surprise(logits: Array, step: Step, scored: int) -> float | None:
-    """Sum of −log p over the last `scored` tokens of the step, in nats; None if logits are of the last position only."""
+    """Sum of −log p over the last `scored` tokens of the step, in nats; None if only the last position has logits."""
     length = step.input_ids.shape[1]
     if logits.shape[1] != length:
         return None
@@ -200,15 +200,14 @@ def vocabulary_of(model: onnx_ir.Model) -> int:
 
 def positions_of(model: onnx_ir.Model) -> int | None:
     """How many positions the model's tables hold: of rotary angles, learned positions or a baked ALiBi mask."""
-    lengths = []
+    tables = []
     for name, value in model.graph.initializers.items():
-        if name.startswith("rotary.") and value.shape is not None:
-            lengths.append(max(dim for dim in value.shape if isinstance(dim, int)))
-        elif name == "alibi.future_mask" and value.shape is not None:
-            lengths.append(int(value.shape[-1]))  # type: ignore[call-overload]
+        if name.startswith("rotary.") or name == "alibi.future_mask":
+            tables.append(value)
     positions = next((value for value in model.graph.inputs if value.name == POSITION_IDS), None)
     for node, index in positions.uses() if positions is not None else ():
         table = node.inputs[0]
         if node.op_type == "Gather" and index == 1 and table is not None and table.is_initializer():
-            lengths.append(int(table.shape[0]))  # type: ignore[index, call-overload]
-    return min(lengths, default=None)
+            tables.append(table)
+    lengths = [max((dim for dim in table.shape or () if isinstance(dim, int)), default=0) for table in tables]
+    return min((length for length in lengths if length), default=None)

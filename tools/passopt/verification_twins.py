@@ -54,14 +54,14 @@ def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
             name=name,
             type=onnx_ir.TensorType(source.dtype),
             shape=onnx_ir.Shape(source.shape),
-            const_value=LazyWeight(source, name),  # type: ignore[arg-type]
+            const_value=LazyWeight(source, name),
         )
         graph.register_initializer(value)
         output.replace_all_uses_with(value, replace_graph_outputs=True)
         inputs = [value for value in node.inputs if value is not None]
         graph.remove(node, safe=True)
         for weight in inputs:
-            if weight.name in graph.initializers and not weight.uses():
+            if weight.name and weight.is_initializer() and not weight.uses():
                 del graph.initializers[weight.name]
     return twin
 

@@ -1,0 +1,112 @@
+"""dematerialize-alibi: the baked mask constant becomes slopes times positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir
+
+from passopt.ir.alibi import alibi_slopes
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.expressions import Expression
+from passopt.ir.weights import expression_of, small_constant
+from passopt.passes.base import Decline
+from passopt.passes.rewriting import RewritePass
+
+#: Rows of each head that are compared with the formula; a mask of at most as many rows is compared whole.
+_SAMPLED_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class DematerializeAlibi(RewritePass):
+    """Compute ALiBi's bias from one slope per head: a baked mask is gigabytes, and cannot be split by heads as numbers.
+
+    Before: ``bias = Slice(Slice(mask, past:total, axis=1), 0:total, axis=2)``, mask [heads, n, n] a constant
+    After:  ``bias = slopes · Range(total) + Where(column > row, -inf, 0)``, in fp32, slopes [heads, 1, 1]
+    The one pass that reads from a large constant: up to 128 rows per head, to be sure that it is such a mask.
+    """
+
+    name = "dematerialize-alibi"
+    accuracy = "reassociated"
+
+    def rules(self) -> Sequence[tuple[Any, Any]]:
+        return [(self.rows_first, self.rewrite), (self.columns_first, self.rewrite)]
+
+    def rows_first(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
+        return op.Slice(op.Slice(mask, start, stop, [1], [1]), [0], width, [2], [1])
+
+    def columns_first(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
+        return op.Slice(op.Slice(mask, [0], width, [2], [1]), start, stop, [1], [1])
+
+    def rewrite(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
+        expression = expression_of(mask)
+        if expression is None or len(expression.shape) != 3 or expression.shape[1] != expression.shape[2]:
+            raise Decline(f"{mask.name} is not a constant of shape [heads, n, n]")
+        slopes = op.initializer("alibi.slopes", _slopes(mask.name, expression)[:, None, None])
+        first, last = _scalar(op, start), _scalar(op, width)
+        columns = op.Range(np.int64(0), last, np.int64(1))
+        rows = op.Range(first, last if stop is width else _scalar(op, stop), np.int64(1))
+        bias = op.Mul(slopes, op.Cast(columns, to=onnx_ir.DataType.FLOAT.value))
+        later = op.Greater(op.Unsqueeze(columns, [0]), op.Unsqueeze(rows, [1]))
+        causal = op.Where(later, np.float32(-np.inf), np.float32(0))
+        result = op.Add(bias, causal)
+        return result if mask.dtype == onnx_ir.DataType.FLOAT else op.Cast(result, to=mask.dtype.value)
+
+
+def _scalar(op: Any, vector: onnx_ir.Value) -> Any:
+    """The single element of a Slice bound: what an exporter reshaped to a vector, where it did so."""
+    constant = small_constant(vector)
+    if constant is not None:
+        return np.int64(constant.reshape(-1)[0])
+    node = vector.producer()
+    source = node.inputs[0] if node is not None and node.op_type in {"Reshape", "Unsqueeze"} else None
+    if source is not None and source.shape is not None and not len(source.shape):
+        return source
+    return op.Squeeze(vector)
+
+
+def _slopes(name: str, mask: Expression) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The slopes [heads] in fp32. Declines, naming the element, unless the mask is slope · column, causal."""
+    heads, length, _ = mask.shape
+    if length < 2:
+        raise Decline(f"{name} has {length} positions; the slopes cannot be read from it")
+    kind = mask.dtype.numpy()
+    with Evaluator() as evaluator:
+        column = evaluator.read(mask, ((0, heads), (length - 1, length), (1, 2)))
+        found = np.asarray(column, np.float32).reshape(heads)
+        formula = np.asarray(alibi_slopes(heads), np.float32)
+        # In a 16-bit mask the slopes are rounded; the formula's are the true ones.
+        slopes = formula if np.array_equal(formula.astype(kind), found.astype(kind)) else found
+        for head, row, values in _sample(evaluator, mask):
+            expected = (slopes[head] * np.arange(length, dtype=np.float32)).astype(kind)
+            expected[row + 1 :] = -np.inf
+            wrong = np.flatnonzero(~_equal(values, expected))
+            if wrong.size:
+                at = int(wrong[0])
+                raise Decline(
+                    f"{name}[{head}, {row}, {at}] is {values[at]}, an ALiBi mask of slope {slopes[head]} "
+                    f"has {expected[at]} there"
+                )
+    return slopes
+
+
+def _sample(evaluator: Evaluator, mask: Expression) -> Iterator[tuple[int, int, np.ndarray[Any, np.dtype[Any]]]]:
+    heads, length, _ = mask.shape
+    rows = np.unique(np.linspace(0, length - 1, min(length, _SAMPLED_ROWS)).astype(int)).tolist()
+    for head in range(heads):
+        for row in rows:
+            yield head, row, evaluator.read(mask, ((head, head + 1), (row, row + 1), (0, length))).reshape(-1)
+
+
+def _equal(values: Any, expected: Any) -> Any:
+    """Equal to one rounding step; a masked place may hold the dtype's smallest number instead of -inf."""
+    limits = ml_dtypes.finfo(values.dtype)
+    masked = np.isneginf(expected) & ((values == limits.min) | np.isneginf(values))
+    wide, target = values.astype(np.float32), expected.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        step = np.abs(target) * float(limits.eps)
+        return masked | (np.abs(wide - target) <= step)

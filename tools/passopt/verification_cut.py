@@ -1,0 +1,246 @@
+"""Cut a decoder at its residual stream: one piece per layer, so that a check needs the weights of one layer at a time.
+
+A boundary is the one value through which everything from layer i on depends on tokens and on the caches before it.
+Names and operators do not matter; only the contract's past.i inputs and present.i outputs do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.contract import INPUT_IDS, LOGITS, decoder_of
+from passopt.ir.errors import ModelError
+
+_GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
+
+
+class _Kind(enum.IntEnum):
+    """What a value depends on; of an operator's inputs the largest decides."""
+
+    CONSTANT = 0
+    #: Masks, positions and shapes: computed once for all layers, without tokens or caches.
+    SHARED = 1
+    CACHE = 2
+    TOKENS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Part of a decoder. `carried` is its input from the piece before, `result` what it hands on; "" where none is."""
+
+    name: str
+    carried: str
+    result: str
+    targets: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Embedding, layers and head of one model, and the names of the shared values that they read."""
+
+    model: onnx_ir.Model
+    pieces: tuple[Piece, ...]
+    shared: tuple[str, ...]
+
+    def prelude(self) -> onnx_ir.Model | None:
+        """The graph that computes the shared values; None if there are none."""
+        return _extract(self.model, self.shared, {}) if self.shared else None
+
+    def graph(
+        self, piece: Piece, given: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
+    ) -> onnx_ir.Model:
+        """The piece as a model. `given` are arrays for the values it starts from: their dtypes become the inputs'."""
+        stops = {name: array for name, array in given.items() if name in {piece.carried, *self.shared}}
+        return _extract(self.model, piece.targets, stops)
+
+
+def cut_decoder(model: onnx_ir.Model) -> Cut:
+    """Find the boundaries. Raises ModelError if some layer is not connected through a single value."""
+    kinds = _kinds(model)
+    layers = decoder_of(model).layers
+    chains = [_bottlenecks(model, kinds, layer) for layer in range(layers + 1)]
+    for layer, chain in enumerate(chains[:-1]):
+        if not chain:
+            raise ModelError(
+                f"cannot cut the graph before layer {layer}: no single value carries the tokens into it. "
+                f"Verify without --layerwise."
+            )
+    starts = [chain[-1] for chain in chains[:-1]]
+    end = _end(chains, starts)
+    pieces = [Piece("embedding", "", starts[0], (starts[0],))]
+    for layer, start in enumerate(starts):
+        result = starts[layer + 1] if layer + 1 < layers else end
+        present = [name for value in model.graph.outputs if (name := value.name or "").startswith(f"present.{layer}.")]
+        pieces.append(Piece(f"layer {layer}", start, result, (result or LOGITS, *present)))
+    if end:
+        pieces.append(Piece("head", end, "", (LOGITS,)))
+    return Cut(model, tuple(pieces), _shared(model, kinds))
+
+
+def _end(chains: Sequence[Sequence[str]], starts: Sequence[str]) -> str:
+    """Where the last layer ends: as many bottlenecks behind its attention as in the other layers. "" if unknown."""
+    depths = {len(chain) for chain in chains[1:-1]}
+    last = chains[-1]
+    if len(depths) != 1:
+        return ""
+    depth = depths.pop()
+    found = last[depth - 1] if len(last) > depth else ""
+    return "" if found in {LOGITS, *starts} else found
+
+
+def _kinds(model: onnx_ir.Model) -> dict[onnx_ir.Value, _Kind]:
+    kinds: dict[onnx_ir.Value, _Kind] = {}
+    for value in model.graph.initializers.values():
+        kinds[value] = _Kind.CONSTANT
+    for value in model.graph.inputs:
+        name = value.name or ""
+        kinds[value] = _Kind.SHARED
+        if name == INPUT_IDS:
+            kinds[value] = _Kind.TOKENS
+        elif name.startswith("past."):
+            kinds[value] = _Kind.CACHE
+    inputs = set(model.graph.inputs)
+    for node in model.graph:
+        if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
+            raise ModelError(f"cannot cut the graph: {node.op_type} {node.name!r} has a subgraph")
+        kind = max((kinds[value] for value in node.inputs if value is not None), default=_Kind.CONSTANT)
+        only_shape = node.op_type in {"Shape", "Size"} and not node.domain
+        if only_shape and (kind <= _Kind.CACHE or node.inputs[0] in inputs):
+            kind = min(kind, _Kind.SHARED)
+        for value in node.outputs:
+            kinds[value] = kind
+    return kinds
+
+
+def _bottlenecks(model: onnx_ir.Model, kinds: Mapping[onnx_ir.Value, _Kind], layer: int) -> list[str]:
+    """The values that every path takes from tokens and caches before `layer` to what `layer` and later ones give.
+
+    In a topological order of the values on such paths, these are the ones that no edge skips.
+    """
+    graph = model.graph
+    sources = [value for value in graph.inputs if value.name == INPUT_IDS or _layer_of(value, "past.") < layer]
+    sources = [value for value in sources if kinds[value] >= _Kind.CACHE]
+    sinks = {value for value in graph.outputs if value.name == LOGITS or _layer_of(value, "present.") >= layer}
+    nodes = list(graph)
+    reached = set(sources)
+    for node in nodes:
+        if any(value in reached for value in node.inputs):
+            reached.update(value for value in node.outputs if kinds[value] >= _Kind.CACHE)
+    useful = {value for value in sinks if value in reached}
+    for node in reversed(nodes):
+        if any(value in useful for value in node.outputs):
+            useful.update(value for value in node.inputs if value in reached)
+    ordered = [value for value in sources if value in useful]
+    ordered += [value for node in nodes for value in node.outputs if value in useful]
+    positions = {value: index for index, value in enumerate(ordered)}
+    found = []
+    furthest = max((positions[value] for value in sources if value in positions), default=0)
+    for index, value in enumerate(ordered):
+        if furthest <= index:
+            found.append(value.name or "")
+        uses = [positions[out] for node in value.consumers() for out in node.outputs if out in positions]
+        furthest = max(furthest, *uses, len(ordered) if value in sinks else 0)
+    return found
+
+
+def _layer_of(value: onnx_ir.Value, prefix: str) -> int:
+    """3 of `past.3.key`; a large number, or a negative one for outputs, for anything else."""
+    name = value.name or ""
+    if not name.startswith(prefix):
+        return -1 if prefix == "present." else 1 << 30
+    return int(name.split(".")[1])
+
+
+def _shared(model: onnx_ir.Model, kinds: Mapping[onnx_ir.Value, _Kind]) -> tuple[str, ...]:
+    """Shared values that tokens or caches meet, in graph order."""
+    found: dict[str, None] = {}
+    for node in model.graph:
+        if all(kinds[value] < _Kind.CACHE for value in node.outputs):
+            continue
+        for value in node.inputs:
+            if value is not None and kinds[value] == _Kind.SHARED and value.producer() is not None:
+                found[value.name or ""] = None
+    return tuple(found)
+
+
+def _extract(
+    model: onnx_ir.Model,
+    targets: Iterable[str],
+    stops: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]],
+) -> onnx_ir.Model:
+    """The nodes that compute `targets` from `stops` and graph inputs, as a model of its own. Weights stay lazy."""
+    graph = model.graph
+    wanted = set(targets)
+    ends = [value for node in graph for value in node.outputs if value.name in wanted]
+    needed = _ancestors(ends, stops)
+    made: dict[onnx_ir.Value | None, onnx_ir.Value | None] = {None: None}
+    inputs, weights = [], []
+    for value in needed:
+        copy = made[value] = _copied(value)
+        given = stops.get(value.name or "")
+        if given is not None:
+            copy.type = onnx_ir.TensorType(onnx_ir.DataType.from_numpy(given.dtype))
+            copy.shape = onnx_ir.Shape([None] * given.ndim)
+            inputs.append(copy)
+        elif value.is_initializer():
+            copy.const_value = value.const_value
+            weights.append(copy)
+        elif value.producer() is None:
+            inputs.append(copy)
+    nodes = []
+    for node in graph:
+        computed = [made.get(value) if value.name not in stops else None for value in node.outputs]
+        if all(value is None for value in computed):
+            continue
+        nodes.append(
+            onnx_ir.Node(
+                node.domain,
+                node.op_type,
+                [made[value] for value in node.inputs],
+                node.attributes.values(),
+                overload=node.overload,
+                outputs=[copy or _unused(value) for value, copy in zip(node.outputs, computed, strict=True)],
+                name=node.name,
+            )
+        )
+    outputs = [made[value] for value in ends]
+    piece = onnx_ir.Graph(
+        inputs,
+        outputs,  # type: ignore[arg-type]
+        nodes=nodes,
+        initializers=weights,
+        opset_imports=dict(graph.opset_imports),
+        name=graph.name,
+    )
+    functions = [function.clone() for function in model.functions.values()]
+    return onnx_ir.Model(piece, ir_version=model.ir_version, functions=functions)
+
+
+def _ancestors(ends: Sequence[onnx_ir.Value], stops: Collection[str]) -> list[onnx_ir.Value]:
+    """`ends` and all that they are computed from, not looking behind `stops`."""
+    found: dict[onnx_ir.Value, None] = {}
+    work = list(ends)
+    while work:
+        value = work.pop()
+        if value in found:
+            continue
+        found[value] = None
+        node = value.producer()
+        if node is not None and value.name not in stops:
+            work.extend(operand for operand in node.inputs if operand is not None)
+    return list(found)
+
+
+def _unused(value: onnx_ir.Value) -> onnx_ir.Value:
+    """Named unless the original is not: operators such as Split count their outputs."""
+    return onnx_ir.Value(name=f"{value.name}.unused" if value.name else "")
+
+
+def _copied(value: onnx_ir.Value) -> onnx_ir.Value:
+    shape = None if value.shape is None else onnx_ir.Shape(value.shape.dims)
+    return onnx_ir.Value(name=value.name, type=value.type, shape=shape)

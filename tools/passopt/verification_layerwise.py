@@ -1,0 +1,223 @@
+"""Run two decoders piece by piece, so that only one layer's weights of one model are in memory at a time.
+
+Each piece of the candidate runs twice: on the original's activations, which shows where an error is made, and on its
+own, which shows what becomes of it in the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.contract import LOGITS, decoder_of
+from passopt.ir.errors import ModelError
+from passopt.targets.onnxruntime_session import Session
+from passopt.verification_cut import Cut, Piece, cut_decoder
+from passopt.verification_report import Row, relative_error
+from passopt.verification_scenarios import Observation, Scenario, Step, empty_cache, surprise
+from passopt.verification_twins import dequantised_twin, is_quantized
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+OpenSession: TypeAlias = Callable[[onnx_ir.Model], Session]
+
+HIDDEN = "hidden"
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """What a comparison is called, and the relative error that it tolerates."""
+
+    comparison: str
+    tolerance: float
+
+
+@dataclasses.dataclass
+class LayerwiseResult:
+    """Rows per piece, and what either model gave in the end, each on its own activations."""
+
+    rows: list[Row]
+    expected: list[Observation]
+    found: list[Observation]
+
+
+@dataclasses.dataclass
+class _Trace:
+    """What one piece gave: per scenario and step what it hands on, per scenario its last cache and logits."""
+
+    hidden: list[list[Array]]
+    seen: list[Observation]
+
+
+def run_layerwise(
+    reference: onnx_ir.Model,
+    candidate: onnx_ir.Model,
+    scenarios: Sequence[Scenario],
+    open_session: OpenSession,
+    original: Label,
+    twin: Label,
+    scratch: Path | None = None,
+) -> LayerwiseResult:
+    """Compare piece by piece. `twin` labels the check of an int8 candidate against its numpy-dequantised pieces.
+
+    Raises ModelError if a graph cannot be cut into layers.
+    """
+    ours = _Side("reference", reference, scenarios, open_session)
+    theirs = _Side("candidate", candidate, scenarios, open_session)
+    if len(ours.cut.pieces) != len(theirs.cut.pieces):
+        raise ModelError(
+            f"the reference falls into {len(ours.cut.pieces)} pieces, the candidate into {len(theirs.cut.pieces)}. "
+            f"Verify without --layerwise."
+        )
+    rows: list[Row] = []
+    for one, other in zip(ours.cut.pieces, theirs.cut.pieces, strict=True):
+        given, own = ours.hidden, theirs.hidden
+        expected = ours.advance(one)
+        graph = theirs.graph(other)
+        session = open_session(graph)
+        same = theirs.run(session, other, theirs.cast(given))
+        found = theirs.run(session, other, own) if own else same
+        theirs.accept(other, found)
+        del session
+        drift = _worst(scenarios, expected, found)
+        rows += _compare(original, one, scenarios, expected, same, f"accumulated {drift:.1e}")
+        if is_quantized(graph):
+            with tempfile.TemporaryDirectory(prefix="passopt-twin-", dir=scratch) as folder:
+                session = open_session(dequantised_twin(graph, Path(folder)))
+            rows += _compare(twin, one, scenarios, theirs.run(session, other, theirs.cast(given)), same)
+            del session
+    return LayerwiseResult(rows, ours.observations, theirs.observations)
+
+
+class _Side:
+    """One model, run piece by piece. `hidden` is what the last piece handed on, per scenario and step."""
+
+    def __init__(
+        self, role: str, model: onnx_ir.Model, scenarios: Sequence[Scenario], open_session: OpenSession
+    ) -> None:
+        try:
+            self.cut: Cut = cut_decoder(model)
+        except ModelError as error:
+            raise ModelError(f"{role}: {error}") from error
+        self.hidden: list[list[Array]] = []
+        self.observations = [Observation() for _ in scenarios]
+        self._model = model
+        self._scenarios = scenarios
+        self._open_session = open_session
+        self._empty = empty_cache(model)
+        self._shared = self._run_prelude()
+
+    def _run_prelude(self) -> list[list[dict[str, Array]]]:
+        prelude = self.cut.prelude()
+        if prelude is None:
+            return [[{} for _ in scenario.steps] for scenario in self._scenarios]
+        session = self._open_session(prelude)
+        return [
+            [session.run({**step.feeds(), **self._blank_cache(step)}) for step in scenario.steps]
+            for scenario in self._scenarios
+        ]
+
+    def _blank_cache(self, step: Step) -> dict[str, Array]:
+        """Caches of the right shape: the prelude looks at nothing else of them."""
+        batch, length = step.input_ids.shape
+        past = step.attention_mask.shape[1] - length
+        decoder = decoder_of(self._model)
+        blank = np.zeros((batch, decoder.kv_heads, past, decoder.head_dim), decoder.cache_dtype.numpy())
+        return dict.fromkeys(self._empty, blank)
+
+    def graph(self, piece: Piece) -> onnx_ir.Model:
+        given = dict(self._shared[0][0])
+        if piece.carried:
+            given[piece.carried] = self.hidden[0][0]
+        return self.cut.graph(piece, given)
+
+    def advance(self, piece: Piece) -> _Trace:
+        """Run the next piece on what the one before handed on."""
+        trace = self.run(self._open_session(self.graph(piece)), piece, self.hidden)
+        self.accept(piece, trace)
+        return trace
+
+    def accept(self, piece: Piece, trace: _Trace) -> None:
+        self.hidden = trace.hidden if piece.result else []
+        for all_of_it, part in zip(self.observations, trace.seen, strict=True):
+            all_of_it.logits += part.logits
+            all_of_it.present.update(part.present)
+            all_of_it.surprise = part.surprise if part.surprise is not None else all_of_it.surprise
+
+    def cast(self, hidden: list[list[Array]]) -> list[list[Array]]:
+        """The other model's activations in this one's dtype."""
+        if not self.hidden:
+            return hidden
+        dtype = self.hidden[0][0].dtype
+        return [[array.astype(dtype) for array in steps] for steps in hidden]
+
+    def run(self, session: Session, piece: Piece, hidden: list[list[Array]]) -> _Trace:
+        """All steps of all scenarios, each on the cache of this piece that the step before it made."""
+        trace = _Trace([], [])
+        for index, scenario in enumerate(self._scenarios):
+            handed: list[Array] = []
+            seen = Observation()
+            cache: dict[str, Array] = {}
+            for position, step in enumerate(scenario.steps):
+                cache = cache or {name: empty(step.input_ids.shape[0]) for name, empty in self._empty.items()}
+                feeds = {**step.feeds(), **self._shared[index][position], **cache}
+                if piece.carried:
+                    feeds[piece.carried] = hidden[index][position]
+                outputs = session.run(feeds)
+                logits = outputs.pop(LOGITS, None)
+                if piece.result:
+                    handed.append(outputs.pop(piece.result))
+                cache = {name.replace("present.", "past.", 1): value for name, value in outputs.items()}
+                _note(seen, scenario, step, logits, outputs)
+            trace.hidden.append(handed)
+            trace.seen.append(seen)
+        return trace
+
+
+def _note(seen: Observation, scenario: Scenario, step: Step, logits: Array | None, present: dict[str, Array]) -> None:
+    if not scenario.scored:
+        seen.present = present
+        seen.logits += [] if logits is None else [logits]
+    elif logits is not None:
+        seen.surprise = surprise(logits, step, scenario.scored)
+
+
+def _compare(
+    label: Label, piece: Piece, scenarios: Sequence[Scenario], expected: _Trace, found: _Trace, note: str = ""
+) -> list[Row]:
+    """One row per output of the piece, with its worst error over all scenarios."""
+    errors: dict[str, float] = {}
+    for name, error in _errors(scenarios, expected, found):
+        errors[name] = max(errors.get(name, 0.0), error)
+    return [Row(label.comparison, piece.name, name, error, label.tolerance, note) for name, error in errors.items()]
+
+
+def _worst(scenarios: Sequence[Scenario], expected: _Trace, found: _Trace) -> float:
+    return max(error for _, error in _errors(scenarios, expected, found))
+
+
+def _errors(scenarios: Sequence[Scenario], expected: _Trace, found: _Trace) -> list[tuple[str, float]]:
+    errors = []
+    for index, scenario in enumerate(scenarios):
+        one, other = expected.seen[index], found.seen[index]
+        for step, x, y in zip(scenario.steps, expected.hidden[index], found.hidden[index], strict=False):
+            errors.append((HIDDEN, _masked(x, y, step.valid)))
+        for step, x, y in zip(scenario.steps, one.logits, other.logits, strict=False):
+            x = x[:, -y.shape[1] :]
+            errors.append((LOGITS, _masked(x, y, step.valid[:, -y.shape[1] :])))
+        mask = scenario.steps[-1].attention_mask > 0
+        for name, x in one.present.items():
+            y = other.present[name]
+            errors.append((name, _masked(np.moveaxis(x, 2, 1), np.moveaxis(y, 2, 1), mask)))
+    return errors
+
+
+def _masked(one: Array, other: Array, where: Array) -> float:
+    """Over the positions that hold tokens, if the leading axes are those of `where` at all."""
+    fits = one.shape[: where.ndim] == where.shape
+    return relative_error(one, other, where if fits else None)
