@@ -165,10 +165,10 @@ def _visible(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
 
 
 class Fp32Islands(TorchFunctionMode):
-    """While active, what half precision would get wrong is computed in fp32 and cast back to the model's dtype.
+    """While active, a half-precision model computes masked scores and their softmax in fp32, and casts back.
 
-    Softmax over masked scores (the stock code would round the ALiBi bias) and the L2 norm of the head, whose epsilon
-    of 1e-12 is 0 in fp16. In fp32 nothing changes.
+    The stock code would round the ALiBi bias, and sums of masks and scores. In fp32 nothing changes. The head's
+    normalisation stays as it is: `fold-norm-head` computes it in fp32 once.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -182,9 +182,7 @@ class Fp32Islands(TorchFunctionMode):
         if self._dtype == torch.float32:
             return function(*args, **kwargs)
         if function in {functional.softmax, torch.softmax}:
-            return function(args[0].half(),*args[1:], **kwargs).to(self._dtype)
-        if function is functional.normalize:
-            return function(args[0].float(), *args[1:], **kwargs).to(self._dtype)
+            return function(*args, **kwargs).to(self._dtype)
         if function is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return function(*args, **kwargs)

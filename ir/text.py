@@ -22,8 +22,14 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _NODE_NAME = re.compile(r"^\s*\[[^\]]*\] ")
 
 
-def print_model(model: onnx_ir.Model, *, fold: bool = True) -> str:
-    """The canonical text. With `fold=False`, a model of small tensors parses back to an equal one."""
+def print_model(model: onnx_ir.Model, *, fold: bool = True, canonical: bool = False) -> str:
+    """The canonical text. With `fold=False`, a model of small tensors parses back to an equal one.
+
+    With `canonical=True`, values and constants are named by operator and place, so that graphs of equal structure have
+    equal texts, whatever an exporter called things.
+    """
+    if canonical:
+        model = _renamed(model)
     graph = model.graph
     nodes = list(graph)
     run = longest_run(nodes) if fold else None
@@ -45,6 +51,38 @@ def print_model(model: onnx_ir.Model, *, fold: bool = True) -> str:
     lines += ["{", *_body(nodes, run), "}"]
     lines += [_function_text(function) for function in model.functions.values()]
     return "\n".join(lines) + "\n"
+
+
+def _renamed(model: onnx_ir.Model) -> onnx_ir.Model:
+    """A copy whose intermediate values are `operator.N` and whose small constants `constant.N`, in order of use."""
+    copy = model.clone()
+    constants = [value for node in copy.graph for value in node.inputs if value is not None and _is_nameless(value)]
+    for index, value in enumerate(dict.fromkeys(constants)):
+        value.name = f"constant.{index}"
+    used = set(constants)
+    for name, value in list(copy.graph.initializers.items()):
+        del copy.graph.initializers[name]
+        if value in used or value.uses():
+            copy.graph.initializers[value.name or name] = value
+    for index, node in enumerate(copy.graph):
+        for output in node.outputs:
+            if not output.is_graph_output():
+                suffix = f".{output.index()}" if len(node.outputs) > 1 else ""
+                output.name = f"{node.op_type.lower()}.{index}{suffix}"
+    order = {value: index for index, value in enumerate(dict.fromkeys(constants))}
+    rest = [value for value in copy.graph.initializers.values() if value not in order]
+    for value in (*rest, *order):
+        del copy.graph.initializers[value.name or ""]
+        copy.graph.initializers[value.name or ""] = value
+    return copy
+
+
+def _is_nameless(value: onnx_ir.Value) -> bool:
+    """A constant that an exporter or a pass wrote as a number: its name says nothing."""
+    tensor = value.const_value
+    if tensor is None or isinstance(tensor, LazyWeight) or not value.is_initializer():
+        return False
+    return bool(tensor.size <= 1 or tensor.dtype == onnx_ir.DataType.INT64)
 
 
 def parse_model(text: str) -> onnx_ir.Model:

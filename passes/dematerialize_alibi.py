@@ -104,7 +104,7 @@ def _sample(evaluator: Evaluator, mask: Expression) -> Iterator[tuple[int, int, 
 
 def _equal(values: Any, expected: Any) -> Any:
     """Equal to one rounding step; a masked place may hold the dtype's smallest number instead of -inf."""
-    limits = ml_dtypes.finfo(values.dtype)
+    limits: Any = ml_dtypes.finfo(values.dtype)  # type: ignore[no-untyped-call]
     masked = np.isneginf(expected) & ((values == limits.min) | np.isneginf(values))
     wide, target = values.astype(np.float32), expected.astype(np.float32)
     with np.errstate(invalid="ignore"):

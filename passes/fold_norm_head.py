@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from passopt.ir.weights import is_checkpoint_weight
@@ -21,18 +22,33 @@ class FoldNormHead(RewritePass):
     name = "fold-norm-head"
     accuracy = "reassociated"
 
-    def pattern(self, op: Any, w: Any, axes: Any, floor: Any, shape: Any) -> Any:
-        norm = op.any_of("spelling", axes_input=op.ReduceL2(w, axes, keepdims=1), no_axes=op.ReduceL2(w, keepdims=1))
-        clipped = op.any_of("bound", clip=op.Clip(norm, floor), maximum=op.Max(norm, floor))
-        return op.Div(w, op.any_of("broadcast", expand=op.Expand(clipped, shape), implicit=clipped), bind="normalized")
+    def rules(self) -> Sequence[tuple[Any, Any]]:
+        return [(self.widened, self.rewrite), (self.plain, self.rewrite)]
 
-    def rewrite(self, op: Any, w: Any, axes: Any, floor: Any, spelling: str) -> Any:
+    def plain(self, op: Any, w: Any, axes: Any, floor: Any, shape: Any) -> Any:
+        """In the weight's own dtype."""
+        return _normalized(op, w, axes, floor, shape, "result")
+
+    def widened(self, op: Any, w: Any, axes: Any, floor: Any, shape: Any) -> Any:
+        """A 16-bit weight normalised in fp32, as `normalize_rows` does it too."""
+        return op.Cast(_normalized(op, op.Cast(w), axes, floor, shape, None), bind="result")
+
+    def rewrite(self, op: Any, w: Any, axes: Any, floor: Any, spelling: str, result: Any) -> Any:
         if not is_checkpoint_weight(w):
             raise Decline(f"{w.name} is not a weight of the checkpoint")
         weight = op.weight(w)
         if len(weight.shape) != 2:
             raise Decline(f"{w.name} has {len(weight.shape)} axes, a head has 2")
+        if result.dtype != w.dtype:
+            raise Decline(f"{w.name} is normalised as {result.dtype}, the weight is {w.dtype}")
         if spelling == "axes_input" and [axis % 2 for axis in op.constant(axes).reshape(-1).tolist()] != [1]:
             raise Decline(f"{w.name} is normalised over axes {op.constant(axes).tolist()}, not over its rows")
         epsilon = float(op.constant(floor).reshape(-1)[0])
         return op.initializer(f"{w.name}.normalized", weight.normalize_rows(epsilon))
+
+
+def _normalized(op: Any, wide: Any, axes: Any, floor: Any, shape: Any, bind: str | None) -> Any:
+    # Without axes ReduceL2 reduces over all of them: one norm for the whole weight, which is no NormHead.
+    norm = op.any_of("spelling", axes_input=op.ReduceL2(wide, axes, keepdims=1), attribute=op.ReduceL2(wide, axes=[1]))
+    clipped = op.any_of("bound", clip=op.Clip(norm, floor), maximum=op.Max(norm, floor))
+    return op.Div(wide, op.any_of("broadcast", expand=op.Expand(clipped, shape), implicit=clipped), bind=bind)

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 import onnx_ir
 
 from passopt.ir.builder import Builder, Built
-from passopt.ir.contract import ATTENTION_MASK, DEGREE, INPUT_IDS, LOGITS, POSITION_IDS
+from passopt.ir.contract import ATTENTION_MASK, DEGREE, INPUT_IDS, KV_HEADS, LOGITS, POSITION_IDS
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import LazyWeight, expression_of
 from passopt.targets.manifest import is_collective
-
-#: Model metadata of a graph with padded heads: how many key-value heads the unsplit model has.
-KV_HEADS = "passopt.kv_heads"
 
 _SHARED_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
 _HEAD_AXIS = 1

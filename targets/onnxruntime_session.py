@@ -16,8 +16,8 @@ from passopt.ir.files import MODEL_NAME, save_materialized
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: onnxruntime's levels: 3 is errors only. Its warnings are about its own rewrites.
-_ERRORS_ONLY = 3
+#: Below "fatal", onnxruntime warns about its own rewrites and repeats the errors that it raises.
+_FATAL_ONLY = 4
 
 
 class Session:
@@ -40,7 +40,7 @@ class Session:
         import onnxruntime  # type: ignore[import-untyped]
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(qdq_accuracy_level))
         if fold_qdq:

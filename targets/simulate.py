@@ -15,13 +15,13 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir import expressions as ex
-from passopt.ir.contract import LOGITS, degree_of
+from passopt.ir.contract import KV_HEADS, LOGITS, degree_of
 from passopt.ir.errors import ModelError
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.files import MODEL_NAME, load_model
 from passopt.ir.verifier import verify_model
 from passopt.ir.weights import LazyWeight, expression_of
-from passopt.targets.joining import KV_HEADS, Joiner
+from passopt.targets.joining import Joiner
 from passopt.targets.manifest import (
     MANIFEST_NAME,
     check_schedules,

@@ -53,9 +53,9 @@ class Materializer:
             self._all_reduce(value, None)
         for value, masked in self.state.masked.items():
             self._all_reduce(value, masked)
-        for value, spec in outputs:
-            if isinstance(spec, Sharded) and not (value.name or "").startswith("present."):
-                self._all_gather(value, spec)
+        for value, layout in outputs:
+            if isinstance(layout, Sharded) and not (value.name or "").startswith("present."):
+                self._all_gather(value, layout)
         self._record()
         kinds = collections.Counter(node.op_type for node in self.editor.graph if COLLECTIVE in node.metadata_props)
         return Materialized(tuple(names), kinds["AllReduce"], kinds["AllGather"])
@@ -137,7 +137,8 @@ class Materializer:
         found = elements(target)
         if concat is None or concat.op_type != "Concat" or found is None:
             raise PassError(f"{describe(node)}: its target shape {target.name} is not a Concat that can be rebuilt")
-        parts, offset = [], 0
+        parts: list[Any] = []
+        offset = 0
         for part in concat.inputs:
             size = len(elements(part) or [])
             item = found[position]

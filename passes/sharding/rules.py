@@ -180,7 +180,10 @@ def _table(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> Spec
     state.demand(node, 0, Sharded(0, ONE, rows.number))
     spec = VocabMasked(rows.number)
     state.tables[node] = spec
-    return spec
+    if rank_of(table) == 1 or table.dtype in {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8}:
+        return spec  # codes and scales meet in a product before anything else needs their rows
+    state.masked[node.outputs[0]] = spec
+    return REPLICATED
 
 
 def _is_embedding(node: onnx_ir.Node, table: onnx_ir.Value) -> bool:

@@ -26,7 +26,7 @@ def test_every_count_follows_the_definition() -> None:
     for heads in range(1, 130):
         slopes = alibi_slopes(heads)
         assert slopes.dtype == np.float32
-        assert np.array_equal(slopes, np.float32(by_recursion(heads)))
+        assert np.array_equal(slopes, np.array(by_recursion(heads), np.float32))
 
 
 def test_a_padded_count_has_other_slopes() -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir
 
 from passopt.ir.contract import INPUT_IDS, LOGITS, decoder_of
 from passopt.ir.errors import ModelError
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
 
@@ -41,56 +44,65 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Embedding, layers and head of one model, and the names of the shared values that they read."""
+    """Where a model may be cut. `boundaries[i]` enters layer i and the last one the head; "" where there is none.
+
+    `shared` names values that all pieces may read and the prelude computes.
+    """
 
     model: onnx_ir.Model
-    pieces: tuple[Piece, ...]
+    boundaries: tuple[str, ...]
     shared: tuple[str, ...]
+
+    def pieces(self, kept: Collection[int]) -> list[Piece]:
+        """Embedding, layers and head, those joined between which no boundary is `kept`."""
+        parts = ["embedding", *(f"layer {layer}" for layer in range(len(self.boundaries) - 1)), "head"]
+        found, first = [], 0
+        for end in [*sorted(kept), len(self.boundaries)]:
+            members = parts[first : end + 1]
+            name = members[0] if len(members) == 1 else f"{members[0]} to {members[-1]}"
+            carried = self.boundaries[first - 1] if first else ""
+            result = self.boundaries[end] if end < len(self.boundaries) else ""
+            present = [name for part in members if part.startswith("layer") for name in self._present(part)]
+            found.append(Piece(name, carried, result, (result or LOGITS, *present)))
+            first = end + 1
+        return found
+
+    def _present(self, part: str) -> list[str]:
+        prefix = f"present.{part.removeprefix('layer ')}."
+        return [name for value in self.model.graph.outputs if (name := value.name or "").startswith(prefix)]
 
     def prelude(self) -> onnx_ir.Model | None:
         """The graph that computes the shared values; None if there are none."""
         return _extract(self.model, self.shared, {}) if self.shared else None
 
-    def graph(
-        self, piece: Piece, given: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
-    ) -> onnx_ir.Model:
+    def graph(self, piece: Piece, given: Mapping[str, Array]) -> onnx_ir.Model:
         """The piece as a model. `given` are arrays for the values it starts from: their dtypes become the inputs'."""
         stops = {name: array for name, array in given.items() if name in {piece.carried, *self.shared}}
         return _extract(self.model, piece.targets, stops)
 
 
 def cut_decoder(model: onnx_ir.Model) -> Cut:
-    """Find the boundaries. Raises ModelError if some layer is not connected through a single value."""
+    """Find the boundaries. Raises ModelError if two layers are not connected through a single value."""
     kinds = _kinds(model)
     layers = decoder_of(model).layers
     chains = [_bottlenecks(model, kinds, layer) for layer in range(layers + 1)]
-    for layer, chain in enumerate(chains[:-1]):
-        if not chain:
+    for layer in range(1, layers):
+        if not chains[layer]:
             raise ModelError(
-                f"cannot cut the graph before layer {layer}: no single value carries the tokens into it. "
+                f"cannot cut the graph before layer {layer}: no single value connects it with the layers before. "
                 f"Verify without --layerwise."
             )
-    starts = [chain[-1] for chain in chains[:-1]]
-    end = _end(chains, starts)
-    pieces = [Piece("embedding", "", starts[0], (starts[0],))]
-    for layer, start in enumerate(starts):
-        result = starts[layer + 1] if layer + 1 < layers else end
-        present = [name for value in model.graph.outputs if (name := value.name or "").startswith(f"present.{layer}.")]
-        pieces.append(Piece(f"layer {layer}", start, result, (result or LOGITS, *present)))
-    if end:
-        pieces.append(Piece("head", end, "", (LOGITS,)))
-    return Cut(model, tuple(pieces), _shared(model, kinds))
+    starts = [chain[-1] if chain else "" for chain in chains[:-1]]
+    return Cut(model, (*starts, _end(chains)), _shared(model, kinds))
 
 
-def _end(chains: Sequence[Sequence[str]], starts: Sequence[str]) -> str:
+def _end(chains: Sequence[Sequence[str]]) -> str:
     """Where the last layer ends: as many bottlenecks behind its attention as in the other layers. "" if unknown."""
     depths = {len(chain) for chain in chains[1:-1]}
-    last = chains[-1]
     if len(depths) != 1:
         return ""
-    depth = depths.pop()
-    found = last[depth - 1] if len(last) > depth else ""
-    return "" if found in {LOGITS, *starts} else found
+    depth, last = depths.pop(), chains[-1]
+    return last[depth - 1] if len(last) > depth else ""
 
 
 def _kinds(model: onnx_ir.Model) -> dict[onnx_ir.Value, _Kind]:
@@ -141,7 +153,7 @@ def _bottlenecks(model: onnx_ir.Model, kinds: Mapping[onnx_ir.Value, _Kind], lay
     found = []
     furthest = max((positions[value] for value in sources if value in positions), default=0)
     for index, value in enumerate(ordered):
-        if furthest <= index:
+        if furthest <= index and value.producer() is not None:
             found.append(value.name or "")
         uses = [positions[out] for node in value.consumers() for out in node.outputs if out in positions]
         furthest = max(furthest, *uses, len(ordered) if value in sinks else 0)
@@ -171,7 +183,7 @@ def _shared(model: onnx_ir.Model, kinds: Mapping[onnx_ir.Value, _Kind]) -> tuple
 def _extract(
     model: onnx_ir.Model,
     targets: Iterable[str],
-    stops: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]],
+    stops: Mapping[str, Array],
 ) -> onnx_ir.Model:
     """The nodes that compute `targets` from `stops` and graph inputs, as a model of its own. Weights stay lazy."""
     graph = model.graph

@@ -69,13 +69,12 @@ def run_layerwise(
     """
     ours = _Side("reference", reference, scenarios, open_session)
     theirs = _Side("candidate", candidate, scenarios, open_session)
-    if len(ours.cut.pieces) != len(theirs.cut.pieces):
-        raise ModelError(
-            f"the reference falls into {len(ours.cut.pieces)} pieces, the candidate into {len(theirs.cut.pieces)}. "
-            f"Verify without --layerwise."
-        )
+    if len(ours.cut.boundaries) != len(theirs.cut.boundaries):
+        raise ModelError("reference and candidate have different numbers of layers")
+    both = zip(ours.cut.boundaries, theirs.cut.boundaries, strict=True)
+    kept = [index for index, names in enumerate(both) if all(names)]
     rows: list[Row] = []
-    for one, other in zip(ours.cut.pieces, theirs.cut.pieces, strict=True):
+    for one, other in zip(ours.cut.pieces(kept), theirs.cut.pieces(kept), strict=True):
         given, own = ours.hidden, theirs.hidden
         expected = ours.advance(one)
         graph = theirs.graph(other)

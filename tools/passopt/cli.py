@@ -1,0 +1,159 @@
+"""The command line: parsing, help and exit codes. Commands live in `passopt.commands` and are imported when called.
+
+Results go to stdout, logs and progress to stderr. Exit 0 ok, 1 check failed, 2 usage or input, 3 pass error,
+4 expectation unmet, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from passopt import __version__
+from passopt.ir.errors import PassoptError
+
+_INTERRUPTED = 128 + signal.SIGINT
+
+_DESCRIPTION = "Ordered graph passes for ONNX graphs of language models."
+_EPILOG = """examples:
+  passopt export Baichuan2-13B-Chat -o baichuan2 --trust-remote-code
+  passopt run baichuan2/model.onnx --passes 'tp{degree=4},int8'
+  passopt verify baichuan2 baichuan2/model.tp4.int8
+  passopt list
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    command = importlib.import_module(f"passopt.commands.{options.module}")
+    try:
+        code: int = getattr(command, options.function)(options)
+    except PassoptError as error:
+        print(f"passopt {options.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"passopt {options.command}: interrupted; nothing half-written was kept", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`); Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("passopt", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"passopt {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, module: str, summary: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=summary, description=summary, epilog=f"example:\n  {example}", formatter_class=raw
+        )
+        command.set_defaults(module=module, function={"print": "print_"}.get(name, name))
+        return command
+
+    _add_export(add)
+    _add_run(add)
+    _add_verify(add)
+    _add_looking(add)
+    return parser
+
+
+def _add_export(add: Any) -> None:
+    command = add(
+        "export",
+        "export",
+        "Export a stock Hugging Face checkpoint, its code unmodified, to model.onnx.",
+        "passopt export Baichuan2-7B-Base -o baichuan2 --dtype fp16 --trust-remote-code",
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, code and weights")
+    command.add_argument("-o", "--output", metavar="DIR", required=True, help="new folder for model.onnx and weights")
+    command.add_argument("--dtype", choices=["fp16", "fp32", "bf16"], default="fp16", help="default: %(default)s")
+    command.add_argument(
+        "--alibi", choices=["formula", "baked"], default="formula", help="ALiBi as slopes or as mask constant"
+    )
+    command.add_argument("--opset", type=int, default=21, help="default: %(default)s")
+    command.add_argument("--weights", choices=["copy", "reference"], default="copy", help=_WEIGHTS_HELP)
+    command.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own Python files")
+    command.add_argument("--no-self-check", action="store_true", help="skip the comparison with eager torch")
+
+    command = add(
+        "materialize",
+        "export",
+        "Write out a model whose weights are a plan (--weights=reference, --dump-dir), self-contained.",
+        "passopt materialize dump/03-shard -o model.sharded",
+    )
+    command.add_argument("model", metavar="DIR", help="folder with model.onnx and weights.plan.json")
+    command.add_argument("-o", "--output", metavar="DIR", required=True, help="new folder")
+
+
+_WEIGHTS_HELP = "copy them into the output, or only refer to where they lie (default: %(default)s)"
+
+
+def _add_run(add: Any) -> None:
+    command = add(
+        "run",
+        "run",
+        "Run a pipeline of passes over a model and write the result: one folder per rank if it is sharded.",
+        "passopt run model.onnx --passes 'tp{degree=4},int8' --time-passes",
+    )
+    command.add_argument("model", metavar="MODEL", help="model.onnx or its folder")
+    command.add_argument("--passes", metavar="PIPELINE", required=True, help="such as tp,int8 (see passopt list)")
+    command.add_argument("-o", "--output", metavar="DIR", help="default: beside the model, named by the pipeline")
+    command.add_argument("--weights", choices=["copy", "reference"], default="copy", help=_WEIGHTS_HELP)
+    command.add_argument("--verify-each", choices=["off", "structure"], default="structure", help="after every pass")
+    command.add_argument("--print-after", metavar="PASS", nargs="?", const="", action="append", help="all, if no PASS")
+    command.add_argument("--print-after-change", action="store_true", help="print after passes that changed the text")
+    command.add_argument("--dump-dir", metavar="DIR", help="save the model after every pass, without its weights")
+    command.add_argument("--time-passes", action="store_true", help="CPU time per pass")
+    command.add_argument("--stats", choices=["json"], help="counts per pass on stdout")
+    command.add_argument("--expect", metavar="PASS==N", action="append", default=[], help="exit 4 if it does not hold")
+    command.add_argument("--dry-run", action="store_true", help="write nothing; print the exact bytes of the output")
+    command.add_argument("--json", action="store_true", help="the result as JSON")
+
+
+def _add_verify(add: Any) -> None:
+    command = add(
+        "verify",
+        "verify",
+        "Compare two models in onnxruntime: prefill, left padding, decode with cache, chunked prefill.",
+        "passopt verify model.onnx model.tp2.int8 --text corpus.txt",
+    )
+    command.add_argument("reference", metavar="A", help="the original: model.onnx or a folder")
+    command.add_argument("candidate", metavar="B", help="the result: model.onnx, a folder, or a folder of ranks")
+    command.add_argument("--text", metavar="FILE", help="also compare perplexity on this text")
+    command.add_argument("--tokenizer", metavar="FILE", help="default: tokenizer.model beside A")
+    command.add_argument("--max-tokens", type=int, default=2048, help="of the text (default: %(default)s)")
+    command.add_argument("--tolerance", type=float, help="largest relative error; the default depends on the dtype")
+    command.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
+    command.add_argument("--max-positions", type=int, help="default: the length of the rotary tables")
+    command.add_argument("--layerwise", action="store_true", help="one decoder layer at a time, in little memory")
+    command.add_argument("--json", action="store_true", help="the report as JSON")
+
+
+def _add_looking(add: Any) -> None:
+    command = add("list", "look", "List passes and named pipelines with their options.", "passopt list --json")
+    command.add_argument("--json", action="store_true")
+    command = add(
+        "print", "look", "Print the canonical text of a model; equal layers are shown once.", "passopt print model.onnx"
+    )
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--no-fold", action="store_true", help="print every layer")
+    command.add_argument("--canonical", action="store_true", help="name values by operator and place")
+    command = add(
+        "plan", "look", "Show legal tensor-parallel degrees and what blocks others.", "passopt plan model.onnx"
+    )
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument("--json", action="store_true")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

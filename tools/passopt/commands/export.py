@@ -1,0 +1,99 @@
+"""`passopt export` and `passopt materialize`: from a checkpoint or a plan to a self-contained model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import onnx_ir
+
+from passopt import __version__
+from passopt.commands.run import write_with_progress
+from passopt.ir.contract import SELF_CHECK
+from passopt.ir.errors import UsageError
+from passopt.ir.expressions import DataType
+from passopt.ir.files import load_model, model_path
+from passopt.ir.shapes import complete_types
+from passopt.passes.manager import run_passes
+from passopt.passes.pipeline_spec import resolve
+from passopt.targets.manifest import MANIFEST_NAME, read_manifest
+from passopt.targets.onnx_files import plan_output, write_reference_output
+
+DTYPES = {"fp16": DataType.FLOAT16, "fp32": DataType.FLOAT, "bf16": DataType.BFLOAT16}
+
+#: What every exported graph goes through: the exporter's arithmetic on constants and lengths is done once.
+CLEAN_UP = "fold-constants,dead-code"
+
+
+def export(options: argparse.Namespace) -> int:
+    """Trace the checkpoint's class, check it against eager torch, write the graph and its weights."""
+    from passopt.frontends.checkpoint import open_checkpoint
+
+    output = Path(options.output)
+    if output.exists():
+        raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
+    if options.alibi == "baked" and options.weights == "reference":
+        raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use --weights=copy")
+    checkpoint = open_checkpoint(Path(options.checkpoint))
+    settings = {"dtype": DTYPES[options.dtype], "alibi": options.alibi, "opset": options.opset}
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.scratch-", dir=output.absolute().parent) as scratch:
+        from passopt.frontends.huggingface import export_graph
+
+        _log(f"tracing {checkpoint.directory.name} with its own code")
+        model = export_graph(checkpoint, trust_remote_code=options.trust_remote_code, scratch=Path(scratch), **settings)
+        model = clean_up(model)
+        model.metadata_props[SELF_CHECK] = "skipped"
+        if not options.no_self_check:
+            from passopt.frontends.selfcheck import self_check
+
+            _log("self-check: a small model of the same class, eager torch against its exported graph")
+            error = self_check(checkpoint, finish=clean_up, **settings)
+            model.metadata_props[SELF_CHECK] = f"{error:.2e}"
+        source = {"checkpoint": checkpoint.directory.name, "tensors": len(checkpoint.tensors)}
+        pipeline = resolve(CLEAN_UP).expanded
+        facts = {"version": __version__, "pipeline": pipeline, "source": source, "companions": checkpoint.directory}
+        plan = plan_output(model, **facts)  # type: ignore[arg-type]
+        if options.weights == "reference":
+            write_reference_output(model, output, **facts)  # type: ignore[arg-type]
+        else:
+            write_with_progress(model, output, plan, **facts)
+    layers = sum((value.name or "").endswith(".key") for value in model.graph.inputs)
+    print(f"{len(model.graph)} nodes, {layers} layers, {options.dtype}, opset {options.opset}")
+    print(f"self-check: {_verdict(model.metadata_props[SELF_CHECK])}")
+    print(f"→ {output}")
+    return 0
+
+
+def materialize(options: argparse.Namespace) -> int:
+    """Evaluate a plan into files."""
+    path = model_path(Path(options.model))
+    model = load_model(path)
+    pipeline, source = "", {"model": path.name}
+    if (path.parent / MANIFEST_NAME).exists():
+        pipeline = read_manifest(path.parent).pipeline
+    facts = {"version": __version__, "pipeline": pipeline, "source": source, "companions": path.parent}
+    plan = plan_output(model, **facts)  # type: ignore[arg-type]
+    write_with_progress(model, Path(options.output), plan, **facts)
+    print(plan.to_text())
+    print(f"→ {options.output}")
+    return 0
+
+
+def clean_up(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Fold the exporter's arithmetic and complete the types, in place."""
+    run_passes(model, resolve(CLEAN_UP).passes)
+    complete_types(model)
+    return model
+
+
+def _verdict(text: str) -> str:
+    if text == "skipped":
+        return "skipped (--no-self-check): nobody compared this graph with the original model"
+    return f"max|Δ|/max|reference| = {text} against eager torch"
+
+
+def _log(text: str) -> None:
+    print(f"passopt: {text}", file=sys.stderr)

@@ -1,0 +1,116 @@
+"""`passopt run`: a pipeline over a model, written out when whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import onnx_ir
+
+from passopt import __version__
+from passopt.commands.progress import Progress
+from passopt.ir.contract import degree_of
+from passopt.ir.errors import UsageError
+from passopt.ir.files import load_model, model_path
+from passopt.ir.sources import identify
+from passopt.passes.instruments import Dump, PrintAfter, summary_table
+from passopt.passes.manager import Instrument, PassRecord, parse_expectation, run_passes
+from passopt.passes.pipeline_spec import Resolved, resolve
+from passopt.targets.onnx_files import OutputPlan, plan_output, write_output, write_reference_output
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load, transform, write."""
+    pipeline = resolve(options.passes)
+    names = [item.name for item in pipeline.passes]
+    expectations = [parse_expectation(text, names) for text in (*pipeline.expectations, *options.expect)]
+    path = model_path(Path(options.model))
+    output = Path(options.output) if options.output else path.parent / output_name(path, pipeline)
+    if output.exists() and not options.dry_run:
+        raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
+    model = load_model(path)
+    records = run_passes(
+        model,
+        pipeline.passes,
+        verify=options.verify_each != "off",
+        instruments=_instruments(options),
+        expectations=expectations,
+    )
+    source = {"model": path.name, "header_digest": identify(path).header_digest}
+    facts = {"version": __version__, "pipeline": pipeline.expanded, "source": source, "companions": path.parent}
+    if options.dry_run:
+        return _report(options, records, plan_output(model, **facts), None, model)  # type: ignore[arg-type]
+    plan = plan_output(model, **facts)  # type: ignore[arg-type]
+    if options.weights == "reference":
+        write_reference_output(model, output, **facts)  # type: ignore[arg-type]
+    else:
+        write_with_progress(model, output, plan, **facts)
+    return _report(options, records, plan, output, model)
+
+
+def write_with_progress(model: onnx_ir.Model, output: Path, plan: OutputPlan, **facts: object) -> None:
+    """`write_output` with a bar, and a warning for every tensor that overflowed fp16."""
+    progress = Progress(f"writing {output.name}", plan.nbytes)
+    try:
+        report = write_output(model, output, progress=progress, **facts)  # type: ignore[arg-type]
+    finally:
+        progress.close()
+    for name, count in report.overflows.items():
+        print(f"warning: {name}: {count} values overflow fp16 and became infinite", file=sys.stderr)
+
+
+def output_name(path: Path, pipeline: Resolved) -> str:
+    """model.onnx and `tp{degree=4},int8` → model.tp4.int8."""
+    parts = []
+    for step in pipeline.steps:
+        degrees = [value for key, value in step.options if key == "degree"]
+        default = "2" if step.name in {"tp", "shard"} else ""
+        parts.append(step.name + (degrees[0] if degrees else default))
+    return ".".join([path.stem, *parts])
+
+
+def _instruments(options: argparse.Namespace) -> list[Instrument]:
+    found: list[Instrument] = []
+    if options.print_after is not None:
+        names = tuple(name for name in options.print_after if name)
+        found.append(PrintAfter(_to_stderr, names if len(names) == len(options.print_after) else ()))
+    if options.print_after_change:
+        found.append(PrintAfter(_to_stderr, only_changes=True))
+    if options.dump_dir:
+        directory = Path(options.dump_dir)
+        if directory.exists() and any(directory.iterdir()):
+            raise UsageError(f"{directory}: is not empty; name a new folder for --dump-dir")
+        found.append(Dump(directory))
+    return found
+
+
+def _to_stderr(text: str) -> None:
+    print(text, end="", file=sys.stderr)
+
+
+def _report(
+    options: argparse.Namespace,
+    records: list[PassRecord],
+    plan: OutputPlan,
+    output: Path | None,
+    model: onnx_ir.Model,
+) -> int:
+    if options.json or options.stats == "json":
+        body = {
+            "passes": [record.as_json() for record in records],
+            "output": str(output) if output else None,
+            "degree": degree_of(model),
+            **plan.to_json(),
+        }
+        print(json.dumps(body, indent=2))
+        return 0
+    print(summary_table(records, times=options.time_passes))
+    for record in records:
+        for note in record.result.notes:
+            print(f"{record.name}: {note}")
+    if output is None or options.weights == "copy":
+        print(plan.to_text())
+    print(f"→ {output}" if output else "dry run: nothing was written")
+    return 0

@@ -1,0 +1,46 @@
+"""`passopt verify`: two models side by side in onnxruntime."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from passopt.ir.errors import CheckError, UsageError
+from passopt.targets.simulate import load_any
+from passopt.verification import VerifyOptions
+from passopt.verification import verify as compare
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Exit 1 if anything is beyond its tolerance."""
+    tokens = _tokens(options) if options.text else ()
+    settings = VerifyOptions(
+        seed=options.seed,
+        tolerance=options.tolerance,
+        max_positions=options.max_positions,
+        tokens=tokens,
+        layerwise=options.layerwise,
+    )
+    report = compare(load_any(options.reference), load_any(options.candidate), options=settings)
+    print(json.dumps(report.to_json(), indent=2) if options.json else report.to_text())
+    if not report.ok:
+        raise CheckError(f"{options.candidate} is not equivalent to {options.reference} within the tolerances above")
+    return 0
+
+
+def _tokens(options: argparse.Namespace) -> tuple[int, ...]:
+    """The text as token ids, by the sentencepiece model beside the reference."""
+    import sentencepiece
+
+    beside = Path(options.reference)
+    folder = beside if beside.is_dir() else beside.parent
+    path = Path(options.tokenizer) if options.tokenizer else folder / "tokenizer.model"
+    if not path.exists():
+        raise UsageError(f"{path}: no tokenizer; name one with --tokenizer FILE")
+    try:
+        text = Path(options.text).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{options.text}: cannot be read: {error.strerror}") from error
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return tuple(processor.encode(text)[: options.max_tokens])
