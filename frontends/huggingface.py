@@ -48,7 +48,7 @@ def export_graph(
     Inputs input_ids [batch, seq], attention_mask [batch, past+seq], position_ids [batch, seq] (rotary family only) and
     past.{layer}.{key,value} [batch, heads, past, head_dim]; outputs logits [batch, seq, vocab] and
     present.{layer}.{key,value} [batch, heads, past+seq, head_dim]. A baked ALiBi mask is written to `scratch`, which
-    has to outlive the model. Raises ModelError for a checkpoint, class or consent that does not do, UsageError for options.
+    has to outlive the model. Raises ModelError for checkpoint, class and consent, UsageError for `dtype` and `alibi`.
     """
     if dtype not in TORCH_DTYPES:
         raise UsageError(f"export computes in {', '.join(kind.name for kind in TORCH_DTYPES)}, not in {dtype.name}")

@@ -1,0 +1,461 @@
+"""Verification finds nothing where nothing is wrong, and each kind of defect in the scenario that shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+import pytest
+
+from passopt.ir.editing import Editor
+from passopt.ir.errors import ModelError
+from passopt.ir.expressions import DataType, Literal
+from passopt.ir.text import parse_model
+from passopt.ir.weights import LazyWeight
+from passopt.targets.onnxruntime_session import Session
+from passopt.targets.simulate import join_ranks, rank_models
+from passopt.testing.checkpoints import ALIBI, ROTARY, evaluation_text, make_checkpoint
+from passopt.testing.decoders import DecoderSpec, tiny_decoder
+from passopt.verification import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
+from passopt.verification_cut import cut_decoder
+from passopt.verification_report import Row, VerifyReport, relative_error
+from passopt.verification_scenarios import (
+    Step,
+    make_scenarios,
+    perplexity,
+    positions_of,
+    read_tokens,
+    surprise,
+    text_windows,
+)
+from passopt.verification_twins import dequantised_twin
+
+FP16, BF16 = DataType.FLOAT16, DataType.BFLOAT16
+TOKENS = tuple(int(token) for token in np.random.default_rng(3).integers(0, 34, 100))
+WHOLE = VerifyOptions(tokens=TOKENS, window=24, stride=12)
+LAYERWISE = dataclasses.replace(WHOLE, layerwise=True)
+BOTH = pytest.mark.parametrize("options", [WHOLE, LAYERWISE], ids=["whole", "layerwise"])
+
+Change = Callable[[onnx_ir.Model], None]
+
+
+def changed(change: Change, spec: DecoderSpec | None = None) -> onnx_ir.Model:
+    model = tiny_decoder(spec)
+    change(model)
+    return model
+
+
+def node_of(model: onnx_ir.Model, output: str) -> onnx_ir.Node:
+    return next(node for node in model.graph if any(value.name == output for value in node.outputs))
+
+
+def failed(report: VerifyReport) -> set[str]:
+    assert not report.ok
+    return {row.scenario for row in report.rows if not row.ok}
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [DataType.FLOAT, FP16, BF16])
+def test_a_model_equals_itself_exactly(options: VerifyOptions, dtype: DataType) -> None:
+    spec = DecoderSpec(dtype=dtype)
+    report = verify(tiny_decoder(spec), tiny_decoder(spec), options=options)
+    assert report.ok
+    assert {row.error for row in report.rows} == {0.0}
+    assert ("reference: bf16, run through its fp32 twin" in report.notes) == (dtype == BF16)
+
+
+@BOTH
+@pytest.mark.parametrize("degree", [2, 3, 4])
+def test_ranks_equal_the_unsplit_model(options: VerifyOptions, degree: int) -> None:
+    report = verify(tiny_decoder(), tiny_decoder(DecoderSpec(degree=degree)), options=options)
+    assert report.ok
+    assert report.worst.error < 1e-6
+    assert f"candidate: {degree} ranks, joined in one graph" in report.notes
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_narrower_dtypes_have_their_own_tolerance(options: VerifyOptions, dtype: DataType) -> None:
+    report = verify(tiny_decoder(), tiny_decoder(DecoderSpec(dtype=dtype, degree=2)), options=options)
+    assert report.ok
+    assert 1e-4 < report.worst.error < report.worst.tolerance
+    assert not verify(
+        tiny_decoder(), tiny_decoder(DecoderSpec(dtype=dtype)), options=dataclasses.replace(options, tolerance=1e-5)
+    ).ok
+
+
+@BOTH
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("dtype", [DataType.FLOAT, FP16, BF16])
+def test_int8_is_compared_twice(options: VerifyOptions, degree: int, dtype: DataType) -> None:
+    spec = DecoderSpec(dtype=dtype)
+    candidate = tiny_decoder(dataclasses.replace(spec, degree=degree, quantized=True))
+    report = verify(tiny_decoder(spec), candidate, options=options)
+    assert report.ok, report.to_text()
+    worst = {
+        kind: max(row.error for row in report.rows if row.comparison.startswith(kind))
+        for kind in (NUMPY_TWIN, ORIGINAL)
+    }
+    assert worst[NUMPY_TWIN] < (2e-3 if dtype == FP16 else 2e-6)
+    assert 1e-3 < worst[ORIGINAL] < 1e-1
+    assert any(row.output == "perplexity" and row.error > 0 for row in report.rows)
+
+
+def test_two_int8_models_are_held_to_the_tight_tolerance() -> None:
+    one, two = tiny_decoder(DecoderSpec(quantized=True)), tiny_decoder(DecoderSpec(quantized=True, degree=3))
+    report = verify(one, two, options=WHOLE)
+    assert report.ok
+    assert {row.tolerance for row in report.rows if row.comparison == ORIGINAL and row.output == "logits"} == {1e-5}
+
+
+def nudge(name: str) -> Change:
+    """One element of a weight is off by 1 %."""
+
+    def change(model: onnx_ir.Model) -> None:
+        value = model.graph.initializers[name]
+        array = np.array(value.const_value.numpy())  # type: ignore[union-attr]
+        array.flat[np.abs(array).argmax()] *= 1.01
+        value.const_value = LazyWeight(Literal.of(array), name)
+
+    return change
+
+
+def test_one_perturbed_element_is_found() -> None:
+    candidate = changed(nudge("model.layers.1.mlp.down_proj.weight"))
+    report = verify(tiny_decoder(), candidate)
+    assert len(failed(report)) > 3
+    # The cache of the second layer lies before the defect.
+    assert {row.output for row in report.rows if not row.ok} == {"logits"}
+
+
+@pytest.mark.parametrize(
+    ("weight", "piece", "output"),
+    [
+        ("model.embed.weight", "embedding", "hidden"),
+        ("model.layers.0.self_attn.o_proj.weight", "layer 0", "hidden"),
+        ("model.layers.1.self_attn.k_proj.weight", "layer 1", "present.1.key"),
+        ("lm_head.weight", "head", "logits"),
+    ],
+)
+def test_layerwise_says_where(weight: str, piece: str, output: str) -> None:
+    report = verify(tiny_decoder(), changed(nudge(weight)), options=LAYERWISE)
+    by_piece = [row for row in report.rows if "each layer" in row.comparison and not row.ok]
+    assert {row.scenario for row in by_piece} == {piece}
+    assert output in {row.output for row in by_piece}
+    assert {row.comparison for row in report.rows if not row.ok} >= {f"{ORIGINAL}, end to end"}
+
+
+def forget_padding(model: onnx_ir.Model) -> None:
+    """Every column counts as shown."""
+    node = node_of(model, "shown")
+    editor = Editor(model, "test")
+    builder = editor.builder("shown")
+    everything = builder.Or(builder.Cast(node.inputs[0], to=9), np.array(True))
+    editor.replace({node.outputs[0]: everything}, builder.built, [node])
+
+
+@BOTH
+def test_a_forgotten_padding_mask_shows_in_the_padded_batch_only(options: VerifyOptions) -> None:
+    report = verify(tiny_decoder(), changed(forget_padding), options=options)
+    ends = {row.scenario for row in report.rows if not row.ok and "each layer" not in row.comparison}
+    assert ends == {"left padding, then decode"}
+
+
+def forget_past(model: onnx_ir.Model) -> None:
+    """Rows of the causal mask start at 0 even if there is a cache."""
+    node_of(model, "rows").replace_input_with(0, model.graph.initializers["zero"])
+    node_of(model, "rows").replace_input_with(1, node_of_length(model))
+
+
+def node_of_length(model: onnx_ir.Model) -> onnx_ir.Value:
+    editor = Editor(model, "test")
+    builder = editor.builder("length")
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    length = builder.Squeeze(builder.Shape(ids, start=1, end=2))
+    editor.insert(builder.built, node_of(model, "rows"))
+    return length  # type: ignore[no-any-return]
+
+
+def test_a_mask_that_forgets_the_past_shows_with_a_cache_only() -> None:
+    report = verify(tiny_decoder(), changed(forget_past))
+    assert failed(report) == {"decode with cache", "chunked prefill", "left padding, then decode"}
+
+
+def test_swapped_ranks_show_in_the_cache() -> None:
+    ranks = rank_models(tiny_decoder(DecoderSpec(degree=3)))
+    report = verify(tiny_decoder(), join_ranks([ranks[1], ranks[0], ranks[2]], heads=3))
+    assert "present.0.key" in {row.output for row in report.rows if not row.ok}
+
+
+def test_key_and_value_caches_swapped() -> None:
+    def swap(model: onnx_ir.Model) -> None:
+        key, value = (
+            next(out for out in model.graph.outputs if out.name == f"present.1.{x}") for x in ("key", "value")
+        )
+        key.name, value.name = value.name, key.name
+
+    assert "prefill 7" in failed(verify(tiny_decoder(), changed(swap)))
+
+
+def test_slopes_of_the_local_head_count_are_found() -> None:
+    from passopt.ir.alibi import alibi_slopes
+
+    def local(model: onnx_ir.Model) -> None:
+        slopes = np.tile(alibi_slopes(2), 2).reshape(4, 1, 1)
+        value = model.graph.initializers["alibi.slopes"]
+        value.const_value = LazyWeight(Literal.of(slopes).shard(0, 2), value.name)
+
+    report = verify(tiny_decoder(), changed(local, DecoderSpec(degree=2)))
+    assert "prefill 7" in failed(report)
+    assert "prefill 1" not in failed(report)
+
+
+def slice_last_token(model: onnx_ir.Model) -> None:
+    node = node_of(model, "nf")
+    node_of(model, "logits").replace_input_with(0, _last(model, node))
+    logits = model.graph.outputs[0]
+    logits.shape = onnx_ir.Shape(["batch", 1, 34])
+
+
+def _last(model: onnx_ir.Model, node: onnx_ir.Node) -> onnx_ir.Value:
+    editor = Editor(model, "test")
+    builder = editor.builder("last")
+    last = builder.Slice(node.outputs[0], [-1], [1 << 62], [1])
+    editor.insert(builder.built, node_of(model, "logits"))
+    return last  # type: ignore[no-any-return]
+
+
+@BOTH
+def test_logits_of_the_last_token_are_compared_with_the_last_column(options: VerifyOptions) -> None:
+    report = verify(tiny_decoder(), changed(slice_last_token), options=options)
+    assert report.ok, report.to_text()
+    assert report.worst.error < 1e-6
+    assert "text: no perplexity, since a model gives logits of the last position only" in report.notes
+    assert not any(row.output == "perplexity" for row in report.rows)
+
+    def both(model: onnx_ir.Model) -> None:
+        slice_last_token(model)
+        nudge("lm_head.weight")(model)
+
+    assert not verify(tiny_decoder(), changed(both), options=options).ok
+
+
+def test_nan_never_passes() -> None:
+    def poison(model: onnx_ir.Model) -> None:
+        value = model.graph.initializers["model.layers.0.mlp.up_proj.weight"]
+        array = np.array(value.const_value.numpy())  # type: ignore[union-attr]
+        array[3, 3] = np.nan
+        value.const_value = LazyWeight(Literal.of(array), value.name)
+
+    report = verify(changed(poison), changed(poison), options=WHOLE)
+    assert not report.ok
+    assert report.to_json()["rows"][0]["error"] is None  # type: ignore[index]
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (DecoderSpec(heads=4), "kv_heads 4, the reference 3"),
+        (DecoderSpec(layers=1), "layers 1, the reference 2"),
+        (DecoderSpec(vocab=35), "35 logits, the reference 34"),
+    ],
+)
+def test_other_models_are_refused(spec: DecoderSpec, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        verify(tiny_decoder(), tiny_decoder(spec))
+
+
+def test_one_rank_of_many_is_refused() -> None:
+    rank = rank_models(tiny_decoder(DecoderSpec(degree=2)))[0]
+    del rank.metadata_props["passopt.degree"]
+    with pytest.raises(ModelError, match="only one rank's weights"):
+        verify(tiny_decoder(), rank)
+
+
+def test_the_report_has_one_line_per_scenario() -> None:
+    report = verify(tiny_decoder(), tiny_decoder(DecoderSpec(quantized=True)), options=WHOLE)
+    lines = report.to_text().splitlines()
+    for comparison in (NUMPY_TWIN, ORIGINAL):
+        start = lines.index(f"{comparison}:")
+        table = list(itertools.takewhile(bool, lines[start + 2 :]))
+        assert [line.split("  ")[1] for line in table] == [
+            "prefill 1",
+            "prefill 7",
+            "prefill 33",
+            "left padding, then decode",
+            "decode with cache",
+            "chunked prefill",
+            "text",
+        ]
+    assert lines[-1] == "ok"
+    assert VerifyReport(report.rows, report.notes).to_json()["ok"] is True
+    bad = dataclasses.replace(report, rows=(*report.rows, Row(ORIGINAL, "x", "y", 1.0, 0.5)))
+    assert bad.to_text().endswith(f"FAILED: 1 of {len(bad.rows)} checks beyond tolerance")
+
+
+# Parts
+
+
+def test_relative_error() -> None:
+    one = np.array([[4.0, 1.0], [100.0, 0.0]], np.float32)
+    other = one + np.array([[0.0, 0.5], [50.0, 0.0]], np.float32)
+    assert relative_error(one, other) == 0.5
+    assert relative_error(one, other, np.array([True, False])) == 0.125
+    assert relative_error(one, other[:1]) == math.inf
+    assert relative_error(np.zeros(2), np.zeros(2)) == 0
+    assert relative_error(np.zeros(2), np.ones(2)) == math.inf
+    assert relative_error(one, one * np.nan) == math.inf
+    assert relative_error(one * np.nan, one * np.nan) == math.inf
+
+
+def test_scenarios_fit_the_positions() -> None:
+    for limit in (1, 4, 6, 9, 16, 40):
+        for scenario in make_scenarios(34, limit, (1, 7, 33), seed=0):
+            assert sum(step.input_ids.shape[1] for step in scenario.steps) <= limit
+            assert all(step.position_ids.max() < limit for step in scenario.steps)
+    assert [s.name for s in make_scenarios(34, 6, (1, 7, 33), 0)] == ["prefill 1", "prefill 6", "decode with cache"]
+    assert positions_of(tiny_decoder()) == 48
+
+
+def test_padding_shifts_positions() -> None:
+    padded = next(s for s in make_scenarios(34, 40, (1,), 0) if s.name.startswith("left padding"))
+    first, second = padded.steps[:2]
+    assert first.position_ids[1].tolist() == [0, 0, 0, 0, 0, 0, 1, 2, 3]
+    assert first.valid[1].tolist() == [False] * 5 + [True] * 4
+    assert second.position_ids[:, 0].tolist() == [9, 4, 7]
+
+
+@pytest.mark.parametrize(("count", "window", "stride"), [(2, 5, 2), (5, 5, 2), (6, 5, 2), (31, 7, 3), (40, 8, 1)])
+def test_windows_score_every_token_once(count: int, window: int, stride: int) -> None:
+    tokens = list(range(100, 100 + count))
+    scored: list[int] = []
+    for index, scenario in enumerate(text_windows(tokens, window, stride)):
+        (step,) = scenario.steps
+        assert step.input_ids.shape[1] <= window
+        if index:
+            assert step.input_ids.shape[1] - scenario.scored >= window - stride
+        scored += step.input_ids[0, -scenario.scored :].tolist()
+    assert scored == tokens[1:]
+
+
+def test_surprise_is_the_negative_log_likelihood() -> None:
+    logits = np.random.default_rng(0).normal(size=(1, 4, 5)).astype(np.float32)
+    step = Step(np.array([[0, 3, 1, 4]]), np.ones((1, 4), np.int64), np.arange(4)[None])
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert surprise(logits, step, 2) == pytest.approx(-(log_p[0, 1, 1] + log_p[0, 2, 4]))
+    assert surprise(logits[:, -1:], step, 2) is None
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
+    def flat(model: onnx_ir.Model) -> None:
+        value = model.graph.initializers["lm_head.weight"]
+        value.const_value = LazyWeight(Literal.of(np.zeros((34, 10), np.float32)), value.name)
+
+    from passopt.verification_scenarios import observe
+
+    windows = text_windows(TOKENS, 24, 12)
+    assert perplexity(windows, observe(changed(flat), windows, Session)) == pytest.approx(34)
+
+
+def test_numpy_twin_of_any_axis_and_zero_point(tmp_path: Path) -> None:
+    model = parse_model("""
+        <ir_version: 10, opset_import: ["" : 21]>
+        chain (float[n,2] x) => (float[n,4] y)
+        <int8[2,3] a = {1, -2, 3, 127, -128, 6}, float[3] sa = {0.5, 2.0, 0.25}, int8[3] za = {1, 0, -3},
+         int8[3,4] b = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float[3] sb = {3.0, 0.5, 1.5}, float sc = {0.125}> {
+            wa = DequantizeLinear <axis = -1> (a, sa, za)
+            wb = DequantizeLinear <axis = 0> (b, sb)
+            wc = DequantizeLinear (b, sc)
+            h = MatMul(x, wa)
+            w = Add(wb, wc)
+            y = MatMul(h, w)
+        }""")
+    twin = dequantised_twin(model, tmp_path)
+    assert not any(node.op_type == "DequantizeLinear" for node in twin.graph)
+    assert set(twin.graph.initializers) == {"wa.dequantised", "wb.dequantised", "wc.dequantised"}
+    weights = twin.graph.initializers
+    assert weights["wa.dequantised"].const_value.numpy().tolist() == [[0, -4, 1.5], [63, -256, 2.25]]  # type: ignore[union-attr]
+    feeds = {"x": np.array([[1.0, 2.0], [3.0, -1.0]], np.float32)}
+    np.testing.assert_allclose(Session(model).run(feeds)["y"], Session(twin).run(feeds)["y"], rtol=1e-6)
+
+
+def test_layers_are_cut_at_the_residual_stream() -> None:
+    cut = cut_decoder(tiny_decoder())
+    assert cut.boundaries == ("x0", "x1", "x2")
+    assert set(cut.shared) == {"scores_bias", "position"}
+    pieces = cut.pieces([0, 1, 2])
+    assert [piece.name for piece in pieces] == ["embedding", "layer 0", "layer 1", "head"]
+    given = {name: np.zeros((1, 1), np.float32) for name in ("x1", *cut.shared)}
+    layer = cut.graph(pieces[2], given)
+    weights = {name for name in layer.graph.initializers if "weight" in name}
+    assert len(weights) == 8
+    assert all(name.startswith("model.layers.1.") for name in weights)
+    assert {value.name for value in layer.graph.outputs} == {"x2", "present.1.key", "present.1.value"}
+    assert [piece.name for piece in cut.pieces([1])] == ["embedding to layer 0", "layer 1 to head"]
+
+
+def test_a_joined_graph_is_cut_like_the_unsplit_one() -> None:
+    split = join_ranks(rank_models(tiny_decoder(DecoderSpec(degree=2))), heads=3)
+    assert cut_decoder(split).boundaries == ("x0", "x1", "x2")
+
+
+def test_layers_that_reach_around_each_other_cannot_be_cut() -> None:
+    def skip(model: onnx_ir.Model) -> None:
+        node_of(model, "h1").replace_input_with(0, node_of(model, "h0").outputs[0])
+
+    with pytest.raises(ModelError, match="candidate: cannot cut the graph before layer 1"):
+        verify(tiny_decoder(), changed(skip), options=LAYERWISE)
+
+
+def test_layerwise_holds_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    create = Session.__init__
+
+    def measured(self: Session, model: onnx_ir.Model, **options: object) -> None:
+        sizes.append(sum(value.const_value.nbytes for value in model.graph.initializers.values()))  # type: ignore[union-attr]
+        create(self, model, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "__init__", measured)
+    spec = DecoderSpec(layers=12)
+    verify(tiny_decoder(spec), tiny_decoder(spec), options=dataclasses.replace(LAYERWISE, tokens=()))
+    whole = sum(value.const_value.nbytes for value in tiny_decoder(spec).graph.initializers.values())  # type: ignore[union-attr]
+    assert max(sizes) < whole / 8
+
+
+def test_a_single_layer_joins_the_head() -> None:
+    spec = DecoderSpec(layers=1)
+    report = verify(tiny_decoder(spec), tiny_decoder(spec), options=LAYERWISE)
+    assert report.ok
+    assert {row.scenario for row in report.rows if "each layer" in row.comparison} == {"embedding", "layer 0 to head"}
+
+
+def test_reading_tokens_needs_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no tokenizer\.model"):
+        read_tokens("text", tmp_path)
+
+
+# Real exports
+
+
+@pytest.mark.parametrize(("spec", "dtype"), [(ROTARY, FP16), (ALIBI, BF16)], ids=["rotary-fp16", "alibi-bf16"])
+def test_exported_graphs_equal_themselves(tmp_path: Path, spec: object, dtype: DataType) -> None:
+    pytest.importorskip("torch")
+    from passopt.frontends.checkpoint import open_checkpoint
+    from passopt.frontends.huggingface import export_graph
+
+    folder = make_checkpoint(tmp_path / "checkpoint", spec)  # type: ignore[arg-type]
+    model = export_graph(open_checkpoint(folder), dtype=dtype, trust_remote_code=True, scratch=tmp_path)
+    tokens = tuple(read_tokens(evaluation_text(), folder)[:400])
+    for layerwise in (False, True):
+        report = verify(model, model, options=VerifyOptions(tokens=tokens, layerwise=layerwise))
+        assert report.ok, report.to_text()
+        assert {row.error for row in report.rows} == {0.0}
+        text = next(row for row in report.rows if row.output == "perplexity")
+        assert 1 < float(text.note.split()[1]) < 12

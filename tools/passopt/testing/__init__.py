@@ -1,0 +1,1 @@
+"""For authors of passes: `check_pass` (a pytest fixture, see `plugin`), golden texts, tiny checkpoints to export."""

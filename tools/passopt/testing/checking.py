@@ -1,0 +1,160 @@
+"""Check one pass on a small graph: idempotence, structure, ONNX checker, and the numbers before and after.
+
+Only what passes all of that may become a golden text.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir
+
+from passopt.ir.contract import degree_of
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.expressions import Literal
+from passopt.ir.files import MODEL_NAME, save_materialized
+from passopt.ir.text import parse_model, print_model
+from passopt.ir.verifier import verify_model
+from passopt.ir.weights import LazyWeight
+from passopt.passes.base import Pass, PassResult
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+#: Largest relative error by what a pass declares; a lossy pass must be given its own.
+TOLERANCES: Mapping[str, float] = {"exact": 1e-6, "reassociated": 1e-5}
+#: Symbolic dimensions get unequal lengths, in order of appearance.
+_LENGTHS = (2, 3, 5, 7, 11)
+_RANDOM = re.compile(r'(float16|float)\[([\d,\s]+)\]\s*("[^"]+"|\w+)\s*=\s*random')
+
+
+def check(
+    item: Pass,
+    model: str | onnx_ir.Model,
+    *,
+    tolerance: float | None = None,
+    feeds: Mapping[str, Array] | None = None,
+    matches: int | None = None,
+    lengths: Mapping[str, int] | None = None,
+) -> tuple[onnx_ir.Model, PassResult]:
+    """Run `item` on ONNX text (or a model) and check all that holds for every pass; returns the result.
+
+    In text, `float[6,4] w = random` is a weight with seeded values. Matrices become lazy weights, as of a checkpoint.
+    `feeds` replaces random inputs by name; `lengths` sets symbolic dimensions; `matches` is how often it must match.
+    Raises AssertionError.
+    """
+    original = read_model(model) if isinstance(model, str) else model
+    changed = original.clone()
+    before = print_model(changed)
+    result = item.run(changed)
+    after = print_model(changed)
+    verify_model(changed)
+    assert result.modified == (before != after), f"{item.name}: modified is {result.modified}, the text says otherwise"
+    if matches is not None:
+        assert result.matches == matches, f"{item.name}: matched {result.matches} times, declined {result.declines}"
+    again = item.run(changed)
+    assert not again.modified, f"{item.name}: a second run changed the graph:\n{print_model(changed)}"
+    assert print_model(changed) == after, f"{item.name}: a second run changed the text without saying so"
+    check_onnx(changed)
+    if result.modified:
+        limit = tolerance if tolerance is not None else TOLERANCES[item.accuracy]
+        compare_numbers(original, changed, limit, feeds or {}, lengths or {})
+    return changed, result
+
+
+def read_model(text: str) -> onnx_ir.Model:
+    """Parse ONNX text, fill in `random` weights, and make matrices lazy weights."""
+    model = parse_model(_RANDOM.sub(_random_values, text))
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        floating = tensor is not None and tensor.dtype in {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16}
+        if floating and tensor is not None and len(tensor.shape) == 2:
+            value.const_value = LazyWeight(Literal.of(tensor.numpy()), name)
+    return model
+
+
+def _random_values(found: re.Match[str]) -> str:
+    kind, dims, name = found.groups()
+    shape = [int(dim) for dim in dims.split(",")]
+    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if kind == "float16":
+        listed = ", ".join(str(bits) for bits in values.astype(np.float16).view(np.uint16).reshape(-1))
+    else:
+        listed = ", ".join(repr(float(value)) for value in values.reshape(-1))
+    return f"{kind}[{dims}] {name} = {{{listed}}}"
+
+
+def check_onnx(model: onnx_ir.Model) -> None:
+    """ONNX's own checker, on the model as it would be written for rank 0."""
+    with tempfile.TemporaryDirectory() as folder, Evaluator() as evaluator:
+        save_materialized(model, Path(folder), evaluator)
+        onnx.checker.check_model(str(Path(folder) / MODEL_NAME), full_check=False)
+
+
+def compare_numbers(
+    original: onnx_ir.Model,
+    changed: onnx_ir.Model,
+    tolerance: float,
+    feeds: Mapping[str, Array],
+    lengths: Mapping[str, int],
+) -> None:
+    """Both models in onnxruntime on seeded inputs; the ranks of a sharded one are joined."""
+    from passopt.targets.onnxruntime_session import Session
+    from passopt.targets.simulate import join_ranks, rank_models
+
+    if degree_of(changed) > 1:
+        changed = join_ranks(rank_models(changed))
+    inputs = {**random_feeds(original, lengths), **feeds}
+    expected, found = Session(original).run(inputs), Session(changed).run(inputs)
+    assert list(expected) == list(found), f"graph outputs changed: {list(expected)} → {list(found)}"
+    for name, reference in expected.items():
+        got = found[name]
+        assert got.shape == reference.shape, f"{name}: shape {reference.shape} became {got.shape}"
+        error = relative_error(reference, got)
+        assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+def relative_error(reference: Array, found: Array) -> float:
+    """max|Δ| / max|reference|; 0 for two empty arrays, infinite where one is not finite and the other is."""
+    if not reference.size:
+        return 0.0
+    wide, other = reference.astype(np.float64), found.astype(np.float64)
+    same = (wide == other) | (np.isnan(wide) & np.isnan(other))
+    if not np.isfinite(np.where(same, 0, wide - other)).all():
+        return float("inf")
+    scale = float(np.max(np.abs(wide[np.isfinite(wide)]), initial=0.0)) or 1.0
+    return float(np.max(np.abs(np.where(same, 0, wide - other)))) / scale
+
+
+def random_feeds(model: onnx_ir.Model, lengths: Mapping[str, int]) -> dict[str, Array]:
+    """Seeded inputs: normal floats, small non-negative integers, random booleans; symbols get unequal lengths."""
+    rng = np.random.default_rng(0)
+    known = dict(lengths)
+    feeds = {}
+    for value in model.graph.inputs:
+        assert value.shape is not None, f"input {value.name} has no shape"
+        assert value.dtype is not None
+        shape = [_length(dim, known) for dim in value.shape.dims]
+        kind = value.dtype.numpy()
+        if kind == np.bool_:
+            feeds[value.name or ""] = rng.integers(0, 2, shape).astype(bool)
+        elif np.issubdtype(kind, np.integer):
+            feeds[value.name or ""] = rng.integers(0, 3, shape).astype(kind)
+        else:
+            feeds[value.name or ""] = rng.standard_normal(shape).astype(kind)
+    return feeds
+
+
+def _length(dim: int | onnx_ir.SymbolicDim, known: dict[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    name = dim.value or "?"
+    if name not in known and "+" in name:
+        known[name] = sum(_length(onnx_ir.SymbolicDim(part.strip()), known) for part in name.split("+"))
+    return known.setdefault(name, _LENGTHS[len(known) % len(_LENGTHS)])
