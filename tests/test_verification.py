@@ -408,7 +408,7 @@ def test_a_joined_graph_is_cut_like_the_unsplit_one() -> None:
 
 def test_layers_that_reach_around_each_other_cannot_be_cut() -> None:
     def skip(model: onnx_ir.Model) -> None:
-        node_of(model, "h1").replace_input_with(0, node_of(model, "h0").outputs[0])
+        node_of(model, "h1").replace_input_with(0, node_of(model, "x0").outputs[0])
 
     with pytest.raises(ModelError, match="candidate: cannot cut the graph before layer 1"):
         verify(tiny_decoder(), changed(skip), options=LAYERWISE)

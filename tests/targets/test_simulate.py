@@ -142,7 +142,8 @@ def test_nodes_with_subgraphs_are_refused() -> None:
 
 
 def write(tmp_path: Path, spec: DecoderSpec, name: str = "out") -> Path:
-    write_output(tiny_decoder(spec), tmp_path / name, version="1", pipeline="tp", source={})
+    model = tiny_decoder(spec, checkpoint=tmp_path / "checkpoint.safetensors")
+    write_output(model, tmp_path / name, version="1", pipeline="tp", source={})
     return tmp_path / name
 
 

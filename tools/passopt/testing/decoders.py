@@ -6,14 +6,17 @@ No dimension equals another, weights are seeded, and the same seed gives the sam
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir
+from safetensors.numpy import save_file
 
 from passopt.ir.alibi import alibi_slopes
 from passopt.ir.contract import DEGREE
 from passopt.ir.expressions import DataType, Expression, Literal
+from passopt.ir.sources import safetensors_sources
 from passopt.ir.text import parse_model
 from passopt.ir.weights import LazyWeight
 
@@ -40,9 +43,13 @@ class DecoderSpec:
         return -(-length // self.degree) * self.degree
 
 
-def tiny_decoder(spec: DecoderSpec | None = None, *, seed: int = 0) -> onnx_ir.Model:
-    """The model. Split, it has an AllReduce after each attention and MLP and one AllGather of the logits."""
-    return _Writer(spec or DecoderSpec(), seed).model()
+def tiny_decoder(spec: DecoderSpec | None = None, *, seed: int = 0, checkpoint: Path | None = None) -> onnx_ir.Model:
+    """The model. Split, it has an AllReduce after each attention and MLP and one AllGather of the logits.
+
+    Weights are literals; with `checkpoint`, they are tensors of that safetensors file, which is written if need be and
+    is the same for every degree.
+    """
+    return _Writer(spec or DecoderSpec(), seed).model(checkpoint)
 
 
 class _Writer:
@@ -54,13 +61,15 @@ class _Writer:
         self._collectives = 0
         self._inside = spec.padded(spec.heads)
 
-    def model(self) -> onnx_ir.Model:
+    def model(self, checkpoint: Path | None) -> onnx_ir.Model:
         spec = self.spec
         self._prelude()
         for layer in range(spec.layers):
             self._attention(layer)
             self._mlp(layer)
         self._head()
+        if checkpoint is not None:
+            self._move_weights(checkpoint)
         model = parse_model(self._text())
         for name, content in self._constants.items():
             _fill(model, name, content)
@@ -71,6 +80,17 @@ class _Writer:
         if spec.degree > 1:
             model.metadata_props[DEGREE] = str(spec.degree)
         return model
+
+    def _move_weights(self, checkpoint: Path) -> None:
+        """Let every weight come from the file instead of memory."""
+        names = {name: name.removesuffix(".codes").removesuffix(".scales") for name in self._constants}
+        weights = {name: base for name, base in names.items() if base.endswith(".weight")}
+        if not checkpoint.exists():
+            arrays = {base: _array(_literal(self._constants[name])) for name, base in weights.items()}
+            save_file(arrays, checkpoint)
+        sources = safetensors_sources(checkpoint)
+        for name, base in weights.items():
+            self._constants[name] = _rebased(self._constants[name], sources[base])
 
     def _text(self) -> str:
         spec, kind = self.spec, _TEXT_NAMES[self.spec.dtype]
@@ -237,6 +257,24 @@ class _Writer:
         end = self._constant("vocab.end", np.array([spec.vocab]))
         axis, start = self._constant("vocab.axis", np.array([2])), self._constant("vocab.start", np.array([0]))
         self._add(f"logits = Slice(gathered, {start}, {end}, {axis})")
+
+
+def _literal(content: np.ndarray[Any, np.dtype[Any]] | Expression) -> Literal:
+    assert isinstance(content, Expression)
+    return next(part for part in content.walk() if isinstance(part, Literal))
+
+
+def _array(literal: Literal) -> np.ndarray[Any, np.dtype[Any]]:
+    return np.frombuffer(literal.data, literal.dtype.numpy()).reshape(literal.shape)
+
+
+def _rebased(content: np.ndarray[Any, np.dtype[Any]] | Expression, source: Expression) -> Expression:
+    """The same expression over `source` instead of its literal."""
+    assert isinstance(content, Expression)
+    if isinstance(content, Literal):
+        return source
+    (operand,) = content.operands
+    return dataclasses.replace(content, operand=_rebased(operand, source))  # type: ignore[call-arg]
 
 
 def _declared(content: np.ndarray[Any, np.dtype[Any]] | Expression) -> str:

@@ -1,0 +1,32 @@
+# Every target sets up what it needs: .venv with the exact versions of constraints.txt, this package editable.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+export OMP_NUM_THREADS ?= 2
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check stock clean
+
+demo: $(INSTALLED)  ## the main job end to end on two tiny models
+	$(BIN)/python tools/demo.py
+
+test: $(INSTALLED)  ## all tests; warnings are errors
+	$(BIN)/python -m pytest -q
+
+check: $(INSTALLED)  ## format, lint, types, import rules
+	$(BIN)/python tools/check.py
+
+stock: $(INSTALLED)  ## make stock STOCK=DIR: the same on published remote code in DIR
+	$(BIN)/python tools/stock.py "$(STOCK)"
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@echo "setting up $(VENV), a minute or two"
+	@$(PYTHON) -m venv $(VENV)
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[export,dev]' > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,91 @@
+"""The main job from end to end on two tiny trained checkpoints: export, `run --passes tp,int8`, verify, a table.
+
+python tools/demo.py [DIR]      (default: a temporary folder that is removed)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from passopt.testing.checkpoints import ALIBI, ROTARY, CheckpointSpec, evaluation_text, make_checkpoint
+
+FAMILIES = {"rotary": ROTARY, "alibi": ALIBI}
+MAX_TOKENS = "4000"
+
+
+def passopt(folder: Path, *arguments: str, show: bool = True) -> str:
+    """Run one command in `folder`, as a user would; what it prints is shown unless it is JSON for the table."""
+    quoted = " ".join(f"'{item}'" if "{" in item else item for item in arguments)
+    print(f"$ passopt {quoted}", flush=True)
+    command = [sys.executable, "-m", "passopt", *arguments]
+    done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE, check=False)
+    if show:
+        print("\n".join(f"    {line}" for line in done.stdout.splitlines()), flush=True)
+    if done.returncode:
+        raise SystemExit(f"demo: passopt {arguments[0]} failed with exit code {done.returncode}")
+    return done.stdout
+
+
+def run_family(root: Path, name: str, spec: CheckpointSpec) -> list[str]:
+    """Export, transform and verify one family; returns its row of the table."""
+    print(f"\n== {name}: {spec.layers} layers, {spec.heads} heads, hidden {spec.hidden}, vocabulary {spec.vocab}")
+    checkpoint = make_checkpoint(root / f"checkpoint-{name}", spec, format="bin", shards=2)
+    (root / "text.txt").write_text(evaluation_text(), encoding="utf-8")
+    passopt(root, "export", checkpoint.name, "-o", name, "--dtype", "fp32", "--trust-remote-code")
+    folder = root / name
+    passopt(folder, "run", "model.onnx", "--passes", "tp,int8")
+    passopt(folder, "verify", "model.onnx", "model.tp2.int8", "--text", "../text.txt", "--max-tokens", MAX_TOKENS)
+    report = json.loads(
+        passopt(
+            folder,
+            *("verify", "model.onnx", "model.tp2.int8", "--text", "../text.txt", "--max-tokens", MAX_TOKENS, "--json"),
+            show=False,
+        )
+    )
+    return _row(name, folder, report)
+
+
+def _row(name: str, folder: Path, report: dict[str, Any]) -> list[str]:
+    manifest = json.loads((folder / "model.tp2.int8" / "manifest.json").read_text())
+    collectives = [entry["op"] for entry in manifest["collectives"]]
+    sizes = [sum(file.stat().st_size for file in folder.glob(pattern)) for pattern in _PATTERNS]
+    counts = f"{collectives.count('AllReduce')} + {collectives.count('AllGather')}"
+    return [name, f"{sizes[0]:,}", f"{sizes[1]:,}", counts, *_figures(report)]
+
+
+_PATTERNS = ("weights.safetensors", "model.tp2.int8/rank*/weights.safetensors")
+_HEADER = ("family", "fp32 bytes", "2 ranks int8", "AllReduce + AllGather", "twin error", "perplexity", "change")
+
+
+def _figures(report: dict[str, Any]) -> list[str]:
+    """The worst error against the graph's own dequantised codes, and what int8 costs in perplexity."""
+    twin = [row["error"] for row in report["rows"] if "dequantised" in row["comparison"] and row["scenario"] != "text"]
+    (text,) = [row for row in report["rows"] if row["scenario"] == "text" and "original" in row["comparison"]]
+    return [f"{max(twin):.1e}", text["note"].removeprefix("perplexity "), f"{text['error']:.3%}"]
+
+
+def main() -> None:
+    start = time.monotonic()
+    root = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="passopt-demo-"))
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        rows = [run_family(root, name, spec) for name, spec in FAMILIES.items()]
+    finally:
+        if len(sys.argv) <= 1:
+            shutil.rmtree(root, ignore_errors=True)
+    print()
+    widths = [max(len(row[column]) for row in [_HEADER, *rows]) for column in range(len(_HEADER))]
+    for row in [_HEADER, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print(f"\nboth families verified in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
