@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from passopt.ir.weights import is_checkpoint_weight
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 
@@ -27,15 +26,13 @@ class FoldNormHead(RewritePass):
 
     def plain(self, op: Any, w: Any, axes: Any, floor: Any, shape: Any) -> Any:
         """In the weight's own dtype."""
-        return _normalized(op, w, axes, floor, shape, "result")
+        return _normalized(op, op.weight(w), axes, floor, shape, "result")
 
     def widened(self, op: Any, w: Any, axes: Any, floor: Any, shape: Any) -> Any:
         """A 16-bit weight normalised in fp32, as `normalize_rows` does it too."""
-        return op.Cast(_normalized(op, op.Cast(w), axes, floor, shape, None), bind="result")
+        return op.Cast(_normalized(op, op.Cast(op.weight(w)), axes, floor, shape, None), bind="result")
 
     def rewrite(self, op: Any, w: Any, axes: Any, floor: Any, spelling: str, result: Any) -> Any:
-        if not is_checkpoint_weight(w):
-            raise Decline(f"{w.name} is not a weight of the checkpoint")
         weight = op.weight(w)
         if len(weight.shape) != 2:
             raise Decline(f"{w.name} has {len(weight.shape)} axes, a head has 2")

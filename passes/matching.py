@@ -9,8 +9,18 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from passopt.ir.weights import small_constant
-from passopt.passes.pattern import Alternatives, NodePattern, Number, Numbers, Output, Pattern, ValuePattern, Variable
+from passopt.ir.weights import is_checkpoint_weight, small_constant
+from passopt.passes.pattern import (
+    Alternatives,
+    NodePattern,
+    Number,
+    Numbers,
+    Output,
+    Pattern,
+    ValuePattern,
+    Variable,
+    Weight,
+)
 
 _MISSING = object()
 
@@ -113,6 +123,9 @@ def _match_inputs(match: Match, pairs: Sequence[tuple[ValuePattern, onnx_ir.Valu
 def _match_value(match: Match, pattern: ValuePattern, value: onnx_ir.Value | None) -> Iterator[None]:
     if isinstance(pattern, Variable):
         yield from _match_variable(match, pattern, value)
+    elif isinstance(pattern, Weight):
+        if value is not None and is_checkpoint_weight(value):
+            yield from _match_variable(match, pattern.variable, value)
     elif isinstance(pattern, (Number, Numbers)):
         if _is_constant(pattern, value):
             yield

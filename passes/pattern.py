@@ -23,6 +23,13 @@ class Variable:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """Matches what the variable matches, if it is a weight of the checkpoint."""
+
+    variable: Variable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Number:
     """Matches a constant of one element with this value, compared in the constant's own dtype."""
 
@@ -68,7 +75,7 @@ class Alternatives:
     choices: Mapping[str, ValuePattern]
 
 
-ValuePattern: TypeAlias = "Variable | Number | Numbers | Output | Alternatives"
+ValuePattern: TypeAlias = "Variable | Weight | Number | Numbers | Output | Alternatives"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +109,10 @@ class Tracer:
         node = NodePattern(op_type, domain, tuple(self._value(item) for item in inputs), attributes, outputs, bind)
         return Output(node, 0) if outputs == 1 else tuple(Output(node, index) for index in range(outputs))
 
+    def weight(self, variable: Variable) -> Weight:
+        """A variable that only a weight of the checkpoint may take; anything else is no match, not a decline."""
+        return Weight(variable)
+
     def any_of(self, name: str, **choices: Any) -> Alternatives:
         """One of several spellings; `rewrite` gets the label of the one that matched as `name`."""
         return Alternatives(name, {label: self._value(choice) for label, choice in choices.items()})
@@ -111,7 +122,7 @@ class Tracer:
         return self.any_of(name, present=wrap(value), absent=value)
 
     def _value(self, item: Any) -> ValuePattern:
-        if isinstance(item, (Variable, Number, Numbers, Output, Alternatives)):
+        if isinstance(item, (Variable, Weight, Number, Numbers, Output, Alternatives)):
             return item
         if isinstance(item, (int, float)):
             return Number(float(item))
@@ -139,6 +150,8 @@ def _collect(values: Sequence[Any], used: set[str]) -> None:
     for value in values:
         if isinstance(value, Variable):
             used.add(value.name)
+        elif isinstance(value, Weight):
+            used.add(value.variable.name)
         elif isinstance(value, Alternatives):
             used.add(value.name)
             _collect(tuple(value.choices.values()), used)

@@ -56,7 +56,7 @@ class QuantizeWeights(RewritePass):
 
     def transposed(self, op: Any, w: Any) -> Any:
         """A weight as the checkpoint holds it, [out, in]."""
-        return op.Transpose(w, perm=[1, 0], bind="turned")
+        return op.Transpose(op.weight(w), perm=[1, 0], bind="turned")
 
     def rewrite_transposed(self, op: Any, w: Any, turned: Any) -> Any:
         weight = self._linear_weight(op, w, turned)
@@ -64,7 +64,7 @@ class QuantizeWeights(RewritePass):
 
     def direct(self, op: Any, x: Any, w: Any) -> Any:
         """A weight that was transposed before, [in, out]."""
-        return op.MatMul(x, w)
+        return op.MatMul(x, op.weight(w))
 
     def rewrite_direct(self, op: Any, x: Any, w: Any) -> Any:
         weight = self._linear_weight(op, w, w)
@@ -72,11 +72,11 @@ class QuantizeWeights(RewritePass):
 
     def looked_up(self, op: Any, w: Any, ids: Any) -> Any:
         """An embedding, [vocab, hidden]."""
-        return op.Gather(w, ids, axis=0)
+        return op.Gather(op.weight(w), ids, axis=0)
 
     def rewrite_looked_up(self, op: Any, w: Any, ids: Any) -> Any:
-        if not is_checkpoint_weight(w) or len(w.shape) != 2 or w.dtype not in _FLOATS:
-            raise Decline(f"{w.name} is not a floating matrix of the checkpoint")
+        if w.dtype not in _FLOATS or len(w.shape) != 2:
+            raise Decline(f"{w.name} is not a floating matrix")
         if not self.embedding:
             raise Decline(f"{w.name} is an embedding; int8{{embedding=true}} includes it")
         codes, scales = op.weight(w).quantize(0)
@@ -86,8 +86,8 @@ class QuantizeWeights(RewritePass):
 
     def _linear_weight(self, op: Any, w: Any, operand: onnx_ir.Value) -> Expression:
         """The weight if all users of `operand` are linears that this pass includes; declines otherwise."""
-        if not is_checkpoint_weight(w) or w.dtype not in _FLOATS or len(w.shape) != 2:
-            raise Decline(f"{w.name} is not a floating matrix of the checkpoint")
+        if w.dtype not in _FLOATS or len(w.shape) != 2:
+            raise Decline(f"{w.name} is not a floating matrix")
         users = [use.node for use in operand.uses()]
         if not users or any(node.op_type != "MatMul" or node.inputs[1] is not operand for node in users):
             raise Decline(f"{w.name} is used by other operators than MatMul")

@@ -20,7 +20,7 @@ from passopt.ir.text import parse_model
 from passopt.ir.weights import LazyWeight
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import join_ranks, rank_models
-from passopt.testing.checkpoints import ALIBI, ROTARY, evaluation_text, make_checkpoint
+from passopt.testing.checkpoints import ROTARY, evaluation_text, make_checkpoint
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 from passopt.verification import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
 from passopt.verification_cut import cut_decoder
@@ -444,14 +444,13 @@ def test_reading_tokens_needs_a_tokenizer(tmp_path: Path) -> None:
 # Real exports
 
 
-@pytest.mark.parametrize(("spec", "dtype"), [(ROTARY, FP16), (ALIBI, BF16)], ids=["rotary-fp16", "alibi-bf16"])
-def test_exported_graphs_equal_themselves(tmp_path: Path, spec: object, dtype: DataType) -> None:
+def test_an_exported_graph_equals_itself(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from passopt.frontends.checkpoint import open_checkpoint
     from passopt.frontends.huggingface import export_graph
 
-    folder = make_checkpoint(tmp_path / "checkpoint", spec)  # type: ignore[arg-type]
-    model = export_graph(open_checkpoint(folder), dtype=dtype, trust_remote_code=True, scratch=tmp_path)
+    folder = make_checkpoint(tmp_path / "checkpoint", ROTARY)
+    model = export_graph(open_checkpoint(folder), dtype=BF16, trust_remote_code=True, scratch=tmp_path)
     tokens = tuple(read_tokens(evaluation_text(), folder)[:400])
     for layerwise in (False, True):
         report = verify(model, model, options=VerifyOptions(tokens=tokens, layerwise=layerwise))

@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     import onnx_ir
+
     from passopt.passes.base import Pass, PassResult
 
 
