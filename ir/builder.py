@@ -112,7 +112,10 @@ def infer_types(node: onnx_ir.Node, opset: int) -> None:
         constant = small_constant(value)
         if constant is not None and constant.dtype == np.int64:
             data[value.name] = onnx.numpy_helper.from_array(constant, value.name)
-    schema = onnx.defs.get_schema(node.op_type, opset, "")
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:
+        raise VerifyError(f"{node.op_type} {node.name!r}: no such operator in opset {opset}") from None
     opsets = [onnx.helper.make_opsetid("", opset)]
     try:
         found = shape_inference.infer_node_outputs(schema, onnx_ir.to_proto(node), types, data, opset_imports=opsets)

@@ -76,33 +76,43 @@ class Editor:
     ) -> None:
         """Insert `built`, let every use of an old value read the new one, and drop what nobody reads any more.
 
-        The new value takes the name of the old one and must have its dtype and shape. Raises VerifyError if not.
+        The new value takes the name of the old one and must have its dtype and shape; one that stands for several keeps
+        the first name. Raises VerifyError if not.
         """
         for old, new in replaced.items():
             _check_replacement(old, new, self.author)
         roots = [node for old in replaced if (node := old.producer()) is not None]
         self.insert(built, before or self._insertion_point(built, roots), origins)
-        made = {id(value) for node in built.nodes for value in node.outputs}
+        unnamed = {value for node in built.nodes for value in node.outputs}
         for old, new in replaced.items():
-            if id(new) not in made and old.is_graph_output():
+            if new not in unnamed and old.is_graph_output():
                 new = self._identity(new, old, origins)
-                made.add(id(new))
+                unnamed.add(new)
+            new.type = new.type or old.type
             if new.shape is None:
                 new.shape = old.shape
             old.replace_all_uses_with(new, replace_graph_outputs=True)
-            if id(new) in made:
+            if new in unnamed:
                 old.name, new.name = new.name, old.name
+                unnamed.remove(new)
+        if len(roots) > 1:
+            self._restore_order(built)
         self.remove_dead(roots)
         for value in built.initializers:
             self.remove_unused_initializer(value)
 
-    def follow(self, value: onnx_ir.Value, result: onnx_ir.Value, built: Built, suffix: str) -> None:
-        """Insert `built` right after the producer of `value`; all former users read `result`, which takes its name."""
+    def follow(
+        self, value: onnx_ir.Value, result: onnx_ir.Value, built: Built, suffix: str, *, outputs_only: bool = False
+    ) -> None:
+        """Insert `built` right after the producer of `value`; all former users read `result`, which takes its name.
+
+        With `outputs_only`, nodes go on reading `value`, and only graph outputs become `result`.
+        """
         producer = value.producer()
         if producer is None:
             raise VerifyError(f"{self.author}: {value.name!r} is not the output of a node")
         inside = {id(node) for node in built.nodes}
-        users = [(use.node, use.idx) for use in value.uses() if id(use.node) not in inside]
+        users = [(use.node, use.idx) for use in value.uses() if id(use.node) not in inside and not outputs_only]
         self.insert(built, None, [producer], after=producer)
         for index, output in enumerate(self.graph.outputs):
             if output is value:
@@ -165,6 +175,24 @@ class Editor:
                     latest = max(latest, order[id(producer)])
         return self.graph[latest + 1] if latest >= order[id(first)] else first
 
+    def _restore_order(self, built: Built) -> None:
+        """A user of the first root may stand before what the last one needs: sort then, and only then."""
+        order = self._positions()
+        early = any(
+            order.get(id(use.node), order[id(node)]) < order[id(node)]
+            for node in built.nodes
+            for value in node.outputs
+            for use in value.uses()
+        )
+        if not early:
+            return
+        try:
+            self.graph.sort()
+        except ValueError:
+            names = ", ".join(str(value.name) for node in built.nodes for value in node.outputs)
+            raise VerifyError(f"{self.author}: {names} would depend on themselves; the rewrite joins too much") from None
+        self._order = None
+
     def _positions(self) -> dict[int, int]:
         if self._order is None:
             self._order = {id(node): index for index, node in enumerate(self.graph)}
@@ -214,9 +242,9 @@ def _joined(texts: Iterable[str]) -> str:
 
 
 def _all_names(model: onnx_ir.Model) -> set[str]:
-    graph = model.graph
-    names = {value.name for value in (*graph.inputs, *graph.initializers.values()) if value.name}
-    for node in graph.all_nodes():
+    leaves = (value for graph in model.graphs() for value in (*graph.inputs, *graph.initializers.values()))
+    names = {value.name for value in leaves if value.name}
+    for node in model.graph.all_nodes():
         names.update(value.name for value in node.outputs if value.name)
         if node.name:
             names.add(node.name)

@@ -72,6 +72,8 @@ class Evaluator:
             reader = _READERS[type(expression)]
         except KeyError:
             raise ModelError(f"no evaluation for {type(expression).__name__}") from None
+        if any(start == stop for start, stop in box):
+            return np.empty([stop - start for start, stop in box], expression.dtype.numpy())
         return reader(self, expression, box)
 
     def _row_ranges(self, expression: ex.Expression, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -84,14 +86,20 @@ class Evaluator:
         columns = tuple(slice(*bounds) for bounds in box[1:])
         if all(bounds == (0, length) for bounds, length in zip(box[1:], expression.shape[1:], strict=True)):
             return compute(*box[0])
-        parts = [compute(*rows)[(slice(None), *columns)] for rows in self._row_ranges(expression, *box[0])]
-        return np.concatenate(parts) if parts else np.empty([b - a for a, b in box], expression.dtype.numpy())
+        return np.concatenate(
+            [compute(*rows)[(slice(None), *columns)] for rows in self._row_ranges(expression, *box[0])]
+        )
 
     # One reader per operation.
 
     def _read_source(self, source: ex.Source, box: Box) -> Array:
         if not source.shape:
             return self._read_rows(source, 0, 1).reshape(())
+        (start, stop), *rest = box
+        if stop - start == 1 and rest:  # one row is a tensor of its own: a row of a mask is read without its head
+            offset = source.offset + start * int(math.prod(source.shape[1:]) * source.dtype.itemsize)
+            row = dataclasses.replace(source, shape=source.shape[1:], offset=offset)
+            return self._read_source(row, tuple(rest))[None]
         return self._full_rows(source, box, lambda start, stop: self._read_rows(source, start, stop))
 
     def _read_rows(self, source: ex.Source, start: int, stop: int) -> Array:

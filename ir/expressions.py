@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 DataType = onnx_ir.DataType
 
+#: What a weight of a linear may hold.
+FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16, DataType.DOUBLE})
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
@@ -109,10 +112,12 @@ class Expression:
 
     def normalize_rows(self, epsilon: float) -> Expression:
         """Each row divided by max(its L2 norm, epsilon), in fp32, back in the weight's own dtype."""
+        self._check_matrix("normalize_rows")
         return NormalizeRows(self.dtype, self.shape, self, epsilon)
 
     def quantize(self, axis: int = 0) -> tuple[Expression, Expression]:
         """Codes (int8, within ±127) and scales (absmax/127, own dtype) per index of `axis`, from the full weight."""
+        self._check_matrix("quantize")
         return _quantize(self, self.axis(axis))
 
     def shard(self, axis: int, degree: int, segments: int = 1) -> Expression:
@@ -121,6 +126,10 @@ class Expression:
         if self.shape[axis] % (segments * degree):
             raise ModelError(f"axis {axis} of {list(self.shape)} does not divide by {segments} segments × {degree}")
         return Shard(self.dtype, _with(self.shape, axis, self.shape[axis] // degree), self, axis, segments, degree)
+
+    def _check_matrix(self, operation: str) -> None:
+        if len(self.shape) != 2 or self.dtype not in FLOATS:
+            raise ModelError(f"{operation} takes a floating matrix, not {self.dtype.name}{list(self.shape)}")
 
     def axis(self, axis: int) -> int:
         """`axis` counted from the front; negative ones count from the back as in ONNX."""

@@ -40,11 +40,13 @@ def load_model(path: Path | str) -> onnx_ir.Model:
     """Read model.onnx; every external tensor becomes a lazy weight and no weight byte is read."""
     path = model_path(Path(path))
     try:
-        model = onnx_ir.load(path)
+        model = onnx_ir.load(path, format="protobuf")
     except (DecodeError, ValueError, KeyError, OSError, RuntimeError) as error:
         raise ModelError(f"{path}: not an ONNX model, or truncated: {error}") from error
     if not len(model.graph) and not model.graph.outputs:
         raise ModelError(f"{path}: not an ONNX model: the graph has neither nodes nor outputs")
+    if not model.graph.opset_imports:
+        raise ModelError(f"{path}: not an ONNX model, or truncated: it names no opset")
     plan: dict[str, ex.Expression] | None = None
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -67,6 +69,11 @@ def _planned(plan: Mapping[str, ex.Expression], value: onnx_ir.Value, path: Path
         raise ModelError(
             f"{path.parent / PLAN_NAME}: weight {value.name!r} has shape {list(expression.shape)}, "
             f"{path.name} expects {list(value.shape.numpy())}"
+        )
+    if value.dtype is not None and value.dtype != expression.dtype:
+        raise ModelError(
+            f"{path.parent / PLAN_NAME}: weight {value.name!r} is {expression.dtype.name}, "
+            f"{path.name} expects {value.dtype.name}"
         )
     return expression
 

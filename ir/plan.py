@@ -59,7 +59,7 @@ def read_plan(path: Path) -> dict[str, ex.Expression]:
         return {name: _decode(body, files) for name, body in plan["weights"].items()}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ModelError(f"{path}: not a weight plan: {error!r}") from error
 
 

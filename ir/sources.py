@@ -95,19 +95,22 @@ def safetensors_sources(path: Path) -> dict[str, Source]:
             header = json.loads(stream.read(length))
         except ValueError as error:
             raise ModelError(f"{path}: the safetensors header is not JSON: {error}") from error
-    sources = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise ModelError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
-        start, stop = entry["data_offsets"]
-        source = Source(dtype, tuple(entry["shape"]), name, file, 8 + length + start)
-        if stop - start != source.nbytes:
-            raise ModelError(f"{path}: tensor {name!r} takes {stop - start} bytes, its shape {source.nbytes}")
-        sources[name] = _checked(source)
-    return sources
+    try:
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: _safetensors_source(file, name, entry, 8 + length) for name, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: the safetensors header does not describe tensors: {error!r}") from error
+
+
+def _safetensors_source(file: SourceFile, name: str, entry: Mapping[str, Any], data: int) -> Source:
+    dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise ModelError(f"{file.path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
+    start, stop = entry["data_offsets"]
+    source = Source(dtype, tuple(entry["shape"]), name, file, data + start)
+    if start < 0 or stop - start != source.nbytes:
+        raise ModelError(f"{file.path}: tensor {name!r} takes bytes {start} to {stop}, its shape {source.nbytes}")
+    return _checked(source)
 
 
 def external_source(path: Path, name: str, dtype: DataType, shape: tuple[int, ...], offset: int) -> Source:
@@ -132,6 +135,8 @@ def identify_cached(path: Path) -> SourceFile:
 
 def _checked(source: Source) -> Source:
     end = source.offset + source.nbytes
+    if source.offset < 0 or any(length < 0 for length in source.shape):
+        raise ModelError(f"{source.file.path}: tensor {source.name!r}: shape {source.shape} at byte {source.offset}")
     if end > source.file.size:
         raise ModelError(
             f"{source.file.path}: truncated: tensor {source.name!r} ends at byte {end}, the file at {source.file.size}"
@@ -152,7 +157,7 @@ def torch_sources(path: Path) -> dict[str, Source]:
             order = archive.read(root + "byteorder") if root + "byteorder" in entries else b"little"
             if order.strip() != b"little":
                 raise ModelError(f"{path}: byte order {order!r}, only little is supported")
-            state = _TensorUnpickler(io.BytesIO(archive.read(index)), str(path)).load()
+            state = _unpickled(archive.read(index), path)
     except zipfile.BadZipFile as error:
         raise ModelError(
             f"{path}: not a zip file. Checkpoints written by torch < 1.6 are pickles, which are not opened; "
@@ -182,7 +187,7 @@ def _torch_source(
         raise ModelError(f"{path}: tensor {name!r} names storage {tensor.key}, which is not in the file")
     if info.compress_type != zipfile.ZIP_STORED:
         raise ModelError(f"{path}: tensor {name!r} is compressed; only stored zip entries can be read in place")
-    if tensor.stride != _contiguous(tensor.shape):
+    if not _is_contiguous(tensor):
         raise ModelError(f"{path}: tensor {name!r} has strides {tensor.stride}; only contiguous tensors are supported")
     stream.seek(info.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", stream.read(4))
@@ -194,8 +199,11 @@ def _torch_source(
     return _checked(source)
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+def _is_contiguous(tensor: _Tensor) -> bool:
+    """Row-major; the stride of an axis of one element does not matter, nor any stride of an empty tensor."""
+    expected = (math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
+    axes = zip(tensor.shape, tensor.stride, expected, strict=True)
+    return 0 in tensor.shape or all(length == 1 or stride == wanted for length, stride, wanted in axes)
 
 
 class _Tensor:
@@ -210,6 +218,15 @@ def _rebuild_tensor(
     storage: tuple[str, DataType], start: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> _Tensor:
     return _Tensor(storage, start, shape, stride)
+
+
+def _unpickled(data: bytes, path: Path) -> object:
+    try:
+        return _TensorUnpickler(io.BytesIO(data), str(path)).load()
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ModelError(f"{path}: its data.pkl does not describe tensors: {error!r}") from error
 
 
 class _TensorUnpickler(pickle.Unpickler):

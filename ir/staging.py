@@ -20,12 +20,15 @@ def staged_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
     final = final.absolute()
     if final.exists():
         raise UsageError(f"{final}: output exists. Name another with -o, or remove it first; nothing was written.")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(final.parent).free
-    if needed_bytes > free:
-        raise UsageError(f"{final}: needs {needed_bytes:,} bytes, the disk has {free:,} free; nothing was written.")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(final.parent).free
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+    except OSError as error:
+        raise UsageError(f"{final}: cannot be made: {error.strerror or error}; nothing was written.") from error
+    try:
+        if needed_bytes > free:
+            raise UsageError(f"{final}: needs {needed_bytes:,} bytes, the disk has {free:,} free; nothing was written.")
         yield temporary
         temporary.chmod(0o755)
         temporary.rename(final)

@@ -54,8 +54,11 @@ def print_model(model: onnx_ir.Model, *, fold: bool = True, canonical: bool = Fa
 
 
 def _renamed(model: onnx_ir.Model) -> onnx_ir.Model:
-    """A copy whose intermediate values are `operator.N` and whose small constants `constant.N`, in order of use."""
+    """A copy in depth-first order, whose values are `operator.N` and whose small constants `constant.N`."""
     copy = model.clone()
+    nodes = _depth_first(copy.graph)
+    copy.graph.remove(list(copy.graph))
+    copy.graph.extend(nodes)
     constants = [value for node in copy.graph for value in node.inputs if value is not None and _is_nameless(value)]
     for index, value in enumerate(dict.fromkeys(constants)):
         value.name = f"constant.{index}"
@@ -75,6 +78,26 @@ def _renamed(model: onnx_ir.Model) -> onnx_ir.Model:
         del copy.graph.initializers[value.name or ""]
         copy.graph.initializers[value.name or ""] = value
     return copy
+
+
+def _depth_first(graph: onnx_ir.Graph) -> list[onnx_ir.Node]:
+    """The order that follows from the structure alone: what each output needs, inputs first; then unused nodes."""
+    order: dict[onnx_ir.Node, None] = {}
+    roots = [value.producer() for value in graph.outputs]
+    for root in (*roots, *graph):
+        stack = [root] if root is not None else []
+        while stack:
+            node = stack[-1]
+            waiting = [
+                producer
+                for value in reversed(node.inputs)
+                if value is not None and (producer := value.producer()) is not None and producer not in order
+            ]
+            if waiting and node not in order:
+                stack.append(waiting[-1])
+            else:
+                order.setdefault(stack.pop())
+    return list(order)
 
 
 def _is_nameless(value: onnx_ir.Value) -> bool:

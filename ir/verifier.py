@@ -6,6 +6,8 @@ inputs and outputs have types, weights are whole. Messages show the ten nodes ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 import onnx_ir
 
@@ -39,6 +41,8 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model)
 
     for value in graph.inputs:
         define(value, 0, "graph input")
+        if isinstance(graph, onnx_ir.Graph) and value.type is None:
+            raise fail(0, f"graph input {value.name!r} has no type")
     if isinstance(graph, onnx_ir.Graph):
         for name, value in graph.initializers.items():
             _verify_initializer(name, value)
@@ -48,7 +52,7 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model)
         for position, operand in enumerate(node.inputs):
             if operand is not None and id(operand) not in known:
                 raise fail(index, _undefined(node, position, operand, nodes))
-        _verify_operator(node, model, index, fail)
+        _verify_operator(node, model, graph.opset_imports, index, fail)
         for value in node.outputs:
             if value.uses() or value.is_graph_output() or value.name:
                 define(value, index, f"output of {node.op_type} {node.name!r}")
@@ -83,11 +87,13 @@ def _undefined(node: onnx_ir.Node, position: int, value: onnx_ir.Value, nodes: l
     return f"{where} is produced by {producer.op_type} {producer.name!r}, which is not in the graph"
 
 
-def _verify_operator(node: onnx_ir.Node, model: onnx_ir.Model, index: int, fail: object) -> None:
+def _verify_operator(
+    node: onnx_ir.Node, model: onnx_ir.Model, opsets: Mapping[str, int], index: int, fail: object
+) -> None:
     assert callable(fail)
     if node.op_identifier() in model.functions:
         return
-    version = model.graph.opset_imports.get(node.domain)
+    version = opsets.get(node.domain)
     if version is None:
         raise fail(index, f"{node.op_type} {node.name!r}: domain {node.domain!r} has no opset import")
     if node.domain:

@@ -24,9 +24,21 @@ class RemoveDeadCode(Pass):
         editor = Editor(model, self.name)
         nodes = sum(editor.remove_dead([node]) for node in reversed(list(model.graph)))
         weights = sum(editor.remove_unused_initializer(value) for value in list(model.graph.initializers.values()))
-        called = {node.op_identifier() for graph in model.graphs() for node in graph.all_nodes()}
+        called = _called_functions(model)
         unused = [identifier for identifier in model.functions if identifier not in called]
         for identifier in unused:
             del model.functions[identifier]
         removed = nodes + weights + len(unused)
         return PassResult(modified=removed > 0, matches=nodes)
+
+
+def _called_functions(model: onnx_ir.Model) -> set[onnx_ir.OperatorIdentifier]:
+    """Functions that the graph calls, or that such functions call."""
+    called: set[onnx_ir.OperatorIdentifier] = set()
+    work = list(model.graph.all_nodes())
+    while work:
+        identifier = work.pop().op_identifier()
+        if identifier in model.functions and identifier not in called:
+            called.add(identifier)
+            work.extend(model.functions[identifier].all_nodes())
+    return called

@@ -54,6 +54,8 @@ def _match_others(match: Match, roots: Sequence[NodePattern]) -> bool:
     if not roots:
         return True
     first, *others = roots
+    if first in match.nodes:  # it stands inside of an earlier root
+        return _match_others(match, others)
     for candidate in _candidates(match, first):
         if candidate in match.nodes.values():
             continue
@@ -91,6 +93,8 @@ def _match_node(match: Match, pattern: NodePattern, node: onnx_ir.Node) -> Itera
     if node.op_type != pattern.op_type or node.domain != pattern.domain:
         return
     if len(node.inputs) < len(pattern.inputs) or any(v is not None for v in node.inputs[len(pattern.inputs) :]):
+        return
+    if pattern.outputs > 1 and len(node.outputs) != pattern.outputs:
         return
     known = match.nodes.get(pattern)
     if known is not None:
@@ -188,6 +192,8 @@ def _same_attribute(expected: Any, found: Any) -> bool:
         return found is not None and list(expected) == list(found)
     if isinstance(expected, onnx_ir.DataType):
         return bool(found == expected.value)
+    if isinstance(expected, float) and isinstance(found, float):
+        return bool(np.float32(expected) == np.float32(found))  # what ONNX stores
     return bool(expected == (found.decode() if isinstance(found, bytes) else found))
 
 
@@ -197,4 +203,9 @@ def _is_constant(pattern: Number | Numbers, value: onnx_ir.Value | None) -> bool
         return False
     if isinstance(pattern, Numbers):
         return array.dtype.kind in "iu" and array.reshape(-1).tolist() == list(pattern.values)
-    return array.size == 1 and bool(np.asarray(pattern.value, array.dtype) == array.reshape(-1)[0])
+    if array.size != 1:
+        return False
+    if array.dtype.kind in "iub":
+        return bool(int(array.reshape(-1)[0]) == pattern.value)
+    with np.errstate(over="ignore"):
+        return bool(np.asarray(pattern.value, array.dtype) == array.reshape(-1)[0])

@@ -90,6 +90,11 @@ class Pattern:
         """The distinct nodes of the roots, in order."""
         return tuple(dict.fromkeys(root.node for root in self.roots))
 
+    @property
+    def depth(self) -> int:
+        """The most nodes on a path from a root to a leaf: how far downstream a change can complete a match."""
+        return max(_depth(root) for root in self.roots)
+
 
 class Tracer:
     """The `op` of a `pattern` method: every call makes a piece of the pattern."""
@@ -144,6 +149,14 @@ def trace(method: Callable[..., Any], where: str) -> Pattern:
     if unused:
         raise PassError(f"{where}: the pattern never uses its parameters {', '.join(unused)}")
     return Pattern(roots, tuple(sorted(used)))
+
+
+def _depth(value: ValuePattern) -> int:
+    if isinstance(value, Output):
+        return 1 + max((_depth(item) for item in value.node.inputs), default=0)
+    if isinstance(value, Alternatives):
+        return max(_depth(choice) for choice in value.choices.values())
+    return 0
 
 
 def _collect(values: Sequence[Any], used: set[str]) -> None:

@@ -96,16 +96,21 @@ class _Driver:
         for pattern, rewrite in owner.rules():
             rule = _Rule(owner, pattern, rewrite)
             self._rules[rule.root_key].append(rule)
+        self._reach = max((rule.pattern.depth for rules in self._rules.values() for rule in rules), default=0)
         self._limit = _REWRITES_PER_NODE * (len(model.graph) + 100)
 
     def run(self) -> PassResult:
         queue = collections.deque(node for node in self.editor.graph if self._rules_at(node))
+        waiting = set(queue)
         while queue:
             node = queue.popleft()
+            waiting.discard(node)
             for rule in self._rules_at(node):
                 if node.graph is None:
                     break
-                queue.extend(made for made in self._try(rule, node) if self._rules_at(made))
+                candidates = [made for made in self._try(rule, node) if self._rules_at(made) and made not in waiting]
+                queue.extend(candidates)
+                waiting.update(candidates)
         self.result.modified = self.result.matches > 0
         return self.result
 
@@ -126,12 +131,17 @@ class _Driver:
             self.result.declines[str(reason)] += 1
             return ()
         self._apply(rule, match, op, returned)
-        users = [use.node for made in op.built.nodes for value in made.outputs for use in value.uses()]
-        return [*op.built.nodes, *users]
+        return _downstream(op.built.nodes, self._reach)
 
     def _apply(self, rule: _Rule, match: Match, op: Rewriter, returned: Any) -> None:
         roots = match.roots()
-        values = [returned] if isinstance(returned, onnx_ir.Value) else list(returned)
+        values = list(returned) if isinstance(returned, (list, tuple)) else [returned]
+        strange = [value for value in values if not isinstance(value, onnx_ir.Value)]
+        if strange:
+            raise PassError(
+                f"{self.owner.name} ({_source_line(rule.rewrite)}): rewrite returned {strange[0]!r}, "
+                f"expected a value per root, at {roots[0].name!r}"
+            )
         if len(values) != len(roots):
             raise PassError(
                 f"{self.owner.name} ({_source_line(rule.rewrite)}): rewrite returned {len(values)} values "
@@ -144,3 +154,14 @@ class _Driver:
                 f"its result matches its own pattern again"
             )
         self.editor.replace(dict(zip(roots, values, strict=True)), op.built, list(match.nodes.values()))
+
+
+def _downstream(nodes: Sequence[onnx_ir.Node], levels: int) -> list[onnx_ir.Node]:
+    """The nodes and what reads them, `levels` deep in all."""
+    found = dict.fromkeys(nodes)
+    edge = list(found)
+    for _ in range(levels - 1):
+        users = dict.fromkeys(use.node for node in edge for value in node.outputs for use in value.uses())
+        edge = [node for node in users if node not in found]
+        found.update(dict.fromkeys(edge))
+    return list(found)

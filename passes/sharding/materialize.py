@@ -39,7 +39,7 @@ class Materializer:
         self.state = state
         self.degree = degree
         self.editor = editor
-        self._owned: dict[tuple[int, int], tuple[onnx_ir.Value, onnx_ir.Value]] = {}
+        self._owned: dict[VocabMasked, tuple[onnx_ir.Value, onnx_ir.Value]] = {}
 
     def run(self) -> Materialized:
         outputs = [(value, self.state.specs.get(value)) for value in self.editor.graph.outputs]
@@ -76,7 +76,10 @@ class Materializer:
             for use in uses:
                 use.node.replace_input_with(use.index, None)
             alone = not value.uses() and not value.is_graph_output()
-            if alone:
+            producer = value.producer()
+            if alone and producer is not None:
+                self.editor.remove_dead([producer])
+            elif alone:
                 self.editor.remove_unused_initializer(value)
             final = name if alone else self.editor.unique(f"{name}.shard")
             made = _initializer(final, expression)
@@ -169,7 +172,7 @@ class Materializer:
 
     def _masked_rows(self, builder: Builder, value: onnx_ir.Value, masked: VocabMasked) -> Any:
         """Zero where another rank owns the token; the sum over ranks then has each row once."""
-        owned = next(mask for (_, units), (mask, _) in self._owned.items() if units == masked.units)
+        owned, _ = self._owned[masked]
         for _ in range(rank_of(value) - rank_of(owned)):
             owned = builder.Unsqueeze(owned, [-1])
         assert value.dtype is not None
@@ -179,10 +182,9 @@ class Materializer:
         """Look up row 0 for tokens of other ranks."""
         ids = node.inputs[1]
         assert ids is not None
-        key = (id(ids), masked.units)
-        if key not in self._owned:
-            self._owned[key] = self._owned_tokens(node, ids, masked.units)
-        node.replace_input_with(1, self._owned[key][1])
+        if masked not in self._owned:
+            self._owned[masked] = self._owned_tokens(node, ids, masked.units)
+        node.replace_input_with(1, self._owned[masked][1])
 
     def _owned_tokens(self, node: onnx_ir.Node, ids: onnx_ir.Value, units: int) -> tuple[onnx_ir.Value, onnx_ir.Value]:
         """(mask, local index) of the token ids for this rank's rows."""
@@ -207,7 +209,7 @@ class Materializer:
             assert isinstance(local, int)
             true_length = local * self.degree // padded * length
             gathered = builder.Slice(gathered, [0], [true_length], [spec.axis])
-        self.editor.follow(value, gathered, builder.built, "shard")
+        self.editor.follow(value, gathered, builder.built, "shard", outputs_only=True)
 
     def _record(self) -> None:
         """Number the collectives in the order of the graph, and note what the ranks must know."""

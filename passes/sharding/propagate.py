@@ -61,10 +61,9 @@ class Propagation:
         self._seed_inputs()
         for index in range(len(self._nodes)):
             self._enqueue(index)
-        while self._queue:
-            index = heapq.heappop(self._queue)
-            self._queued.discard(index)
-            self._visit(self._nodes[index])
+        self._settle()
+        self._complete_outputs()
+        self._settle()
         return self
 
     # What rules ask.
@@ -114,6 +113,21 @@ class Propagation:
         self._set(value, REPLICATED)
 
     # The fixed point.
+
+    def _settle(self) -> None:
+        while self._queue:
+            index = heapq.heappop(self._queue)
+            self._queued.discard(index)
+            self._visit(self._nodes[index])
+
+    def _complete_outputs(self) -> None:
+        """The caller sees whole values, whatever the operators inside would put up with."""
+        for value in self.model.graph.outputs:
+            spec = self.specs.get(value, REPLICATED)
+            if isinstance(spec, VocabMasked):
+                self.resolve_mask(value)
+            if isinstance(spec, LocalDims):
+                raise PassError(f"graph output {value.name!r} is {spec}")
 
     def _seed_inputs(self) -> None:
         """The cache is sharded by kv heads, as the contract says; the operators that read it check that."""

@@ -69,7 +69,7 @@ def _settle_masked_rows(state: Propagation, node: onnx_ir.Node, specs: Sequence[
     computed = [
         spec for spec, value in zip(specs, node.inputs, strict=True) if value is not None and not is_constant(value)
     ]
-    if node.op_type in _PASSES_MASKED_ROWS and all(isinstance(spec, VocabMasked) for spec in computed):
+    if node.op_type in _PASSES_MASKED_ROWS and all(spec == computed[0] for spec in computed):
         return list(specs)
     settled = list(specs)
     for index, (value, spec) in enumerate(zip(node.inputs, specs, strict=True)):
@@ -178,7 +178,9 @@ def _table(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> Spec
     rows = products(table)[0]
     assert rows is not None
     state.demand(node, 0, Sharded(0, ONE, rows.number))
-    spec = VocabMasked(rows.number)
+    ids = node.inputs[1]
+    assert ids is not None
+    spec = VocabMasked(rows.number, ids.name or "")
     state.tables[node] = spec
     if rank_of(table) == 1 or table.dtype in {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8}:
         return spec  # codes and scales meet in a product before anything else needs their rows

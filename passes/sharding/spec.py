@@ -56,9 +56,10 @@ class LocalDims:
 
 @dataclasses.dataclass(frozen=True)
 class VocabMasked:
-    """`offset_of` names the table whose sharding decides which tokens a rank owns."""
+    """Rows that the value `ids` selected from a table of `units` rows, of which each rank holds a share."""
 
     units: int
+    ids: str
 
     def __str__(self) -> str:
         return "rows of a vocab-sharded table"

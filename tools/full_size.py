@@ -1,0 +1,87 @@
+"""Export, sharding and int8 on the published sizes of 7B and 13B, without their weights: time, memory, exact bytes.
+
+    python tools/full_size.py [7b|13b ...]
+
+The checkpoints are sparse files with real names, shapes and dtypes, so they take no disk; nothing is written out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from passopt.testing.checkpoints import CheckpointSpec, full_size_spec, make_checkpoint
+
+PIPELINE = "tp{degree=4},int8"
+#: int8 linears, fp16 scales, norms, embedding and head, by arithmetic on the published sizes.
+EXPECTED_BYTES = {"7b": 8_538_660_864, "13b": 15_188_449_280}
+GIB = 1 << 30
+
+
+def make_sparse(folder: Path, spec: CheckpointSpec) -> Path:
+    """A checkpoint whose single bf16 safetensors file is a hole of the right length behind a true header."""
+    checkpoint = make_checkpoint(folder, spec, trained=False, weights=False)
+    entries, position = {}, 0
+    for name, shape in spec.shapes().items():
+        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    header = json.dumps(entries).encode()
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + position)
+    return checkpoint
+
+
+def measured(folder: Path, *arguments: str) -> tuple[str, float, float, float]:
+    """Output, wall seconds, CPU seconds and peak resident GiB of one command."""
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "passopt", *arguments], cwd=folder, stdout=subprocess.PIPE, text=True
+    )
+    output = process.stdout.read() if process.stdout else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"full-size: passopt {arguments[0]} failed with exit code {process.returncode}")
+    return output, time.monotonic() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / GIB
+
+
+def run_size(root: Path, size: str) -> None:
+    checkpoint = make_sparse(root / size, full_size_spec("7b" if size == "7b" else "13b"))
+    exported = f"{size}-exported"
+    _, wall, cpu, memory = measured(
+        root, "export", checkpoint.name, "-o", exported, "--weights=reference", "--no-self-check", "--trust-remote-code"
+    )
+    print(f"{size:>4}  export   {wall:6.1f} s  {cpu:6.1f} CPU s  {memory:5.2f} GiB peak", flush=True)
+    output, wall, cpu, memory = measured(root, "run", exported, "--passes", PIPELINE, "--dry-run", "--json")
+    report = json.loads(output)
+    print(f"{size:>4}  dry run  {wall:6.1f} s  {cpu:6.1f} CPU s  {memory:5.2f} GiB peak", flush=True)
+    text, *_ = measured(root, "print", exported)
+    print(f"{size:>4}  canonical text: {len(text.encode()):,} bytes")
+    weights = report["weights"]
+    found = weights["codes"] + weights["scales"] + weights["other"]
+    replicated = found - EXPECTED_BYTES[size]
+    print(f"{size:>4}  codes {weights['codes']:,}  scales {weights['scales']:,}  other {weights['other']:,}")
+    print(
+        f"{size:>4}  {found / GIB:.4f} GiB on 4 ranks, {EXPECTED_BYTES[size] / GIB:.4f} GiB on one; {replicated:,} replicated"
+    )
+    print(f"{size:>4}  all files: {sum(report['files'].values()):,} bytes")
+
+
+def main() -> None:
+    sizes = sys.argv[1:] or ["7b", "13b"]
+    with tempfile.TemporaryDirectory(prefix="passopt-full-size-") as folder:
+        for size in sizes:
+            run_size(Path(folder), size)
+
+
+if __name__ == "__main__":
+    main()
