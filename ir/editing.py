@@ -190,7 +190,9 @@ class Editor:
             self.graph.sort()
         except ValueError:
             names = ", ".join(str(value.name) for node in built.nodes for value in node.outputs)
-            raise VerifyError(f"{self.author}: {names} would depend on themselves; the rewrite joins too much") from None
+            raise VerifyError(
+                f"{self.author}: {names} would depend on themselves; the rewrite joins too much"
+            ) from None
         self._order = None
 
     def _positions(self) -> dict[int, int]:

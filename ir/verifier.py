@@ -7,11 +7,13 @@ inputs and outputs have types, weights are whole. Messages show the ten nodes ar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import onnx
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
+from passopt.ir.weights import LazyWeight
 
 _CONTEXT = 10
 
@@ -19,6 +21,7 @@ _CONTEXT = 10
 def verify_model(model: onnx_ir.Model) -> None:
     """Raise VerifyError at the first broken invariant of the main graph or of a local function."""
     _verify_graph(model.graph, model)
+    _verify_files(model)
     for function in model.functions.values():
         _verify_graph(function, model)
 
@@ -75,6 +78,18 @@ def _verify_initializer(name: str, value: onnx_ir.Value) -> None:
         raise VerifyError(f"initializer {name!r} is declared {value.dtype.name}, its data is {tensor.dtype.name}")
     if value.shape is not None and tuple(value.shape.dims) != tuple(tensor.shape.numpy()):
         raise VerifyError(f"initializer {name!r} is declared {value.shape}, its data has shape {tensor.shape}")
+
+
+def _verify_files(model: onnx_ir.Model) -> None:
+    """The files that weights are read from exist. Whether they changed is checked when they are opened."""
+    needed: dict[str, str] = {}
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, LazyWeight):
+            for source in value.const_value.expression.sources():
+                needed.setdefault(source.file.path, name)
+    for path, name in needed.items():
+        if not Path(path).is_file():
+            raise VerifyError(f"initializer {name!r} needs external data {path}, which does not exist")
 
 
 def _undefined(node: onnx_ir.Node, position: int, value: onnx_ir.Value, nodes: list[onnx_ir.Node]) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 
+#: torch's own; a 16-bit graph rounds it to 0, and a row of zeros would become NaN.
+_EPSILON = 1e-12
+
 
 @dataclasses.dataclass(frozen=True)
 class FoldNormHead(RewritePass):
@@ -40,7 +43,7 @@ class FoldNormHead(RewritePass):
             raise Decline(f"{w.name} is normalised as {result.dtype}, the weight is {w.dtype}")
         if spelling == "axes_input" and [axis % 2 for axis in op.constant(axes).reshape(-1).tolist()] != [1]:
             raise Decline(f"{w.name} is normalised over axes {op.constant(axes).tolist()}, not over its rows")
-        epsilon = float(op.constant(floor).reshape(-1)[0])
+        epsilon = max(float(op.constant(floor).reshape(-1)[0]), _EPSILON)
         return op.initializer(f"{w.name}.normalized", weight.normalize_rows(epsilon))
 
 

@@ -17,6 +17,7 @@ from passopt.ir.builder import Builder
 from passopt.ir.editing import Editor, discard
 from passopt.ir.errors import PassError
 from passopt.ir.expressions import Expression
+from passopt.ir.shapes import complete_types
 from passopt.ir.weights import expression_of, small_constant
 from passopt.passes.base import Decline, Pass, PassResult
 from passopt.passes.matching import Match, find_match
@@ -90,6 +91,8 @@ def _source_line(method: Callable[..., Any]) -> str:
 class _Driver:
     def __init__(self, owner: RewritePass, model: onnx_ir.Model) -> None:
         self.owner = owner
+        if any(value.type is None for node in model.graph for value in node.outputs):
+            complete_types(model)  # a number takes the dtype of what it is multiplied with
         self.editor = Editor(model, owner.name)
         self.result = PassResult()
         self._rules: dict[tuple[str, str], list[_Rule]] = collections.defaultdict(list)

@@ -13,7 +13,7 @@ from passopt.ir.shapes import complete_types
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.sharding.materialize import Materializer
 from passopt.passes.sharding.plan import ShardPlan, plan_of
-from passopt.passes.sharding.propagate import Propagation
+from passopt.passes.sharding.rules import propagate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Shard(Pass):
         if self.degree < 1:
             raise PassError(f"{self.name}: degree {self.degree} is not a positive number")
         complete_types(model)
-        state = Propagation(model).run()
+        state = propagate(model)
         plan = plan_of(state)
         self._check(plan)
         done = Materializer(state, self.degree, Editor(model, self.name)).run()

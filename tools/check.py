@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+#: The import rules are read off the links as well, where the folders form one package.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "build" / "typepath")}
 GATES = (
     ("format", ("ruff", "format", "--check", ".")),
     ("lint", ("ruff", "check", ".")),
@@ -19,7 +22,7 @@ GATES = (
 def main() -> int:
     failed = []
     for name, command in GATES:
-        done = subprocess.run(_command(command), cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(_command(command), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         print(f"{name:9} {'ok' if done.returncode == 0 else 'FAILED'}", flush=True)
         if done.returncode:
             failed.append(name)

@@ -10,6 +10,7 @@ import onnx_ir
 
 from passopt.ir.shapes import complete_types
 from passopt.passes.sharding.propagate import Propagation, is_constant
+from passopt.passes.sharding.rules import propagate
 from passopt.passes.sharding.spec import Sharded
 
 _LARGEST_DEGREE = 64
@@ -48,7 +49,7 @@ class ShardPlan:
 def make_plan(model: onnx_ir.Model) -> ShardPlan:
     """Propagate without changing anything but missing types. Raises PassError if the model cannot be sharded."""
     complete_types(model)
-    return plan_of(Propagation(model).run())
+    return plan_of(propagate(model))
 
 
 def plan_of(state: Propagation) -> ShardPlan:

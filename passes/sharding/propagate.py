@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+from collections.abc import Callable
+from typing import TypeAlias
 
 import onnx_ir
 
@@ -35,6 +37,11 @@ class Use:
     index: int
 
 
+#: A rule for the outputs of a node, and one for what a sharded output needs of its inputs (see `rules`).
+Forward: TypeAlias = "Callable[[Propagation, onnx_ir.Node], list[Spec]]"
+Backward: TypeAlias = "Callable[[Propagation, onnx_ir.Node, Sharded], None]"
+
+
 class Conflict(Exception):
     """A rule cannot shard here. Becomes a PassError that names the node."""
 
@@ -42,8 +49,10 @@ class Conflict(Exception):
 class Propagation:
     """The specs of all values, the uses of constants that want a shard, and what must be inserted."""
 
-    def __init__(self, model: onnx_ir.Model) -> None:
+    def __init__(self, model: onnx_ir.Model, forward: Forward, backward: Backward) -> None:
         self.model = model
+        self._forward = forward
+        self._backward = backward
         self.specs: dict[onnx_ir.Value, Spec] = {}
         self.constant_uses: dict[Use, Sharded] = {}
         self.partial: dict[onnx_ir.Value, None] = {}
@@ -91,9 +100,7 @@ class Propagation:
         producer = value.producer()
         if not isinstance(known, Replicated) or producer is None:
             raise Conflict(f"{value.name} is {known}, but must be {wanted}")
-        from passopt.passes.sharding.rules import shard_backward
-
-        shard_backward(self, producer, wanted)
+        self._backward(self, producer, wanted)
         self._set(value, wanted)
         self._enqueue(self._order[producer])
 
@@ -159,10 +166,8 @@ class Propagation:
             heapq.heappush(self._queue, index)
 
     def _visit(self, node: onnx_ir.Node) -> None:
-        from passopt.passes.sharding.rules import shard_forward
-
         try:
-            specs = shard_forward(self, node)
+            specs = self._forward(self, node)
         except (Conflict, ValueError) as reason:
             raise PassError(f"{describe(node)}: {reason}") from None
         for value, spec in zip(node.outputs, specs, strict=True):
@@ -203,6 +208,3 @@ def describe(node: onnx_ir.Node) -> str:
 
 def last_axis(value: onnx_ir.Value | None) -> int:
     return rank_of(value) - 1
-
-
-__all__ = ["Conflict", "LocalDims", "Propagation", "Use", "describe", "is_constant", "is_weight_side", "last_axis"]

@@ -25,17 +25,21 @@ from passopt.passes.sharding.axes import (
     source_axis,
 )
 from passopt.passes.sharding.matmul import matmul_backward, matmul_forward
-from passopt.passes.sharding.propagate import Conflict, Propagation, is_constant
+from passopt.passes.sharding.propagate import Backward, Conflict, Propagation, is_constant
 from passopt.passes.sharding.spec import ONE, REPLICATED, LocalDims, Replicated, Sharded, Spec, VocabMasked
 
-Forward: TypeAlias = Callable[[Propagation, onnx_ir.Node], "Spec | list[Spec]"]
-Backward: TypeAlias = Callable[[Propagation, onnx_ir.Node, Sharded], None]
+Rule: TypeAlias = Callable[[Propagation, onnx_ir.Node], "Spec | list[Spec]"]
 
 _SHAPE_ARITHMETIC = frozenset({"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"})
 _PASSES_MASKED_ROWS = frozenset({"Cast", "Unsqueeze", "Mul"})
 _REDUCTIONS = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceProd", "ArgMax"}
 )
+
+
+def propagate(model: onnx_ir.Model) -> Propagation:
+    """How every value of the model lies on the ranks. Raises PassError naming a node without a consistent spec."""
+    return Propagation(model, shard_forward, shard_backward).run()
 
 
 def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
@@ -333,7 +337,7 @@ def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded
 
 
 _SEEDING = frozenset({"MatMul", "Gather"})
-_FORWARD: dict[str, Forward] = {
+_FORWARD: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_REDUCTIONS, _reduction),
     **dict.fromkeys(("Transpose", "Unsqueeze", "Squeeze", "Slice"), _moving),
