@@ -42,6 +42,9 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads
+        # The arena doubles each time that it grows, and with patterns keeps all: several times a large weight.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(qdq_accuracy_level))
         if fold_qdq:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
