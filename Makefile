@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stock clean
+.PHONY: demo test check stock full-size clean
 
 demo: $(INSTALLED)  ## the main job end to end on two tiny models
 	$(BIN)/python tools/demo.py
@@ -20,6 +20,9 @@ check: $(INSTALLED)  ## format, lint, types, import rules
 
 stock: $(INSTALLED)  ## make stock STOCK=DIR: the same on published remote code in DIR
 	$(BIN)/python tools/stock.py "$(STOCK)"
+
+full-size: $(INSTALLED)  ## time, memory and exact bytes on the published sizes, without weights
+	$(BIN)/python tools/full_size.py
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "setting up $(VENV), a minute or two"
