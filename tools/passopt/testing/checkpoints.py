@@ -126,7 +126,8 @@ def make_checkpoint(
         raise FileExistsError(f"{directory} is not empty: a checkpoint is only written to a new directory")
 
     _write_configuration(directory, spec, dtype)
-    for source in [*sorted((REMOTE_CODE / spec.family).glob("*.py")), DATA / "tokenizer.model"]:
+    code = [file for part in ("common", spec.family) for file in sorted((REMOTE_CODE / part).glob("*.py"))]
+    for source in [*code, DATA / "tokenizer.model"]:
         shutil.copyfile(source, directory / source.name)
     if weights:
         tensors = read_safetensors(DATA / _TRAINED[spec]) if trained else random_weights(spec, seed)
