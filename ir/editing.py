@@ -11,6 +11,7 @@ import onnx_ir
 
 from passopt.ir.builder import Builder, Built
 from passopt.ir.errors import VerifyError
+from passopt.ir.shapes import merged_shapes
 
 #: Node metadata: the passes that made a node (oldest first), the original nodes it stands for, the HF module.
 MADE_BY = "passopt.pass"
@@ -89,8 +90,7 @@ class Editor:
                 new = self._identity(new, old, origins)
                 unnamed.add(new)
             new.type = new.type or old.type
-            if new.shape is None:
-                new.shape = old.shape
+            new.shape = merged_shapes(new.shape, old.shape)
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             if new in unnamed:
                 old.name, new.name = new.name, old.name

@@ -74,7 +74,8 @@ class _Finder:
             while self._same_block(start + (count - 1) * period, period, None):
                 count += 1
             if best is None or count > best.count:
-                best = Run(start, period, count, tuple(carried.items()))
+                handed_on = tuple((one, other) for one, other in carried.items() if one != other)
+                best = Run(start, period, count, handed_on)
         return best
 
     def _same_block(self, start: int, period: int, carried: dict[str, str] | None) -> bool:
@@ -104,22 +105,23 @@ class _Finder:
         start: int,
         carried: dict[str, str] | None,
     ) -> bool:
-        if x is y:
-            return True
         if x is None or y is None:
-            return False
+            return x is y
+        if x is y:  # what all layers read is not what they hand on
+            return carried is None or carried.setdefault(x.name or "", y.name or "") == (y.name or "")
         first, second = x.producer(), y.producer()
         if first is None and second is None:
             return _same_leaf(x, y)
         if second is None:
             return False
-        back = later - self.position[id(second)]
+        back, inside = later - self.position[id(second)], first is not None and self.position[id(first)] >= start
         if first is not None and x.index() == y.index():
-            if index - self.position[id(first)] == back:
+            # In the first layer, a value from before it has its place by chance: it is carried, see below.
+            if (inside or carried is None) and index - self.position[id(first)] == back:
                 return True
             if self.position[id(second)] < start and self._same_prelude(first, second):
                 return True
-        if carried is None or not later - index <= back + (index - start) < 2 * (later - index):
+        if carried is None or inside or not index - start < back <= later - start:
             return False
         # What enters the first layer from before is what later layers get from the layer before them.
         return carried.setdefault(x.name or "", y.name or "") == (y.name or "")

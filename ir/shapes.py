@@ -123,7 +123,7 @@ def complete_types(model: onnx_ir.Model) -> None:
             continue  # the checker will say so; here the node merely stays without a shape
         for value, (kind, shape) in zip(node.outputs, stated, strict=True):
             value.type = kind or value.type
-            value.shape = _merged(shape, value.shape)
+            value.shape = merged_shapes(shape, value.shape)
         _complete_target(node)
 
 
@@ -133,7 +133,8 @@ def _is_complete(value: onnx_ir.Value) -> bool:
     return all(isinstance(dim, int) or dim.value is not None for dim in value.shape.dims)
 
 
-def _merged(stated: onnx_ir.Shape | None, inferred: onnx_ir.Shape | None) -> onnx_ir.Shape | None:
+def merged_shapes(stated: onnx_ir.Shape | None, inferred: onnx_ir.Shape | None) -> onnx_ir.Shape | None:
+    """`stated`, with what it does not say taken from `inferred`."""
     if stated is None or inferred is None or len(stated) != len(inferred):
         return stated or inferred
     pairs = zip(stated.dims, inferred.dims, strict=True)
@@ -153,7 +154,7 @@ def _complete_target(node: onnx_ir.Node) -> None:
             return
         dims = [other if dim == 1 else dim for dim, other in zip(dims, dimensions(source) or [], strict=True)]
     output = node.outputs[0]
-    output.shape = _merged(output.shape, onnx_ir.Shape(dims)) if output.shape is not None else onnx_ir.Shape(dims)
+    output.shape = merged_shapes(output.shape, onnx_ir.Shape(dims)) if output.shape is not None else onnx_ir.Shape(dims)
 
 
 def _dimension(item: Element, source: onnx_ir.Value, position: int) -> Dimension:

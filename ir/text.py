@@ -116,6 +116,8 @@ def parse_model(text: str) -> onnx_ir.Model:
         message = error.args[0]
         detail = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
         raise ModelError(f"not ONNX text: {detail}") from None
+    except onnx_ir.serde.SerdeError as error:
+        raise ModelError(f"not a model: {error.__cause__ or error}") from error
     for index, node in enumerate(model.graph):
         node.name = node.name or f"{node.op_type}_{index}"
     return model

@@ -22,6 +22,11 @@ class LazyWeight(onnx_ir.LazyTensor):
         super().__init__(self._evaluate, expression.dtype, onnx_ir.Shape(expression.shape), name=name)
         self.expression = expression
 
+    def __repr__(self) -> str:
+        return f"LazyWeight({self.name}: {self.expression.dtype.name}{list(self.expression.shape)})"
+
+    __str__ = __repr__  # onnx-ir's own shows the numbers
+
     def _evaluate(self) -> onnx_ir.TensorProtocol:
         if self.expression.depends_on_rank:
             raise ModelError(f"weight {self.name!r} differs between ranks; evaluate it for one rank")
@@ -34,7 +39,7 @@ def expression_of(value: onnx_ir.Value) -> Expression | None:
 
     A tensor in memory becomes a literal, so every constant weight can be sliced or sharded in one way.
     """
-    tensor = constant_tensor(value)
+    tensor = value.const_value if value.const_value is not None else constant_tensor(value)
     if tensor is None:
         return None
     if isinstance(tensor, LazyWeight):
@@ -46,11 +51,13 @@ def expression_of(value: onnx_ir.Value) -> Expression | None:
 
 def is_checkpoint_weight(value: onnx_ir.Value) -> bool:
     """True for initializers whose bytes lie in files: no pass may read them."""
-    return isinstance(value.const_value, LazyWeight)
+    return isinstance(value.const_value, LazyWeight) and not value.is_graph_input()
 
 
 def constant_tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant node; None for anything computed or fed."""
+    """The tensor of an initializer or of a Constant node; None for anything computed or fed, a default included."""
+    if value.is_graph_input():
+        return None
     if value.const_value is not None:
         return value.const_value
     node = value.producer()

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from passopt.passes.base import Pass
 
 ENTRY_POINTS = "passopt.passes"
+_NAME = re.compile(r"^\s+name\b.* = ", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +88,8 @@ def _plugins() -> list[Entry]:
 
 
 def _entries(file: Path, module: str) -> list[Entry]:
-    text = file.read_text()
-    if "name = " not in text:
+    text = file.read_text(encoding="utf-8")
+    if not _NAME.search(text):
         return []
     classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     return [entry for node in classes if (entry := _entry(node, module, str(file))) is not None]
@@ -96,15 +98,16 @@ def _entries(file: Path, module: str) -> list[Entry]:
 def _entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
     name, options = None, []
     for statement in node.body:
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
-            target = statement.targets[0]
-            if isinstance(target, ast.Name) and target.id == "name" and isinstance(statement.value.value, str):
-                name = statement.value.value
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            kind = ast.unparse(statement.annotation)
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            continue
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        if not isinstance(target, ast.Name):
+            continue
+        if target.id == "name" and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str):
+            name = statement.value.value
+        elif isinstance(statement, ast.AnnAssign) and "ClassVar" not in (kind := ast.unparse(statement.annotation)):
             default = ast.unparse(statement.value) if statement.value is not None else ""
-            if not kind.startswith("ClassVar"):
-                options.append((statement.target.id, kind, default))
+            options.append((target.id, kind, default))
     if name is None:
         return None
     summary = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -11,7 +13,9 @@ import onnx
 import onnx.reference
 import onnx_ir
 
+from passopt.ir.builder import infer_types
 from passopt.ir.editing import Editor
+from passopt.ir.errors import VerifyError
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.base import Pass, PassResult
 
@@ -102,7 +106,17 @@ class FoldConstants(Pass):
             arrays[value.name or ""] = tensor.numpy()
         if len(inputs) < len(node.inputs):
             return next(iter(arrays.values())).astype(_dtype_of(node.inputs[1]))
-        return _evaluate(node, opset, arrays) if arrays else None
+        return _evaluate(node, opset, arrays) if arrays and not self._is_too_large(node, opset) else None
+
+    def _is_too_large(self, node: onnx_ir.Node, opset: int) -> bool:
+        """Asked before evaluating: an Expand of one number may be gigabytes."""
+        target = node.outputs[0]
+        if target.shape is None:
+            with contextlib.suppress(VerifyError):
+                infer_types(node, opset)
+        dims = target.shape.dims if target.shape is not None else ()
+        known = [dim for dim in dims if isinstance(dim, int)]
+        return len(known) == len(dims) and math.prod(known) > self.limit
 
 
 def _casts_to_known_dtype(node: onnx_ir.Node) -> bool:

@@ -43,12 +43,18 @@ class FoldNormHead(RewritePass):
             raise Decline(f"{w.name} is normalised as {result.dtype}, the weight is {w.dtype}")
         if spelling == "axes_input" and [axis % 2 for axis in op.constant(axes).reshape(-1).tolist()] != [1]:
             raise Decline(f"{w.name} is normalised over axes {op.constant(axes).tolist()}, not over its rows")
-        epsilon = max(float(op.constant(floor).reshape(-1)[0]), _EPSILON)
+        if op.constant(floor).size != 1:
+            raise Decline(f"{w.name} has a floor of shape {list(op.constant(floor).shape)}, expected one number")
+        epsilon = max(float(op.constant(floor).item()), _EPSILON)
         return op.initializer(f"{w.name}.normalized", weight.normalize_rows(epsilon))
 
 
 def _normalized(op: Any, wide: Any, axes: Any, floor: Any, shape: Any, bind: str | None) -> Any:
     # Without axes ReduceL2 reduces over all of them: one norm for the whole weight, which is no NormHead.
-    norm = op.any_of("spelling", axes_input=op.ReduceL2(wide, axes, keepdims=1), attribute=op.ReduceL2(wide, axes=[1]))
+    norm = op.any_of(
+        "spelling",
+        axes_input=op.ReduceL2(wide, axes, keepdims=1),
+        attribute=op.ReduceL2(wide, axes=[1], keepdims=1),
+    )
     clipped = op.any_of("bound", clip=op.Clip(norm, floor), maximum=op.Max(norm, floor))
     return op.Div(wide, op.any_of("broadcast", expand=op.Expand(clipped, shape), implicit=clipped), bind=bind)

@@ -113,9 +113,9 @@ def run_passes(
         before, start = len(model.graph), time.process_time()
         result = _run_one(item, model, records)
         record = PassRecord(item.name, result, time.process_time() - start, before, len(model.graph))
-        records.append(record)
         if verify:
-            _verify_after(item, model)
+            _verify_after(item, model, records)
+        records.append(record)
         for instrument in instruments:
             instrument.after_pass(index, record, model)
     for expectation in expectations:
@@ -124,20 +124,22 @@ def run_passes(
 
 
 def _run_one(item: Pass, model: onnx_ir.Model, records: Sequence[PassRecord]) -> PassResult:
-    done = ", ".join(record.name for record in records) or "none"
     try:
         return item.run(model)
     except PassoptError as error:
-        error.args = (f"{item.name}: {error}" if not str(error).startswith(item.name) else str(error),)
+        text = str(error) if str(error).startswith(item.name) else f"{item.name}: {error}"
+        error.args = (f"{text} ({_before(records)})",)
         raise
     except Exception as error:
-        raise PassError(
-            f"{item.name}: failed with {type(error).__name__}: {error} (passes before it: {done})"
-        ) from error
+        raise PassError(f"{item.name}: failed with {type(error).__name__}: {error} ({_before(records)})") from error
 
 
-def _verify_after(item: Pass, model: onnx_ir.Model) -> None:
+def _before(records: Sequence[PassRecord]) -> str:
+    return f"passes before it: {', '.join(record.name for record in records) or 'none'}"
+
+
+def _verify_after(item: Pass, model: onnx_ir.Model, records: Sequence[PassRecord]) -> None:
     try:
         verify_model(model)
     except VerifyError as error:
-        raise VerifyError(f"{item.name} left a broken graph: {error}") from None
+        raise VerifyError(f"{item.name} left a broken graph ({_before(records)}): {error}") from None

@@ -78,8 +78,8 @@ def _candidates(match: Match, pattern: NodePattern) -> Iterator[onnx_ir.Node]:
 
 
 def _bound(match: Match, item: ValuePattern) -> onnx_ir.Value | None:
-    if isinstance(item, Variable):
-        value = match.bindings.get(item.name)
+    if isinstance(item, (Variable, Weight)):
+        value = match.bindings.get(item.name if isinstance(item, Variable) else item.variable.name)
         return value if isinstance(value, onnx_ir.Value) else None
     if isinstance(item, Output) and item.node in match.nodes:
         return match.nodes[item.node].outputs[item.index]

@@ -123,7 +123,18 @@ def instantiate(step: Step) -> Pass:
         if key not in fields:
             raise UsageError(f"{step.name}: {unknown_name('option', key, list(fields))}")
         values[key] = _convert(step.name, key, text, fields[key])
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError:
+        needed = [field.name for field in dataclasses.fields(cls) if _has_no_default(field)]
+        missing = [name for name in needed if name not in values]
+        if not missing:
+            raise
+        raise UsageError(f"{step.name}: needs a value for {', '.join(missing)}: {step.name}{{{missing[0]}=…}}") from None
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _convert(owner: str, key: str, text: str, kind: Any) -> Any:

@@ -88,6 +88,8 @@ class QuantizeWeights(RewritePass):
         """The weight if all users of `operand` are linears that this pass includes; declines otherwise."""
         if w.dtype not in _FLOATS or len(w.shape) != 2:
             raise Decline(f"{w.name} is not a floating matrix")
+        if operand.is_graph_output():
+            raise Decline(f"{w.name} is a graph output")
         users = [use.node for use in operand.uses()]
         if not users or any(node.op_type != "MatMul" or node.inputs[1] is not operand for node in users):
             raise Decline(f"{w.name} is used by other operators than MatMul")

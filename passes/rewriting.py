@@ -32,7 +32,7 @@ class Rewriter(Builder):
 
     def weight(self, value: onnx_ir.Value) -> Expression:
         """The lazy expression of a constant weight; declines for a computed value."""
-        expression = expression_of(value)
+        expression = expression_of(value) if not value.is_graph_input() else None
         if expression is None:
             raise Decline(f"{value.name} is not a constant weight")
         return expression

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import onnx_ir
 
 from passopt.ir.editing import Editor
+from passopt.ir.shapes import complete_types
+from passopt.ir.weights import constant_tensor, small_constant
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.head import head_path
 
@@ -25,6 +29,7 @@ class SliceLastToken(Pass):
     name = "slice-last-token"
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        complete_types(model)
         path = head_path(model)
         if not path:
             return _declined("no head: the logits do not come from a linear")
@@ -33,6 +38,9 @@ class SliceLastToken(Pass):
             return _declined("the head's input is not [batch, seq, hidden]")
         if hidden.shape[1] == 1:
             return _declined("the head sees one position already")
+        reason = _other_reader(path) or _other_operand(path)
+        if reason:
+            return _declined(reason)
         editor = Editor(model, self.name)
         builder = editor.builder(f"{hidden.name}.last")
         last = builder.Slice(hidden, [-1], [_END], [1])
@@ -44,6 +52,31 @@ class SliceLastToken(Pass):
             if value.shape is not None:
                 value.shape = onnx_ir.Shape([value.shape[0], 1, *value.shape.dims[2:]])
         return PassResult(modified=True, matches=1, tries=1)
+
+
+def _other_reader(path: Sequence[onnx_ir.Node]) -> str | None:
+    """Only the logits may become one position, nothing else that is computed from the head."""
+    for node, after in itertools.zip_longest(path, path[1:]):
+        value = node.outputs[0]
+        if any(user is not after for user in value.consumers()) or value.is_graph_output() != (after is None):
+            return f"{value.name} is used for more than the logits"
+    return None
+
+
+def _other_operand(path: Sequence[onnx_ir.Node]) -> str | None:
+    """What stands between head and logits must treat every position alike."""
+    for before, node in itertools.pairwise(path):
+        if node.op_type == "Slice" and _selects_positions(node):
+            return f"{node.name} picks positions of the logits"
+        for value in node.inputs:
+            if value is not None and value is not before.outputs[0] and constant_tensor(value) is None:
+                return f"{node.op_type} {node.name!r} after the head reads {value.name}, which has a value per position"
+    return None
+
+
+def _selects_positions(node: onnx_ir.Node) -> bool:
+    axes = small_constant(node.inputs[3]) if len(node.inputs) > 3 else None
+    return axes is None or any(axis in {1, -2} for axis in axes.reshape(-1).tolist())
 
 
 def _declined(reason: str) -> PassResult:

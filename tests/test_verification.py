@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir
 import pytest
 
+from passopt import verification_head
 from passopt.ir.editing import Editor
 from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType, Literal
@@ -427,6 +428,54 @@ def test_layerwise_holds_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     verify(tiny_decoder(spec), tiny_decoder(spec), options=dataclasses.replace(LAYERWISE, tokens=()))
     whole = sum(value.const_value.nbytes for value in tiny_decoder(spec).graph.initializers.values())  # type: ignore[union-attr]
     assert max(sizes) < whole / 8
+
+
+def normalise_head(model: onnx_ir.Model) -> None:
+    """Rows divided by their norm, which is expanded to the weight's shape, a constant, as torch exports it."""
+    weight = model.graph.initializers["lm_head.weight"]
+    (transposition,) = weight.consumers()
+    editor = Editor(model, "test")
+    builder = editor.builder("norm")
+    norm = builder.Expand(builder.ReduceL2(weight, [1], keepdims=1), list(weight.shape))  # type: ignore[arg-type]
+    norm.shape = weight.shape
+    scaled = builder.Transpose(builder.Div(weight, norm), perm=[1, 0])
+    editor.replace({transposition.outputs[0]: scaled}, builder.built, [transposition])
+
+
+@pytest.mark.parametrize(("degree", "normalised"), [(1, False), (1, True), (3, False), (4, False)])
+def test_a_large_head_runs_in_slices(monkeypatch: pytest.MonkeyPatch, degree: int, normalised: bool) -> None:
+    reference, candidate = tiny_decoder(), changed(nudge("model.norm.weight"), DecoderSpec(degree=degree))
+    if normalised:
+        normalise_head(reference)
+        normalise_head(candidate)
+    whole = verify(reference, candidate, options=LAYERWISE)
+    widths = []
+    monkeypatch.setattr(verification_head, "SLICE_BYTES", 300)
+    add = verification_head.Logits.add
+
+    def measured(self: verification_head.Logits, part: verification_head.Part, found: np.ndarray) -> None:
+        widths.append(found.shape[-1])
+        add(self, part, found)
+
+    monkeypatch.setattr(verification_head.Logits, "add", measured)
+    sliced = verify(reference, candidate, options=LAYERWISE)
+    assert max(widths) < 12
+    for one, other in zip(whole.rows, sliced.rows, strict=True):
+        assert dataclasses.replace(one, error=0, note="") == dataclasses.replace(other, error=0, note="")
+        assert one.error == pytest.approx(other.error, rel=1e-3, abs=1e-6)
+
+
+def test_a_head_that_mixes_columns_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def double(model: onnx_ir.Model) -> None:
+        node = node_of(model, "logits")
+        editor = Editor(model, "test")
+        builder = editor.builder("doubled")
+        product = builder.MatMul(*node.inputs)
+        logits = builder.Slice(builder.Concat(product, product, axis=2), [0], [34], [2])
+        editor.replace({node.outputs[0]: logits}, builder.built, [node])
+
+    monkeypatch.setattr(verification_head, "SLICE_BYTES", 300)
+    assert verify(tiny_decoder(), changed(double), options=LAYERWISE).ok
 
 
 def test_a_single_layer_joins_the_head() -> None:

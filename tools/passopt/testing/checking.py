@@ -126,10 +126,12 @@ def relative_error(reference: Array, found: Array) -> float:
         return 0.0
     wide, other = reference.astype(np.float64), found.astype(np.float64)
     same = (wide == other) | (np.isnan(wide) & np.isnan(other))
-    if not np.isfinite(np.where(same, 0, wide - other)).all():
+    with np.errstate(invalid="ignore"):  # inf - inf, where both are the same
+        difference = np.where(same, 0, wide - other)
+    if not np.isfinite(difference).all():
         return float("inf")
     scale = float(np.max(np.abs(wide[np.isfinite(wide)]), initial=0.0)) or 1.0
-    return float(np.max(np.abs(np.where(same, 0, wide - other)))) / scale
+    return float(np.max(np.abs(difference))) / scale
 
 
 def random_feeds(model: onnx_ir.Model, lengths: Mapping[str, int]) -> dict[str, Array]:

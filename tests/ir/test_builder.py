@@ -1,0 +1,117 @@
+"""Nodes that a builder makes have types and shapes at once."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir
+import pytest
+
+from passopt.ir.builder import Builder
+from passopt.ir.errors import VerifyError
+from passopt.ir.expressions import DataType, Literal
+from passopt.ir.weights import LazyWeight, small_constant
+
+
+def value(*shape, dtype=DataType.FLOAT, name="x"):
+    return onnx_ir.Value(name=name, type=onnx_ir.TensorType(dtype), shape=onnx_ir.Shape(shape))
+
+
+@pytest.fixture
+def op():
+    taken = set()
+
+    def unique(name):
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        return name
+
+    return Builder(21, unique, "layer.0")
+
+
+def test_dtype_and_shape_follow_from_the_inputs(op):
+    product = op.MatMul(value("batch", 3, 5), value(5, 7, name="w"))
+    assert (product.dtype, str(product.shape)) == (DataType.FLOAT, "[batch,3,7]")
+    turned = op.Transpose(product, perm=[2, 0, 1])
+    assert str(turned.shape) == "[7,batch,3]"
+    assert op.Cast(turned, to=DataType.FLOAT16.value).dtype == DataType.FLOAT16
+    assert [node.op_type for node in op.built.nodes] == ["MatMul", "Transpose", "Cast"]
+
+
+def test_shapes_follow_from_constant_inputs(op):
+    assert str(op.Reshape(value(6, 5), [10, 3]).shape) == "[10,3]"
+    assert str(op.Unsqueeze(value(6, 5), [1]).shape) == "[6,1,5]"
+    assert str(op.Slice(value(6, 5), [1], [4], [0]).shape) == "[3,5]"
+
+
+def test_several_outputs(op):
+    parts = op.Split(value(6, 5), [4, 2], axis=0, outputs=2)
+    assert [str(part.shape) for part in parts] == ["[4,5]", "[2,5]"]
+    assert len({part.name for part in parts}) == 2
+
+
+def test_names_come_from_the_hint_and_are_unique(op):
+    one, two = op.Relu(value(3)), op.Relu(value(3))
+    assert (one.name, two.name) == ("layer.0.relu", "layer.0.relu'")
+    assert one.producer().name == "layer.0/Relu"
+    assert op.initializer("w", np.zeros(2)).name == "w"
+    assert op.initializer("w", np.zeros(2)).name == "w'"
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+def test_a_float_takes_the_dtype_of_the_value_beside_it(op, kind):
+    result = op.Mul(0.5, value(3, dtype=DataType.from_numpy(np.dtype(kind))))
+    constant = small_constant(result.producer().inputs[0])
+    assert (constant.dtype, constant.shape, float(constant)) == (np.dtype(kind), (), 0.5)
+    assert result.dtype == DataType.from_numpy(np.dtype(kind))
+
+
+def test_a_float_beside_nothing_of_a_known_dtype_is_refused(op):
+    with pytest.raises(VerifyError, match=r"Mul: the dtype of the number 0\.5 is unknown; pass an array"):
+        op.Mul(onnx_ir.Value(name="x"), 0.5)
+
+
+def test_integers_and_lists_are_int64_and_arrays_are_kept(op):
+    node = op.Slice(value(6, 5), [1], [4], [0]).producer()
+    assert all(small_constant(item).dtype == np.int64 for item in node.inputs[1:])
+    kept = op.Add(value(3), np.float32([1, 2, 3])).producer().inputs[1]
+    assert small_constant(kept).tolist() == [1, 2, 3]
+
+
+def test_equal_constants_are_one_initializer(op):
+    one, two = op.Add(value(3), 2.0).producer(), op.Mul(value(3), 2.0).producer()
+    assert one.inputs[1] is two.inputs[1]
+    assert op.Mul(value(3, dtype=DataType.FLOAT16), 2.0).producer().inputs[1] is not one.inputs[1]
+    assert len(op.built.initializers) == 2
+
+
+def test_an_absent_input_stays_absent(op):
+    node = op.Clip(value(3), None, 2.0).producer()
+    assert node.inputs[1] is None
+    assert node.outputs[0].dtype == DataType.FLOAT
+
+
+def test_an_expression_becomes_a_lazy_weight(op):
+    weight = op.initializer("w", Literal.of(np.zeros((2, 3), np.float16)).transpose())
+    assert isinstance(weight.const_value, LazyWeight)
+    assert (weight.dtype, tuple(weight.shape.dims)) == (DataType.FLOAT16, (3, 2))
+
+
+def test_what_does_not_fit_is_refused_with_its_inputs(op):
+    with pytest.raises(VerifyError, match=r"MatMul 'layer.0/MatMul' does not fit its inputs .*x: FLOAT \[2,3\]"):
+        op.MatMul(value(2, 3), value(4, 5, name="w"))
+    with pytest.raises(VerifyError, match="Rellu 'layer.0/Rellu': no such operator in opset 21"):
+        op.Rellu(value(3))
+    with pytest.raises(AttributeError, match="relu"):
+        op.relu(value(3))
+
+
+def test_collectives_have_shapes(op):
+    reduced = op.AllReduce(value("batch", 5, dtype=DataType.FLOAT16), domain="com.microsoft")
+    assert (reduced.dtype, str(reduced.shape)) == (DataType.FLOAT16, "[batch,5]")
+    gathered = op.AllGather(value("batch", 5), domain="com.microsoft", axis=-1, group_size=3)
+    assert str(gathered.shape) == "[batch,15]"
+    symbolic = op.AllGather(value("batch", 5), domain="com.microsoft", axis=0, group_size=3)
+    assert symbolic.shape[1] == 5
+    assert symbolic.shape[0].value is None

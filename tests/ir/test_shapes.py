@@ -1,0 +1,126 @@
+"""Shapes that a model does not state, and integer vectors read element by element."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+import pytest
+
+from passopt.ir.shapes import ConstantElement, DimOf, complete_types, dimensions, elements, merged_shapes
+from passopt.ir.text import parse_model
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21, "local" : 1]>\n'
+
+
+def values(text):
+    """Completed values by name."""
+    model = parse_model(HEADER + text)
+    complete_types(model)
+    found = {value.name: value for node in model.graph for value in node.outputs}
+    return {**found, **model.graph.initializers, **{value.name: value for value in model.graph.inputs}}
+
+
+def described(value):
+    """`elements` in short: numbers, (value, axis) or None."""
+    found = elements(value)
+    if found is None:
+        return None
+    return [
+        item.number if isinstance(item, ConstantElement) else (item.value.name, item.axis) if item else None
+        for item in found
+    ]
+
+
+CONSTANTS = "<int64 i0 = {0}, int64[1] i1 = {1}, int64[2] pair = {6, 12}, int64[1] far = {9}, int64[1] axis = {0}>"
+BODY = "g (int64[batch,seq,4] x, int64[3] fed) => (int64[p] y) " + CONSTANTS
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("v = Shape(x)", [("x", 0), ("x", 1), ("x", 2)]),
+        ("v = Shape<start=1, end=2>(x)", [("x", 1)]),
+        ("v = Shape<start=-2>(x)", [("x", 1), ("x", 2)]),
+        ("s = Shape(x) v = Gather(s, i0)", [("x", 0)]),
+        ("s = Shape(x) v = Gather(s, far)", [None]),
+        ("s = Shape(x) v = Slice(s, i1, far, axis)", [("x", 1), ("x", 2)]),
+        ("s = Shape<end=1>(x) v = Concat<axis=0>(s, pair, i1)", [("x", 0), 6, 12, 1]),
+        ("s = Shape<end=1>(x) q = Squeeze(s) u = Unsqueeze(q, i0) v = Cast<to=7>(u)", [("x", 0)]),
+        ("v = Identity(fed)", [None, None, None]),
+        ("s = Shape(x) v = Mul(s, s)", [None, None, None]),
+        ("v = Concat<axis=0>(pair, fed)", [6, 12, None, None, None]),
+    ],
+)
+def test_elements_of_a_vector(body, expected):
+    found = values(BODY + f"{{ {body} y = Identity(v) }}")
+    assert described(found["v"]) == expected
+
+
+def test_elements_of_constants_know_their_place():
+    first, second = elements(values(BODY + "{ y = Identity(fed) }")["pair"])
+    assert (first.number, first.index, second.number, second.index) == (6, 0, 12, 1)
+    assert isinstance(first, ConstantElement)
+
+
+def test_no_elements_without_a_length():
+    text = "g (int64[n] x, float[2] f) => (int64[n] y) <float[2] c = {1, 2}, int64[17] long = {%s}> { v = Neg(x) y = Neg(v) }"
+    found = values(text % ",".join(["1"] * 17))
+    assert [elements(found[name]) for name in ("v", "c", "long")] == [None, None, None]
+    assert elements(None) is None
+
+
+def test_missing_types_and_shapes_are_filled_in():
+    text = "g (float[batch,6,5] x) => (float[p,q] y) <int64[2] target = {0, -1}, float[30,7] w = {%s}>"
+    text += "{ a = Relu(x) r = Reshape(a, target) m = MatMul(r, w) y = Cast<to=1>(m) }"
+    found = values(text % ",".join(["1"] * 210))
+    assert [str(found[name].shape) for name in ("a", "r", "m")] == ["[batch,6,5]", "[batch,30]", "[batch,7]"]
+    assert found["m"].dtype == onnx_ir.DataType.FLOAT
+
+
+def test_computed_targets_of_reshape_and_expand_are_read():
+    text = "g (float[batch,seq,12] x, float[1,seq,1] z) => (float[a,b,c,d] y, float[e,f,g] w)"
+    text += "<int64[2] heads = {4, 3}, int64[1] five = {5}> {"
+    text += "s = Shape<end=2>(x) target = Concat<axis=0>(s, heads) r = Reshape(x, target) y = Relu(r)"
+    text += " b = Shape<end=1>(x) q = Shape<start=1, end=2>(x) t = Concat<axis=0>(b, q, five) e = Expand(z, t) w = Relu(e) }"
+    found = values(text)
+    assert str(found["r"].shape) == "[batch,seq,4,3]"
+    assert str(found["e"].shape) == "[batch,seq,5]"
+
+
+def test_what_a_model_states_is_kept():
+    model = parse_model(HEADER + "g (float[batch,6] x) => (float[n,6] y) { a = Relu(x) y = Neg(a) }")
+    model.graph[0].outputs[0].shape = onnx_ir.Shape(["mine", None])
+    complete_types(model)
+    assert str(model.graph[0].outputs[0].shape) == "[mine,6]"
+    assert str(model.graph.outputs[0].shape) == "[n,6]"
+
+
+def test_operators_that_nobody_knows_are_passed_over():
+    found = values(
+        "g (float[3] x) => (float[3] y) { a = local.mystery(x) b = Relu(a) c = Neg(x) y = Add(b, c) }"
+        '\n<opset_import: ["" : 21], domain: "local"> mystery (p) => (q) { q = Relu(p) }'
+    )
+    assert (found["a"].shape, found["b"].shape) == (None, None)
+    assert str(found["c"].shape) == "[3]"
+
+
+def test_shapes_are_merged_by_what_is_known():
+    stated, other = onnx_ir.Shape(["batch", None, 3]), onnx_ir.Shape(["n", 4, None])
+    assert str(merged_shapes(stated, other)) == "[batch,4,3]"
+    assert merged_shapes(stated, onnx_ir.Shape([2])) is stated
+    assert merged_shapes(None, other) is other
+    assert merged_shapes(stated, None) is stated
+
+
+def test_dimensions_are_numbers_names_and_unknowns():
+    value = onnx_ir.Value(name="x", shape=onnx_ir.Shape(["batch", None, 3]))
+    assert dimensions(value) == ["batch", None, 3]
+    assert dimensions(onnx_ir.Value(name="x")) is None
+
+
+def test_dim_of_names_value_and_axis():
+    found = values(BODY + "{ v = Shape<start=1>(x) y = Identity(v) }")
+    first, _ = elements(found["v"])
+    assert isinstance(first, DimOf)
+    assert (first.value.name, first.axis) == ("x", 1)
+    assert np.all(dimensions(first.value) == ["batch", "seq", 4])

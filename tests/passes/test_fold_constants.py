@@ -1,0 +1,218 @@
+"""fold-constants: what follows from small constants is computed, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+import pytest
+
+from passopt.ir.expressions import Literal
+from passopt.ir.text import print_model
+from passopt.ir.weights import LazyWeight, small_constant
+from passopt.passes import fold_constants
+from passopt.passes.fold_constants import FoldConstants
+from passopt.testing.checking import check
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
+
+
+def folded(text, item=None, **settings):
+    """(operators, constants by name, model) after every check of `check`."""
+    model, _ = check(item or FoldConstants(), HEADER + text, **settings)
+    constants = {name: small_constant(value) for name, value in model.graph.initializers.items()}
+    return [node.op_type for node in model.graph], constants, model
+
+
+def unchanged(text, item=None):
+    model, result = check(item or FoldConstants(), HEADER + text)
+    assert not result.modified
+    return model
+
+
+def test_reshape_target_becomes_a_constant(check_pass):
+    check_pass(
+        FoldConstants(),
+        HEADER
+        + """
+        g (float[6] x) => (float[a,b] y) <int64 two = {2}, int64[1] three = {3}, int64[1] flat = {-1}> {
+            f = Cast<to=1>(two)
+            i = Cast<to=7>(f)
+            v = Reshape(i, flat)
+            target = Concat<axis=0>(v, three)
+            same = Identity(x)
+            y = Reshape(same, target)
+        }""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("c = Constant<value = float[2] {1, 2}>() y = Add(x, c)", [1, 2]),
+        ("c = Constant<value_floats = [1.0, 2.0]>() y = Add(x, c)", [1, 2]),
+        ("c = Constant<value_float = 3.0>() y = Add(x, c)", 3),
+        ("c = Neg(k) y = Add(x, c)", [-3, -4]),
+        ("c = CastLike(i, x) y = Add(x, c)", [5, 6]),
+        ("s = Shape(x) c = Cast<to=1>(s) y = Add(x, c)", [2]),
+        ("c = Where(b, k, x2) y = Add(x, c)", [3, 8]),
+    ],
+)
+def test_operators_on_constants_are_evaluated(body, expected):
+    text = "g (float[2] x) => (float[2] y) <float[2] k = {3, 4}, int64[2] i = {5, 6}, bool[2] b = {1, 0}, float[2] x2 = {7, 8}>"
+    operators, constants, _ = folded(f"{text} {{ {body} }}")
+    assert operators == ["Add"]
+    assert constants["c"].tolist() == expected
+
+
+def test_operators_without_effect_go():
+    text = "g (float[2] x, float[2] z) => (float[2] y) { a = Identity(x) b = Cast<to=1>(a) c = CastLike(b, z) y = Neg(c) }"
+    operators, _, model = folded(text)
+    assert operators == ["Neg"]
+    assert model.graph[0].inputs[0].name == "x"
+
+
+def test_a_cast_to_another_dtype_stays():
+    unchanged("g (float[2] x) => (double[2] y) { a = Cast<to=11>(x) y = Neg(a) }")
+
+
+def test_graph_outputs_keep_their_operator():
+    unchanged("g (float[2] x) => (float[2] y, float[2] c) <float[2] k = {3, 4}> { y = Identity(x) c = Neg(k) }")
+
+
+def test_shared_constants_stay_for_the_other_user():
+    operators, constants, _ = folded("g (float[2] x) => (float[2] y) <float[2] k = {3, 4}> { c = Neg(k) a = Add(x, k) y = Mul(a, c) }")
+    assert operators == ["Add", "Mul"]
+    assert {name: value.tolist() for name, value in constants.items()} == {"k": [3, 4], "c": [-3, -4]}
+
+
+def test_dequantized_weights_are_never_folded():
+    text = "g (float[2] x) => (float[2] y) <int8[2] codes = {3, -4}, float scale = {0.5}, float[2] k = {1, 2}> {"
+    unchanged(text + " w = DequantizeLinear(codes, scale) y = Add(x, w) }")
+    unchanged(text + " c = QuantizeLinear(k, scale) d = DequantizeLinear(c, scale) y = Add(x, d) }")
+
+
+@pytest.mark.parametrize("kind", ["RandomNormalLike", "RandomUniformLike", "Bernoulli"])
+def test_random_operators_are_never_folded(kind, parsed):
+    model = parsed(f"g (float[2] x) => (float[2] y) <float[2] k = {{0.5, 0.5}}> {{ r = {kind}(k) y = Add(x, r) }}")
+    assert not FoldConstants().run(model).modified
+
+
+def with_weight(parsed, text, name="w"):
+    """The initializer `name` as a weight of the checkpoint that must not be read."""
+    model = parsed(text)
+    value = model.graph.initializers[name]
+    value.const_value = LazyWeight(Literal.of(value.const_value.numpy()), name)
+    return model
+
+
+def test_a_checkpoint_weight_is_never_read(parsed, monkeypatch):
+    text = "g (float[2] x) => (float[2] y) <float[2] w = {3, 4}> { n = Neg(w) s = Shape(w) f = Cast<to=1>(s) a = Add(x, n) y = Mul(a, f) }"
+    model = with_weight(parsed, text)
+    monkeypatch.setattr(LazyWeight, "numpy", lambda self: pytest.fail("a weight was read"))
+    monkeypatch.setattr(LazyWeight, "tobytes", lambda self: pytest.fail("a weight was read"))
+    FoldConstants().run(model)
+    assert [node.op_type for node in model.graph] == ["Neg", "Add", "Mul"]
+    assert isinstance(model.graph.initializers["w"].const_value, LazyWeight)
+
+
+def test_two_equal_checkpoint_weights_stay_two(parsed):
+    text = "g (float[2] x) => (float[2] y) <float[2] v = {3, 4}, float[2] w = {3, 4}> { a = Add(x, v) y = Mul(a, w) }"
+    model = with_weight(parsed, text)
+    assert not FoldConstants().run(model).modified
+
+
+def test_a_default_that_the_caller_may_replace_is_no_constant():
+    text = "g (float[2] x, float[2] c) => (float[2] y) <float[2] c = {1, 2}, float[2] e = {1, 2}> { n = Neg(c) a = Add(n, e) y = Add(x, a) }"
+    unchanged(text)
+
+
+def test_results_above_the_limit_are_not_even_computed(parsed, monkeypatch):
+    monkeypatch.setattr(fold_constants, "_evaluate", lambda *_: pytest.fail("it was computed"))
+    model = parsed(
+        "g (float[2] x) => (float[2] y) <int64[1] n = {3000000000}, float one = {1}> "
+        "{ e = Expand(one, n) s = ReduceSum<keepdims=0>(e) y = Add(x, s) }"
+    )
+    assert not FoldConstants().run(model).modified
+
+
+def test_the_limit_is_in_bytes():
+    text = "g (float[4] x) => (float[4] y) <float[4] k = {1, 2, 3, 4}> { c = Neg(k) y = Add(x, c) }"
+    assert folded(text, FoldConstants(limit=16))[0] == ["Add"]
+    unchanged(text, FoldConstants(limit=15))
+
+
+def test_equal_constants_become_one():
+    text = "g (float[2] x) => (float[2] y) <float[2] a = {1, 2}, float[2] b = {1, 2}, float[1,2] c = {1, 2}, float[2] d = {1, 3}, int64[2] e = {1, 2}>"
+    text += "{ p = Add(x, a) q = Mul(p, b) r = Mul(q, d) y = Neg(r) }"
+    operators, constants, _ = folded(text)
+    assert operators == ["Add", "Mul", "Mul", "Neg"]
+    assert sorted(constants) == ["a", "c", "d", "e"]
+
+
+def test_zero_and_minus_zero_stay_two():
+    unchanged("g (float[2] x) => (float[2] y) <float a = {0}, float b = {-0.0}> { p = Div(x, a) q = Div(x, b) y = Add(p, q) }")
+
+
+def test_a_constant_that_is_an_output_stays():
+    text = "g (float[2] x) => (float[2] y, float[2] b) <float[2] a = {1, 2}, float[2] b = {1, 2}> { p = Add(x, a) y = Mul(p, b) }"
+    unchanged(text)
+
+
+SIZES = """
+    g (float[batch,seq,3] x, float[batch,seq,5] z) => (float[batch,seq,3] y, float[batch,seq,5] w)
+    <int64[1] three = {3}, int64[1] five = {5}> {
+        a = Neg(x)
+        s1 = Shape<start=0, end=2>(x)
+        t1 = Concat<axis=0>(s1, three)
+        y = Reshape(a, t1)
+        b = Neg(z)
+        s2 = Shape<start=1, end=2>(z)
+        s3 = Shape<start=0, end=1>(z)
+        t2 = Concat<axis=0>(s3, s2, five)
+        s4 = Shape<start=1, end=2>(x)
+        t3 = Concat<axis=0>(s3, s4, five)
+        b2 = Reshape(b, t2)
+        w = Reshape(b2, t3)
+    }"""
+
+
+def test_lengths_are_read_from_one_input_once_and_first(check_pass):
+    check_pass(FoldConstants(), HEADER + SIZES)
+
+
+def test_hoisting_again_changes_nothing():
+    model, _ = check(FoldConstants(), HEADER + SIZES)
+    before = print_model(model)
+    assert not FoldConstants().run(model).modified
+    assert print_model(model) == before
+
+
+def test_arithmetic_of_data_is_not_hoisted():
+    text = "g (int64[n] x, float[3] f) => (int64[m] y) <int64[1] one = {1}> { a = Neg(f) c = Cast<to=7>(a) s = Add(c, c) y = Concat<axis=0>(s, one) }"
+    unchanged(text)
+
+
+def test_shape_of_known_dimensions_in_part():
+    text = "g (float[batch,6,5] x) => (int64[2] y) <int64[2] z = {0, 0}> { s = Shape<start=-2>(x) y = Add(s, z) }"
+    operators, constants, _ = folded(text)
+    assert operators == ["Add"]
+    assert constants["s"].tolist() == [6, 5]
+    unchanged("g (float[batch,6] x) => (int64[2] y) { s = Shape(x) y = Neg(s) }")
+
+
+def test_folded_constants_have_dtype_and_shape():
+    _, _, model = folded("g (float16[2] x) => (float16[2] y) <float16[2] k = {15360, 16384}> { c = Neg(k) y = Add(x, c) }")
+    value = model.graph.initializers["c"]
+    assert (value.dtype, str(value.shape)) == (onnx_ir.DataType.FLOAT16, "[2]")
+    assert small_constant(value).tolist() == [-1, -2]
+
+
+def test_a_constant_that_is_only_used_in_a_subgraph():
+    text = """
+    g (bool c, float[2] x) => (float[2] y) <float[2] k = {1, 2}> {
+        n = Neg(k)
+        y = If (c) <then_branch = a () => (float[2] t) { t = Add(x, n) }, else_branch = b () => (float[2] e) { e = Identity(x) }>
+    }"""
+    operators, constants, _ = folded(text, feeds={"c": np.array(True)})
+    assert operators == ["If"]
+    assert constants["n"].tolist() == [-1, -2]

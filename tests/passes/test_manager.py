@@ -1,0 +1,219 @@
+"""Running a pipeline: verified, counted and explained after every pass."""
+
+from __future__ import annotations
+
+import pytest
+
+from passopt.ir.errors import ExpectationError, ModelError, PassError, UsageError, VerifyError
+from passopt.ir.files import load_model
+from passopt.ir.text import print_model
+from passopt.passes.base import Decline, Pass, PassResult
+from passopt.passes.dead_code import RemoveDeadCode
+from passopt.passes.fold_constants import FoldConstants
+from passopt.passes.instruments import Dump, PrintAfter, summary_table
+from passopt.passes.manager import parse_expectation, run_passes
+from passopt.testing.decoders import tiny_decoder
+
+TEXT = "g (float[3] x) => (float[3] y) { dead = Exp(x) one = Identity(x) y = Neg(one) }"
+
+
+def made(name, run):
+    """A pass from a function of the model."""
+    cls = type("Made", (Pass,), {"run": lambda self, model: run(model) or PassResult()})
+    cls.name = name
+    return cls()
+
+
+@pytest.fixture
+def model(parsed):
+    return parsed(TEXT)
+
+
+def test_passes_run_in_the_order_given_and_are_recorded(model):
+    first, second = run_passes(model, [RemoveDeadCode(), FoldConstants()])
+    assert (first.name, first.nodes_before, first.nodes_after, first.result.matches) == ("dead-code", 3, 2, 1)
+    assert (second.name, second.nodes_before, second.nodes_after) == ("fold-constants", 2, 1)
+    assert first.seconds >= 0
+    assert set(first.as_json()) == {
+        "pass",
+        "modified",
+        "matches",
+        "tries",
+        "declines",
+        "notes",
+        "cpu_seconds",
+        "nodes_before",
+        "nodes_after",
+    }
+
+
+def fail(error):
+    def run(model):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (PassError("wrong degree"), PassError, "mine: wrong degree (passes before it: dead-code, fold-constants)"),
+        (PassError("mine: wrong"), PassError, "mine: wrong (passes before it: dead-code, fold-constants)"),
+        (ModelError("no file"), ModelError, "mine: no file (passes before it: dead-code, fold-constants)"),
+        (
+            KeyError("w"),
+            PassError,
+            "mine: failed with KeyError: 'w' (passes before it: dead-code, fold-constants)",
+        ),
+    ],
+)
+def test_errors_name_the_pass_and_those_before_it(model, error, kind, text):
+    with pytest.raises(kind) as found:
+        run_passes(model, [RemoveDeadCode(), FoldConstants(), made("mine", fail(error))])
+    assert str(found.value) == text
+    assert found.value.exit_code == kind.exit_code
+
+
+def test_the_first_pass_has_none_before_it(model):
+    with pytest.raises(PassError, match=r"passes before it: none"):
+        run_passes(model, [made("mine", fail(ValueError("x")))])
+
+
+def test_an_unexpected_error_keeps_its_cause(model):
+    cause = ZeroDivisionError("x")
+    with pytest.raises(PassError) as found:
+        run_passes(model, [made("mine", fail(cause))])
+    assert found.value.__cause__ is cause
+
+
+def breaks(model):
+    model.graph.remove(model.graph[1])
+
+
+def test_the_structure_is_verified_after_each_pass(model):
+    with pytest.raises(VerifyError) as found:
+        run_passes(model, [RemoveDeadCode(), made("mine", lambda m: m.graph.remove(m.graph[0])), FoldConstants()])
+    assert str(found.value).startswith("mine left a broken graph (passes before it: dead-code): Neg")
+    assert "-->" in str(found.value)
+
+
+def test_a_broken_model_is_not_blamed_on_a_pass(model):
+    breaks(model)
+    with pytest.raises(VerifyError) as found:
+        run_passes(model, [RemoveDeadCode()])
+    assert "left a broken graph" not in str(found.value)
+
+
+def test_verification_can_be_left_out(model):
+    run_passes(model, [made("mine", breaks)], verify=False)
+
+
+def matching(count, tries=9, **declines):
+    result = PassResult(matches=count, tries=tries)
+    result.declines.update(declines)
+    return made("mine", lambda model: result)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "holds"),
+    [
+        ("mine==2", 2, True),
+        ("mine==2", 3, False),
+        ("mine>=2", 3, True),
+        ("mine>=2", 1, False),
+        ("mine<=2", 0, True),
+        ("mine <= 2", 3, False),
+        ("mine==num_layers", 2, True),
+        ("mine==num_layers", 3, False),
+    ],
+)
+def test_expectations(text, count, holds):
+    model = tiny_decoder()
+    expectation = parse_expectation(text, ["mine"])
+    if holds:
+        run_passes(model, [matching(count)], expectations=[expectation])
+        return
+    with pytest.raises(ExpectationError, match=f"matched {count} times, tried 9 nodes") as found:
+        run_passes(model, [matching(count)], expectations=[expectation])
+    assert found.value.exit_code == 4
+
+
+def test_matches_of_a_repeated_pass_are_added(model):
+    run_passes(model, [matching(1), matching(2)], expectations=[parse_expectation("mine==3", ["mine"])])
+
+
+def test_an_unmet_expectation_lists_why_the_pass_declined(model):
+    with pytest.raises(ExpectationError) as found:
+        run_passes(model, [matching(0, big=3, odd=5)], expectations=[parse_expectation("mine==1", ["mine"])])
+    assert str(found.value) == "--expect mine==1: matched 0 times, tried 9 nodes\n  5 × odd\n  3 × big"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mine", "write PASS==N, PASS>=N or PASS<=N"),
+        ("mine=2", "write PASS==N"),
+        ("mine==two", "write PASS==N"),
+        ("mine==-1", "write PASS==N"),
+        ("mien==2", "unknown pass of this pipeline 'mien'; did you mean 'mine'"),
+    ],
+)
+def test_bad_expectations_are_refused(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_expectation(text, ["mine"])
+
+
+def test_the_number_of_layers_is_that_of_a_decoder(model):
+    with pytest.raises(UsageError, match="num_layers is unknown"):
+        run_passes(model, [matching(1)], expectations=[parse_expectation("mine==num_layers", ["mine"])])
+
+
+def test_instruments_see_the_model_after_each_pass(model):
+    printed = []
+    run_passes(model, [FoldConstants(), RemoveDeadCode(), RemoveDeadCode()], instruments=[PrintAfter(printed.append)])
+    assert [text.splitlines()[0] for text in printed] == [
+        "# after 1: fold-constants",
+        "# after 2: dead-code",
+        "# after 3: dead-code",
+    ]
+    assert printed[-1].partition("\n")[2] == print_model(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"), [({"only_changes": True}, 2), ({"names": ("dead-code",)}, 2), ({"names": ("shard",)}, 0)]
+)
+def test_printing_can_be_restricted(model, settings, count):
+    printed = []
+    passes = [FoldConstants(), RemoveDeadCode(), RemoveDeadCode()]
+    run_passes(model, passes, instruments=[PrintAfter(printed.append, **settings)])
+    assert len(printed) == count
+
+
+def test_dumps_are_models_that_load(tmp_path):
+    model = tiny_decoder()
+    before = model.clone()
+    run_passes(model, [FoldConstants(), RemoveDeadCode()], instruments=[Dump(tmp_path / "dump")])
+    folders = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert folders == ["01-fold-constants", "02-dead-code"]
+    assert print_model(load_model(tmp_path / "dump" / folders[-1])) == print_model(model)
+    assert print_model(model) != print_model(before)
+    assert not list((tmp_path / "dump").rglob("*.safetensors"))
+
+
+def test_the_table_has_a_line_per_pass(model):
+    records = run_passes(model, [FoldConstants(), RemoveDeadCode()])
+    lines = summary_table(records).splitlines()
+    assert [line.split() for line in lines] == [
+        ["pass", "matches", "declined", "nodes"],
+        ["fold-constants", "1", "0", "3", "→", "2"],
+        ["dead-code", "1", "0", "2", "→", "1"],
+    ]
+    assert summary_table(records, times=True).splitlines()[0].endswith("CPU ms")
+
+
+def test_declines_are_counted_in_the_record(rule, model):
+    def rewrite(self, op, a):
+        raise Decline("never")
+
+    (record,) = run_passes(model, [rule(lambda self, op, a: op.Neg(a), rewrite)])
+    assert record.as_json()["declines"] == {"never": 1}
