@@ -130,7 +130,9 @@ def instantiate(step: Step) -> Pass:
         missing = [name for name in needed if name not in values]
         if not missing:
             raise
-        raise UsageError(f"{step.name}: needs a value for {', '.join(missing)}: {step.name}{{{missing[0]}=…}}") from None
+        raise UsageError(
+            f"{step.name}: needs a value for {', '.join(missing)}: {step.name}{{{missing[0]}=…}}"
+        ) from None
 
 
 def _has_no_default(field: dataclasses.Field[Any]) -> bool:

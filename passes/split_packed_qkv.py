@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from passopt.ir.shapes import dimensions
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 
@@ -36,7 +37,7 @@ class SplitPackedQkv(RewritePass):
     def rewrite_gathered(self, op: Any, x: Any, w: Any, layout: str, unflattened: Any, squeezed: Any) -> Any:
         if op.constant(squeezed).reshape(-1).tolist() not in ([-2], [3]):
             raise Decline(f"squeezes axis {op.constant(squeezed).tolist()}, not the one that was unsqueezed")
-        dims = list(unflattened.shape.dims) if unflattened.shape is not None else []
+        dims = dimensions(unflattened) or []
         if len(dims) != 4 or dims[2] != 3 or not isinstance(dims[3], int):
             raise Decline(f"{unflattened.name} of shape {dims} is not [batch, seq, 3, width]")
         return _project(op, x, w, layout, [dims[3]] * 3)

@@ -236,8 +236,14 @@ def reference(tmp_path, model):
     ("change", "message"),
     [
         (lambda plan: plan.pop("w"), "has no weight 'w', which model.onnx needs"),
-        (lambda plan: plan.update(w=plan["w"].slice(0, 0, 3)), r"'w' has shape \[3, 20\], model.onnx expects \[30, 20\]"),
-        (lambda plan: plan.update(w=plan["w"].cast(onnx_ir.DataType.FLOAT16)), "'w' is FLOAT16, model.onnx expects FLOAT"),
+        (
+            lambda plan: plan.update(w=plan["w"].slice(0, 0, 3)),
+            r"'w' has shape \[3, 20\], model.onnx expects \[30, 20\]",
+        ),
+        (
+            lambda plan: plan.update(w=plan["w"].cast(onnx_ir.DataType.FLOAT16)),
+            "'w' is FLOAT16, model.onnx expects FLOAT",
+        ),
     ],
 )
 def test_a_plan_that_does_not_fit_its_model_is_refused(reference, change, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 
@@ -75,7 +76,7 @@ def test_there_are_no_holes(tmp_path):
     header = json.loads(layout.header[8:])
     ranges = [tuple(entry["data_offsets"]) for entry in header.values()]
     assert ranges[0][0] == 0
-    assert all(stop == start for (_, stop), (start, _) in zip(ranges, ranges[1:]))
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(ranges))
 
 
 def test_the_plan_is_the_file(tmp_path):

@@ -63,7 +63,8 @@ def test_elements_of_constants_know_their_place():
 
 
 def test_no_elements_without_a_length():
-    text = "g (int64[n] x, float[2] f) => (int64[n] y) <float[2] c = {1, 2}, int64[17] long = {%s}> { v = Neg(x) y = Neg(v) }"
+    text = "g (int64[n] x, float[2] f) => (int64[n] y) <float[2] c = {1, 2}, int64[17] long = {%s}>"
+    text += " { v = Neg(x) y = Neg(v) }"
     found = values(text % ",".join(["1"] * 17))
     assert [elements(found[name]) for name in ("v", "c", "long")] == [None, None, None]
     assert elements(None) is None
@@ -81,7 +82,8 @@ def test_computed_targets_of_reshape_and_expand_are_read():
     text = "g (float[batch,seq,12] x, float[1,seq,1] z) => (float[a,b,c,d] y, float[e,f,g] w)"
     text += "<int64[2] heads = {4, 3}, int64[1] five = {5}> {"
     text += "s = Shape<end=2>(x) target = Concat<axis=0>(s, heads) r = Reshape(x, target) y = Relu(r)"
-    text += " b = Shape<end=1>(x) q = Shape<start=1, end=2>(x) t = Concat<axis=0>(b, q, five) e = Expand(z, t) w = Relu(e) }"
+    text += " b = Shape<end=1>(x) q = Shape<start=1, end=2>(x)"
+    text += " t = Concat<axis=0>(b, q, five) e = Expand(z, t) w = Relu(e) }"
     found = values(text)
     assert str(found["r"].shape) == "[batch,seq,4,3]"
     assert str(found["e"].shape) == "[batch,seq,5]"

@@ -50,8 +50,9 @@ def test_a_full_disk_while_writing_is_a_usage_error(tmp_path):
 def test_a_disk_that_is_too_small_is_seen_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UsageError, match="needs 1,001 bytes, the disk has 1,000 free"), staged_directory(
-        tmp_path / "out", 1001
+    with (
+        pytest.raises(UsageError, match="needs 1,001 bytes, the disk has 1,000 free"),
+        staged_directory(tmp_path / "out", 1001),
     ):
         pytest.fail("the block ran")
     assert everything(tmp_path) == []

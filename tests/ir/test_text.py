@@ -87,7 +87,9 @@ def test_every_sixteen_bit_number_survives_the_text(kind):
 def test_seventeen_elements_are_a_digest():
     def text(count):
         numbers = ",".join(str(index) for index in range(count))
-        return print_model(parse_model(HEADER + f"g (float[2] x) => (float[2] y) <int64[{count}] c = {{{numbers}}}> {{ y = Relu(x) }}"))
+        return print_model(
+            parse_model(HEADER + f"g (float[2] x) => (float[2] y) <int64[{count}] c = {{{numbers}}}> {{ y = Relu(x) }}")
+        )
 
     assert "int64[16] c = {0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}" in text(16)
     assert 'int64[17] c = ["digest": "' in text(17)
@@ -220,8 +222,10 @@ def test_different_models_have_different_folded_texts():
 
 
 def test_canonical_names_do_not_depend_on_the_exporter():
-    one = "g (float[3] x) => (float[3] y) <float c = {2}, float[3] w = {1,2,3}> { a = Mul(x, c) b = Add(a, w) y = Relu(b) }"
-    other = "g (float[3] x) => (float[3] y) <float[3] w = {1,2,3}, float two = {2}> { m7 = Mul(x, two) q = Add(m7, w) y = Relu(q) }"
+    one = "g (float[3] x) => (float[3] y) <float c = {2}, float[3] w = {1,2,3}>"
+    one += " { a = Mul(x, c) b = Add(a, w) y = Relu(b) }"
+    other = "g (float[3] x) => (float[3] y) <float[3] w = {1,2,3}, float two = {2}>"
+    other += " { m7 = Mul(x, two) q = Add(m7, w) y = Relu(q) }"
     texts = [print_model(parse_model(HEADER + text), canonical=True) for text in (one, other)]
     assert texts[0] == texts[1]
     assert "mul.0 = Mul (x, constant.0)" in texts[0].replace('"', "")

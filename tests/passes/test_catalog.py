@@ -58,7 +58,9 @@ def test_an_unknown_pass_offers_what_was_meant():
 
 
 def test_two_classes_of_one_name_are_an_error():
-    with pytest.raises(PassError, match=r"two passes are called 'dead-code': RemoveDeadCode in .*dead_code.py and .*Mine"):
+    with pytest.raises(
+        PassError, match=r"two passes are called 'dead-code': RemoveDeadCode in .*dead_code.py and .*Mine"
+    ):
 
         class Mine(Pass):
             name = "dead-code"
@@ -104,12 +106,16 @@ def plugged(tmp_path, monkeypatch):
         (tmp_path / "plugged_passes.py").write_text(textwrap.dedent(PLUGIN.replace("{name}", name)))
         monkeypatch.syspath_prepend(str(tmp_path))
         point = importlib.metadata.EntryPoint("mine", value, "passopt.passes")
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == "passopt.passes" else [])
+        monkeypatch.setattr(
+            importlib.metadata, "entry_points", lambda group: [point] if group == "passopt.passes" else []
+        )
 
     return plug
 
 
-@pytest.mark.parametrize("name", ['name = "mine"', 'name: ClassVar[str] = "mine"', 'name: typing.ClassVar[str] = "mine"'])
+@pytest.mark.parametrize(
+    "name", ['name = "mine"', 'name: ClassVar[str] = "mine"', 'name: typing.ClassVar[str] = "mine"']
+)
 def test_entry_points_are_read_without_importing_them(plugged, name):
     plugged(name=name)
     entry = catalog()["mine"]
@@ -120,7 +126,9 @@ def test_entry_points_are_read_without_importing_them(plugged, name):
 
 def test_an_entry_point_with_the_name_of_another_pass_is_an_error(plugged):
     plugged(name='name = "dead-code"')
-    with pytest.raises(PassError, match=r"two passes are called 'dead-code': .*dead_code\.py:\d+ and .*plugged_passes\.py"):
+    with pytest.raises(
+        PassError, match=r"two passes are called 'dead-code': .*dead_code\.py:\d+ and .*plugged_passes\.py"
+    ):
         catalog()
 
 

@@ -19,7 +19,8 @@ def test_a_chain_that_nobody_reads_goes_with_its_weights(check_pass):
         RemoveDeadCode(),
         HEADER
         + """
-        g (float[2,3] x) => (float[2,3] y) <float[3,4] w = random, float[3] b = {1, 2, 3}, float[5] unused = {1, 2, 3, 4, 5}> {
+        g (float[2,3] x) => (float[2,3] y) <float[3,4] w = random, float[3] b = {1, 2, 3},
+         float[5] unused = {1, 2, 3, 4, 5}> {
             a = MatMul(x, w)
             d = Exp(a)
             s = Add(x, b)
@@ -56,7 +57,8 @@ def test_what_a_subgraph_reads_stays():
     operators, weights, result = left(
         """g (bool c, float[3] x) => (float[3] y) <float[3] b = {1, 2, 3}> {
             a = Exp(x)
-            y = If (c) <then_branch = p () => (float[3] t) { t = Add(a, b) }, else_branch = q () => (float[3] e) { e = Identity(x) }>
+            y = If (c) <then_branch = p () => (float[3] t) { t = Add(a, b) },
+                            else_branch = q () => (float[3] e) { e = Identity(x) }>
         }"""
     )
     assert (operators, weights, result.modified) == (["Exp", "If"], ["b"], False)

@@ -22,7 +22,9 @@ COLUMNS_FIRST = "columns = Slice(mask, zero, width, two, one) bias = Slice(colum
 def alibi(slopes=None, length=LENGTH, masked=-np.inf, kind=np.float32):
     """[heads, n, n]: slope · column, `masked` above the diagonal."""
     slopes = alibi_slopes(HEADS) if slopes is None else np.asarray(slopes, np.float32)
-    mask = np.broadcast_to(slopes[:, None, None] * np.arange(length, dtype=np.float32), (len(slopes), length, length)).copy()
+    mask = np.broadcast_to(
+        slopes[:, None, None] * np.arange(length, dtype=np.float32), (len(slopes), length, length)
+    ).copy()
     mask[:, ~np.tri(length, dtype=bool)] = masked
     return mask.astype(kind)
 
@@ -94,7 +96,10 @@ def test_fp16_mask_gets_the_true_slopes_and_is_cast_at_the_end():
 
 def test_slopes_of_another_formula_are_read_off_the_mask():
     changed = replaced(graph(alibi([0.3, 0.7])))
-    assert small_constant(changed.graph.initializers["alibi.slopes"]).reshape(-1).tolist() == [np.float32(0.3), np.float32(0.7)]
+    assert small_constant(changed.graph.initializers["alibi.slopes"]).reshape(-1).tolist() == [
+        np.float32(0.3),
+        np.float32(0.7),
+    ]
 
 
 def test_the_smallest_number_stands_for_minus_infinity():
@@ -154,7 +159,10 @@ def test_declines_a_mask_that_is_not_square():
 
 
 def test_declines_a_mask_of_another_rank():
-    model = graph(alibi()[:, None], "rows = Slice(mask, start, stop, one, one) wide = Slice(rows, zero, width, two, one) bias = Squeeze(wide)")
+    model = graph(
+        alibi()[:, None],
+        "rows = Slice(mask, start, stop, one, one) wide = Slice(rows, zero, width, two, one) bias = Squeeze(wide)",
+    )
     result = DematerializeAlibi().run(model)
     assert result.declines == {"mask is FLOAT[3, 1, 11, 11], not floating [heads, n, n]": 1}
 

@@ -58,14 +58,17 @@ def test_reshape_target_becomes_a_constant(check_pass):
     ],
 )
 def test_operators_on_constants_are_evaluated(body, expected):
-    text = "g (float[2] x) => (float[2] y) <float[2] k = {3, 4}, int64[2] i = {5, 6}, bool[2] b = {1, 0}, float[2] x2 = {7, 8}>"
+    text = "g (float[2] x) => (float[2] y) <float[2] k = {3, 4}, int64[2] i = {5, 6},"
+    text += " bool[2] b = {1, 0}, float[2] x2 = {7, 8}>"
     operators, constants, _ = folded(f"{text} {{ {body} }}")
     assert operators == ["Add"]
     assert constants["c"].tolist() == expected
 
 
 def test_operators_without_effect_go():
-    text = "g (float[2] x, float[2] z) => (float[2] y) { a = Identity(x) b = Cast<to=1>(a) c = CastLike(b, z) y = Neg(c) }"
+    text = (
+        "g (float[2] x, float[2] z) => (float[2] y) { a = Identity(x) b = Cast<to=1>(a) c = CastLike(b, z) y = Neg(c) }"
+    )
     operators, _, model = folded(text)
     assert operators == ["Neg"]
     assert model.graph[0].inputs[0].name == "x"
@@ -80,7 +83,9 @@ def test_graph_outputs_keep_their_operator():
 
 
 def test_shared_constants_stay_for_the_other_user():
-    operators, constants, _ = folded("g (float[2] x) => (float[2] y) <float[2] k = {3, 4}> { c = Neg(k) a = Add(x, k) y = Mul(a, c) }")
+    operators, constants, _ = folded(
+        "g (float[2] x) => (float[2] y) <float[2] k = {3, 4}> { c = Neg(k) a = Add(x, k) y = Mul(a, c) }"
+    )
     assert operators == ["Add", "Mul"]
     assert {name: value.tolist() for name, value in constants.items()} == {"k": [3, 4], "c": [-3, -4]}
 
@@ -106,7 +111,8 @@ def with_weight(parsed, text, name="w"):
 
 
 def test_a_checkpoint_weight_is_never_read(parsed, monkeypatch):
-    text = "g (float[2] x) => (float[2] y) <float[2] w = {3, 4}> { n = Neg(w) s = Shape(w) f = Cast<to=1>(s) a = Add(x, n) y = Mul(a, f) }"
+    text = "g (float[2] x) => (float[2] y) <float[2] w = {3, 4}>"
+    text += " { n = Neg(w) s = Shape(w) f = Cast<to=1>(s) a = Add(x, n) y = Mul(a, f) }"
     model = with_weight(parsed, text)
     monkeypatch.setattr(LazyWeight, "numpy", lambda self: pytest.fail("a weight was read"))
     monkeypatch.setattr(LazyWeight, "tobytes", lambda self: pytest.fail("a weight was read"))
@@ -122,7 +128,8 @@ def test_two_equal_checkpoint_weights_stay_two(parsed):
 
 
 def test_a_default_that_the_caller_may_replace_is_no_constant():
-    text = "g (float[2] x, float[2] c) => (float[2] y) <float[2] c = {1, 2}, float[2] e = {1, 2}> { n = Neg(c) a = Add(n, e) y = Add(x, a) }"
+    text = "g (float[2] x, float[2] c) => (float[2] y) <float[2] c = {1, 2}, float[2] e = {1, 2}>"
+    text += " { n = Neg(c) a = Add(n, e) y = Add(x, a) }"
     unchanged(text)
 
 
@@ -142,7 +149,8 @@ def test_the_limit_is_in_bytes():
 
 
 def test_equal_constants_become_one():
-    text = "g (float[2] x) => (float[2] y) <float[2] a = {1, 2}, float[2] b = {1, 2}, float[1,2] c = {1, 2}, float[2] d = {1, 3}, int64[2] e = {1, 2}>"
+    text = "g (float[2] x) => (float[2] y) <float[2] a = {1, 2}, float[2] b = {1, 2},"
+    text += " float[1,2] c = {1, 2}, float[2] d = {1, 3}, int64[2] e = {1, 2}>"
     text += "{ p = Add(x, a) q = Mul(p, b) r = Mul(q, d) y = Neg(r) }"
     operators, constants, _ = folded(text)
     assert operators == ["Add", "Mul", "Mul", "Neg"]
@@ -150,11 +158,14 @@ def test_equal_constants_become_one():
 
 
 def test_zero_and_minus_zero_stay_two():
-    unchanged("g (float[2] x) => (float[2] y) <float a = {0}, float b = {-0.0}> { p = Div(x, a) q = Div(x, b) y = Add(p, q) }")
+    unchanged(
+        "g (float[2] x) => (float[2] y) <float a = {0}, float b = {-0.0}> { p = Div(x, a) q = Div(x, b) y = Add(p, q) }"
+    )
 
 
 def test_a_constant_that_is_an_output_stays():
-    text = "g (float[2] x) => (float[2] y, float[2] b) <float[2] a = {1, 2}, float[2] b = {1, 2}> { p = Add(x, a) y = Mul(p, b) }"
+    text = "g (float[2] x) => (float[2] y, float[2] b) <float[2] a = {1, 2}, float[2] b = {1, 2}>"
+    text += " { p = Add(x, a) y = Mul(p, b) }"
     unchanged(text)
 
 
@@ -188,7 +199,8 @@ def test_hoisting_again_changes_nothing():
 
 
 def test_arithmetic_of_data_is_not_hoisted():
-    text = "g (int64[n] x, float[3] f) => (int64[m] y) <int64[1] one = {1}> { a = Neg(f) c = Cast<to=7>(a) s = Add(c, c) y = Concat<axis=0>(s, one) }"
+    text = "g (int64[n] x, float[3] f) => (int64[m] y) <int64[1] one = {1}>"
+    text += " { a = Neg(f) c = Cast<to=7>(a) s = Add(c, c) y = Concat<axis=0>(s, one) }"
     unchanged(text)
 
 
@@ -201,7 +213,9 @@ def test_shape_of_known_dimensions_in_part():
 
 
 def test_folded_constants_have_dtype_and_shape():
-    _, _, model = folded("g (float16[2] x) => (float16[2] y) <float16[2] k = {15360, 16384}> { c = Neg(k) y = Add(x, c) }")
+    _, _, model = folded(
+        "g (float16[2] x) => (float16[2] y) <float16[2] k = {15360, 16384}> { c = Neg(k) y = Add(x, c) }"
+    )
     value = model.graph.initializers["c"]
     assert (value.dtype, str(value.shape)) == (onnx_ir.DataType.FLOAT16, "[2]")
     assert small_constant(value).tolist() == [-1, -2]
@@ -211,7 +225,8 @@ def test_a_constant_that_is_only_used_in_a_subgraph():
     text = """
     g (bool c, float[2] x) => (float[2] y) <float[2] k = {1, 2}> {
         n = Neg(k)
-        y = If (c) <then_branch = a () => (float[2] t) { t = Add(x, n) }, else_branch = b () => (float[2] e) { e = Identity(x) }>
+        y = If (c) <then_branch = a () => (float[2] t) { t = Add(x, n) },
+                        else_branch = b () => (float[2] e) { e = Identity(x) }>
     }"""
     operators, constants, _ = folded(text, feeds={"c": np.array(True)})
     assert operators == ["If"]

@@ -24,7 +24,9 @@ def head(body, kind="float", opset=21, constants=CONSTANTS, outputs=""):
 
 
 NORM = "n = ReduceL2(w, axes) c = Clip(n, eps) e = Expand(c, shape) h = Div(w, e)"
-ISLAND = "f = Cast<to=1>(w) n = ReduceL2(f, axes) c = Clip(n, eps) e = Expand(c, shape) d = Div(f, e) h = Cast<to=10>(d)"
+ISLAND = (
+    "f = Cast<to=1>(w) n = ReduceL2(f, axes) c = Clip(n, eps) e = Expand(c, shape) d = Div(f, e) h = Cast<to=10>(d)"
+)
 
 
 def folded(text, **settings):
@@ -36,7 +38,7 @@ def folded(text, **settings):
 
 
 def declined(text):
-    model, result = check(FoldNormHead(), text)
+    _, result = check(FoldNormHead(), text)
     assert not result.modified
     return list(result.declines)
 
@@ -107,7 +109,10 @@ def test_a_normalised_weight_that_is_a_graph_output_keeps_its_name():
     ("constants", "reason"),
     [
         (CONSTANTS.replace("axes = {1}", "axes = {0}"), "w is normalised over axes [0], not over its rows"),
-        (CONSTANTS.replace("[1] axes = {1}", "[2] axes = {0, 1}"), "w is normalised over axes [0, 1], not over its rows"),
+        (
+            CONSTANTS.replace("[1] axes = {1}", "[2] axes = {0, 1}"),
+            "w is normalised over axes [0, 1], not over its rows",
+        ),
     ],
 )
 def test_declines_columns_and_the_whole_weight(constants, reason):
@@ -138,7 +143,7 @@ def test_a_norm_without_keepdims_is_not_that_of_rows():
     text = head(NORM, opset=17).replace("[4,6]", "[6,6]").replace("{4, 6}", "{6, 6}").replace("[batch,4]", "[batch,6]")
     for spelling in ("ReduceL2<axes=[1], keepdims=0>(w)", "ReduceL2<keepdims=0>(w, axes)"):
         version = text if "axes=[1]" in spelling else text.replace('"" : 17', '"" : 21')
-        model, result = check(FoldNormHead(), version.replace("ReduceL2(w, axes)", spelling))
+        _, result = check(FoldNormHead(), version.replace("ReduceL2(w, axes)", spelling))
         assert not result.modified
 
 
@@ -160,7 +165,7 @@ def test_a_weight_that_the_caller_feeds_is_no_match():
 def test_rows_of_zeros_stay_zeros():
     rows = ", ".join(["0"] * 6 + [str(index + 1) for index in range(18)])
     text = head(NORM).replace("w = random", f"w = {{{rows}}}")
-    expression, model = folded(text)
+    _, model = folded(text)
     array = model.graph.initializers["w.normalized"].const_value.numpy()
     assert not array[0].any()
     assert np.allclose((array[1:] ** 2).sum(axis=1), 1)

@@ -198,7 +198,8 @@ def test_new_names_are_unique(checked, rule):
     item = rule(
         lambda self, op, a: op.Neg(op.Neg(a)), lambda self, op, a: op.Mul(a, op.initializer("one", np.float32([1])))
     )
-    text = f"{X} => (float[3,5] o, float[3,5] p) <float[1] one = {{1}}> {{ a = Neg(x) o = Neg(a) b = Neg(y) c = Neg(b) p = Mul(c, one) }}"
+    text = f"{X} => (float[3,5] o, float[3,5] p) <float[1] one = {{1}}>"
+    text += " { a = Neg(x) o = Neg(a) b = Neg(y) c = Neg(b) p = Mul(c, one) }"
     _, result, model = checked(item, text)
     assert result.matches == 2
     assert sorted(model.graph.initializers) == ["one", "one.2", "one.3"]

@@ -22,7 +22,8 @@ HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 
 MLP = """
 mlp (float[batch,6] x) => (float[batch,5] y)
-<float[8,6] up = random, float[8,6] gate = random, float[8] b1 = {1,2,3,4,5,6,7,8}, float[5,8] down = random, float[5] b2 = {1,2,3,4,5}> {
+<float[8,6] up = random, float[8,6] gate = random, float[8] b1 = {1,2,3,4,5,6,7,8}, float[5,8] down = random,
+ float[5] b2 = {1,2,3,4,5}> {
     up_t = Transpose<perm=[1,0]>(up)
     gate_t = Transpose<perm=[1,0]>(gate)
     down_t = Transpose<perm=[1,0]>(down)
@@ -38,7 +39,8 @@ mlp (float[batch,6] x) => (float[batch,5] y)
 PACKED = """
 attention (float[batch,seq,10] x) => (float[batch,seq,7] y)
 <float[36,10] w = random, float[12,7] o = random, int64[4] shape = {0, 0, 3, 12}, int64[1] zero = {0},
- int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[4] heads = {0, 0, 4, 3}, int64[3] flat = {0, 0, 12}, int64[1] back = {-2}> {
+ int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[4] heads = {0, 0, 4, 3}, int64[3] flat = {0, 0, 12},
+  int64[1] back = {-2}> {
     t = Transpose<perm=[1,0]>(w)
     p = MatMul(x, t)
     u = Reshape(p, shape)

@@ -99,7 +99,10 @@ def test_the_module_of_the_original_model_is_named():
         ("[mine] r = Softmax<axis=-1>(h)", "Softmax 'mine': normalises over axis 1, which is sharded along axis 1"),
         ("[mine] m = ReduceMean(h, last) r = Sub(h, m)", "ReduceMean 'mine': reduces over axis 1, which is sharded"),
         ("[mine] m = ReduceSum(h) r = Sub(h, m)", "ReduceSum 'mine': reduces over axis 1"),
-        ("[mine] a, b = Split<axis=1>(h, unequal) r = Concat<axis=1>(b, a)", "MatMul 'first'|mine splits the channels into unequal parts [4, 8]"),
+        (
+            "[mine] a, b = Split<axis=1>(h, unequal) r = Concat<axis=1>(b, a)",
+            "MatMul 'first'|mine splits the channels into unequal parts [4, 8]",
+        ),
         ("[mine] s = Slice(h, zero, five, last) r = Concat<axis=1>(s, h)", "Slice 'mine': picks elements along axis 1"),
         ("[mine] r = Concat<axis=1>(h, x, x)", "Concat 'mine': joins along axis 1"),
         ("[mine] g = Gather<axis=1>(h, zero) r = Add(h, g)", "Gather 'mine': picks elements along axis 1"),
@@ -136,7 +139,8 @@ def test_unequal_parts_of_a_packed_projection_name_the_pass_to_run():
 def test_a_reshape_that_tears_heads_apart_is_refused():
     text = """
     g (float[batch,10] x) => (float[batch,5] y)
-    <float[10,12] w = random, int64[3] heads = {0, 3, 4}, int64[3] other = {0, 4, 3}, int64[2] flat = {0, 12}, float[12,5] o = random> {
+    <float[10,12] w = random, int64[3] heads = {0, 3, 4}, int64[3] other = {0, 4, 3}, int64[2] flat = {0,
+     12}, float[12,5] o = random> {
         p = MatMul(x, w)
         a = Reshape(p, heads)
         t = Softmax<axis=-1>(a)
@@ -168,7 +172,9 @@ def test_a_model_without_shapes_says_which_value():
     text = MLP.replace("h = MatMul(x, up)", "k = Transpose(x) q = local.mystery(x) h = MatMul(q, up)")
     model = parse_model(
         '<ir_version: 10, opset_import: ["" : 21, "local" : 1]>\n'
-        + text.replace("random", "{" + ",".join(["1"] * 72) + "}", 1).replace("random", "{" + ",".join(["1"] * 60) + "}")
+        + text.replace("random", "{" + ",".join(["1"] * 72) + "}", 1).replace(
+            "random", "{" + ",".join(["1"] * 60) + "}"
+        )
         + '<opset_import: ["" : 21], domain: "local"> mystery (a) => (b) { b = Relu(a) }'
     )
     with pytest.raises(PassError, match="the shape of q is unknown"):

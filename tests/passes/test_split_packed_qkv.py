@@ -71,7 +71,7 @@ def test_baichuan_spelling_is_cut_by_rows(check_pass):
 
 @pytest.mark.parametrize("text", [GATHERED, in_out(GATHERED), DIVIDED, out_in(DIVIDED)])
 def test_every_spelling_and_layout(text):
-    model, result = check(SplitPackedQkv(), HEADER + text, matches=1)
+    model, _ = check(SplitPackedQkv(), HEADER + text, matches=1)
     assert sorted(model.graph.initializers) == ["w.k", "w.q", "w.v"]
     assert {node.op_type for node in model.graph} <= {"MatMul", "Transpose"}
 
@@ -84,14 +84,6 @@ def test_parts_are_slices_of_the_packed_weight():
 
 def test_squeeze_may_count_from_the_front():
     check(SplitPackedQkv(), HEADER + GATHERED.replace("{-2}", "{3}"), matches=1)
-
-
-def test_every_layer_is_split():
-    text = GATHERED.replace("float[batch,seq,4] v)", "float[batch,seq,4] v, float[batch,1] z)").replace(
-        "> {", ", float[7,3] w2 = random, int64[3] ones = {1, 1, 1}> {"
-    )
-    text = text.replace("}", "m = MatMul(x, w2) z0, z1, z2 = Split<axis=2>(m, ones) s = Concat<axis=2>(z0, z1, z2) z = ReduceSum<keepdims=0>(s, zero2) }").replace("i2 = {2} ", "i2 = {2} ")
-    assert "zero2" in text
 
 
 def test_a_packed_value_that_is_also_read_otherwise_stays():
@@ -109,14 +101,19 @@ def test_a_packed_value_that_is_a_graph_output_stays():
 
 
 def test_two_projections_of_one_weight():
-    text = DIVIDED.replace("x) =>", "x, float[batch,7] z) =>").replace("float[batch,3] v)", "float[batch,3] v, float[batch,5] s)")
+    text = DIVIDED.replace("x) =>", "x, float[batch,7] z) =>").replace(
+        "float[batch,3] v)", "float[batch,3] v, float[batch,5] s)"
+    )
     text = text.replace("p = ", "p2 = MatMul(z, w) q2, k2, v2 = Split<axis=-1>(p2, sizes) s = Relu(q2) p = ")
     _, result = check(SplitPackedQkv(), HEADER + text)
     assert result.matches == 2
 
 
 def test_declines_widths_that_do_not_fill_the_weight():
-    assert declined(DIVIDED.replace("float[7,10] w", "float[7,10] w0").replace("= {5, 2, 3}>", "= {5, 2, 3}, float[10,10] w = random, float[7,10] d = random>").replace("p = MatMul(x, w)", "e = Relu(x) p = MatMul(e, w0)")) == [] or True
+    """Such a graph cannot run; the pass is not the one to repair it."""
+    assert declined(DIVIDED.replace("{5, 2, 3}", "{5, 2, 2}")) == [
+        "w has 10 output channels, the pieces take [5, 2, 2]"
+    ]
 
 
 def test_declines_sizes_that_are_computed():
@@ -127,7 +124,9 @@ def test_declines_sizes_that_are_computed():
 
 
 def test_declines_another_squeezed_axis():
-    text = GATHERED.replace("{-2}", "{1}").replace("[batch,seq,7] x", "[1,seq,7] x").replace("[batch,seq,4]", "[seq,1,4]")
+    text = (
+        GATHERED.replace("{-2}", "{1}").replace("[batch,seq,7] x", "[1,seq,7] x").replace("[batch,seq,4]", "[seq,1,4]")
+    )
     assert declined(text) == ["squeezes axis [1], not the one that was unsqueezed"]
 
 
@@ -153,12 +152,12 @@ def test_declines_an_int8_weight(text):
     assert list(result.declines) == ["the weight is computed by DequantizeLinear; split-packed-qkv stands before int8"]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "outputs"), [("{4, 6}", "q, k"), ("{4, 1, 2, 3}", "q, k, v, w4")]
-)
+@pytest.mark.parametrize(("sizes", "outputs"), [("{4, 6}", "q, k"), ("{4, 1, 2, 3}", "q, k, v, w4")])
 def test_another_number_of_parts_is_no_match(sizes, outputs):
     """A packed gate and up projection is a Split of two."""
     count = outputs.count(",") + 1
-    text = DIVIDED.replace("int64[3] sizes = {5, 2, 3}", f"int64[{count}] sizes = {sizes}").replace("q, k, v =", f"{outputs} =")
+    text = DIVIDED.replace("int64[3] sizes = {5, 2, 3}", f"int64[{count}] sizes = {sizes}").replace(
+        "q, k, v =", f"{outputs} ="
+    )
     text = text.replace("(float[batch,5] q, float[batch,2] k, float[batch,3] v)", "(float[batch,4] q)")
     assert declined(text) == []

@@ -6,6 +6,7 @@ own, which shows what becomes of it in the end.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,11 +20,14 @@ from passopt.ir.contract import LOGITS, decoder_of
 from passopt.ir.errors import ModelError
 from passopt.targets.onnxruntime_session import Session
 from passopt.verification_cut import Cut, Piece, cut_decoder
+from passopt.verification_head import Logits, Part, UnexpectedWidthError, slice_head, whole
 from passopt.verification_report import Row, relative_error
-from passopt.verification_scenarios import Observation, Scenario, Step, empty_cache, surprise
+from passopt.verification_scenarios import Observation, Scenario, Step, empty_cache, vocabulary_of
 from passopt.verification_twins import dequantised_twin, is_quantized
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+#: Per scenario and step, the activations that enter a piece; empty before the first.
+Hidden: TypeAlias = "list[list[Array]]"
 OpenSession: TypeAlias = Callable[[onnx_ir.Model], Session]
 
 HIDDEN = "hidden"
@@ -54,6 +58,10 @@ class _Trace:
     seen: list[Observation]
 
 
+#: Makes another model of a piece; the folder is for files that it needs while it runs.
+Prepare: TypeAlias = Callable[[onnx_ir.Model, Path], onnx_ir.Model]
+
+
 def run_layerwise(
     reference: onnx_ir.Model,
     candidate: onnx_ir.Model,
@@ -67,29 +75,24 @@ def run_layerwise(
 
     Raises ModelError if a graph cannot be cut into layers.
     """
-    ours = _Side("reference", reference, scenarios, open_session)
-    theirs = _Side("candidate", candidate, scenarios, open_session)
+    ours = _Side("reference", reference, scenarios, open_session, scratch)
+    theirs = _Side("candidate", candidate, scenarios, open_session, scratch)
     if len(ours.cut.boundaries) != len(theirs.cut.boundaries):
         raise ModelError("reference and candidate have different numbers of layers")
     both = zip(ours.cut.boundaries, theirs.cut.boundaries, strict=True)
     kept = [index for index, names in enumerate(both) if all(names)]
     rows: list[Row] = []
     for one, other in zip(ours.cut.pieces(kept), theirs.cut.pieces(kept), strict=True):
-        given, own = ours.hidden, theirs.hidden
-        expected = ours.advance(one)
-        graph = theirs.graph(other)
-        session = open_session(graph)
-        same = theirs.run(session, other, theirs.cast(given))
-        found = theirs.run(session, other, own) if own else same
-        theirs.accept(other, found)
-        del session
+        given = theirs.cast(ours.hidden)
+        (expected,) = ours.run(one, [ours.hidden])
+        same, found = theirs.run(other, [given, theirs.hidden])
+        if is_quantized(theirs.graph(other)):
+            (dequantised,) = theirs.run(other, [given], dequantised_twin)
+            rows += _compare(twin, one, scenarios, dequantised, same)
         drift = _worst(scenarios, expected, found)
         rows += _compare(original, one, scenarios, expected, same, f"accumulated {drift:.1e}")
-        if is_quantized(graph):
-            with tempfile.TemporaryDirectory(prefix="passopt-twin-", dir=scratch) as folder:
-                session = open_session(dequantised_twin(graph, Path(folder)))
-            rows += _compare(twin, one, scenarios, theirs.run(session, other, theirs.cast(given)), same)
-            del session
+        ours.accept(one, expected)
+        theirs.accept(other, found)
     return LayerwiseResult(rows, ours.observations, theirs.observations)
 
 
@@ -97,18 +100,25 @@ class _Side:
     """One model, run piece by piece. `hidden` is what the last piece handed on, per scenario and step."""
 
     def __init__(
-        self, role: str, model: onnx_ir.Model, scenarios: Sequence[Scenario], open_session: OpenSession
+        self,
+        role: str,
+        model: onnx_ir.Model,
+        scenarios: Sequence[Scenario],
+        open_session: OpenSession,
+        scratch: Path | None,
     ) -> None:
         try:
             self.cut: Cut = cut_decoder(model)
         except ModelError as error:
             raise ModelError(f"{role}: {error}") from error
-        self.hidden: list[list[Array]] = []
+        self.hidden: Hidden = []
         self.observations = [Observation() for _ in scenarios]
         self._model = model
         self._scenarios = scenarios
         self._open_session = open_session
+        self._scratch = scratch
         self._empty = empty_cache(model)
+        self._vocab = vocabulary_of(model)
         self._shared = self._run_prelude()
 
     def _run_prelude(self) -> list[list[dict[str, Array]]]:
@@ -135,12 +145,6 @@ class _Side:
             given[piece.carried] = self.hidden[0][0]
         return self.cut.graph(piece, given)
 
-    def advance(self, piece: Piece) -> _Trace:
-        """Run the next piece on what the one before handed on."""
-        trace = self.run(self._open_session(self.graph(piece)), piece, self.hidden)
-        self.accept(piece, trace)
-        return trace
-
     def accept(self, piece: Piece, trace: _Trace) -> None:
         self.hidden = trace.hidden if piece.result else []
         for all_of_it, part in zip(self.observations, trace.seen, strict=True):
@@ -148,14 +152,44 @@ class _Side:
             all_of_it.present.update(part.present)
             all_of_it.surprise = part.surprise if part.surprise is not None else all_of_it.surprise
 
-    def cast(self, hidden: list[list[Array]]) -> list[list[Array]]:
+    def cast(self, hidden: Hidden) -> Hidden:
         """The other model's activations in this one's dtype."""
         if not self.hidden:
             return hidden
         dtype = self.hidden[0][0].dtype
         return [[array.astype(dtype) for array in steps] for steps in hidden]
 
-    def run(self, session: Session, piece: Piece, hidden: list[list[Array]]) -> _Trace:
+    def run(self, piece: Piece, inputs: Sequence[Hidden], prepare: Prepare | None = None) -> list[_Trace]:
+        """What the piece gives on each of `inputs`, from sessions that they share; an empty input repeats the first."""
+        graph = self.graph(piece)
+        if piece.targets == (LOGITS,):
+            with contextlib.suppress(UnexpectedWidthError, ModelError):
+                return self._run_parts(piece, slice_head(graph, self._vocab), inputs, prepare)
+        return self._run_parts(piece, [whole(graph, self._vocab)], inputs, prepare)
+
+    def _run_parts(
+        self, piece: Piece, parts: Sequence[Part], inputs: Sequence[Hidden], prepare: Prepare | None
+    ) -> list[_Trace]:
+        distinct = [hidden for index, hidden in enumerate(inputs) if hidden or not index]
+        logits = [[self._no_logits(scenario) for scenario in self._scenarios] for _ in distinct]
+        traces: list[_Trace] = []
+        for part in parts:
+            with tempfile.TemporaryDirectory(prefix="passopt-piece-", dir=self._scratch) as folder:
+                session = self._open_session(prepare(part.graph, Path(folder)) if prepare else part.graph)
+            traces = [self._run_part(session, piece, part, *both) for both in zip(distinct, logits, strict=True)]
+            del session
+        for trace, all_logits in zip(traces, logits, strict=True):
+            for seen, scenario, found in zip(trace.seen, self._scenarios, all_logits, strict=True):
+                seen.logits = [logit.array for logit in found if logit.array is not None]
+                seen.surprise = found[0].surprise if scenario.scored else None
+        return [*traces, *traces[: len(inputs) - len(traces)]]
+
+    def _no_logits(self, scenario: Scenario) -> list[Logits]:
+        return [Logits(step, self._vocab, scenario.scored) for step in scenario.steps]
+
+    def _run_part(
+        self, session: Session, piece: Piece, part: Part, hidden: Hidden, logits: list[list[Logits]]
+    ) -> _Trace:
         """All steps of all scenarios, each on the cache of this piece that the step before it made."""
         trace = _Trace([], [])
         for index, scenario in enumerate(self._scenarios):
@@ -168,22 +202,15 @@ class _Side:
                 if piece.carried:
                     feeds[piece.carried] = hidden[index][position]
                 outputs = session.run(feeds)
-                logits = outputs.pop(LOGITS, None)
+                if LOGITS in outputs:
+                    logits[index][position].add(part, outputs.pop(LOGITS))
                 if piece.result:
                     handed.append(outputs.pop(piece.result))
                 cache = {name.replace("present.", "past.", 1): value for name, value in outputs.items()}
-                _note(seen, scenario, step, logits, outputs)
+                seen.present = {} if scenario.scored else outputs
             trace.hidden.append(handed)
             trace.seen.append(seen)
         return trace
-
-
-def _note(seen: Observation, scenario: Scenario, step: Step, logits: Array | None, present: dict[str, Array]) -> None:
-    if not scenario.scored:
-        seen.present = present
-        seen.logits += [] if logits is None else [logits]
-    elif logits is not None:
-        seen.surprise = surprise(logits, step, scenario.scored)
 
 
 def _compare(

@@ -41,12 +41,16 @@ def print_(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Legal degrees and blockers; nothing is changed."""
+    from passopt.ir.contract import degree_of
+    from passopt.ir.errors import UsageError
     from passopt.ir.files import load_model
     from passopt.passes.manager import run_passes
     from passopt.passes.pipeline_spec import resolve
     from passopt.passes.sharding.plan import make_plan
 
     model = load_model(options.model)
+    if degree_of(model) > 1:
+        raise UsageError(f"{options.model}: is sharded already, degree {degree_of(model)}; plan the unsplit model")
     run_passes(model, resolve("fold-norm-head,inject-norm-head-bias").passes)
     found = make_plan(model)
     degrees = [2, 3, 4, 5, 6, 8, 10, 16, 20, 32]

@@ -1,0 +1,101 @@
+"""A pass costs milliseconds on 13B because it reads no weight: every pass, on weights that cannot be read."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+import pytest
+
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.expressions import Literal, Source, SourceFile
+from passopt.ir.text import parse_model, print_model
+from passopt.ir.weights import LazyWeight, expression_of
+from passopt.passes.catalog import catalog
+from passopt.passes.manager import run_passes
+from passopt.passes.pipeline_spec import resolve
+from passopt.passes.pipelines import PIPELINES
+from passopt.testing.decoders import DecoderSpec, tiny_decoder
+
+#: The one pass that looks into a large constant, at a few rows of it: see its own tests.
+READS = {"dematerialize-alibi"}
+
+HEAD = """<ir_version: 10, opset_import: ["" : 21]>
+g (int64[batch,seq] input_ids) => (float[batch,seq,10] logits)
+<int64[1] axes = {1}, float eps = {1e-12}, int64[3] sizes = {4, 4, 4}> {
+    x = Gather<axis=0>(embed, input_ids)
+    wt = Transpose<perm=[1,0]>(packed)
+    p = MatMul(x, wt)
+    q, k, v = Split<axis=-1>(p, sizes)
+    qk = Mul(q, k)
+    qkv = Add(qk, v)
+    o = MatMul(qkv, out)
+    n = ReduceL2(head, axes)
+    c = Clip(n, eps)
+    h = Div(head, c)
+    ht = Transpose<perm=[1,0]>(h)
+    logits = MatMul(o, ht)
+}"""
+WEIGHTS = {"embed": (10, 6), "packed": (12, 6), "out": (4, 6), "head": (10, 6)}
+
+
+def unreadable(model, shapes=None):
+    """Every weight of the checkpoint becomes a tensor of a file that does not exist."""
+    file = SourceFile("/nowhere/w.safetensors", 10**9, 0, "")
+    for name, shape in (shapes or {}).items():
+        value = onnx_ir.Value(name=name)
+        for node in model.graph:
+            for index, operand in enumerate(node.inputs):
+                if operand is not None and operand.name == name:
+                    node.replace_input_with(index, value)
+        _point(value, name, Source(onnx_ir.DataType.FLOAT, shape, name, file, 0))
+        model.graph.register_initializer(value)
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, LazyWeight) and "slopes" not in name:
+            found = expression_of(value)
+            _point(value, name, Source(found.dtype, found.shape, name, file, 0))
+    return model
+
+
+def _point(value, name, expression):
+    value.const_value = LazyWeight(expression, name)
+    value.shape, value.type = value.const_value.shape, onnx_ir.TensorType(expression.dtype)
+
+
+def models():
+    yield unreadable(parse_model(HEAD), WEIGHTS)
+    decoder = unreadable(tiny_decoder(DecoderSpec(heads=6)))
+    mask = next(value for node in decoder.graph for value in node.outputs if value.name == "scores_bias")
+    mask.shape = onnx_ir.Shape(["batch", 6, "seq", "past+seq"])
+    yield decoder
+
+
+@pytest.fixture(autouse=True)
+def _no_evaluation(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a weight was evaluated")
+
+    for owner, name in ((Evaluator, "read"), (LazyWeight, "_evaluate"), (LazyWeight, "numpy"), (LazyWeight, "tobytes")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+def test_the_guard_works():
+    weight = LazyWeight(Literal.of(np.ones(2)), "w")
+    with pytest.raises(AssertionError, match="a weight was evaluated"):
+        weight.numpy()
+    with pytest.raises(AssertionError, match="a weight was evaluated"):
+        Evaluator().array(weight.expression)
+
+
+@pytest.mark.parametrize("name", sorted({*catalog(), *PIPELINES} - READS))
+def test_pass_or_pipeline(name):
+    options = "{pad=true}" if name in {"shard", "tp"} else ""
+    for model in models():
+        run_passes(model, resolve(name + options).passes, verify=False)
+        print_model(model)
+
+
+@pytest.mark.parametrize("text", ["tp,int8{head=true,embedding=true}", "int8,tp", "split-packed-qkv,tp,int8"])
+def test_pipelines_together(text):
+    for model in models():
+        records = run_passes(model, resolve(text).passes, verify=False)
+        assert any(record.result.modified for record in records)
