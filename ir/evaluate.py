@@ -126,6 +126,9 @@ class Evaluator:
         whole: Array = np.frombuffer(literal.data, literal.dtype.numpy()).reshape(literal.shape)
         return whole[tuple(slice(*bounds) for bounds in box)]
 
+    def _read_fill(self, fill: ex.Fill, box: Box) -> Array:
+        return np.full([stop - start for start, stop in box], fill.value, fill.dtype.numpy())
+
     def _read_slice(self, part: ex.Slice, box: Box) -> Array:
         start, stop = box[part.along]
         return self.read(part.operand, _moved(box, part.along, start + part.start, stop + part.start))
@@ -283,6 +286,7 @@ def _along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
 _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     ex.Source: Evaluator._read_source,
     ex.Literal: Evaluator._read_literal,
+    ex.Fill: Evaluator._read_fill,
     ex.Slice: Evaluator._read_slice,
     ex.Concat: Evaluator._read_concat,
     ex.Transpose: Evaluator._read_transpose,

@@ -171,6 +171,16 @@ class Literal(Expression):
 
 
 @dataclasses.dataclass(frozen=True)
+class Fill(Expression):
+    """One number everywhere, such as a bias of zeros: as long as it needs to be, and nothing in memory."""
+
+    value: float
+
+    def text(self) -> str:
+        return f"fill({self.dtype.name}{list(self.shape)}, {self.value!r})"
+
+
+@dataclasses.dataclass(frozen=True)
 class _Unary(Expression):
     operand: Expression
 

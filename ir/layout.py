@@ -43,7 +43,7 @@ def plan_layout(weights: Mapping[str, ex.Expression]) -> Layout:
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
         position += nbytes
 
-    for name in sorted(weights, key=lambda key: weights[key].nbytes % ALIGNMENT != 0):
+    for name in sorted(weights, key=lambda key: (weights[key].nbytes % ALIGNMENT != 0, key)):
         weight = weights[name]
         dtype = SAFETENSORS_NAMES.get(weight.dtype)
         if dtype is None:

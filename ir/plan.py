@@ -24,6 +24,7 @@ _OPERATIONS: dict[str, type[ex.Expression]] = {
     for kind in (
         ex.Source,
         ex.Literal,
+        ex.Fill,
         ex.Slice,
         ex.Concat,
         ex.Transpose,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from passopt.ir.contract import LOGITS
-from passopt.ir.expressions import Literal
+from passopt.ir.expressions import Fill
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 
@@ -32,6 +30,5 @@ class InjectNormHeadBias(RewritePass):
             raise Decline("not the head: its output is not the logits")
         if w.shape is None or w.dtype is None or not isinstance(w.shape[0], int):
             raise Decline(f"the vocabulary of {w.name} is unknown")
-        zeros = Literal.of(np.zeros(0, w.dtype.numpy())).pad(0, w.shape[0])
-        bias = op.initializer("lm_head.bias", zeros)
+        bias = op.initializer("lm_head.bias", Fill(w.dtype, (w.shape[0],), 0.0))
         return op.Add(op.MatMul(x, op.Transpose(w, perm=[1, 0])), bias)

@@ -70,7 +70,7 @@ class Expectation:
         tries = sum(record.result.tries for record in mine)
         declines = [f"  {count} × {why}" for record in mine for why, count in record.result.declines.most_common(5)]
         reasons = "\n" + "\n".join(declines) if declines else ""
-        raise ExpectationError(f"--expect {self}: matched {found} times, tried {tries} nodes{reasons}")
+        raise ExpectationError(f"expected {self}: matched {found} times, tried {tries} nodes{reasons}")
 
     def _wanted(self, model: onnx_ir.Model) -> int:
         if self.count != "num_layers":

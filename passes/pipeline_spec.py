@@ -80,12 +80,15 @@ def parse_steps(text: str) -> tuple[Step, ...]:
 
 
 def _parse_options(name: str, text: str) -> tuple[tuple[str, str], ...]:
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, separator, value = item.partition("=")
         if not separator:
             raise UsageError(f"{name}: option {item!r} has no value; write {item}=…")
-        pairs.append((key.strip().replace("-", "_"), value.strip()))
+        key = key.strip().replace("-", "_")
+        if key in dict(pairs):
+            raise UsageError(f"{name}: option {key} is given twice")
+        pairs.append((key, value.strip()))
     return tuple(pairs)
 
 

@@ -29,5 +29,7 @@ PIPELINES: Mapping[str, Pipeline] = {
         "Symmetric per-channel int8 weights as DequantizeLinear; embedding and head stay unless asked for.",
         ("fold-norm-head", "quantize-weights{embedding=$embedding,head=$head}", "dead-code"),
         {"embedding": "false", "head": "false"},
+        # A model without a single linear that was found is a surprise, not a success.
+        ("quantize-weights>=1",),
     ),
 }

@@ -16,7 +16,9 @@ import blake3
 import onnx_ir
 
 from passopt.ir.builder import MICROSOFT
+from passopt.ir.contract import degree_of
 from passopt.ir.errors import ModelError, VerifyError
+from passopt.ir.weights import LazyWeight
 
 MANIFEST_NAME = "manifest.json"
 #: Node metadata: the place of a collective in the schedule, from 0.
@@ -120,6 +122,16 @@ def _check_folders(path: Path, manifest: Manifest) -> None:
 def rank_folders(degree: int) -> list[str]:
     """Where each rank's model lies in an output folder."""
     return ["."] if degree == 1 else [f"rank{rank}" for rank in range(degree)]
+
+
+def refuse_single_rank(model: onnx_ir.Model) -> None:
+    """Raise ModelError for the files of one rank: without the other ranks' weights they are no whole model."""
+    degree = degree_of(model)
+    lazy = [
+        value.const_value for value in model.graph.initializers.values() if isinstance(value.const_value, LazyWeight)
+    ]
+    if degree > 1 and not any(tensor.expression.depends_on_rank for tensor in lazy):
+        raise ModelError(f"these are the weights of one rank of {degree}; name the folder that holds all of them")
 
 
 def schedule_of(model: onnx_ir.Model) -> tuple[Collective, ...]:

@@ -7,8 +7,6 @@ streamed, or nothing.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +17,7 @@ import onnx_ir
 from passopt.ir import expressions as ex
 from passopt.ir.contract import degree_of
 from passopt.ir.errors import VerifyError
-from passopt.ir.evaluate import CHUNK_BYTES, Box, Evaluator
+from passopt.ir.evaluate import CHUNK_BYTES, Evaluator
 from passopt.ir.files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
 from passopt.ir.layout import plan_layout, write_safetensors
 from passopt.ir.staging import staged_directory
@@ -29,6 +27,7 @@ from passopt.targets.manifest import (
     Manifest,
     RankFiles,
     rank_folders,
+    refuse_single_rank,
     root_digest,
     schedule_of,
 )
@@ -170,6 +169,7 @@ class _Draft:
     """What is known of an output before its weights are read. The ranks' graphs differ in small constants only."""
 
     def __init__(self, model: onnx_ir.Model, version: str, pipeline: str, source: Mapping[str, object]) -> None:
+        refuse_single_rank(model)
         self.weights = file_weights(model)
         self.degree = degree_of(model)
         self.graphs = [model_bytes(model, self.weights, rank) for rank in range(self.degree)]
@@ -208,16 +208,19 @@ def _companions(folder: Path | None) -> list[Path]:
 
 def _weight_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression]) -> WeightBytes:
     found = dataclasses.asdict(WeightBytes())
-    degree = degree_of(model)
     for name, weight in weights.items():
-        kind = _kind(model.graph.initializers[name], weight)
-        whole = tuple((0, length) for length in weight.shape)
-        elements = math.prod(weight.shape)
-        real = [_real_elements(weight, whole, rank) for rank in range(degree)]
-        size = weight.nbytes // elements if elements else 0
-        found[kind] += sum(real) * size
-        found["padding"] += (degree * elements - sum(real)) * size
+        written = degree_of(model) * weight.nbytes
+        real = _unpadded(weight).nbytes if weight.depends_on_rank else written
+        found[_kind(model.graph.initializers[name], weight)] += real
+        found["padding"] += written - real
     return WeightBytes(**found)
+
+
+def _unpadded(weight: ex.Expression) -> ex.Expression:
+    """The full tensor that the ranks share: sharding pads first, then cuts."""
+    while isinstance(weight, ex.Shard | ex.Pad):
+        weight = weight.operand
+    return weight
 
 
 def _kind(value: onnx_ir.Value, weight: ex.Expression) -> str:
@@ -229,42 +232,3 @@ def _kind(value: onnx_ir.Value, weight: ex.Expression) -> str:
     if 1 in read_as or ex.QuantizeScales in parts:
         return "scales"
     return "other" if any(True for _ in weight.sources()) else "constants"
-
-
-def _real_elements(weight: ex.Expression, box: Box, rank: int) -> int:
-    """How many elements inside `box` are no padding."""
-    volume = math.prod(stop - start for start, stop in box)
-    if not volume or not any(isinstance(part, ex.Pad) for part in weight.walk()):
-        return volume
-    if isinstance(weight, ex.Cast | ex.NormalizeRows):
-        return _real_elements(weight.operand, box, rank)
-    if isinstance(weight, ex.Transpose):
-        inner = [(0, 0)] * len(box)
-        for axis, bounds in zip(weight.permutation, box, strict=True):
-            inner[axis] = bounds
-        return _real_elements(weight.operand, tuple(inner), rank)
-    if not isinstance(weight, ex.Slice | ex.Concat | ex.Pad | ex.Shard):
-        return volume
-    total, along = 0, weight.along
-    for operand, to, source, length in _moves(weight, rank):
-        lower, upper = max(box[along][0], to), min(box[along][1], to + length)
-        if lower < upper:
-            bounds = (lower + source - to, upper + source - to)
-            total += _real_elements(operand, (*box[:along], bounds, *box[along + 1 :]), rank)
-    return total
-
-
-def _moves(weight: ex.Slice | ex.Concat | ex.Pad | ex.Shard, rank: int) -> list[tuple[ex.Expression, int, int, int]]:
-    """(operand, start of a range in the result, its start in the operand, length), all along `weight.along`."""
-    along = weight.along
-    if isinstance(weight, ex.Slice):
-        return [(weight.operand, 0, weight.start, weight.shape[along])]
-    if isinstance(weight, ex.Concat):
-        ends = list(itertools.accumulate(part.shape[along] for part in weight.parts))
-        lengths = [part.shape[along] for part in weight.parts]
-        return [(part, end - n, 0, n) for part, end, n in zip(weight.parts, ends, lengths, strict=True)]
-    segments = range(weight.segments)
-    new, old = weight.shape[along] // weight.segments, weight.operand.shape[along] // weight.segments
-    if isinstance(weight, ex.Pad):
-        return [(weight.operand, segment * new, segment * old, old) for segment in segments]
-    return [(weight.operand, segment * new, segment * old + rank * new, new) for segment in segments]

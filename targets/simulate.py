@@ -27,6 +27,7 @@ from passopt.targets.manifest import (
     check_schedules,
     rank_folders,
     read_manifest,
+    refuse_single_rank,
     schedule_of,
 )
 
@@ -43,8 +44,7 @@ def load_any(path: Path | str, *, heads: int | None = None) -> onnx_ir.Model:
     model = load_model(path)
     if degree_of(model) == 1:
         return model
-    if not any(weight.depends_on_rank for weight in _expressions(model)):
-        raise ModelError(f"{path}: is one rank of {degree_of(model)}; name the folder that holds all of them")
+    refuse_single_rank(model)
     return join_ranks(rank_models(model), heads=heads)
 
 

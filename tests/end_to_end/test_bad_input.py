@@ -152,6 +152,51 @@ def poke(model: Path, name: str, value: np.float32) -> None:
         file.write(value.tobytes())
 
 
+def test_one_rank_alone_is_no_model(model: Path, capsys):
+    assert main(list(run(model, "tp"))) == 0
+    rank = model.parent / "out" / "rank0"
+    for arguments in (
+        ("run", str(rank), "--passes", "int8", "-o", str(model.parent / "wrong")),
+        ("materialize", str(rank), "-o", str(model.parent / "wrong")),
+        ("verify", str(model), str(rank)),
+    ):
+        fails(capsys, 2, *arguments, says=("one rank of 2", "folder that holds all"))
+    assert not (model.parent / "wrong").exists()
+
+
+def test_an_option_given_twice(model: Path, capsys):
+    fails(capsys, 2, *run(model, "tp{degree=2,degree=3}"), says=("tp: option degree is given twice",))
+
+
+def test_print_after_a_pass_that_does_not_run(model: Path, capsys):
+    fails(capsys, 2, *run(model, "tp", "--print-after=nope"), says=("unknown pass of this pipeline 'nope'",))
+
+
+def test_dump_folder_that_cannot_be_made(model: Path, capsys):
+    (model.parent / "file").write_text("in the way")
+    fails(capsys, 2, *run(model, "tp", f"--dump-dir={model.parent / 'file' / 'dump'}"), says=("file",))
+    assert nothing_written(model)
+
+
+def test_text_that_is_not_text(model: Path, capsys):
+    (model / "noise").write_bytes(bytes(range(128, 256)))
+    fails(capsys, 2, "verify", str(model), str(model), "--text", str(model / "noise"), says=("noise", "not UTF-8"))
+
+
+def test_tokenizer_that_is_none(root: Path, model: Path, capsys):
+    (model / "none.model").write_text("no tokenizer")
+    arguments = ("--text", str(root / "text.txt"), "--tokenizer", str(model / "none.model"))
+    fails(capsys, 2, "verify", str(model), str(model), *arguments, says=("none.model", "not a sentencepiece model"))
+
+
+@pytest.mark.parametrize("option", ["--max-tokens=0", "--max-positions=-3", "--tolerance=-1"])
+def test_numbers_out_of_range(model: Path, capsys, option: str):
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(model), str(model), option])
+    assert end.value.code == 2
+    assert option.partition("=")[0] in capsys.readouterr().err
+
+
 def test_output_exists(model: Path, capsys):
     (model.parent / "out").mkdir()
     fails(capsys, 2, *run(model, "tp"), says=("output exists", "-o"))

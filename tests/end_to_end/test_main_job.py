@@ -90,6 +90,14 @@ def test_int8_before_and_after_tp_gives_the_same_codes_and_scales(family: Path, 
     assert all(both[0])
 
 
+def test_int8_before_and_after_tp_writes_the_same_weight_files(alibi: Path, tmp_path: Path):
+    one = run(alibi, "tp,int8", tmp_path / "one")
+    other = run(alibi, "int8,tp", tmp_path / "other")
+    for rank in ("rank0", "rank1"):
+        files = [(folder / rank / "weights.safetensors").read_bytes() for folder in (one, other)]
+        assert files[0] == files[1]
+
+
 def _quantized_bytes(model) -> dict[str, bytes]:
     with Evaluator() as evaluator:
         return {

@@ -123,6 +123,8 @@ def matching(count, tries=9, **declines):
         ("mine>=2", 1, False),
         ("mine<=2", 0, True),
         ("mine <= 2", 3, False),
+        ("mine<=2", 2, True),
+        ("mine>=2", 2, True),
         ("mine==num_layers", 2, True),
         ("mine==num_layers", 3, False),
     ],
@@ -145,7 +147,7 @@ def test_matches_of_a_repeated_pass_are_added(model):
 def test_an_unmet_expectation_lists_why_the_pass_declined(model):
     with pytest.raises(ExpectationError) as found:
         run_passes(model, [matching(0, big=3, odd=5)], expectations=[parse_expectation("mine==1", ["mine"])])
-    assert str(found.value) == "--expect mine==1: matched 0 times, tried 9 nodes\n  5 × odd\n  3 × big"
+    assert str(found.value) == "expected mine==1: matched 0 times, tried 9 nodes\n  5 × odd\n  3 × big"
 
 
 @pytest.mark.parametrize(

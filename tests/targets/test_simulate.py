@@ -167,7 +167,7 @@ def test_single_models_and_plans_load(tmp_path: Path) -> None:
 
 def test_one_rank_alone_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, DecoderSpec(degree=2))
-    with pytest.raises(ModelError, match="is one rank of 2; name the folder"):
+    with pytest.raises(ModelError, match="one rank of 2; name the folder"):
         load_any(folder / "rank1")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from passopt import __version__
-from passopt.ir.errors import PassoptError
+from passopt.ir.errors import PassoptError, UsageError
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -31,19 +31,29 @@ _EPILOG = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
-    command = importlib.import_module(f"passopt.commands.{options.module}")
+
+    def say(message: str) -> None:
+        print(f"passopt {options.command}: {message}", file=sys.stderr)
+
     try:
+        command = importlib.import_module(f"passopt.commands.{options.module}")
         code: int = getattr(command, options.function)(options)
     except PassoptError as error:
-        print(f"passopt {options.command}: {error}", file=sys.stderr)
+        say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"passopt {options.command}: interrupted; nothing half-written was kept", file=sys.stderr)
+        say("interrupted; nothing half-written was kept")
         return _INTERRUPTED
+    except ModuleNotFoundError as error:
+        say(f"needs {error.name}, which is not installed; pip install 'passopt[export]' brings it")
+        return UsageError.exit_code
     except BrokenPipeError:
         # The reader of stdout went away (`| head`); Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        say(f"{error.filename or 'a file'}: {error.strerror or error}")
+        return UsageError.exit_code
     return code
 
 
@@ -67,6 +77,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _tolerance(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a tolerance")
+    return number
+
+
 def _add_export(add: Any) -> None:
     command = add(
         "export",
@@ -80,7 +104,7 @@ def _add_export(add: Any) -> None:
     command.add_argument(
         "--alibi", choices=["formula", "baked"], default="formula", help="ALiBi as slopes or as mask constant"
     )
-    command.add_argument("--opset", type=int, default=21, help="default: %(default)s")
+    command.add_argument("--opset", type=int, choices=range(18, 24), default=21, help=_OPSET_HELP, metavar="N")
     command.add_argument("--weights", choices=["copy", "reference"], default="copy", help=_WEIGHTS_HELP)
     command.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own Python files")
     command.add_argument("--no-self-check", action="store_true", help="skip the comparison with eager torch")
@@ -95,6 +119,7 @@ def _add_export(add: Any) -> None:
     command.add_argument("-o", "--output", metavar="DIR", required=True, help="new folder")
 
 
+_OPSET_HELP = "18 to 23, default %(default)s; int8 of 16-bit weights needs 19, and tp knows no fused attention of 23"
 _WEIGHTS_HELP = "copy them into the output, or only refer to where they lie (default: %(default)s)"
 
 
@@ -131,10 +156,10 @@ def _add_verify(add: Any) -> None:
     command.add_argument("candidate", metavar="B", help="the result: model.onnx, a folder, or a folder of ranks")
     command.add_argument("--text", metavar="FILE", help="also compare perplexity on this text")
     command.add_argument("--tokenizer", metavar="FILE", help="default: tokenizer.model beside A")
-    command.add_argument("--max-tokens", type=int, default=2048, help="of the text (default: %(default)s)")
-    command.add_argument("--tolerance", type=float, help="largest relative error; the default depends on the dtype")
+    command.add_argument("--max-tokens", type=_positive, default=2048, help="of the text (default: %(default)s)")
+    command.add_argument("--tolerance", type=_tolerance, help="largest relative error; default by dtype")
     command.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
-    command.add_argument("--max-positions", type=int, help="default: the length of the rotary tables")
+    command.add_argument("--max-positions", type=_positive, help="default: the length of the rotary tables")
     command.add_argument("--layerwise", action="store_true", help="one decoder layer at a time, in little memory")
     command.add_argument("--json", action="store_true", help="the report as JSON")
 

@@ -15,6 +15,7 @@ from passopt.ir.contract import degree_of
 from passopt.ir.errors import UsageError
 from passopt.ir.files import load_model, model_path
 from passopt.ir.sources import identify
+from passopt.passes.catalog import unknown_name
 from passopt.passes.instruments import Dump, PrintAfter, summary_table
 from passopt.passes.manager import Instrument, PassRecord, parse_expectation, run_passes
 from passopt.passes.pipeline_spec import Resolved, resolve
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         model,
         pipeline.passes,
         verify=options.verify_each != "off",
-        instruments=_instruments(options),
+        instruments=_instruments(options, names),
         expectations=expectations,
     )
     source = {"model": path.name, "header_digest": identify(path).header_digest}
@@ -65,16 +66,18 @@ def output_name(path: Path, pipeline: Resolved) -> str:
     """model.onnx and `tp{degree=4},int8` → model.tp4.int8."""
     parts = []
     for step in pipeline.steps:
-        degrees = [value for key, value in step.options if key == "degree"]
-        default = "2" if step.name in {"tp", "shard"} else ""
-        parts.append(step.name + (degrees[0] if degrees else default))
+        degrees = [str(item.degree) for item in resolve(str(step)).passes if hasattr(item, "degree")]
+        parts.append(step.name + "".join(degrees))
     return ".".join([path.stem, *parts])
 
 
-def _instruments(options: argparse.Namespace) -> list[Instrument]:
+def _instruments(options: argparse.Namespace, known: list[str]) -> list[Instrument]:
     found: list[Instrument] = []
     if options.print_after is not None:
         names = tuple(name for name in options.print_after if name)
+        for name in names:
+            if name not in known:
+                raise UsageError("--print-after: " + unknown_name("pass of this pipeline", name, known))
         found.append(PrintAfter(_to_stderr, names if len(names) == len(options.print_after) else ()))
     if options.print_after_change:
         found.append(PrintAfter(_to_stderr, only_changes=True))

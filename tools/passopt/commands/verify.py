@@ -42,5 +42,10 @@ def _tokens(options: argparse.Namespace) -> tuple[int, ...]:
         text = Path(options.text).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{options.text}: cannot be read: {error.strerror}") from error
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{options.text}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UsageError(f"{path}: is not a sentencepiece model: {error}") from error
     return tuple(processor.encode(text)[: options.max_tokens])
