@@ -10,6 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import blake3
 import onnx_ir
@@ -41,6 +42,15 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+
+
+class OutputFacts(TypedDict):
+    """What an output says of itself: the arguments that planning and writing share."""
+
+    version: str
+    pipeline: str
+    source: Mapping[str, object]
+    companions: Path | None
 
 
 @dataclasses.dataclass(frozen=True)

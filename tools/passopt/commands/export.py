@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir
 
 from passopt import __version__
 from passopt.commands.run import write_with_progress
 from passopt.ir.contract import SELF_CHECK
-from passopt.ir.errors import UsageError
+from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.expressions import DataType
 from passopt.ir.files import load_model, model_path
 from passopt.ir.shapes import complete_types
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve
-from passopt.targets.manifest import MANIFEST_NAME, read_manifest
-from passopt.targets.onnx_files import plan_output, write_reference_output
+from passopt.targets.manifest import read_manifest
+from passopt.targets.onnx_files import OutputFacts, plan_output, write_reference_output
+
+if TYPE_CHECKING:
+    from passopt.frontends.checkpoint import Checkpoint
 
 DTYPES = {"fp16": DataType.FLOAT16, "fp32": DataType.FLOAT, "bf16": DataType.BFLOAT16}
 
@@ -52,14 +57,19 @@ def export(options: argparse.Namespace) -> int:
             _log("self-check: a small model of the same class, eager torch against its exported graph")
             error = self_check(checkpoint, finish=clean_up, **settings)
             model.metadata_props[SELF_CHECK] = f"{error:.2e}"
-        source = {"checkpoint": checkpoint.directory.name, "tensors": len(checkpoint.tensors)}
+        source = {"checkpoint": checkpoint.directory.name, "files": _files(checkpoint)}
         pipeline = resolve(CLEAN_UP).expanded
-        facts = {"version": __version__, "pipeline": pipeline, "source": source, "companions": checkpoint.directory}
-        plan = plan_output(model, **facts)  # type: ignore[arg-type]
+        facts: OutputFacts = {
+            "version": __version__,
+            "pipeline": pipeline,
+            "source": source,
+            "companions": checkpoint.directory,
+        }
+        plan = plan_output(model, **facts)
         if options.weights == "reference":
-            write_reference_output(model, output, **facts)  # type: ignore[arg-type]
+            write_reference_output(model, output, **facts)
         else:
-            write_with_progress(model, output, plan, **facts)
+            write_with_progress(model, output, plan, facts)
     layers = sum((value.name or "").endswith(".key") for value in model.graph.inputs)
     print(f"{len(model.graph)} nodes, {layers} layers, {options.dtype}, opset {options.opset}")
     print(f"self-check: {_verdict(model.metadata_props[SELF_CHECK])}")
@@ -67,16 +77,24 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _files(checkpoint: Checkpoint) -> list[dict[str, object]]:
+    """Name, size and header digest of each weight file that was read."""
+    files = {Path(source.file.path).name: source.file for source in checkpoint.tensors.values()}
+    return [
+        {"name": name, "size": file.size, "header_digest": file.header_digest} for name, file in sorted(files.items())
+    ]
+
+
 def materialize(options: argparse.Namespace) -> int:
     """Evaluate a plan into files."""
     path = model_path(Path(options.model))
     model = load_model(path)
     pipeline, source = "", {"model": path.name}
-    if (path.parent / MANIFEST_NAME).exists():
+    with contextlib.suppress(ModelError):  # a dump has no manifest
         pipeline = read_manifest(path.parent).pipeline
-    facts = {"version": __version__, "pipeline": pipeline, "source": source, "companions": path.parent}
-    plan = plan_output(model, **facts)  # type: ignore[arg-type]
-    write_with_progress(model, Path(options.output), plan, **facts)
+    facts = OutputFacts(version=__version__, pipeline=pipeline, source=source, companions=path.parent)
+    plan = plan_output(model, **facts)
+    write_with_progress(model, Path(options.output), plan, facts)
     print(plan.to_text())
     print(f"→ {options.output}")
     return 0

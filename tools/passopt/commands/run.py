@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -12,14 +13,15 @@ import onnx_ir
 from passopt import __version__
 from passopt.commands.progress import Progress
 from passopt.ir.contract import degree_of
-from passopt.ir.errors import UsageError
+from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.files import load_model, model_path
 from passopt.ir.sources import identify
 from passopt.passes.catalog import unknown_name
 from passopt.passes.instruments import Dump, PrintAfter, summary_table
 from passopt.passes.manager import Instrument, PassRecord, parse_expectation, run_passes
 from passopt.passes.pipeline_spec import Resolved, resolve
-from passopt.targets.onnx_files import OutputPlan, plan_output, write_output, write_reference_output
+from passopt.targets.manifest import read_manifest
+from passopt.targets.onnx_files import OutputFacts, OutputPlan, plan_output, write_output, write_reference_output
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,27 +41,41 @@ def run(options: argparse.Namespace) -> int:
         instruments=_instruments(options, names),
         expectations=expectations,
     )
-    source = {"model": path.name, "header_digest": identify(path).header_digest}
-    facts = {"version": __version__, "pipeline": pipeline.expanded, "source": source, "companions": path.parent}
+    source = {"model": path.name, **_identity(path)}
+    facts: OutputFacts = {
+        "version": __version__,
+        "pipeline": pipeline.expanded,
+        "source": source,
+        "companions": path.parent,
+    }
+    plan = plan_output(model, **facts)
     if options.dry_run:
-        return _report(options, records, plan_output(model, **facts), None, model)  # type: ignore[arg-type]
-    plan = plan_output(model, **facts)  # type: ignore[arg-type]
+        return _report(options, records, plan, None, model)
     if options.weights == "reference":
-        write_reference_output(model, output, **facts)  # type: ignore[arg-type]
+        write_reference_output(model, output, **facts)
     else:
-        write_with_progress(model, output, plan, **facts)
+        write_with_progress(model, output, plan, facts)
     return _report(options, records, plan, output, model)
 
 
-def write_with_progress(model: onnx_ir.Model, output: Path, plan: OutputPlan, **facts: object) -> None:
+def write_with_progress(model: onnx_ir.Model, output: Path, plan: OutputPlan, facts: OutputFacts) -> None:
     """`write_output` with a bar, and a warning for every tensor that overflowed fp16."""
     progress = Progress(f"writing {output.name}", plan.nbytes)
     try:
-        report = write_output(model, output, progress=progress, **facts)  # type: ignore[arg-type]
+        report = write_output(model, output, progress=progress, **facts)
     finally:
         progress.close()
     for name, count in report.overflows.items():
         print(f"warning: {name}: {count} values overflow fp16 and became infinite", file=sys.stderr)
+
+
+def _identity(path: Path) -> dict[str, object]:
+    """Size and digest of the model file, and the root digest of its weights where a manifest of ours names it."""
+    file = identify(path)
+    weights: str | None = None
+    with contextlib.suppress(ModelError):  # a manifest.json of another tool is none of our business
+        weights = read_manifest(path.parent).root
+    return {"size": file.size, "header_digest": file.header_digest, "weights": weights}
 
 
 def output_name(path: Path, pipeline: Resolved) -> str:
