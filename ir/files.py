@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import onnx
 import onnx_ir
 from google.protobuf.message import DecodeError
 
@@ -17,11 +18,15 @@ from passopt.ir.errors import ModelError
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.layout import plan_layout, write_safetensors
 from passopt.ir.plan import PLAN_NAME, read_plan, write_plan
+from passopt.ir.shapes import complete_outputs
 from passopt.ir.sources import external_source
 from passopt.ir.weights import SMALL_BYTES, LazyWeight, expression_of
 
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "weights.safetensors"
+
+#: IR versions that are written: 10 has all that passopt writes, 13 is the last that current runtimes read.
+_OLDEST_IR, _NEWEST_IR = 10, 13
 
 
 def model_path(path: Path) -> Path:
@@ -58,6 +63,7 @@ def load_model(path: Path | str) -> onnx_ir.Model:
                 value.const_value = LazyWeight(_planned(plan, value, path), value.name)
             else:
                 value.const_value = LazyWeight(_external(path, value, tensor), value.name)
+    complete_outputs(model)
     return model
 
 
@@ -138,6 +144,20 @@ def _reference(location: str, name: str, weight: ex.Expression, offset: int) -> 
     return onnx_ir.ExternalTensor(location, offset, weight.nbytes, weight.dtype, shape=shape, name=name)
 
 
+def _serialized(model: onnx_ir.Model) -> bytes:
+    proto = onnx_ir.to_proto(model)
+    proto.ir_version = _ir_version(model)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _ir_version(model: onnx_ir.Model) -> int:
+    """The lowest version that the opsets allow, whatever the input had: runtimes refuse versions newer than theirs."""
+    imports = [model.graph.opset_imports, *(function.opset_imports for function in model.functions.values())]
+    opsets = [onnx.helper.make_opsetid("", versions[""]) for versions in imports if "" in versions]
+    needed = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    return int(min(_NEWEST_IR, max(_OLDEST_IR, needed)))
+
+
 def model_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression], rank: int = 0) -> bytes:
     """model.onnx of a rank as it lies beside weights.safetensors. Its length is the same for every rank."""
     tensors: dict[str, onnx_ir.TensorProtocol] = {}
@@ -148,7 +168,7 @@ def model_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression], rank
             if name not in tensors:
                 tensors[name] = onnx_ir.Tensor(evaluator.array(weight), dtype=weight.dtype, name=name)
     with _standing_in(model, tensors):
-        return bytes(onnx_ir.to_proto(model).SerializeToString(deterministic=True))
+        return _serialized(model)
 
 
 def save_materialized(
@@ -167,6 +187,6 @@ def save_reference(model: onnx_ir.Model, directory: Path) -> None:
     """Write model.onnx and weights.plan.json into an existing folder; no weight is copied."""
     weights = _lazy_weights(model)
     with _standing_in(model, {name: _reference(PLAN_NAME, name, weight, 0) for name, weight in weights.items()}):
-        data = onnx_ir.to_proto(model).SerializeToString(deterministic=True)
+        data = _serialized(model)
     (directory / MODEL_NAME).write_bytes(data)
     write_plan(directory / PLAN_NAME, weights)

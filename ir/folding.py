@@ -13,6 +13,7 @@ import re
 
 import onnx_ir
 
+from passopt.ir.attributes import attributes_key
 from passopt.ir.expressions import Literal
 from passopt.ir.weights import expression_of
 
@@ -68,28 +69,31 @@ class _Finder:
         best: Run | None = None
         for start in range(max(0, anchor - period + 1), anchor + 1):
             carried: dict[str, str] = {}
-            if not self._same_block(start, period, carried):
+            if not self._same_block(start, period, start, carried):
                 continue
             count = 2
-            while self._same_block(start + (count - 1) * period, period, None):
+            while self._same_block(start + (count - 1) * period, period, start, None):
                 count += 1
             if best is None or count > best.count:
                 handed_on = tuple((one, other) for one, other in carried.items() if one != other)
                 best = Run(start, period, count, handed_on)
         return best
 
-    def _same_block(self, start: int, period: int, carried: dict[str, str] | None) -> bool:
-        """True if the block at `start` equals the next one; `carried` allows another value to enter the first block."""
+    def _same_block(self, start: int, period: int, origin: int, carried: dict[str, str] | None) -> bool:
+        """True if the block at `start` equals the next one; `carried` allows another value to enter the first block.
+
+        `origin` is where the first block starts: what lies before it, all blocks may share.
+        """
         if start + 2 * period > len(self.nodes):
             return False
-        return all(self._same(index, index + period, start, carried) for index in range(start, start + period))
+        return all(self._same(index, index + period, origin, carried) for index in range(start, start + period))
 
-    def _same(self, index: int, later: int, start: int, carried: dict[str, str] | None) -> bool:
+    def _same(self, index: int, later: int, origin: int, carried: dict[str, str] | None) -> bool:
         if self._keys[index] != self._keys[later]:
             return False
         one, other = self.nodes[index], self.nodes[later]
         inputs = zip(one.inputs, other.inputs, strict=True)
-        if not all(self._same_input(x, y, index, later, start, carried) for x, y in inputs):
+        if not all(self._same_input(x, y, index, later, origin, carried) for x, y in inputs):
             return False
         return all(
             x.is_graph_output() == y.is_graph_output() and (not x.is_graph_output() or _advances(x.name, y.name))
@@ -102,26 +106,28 @@ class _Finder:
         y: onnx_ir.Value | None,
         index: int,
         later: int,
-        start: int,
+        origin: int,
         carried: dict[str, str] | None,
     ) -> bool:
         if x is None or y is None:
             return x is y
-        if x is y:  # what all layers read is not what they hand on
-            return carried is None or carried.setdefault(x.name or "", y.name or "") == (y.name or "")
         first, second = x.producer(), y.producer()
+        inside = first is not None and self.position[id(first)] >= origin
+        if x is y:  # what all layers read is neither made by one of them nor handed on
+            shared = carried is None or carried.setdefault(x.name or "", y.name or "") == (y.name or "")
+            return shared and not inside
         if first is None and second is None:
             return _same_leaf(x, y)
         if second is None:
             return False
-        back, inside = later - self.position[id(second)], first is not None and self.position[id(first)] >= start
+        back = later - self.position[id(second)]
         if first is not None and x.index() == y.index():
-            # In the first layer, a value from before it has its place by chance: it is carried, see below.
-            if (inside or carried is None) and index - self.position[id(first)] == back:
+            # A value from before the layers has its place by chance: in the first one it is carried, see below.
+            if inside and index - self.position[id(first)] == back:
                 return True
-            if self.position[id(second)] < start and self._same_prelude(first, second):
+            if self.position[id(second)] < origin and self._same_prelude(first, second):
                 return True
-        if carried is None or inside or not index - start < back <= later - start:
+        if carried is None or inside or not index - origin < back <= later - origin:
             return False
         # What enters the first layer from before is what later layers get from the layer before them.
         return carried.setdefault(x.name or "", y.name or "") == (y.name or "")
@@ -145,8 +151,7 @@ class _Finder:
 
 
 def _key(node: onnx_ir.Node) -> tuple[object, ...]:
-    attributes = tuple(sorted((name, str(attribute.value)) for name, attribute in node.attributes.items()))
-    return node.domain, node.op_type, len(node.inputs), len(node.outputs), attributes
+    return node.domain, node.op_type, len(node.inputs), len(node.outputs), attributes_key(node)
 
 
 def _same_leaf(x: onnx_ir.Value, y: onnx_ir.Value) -> bool:

@@ -6,6 +6,7 @@ Exporters compute reshape targets in the graph (`Concat(batch, seq, 6, 12)`); `e
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TypeAlias
 
 import onnx_ir
@@ -109,12 +110,25 @@ def dimensions(value: onnx_ir.Value) -> list[Dimension] | None:
 
 
 def complete_types(model: onnx_ir.Model) -> None:
-    """Fill in dtypes and shapes that the model does not state. What a model states is never changed."""
+    """Fill in dtypes and shapes that the model does not state. What a model states is never changed.
+
+    Nor are graph outputs, whose types are part of the text: `complete_outputs` does those, where a model is read.
+    """
+    _complete(model, lambda value: not value.is_graph_output())
+
+
+def complete_outputs(model: onnx_ir.Model) -> None:
+    """Give graph outputs the dtypes and shapes that they lack, for whoever reads a model: passes then find them."""
+    if not all(_is_complete(value) for value in model.graph.outputs):
+        _complete(model, lambda value: True)
+
+
+def _complete(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool]) -> None:
     opset = model.graph.opset_imports.get("", 0)
     for node in model.graph:
         if node.domain not in {"", MICROSOFT}:
             continue
-        if all(_is_complete(value) for value in node.outputs):
+        if all(_is_complete(value) or not wanted(value) for value in node.outputs):
             continue
         stated = [(value.type, value.shape) for value in node.outputs]
         try:
@@ -122,9 +136,10 @@ def complete_types(model: onnx_ir.Model) -> None:
         except VerifyError:
             continue  # the checker will say so; here the node merely stays without a shape
         for value, (kind, shape) in zip(node.outputs, stated, strict=True):
-            value.type = kind or value.type
-            value.shape = merged_shapes(shape, value.shape)
-        _complete_target(node)
+            value.type = kind or (value.type if wanted(value) else None)
+            value.shape = merged_shapes(shape, value.shape) if wanted(value) else shape
+        if wanted(node.outputs[0]):
+            _complete_target(node)
 
 
 def _is_complete(value: onnx_ir.Value) -> bool:

@@ -106,9 +106,10 @@ def _safetensors_source(file: SourceFile, name: str, entry: Mapping[str, Any], d
     dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
     if dtype is None:
         raise ModelError(f"{file.path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
-    start, stop = entry["data_offsets"]
-    source = Source(dtype, tuple(entry["shape"]), name, file, data + start)
-    if start < 0 or stop - start != source.nbytes:
+    shape = _whole_numbers(file, name, "shape", entry["shape"])
+    start, stop = _whole_numbers(file, name, "data_offsets", entry["data_offsets"])
+    source = Source(dtype, shape, name, file, data + start)
+    if stop - start != source.nbytes:
         raise ModelError(f"{file.path}: tensor {name!r} takes bytes {start} to {stop}, its shape {source.nbytes}")
     return _checked(source)
 
@@ -133,10 +134,20 @@ def identify_cached(path: Path) -> SourceFile:
     return _identified[key]
 
 
+def _whole_numbers(file: SourceFile, name: str, what: str, numbers: object) -> tuple[int, ...]:
+    """Numbers that a file states, none negative. `True` and `4.0` are refused: a plan could not be read back."""
+    listed = isinstance(numbers, (list, tuple))
+    if not listed or not all(type(number) is int and number >= 0 for number in numbers):  # type: ignore[attr-defined]
+        raise ModelError(
+            f"{file.path}: tensor {name!r}: {what} {numbers!r}, expected a list of whole numbers, none negative"
+        )
+    return tuple(numbers)  # type: ignore[arg-type]
+
+
 def _checked(source: Source) -> Source:
+    _whole_numbers(source.file, source.name, "shape", source.shape)
+    _whole_numbers(source.file, source.name, "first byte", [source.offset])
     end = source.offset + source.nbytes
-    if source.offset < 0 or any(length < 0 for length in source.shape):
-        raise ModelError(f"{source.file.path}: tensor {source.name!r}: shape {source.shape} at byte {source.offset}")
     if end > source.file.size:
         raise ModelError(
             f"{source.file.path}: truncated: tensor {source.name!r} ends at byte {end}, the file at {source.file.size}"
@@ -182,28 +193,33 @@ def _torch_source(
     name: str,
     tensor: _Tensor,
 ) -> Source:
+    shape = _whole_numbers(file, name, "shape", tensor.shape)
+    stride = _whole_numbers(file, name, "strides", tensor.stride)
+    (first,) = _whole_numbers(file, name, "first element", [tensor.start])
+    if len(stride) != len(shape):
+        raise ModelError(f"{path}: tensor {name!r}: {len(stride)} strides {stride} for shape {shape}")
     info = entries.get(f"{root}data/{tensor.key}")
     if info is None:
         raise ModelError(f"{path}: tensor {name!r} names storage {tensor.key}, which is not in the file")
     if info.compress_type != zipfile.ZIP_STORED:
         raise ModelError(f"{path}: tensor {name!r} is compressed; only stored zip entries can be read in place")
-    if not _is_contiguous(tensor):
-        raise ModelError(f"{path}: tensor {name!r} has strides {tensor.stride}; only contiguous tensors are supported")
+    if not _is_contiguous(shape, stride):
+        raise ModelError(f"{path}: tensor {name!r} has strides {stride}; only contiguous tensors are supported")
     stream.seek(info.header_offset + 26)
     name_length, extra_length = struct.unpack("<HH", stream.read(4))
     data = info.header_offset + 30 + name_length + extra_length
-    start = int(tensor.start * tensor.dtype.itemsize)
-    source = Source(tensor.dtype, tensor.shape, name, file, data + start)
+    start = int(first * tensor.dtype.itemsize)
+    source = Source(tensor.dtype, shape, name, file, data + start)
     if start + source.nbytes > info.file_size:
         raise ModelError(f"{path}: tensor {name!r} needs {start + source.nbytes} bytes of {info.file_size}")
     return _checked(source)
 
 
-def _is_contiguous(tensor: _Tensor) -> bool:
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Row-major; the stride of an axis of one element does not matter, nor any stride of an empty tensor."""
-    expected = (math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
-    axes = zip(tensor.shape, tensor.stride, expected, strict=True)
-    return 0 in tensor.shape or all(length == 1 or stride == wanted for length, stride, wanted in axes)
+    expected = (math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    axes = zip(shape, stride, expected, strict=True)
+    return 0 in shape or all(length == 1 or stride == wanted for length, stride, wanted in axes)
 
 
 class _Tensor:
@@ -211,7 +227,9 @@ class _Tensor:
 
     def __init__(self, storage: tuple[str, DataType], start: int, shape: tuple[int, ...], stride: tuple[int, ...]):
         self.key, self.dtype = storage
-        self.start, self.shape, self.stride = start, tuple(shape), tuple(stride)
+        if not isinstance(self.dtype, DataType):
+            raise TypeError(f"{storage!r} is not a storage")
+        self.start, self.shape, self.stride = start, shape, stride
 
 
 def _rebuild_tensor(

@@ -15,6 +15,7 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.folding import Run, longest_run
+from passopt.ir.shapes import complete_outputs
 from passopt.ir.weights import LazyWeight, expression_of
 
 INLINE_ELEMENTS = 16
@@ -109,7 +110,7 @@ def _is_nameless(value: onnx_ir.Value) -> bool:
 
 
 def parse_model(text: str) -> onnx_ir.Model:
-    """A model from ONNX text. Raises ModelError with the parser's position."""
+    """A model from ONNX text, its graph outputs' types completed. Raises ModelError with the parser's position."""
     try:
         model = onnx_ir.from_proto(onnx.parser.parse_model(text))
     except onnx.parser.ParseError as error:
@@ -120,6 +121,7 @@ def parse_model(text: str) -> onnx_ir.Model:
         raise ModelError(f"not a model: {error.__cause__ or error}") from error
     for index, node in enumerate(model.graph):
         node.name = node.name or f"{node.op_type}_{index}"
+    complete_outputs(model)
     return model
 
 

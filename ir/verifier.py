@@ -1,17 +1,20 @@
 """The cheap structure check that runs after every pass. A finding is a defect of the pass that ran last.
 
 Invariants: names are unique (SSA), every input is fed or produced earlier, nothing points at removed nodes, graph
-inputs and outputs have types, weights are whole. Messages show the ten nodes around the fault.
+inputs and outputs have types, those of graph outputs and casts are what the operator gives, weights are whole.
+Messages show the ten nodes around the fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir
 
+from passopt.ir.builder import infer_types
 from passopt.ir.errors import VerifyError
 from passopt.ir.weights import LazyWeight
 
@@ -20,16 +23,27 @@ _CONTEXT = 10
 
 def verify_model(model: onnx_ir.Model) -> None:
     """Raise VerifyError at the first broken invariant of the main graph or of a local function."""
-    _verify_graph(model.graph, model)
+    _verify_graph(model.graph, model, _Scope(model.graph.opset_imports))
     _verify_files(model)
     for function in model.functions.values():
-        _verify_graph(function, model)
+        _verify_graph(function, model, _Scope(function.opset_imports))
 
 
-def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Scope:
+    """What a graph sees: its opsets and, for the body of an If or Loop, the values and nodes around it."""
+
+    opsets: Mapping[str, int]
+    known: frozenset[int] = frozenset()
+    nodes: tuple[onnx_ir.Node, ...] = ()
+    is_body: bool = False
+
+
+def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model, scope: _Scope) -> None:
     nodes = list(graph)
     names: set[str] = set()
-    known: set[int] = set()
+    known: set[int] = set(scope.known)
+    is_typed = isinstance(graph, onnx_ir.Graph) and not scope.is_body
 
     def fail(index: int, message: str) -> VerifyError:
         return VerifyError(f"{message}\n{_around(nodes, index)}" if nodes else message)
@@ -44,7 +58,7 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model)
 
     for value in graph.inputs:
         define(value, 0, "graph input")
-        if isinstance(graph, onnx_ir.Graph) and value.type is None:
+        if is_typed and value.type is None:
             raise fail(0, f"graph input {value.name!r} has no type")
     if isinstance(graph, onnx_ir.Graph):
         for name, value in graph.initializers.items():
@@ -54,16 +68,30 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model)
     for index, node in enumerate(nodes):
         for position, operand in enumerate(node.inputs):
             if operand is not None and id(operand) not in known:
-                raise fail(index, _undefined(node, position, operand, nodes))
-        _verify_operator(node, model, graph.opset_imports, index, fail)
+                raise fail(index, _undefined(node, position, operand, (*nodes, *scope.nodes)))
+        _verify_operator(node, model, scope.opsets, index, fail)
+        for body in _bodies(node):
+            _verify_graph(body, model, _Scope(scope.opsets, frozenset(known), (*nodes, *scope.nodes), is_body=True))
         for value in node.outputs:
             if value.uses() or value.is_graph_output() or value.name:
                 define(value, index, f"output of {node.op_type} {node.name!r}")
     for value in graph.outputs:
         if id(value) not in known:
             raise fail(len(nodes) - 1, f"graph output {value.name!r} is not produced by any node of the graph")
-        if isinstance(graph, onnx_ir.Graph) and value.type is None:
+        if is_typed and value.type is None:
             raise fail(len(nodes) - 1, f"graph output {value.name!r} has no type")
+    ends = {value.producer() for value in graph.outputs}
+    for index, node in enumerate(nodes):
+        if node in ends or node.op_type == "Cast":
+            _verify_types(node, model, scope.opsets, index, fail)
+
+
+def _bodies(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == onnx_ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+        elif attribute.type == onnx_ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from attribute.as_graphs()
 
 
 def _verify_initializer(name: str, value: onnx_ir.Value) -> None:
@@ -92,7 +120,7 @@ def _verify_files(model: onnx_ir.Model) -> None:
             raise VerifyError(f"initializer {name!r} needs external data {path}, which does not exist")
 
 
-def _undefined(node: onnx_ir.Node, position: int, value: onnx_ir.Value, nodes: list[onnx_ir.Node]) -> str:
+def _undefined(node: onnx_ir.Node, position: int, value: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> str:
     where = f"{node.op_type} {node.name!r}: input {position} {value.name!r}"
     producer = value.producer()
     if producer is None:
@@ -124,6 +152,47 @@ def _verify_operator(
     unknown = set(node.attributes) - set(schema.attributes)
     if unknown:
         raise fail(index, f"{node.op_type} {node.name!r}: unknown attributes {sorted(unknown)} in opset {version}")
+
+
+def _verify_types(
+    node: onnx_ir.Node, model: onnx_ir.Model, opsets: Mapping[str, int], index: int, fail: object
+) -> None:
+    """The stated dtypes of a node's outputs are those that the operator gives.
+
+    Not for every node: inference of a whole large graph takes seconds, and this runs after every pass.
+    """
+    assert callable(fail)
+    for value, given in zip(node.outputs, _given_dtypes(node, model, opsets), strict=True):
+        if given is not None and value.dtype is not None and value.dtype != given:
+            what = "graph output" if value.is_graph_output() else "output"
+            raise fail(
+                index,
+                f"{node.op_type} {node.name!r}: {what} {value.name!r} is declared {value.dtype.name}, "
+                f"the operator gives {given.name}",
+            )
+
+
+def _given_dtypes(
+    node: onnx_ir.Node, model: onnx_ir.Model, opsets: Mapping[str, int]
+) -> Sequence[onnx_ir.DataType | None]:
+    """The dtypes that inference finds for a node's outputs, None where it finds none."""
+    unknown = [None] * len(node.outputs)
+    if node.domain or node.op_identifier() in model.functions or next(_bodies(node), None) is not None:
+        return unknown
+    target = node.attributes.get("to") if node.op_type == "Cast" else None
+    if target is not None and not target.is_ref():
+        return [onnx_ir.DataType(target.as_int())]
+    stated = [(value.type, value.shape) for value in node.outputs]
+    try:
+        for value in node.outputs:
+            value.type = None
+        infer_types(node, opsets[""])
+        return [value.dtype for value in node.outputs]
+    except VerifyError:
+        return unknown  # shapes that an exporter stated may contradict each other, which is no pass's defect
+    finally:
+        for value, (kind, shape) in zip(node.outputs, stated, strict=True):
+            value.type, value.shape = kind, shape
 
 
 def _around(nodes: list[onnx_ir.Node], index: int) -> str:

@@ -13,6 +13,7 @@ import onnx_ir
 from passopt.ir.alibi import alibi_slopes
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import FLOATS, Expression
+from passopt.ir.shapes import DimOf, elements
 from passopt.ir.weights import small_constant
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
@@ -27,6 +28,8 @@ class DematerializeAlibi(RewritePass):
 
     Before: ``bias = Slice(Slice(mask, past:total, axis=1), 0:total, axis=2)``, mask [heads, n, n] a constant
     After:  ``bias = slopes · Range(total) + Where(column > row, -inf, 0)``, in fp32, slopes [heads, 1, 1]
+    Only for bounds that are lengths or constants. More positions than the mask has follow the formula too; with the
+    mask, such an input fails at the addition to the scores.
     The one pass that reads from a large constant: up to 128 rows per head, to be sure that it is such a mask.
     """
 
@@ -47,10 +50,11 @@ class DematerializeAlibi(RewritePass):
         _, *square = expression.shape
         if len(square) != 2 or square[0] != square[1] or expression.dtype not in FLOATS:
             raise Decline(f"{mask.name} is {expression.dtype.name}{list(expression.shape)}, not floating [heads, n, n]")
+        bounds = {value: _bound(value, square[0]) for value in (start, stop, width)}
         slopes = op.initializer("alibi.slopes", _slopes(mask.name, expression)[:, None, None])
-        first, last = _scalar(op, start), _scalar(op, width)
+        first, last = _scalar(op, start, bounds[start]), _scalar(op, width, bounds[width])
         columns = op.Range(np.int64(0), last, np.int64(1))
-        rows = op.Range(first, last if stop is width else _scalar(op, stop), np.int64(1))
+        rows = op.Range(first, last if stop is width else _scalar(op, stop, bounds[stop]), np.int64(1))
         bias = op.Mul(slopes, op.Cast(columns, to=onnx_ir.DataType.FLOAT.value))
         later = op.Greater(op.Unsqueeze(columns, [0]), op.Unsqueeze(rows, [1]))
         causal = op.Where(later, np.float32(-np.inf), np.float32(0))
@@ -58,11 +62,36 @@ class DematerializeAlibi(RewritePass):
         return result if mask.dtype == onnx_ir.DataType.FLOAT else op.Cast(result, to=mask.dtype.value)
 
 
-def _scalar(op: Any, vector: onnx_ir.Value) -> Any:
-    """The single element of a Slice bound: what an exporter reshaped to a vector, where it did so."""
+def _bound(vector: onnx_ir.Value, length: int) -> int | None:
+    """The position that a constant bound of Slice means on an axis of `length`, None for a length known at run time.
+
+    Declines for any other bound: Slice counts a negative one from the end and clamps it, Range would take it as it is.
+    """
     constant = small_constant(vector)
+    if constant is None:
+        if vector.dtype != onnx_ir.DataType.INT64 or not _is_length(vector):
+            raise Decline(f"the bound {vector.name} of the slice is neither a constant nor the length of a graph input")
+        return None
+    position = int(constant.reshape(-1)[0])
+    return max(0, min(length, position + length if position < 0 else position))
+
+
+def _is_length(value: onnx_ir.Value | None) -> bool:
+    """True for the length of an axis of a graph input, and for a sum of such."""
+    node = value.producer() if value is not None else None
+    if node is not None and not node.domain:
+        if node.op_type in {"Reshape", "Squeeze", "Unsqueeze", "Identity"}:
+            return _is_length(node.inputs[0])
+        if node.op_type == "Add":
+            return all(_is_length(term) for term in node.inputs)
+    found = elements(value) or []
+    return len(found) == 1 and isinstance(found[0], DimOf) and found[0].value.is_graph_input()
+
+
+def _scalar(op: Any, vector: onnx_ir.Value, constant: int | None) -> Any:
+    """The single element of a Slice bound: what an exporter reshaped to a vector, where it did so."""
     if constant is not None:
-        return np.int64(constant.reshape(-1)[0])
+        return np.int64(constant)
     node = vector.producer()
     source = node.inputs[0] if node is not None and node.op_type in {"Reshape", "Unsqueeze"} else None
     if source is not None and source.shape is not None and not len(source.shape):

@@ -13,6 +13,7 @@ import onnx
 import onnx.reference
 import onnx_ir
 
+from passopt.ir.attributes import attributes_key
 from passopt.ir.builder import infer_types
 from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
@@ -67,14 +68,14 @@ class FoldConstants(Pass):
         return True
 
     def _fold(self, editor: Editor, node: onnx_ir.Node) -> bool:
+        target = node.outputs[0]
+        if target.is_graph_output():
+            return False
         array = self._value_of(node, editor.opset)
         if array is None or array.nbytes > self.limit:
             return False
-        target = node.outputs[0]
         if target.dtype is not None:
             array = array.astype(target.dtype.numpy(), copy=False)
-        if target.is_graph_output():
-            return False
         name = target.name
         tensor = onnx_ir.tensor(array, name=name)
         constant = onnx_ir.Value(shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype))
@@ -224,8 +225,7 @@ def _merge_equal_sizes(editor: Editor) -> int:
     for node in list(editor.graph):
         if node.op_type not in _SIZE_ARITHMETIC or node.domain or not _is_size(node.outputs[0]):
             continue
-        attributes = tuple(sorted((name, str(item.value)) for name, item in node.attributes.items()))
-        key = (node.op_type, attributes, tuple(id(value) for value in node.inputs))
+        key = (node.op_type, attributes_key(node), tuple(id(value) for value in node.inputs))
         kept = first.setdefault(key, node)
         if kept is not node:
             node.outputs[0].replace_all_uses_with(kept.outputs[0])

@@ -12,6 +12,7 @@ from passopt.ir.errors import PassError
 from passopt.ir.shapes import complete_types
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.sharding.materialize import Materializer
+from passopt.passes.sharding.padding import check_padding
 from passopt.passes.sharding.plan import ShardPlan, plan_of
 from passopt.passes.sharding.rules import propagate
 
@@ -45,6 +46,8 @@ class Shard(Pass):
         state = propagate(model)
         plan = plan_of(state)
         self._check(plan)
+        if plan.blockers(self.degree):
+            check_padding(state, self.degree)
         done = Materializer(state, self.degree, Editor(model, self.name)).run()
         note = f"{len(done.sharded)} tensors sharded, {done.all_reduces} AllReduce, {done.all_gathers} AllGather"
         return PassResult(modified=True, matches=len(done.sharded), tries=len(model.graph), notes=[note])

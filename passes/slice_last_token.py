@@ -69,8 +69,15 @@ def _other_operand(path: Sequence[onnx_ir.Node]) -> str | None:
         if node.op_type == "Slice" and _selects_positions(node):
             return f"{node.name} picks positions of the logits"
         for value in node.inputs:
-            if value is not None and value is not before.outputs[0] and constant_tensor(value) is None:
-                return f"{node.op_type} {node.name!r} after the head reads {value.name}, which has a value per position"
+            if value is None or value is before.outputs[0]:
+                continue
+            where = f"{node.op_type} {node.name!r} after the head reads {value.name}"
+            tensor = constant_tensor(value)
+            if tensor is None:
+                return f"{where}, which has a value per position"
+            dims = list(tensor.shape.numpy())
+            if len(dims) > 3 or (len(dims) > 1 and dims[-2] != 1):
+                return f"{where} of shape {dims}, expected [vocab] or one position: [1, vocab], [batch, 1, vocab]"
     return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
+from passopt.ir.attributes import attributes_key
 from passopt.ir.builder import Builder, Built
 from passopt.ir.contract import ATTENTION_MASK, DEGREE, INPUT_IDS, KV_HEADS, LOGITS, POSITION_IDS
 from passopt.ir.errors import ModelError
@@ -258,17 +259,6 @@ def _declared(value: onnx_ir.Value) -> tuple[str, list[int | str | None]]:
     return value.name or "", [dim if isinstance(dim, int) else dim.value for dim in value.shape.dims]
 
 
-def _attributes(node: onnx_ir.Node) -> list[tuple[str, object]]:
-    return sorted((name, _content(attribute)) for name, attribute in node.attributes.items())
-
-
-def _content(attribute: onnx_ir.Attr) -> object:
-    if attribute.type != onnx_ir.AttributeType.TENSOR:
-        return attribute.value
-    tensor = attribute.as_tensor()
-    return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
-
-
 def _alike(
     node: onnx_ir.Node,
     inputs: Sequence[onnx_ir.Value | None],
@@ -276,7 +266,7 @@ def _alike(
     first_inputs: Sequence[onnx_ir.Value | None],
 ) -> bool:
     """Whether a rank's node gives what rank 0's gives. Ranks hold equal shares, so shapes are equal always."""
-    if _attributes(node) != _attributes(first):
+    if attributes_key(node) != attributes_key(first):
         return False
     is_shape = node.op_type == "Shape" and not node.domain
     return is_shape or all(x is y for x, y in zip(inputs, first_inputs, strict=True))

@@ -103,12 +103,19 @@ def selects_along(node: onnx_ir.Node, index: int, axis: int) -> bool:
 def _slices_all(node: onnx_ir.Node, axis: int, axes: Sequence[int] | None) -> bool:
     position = axes.index(axis) if axes is not None else axis
     starts, ends = small_constant(node.inputs[1]), small_constant(node.inputs[2])
-    if starts is None or ends is None:
+    if starts is None or ends is None or not _steps_by_one(node):
         return False
     length = (dimensions(node.inputs[0]) or [])[axis]  # type: ignore[arg-type]
     end = int(ends.reshape(-1)[position])
     whole = end == 2**63 - 1 or (isinstance(length, int) and end >= length)
     return int(starts.reshape(-1)[position]) == 0 and whole
+
+
+def _steps_by_one(node: onnx_ir.Node) -> bool:
+    if len(node.inputs) < 5 or node.inputs[4] is None:
+        return True
+    steps = small_constant(node.inputs[4])
+    return steps is not None and bool((steps == 1).all())
 
 
 def _permutation(node: onnx_ir.Node) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.builder import MICROSOFT, Builder
-from passopt.ir.contract import DEGREE, KV_HEADS, find_decoder
+from passopt.ir.contract import DEGREE, KV_HEADS
 from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
 from passopt.ir.expressions import SCALE_OF_ZEROS, Expression, Literal, QuantizeScales
@@ -54,7 +54,7 @@ class Materializer:
         for value, masked in self.state.masked.items():
             self._all_reduce(value, masked)
         for value, layout in outputs:
-            if isinstance(layout, Sharded) and not (value.name or "").startswith("present."):
+            if isinstance(layout, Sharded) and not self.state.is_cache_output(value):
                 self._all_gather(value, layout)
         self._record()
         kinds = collections.Counter(node.op_type for node in self.editor.graph if COLLECTIVE in node.metadata_props)
@@ -190,10 +190,13 @@ class Materializer:
         """(mask, local index) of the token ids for this rank's rows."""
         rows = padded_units(units, self.degree) // self.degree
         builder = self.editor.builder(f"{ids.name}.local")
-        starts = Literal.of(np.arange(self.degree, dtype=np.int64) * rows).shard(0, self.degree)
+        # Ids may be int32, and operators want both sides alike.
+        kind = (ids.dtype or onnx_ir.DataType.INT64).numpy()
+        zero, end = builder.literal(np.zeros((), kind)), builder.literal(np.array(rows, kind))
+        starts = Literal.of((np.arange(self.degree) * rows).astype(kind)).shard(0, self.degree)
         local = builder.Sub(ids, builder.initializer("vocab.start", starts))
-        owned = builder.And(builder.GreaterOrEqual(local, 0), builder.Less(local, rows))
-        index = builder.Where(owned, local, 0)
+        owned = builder.And(builder.GreaterOrEqual(local, zero), builder.Less(local, end))
+        index = builder.Where(owned, local, zero)
         self.editor.insert(builder.built, node, [node])
         return owned, index
 
@@ -221,14 +224,13 @@ class Materializer:
                 index += 1
         metadata = self.editor.model.metadata_props
         metadata[DEGREE] = str(self.degree)
-        decoder = find_decoder(self.editor.model)
         heads = [
             spec.units
             for value, spec in self.state.specs.items()
             if (value.name or "").startswith("past.")
             if isinstance(spec, Sharded)
         ]
-        if decoder is not None and heads:
+        if self.state.decoder is not None and heads:
             metadata[KV_HEADS] = str(heads[0])
 
 

@@ -7,7 +7,7 @@ import onnx_ir
 from passopt.passes.sharding.axes import products, rank_of
 from passopt.passes.sharding.columns import column_layout
 from passopt.passes.sharding.propagate import Conflict, Propagation, is_weight_side
-from passopt.passes.sharding.spec import ONE, REPLICATED, LocalDims, Product, Replicated, Sharded, Spec
+from passopt.passes.sharding.spec import REPLICATED, LocalDims, Product, Replicated, Sharded, Spec
 
 
 def matmul_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
@@ -26,6 +26,8 @@ def _linear(state: Propagation, node: onnx_ir.Node, data: Spec) -> Spec:
     last = rank_of(node.inputs[0]) - 1
     if isinstance(data, Sharded):
         if data.axis != last:
+            # Also not along the contraction, which the data has whole; no axis is alike.
+            state.demand_whole(node, 1, data.at(-1))
             return data
         state.demand(node, 1, data.at(0))
         state.reduce(node.outputs[0])
@@ -52,6 +54,8 @@ def _seed(state: Propagation, node: onnx_ir.Node) -> Sharded | None:
 def _product(state: Propagation, node: onnx_ir.Node, left: Spec, right: Spec) -> Spec:
     """Two computed operands, such as scores and values."""
     rank = rank_of(node.outputs[0])
+    if min(rank_of(value) for value in node.inputs) < 2:
+        raise Conflict(f"expected operands of at least two axes, found {left} and {right}, one of them a vector")
     for spec, index in ((left, 0), (right, 1)):
         if not isinstance(spec, Sharded):
             continue
@@ -66,15 +70,15 @@ def _product(state: Propagation, node: onnx_ir.Node, left: Spec, right: Spec) ->
             state.demand(node, 1 - index, spec.at(other - 2 if index == 0 else other - 1))
             state.reduce(node.outputs[0])
             return REPLICATED
+        if not isinstance((left, right)[1 - index], Replicated):
+            raise Conflict(f"its result would be sharded along two axes: it multiplies {left} with {right}")
         return spec.at(rank - 2 if index == 0 else rank - 1)
     return REPLICATED
 
 
 def _demand_batch(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    for index, value in enumerate(node.inputs):
-        axis = wanted.axis - rank_of(node.outputs[0]) + rank_of(value)
-        if axis >= 0 and products(value)[axis] != ONE:
-            state.demand(node, index, wanted.at(axis))
+    for index in range(len(node.inputs)):
+        state.demand_broadcast(node, index, wanted)
 
 
 def matmul_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:

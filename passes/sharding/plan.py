@@ -66,6 +66,6 @@ def plan_of(state: Propagation) -> ShardPlan:
     weights = [name for name, value in state.model.graph.initializers.items() if is_constant(value)]
     replicated = tuple(name for name in weights if name not in tensors)
     outputs = [value for value in state.model.graph.outputs if isinstance(state.specs.get(value), Sharded)]
-    gathers = sum(not (value.name or "").startswith("present.") for value in outputs)
+    gathers = sum(not state.is_cache_output(value) for value in outputs)
     described = tuple((name, str(spec)) for name, spec in tensors.items())
     return ShardPlan(groups, described, replicated, len(state.partial) + len(state.masked), gathers)

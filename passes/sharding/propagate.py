@@ -51,6 +51,7 @@ class Propagation:
 
     def __init__(self, model: onnx_ir.Model, forward: Forward, backward: Backward) -> None:
         self.model = model
+        self.decoder = find_decoder(model)
         self._forward = forward
         self._backward = backward
         self.specs: dict[onnx_ir.Value, Spec] = {}
@@ -104,9 +105,34 @@ class Propagation:
         self._set(value, wanted)
         self._enqueue(self._order[producer])
 
+    def demand_broadcast(self, node: onnx_ir.Node, index: int, wanted: Sharded) -> None:
+        """Input `index` must be sharded as the output is, `wanted`; one that broadcasts along the axis, whole."""
+        value = node.inputs[index]
+        if value is None:
+            return
+        axis = wanted.axis - rank_of(node.outputs[0]) + rank_of(value)
+        if axis >= 0 and products(value)[axis] != ONE:
+            self.demand(node, index, wanted.at(axis))
+        else:
+            self.demand_whole(node, index, wanted.at(axis))
+
+    def demand_whole(self, node: onnx_ir.Node, index: int, alike: Sharded) -> None:
+        """Every rank needs all of input `index`, unless it is a single unit sharded `alike`. Raises Conflict."""
+        found = self.spec(node, index)
+        if not isinstance(found, Replicated) and found != alike:
+            value = node.inputs[index]
+            name = value.name if value is not None else "an absent input"
+            raise Conflict(f"{name} meets what is {alike}, so it must be replicated, but it is {found}")
+
     def shrink_target(self, node: onnx_ir.Node, position: int, spec: Sharded) -> None:
-        """Element `position` of the target shape (input 1) must become the length of one rank."""
-        self.targets[Use(node, 1)] = (position, spec)
+        """Element `position` of the target shape (input 1) must become the length of one rank. Raises Conflict."""
+        known = self.targets.setdefault(Use(node, 1), (position, spec))
+        if known != (position, spec):
+            raise Conflict(f"its target is shrunk for {known[1]} already, but must be for {spec}")
+
+    def is_cache_output(self, value: onnx_ir.Value) -> bool:
+        """True for what the caller feeds back as `past.*`: it stays on its rank."""
+        return (value.name or "").startswith("present.")
 
     def reduce(self, value: onnx_ir.Value) -> None:
         """The value is a partial sum on every rank: an AllReduce follows, and users see it replicated."""
@@ -135,13 +161,20 @@ class Propagation:
                 self.resolve_mask(value)
             if isinstance(spec, LocalDims):
                 raise PassError(f"graph output {value.name!r} is {spec}")
+            if self.is_cache_output(value):
+                self._check_cache_output(value, spec)
+
+    def _check_cache_output(self, value: onnx_ir.Value, spec: Spec) -> None:
+        """It is not gathered, so it must be what the past is; a graph without a past has nothing to leave local."""
+        expected = Sharded(1, ONE, self.decoder.kv_heads) if self.decoder is not None else REPLICATED
+        if spec != expected:
+            raise PassError(f"graph output {value.name!r}: expected it to be {expected}, as its past is, found {spec}")
 
     def _seed_inputs(self) -> None:
         """The cache is sharded by kv heads, as the contract says; the operators that read it check that."""
-        decoder = find_decoder(self.model)
         for value in self.model.graph.inputs:
-            is_cache = decoder is not None and (value.name or "").startswith("past.")
-            heads = decoder.kv_heads if decoder is not None else 0
+            is_cache = self.decoder is not None and (value.name or "").startswith("past.")
+            heads = self.decoder.kv_heads if self.decoder is not None else 0
             self.specs[value] = Sharded(1, ONE, heads) if is_cache else REPLICATED
 
     def _demand_constant(self, node: onnx_ir.Node, index: int, value: onnx_ir.Value, wanted: Sharded) -> None:

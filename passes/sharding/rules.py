@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 import onnx_ir
 
-from passopt.ir.shapes import ConstantElement, DimOf, elements
+from passopt.ir.contract import INPUT_IDS
+from passopt.ir.shapes import ConstantElement, elements
 from passopt.ir.weights import small_constant
 from passopt.passes.sharding.axes import (
     ELEMENTWISE,
@@ -24,13 +25,19 @@ from passopt.passes.sharding.axes import (
     selects_along,
     source_axis,
 )
+from passopt.passes.sharding.captures import check_captures
+from passopt.passes.sharding.lengths import READS_LOCAL_DIMS, SHAPE_ARITHMETIC, local_dims, sharded_by_target
 from passopt.passes.sharding.matmul import matmul_backward, matmul_forward
 from passopt.passes.sharding.propagate import Backward, Conflict, Propagation, is_constant
-from passopt.passes.sharding.spec import ONE, REPLICATED, LocalDims, Replicated, Sharded, Spec, VocabMasked
+from passopt.passes.sharding.spec import ONE, REPLICATED, LocalDims, Product, Replicated, Sharded, Spec, VocabMasked
 
 Rule: TypeAlias = Callable[[Propagation, onnx_ir.Node], "Spec | list[Spec]"]
 
-_SHAPE_ARITHMETIC = frozenset({"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"})
+#: Dtypes of embedding tables, whose rows survive a sum over ranks.
+_CODES = frozenset({onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8})
+_FLOATS = frozenset(
+    {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.DOUBLE}
+)
 _PASSES_MASKED_ROWS = frozenset({"Cast", "Unsqueeze", "Mul"})
 _REDUCTIONS = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceProd", "ArgMax"}
@@ -39,7 +46,9 @@ _REDUCTIONS = frozenset(
 
 def propagate(model: onnx_ir.Model) -> Propagation:
     """How every value of the model lies on the ranks. Raises PassError naming a node without a consistent spec."""
-    return Propagation(model, shard_forward, shard_backward).run()
+    state = Propagation(model, shard_forward, shard_backward).run()
+    check_captures(state)
+    return state
 
 
 def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
@@ -49,13 +58,15 @@ def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
         specs = _settle_masked_rows(state, node, specs)
         if any(isinstance(spec, VocabMasked) for spec in specs):
             return [next(spec for spec in specs if isinstance(spec, VocabMasked))] * len(node.outputs)
-    if any(isinstance(spec, LocalDims) for spec in specs) and node.op_type in _SHAPE_ARITHMETIC - {"Reshape"}:
-        return [_local_dims(state, node)]
+    if any(isinstance(spec, LocalDims) for spec in specs) and node.op_type in SHAPE_ARITHMETIC - {"Reshape"}:
+        return [local_dims(state, node)]
     rule = _FORWARD.get(node.op_type) if not node.domain else None
     if rule is None or (node.op_type not in _SEEDING and all(isinstance(spec, Replicated) for spec in specs)):
         if all(isinstance(spec, Replicated) for spec in specs):
             return [REPLICATED] * len(node.outputs)
         raise Conflict(f"no sharding rule for this operator; its inputs are {', '.join(map(str, specs))}")
+    if any(isinstance(spec, LocalDims) for spec in specs) and node.op_type not in READS_LOCAL_DIMS:
+        raise Conflict("computes with the length of a sharded axis")
     found = rule(state, node)
     return found if isinstance(found, list) else [found] * len(node.outputs)
 
@@ -73,7 +84,8 @@ def _settle_masked_rows(state: Propagation, node: onnx_ir.Node, specs: Sequence[
     computed = [
         spec for spec, value in zip(specs, node.inputs, strict=True) if value is not None and not is_constant(value)
     ]
-    if node.op_type in _PASSES_MASKED_ROWS and all(spec == computed[0] for spec in computed):
+    keeps = node.op_type in _PASSES_MASKED_ROWS and (node.op_type != "Cast" or node.outputs[0].dtype in _FLOATS)
+    if keeps and all(spec == computed[0] for spec in computed):
         return list(specs)
     settled = list(specs)
     for index, (value, spec) in enumerate(zip(node.inputs, specs, strict=True)):
@@ -81,20 +93,6 @@ def _settle_masked_rows(state: Propagation, node: onnx_ir.Node, specs: Sequence[
             state.resolve_mask(value)
             settled[index] = REPLICATED
     return settled
-
-
-def _local_dims(state: Propagation, node: onnx_ir.Node) -> Spec:
-    """Which elements of a computed shape vector are lengths of one rank."""
-    found = elements(node.outputs[0])
-    if found is None:
-        raise Conflict("computes with the length of a sharded axis in a way that cannot be followed")
-    positions = set()
-    for position, item in enumerate(found):
-        if isinstance(item, DimOf):
-            spec = state.specs.get(item.value, REPLICATED)
-            if isinstance(spec, Sharded) and spec.axis == item.axis:
-                positions.add(position)
-    return LocalDims(frozenset(positions)) if positions else REPLICATED
 
 
 def _one_sharded(specs: Sequence[Spec]) -> Sharded | None:
@@ -128,13 +126,8 @@ def _elementwise(state: Propagation, node: onnx_ir.Node) -> Spec:
 def _demand_of_all(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
     """Inputs that have the sharded axis (and do not broadcast along it) must be sharded alike."""
     count = 1 if node.op_type == "CastLike" else len(node.inputs)
-    for index, value in enumerate(node.inputs[:count]):
-        if value is None:
-            continue
-        axis = wanted.axis - rank_of(node.outputs[0]) + rank_of(value)
-        if axis < 0 or products(value)[axis] == ONE:
-            continue
-        state.demand(node, index, wanted.at(axis))
+    for index in range(count):
+        state.demand_broadcast(node, index, wanted)
 
 
 def _moving(state: Propagation, node: onnx_ir.Node) -> Spec:
@@ -148,6 +141,14 @@ def _moving(state: Propagation, node: onnx_ir.Node) -> Spec:
     if axis is None:
         raise Conflict(f"axis {spec.axis}, which is {spec}, does not survive this operator")
     return spec.at(axis)
+
+
+def _squeeze(state: Propagation, node: onnx_ir.Node) -> Spec:
+    spec = state.spec(node, 0)
+    written = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
+    if isinstance(spec, Sharded) and not written and products(node.inputs[0])[spec.axis] == Product(spec.units):
+        raise Conflict(f"expected axes, found none: one rank may hold a single element of axis {spec.axis}")
+    return _moving(state, node)
 
 
 def _moving_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
@@ -177,7 +178,7 @@ def _gather(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 def _table(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> Spec:
     """A look-up in a constant: token embeddings are split by rows, anything else (rotary tables) is replicated."""
-    if node not in state.tables and not _is_embedding(node, table):
+    if node not in state.tables and not _is_embedding(state, node, table):
         return _moving(state, node)
     rows = products(table)[0]
     assert rows is not None
@@ -186,17 +187,24 @@ def _table(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> Spec
     assert ids is not None
     spec = VocabMasked(rows.number, ids.name or "")
     state.tables[node] = spec
-    if rank_of(table) == 1 or table.dtype in {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8}:
+    if rank_of(table) == 1 or table.dtype in _CODES:
         return spec  # codes and scales meet in a product before anything else needs their rows
     state.masked[node.outputs[0]] = spec
     return REPLICATED
 
 
-def _is_embedding(node: onnx_ir.Node, table: onnx_ir.Value) -> bool:
-    """Rows looked up by the token ids, which come from a graph input as they are."""
+def _is_embedding(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> bool:
+    """Rows looked up by the token ids, which come from a graph input as they are.
+
+    Only a decoder promises what its ids are called; elsewhere any input may hold them.
+    """
     ids = node.inputs[1]
     by_rows = attribute_axis(node, 0, rank_of(table)) == 0
-    return by_rows and ids is not None and ids.is_graph_input() and rank_of(table) in {1, 2}
+    if not by_rows or ids is None or not ids.is_graph_input() or table.dtype not in _CODES | _FLOATS:
+        return False
+    if ids.name == INPUT_IDS:
+        return rank_of(table) in {1, 2}
+    return state.decoder is None and rank_of(table) == 2
 
 
 def _concat(state: Propagation, node: onnx_ir.Node) -> Spec:
@@ -233,7 +241,7 @@ def _reshape(state: Propagation, node: onnx_ir.Node) -> Spec:
     if not isinstance(spec, Sharded):
         if isinstance(target, LocalDims):
             raise Conflict("gives a replicated value the length of a sharded axis")
-        return _local_dims(state, node) if isinstance(spec, LocalDims) else REPLICATED
+        return local_dims(state, node) if isinstance(spec, LocalDims) else REPLICATED
     before, after = products(node.inputs[0]), products(node.outputs[0])
     found = reshaped_axis(before, after, spec.axis, spec.segments, spec.units)
     if found is None:
@@ -271,7 +279,13 @@ def _fit_target(state: Propagation, node: onnx_ir.Node, result: Sharded, target:
 
 def _expand(state: Propagation, node: onnx_ir.Node) -> Spec:
     spec = state.spec(node, 0)
+    if isinstance(spec, LocalDims):
+        raise Conflict("repeats the length of a sharded axis")
     if not isinstance(spec, Sharded):
+        local = sharded_by_target(state, node)
+        if local is not None:
+            state.demand_broadcast(node, 0, local)
+            return local
         known = state.specs.get(node.outputs[0], REPLICATED)
         return known if isinstance(known, Sharded) else REPLICATED
     result = spec.at(spec.axis + rank_of(node.outputs[0]) - rank_of(node.inputs[0]))
@@ -280,9 +294,7 @@ def _expand(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def _expand_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    axis = wanted.axis - rank_of(node.outputs[0]) + rank_of(node.inputs[0])
-    if axis >= 0 and products(node.inputs[0])[axis] != ONE:
-        state.demand(node, 0, wanted.at(axis))
+    state.demand_broadcast(node, 0, wanted)
     _expand_target(state, node, wanted)
 
 
@@ -291,9 +303,18 @@ def _expand_target(state: Propagation, node: onnx_ir.Node, result: Sharded) -> N
     if found is None:
         raise Conflict("the target shape cannot be followed")
     position -= rank_of(node.outputs[0]) - len(found)
-    item = found[position] if position >= 0 else None
-    if isinstance(item, ConstantElement) and item.number != 1:
-        state.shrink_target(node, position, result)
+    target = state.spec(node, 1)
+    if isinstance(target, LocalDims) and target.positions != {position}:
+        raise Conflict(f"the target is {target}, the sharded axis is {result.axis}")
+    if position < 0:
+        return
+    item = found[position]
+    if isinstance(item, ConstantElement):
+        if item.number != 1:
+            state.shrink_target(node, position, result)
+        return
+    if not isinstance(target, LocalDims):
+        raise Conflict(f"the length of axis {result.axis} is computed, and not from a sharded axis")
 
 
 def _reduction(state: Propagation, node: onnx_ir.Node) -> Spec:
@@ -315,10 +336,6 @@ def _reduction_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded)
     state.demand(node, 0, wanted)
 
 
-def _shape(state: Propagation, node: onnx_ir.Node) -> Spec:
-    return _local_dims(state, node)
-
-
 def _dequantize(state: Propagation, node: onnx_ir.Node) -> Spec:
     spec = state.spec(node, 0)
     if isinstance(spec, Sharded):
@@ -328,6 +345,11 @@ def _dequantize(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
     """A shard along the channels splits the scales as well; one along a row leaves them whole."""
+    block = node.attributes.get("block_size")
+    if block is not None and block.as_int():
+        raise Conflict(
+            f"expected one scale per channel or tensor, found blocks of {block.as_int()}; cannot be {wanted}"
+        )
     state.demand(node, 0, wanted)
     channel = attribute_axis(node, 1, rank_of(node.inputs[0]))
     for index in range(1, len(node.inputs)):
@@ -340,14 +362,15 @@ _SEEDING = frozenset({"MatMul", "Gather"})
 _FORWARD: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_REDUCTIONS, _reduction),
-    **dict.fromkeys(("Transpose", "Unsqueeze", "Squeeze", "Slice"), _moving),
+    **dict.fromkeys(("Transpose", "Unsqueeze", "Slice"), _moving),
+    "Squeeze": _squeeze,
     "Softmax": _softmax,
     "Gather": _gather,
     "Concat": _concat,
     "Split": _split,
     "Reshape": _reshape,
     "Expand": _expand,
-    "Shape": _shape,
+    "Shape": local_dims,
     "MatMul": matmul_forward,
     "DequantizeLinear": _dequantize,
 }

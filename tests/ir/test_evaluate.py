@@ -69,6 +69,12 @@ def test_literal(stored):
     assert np.array_equal(evaluated(Literal.of(array)), array)
 
 
+def test_fill_is_one_number_everywhere():
+    filled = ex.Fill(DataType.BFLOAT16, (6, 4), -1.5)
+    assert evaluated(filled).astype(float).tolist() == [[-1.5] * 4] * 6
+    assert evaluated(filled.slice(0, 1, 3).pad(1, 6)).astype(float).tolist() == [[-1.5] * 4 + [0] * 2] * 2
+
+
 def test_slice_split_and_concat(stored):
     array = weight()
     source = stored(array)
@@ -184,6 +190,14 @@ def test_a_scale_that_rounds_down_too_far_is_the_next_number():
     codes, scales = (evaluated(part) for part in Literal.of(row).quantize(0))
     assert scales.astype(np.float64) / tiny == [2]
     assert codes.tolist() == [[95, 0]]
+
+
+def test_a_code_of_minus_128_is_clamped():
+    """255 subnormals by a scale of two: halfway between 127 and 128, which rounds to the even one."""
+    tiny = float(ml_dtypes.finfo(np.float16).smallest_subnormal)
+    codes, scales = (evaluated(part) for part in Literal.of(np.array([[-255 * tiny, 0]], np.float16)).quantize(0))
+    assert scales.astype(np.float64) / tiny == [2]
+    assert codes.tolist() == [[-127, 0]]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -14,6 +14,7 @@ from passopt.ir.expressions import (
     Concat,
     DataType,
     Expression,
+    Fill,
     Literal,
     NormalizeRows,
     Pad,
@@ -59,6 +60,7 @@ def facts(expression):
         (W.shard(1, 2, 5), Shard, DataType.FLOAT16, (6, 5)),
         (concat([W, source(4, 10)], 0), Concat, DataType.FLOAT16, (10, 10)),
         (Literal.of(np.zeros((3, 2), np.int64)), Literal, DataType.INT64, (3, 2)),
+        (Fill(DataType.FLOAT16, (9,), 0.0).shard(0, 3), Shard, DataType.FLOAT16, (3,)),
     ],
 )
 def test_dtype_and_shape_are_known_without_reading(expression, kind, dtype, shape):
@@ -174,6 +176,9 @@ def test_different_values_have_different_digests():
         Literal.of(np.ones(3)),
         Literal.of(np.zeros(3, np.float32)),
         Literal.of(np.zeros((3, 1))),
+        Fill(DataType.DOUBLE, (3,), 0.0),
+        Fill(DataType.DOUBLE, (3,), 1.0),
+        Fill(DataType.DOUBLE, (4,), 1.0),
     ]
     assert len({value.digest() for value in values}) == len(values)
 

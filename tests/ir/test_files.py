@@ -101,6 +101,34 @@ def test_references_come_back_with_their_expressions(tmp_path, model):
         assert equal(numbers(second, rank), numbers(first, rank))
 
 
+@pytest.mark.parametrize(
+    ("given", "opset", "written"),
+    [(3, 9, 10), (9, 21, 10), (10, 21, 10), (12, 21, 10), (14, 21, 10), (10, 23, 11), (14, 23, 11), (10, 25, 13)],
+)
+def test_the_ir_version_is_what_the_opset_needs(tmp_path, model, given, opset, written):
+    """Whatever the model came with: runtimes refuse files of a later version than theirs."""
+    model.ir_version = given
+    model.graph.opset_imports[""] = opset
+    save(model, tmp_path / "out")
+    (tmp_path / "reference").mkdir()
+    save_reference(model, tmp_path / "reference")
+    for folder in ("out", "reference"):
+        assert onnx.load(tmp_path / folder / MODEL_NAME, load_external_data=False).ir_version == written
+    assert model.ir_version == given
+
+
+def test_an_opset_beyond_the_newest_ir_version_is_written_with_it(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(onnx.helper, "find_min_ir_version_for", lambda *_, **__: 14)
+    save(model, tmp_path / "out")
+    assert onnx.load(tmp_path / "out" / MODEL_NAME, load_external_data=False).ir_version == 13
+
+
+def test_graph_outputs_without_a_shape_are_completed(tmp_path, model):
+    model.graph.outputs[0].shape = None
+    save(model, tmp_path / "out")
+    assert str(load_model(tmp_path / "out").graph.outputs[0].shape) == "[batch,20]"
+
+
 def test_saving_leaves_the_model_as_it_was(tmp_path, model):
     before = {name: value.const_value for name, value in model.graph.initializers.items()}
     save(model, tmp_path / "out")

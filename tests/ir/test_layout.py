@@ -70,6 +70,13 @@ def test_data_and_every_tensor_start_at_multiples_of_64(tmp_path):
         assert data[layout.offsets[name] :][: array.nbytes] == array.tobytes()
 
 
+def test_sizes_that_need_padding_come_last():
+    layout = plan_layout({name: Literal.of(array) for name, array in arrays().items()})
+    padded = [arrays()[name].nbytes % 64 != 0 for name in layout.offsets]
+    assert padded == sorted(padded)
+    assert sum(name.startswith("__padding.") for name in json.loads(layout.header[8:])) == sum(padded)
+
+
 def test_there_are_no_holes(tmp_path):
     path = tmp_path / "w.safetensors"
     layout, _, _ = written(path, arrays())

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError
 from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType, Literal, concat
+from passopt.ir.expressions import DataType, Fill, Literal, concat
 from passopt.ir.plan import read_plan, write_plan
 from passopt.ir.sources import safetensors_sources
 
@@ -33,6 +33,7 @@ def test_every_expression_comes_back_equal(tmp_path, source):
     weights = {
         "source": source,
         "literal": Literal.of(np.array([[1.5, -2]], np.float16)),
+        "fill": Fill(DataType.FLOAT16, (9,), -0.5),
         "scalar": Literal.of(np.array(3)),
         "slice": source.slice(1, 2, 5),
         "concat": concat([source, source.slice(0, 0, 1)], 0),

@@ -6,8 +6,16 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.shapes import ConstantElement, DimOf, complete_types, dimensions, elements, merged_shapes
-from passopt.ir.text import parse_model
+from passopt.ir.shapes import (
+    ConstantElement,
+    DimOf,
+    complete_outputs,
+    complete_types,
+    dimensions,
+    elements,
+    merged_shapes,
+)
+from passopt.ir.text import parse_model, print_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "local" : 1]>\n'
 
@@ -95,6 +103,28 @@ def test_what_a_model_states_is_kept():
     complete_types(model)
     assert str(model.graph[0].outputs[0].shape) == "[mine,6]"
     assert str(model.graph.outputs[0].shape) == "[n,6]"
+
+
+UNSTATED = "g (float[batch,6] x) => (float[] y, float[] z) { a = Relu(x) y = Neg(a) z = Exp(y) }"
+
+
+def test_graph_outputs_are_completed_where_a_model_is_read():
+    model = parse_model(HEADER + UNSTATED)
+    assert [str(value.shape) for value in model.graph.outputs] == ["[batch,6]", "[batch,6]"]
+    assert print_model(parse_model(print_model(model))) == print_model(model)
+
+
+def test_completing_types_for_a_pass_leaves_the_text_alone():
+    model = parse_model(HEADER + UNSTATED)
+    for value in (*model.graph.outputs, *model.graph[0].outputs):
+        value.shape = None
+    before = print_model(model)
+    complete_types(model)
+    assert print_model(model) == before
+    assert [value.shape for value in model.graph.outputs] == [None, None]
+    assert str(model.graph[0].outputs[0].shape) == "[batch,6]"
+    complete_outputs(model)
+    assert str(model.graph.outputs[1].shape) == "[batch,6]"
 
 
 def test_operators_that_nobody_knows_are_passed_over():

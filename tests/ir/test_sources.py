@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -77,10 +78,17 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, content, message):
         ({"w": 3}, "does not describe tensors"),
         ({"w": {"dtype": "F32"}}, "does not describe tensors"),
         (entry(dtype=["F32"]), "does not describe tensors"),
-        (entry(shape=("2",)), "does not describe tensors"),
+        (entry(shape=("2",)), r"tensor 'w': shape \['2'\], expected a list of whole numbers, none negative"),
+        (entry(shape=(2.0,)), r"tensor 'w': shape \[2\.0\], expected a list"),
+        (entry(shape=(0.5, 4)), r"tensor 'w': shape \[0\.5, 4\], expected a list"),
+        (entry(shape=(True, 2)), r"tensor 'w': shape \[True, 2\], expected a list"),
+        ({"w": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}}, "tensor 'w': shape '2', expected a list"),
+        (entry(offsets=(0.0, 8.0)), r"tensor 'w': data_offsets \[0\.0, 8\.0\], expected a list"),
+        (entry(offsets=("0", "8")), r"tensor 'w': data_offsets \['0', '8'\], expected a list"),
+        (entry(offsets=(0,)), "does not describe tensors"),
         (entry(dtype="F8_E4M3"), "'w' has dtype F8_E4M3, which is not supported"),
         (entry(offsets=(0, 12)), "'w' takes bytes 0 to 12, its shape 8"),
-        (entry(offsets=(-8, 0)), "'w' takes bytes -8 to 0"),
+        (entry(offsets=(-8, 0)), r"'w': data_offsets \[-8, 0\], expected .* none negative"),
         (entry(shape=(-1, -2)), "'w': shape"),
         (entry(shape=(20,), offsets=(0, 80)), "truncated: tensor 'w' ends at byte"),
     ],
@@ -200,6 +208,57 @@ def test_only_tensor_classes_are_known(tmp_path, module):
 def test_a_damaged_pickle_is_refused(tmp_path, content):
     with pytest.raises(ModelError, match="does not describe tensors|expected a state dict"):
         torch_sources(archive(tmp_path / "w.bin", content))
+
+
+class Described:
+    """A tensor of six floats as torch pickles it, with anything for its place, shape and strides."""
+
+    def __init__(self, start: object, shape: object, stride: object) -> None:
+        self.arguments = (start, shape, stride)
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (Storage(), *self.arguments, False, None)
+
+
+class Storage:
+    pass
+
+
+class TensorPickler(pickle.Pickler):
+    def persistent_id(self, item):
+        return ("storage", torch.FloatStorage, "0", "cpu", 6) if isinstance(item, Storage) else None
+
+
+def described(path: Path, start: object = 0, shape: object = (2, 3), stride: object = (3, 1)) -> Path:
+    stream = io.BytesIO()
+    TensorPickler(stream, protocol=2).dump({"w": Described(start, shape, stride)})
+    return archive(path, stream.getvalue(), **{"data/0": np.arange(6, dtype=np.float32).tobytes()})
+
+
+def test_a_described_tensor_is_read(tmp_path):
+    assert read(torch_sources(described(tmp_path / "w.bin"))["w"]).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"start": -1, "shape": (2,), "stride": (1,)}, r"'w': first element \[-1\], expected a list"),
+        ({"start": "0"}, r"'w': first element \['0'\], expected a list"),
+        ({"start": 0.5}, r"'w': first element \[0\.5\], expected a list"),
+        ({"shape": ("2", 3)}, r"'w': shape \('2', 3\), expected a list"),
+        ({"shape": "23"}, "'w': shape '23', expected a list"),
+        ({"shape": 6}, "'w': shape 6, expected a list"),
+        ({"shape": (2.0, 3)}, r"'w': shape \(2\.0, 3\), expected a list"),
+        ({"shape": (True, 6)}, r"'w': shape \(True, 6\), expected a list"),
+        ({"shape": (-2, -3)}, r"'w': shape \(-2, -3\), expected a list"),
+        ({"stride": (1,)}, r"'w': 1 strides \(1,\) for shape \(2, 3\)"),
+        ({"stride": (6, 3, 1)}, r"'w': 3 strides \(6, 3, 1\) for shape \(2, 3\)"),
+        ({"stride": (3.0, 1)}, r"'w': strides \(3\.0, 1\), expected a list"),
+    ],
+)
+def test_a_described_tensor_that_makes_no_sense_is_refused(tmp_path, fields, message):
+    with pytest.raises(ModelError, match=message):
+        torch_sources(described(tmp_path / "w.bin", **fields))
 
 
 def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path):

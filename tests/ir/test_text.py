@@ -132,8 +132,11 @@ def test_what_is_no_text_of_a_model_is_refused(text, message):
         parse_model(text)
 
 
-def layers(count, *, permuted=None, kind=None, order=None, source=None):
-    """`count` layers of nine nodes with a cache each; they form a chain, or all start from the value `source`."""
+def layers(count, *, permuted=None, kind=None, order=None, source=None, peek=None):
+    """`count` layers of nine nodes with a cache each; they form a chain, or all start from the value `source`.
+
+    From the second layer on, the Sigmoid reads `peek(index)` instead of the layer's own cache.
+    """
     cache = "".join(f', float[batch,3] "past.{index}.key"' for index in range(count))
     present = "".join(f', float[batch,3] "present.{index}.key"' for index in range(count))
     lines = ["x0 = Relu(x)"]
@@ -146,7 +149,7 @@ def layers(count, *, permuted=None, kind=None, order=None, source=None):
             f"d{index} = Add(c{index}, x{index})",
             f'e{index} = MatMul(d{index}, "model.layers.{index}.v")',
             f'"present.{index}.key" = Add(e{index}, "past.{index}.key")',
-            f'f{index} = Sigmoid("present.{index}.key")',
+            f'f{index} = Sigmoid("{peek(index) if peek and index else f"present.{index}.key"}")',
             f"g{index} = Tanh(f{index})",
             f"x{index + 1} = Add(g{index}, x{index})",
         ]
@@ -200,6 +203,28 @@ def test_layers_whose_weights_are_exchanged_are_not_folded():
     assert folded(layers(3, order=exchanged)) == []
 
 
+def test_layers_that_differ_inside_a_tensor_attribute_are_not_folded():
+    """2,000 numbers, of which one in the middle differs: their text would not tell."""
+
+    def text(odd):
+        model = layers(3)
+        for index, node in enumerate(node for node in list(model.graph) if node.op_type == "Sigmoid"):
+            numbers = np.ones(2000, np.float32)
+            numbers[1000] = 1 if index != odd else -1
+            constant = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(numbers)}, name=f"constant{index}")
+            constant.outputs[0].name = f"k{index}"
+            least = onnx_ir.node("ReduceMin", [constant.outputs[0]], {"keepdims": 0}, name=f"least{index}")
+            least.outputs[0].name = f"m{index}"
+            total = onnx_ir.node("Add", [node.inputs[0], least.outputs[0]], name=f"total{index}")
+            total.outputs[0].name = f"t{index}"
+            node.replace_input_with(0, total.outputs[0])
+            model.graph.insert_before(node, [constant, least, total])
+        return folded(model)
+
+    assert text(None)[-1] == "   # × 3"
+    assert text(1) == []
+
+
 def test_a_layer_with_another_operator_is_not_folded():
     assert folded(layers(3, kind="Abs")) == []
 
@@ -216,9 +241,27 @@ def test_different_models_have_different_folded_texts():
             layers(3, order={"model.layers.2.w": "model.layers.2.v"}),
             layers(3, source="x0"),
             layers(3, source="x"),
+            layers(3, peek=lambda _: "present.0.key"),
+            layers(3, peek=lambda index: f"d{index}"),
+            layers(3, peek=lambda index: f"d{index - 1}"),
+            layers(3, peek=lambda index: f"x{min(index, 1)}"),
         )
     }
-    assert len(texts) == 8
+    assert len(texts) == 12
+
+
+@pytest.mark.parametrize(
+    "peek",
+    [
+        lambda _: "present.0.key",
+        lambda index: f"present.{index - 1}.key",
+        lambda index: f"d{index}",
+        lambda index: f"d{index - 1}",
+    ],
+)
+def test_layers_that_are_wired_differently_are_not_folded_with_the_first(peek):
+    text = print_model(layers(3, peek=peek))
+    assert all(f'"model.layers.{index}.w"' in text for index in (0, 1))
 
 
 def test_canonical_names_do_not_depend_on_the_exporter():

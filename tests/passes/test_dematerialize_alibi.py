@@ -29,14 +29,18 @@ def alibi(slopes=None, length=LENGTH, masked=-np.inf, kind=np.float32):
     return mask.astype(kind)
 
 
-def graph(mask, body=ROWS_FIRST, output="scores = Softmax<axis=-1>(bias)", outputs="scores"):
-    """Rows past … past+seq of the mask, as an exporter writes them: bounds are Reshapes of scalars."""
+def graph(mask, body=ROWS_FIRST, output="scores = Softmax<axis=-1>(bias)", outputs="scores", constants=""):
+    """Rows past … past+seq of the mask, as an exporter writes them: bounds are Reshapes of scalar lengths."""
     kind = {np.dtype(np.float32): "float", np.dtype(np.float16): "float16"}.get(mask.dtype, "int64")
     model = parse_model(
         f"""<ir_version: 10, opset_import: ["" : 21]>
-        g (int64 first, int64 last, {kind}[1] x) => ({kind}[{mask.shape[0]},seq,total] {outputs})
-        <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] flat = {{-1}}> {{
+        g (float[past] cache, float[total] attended) => ({kind}[{mask.shape[0]},seq,total] {outputs})
+        <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] flat = {{-1}}{constants}> {{
+            cached = Shape(cache)
+            first = Squeeze(cached)
             start = Reshape(first, flat)
+            all = Shape(attended)
+            last = Squeeze(all)
             stop = Reshape(last, flat)
             width = Identity(stop)
             {body}
@@ -55,7 +59,7 @@ def graph(mask, body=ROWS_FIRST, output="scores = Softmax<axis=-1>(bias)", outpu
 
 
 def checked(model, first=4, last=9, **settings):
-    feeds = {"first": np.array(first), "last": np.array(last)}
+    feeds = {"cache": np.zeros(first, np.float32), "attended": np.zeros(last, np.float32)}
     return check(DematerializeAlibi(), model, feeds=feeds, **settings)
 
 
@@ -171,6 +175,41 @@ def test_declines_integers():
     assert declined(graph(np.zeros((3, 11, 11), np.int64), output="scores = Neg(bias)")) == (
         "mask is INT64[3, 11, 11], not floating [heads, n, n]"
     )
+
+
+#: Ends of an axis as exporters write them, and positions counted from its end, before its start and beyond its end.
+POSITIONS = """, int64[1] big = {9223372036854775807}, int64[1] least = {-9223372036854775807},
+    int64[1] back = {-3}, int64[1] six = {6}, int64[1] far = {99}"""
+
+
+@pytest.mark.parametrize("width", ["width", "big", "far", "back"])
+@pytest.mark.parametrize("stop", ["stop", "big", "back", "six"])
+@pytest.mark.parametrize("start", ["start", "zero", "back", "least", "far"])
+def test_constant_bounds_are_counted_and_clamped_as_slice_does(start, stop, width):
+    body = f"rows = Slice(mask, {start}, {stop}, one, one) bias = Slice(rows, zero, {width}, two, one)"
+    replaced(graph(alibi(), body, output="", outputs="bias", constants=POSITIONS))
+
+
+def test_a_sum_of_lengths_is_a_length():
+    body = "both = Add(start, stop) " + ROWS_FIRST.replace("stop", "both").replace("width", "both")
+    replaced(graph(alibi(), body), first=2, last=5)
+
+
+@pytest.mark.parametrize(
+    "bound",
+    ["bad = Neg(start)", "bad = Sub(start, stop)", "bad = Add(start, flat)", "bad = Mul(start, stop)"]
+    + ["both = Concat<axis=0>(start, stop) bad = ReduceMax(both)", "s = Shape(mask) bad = Slice(s, one, two, zero)"],
+)
+@pytest.mark.parametrize("place", ["start", "stop", "width"])
+def test_declines_a_bound_that_need_not_be_a_length(place, bound):
+    model = graph(alibi(), f"{bound} " + ROWS_FIRST.replace(place, "bad"))
+    assert declined(model) == "the bound bad of the slice is neither a constant nor the length of a graph input"
+
+
+def test_declines_a_bound_that_is_no_length():
+    """Slice counts a negative bound from the end, Range does not."""
+    model = graph(alibi(), "k = ReduceSum(attended) f = Cast<to=7>(k) " + ROWS_FIRST.replace("start", "f"))
+    assert declined(model) == "the bound f of the slice is neither a constant nor the length of a graph input"
 
 
 def test_declines_a_single_position():

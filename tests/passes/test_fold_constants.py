@@ -11,7 +11,7 @@ from passopt.ir.text import print_model
 from passopt.ir.weights import LazyWeight, small_constant
 from passopt.passes import fold_constants
 from passopt.passes.fold_constants import FoldConstants
-from passopt.testing.checking import check
+from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 
@@ -231,3 +231,20 @@ def test_a_constant_that_is_only_used_in_a_subgraph():
     operators, constants, _ = folded(text, feeds={"c": np.array(True)})
     assert operators == ["If"]
     assert constants["n"].tolist() == [-1, -2]
+
+
+def test_equal_sizes_are_merged_only_if_every_attribute_is_equal():
+    body = "g (float[a,b,3] x) => (float[a,3] y, float[b,3] z, float[a,3] w) <int64[1] three = {3}, float o = {1}> {"
+    for name, axis in (("y", 0), ("z", 1), ("w", 0)):
+        body += f" s{name} = Shape<start={axis}, end={axis + 1}>(x) t{name} = Concat<axis=0>(s{name}, three)"
+        body += f" {name} = Expand(o, t{name})"
+    operators, _, _ = folded(body + " }")
+    assert (operators.count("Shape"), operators.count("Concat"), operators.count("Expand")) == (2, 2, 3)
+
+
+def test_an_output_without_a_shape_is_left_without_one():
+    """Its shape is part of the text: looking at it must not change it."""
+    model = read_model(HEADER + "g (float[2] x) => (float[] y) <float o = {1}, int64[1] n = {3}> { y = Expand(o, n) }")
+    model.graph.outputs[0].shape = None
+    assert not FoldConstants().run(model).modified
+    assert model.graph.outputs[0].shape is None

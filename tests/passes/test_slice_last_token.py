@@ -120,6 +120,36 @@ def test_declines_an_operand_with_a_value_per_position():
     assert declined(text).endswith("after the head reads r, which has a value per position")
 
 
+@pytest.mark.parametrize("dims", [[3, 5], [1, 3, 5], [2, 3, 5], [3, 1], [1, 1, 1, 5]])
+def test_declines_a_constant_with_a_value_per_position(dims):
+    kind = f"float[{','.join(map(str, dims))}]"
+    text = HEAD.replace("batch,seq", "2,3").replace("float[5] b = {1, 2, 3, 4, 5}", f"{kind} b = random")
+    text = text.replace("(float[2,3,5] logits)", "(float[] logits)")
+    assert declined(text).endswith(
+        f"after the head reads b of shape {dims}, expected [vocab] or one position: [1, vocab], [batch, 1, vocab]"
+    )
+
+
+@pytest.mark.parametrize("dims", [[1, 5], [1, 1, 5], [2, 1, 5], [1, 1], [2, 1, 1]])
+def test_a_constant_of_one_position_stays(dims):
+    kind = f"float[{','.join(map(str, dims))}]"
+    text = HEAD.replace("batch,", "2,").replace("float[5] b = {1, 2, 3, 4, 5}", f"{kind} b = random")
+    before, after = sliced(text, {"seq": 4})
+    assert np.allclose(after["logits"], before["logits"][:, -1:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("stated", ["float[batch,seq,5]", "float[]"])
+def test_a_graph_that_is_declined_is_left_as_it_is(stated):
+    """Also where its output says less than could be inferred."""
+    text = HEADER + HEAD.replace("float[batch,seq,5] logits", f"{stated} logits").replace("Add(m, b)", "Relu(m)")
+    _, result = check(SliceLastToken(), text)
+    model = read_model(text)
+    model.graph.outputs[0].shape = onnx_ir.Shape([None, None, 5])
+    _, again = check(SliceLastToken(), model)
+    assert not result.modified
+    assert not again.modified
+
+
 def test_declines_a_slice_of_positions():
     text = HEAD.replace("logits = Add(m, b)", "[cut] logits = Slice(m, zero, three, axis)")
     text = text.replace(

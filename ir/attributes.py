@@ -1,0 +1,41 @@
+"""What an attribute holds, as a key: equal keys mean that two nodes differ in nothing but their inputs."""
+
+from __future__ import annotations
+
+import hashlib
+
+import onnx_ir
+
+_Type = onnx_ir.AttributeType
+
+
+def attributes_key(node: onnx_ir.Node) -> tuple[object, ...]:
+    """A hashable key of all attributes of a node. Tensors count by every byte, subgraphs are equal to nothing."""
+    return tuple(sorted(((name, _content(item)) for name, item in node.attributes.items()), key=lambda pair: pair[0]))
+
+
+def _content(attribute: onnx_ir.Attr) -> object:
+    if attribute.is_ref():
+        return attribute.type, attribute.ref_attr_name
+    if attribute.type == _Type.TENSOR:
+        return _tensor(attribute.value)
+    if attribute.type == _Type.TENSORS:
+        return tuple(_tensor(tensor) for tensor in attribute.value)
+    if attribute.type == _Type.FLOAT:
+        return attribute.type, repr(attribute.as_float())  # 0.0 == -0.0, but 1/x of them differs
+    if attribute.type == _Type.FLOATS:
+        return attribute.type, repr(list(attribute.as_floats()))
+    if attribute.type in {_Type.INT, _Type.STRING}:
+        return attribute.type, attribute.value
+    if attribute.type in {_Type.INTS, _Type.STRINGS}:
+        return attribute.type, tuple(attribute.value)
+    return object()
+
+
+def _tensor(tensor: onnx_ir.TensorProtocol) -> tuple[object, ...]:
+    """A digest of the bytes: the text of a long array leaves out its middle."""
+    if tensor.dtype == onnx_ir.DataType.STRING:
+        content: object = tuple(tensor.numpy().reshape(-1).tolist())
+    else:
+        content = hashlib.blake2b(tensor.tobytes(), digest_size=16).digest()
+    return tensor.dtype, tuple(tensor.shape.numpy()), content

@@ -1,0 +1,185 @@
+"""Whether zeros added to weights stay harmless: a padded channel may only meet a contraction as finite times zero.
+
+Followed forward over a finished propagation: what the padded part of each sharded value is. It mixes with true
+elements in contractions only; gathered outputs cut it off, so elsewhere even NaN does no harm.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import onnx_ir
+
+from passopt.ir.errors import PassError
+from passopt.ir.expressions import QuantizeScales
+from passopt.ir.weights import expression_of, small_constant
+from passopt.passes.sharding.propagate import Propagation, describe, is_constant, is_weight_side
+from passopt.passes.sharding.spec import Sharded
+
+
+class Padded(enum.IntEnum):
+    """What the padded part holds, from the best to the worst."""
+
+    ZERO = 0
+    FINITE = 1
+    UNKNOWN = 2
+
+
+#: Zero becomes zero, finite stays finite.
+_KEEP = frozenset(
+    {"Transpose", "Reshape", "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Gather"}
+    | {"Neg", "Abs", "Relu", "LeakyRelu", "Elu", "Tanh", "Erf", "Gelu", "Swish", "HardSwish", "Floor", "Ceil", "Round"}
+    | {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Sin"}
+)
+#: Finite for finite inputs, but not zero for zero.
+_BOUNDED = frozenset(
+    {"Sigmoid", "Cos", "Softplus", "Softmax", "Clip", "ArgMax", "And", "Or", "Xor", "Not", "Equal", "Greater", "Less"}
+    | {"GreaterOrEqual", "LessOrEqual", "IsNaN"}
+)
+#: Zero only if all inputs are: one that is replicated puts its own elements next to the padding.
+_JOINING = frozenset({"Add", "Sub", "Max", "Min", "Sum", "Where", "Concat"})
+_PRODUCTS = frozenset({"Mul", "MatMul"})
+#: What squares, or grows faster, may overflow; of zero it is zero, or one.
+_OF_ZERO = {
+    "Sqrt": Padded.ZERO,
+    "ReduceL2": Padded.ZERO,
+    "ReduceSumSquare": Padded.ZERO,
+    "ReduceProd": Padded.FINITE,
+    "Exp": Padded.FINITE,
+}
+
+
+def check_padding(state: Propagation, degree: int) -> None:
+    """Raises PassError that names the contraction whose sum padding with zeros could change."""
+    PaddingCheck(state, degree).run()
+
+
+class PaddingCheck:
+    def __init__(self, state: Propagation, degree: int) -> None:
+        self.state = state
+        self.degree = degree
+        self._padded: dict[onnx_ir.Value, Padded] = {}
+        self._origin: dict[onnx_ir.Value, onnx_ir.Node] = {}
+        # Padded scales are not zero, wherever else the same constant is used.
+        self._scales = {
+            use.node.inputs[use.index]
+            for use in state.constant_uses
+            if use.node.op_type == "DequantizeLinear" and use.index == 1
+        }
+
+    def run(self) -> None:
+        for node in self.state.model.graph:
+            if any(value in self.state.partial for value in node.outputs):
+                self._check_contraction(node)
+            for value in node.outputs:
+                if self._is_padded(self.state.specs.get(value)):
+                    self._padded[value] = self._follow(node, value)
+
+    def _is_padded(self, spec: object) -> bool:
+        return isinstance(spec, Sharded) and spec.units % self.degree != 0
+
+    def _input(self, node: onnx_ir.Node, index: int) -> Padded | None:
+        """What input `index` holds in its padded part; None if it is replicated or needs no padding."""
+        value = node.inputs[index]
+        if value is None or not self._is_padded(self.state.spec(node, index)):
+            return None
+        if not is_constant(value):
+            # A padded head of the cache holds what the graph computed for it before.
+            return self._padded.get(value, Padded.FINITE)
+        is_scale = value in self._scales or isinstance(expression_of(value), QuantizeScales)
+        return Padded.FINITE if is_scale else Padded.ZERO
+
+    def _follow(self, node: onnx_ir.Node, value: onnx_ir.Value) -> Padded:
+        inputs = [self._input(node, index) for index in range(len(node.inputs))]
+        known = [item for item in inputs if item is not None]
+        found = Padded.UNKNOWN if Padded.UNKNOWN in known else self._outcome(node, inputs, known)
+        if found is Padded.UNKNOWN:
+            sources = [self._origin[item] for item in node.inputs if item in self._origin]
+            self._origin[value] = sources[0] if sources else node
+        return found
+
+    def _outcome(self, node: onnx_ir.Node, inputs: list[Padded | None], known: list[Padded]) -> Padded:
+        """The padded part of the outputs, where that of no input is unknown."""
+        kind = node.op_type
+        special = _SPECIAL.get(kind)
+        if special is not None:
+            return special(node, inputs)
+        if kind == "Expand" or kind in _BOUNDED:
+            return known[0] if kind == "Expand" and known else Padded.FINITE
+        if not known:
+            return Padded.UNKNOWN
+        if kind in _KEEP:
+            return max(known)
+        if kind in _PRODUCTS:
+            return min(known)
+        if kind in _JOINING:
+            data = inputs[1:] if kind == "Where" else inputs
+            return Padded.ZERO if all(item is Padded.ZERO for item in data) else Padded.FINITE
+        if kind in _OF_ZERO and max(known) is Padded.ZERO:
+            return _OF_ZERO[kind]
+        return Padded.UNKNOWN
+
+    def _check_contraction(self, node: onnx_ir.Node) -> None:
+        """A sum over padded channels is right if each of them adds a finite number times a weight of zero."""
+        sides = [self._input(node, 0), self._input(node, 1)]
+        if sides == [None, None]:
+            return
+        weights = [index for index in (0, 1) if is_weight_side(node.inputs[index])]
+        if not weights:
+            raise PassError(
+                f"{describe(node)}: cannot be padded: expected a weight on one side of the padded axis, found the "
+                f"activations {_names(node)}; choose a degree that divides the units"
+            )
+        weight = weights[-1]
+        for index in (0, 1):
+            expected = Padded.ZERO if index == weight else Padded.FINITE
+            found = sides[index]
+            if found is not None and found > expected:
+                raise PassError(self._reason(node, index, expected, found))
+
+    def _reason(self, node: onnx_ir.Node, index: int, expected: Padded, found: Padded) -> str:
+        value = node.inputs[index]
+        assert value is not None
+        origin = self._origin.get(value) or value.producer()
+        made = f", made by {describe(origin)}" if origin is not None else ""
+        return (
+            f"{describe(node)}: cannot be padded: expected the padding of {value.name} to be {expected.name.lower()}, "
+            f"found {found.name.lower()}{made}; choose a degree that divides the units"
+        )
+
+
+def _names(node: onnx_ir.Node) -> str:
+    return " and ".join(str(value.name) for value in node.inputs if value is not None)
+
+
+def _dequantized(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
+    """Codes of zero are zeros unless there is a zero point."""
+    has_zero_point = len(node.inputs) > 2 and node.inputs[2] is not None
+    return inputs[0] if inputs[0] is not None and not has_zero_point else Padded.FINITE
+
+
+def _quotient(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
+    """A divisor that all channels share is as harmless for padded ones as for true ones, unless it is a zero."""
+    top, bottom = inputs
+    divisor = node.inputs[1]
+    if top is None or bottom is not None or divisor is None:
+        return Padded.UNKNOWN
+    if is_constant(divisor):
+        number = small_constant(divisor)
+        return top if number is not None and bool((number != 0).all()) else Padded.UNKNOWN
+    return top
+
+
+def _power(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
+    """Zero to a positive power."""
+    exponent = small_constant(node.inputs[1])
+    positive = inputs[1] is None and exponent is not None and bool((exponent > 0).all())
+    return Padded.ZERO if positive and inputs[0] is Padded.ZERO else Padded.UNKNOWN
+
+
+_SPECIAL: dict[str, Callable[[onnx_ir.Node, list[Padded | None]], Padded]] = {
+    "DequantizeLinear": _dequantized,
+    "Div": _quotient,
+    "Pow": _power,
+}
