@@ -10,10 +10,8 @@ import onnx_ir
 from passopt.frontends.baichuan2 import COMPUTED_SUFFIXES
 from passopt.frontends.checkpoint import Checkpoint
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import DataType, Source
+from passopt.ir.expressions import FLOATS, DataType, Source
 from passopt.ir.weights import LazyWeight
-
-_FLOATS = {DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16, DataType.DOUBLE}
 
 
 def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
@@ -30,7 +28,7 @@ def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
             raise ModelError(
                 f"{where}: weight {name!r} has shape {list(source.shape)}, by config.json it is {list(shape)}"
             )
-        if source.dtype not in _FLOATS:
+        if source.dtype not in FLOATS:
             raise ModelError(
                 f"{where}: weight {name!r} is {source.dtype.name}; export starts from floating point weights, "
                 f"quantise with a pass afterwards"

@@ -18,6 +18,8 @@ LOGITS = "logits"
 DEGREE = "passopt.degree"
 #: Model metadata: the number of kv heads before sharding, without padding.
 KV_HEADS = "passopt.kv_heads"
+#: Node metadata: the place of a collective in the order in which every rank runs them.
+COLLECTIVE = "passopt.collective"
 #: Model metadata: what export's self-check measured, or "skipped".
 SELF_CHECK = "passopt.self_check"
 

@@ -62,8 +62,8 @@ def _elements_of(node: onnx_ir.Node) -> list[Element] | None:
     if node.op_type == "Shape":
         if source is None or source.shape is None:
             return None
-        rank = len(source.shape)
-        start, end = _bound(node, "start", 0, rank), _bound(node, "end", rank, rank)
+        ndim = len(source.shape)
+        start, end = _bound(node, "start", 0, ndim), _bound(node, "end", ndim, ndim)
         return [DimOf(source, axis) for axis in range(start, end)]
     if node.op_type in {"Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"}:
         return elements(source)
@@ -78,10 +78,10 @@ def _elements_of(node: onnx_ir.Node) -> list[Element] | None:
     return None
 
 
-def _bound(node: onnx_ir.Node, name: str, default: int, rank: int) -> int:
+def _bound(node: onnx_ir.Node, name: str, default: int, ndim: int) -> int:
     attribute = node.attributes.get(name)
     position = attribute.as_int() if attribute is not None else default
-    return max(0, min(rank, position + rank if position < 0 else position))
+    return max(0, min(ndim, position + ndim if position < 0 else position))
 
 
 def _gathered(node: onnx_ir.Node) -> list[Element] | None:

@@ -16,7 +16,8 @@ from passopt.passes.base import Decline, PassResult
 from passopt.passes.head import is_head
 from passopt.passes.rewriting import RewritePass
 
-_FLOATS = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}
+#: What DequantizeLinear takes as scales; a double weight stays as it is.
+_SCALE_DTYPES = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}
 _OPSET_OF_HALF_SCALES = 19
 
 
@@ -75,7 +76,7 @@ class QuantizeWeights(RewritePass):
         return op.Gather(op.weight(w), ids, axis=0)
 
     def rewrite_looked_up(self, op: Any, w: Any, ids: Any) -> Any:
-        if w.dtype not in _FLOATS or len(w.shape) != 2:
+        if w.dtype not in _SCALE_DTYPES or len(w.shape) != 2:
             raise Decline(f"{w.name} is not a floating matrix")
         if not self.embedding:
             raise Decline(f"{w.name} is an embedding; int8{{embedding=true}} includes it")
@@ -86,7 +87,7 @@ class QuantizeWeights(RewritePass):
 
     def _linear_weight(self, op: Any, w: Any, operand: onnx_ir.Value) -> Expression:
         """The weight if all users of `operand` are linears that this pass includes; declines otherwise."""
-        if w.dtype not in _FLOATS or len(w.shape) != 2:
+        if w.dtype not in _SCALE_DTYPES or len(w.shape) != 2:
             raise Decline(f"{w.name} is not a floating matrix")
         if operand.is_graph_output():
             raise Decline(f"{w.name} is a graph output")

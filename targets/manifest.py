@@ -16,13 +16,11 @@ import blake3
 import onnx_ir
 
 from passopt.ir.builder import MICROSOFT
-from passopt.ir.contract import degree_of
+from passopt.ir.contract import COLLECTIVE, degree_of
 from passopt.ir.errors import ModelError, VerifyError
 from passopt.ir.weights import LazyWeight
 
 MANIFEST_NAME = "manifest.json"
-#: Node metadata: the place of a collective in the schedule, from 0.
-COLLECTIVE = "passopt.collective"
 COLLECTIVE_OPS = ("AllReduce", "AllGather")
 #: Stands for a digest wherever only its length matters.
 NO_DIGEST = "0" * 64

@@ -19,34 +19,34 @@ ELEMENTWISE = frozenset(
 )
 
 
-def rank_of(value: onnx_ir.Value | None) -> int:
+def ndim_of(value: onnx_ir.Value | None) -> int:
     """The number of axes. Raises ValueError if it is unknown."""
     if value is None or value.shape is None:
         raise ValueError(f"the shape of {value.name if value is not None else 'an absent input'} is unknown")
     return len(value.shape)
 
 
-def constant_axes(node: onnx_ir.Node, position: int, rank: int) -> list[int] | None:
+def constant_axes(node: onnx_ir.Node, position: int, ndim: int) -> list[int] | None:
     """Axes given as input `position` or as the attribute `axes`, counted from the front; None if not given."""
     attribute = node.attributes.get("axes")
     if attribute is not None:
-        return [int(axis) % rank for axis in attribute.value]
+        return [int(axis) % ndim for axis in attribute.value]
     if len(node.inputs) <= position or node.inputs[position] is None:
         return None
     array = small_constant(node.inputs[position])
     if array is None:
         raise ValueError(f"the axes of {node.op_type} are not constant")
-    return [int(axis) % rank for axis in array.reshape(-1)]
+    return [int(axis) % ndim for axis in array.reshape(-1)]
 
 
-def attribute_axis(node: onnx_ir.Node, default: int, rank: int) -> int:
+def attribute_axis(node: onnx_ir.Node, default: int, ndim: int) -> int:
     attribute = node.attributes.get("axis")
-    return (attribute.as_int() if attribute is not None else default) % rank
+    return (attribute.as_int() if attribute is not None else default) % ndim
 
 
 def squeezed_axes(node: onnx_ir.Node) -> list[int]:
-    rank = rank_of(node.inputs[0])
-    axes = constant_axes(node, 1, rank)
+    ndim = ndim_of(node.inputs[0])
+    axes = constant_axes(node, 1, ndim)
     return axes if axes is not None else [i for i, dim in enumerate(dimensions(node.inputs[0]) or []) if dim == 1]  # type: ignore[arg-type]
 
 
@@ -54,26 +54,26 @@ def moved_axis(node: onnx_ir.Node, index: int, axis: int) -> int | None:
     """The output axis that input `index`'s `axis` becomes, where every element keeps its place along it; else None."""
     kind = node.op_type
     if kind in ELEMENTWISE:
-        return axis + rank_of(node.outputs[0]) - rank_of(node.inputs[index])
+        return axis + ndim_of(node.outputs[0]) - ndim_of(node.inputs[index])
     if index != 0:
-        return axis if kind == "Concat" and attribute_axis(node, 0, rank_of(node.inputs[0])) != axis else None
+        return axis if kind == "Concat" and attribute_axis(node, 0, ndim_of(node.inputs[0])) != axis else None
     if kind == "Concat":
-        return None if attribute_axis(node, 0, rank_of(node.inputs[0])) == axis else axis
+        return None if attribute_axis(node, 0, ndim_of(node.inputs[0])) == axis else axis
     if kind == "Transpose":
         return _permutation(node).index(axis)
     if kind == "Unsqueeze":
-        added = constant_axes(node, 1, rank_of(node.outputs[0])) or []
-        return [position for position in range(rank_of(node.outputs[0])) if position not in added][axis]
+        added = constant_axes(node, 1, ndim_of(node.outputs[0])) or []
+        return [position for position in range(ndim_of(node.outputs[0])) if position not in added][axis]
     if kind == "Squeeze":
         removed = squeezed_axes(node)
         return None if axis in removed else axis - sum(gone < axis for gone in removed)
     if kind == "Expand":
-        return axis + rank_of(node.outputs[0]) - rank_of(node.inputs[0])
+        return axis + ndim_of(node.outputs[0]) - ndim_of(node.inputs[0])
     if kind == "Gather":
-        along = attribute_axis(node, 0, rank_of(node.inputs[0]))
+        along = attribute_axis(node, 0, ndim_of(node.inputs[0]))
         if axis == along:
             return None
-        return axis if axis < along else axis - 1 + rank_of(node.inputs[1])
+        return axis if axis < along else axis - 1 + ndim_of(node.inputs[1])
     if kind in {"Slice", "Split", "Softmax"}:
         return axis
     return None
@@ -81,7 +81,7 @@ def moved_axis(node: onnx_ir.Node, index: int, axis: int) -> int | None:
 
 def source_axis(node: onnx_ir.Node, index: int, axis: int) -> int | None:
     """The inverse of `moved_axis`: the axis of input `index` that becomes output `axis`; None if it has none."""
-    for candidate in range(rank_of(node.inputs[index])):
+    for candidate in range(ndim_of(node.inputs[index])):
         if moved_axis(node, index, candidate) == axis:
             return candidate
     return None
@@ -91,12 +91,12 @@ def selects_along(node: onnx_ir.Node, index: int, axis: int) -> bool:
     """True if the operator picks elements along this axis of its data input, so that it cannot be sharded whole."""
     if index != 0:
         return False
-    rank = rank_of(node.inputs[0])
+    ndim = ndim_of(node.inputs[0])
     if node.op_type in {"Gather", "Split"}:
-        return attribute_axis(node, 0, rank) == axis
+        return attribute_axis(node, 0, ndim) == axis
     if node.op_type == "Slice":
-        axes = constant_axes(node, 3, rank)
-        return axis in (axes if axes is not None else range(rank)) and not _slices_all(node, axis, axes)
+        axes = constant_axes(node, 3, ndim)
+        return axis in (axes if axes is not None else range(ndim)) and not _slices_all(node, axis, axes)
     return False
 
 
@@ -122,7 +122,7 @@ def _permutation(node: onnx_ir.Node) -> list[int]:
     attribute = node.attributes.get("perm")
     if attribute is not None:
         return [int(axis) for axis in attribute.value]
-    return list(reversed(range(rank_of(node.inputs[0]))))
+    return list(reversed(range(ndim_of(node.inputs[0]))))
 
 
 def products(value: onnx_ir.Value | None) -> list[Product | None]:

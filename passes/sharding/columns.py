@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import onnx_ir
 
 from passopt.ir.weights import small_constant
-from passopt.passes.sharding.axes import moved_axis, products, rank_of, selects_along
+from passopt.passes.sharding.axes import moved_axis, products, selects_along
 
 _FURTHEST = 24
 
@@ -128,8 +128,3 @@ def _split_widths(node: onnx_ir.Node, length: int) -> list[int]:
         return [int(size) for size in sizes.reshape(-1)]
     count = len(node.outputs)
     return [length // count] * count
-
-
-def output_axis(node: onnx_ir.Node) -> int:
-    """The last axis of a linear's output."""
-    return rank_of(node.outputs[0]) - 1

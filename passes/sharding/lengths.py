@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir
 
 from passopt.ir.shapes import DimOf, elements
-from passopt.passes.sharding.axes import rank_of
+from passopt.passes.sharding.axes import ndim_of
 from passopt.passes.sharding.propagate import Conflict, Propagation
 from passopt.passes.sharding.spec import REPLICATED, LocalDims, Sharded, Spec
 
@@ -19,7 +19,7 @@ def local_dims(state: Propagation, node: onnx_ir.Node) -> Spec:
     """Which elements of a computed shape vector are lengths of one rank."""
     found = elements(node.outputs[0])
     local = [index for index in range(len(node.inputs)) if isinstance(state.spec(node, index), LocalDims)]
-    if found is None or (local and (None in found or rank_of(node.outputs[0]) > 1)):
+    if found is None or (local and (None in found or ndim_of(node.outputs[0]) > 1)):
         raise Conflict("computes with the length of a sharded axis in a way that cannot be followed")
     # A cast back from floats or truth values may have changed the number.
     if any(value is not None and value.dtype not in _INTEGERS for value in (node.inputs[index] for index in local)):
@@ -45,4 +45,4 @@ def sharded_by_target(state: Propagation, node: onnx_ir.Node) -> Sharded | None:
     assert isinstance(item, DimOf)
     spec = state.specs[item.value]
     assert isinstance(spec, Sharded)
-    return spec.at(position + rank_of(node.outputs[0]) - len(found))
+    return spec.at(position + ndim_of(node.outputs[0]) - len(found))

@@ -10,18 +10,16 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.builder import MICROSOFT, Builder
-from passopt.ir.contract import DEGREE, KV_HEADS
+from passopt.ir.contract import COLLECTIVE, DEGREE, KV_HEADS
 from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
 from passopt.ir.expressions import SCALE_OF_ZEROS, Expression, Literal, QuantizeScales
 from passopt.ir.shapes import ConstantElement, elements
 from passopt.ir.weights import LazyWeight, expression_of, small_constant
-from passopt.passes.sharding.axes import rank_of
+from passopt.passes.sharding.axes import ndim_of
 from passopt.passes.sharding.propagate import Propagation, Use, describe
 from passopt.passes.sharding.spec import Sharded, VocabMasked, local_length, padded_units
 
-#: Node metadata: the place of a collective in the order in which every rank runs them.
-COLLECTIVE = "passopt.collective"
 _REDUCIBLE = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.DOUBLE}
 
 
@@ -173,7 +171,7 @@ class Materializer:
     def _masked_rows(self, builder: Builder, value: onnx_ir.Value, masked: VocabMasked) -> Any:
         """Zero where another rank owns the token; the sum over ranks then has each row once."""
         owned, _ = self._owned[masked]
-        for _ in range(rank_of(value) - rank_of(owned)):
+        for _ in range(ndim_of(value) - ndim_of(owned)):
             owned = builder.Unsqueeze(owned, [-1])
         assert value.dtype is not None
         return builder.Where(owned, value, builder.literal(np.zeros((), value.dtype.numpy())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir
 
-from passopt.passes.sharding.axes import products, rank_of
+from passopt.passes.sharding.axes import ndim_of, products
 from passopt.passes.sharding.columns import column_layout
 from passopt.passes.sharding.propagate import Conflict, Propagation, is_weight_side
 from passopt.passes.sharding.spec import REPLICATED, LocalDims, Product, Replicated, Sharded, Spec
@@ -14,7 +14,7 @@ def matmul_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
     left, right = state.spec(node, 0), state.spec(node, 1)
     if isinstance(left, LocalDims) or isinstance(right, LocalDims):
         raise Conflict("computes with the length of a sharded axis")
-    if is_weight_side(node.inputs[1]) and rank_of(node.inputs[1]) == 2:
+    if is_weight_side(node.inputs[1]) and ndim_of(node.inputs[1]) == 2:
         return _linear(state, node, left)
     if isinstance(left, Replicated) and isinstance(right, Replicated):
         return REPLICATED
@@ -23,7 +23,7 @@ def matmul_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 def _linear(state: Propagation, node: onnx_ir.Node, data: Spec) -> Spec:
     """A weight on the right, [in, out] as MatMul sees it."""
-    last = rank_of(node.inputs[0]) - 1
+    last = ndim_of(node.inputs[0]) - 1
     if isinstance(data, Sharded):
         if data.axis != last:
             # Also not along the contraction, which the data has whole; no axis is alike.
@@ -36,7 +36,7 @@ def _linear(state: Propagation, node: onnx_ir.Node, data: Spec) -> Spec:
     if seed is None:
         return REPLICATED
     state.demand(node, 1, seed)
-    return seed.at(rank_of(node.outputs[0]) - 1)
+    return seed.at(ndim_of(node.outputs[0]) - 1)
 
 
 def _seed(state: Propagation, node: onnx_ir.Node) -> Sharded | None:
@@ -46,33 +46,33 @@ def _seed(state: Propagation, node: onnx_ir.Node) -> Sharded | None:
         width = products(node.inputs[1])[1]
         if width is None or width.symbols:
             raise Conflict("the number of output channels is unknown")
-        layout = column_layout(output, rank_of(output) - 1, width.number)
+        layout = column_layout(output, ndim_of(output) - 1, width.number)
         state.seeds[node] = Sharded(1, Product(layout.segments), layout.units)
     return state.seeds[node]
 
 
 def _product(state: Propagation, node: onnx_ir.Node, left: Spec, right: Spec) -> Spec:
     """Two computed operands, such as scores and values."""
-    rank = rank_of(node.outputs[0])
-    if min(rank_of(value) for value in node.inputs) < 2:
+    ndim = ndim_of(node.outputs[0])
+    if min(ndim_of(value) for value in node.inputs) < 2:
         raise Conflict(f"expected operands of at least two axes, found {left} and {right}, one of them a vector")
     for spec, index in ((left, 0), (right, 1)):
         if not isinstance(spec, Sharded):
             continue
-        own = rank_of(node.inputs[index])
+        own = ndim_of(node.inputs[index])
         if spec.axis < own - 2:
-            result = spec.at(spec.axis + rank - own)
+            result = spec.at(spec.axis + ndim - own)
             _demand_batch(state, node, result)
             return result
         contracted = own - 1 if index == 0 else own - 2
         if spec.axis == contracted:
-            other = rank_of(node.inputs[1 - index])
+            other = ndim_of(node.inputs[1 - index])
             state.demand(node, 1 - index, spec.at(other - 2 if index == 0 else other - 1))
             state.reduce(node.outputs[0])
             return REPLICATED
         if not isinstance((left, right)[1 - index], Replicated):
             raise Conflict(f"its result would be sharded along two axes: it multiplies {left} with {right}")
-        return spec.at(rank - 2 if index == 0 else rank - 1)
+        return spec.at(ndim - 2 if index == 0 else ndim - 1)
     return REPLICATED
 
 
@@ -83,6 +83,6 @@ def _demand_batch(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> No
 
 def matmul_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
     """A sharded output is needed of operands that are replicated: possible along a batch axis only."""
-    if wanted.axis >= rank_of(node.outputs[0]) - 2:
+    if wanted.axis >= ndim_of(node.outputs[0]) - 2:
         raise Conflict(f"{node.outputs[0].name} must be {wanted}, which this MatMul does not give")
     _demand_batch(state, node, wanted)

@@ -16,7 +16,7 @@ import onnx_ir
 from passopt.ir.contract import find_decoder
 from passopt.ir.errors import PassError
 from passopt.ir.weights import constant_tensor
-from passopt.passes.sharding.axes import products, rank_of
+from passopt.passes.sharding.axes import ndim_of, products
 from passopt.passes.sharding.spec import (
     ONE,
     REPLICATED,
@@ -110,7 +110,7 @@ class Propagation:
         value = node.inputs[index]
         if value is None:
             return
-        axis = wanted.axis - rank_of(node.outputs[0]) + rank_of(value)
+        axis = wanted.axis - ndim_of(node.outputs[0]) + ndim_of(value)
         if axis >= 0 and products(value)[axis] != ONE:
             self.demand(node, index, wanted.at(axis))
         else:
@@ -237,7 +237,3 @@ def describe(node: onnx_ir.Node) -> str:
     """Operator, name and, where known, the module of the original model."""
     module = node.metadata_props.get("passopt.module")
     return f"{node.op_type} {node.name!r}" + (f" in {module}" if module else "")
-
-
-def last_axis(value: onnx_ir.Value | None) -> int:
-    return rank_of(value) - 1

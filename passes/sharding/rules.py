@@ -19,8 +19,8 @@ from passopt.passes.sharding.axes import (
     attribute_axis,
     constant_axes,
     moved_axis,
+    ndim_of,
     products,
-    rank_of,
     reshaped_axis,
     selects_along,
     source_axis,
@@ -162,7 +162,7 @@ def _moving_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) ->
 
 def _softmax(state: Propagation, node: onnx_ir.Node) -> Spec:
     spec = _moving(state, node)
-    if isinstance(spec, Sharded) and attribute_axis(node, -1, rank_of(node.inputs[0])) == spec.axis:
+    if isinstance(spec, Sharded) and attribute_axis(node, -1, ndim_of(node.inputs[0])) == spec.axis:
         raise Conflict(f"normalises over axis {spec.axis}, which is {spec}")
     return spec
 
@@ -187,7 +187,7 @@ def _table(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> Spec
     assert ids is not None
     spec = VocabMasked(rows.number, ids.name or "")
     state.tables[node] = spec
-    if rank_of(table) == 1 or table.dtype in _CODES:
+    if ndim_of(table) == 1 or table.dtype in _CODES:
         return spec  # codes and scales meet in a product before anything else needs their rows
     state.masked[node.outputs[0]] = spec
     return REPLICATED
@@ -199,12 +199,12 @@ def _is_embedding(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) 
     Only a decoder promises what its ids are called; elsewhere any input may hold them.
     """
     ids = node.inputs[1]
-    by_rows = attribute_axis(node, 0, rank_of(table)) == 0
+    by_rows = attribute_axis(node, 0, ndim_of(table)) == 0
     if not by_rows or ids is None or not ids.is_graph_input() or table.dtype not in _CODES | _FLOATS:
         return False
     if ids.name == INPUT_IDS:
-        return rank_of(table) in {1, 2}
-    return state.decoder is None and rank_of(table) == 2
+        return ndim_of(table) in {1, 2}
+    return state.decoder is None and ndim_of(table) == 2
 
 
 def _concat(state: Propagation, node: onnx_ir.Node) -> Spec:
@@ -216,7 +216,7 @@ def _concat(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def _concat_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    if attribute_axis(node, 0, rank_of(node.inputs[0])) == wanted.axis:
+    if attribute_axis(node, 0, ndim_of(node.inputs[0])) == wanted.axis:
         raise Conflict(f"joins along axis {wanted.axis}, which is {wanted}")
     for index in range(len(node.inputs)):
         state.demand(node, index, wanted)
@@ -288,7 +288,7 @@ def _expand(state: Propagation, node: onnx_ir.Node) -> Spec:
             return local
         known = state.specs.get(node.outputs[0], REPLICATED)
         return known if isinstance(known, Sharded) else REPLICATED
-    result = spec.at(spec.axis + rank_of(node.outputs[0]) - rank_of(node.inputs[0]))
+    result = spec.at(spec.axis + ndim_of(node.outputs[0]) - ndim_of(node.inputs[0]))
     _expand_target(state, node, result)
     return result
 
@@ -302,7 +302,7 @@ def _expand_target(state: Propagation, node: onnx_ir.Node, result: Sharded) -> N
     found, position = elements(node.inputs[1]), result.axis
     if found is None:
         raise Conflict("the target shape cannot be followed")
-    position -= rank_of(node.outputs[0]) - len(found)
+    position -= ndim_of(node.outputs[0]) - len(found)
     target = state.spec(node, 1)
     if isinstance(target, LocalDims) and target.positions != {position}:
         raise Conflict(f"the target is {target}, the sharded axis is {result.axis}")
@@ -321,8 +321,8 @@ def _reduction(state: Propagation, node: onnx_ir.Node) -> Spec:
     spec = _one_sharded([state.spec(node, 0)])
     if spec is None:
         return REPLICATED
-    rank = rank_of(node.inputs[0])
-    axes = constant_axes(node, 1, rank)
+    ndim = ndim_of(node.inputs[0])
+    axes = constant_axes(node, 1, ndim)
     if axes is None or spec.axis in axes:
         raise Conflict(f"reduces over axis {spec.axis}, which is {spec}")
     keeps = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
@@ -330,8 +330,8 @@ def _reduction(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def _reduction_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    axes = constant_axes(node, 1, rank_of(node.inputs[0]))
-    if axes is None or rank_of(node.outputs[0]) != rank_of(node.inputs[0]) or wanted.axis in axes:
+    axes = constant_axes(node, 1, ndim_of(node.inputs[0]))
+    if axes is None or ndim_of(node.outputs[0]) != ndim_of(node.inputs[0]) or wanted.axis in axes:
         raise Conflict(f"{node.outputs[0].name} must be {wanted}, which a reduction does not give")
     state.demand(node, 0, wanted)
 
@@ -351,9 +351,9 @@ def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded
             f"expected one scale per channel or tensor, found blocks of {block.as_int()}; cannot be {wanted}"
         )
     state.demand(node, 0, wanted)
-    channel = attribute_axis(node, 1, rank_of(node.inputs[0]))
+    channel = attribute_axis(node, 1, ndim_of(node.inputs[0]))
     for index in range(1, len(node.inputs)):
-        per_channel = node.inputs[index] is not None and rank_of(node.inputs[index]) == 1
+        per_channel = node.inputs[index] is not None and ndim_of(node.inputs[index]) == 1
         if per_channel and channel == wanted.axis:
             state.demand(node, index, wanted.at(0))
 
