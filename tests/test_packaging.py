@@ -60,7 +60,6 @@ def built(target: Path, *flags: str) -> Path:
     return wheel
 
 
-@pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="needs the package build")
 def test_the_wheel_holds_every_module_and_its_data(tmp_path):
     with zipfile.ZipFile(built(tmp_path, "--wheel")) as archive:
         names = set(archive.namelist())
