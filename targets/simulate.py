@@ -7,7 +7,7 @@ name; the rest is prefixed `rank{r}/`. Inputs and outputs are those of the unspl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import blake3
@@ -74,11 +74,6 @@ def _digest(value: onnx_ir.Value) -> str:
         for chunk in evaluator.chunks(expression):
             hasher.update(chunk.reshape(-1).view(np.uint8).data)
     return str(hasher.hexdigest())
-
-
-def _expressions(model: onnx_ir.Model) -> Iterator[ex.Expression]:
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return (tensor.expression for tensor in tensors if isinstance(tensor, LazyWeight))
 
 
 def rank_models(model: onnx_ir.Model) -> list[onnx_ir.Model]:

@@ -123,14 +123,16 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Scenar
     return found
 
 
-def read_tokens(text: str, directory: Path) -> list[int]:
-    """The text's token ids by the sentencepiece model beside the model. Raises ModelError if there is none."""
-    path = directory / TOKENIZER_NAME
-    if not path.exists():
-        raise ModelError(f"{directory}: has no {TOKENIZER_NAME}, which perplexity of a text needs")
+def read_tokens(text: str, tokenizer: Path) -> list[int]:
+    """The text's token ids by a sentencepiece model. Raises ModelError if the file is missing or is none."""
+    if not tokenizer.exists():
+        raise ModelError(f"{tokenizer}: no tokenizer; perplexity of a text needs one, name it with --tokenizer FILE")
     import sentencepiece
 
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    except (RuntimeError, OSError) as error:
+        raise ModelError(f"{tokenizer}: is not a sentencepiece model: {error}") from error
     return [int(token) for token in processor.encode(text)]
 
 

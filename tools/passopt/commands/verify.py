@@ -10,6 +10,7 @@ from passopt.ir.errors import CheckError, UsageError
 from passopt.targets.simulate import load_any
 from passopt.verification import VerifyOptions
 from passopt.verification import verify as compare
+from passopt.verification_scenarios import TOKENIZER_NAME, read_tokens
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -31,21 +32,13 @@ def verify(options: argparse.Namespace) -> int:
 
 def _tokens(options: argparse.Namespace) -> tuple[int, ...]:
     """The text as token ids, by the sentencepiece model beside the reference."""
-    import sentencepiece
-
     beside = Path(options.reference)
     folder = beside if beside.is_dir() else beside.parent
-    path = Path(options.tokenizer) if options.tokenizer else folder / "tokenizer.model"
-    if not path.exists():
-        raise UsageError(f"{path}: no tokenizer; name one with --tokenizer FILE")
+    path = Path(options.tokenizer) if options.tokenizer else folder / TOKENIZER_NAME
     try:
         text = Path(options.text).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{options.text}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{options.text}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UsageError(f"{path}: is not a sentencepiece model: {error}") from error
-    return tuple(processor.encode(text)[: options.max_tokens])
+    return tuple(read_tokens(text, path)[: options.max_tokens])
