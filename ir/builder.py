@@ -1,6 +1,7 @@
 """Build nodes whose outputs have types and shapes at once; the only way in which passes make nodes.
 
-Types and shapes come from ONNX's own inference per operator, and from the rules below for collectives.
+Types and shapes come from ONNX's own inference per operator, and from the rules below for collectives,
+caches and passopt's own functions.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from onnx import shape_inference
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.expressions import Expression
+from passopt.ir.functions import DOMAIN, grown, infer_function_types
 from passopt.ir.weights import LazyWeight, small_constant
 
 Value: TypeAlias = onnx_ir.Value
@@ -102,6 +104,9 @@ def infer_types(node: onnx_ir.Node, opset: int) -> None:
     if node.domain == MICROSOFT:
         _infer_collective(node)
         return
+    if node.domain == DOMAIN:
+        infer_function_types(node)
+        return
     if node.domain or any(value is not None and value.type is None for value in node.inputs):
         return
     types, data = {}, {}
@@ -129,6 +134,16 @@ def infer_types(node: onnx_ir.Node, opset: int) -> None:
         value.type = onnx_ir.TensorType(onnx_ir.DataType(proto.tensor_type.elem_type))
         if proto.tensor_type.HasField("shape"):
             value.shape = onnx_ir.serde.deserialize_type_proto_for_shape(proto)
+    if node.op_type == "Attention":
+        _infer_cache(node)
+
+
+def _infer_cache(node: onnx_ir.Node) -> None:
+    """ONNX's inference leaves the present keys and values of Attention without a length."""
+    for new, past, output in zip(node.inputs[1:3], node.inputs[4:6], node.outputs[1:3]):
+        if new is not None and past is not None:
+            output.type = output.type or new.type
+            output.shape = grown(past.shape, new.shape) or output.shape
 
 
 def _type_proto(value: Value) -> onnx.TypeProto:

@@ -11,6 +11,7 @@ import onnx_ir
 
 from passopt.ir.builder import Builder, Built
 from passopt.ir.errors import VerifyError
+from passopt.ir.functions import DOMAIN, local_function
 from passopt.ir.shapes import merged_shapes
 
 #: Node metadata: the passes that made a node (oldest first), the original nodes it stands for, the HF module.
@@ -60,6 +61,7 @@ class Editor:
             _set_provenance(node, self.author, origins)
             if node.domain and node.domain not in self.graph.opset_imports:
                 self.graph.opset_imports[node.domain] = 1
+            self._define_function(node)
         if after is not None:
             self.graph.insert_after(after, built.nodes)
         elif before is not None:
@@ -67,6 +69,15 @@ class Editor:
         else:
             self.graph.extend(built.nodes)
         self._order = None
+
+    def _define_function(self, node: onnx_ir.Node) -> None:
+        """A call of a function of passopt's own brings its definition into the model."""
+        if node.domain != DOMAIN or node.op_identifier() in self.model.functions:
+            return
+        function = local_function(node.op_type, self.opset)
+        if function is None:
+            raise VerifyError(f"{self.author}: {node.op_type} has no definition over opset {self.opset}")
+        self.model.functions[function.identifier()] = function
 
     def replace(
         self,

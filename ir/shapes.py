@@ -13,6 +13,7 @@ import onnx_ir
 
 from passopt.ir.builder import MICROSOFT, infer_types
 from passopt.ir.errors import VerifyError
+from passopt.ir.functions import DOMAIN
 from passopt.ir.weights import small_constant
 
 #: Targets of reshapes have a handful of elements; longer vectors are data.
@@ -126,7 +127,7 @@ def complete_outputs(model: onnx_ir.Model) -> None:
 def _complete(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool]) -> None:
     opset = model.graph.opset_imports.get("", 0)
     for node in model.graph:
-        if node.domain not in {"", MICROSOFT}:
+        if node.domain not in {"", MICROSOFT, DOMAIN}:
             continue
         if all(_is_complete(value) or not wanted(value) for value in node.outputs):
             continue
