@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import onnx
 import onnx_ir
 
-from passopt.ir.weights import is_checkpoint_weight, small_constant
+from passopt.ir.weights import is_checkpoint_weight
+from passopt.passes.comparing import attribute_value, is_constant, same_attribute
 from passopt.passes.pattern import (
     Alternatives,
     NodePattern,
@@ -131,7 +130,7 @@ def _match_value(match: Match, pattern: ValuePattern, value: onnx_ir.Value | Non
         if value is not None and is_checkpoint_weight(value):
             yield from _match_variable(match, pattern.variable, value)
     elif isinstance(pattern, (Number, Numbers)):
-        if _is_constant(pattern, value):
+        if is_constant(pattern, value):
             yield
     elif isinstance(pattern, Output):
         producer = value.producer() if value is not None else None
@@ -164,48 +163,10 @@ def _match_alternatives(match: Match, pattern: Alternatives, value: onnx_ir.Valu
 
 def _match_attributes(match: Match, pattern: NodePattern, node: onnx_ir.Node) -> bool:
     for name, expected in pattern.attributes.items():
-        found = _attribute(node, name, match._opset)
+        found = attribute_value(node, name, match._opset)
         if isinstance(expected, Variable):
             if found is None or match.bindings.setdefault(expected.name, found) != found:
                 return False
-        elif not _same_attribute(expected, found):
+        elif not same_attribute(expected, found):
             return False
     return True
-
-
-def _attribute(node: onnx_ir.Node, name: str, opset: int) -> Any:
-    """The attribute's value, or the default that the operator's schema gives it."""
-    attribute = node.attributes.get(name)
-    if attribute is not None:
-        return attribute.value
-    if node.domain:
-        return None
-    try:
-        default = onnx.defs.get_schema(node.op_type, opset, "").attributes[name].default_value
-    except (onnx.defs.SchemaError, KeyError):
-        return None
-    return onnx.helper.get_attribute_value(default) if default.name else None
-
-
-def _same_attribute(expected: Any, found: Any) -> bool:
-    if isinstance(expected, (list, tuple)):
-        return found is not None and list(expected) == list(found)
-    if isinstance(expected, onnx_ir.DataType):
-        return bool(found == expected.value)
-    if isinstance(expected, float) and isinstance(found, float):
-        return bool(np.float32(expected) == np.float32(found))  # what ONNX stores
-    return bool(expected == (found.decode() if isinstance(found, bytes) else found))
-
-
-def _is_constant(pattern: Number | Numbers, value: onnx_ir.Value | None) -> bool:
-    array = small_constant(value)
-    if array is None:
-        return False
-    if isinstance(pattern, Numbers):
-        return array.dtype.kind in "iu" and array.reshape(-1).tolist() == list(pattern.values)
-    if array.size != 1:
-        return False
-    if array.dtype.kind in "iub":
-        return bool(int(array.reshape(-1)[0]) == pattern.value)
-    with np.errstate(over="ignore"):
-        return bool(np.asarray(pattern.value, array.dtype) == array.reshape(-1)[0])

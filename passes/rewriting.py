@@ -68,8 +68,8 @@ class RewritePass(Pass):
         return _Driver(self, model).run()
 
 
-class _Rule:
-    """A rule made ready: the traced pattern and the variables that its rewrite wants."""
+class Rule:
+    """A rule made ready: the traced pattern, `where` it is written, and the variables that its rewrite wants."""
 
     def __init__(self, owner: RewritePass, pattern: Callable[..., Any], rewrite: Callable[..., Any]) -> None:
         self.where = f"{owner.name} ({_source_line(pattern)})"
@@ -81,6 +81,11 @@ class _Rule:
             raise PassError(f"{self.where}: rewrite takes {', '.join(unknown)}, which the pattern does not bind")
         first = self.pattern.root_nodes[0]
         self.root_key = (first.domain, first.op_type)
+
+
+def rules_of(owner: RewritePass) -> tuple[Rule, ...]:
+    """The rules of a pass, traced, in the order in which they are tried. Raises PassError for one that cannot work."""
+    return tuple(Rule(owner, pattern, rewrite) for pattern, rewrite in owner.rules())
 
 
 def _source_line(method: Callable[..., Any]) -> str:
@@ -95,9 +100,8 @@ class _Driver:
             complete_types(model)  # a number takes the dtype of what it is multiplied with
         self.editor = Editor(model, owner.name)
         self.result = PassResult()
-        self._rules: dict[tuple[str, str], list[_Rule]] = collections.defaultdict(list)
-        for pattern, rewrite in owner.rules():
-            rule = _Rule(owner, pattern, rewrite)
+        self._rules: dict[tuple[str, str], list[Rule]] = collections.defaultdict(list)
+        for rule in rules_of(owner):
             self._rules[rule.root_key].append(rule)
         self._reach = max((rule.pattern.depth for rules in self._rules.values() for rule in rules), default=0)
         self._limit = _REWRITES_PER_NODE * (len(model.graph) + 100)
@@ -117,10 +121,10 @@ class _Driver:
         self.result.modified = self.result.matches > 0
         return self.result
 
-    def _rules_at(self, node: onnx_ir.Node) -> Sequence[_Rule]:
+    def _rules_at(self, node: onnx_ir.Node) -> Sequence[Rule]:
         return self._rules.get((node.domain, node.op_type), ())
 
-    def _try(self, rule: _Rule, node: onnx_ir.Node) -> Sequence[onnx_ir.Node]:
+    def _try(self, rule: Rule, node: onnx_ir.Node) -> Sequence[onnx_ir.Node]:
         """Try a rule at a node; returns the nodes that became new candidates."""
         self.result.tries += 1
         match = find_match(rule.pattern, node, self.editor.opset)
@@ -136,7 +140,7 @@ class _Driver:
         self._apply(rule, match, op, returned)
         return _downstream(op.built.nodes, self._reach)
 
-    def _apply(self, rule: _Rule, match: Match, op: Rewriter, returned: Any) -> None:
+    def _apply(self, rule: Rule, match: Match, op: Rewriter, returned: Any) -> None:
         roots = match.roots()
         values = list(returned) if isinstance(returned, (list, tuple)) else [returned]
         strange = [value for value in values if not isinstance(value, onnx_ir.Value)]
