@@ -20,6 +20,7 @@ from passopt.ir.layout import plan_layout, write_safetensors
 from passopt.ir.plan import PLAN_NAME, read_plan, write_plan
 from passopt.ir.shapes import complete_outputs
 from passopt.ir.sources import external_source
+from passopt.ir.text_files import TEXT_SUFFIX, load_text_model
 from passopt.ir.weights import SMALL_BYTES, LazyWeight, expression_of
 
 MODEL_NAME = "model.onnx"
@@ -42,8 +43,13 @@ def model_path(path: Path) -> Path:
 
 
 def load_model(path: Path | str) -> onnx_ir.Model:
-    """Read model.onnx; every external tensor becomes a lazy weight and no weight byte is read."""
+    """Read model.onnx; every external tensor becomes a lazy weight and no weight byte is read.
+
+    A file `*.onnxtxt` is read as ONNX text.
+    """
     path = model_path(Path(path))
+    if path.suffix == TEXT_SUFFIX:
+        return load_text_model(path)
     try:
         model = onnx_ir.load(path, format="protobuf")
     except (DecodeError, ValueError, KeyError, OSError, RuntimeError) as error:

@@ -123,6 +123,9 @@ _OPSET_HELP = "18 to 23, default %(default)s; int8 of 16-bit weights needs 19, a
 _WEIGHTS_HELP = "copy them into the output, or only refer to where they lie (default: %(default)s)"
 
 
+_EMIT_HELP = "text: only the canonical text, on stdout; nothing is written (default: %(default)s)"
+
+
 def _add_run(add: Any) -> None:
     command = add(
         "run",
@@ -130,9 +133,10 @@ def _add_run(add: Any) -> None:
         "Run a pipeline of passes over a model and write the result: one folder per rank if it is sharded.",
         "passopt run model.onnx --passes 'tp{degree=4},int8' --time-passes",
     )
-    command.add_argument("model", metavar="MODEL", help="model.onnx or its folder")
+    command.add_argument("model", metavar="MODEL", help="model.onnx, its folder, or graph.onnxtxt")
     command.add_argument("--passes", metavar="PIPELINE", required=True, help="such as tp,int8 (see passopt list)")
     command.add_argument("-o", "--output", metavar="DIR", help="default: beside the model, named by the pipeline")
+    command.add_argument("--emit", choices=["files", "text"], default="files", help=_EMIT_HELP)
     command.add_argument("--weights", choices=["copy", "reference"], default="copy", help=_WEIGHTS_HELP)
     command.add_argument("--verify-each", choices=["off", "structure"], default="structure", help="after every pass")
     command.add_argument("--print-after", metavar="PASS", nargs="?", const="", action="append", help="all, if no PASS")

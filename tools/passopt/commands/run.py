@@ -16,6 +16,7 @@ from passopt.ir.contract import degree_of
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.files import load_model, model_path
 from passopt.ir.sources import identify
+from passopt.ir.text import print_model
 from passopt.passes.catalog import unknown_name
 from passopt.passes.instruments import Dump, PrintAfter, summary_table
 from passopt.passes.manager import Instrument, PassRecord, parse_expectation, run_passes
@@ -31,7 +32,9 @@ def run(options: argparse.Namespace) -> int:
     expectations = [parse_expectation(text, names) for text in (*pipeline.expectations, *options.expect)]
     path = model_path(Path(options.model))
     output = Path(options.output) if options.output else path.parent / output_name(path, pipeline)
-    if output.exists() and not options.dry_run:
+    if options.emit == "text" and (options.output or options.json or options.stats):
+        raise UsageError("--emit=text prints the model on stdout and nothing else; drop -o, --json and --stats")
+    if output.exists() and not options.dry_run and options.emit == "files":
         raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
     model = load_model(path)
     records = run_passes(
@@ -41,6 +44,10 @@ def run(options: argparse.Namespace) -> int:
         instruments=_instruments(options, names),
         expectations=expectations,
     )
+    if options.emit == "text":
+        print(print_model(model), end="")
+        _to_stderr(summary_table(records, times=options.time_passes) + "\n")
+        return 0
     source = {"model": path.name, **_identity(path)}
     facts: OutputFacts = {
         "version": __version__,

@@ -5,9 +5,7 @@ Only what passes all of that may become a golden text.
 
 from __future__ import annotations
 
-import re
 import tempfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,11 +16,10 @@ import onnx_ir
 
 from passopt.ir.contract import degree_of
 from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import Literal
 from passopt.ir.files import MODEL_NAME, save_materialized
-from passopt.ir.text import parse_model, print_model
+from passopt.ir.text import print_model
+from passopt.ir.text_files import read_model
 from passopt.ir.verifier import verify_model
-from passopt.ir.weights import LazyWeight
 from passopt.passes.base import Pass, PassResult
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -31,7 +28,6 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 TOLERANCES: Mapping[str, float] = {"exact": 1e-6, "reassociated": 1e-5}
 #: Symbolic dimensions get unequal lengths, in order of appearance.
 _LENGTHS = (2, 3, 5, 7, 11)
-_RANDOM = re.compile(r'(float16|float)\[([\d,\s]+)\]\s*("[^"]+"|\w+)\s*=\s*random')
 
 
 def check(
@@ -66,28 +62,6 @@ def check(
         limit = tolerance if tolerance is not None else TOLERANCES[item.accuracy]
         compare_numbers(original, changed, limit, feeds or {}, lengths or {})
     return changed, result
-
-
-def read_model(text: str) -> onnx_ir.Model:
-    """Parse ONNX text, fill in `random` weights, and make matrices lazy weights."""
-    model = parse_model(_RANDOM.sub(_random_values, text))
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        floating = tensor is not None and tensor.dtype in {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16}
-        if floating and tensor is not None and len(tensor.shape) == 2:
-            value.const_value = LazyWeight(Literal.of(tensor.numpy()), name)
-    return model
-
-
-def _random_values(found: re.Match[str]) -> str:
-    kind, dims, name = found.groups()
-    shape = [int(dim) for dim in dims.split(",")]
-    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    if kind == "float16":
-        listed = ", ".join(str(bits) for bits in values.astype(np.float16).view(np.uint16).reshape(-1))
-    else:
-        listed = ", ".join(repr(float(value)) for value in values.reshape(-1))
-    return f"{kind}[{dims}] {name} = {{{listed}}}"
 
 
 def check_onnx(model: onnx_ir.Model) -> None:

@@ -1,4 +1,7 @@
-"""pytest plugin: the fixtures `check_pass` and `golden`, and the option `--update-golden`. Loaded by entry point."""
+"""pytest plugin: the fixtures `check_pass` and `golden`, the option `--update-golden`, and `*.onnxtxt` files as tests.
+
+Loaded by entry point.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,15 @@ if TYPE_CHECKING:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("passopt")
     group.addoption("--update-golden", action="store_true", help="write golden texts instead of comparing them")
+
+
+def pytest_collect_file(parent: pytest.Collector, file_path: Path) -> pytest.Collector | None:
+    """A `.onnxtxt` file with `# RUN:` lines is a test: see `passopt.testing.filecheck`."""
+    if file_path.suffix != ".onnxtxt":
+        return None
+    from passopt.testing.filecheck import FilecheckFile
+
+    return FilecheckFile.from_parent(parent, path=file_path)
 
 
 @pytest.fixture
