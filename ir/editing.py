@@ -58,7 +58,7 @@ class Editor:
             self.graph.register_initializer(value)
         origins = list(origins)
         for node in built.nodes:
-            _set_provenance(node, self.author, origins)
+            set_provenance(node, self.author, origins)
             if node.domain and node.domain not in self.graph.opset_imports:
                 self.graph.opset_imports[node.domain] = 1
             self._define_function(node)
@@ -238,7 +238,7 @@ def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, author: str) -> N
         )
 
 
-def _set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.Node]) -> None:
+def set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.Node]) -> None:
     names = [origin.metadata_props.get(MADE_FROM, origin.name or "?") for origin in origins]
     passes = [origin.metadata_props[MADE_BY] for origin in origins if MADE_BY in origin.metadata_props]
     modules = [origin.metadata_props[MODULE] for origin in origins if MODULE in origin.metadata_props]
