@@ -12,6 +12,7 @@ import onnx_ir
 from passopt.ir.builder import Builder, Built
 from passopt.ir.errors import VerifyError
 from passopt.ir.functions import DOMAIN, local_function
+from passopt.ir.listening import Replacement, announce
 from passopt.ir.shapes import merged_shapes
 
 #: Node metadata: the passes that made a node (oldest first), the original nodes it stands for, the HF module.
@@ -85,14 +86,18 @@ class Editor:
         built: Built,
         origins: Sequence[onnx_ir.Node],
         before: onnx_ir.Node | None = None,
+        *,
+        rule: str = "",
     ) -> None:
         """Insert `built`, let every use of an old value read the new one, and drop what nobody reads any more.
 
         The new value takes the name of the old one and must have its dtype and shape; one that stands for several keeps
-        the first name. Raises VerifyError if not.
+        the first name. `rule` says in errors who does this, if not the author. Raises VerifyError if not.
         """
+        rule = rule or self.author
         for old, new in replaced.items():
-            _check_replacement(old, new, self.author)
+            _check_replacement(old, new, rule)
+        announce(self.model, Replacement(rule, replaced, built, tuple(origins)))
         roots = [node for old in replaced if (node := old.producer()) is not None]
         self.insert(built, before or self._insertion_point(built, roots), origins)
         unnamed = {value for node in built.nodes for value in node.outputs}
@@ -122,6 +127,8 @@ class Editor:
         producer = value.producer()
         if producer is None:
             raise VerifyError(f"{self.author}: {value.name!r} is not the output of a node")
+        if not outputs_only:
+            announce(self.model, Replacement(self.author, {value: result}, built, (producer,)))
         inside = {id(node) for node in built.nodes}
         users = [(use.node, use.idx) for use in value.uses() if id(use.node) not in inside and not outputs_only]
         self.insert(built, None, [producer], after=producer)
@@ -219,10 +226,10 @@ def discard(built: Built) -> None:
             node.replace_input_with(index, None)
 
 
-def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, author: str) -> None:
+def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, rule: str) -> None:
     if old.dtype is not None and new.dtype is not None and old.dtype != new.dtype:
         raise VerifyError(
-            f"{author}: would replace {old.name!r} ({old.dtype.name}) by {new.name!r} ({new.dtype.name}); "
+            f"{rule}: would replace {old.name!r} ({old.dtype.name}) by {new.name!r} ({new.dtype.name}); "
             f"a rewrite must keep the dtype"
         )
     if old.shape is None or new.shape is None:
@@ -233,7 +240,7 @@ def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, author: str) -> N
     )
     if clash:
         raise VerifyError(
-            f"{author}: would replace {old.name!r} of shape {old.shape} by {new.name!r} of shape {new.shape}; "
+            f"{rule}: would replace {old.name!r} of shape {old.shape} by {new.name!r} of shape {new.shape}; "
             f"a rewrite must keep the shape"
         )
 

@@ -9,13 +9,50 @@ import abc
 import collections
 import dataclasses
 import inspect
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import ClassVar
 
 import onnx_ir
 
 from passopt.ir.errors import PassError
 
-Accuracy = Literal["exact", "reassociated", "lossy"]
+DataType = onnx_ir.DataType
+
+#: Largest error of one rewrite by the dtype of the value: a rounding step of a sum that a kernel blocks otherwise.
+_EXACT: Mapping[DataType, float] = {DataType.FLOAT: 1e-6, DataType.FLOAT16: 1e-3, DataType.BFLOAT16: 8e-3}
+#: The same sums in another order, intermediate values in fp32 or not.
+_REASSOCIATED: Mapping[DataType, float] = {DataType.FLOAT: 1e-5, DataType.FLOAT16: 5e-3, DataType.BFLOAT16: 2e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """A declaration, printed as `exact`, `reassociated` or `lossy(0.02)`; made by the names below."""
+
+    kind: str
+    budget: float | None = None
+
+    def budget_of(self, dtype: DataType) -> float:
+        """The largest relative error that the declaration allows a value of `dtype`; 0 for integers unless lossy."""
+        if self.budget is not None:
+            return self.budget
+        table = _EXACT if self.kind == "exact" else _REASSOCIATED
+        return table.get(dtype, table[DataType.FLOAT] if dtype == DataType.DOUBLE else 0.0)
+
+    def __str__(self) -> str:
+        return self.kind if self.budget is None else f"{self.kind}({self.budget:g})"
+
+
+#: The same numbers, but for roundings that depend on how a kernel blocks its sums.
+EXACT = Accuracy("exact")
+#: Equal in exact arithmetic: sums in another order, intermediate values of another precision.
+REASSOCIATED = Accuracy("reassociated")
+
+
+def lossy(budget: float) -> Accuracy:
+    """Other numbers by design, within `budget` for every value that the pass replaces."""
+    if not 0 < budget < 1:
+        raise ValueError(f"a lossy pass needs a budget between 0 and 1, not {budget}")
+    return Accuracy("lossy", budget)
 
 
 class Decline(Exception):
@@ -40,17 +77,24 @@ class Pass(abc.ABC):
     """Base of all passes; subclass `RewritePass` for rules, this one for whole-graph work.
 
     `after` names passes that must come earlier if they are in the pipeline at all; it is validated, never sorted by.
+    `accuracy` is EXACT, REASSOCIATED or lossy(budget), and checked by `--verify-each=numeric`. A pass that gives graph
+    inputs or outputs another dtype or shape by design `changes_interface`; one whose rules look at the numbers of
+    checkpoint weights `reads_weights`, and is checked on those instead of random ones.
     """
 
     name: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
-    accuracy: ClassVar[Accuracy] = "exact"
+    accuracy: ClassVar[Accuracy] = EXACT
+    changes_interface: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         name = cls.__dict__.get("name")
         if name is None:
             return
+        if not isinstance(cls.accuracy, Accuracy):
+            raise PassError(f"{_where(cls)}: accuracy {cls.accuracy!r} is none of EXACT, REASSOCIATED, lossy(budget)")
         earlier = REGISTERED.get(name)
         if earlier is not None and (earlier.__module__, earlier.__qualname__) != (cls.__module__, cls.__qualname__):
             raise PassError(f"two passes are called {name!r}: {_where(earlier)} and {_where(cls)}. Rename one of them.")

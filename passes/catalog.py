@@ -27,7 +27,10 @@ _NAME = re.compile(r"^\s+name\b.* = ", re.MULTILINE)
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is known of a pass from its source: `options` are (name, type, default) as written there."""
+    """What is known of a pass from its source: `options` are (name, type, default) as written there.
+
+    `accuracy` is its declaration in words, such as `lossy(0.02)`.
+    """
 
     name: str
     module: str
@@ -35,6 +38,7 @@ class Entry:
     summary: str
     options: tuple[tuple[str, str, str], ...]
     origin: str
+    accuracy: str = "exact"
 
 
 def catalog() -> dict[str, Entry]:
@@ -96,7 +100,7 @@ def _entries(file: Path, module: str) -> list[Entry]:
 
 
 def _entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
-    name, options = None, []
+    name, options, accuracy = None, [], "exact"
     for statement in node.body:
         if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
             continue
@@ -105,10 +109,20 @@ def _entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
             continue
         if target.id == "name" and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str):
             name = statement.value.value
+        elif target.id == "accuracy" and statement.value is not None:
+            accuracy = _accuracy(statement.value)
         elif isinstance(statement, ast.AnnAssign) and "ClassVar" not in (kind := ast.unparse(statement.annotation)):
             default = ast.unparse(statement.value) if statement.value is not None else ""
             options.append((target.id, kind, default))
     if name is None:
         return None
     summary = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")
-    return Entry(name, module, node.name, summary, tuple(options), f"{origin}:{node.lineno}")
+    return Entry(name, module, node.name, summary, tuple(options), f"{origin}:{node.lineno}", accuracy)
+
+
+def _accuracy(declared: ast.expr) -> str:
+    """`REASSOCIATED` → reassociated, `lossy(2e-2)` → lossy(0.02)."""
+    if isinstance(declared, ast.Call) and declared.args:
+        budget = ast.literal_eval(declared.args[0])
+        return f"{ast.unparse(declared.func)}({float(budget):g})"
+    return ast.unparse(declared).rpartition(".")[2].lower()

@@ -15,7 +15,7 @@ from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import FLOATS, Expression
 from passopt.ir.shapes import DimOf, elements
 from passopt.ir.weights import small_constant
-from passopt.passes.base import Decline
+from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.rewriting import RewritePass
 
 #: Rows of each head that are compared with the formula; a mask of at most as many rows is compared whole.
@@ -34,7 +34,8 @@ class DematerializeAlibi(RewritePass):
     """
 
     name = "dematerialize-alibi"
-    accuracy = "reassociated"
+    accuracy = REASSOCIATED
+    reads_weights = True
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
         return [(self.rows_first, self.rewrite), (self.columns_first, self.rewrite)]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from passopt.passes.base import Decline
+from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.rewriting import RewritePass
 
 #: torch's own; a 16-bit graph rounds it to 0, and a row of zeros would become NaN.
@@ -22,7 +22,7 @@ class FoldNormHead(RewritePass):
     """
 
     name = "fold-norm-head"
-    accuracy = "reassociated"
+    accuracy = REASSOCIATED
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
         return [(self.widened, self.rewrite), (self.plain, self.rewrite)]

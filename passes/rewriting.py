@@ -160,7 +160,8 @@ class _Driver:
                 f"{rule.where}: fired {self._limit} times on a graph of this size, last at {roots[0].name!r}; "
                 f"its result matches its own pattern again"
             )
-        self.editor.replace(dict(zip(roots, values, strict=True)), op.built, list(match.nodes.values()))
+        replaced = dict(zip(roots, values, strict=True))
+        self.editor.replace(replaced, op.built, list(match.nodes.values()), rule=rule.where)
 
 
 def _downstream(nodes: Sequence[onnx_ir.Node], levels: int) -> list[onnx_ir.Node]:

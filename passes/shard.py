@@ -10,7 +10,7 @@ from passopt.ir.contract import degree_of
 from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
 from passopt.ir.shapes import complete_types
-from passopt.passes.base import Pass, PassResult
+from passopt.passes.base import REASSOCIATED, Pass, PassResult
 from passopt.passes.sharding.materialize import Materializer
 from passopt.passes.sharding.padding import check_padding
 from passopt.passes.sharding.plan import ShardPlan, plan_of
@@ -29,7 +29,8 @@ class Shard(Pass):
 
     name = "shard"
     after = ("fold-norm-head", "inject-norm-head-bias", "split-packed-qkv", "dematerialize-alibi")
-    accuracy = "reassociated"
+    accuracy = REASSOCIATED
+    changes_interface = True  # the cache holds the heads of one rank
 
     degree: int = 2
     pad: bool = False

@@ -27,6 +27,7 @@ class SliceLastToken(Pass):
     """
 
     name = "slice-last-token"
+    changes_interface = True
 
     def run(self, model: onnx_ir.Model) -> PassResult:
         complete_types(model)

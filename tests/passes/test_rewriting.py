@@ -10,7 +10,7 @@ import pytest
 from passopt.ir.editing import MADE_BY, MADE_FROM
 from passopt.ir.errors import PassError, VerifyError
 from passopt.ir.text import print_model
-from passopt.passes.base import Decline
+from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.rewriting import RewritePass
 from passopt.testing.checking import check
 
@@ -22,7 +22,7 @@ def checked(parsed):
     """Run a rule with every check of `check`; returns (operators of the result, result, model)."""
 
     def run(item, text, **settings):
-        item.accuracy = "reassociated"
+        item.accuracy = REASSOCIATED
         model, result = check(item, parsed(text), **settings)
         return [node.op_type for node in model.graph], result, model
 
@@ -279,9 +279,12 @@ def test_a_rule_that_matches_its_own_result_is_stopped(rule, parsed, source_line
     [
         (
             lambda self, op, a: op.Cast(a, to=11),
-            "test-rule: would replace 'p' .FLOAT. by .* .DOUBLE.; .* keep the dtype",
+            r"test-rule \(.*:\d+\): would replace 'p' .FLOAT. by .* .DOUBLE.; .* keep the dtype",
         ),
-        (lambda self, op, a: op.Transpose(a), r"test-rule: would replace 'p' of shape \[3,5\] by .* of shape \[5,3\]"),
+        (
+            lambda self, op, a: op.Transpose(a),
+            r"test-rule \(.*:\d+\): would replace 'p' of shape \[3,5\] by .* of shape \[5,3\]",
+        ),
     ],
 )
 def test_a_result_of_another_type_is_refused(rule, parsed, rewrite, message):

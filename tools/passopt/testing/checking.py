@@ -20,12 +20,10 @@ from passopt.ir.files import MODEL_NAME, save_materialized
 from passopt.ir.text import print_model
 from passopt.ir.text_files import read_model
 from passopt.ir.verifier import verify_model
-from passopt.passes.base import Pass, PassResult
+from passopt.passes.base import EXACT, Accuracy, Pass, PassResult
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Largest relative error by what a pass declares; a lossy pass must be given its own.
-TOLERANCES: Mapping[str, float] = {"exact": 1e-6, "reassociated": 1e-5}
 #: Symbolic dimensions get unequal lengths, in order of appearance.
 _LENGTHS = (2, 3, 5, 7, 11)
 
@@ -43,6 +41,7 @@ def check(
 
     In text, `float[6,4] w = random` is a weight with seeded values. Matrices become lazy weights, as of a checkpoint.
     `feeds` replaces random inputs by name; `lengths` sets symbolic dimensions; `matches` is how often it must match.
+    `tolerance` replaces what the pass's declared accuracy allows.
     Raises AssertionError.
     """
     original = read_model(model) if isinstance(model, str) else model
@@ -59,8 +58,7 @@ def check(
     assert print_model(changed) == after, f"{item.name}: a second run changed the text without saying so"
     check_onnx(changed)
     if result.modified:
-        limit = tolerance if tolerance is not None else TOLERANCES[item.accuracy]
-        compare_numbers(original, changed, limit, feeds or {}, lengths or {})
+        compare_numbers(original, changed, tolerance, feeds or {}, lengths or {}, item.accuracy)
     return changed, result
 
 
@@ -74,9 +72,10 @@ def check_onnx(model: onnx_ir.Model) -> None:
 def compare_numbers(
     original: onnx_ir.Model,
     changed: onnx_ir.Model,
-    tolerance: float,
+    tolerance: float | None,
     feeds: Mapping[str, Array],
     lengths: Mapping[str, int],
+    accuracy: Accuracy = EXACT,
 ) -> None:
     """Both models in onnxruntime on seeded inputs; the ranks of a sharded one are joined."""
     from passopt.targets.onnxruntime_session import Session
@@ -91,7 +90,12 @@ def compare_numbers(
         got = found[name]
         assert got.shape == reference.shape, f"{name}: shape {reference.shape} became {got.shape}"
         error = relative_error(reference, got)
-        assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
+        allowed = tolerance if tolerance is not None else _allowed(accuracy, reference)
+        assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.0e}"
+
+
+def _allowed(accuracy: Accuracy, reference: Array) -> float:
+    return accuracy.budget_of(onnx_ir.DataType.from_numpy(reference.dtype))
 
 
 def relative_error(reference: Array, found: Array) -> float:
