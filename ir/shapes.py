@@ -76,6 +76,8 @@ def _elements_of(node: onnx_ir.Node) -> list[Element] | None:
         return _gathered(node)
     if node.op_type == "Slice":
         return _sliced(node)
+    if node.op_type == "Where":
+        return _chosen(node)
     return None
 
 
@@ -101,6 +103,45 @@ def _sliced(node: onnx_ir.Node) -> list[Element] | None:
     numbers = [int(item.reshape(-1)[0]) for item in bounds if item is not None]
     step = numbers[3] if len(numbers) > 3 else 1
     return source[numbers[0] : numbers[1] : step]
+
+
+def _chosen(node: onnx_ir.Node) -> list[Element] | None:
+    """Where(Equal(shape, -1), ones, shape), as exporters write an Expand that keeps lengths marked by -1."""
+    compared = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if compared is None or compared.op_type != "Equal":
+        return None
+    vectors = [elements(value) for value in (*compared.inputs, *node.inputs[1:])]
+    known = [vector for vector in vectors if vector is not None]
+    if len(known) != 4 or len({len(vector) for vector in known}) != 1:
+        return None
+    found: list[Element] = []
+    for first, second, then, otherwise in zip(*known, strict=True):
+        equal = _equal(first, second)
+        found.append(None if equal is None else then if equal else otherwise)
+    return found
+
+
+def _equal(first: Element, second: Element) -> bool | None:
+    """None if it is not known; a length is never negative."""
+    if isinstance(first, ConstantElement) and isinstance(second, ConstantElement):
+        return first.number == second.number
+    numbers = [item.number for item in (first, second) if isinstance(item, ConstantElement)]
+    has_length = isinstance(first, DimOf) or isinstance(second, DimOf)
+    return False if has_length and any(number < 0 for number in numbers) else None
+
+
+def known_numbers(value: onnx_ir.Value | None) -> list[int] | None:
+    """The elements of an int64 scalar or vector, if every one is a constant or a length that the shapes state."""
+    numbers = []
+    for item in elements(value) or [None]:
+        number = item.number if isinstance(item, ConstantElement) else None
+        if isinstance(item, DimOf):
+            dim = (dimensions(item.value) or [])[item.axis]
+            number = dim if isinstance(dim, int) else None
+        if number is None:
+            return None
+        numbers.append(number)
+    return numbers
 
 
 def dimensions(value: onnx_ir.Value) -> list[Dimension] | None:

@@ -17,6 +17,7 @@ from passopt.ir.attributes import attributes_key
 from passopt.ir.builder import infer_types
 from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
+from passopt.ir.shapes import complete_types, known_numbers
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.base import Pass, PassResult
 
@@ -43,6 +44,8 @@ class FoldConstants(Pass):
     limit: int = 1 << 20
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        if any(value.shape is None for node in model.graph for value in node.outputs):
+            complete_types(model)  # the length of an axis may be a number that no exporter stated
         editor = Editor(model, self.name)
         result = PassResult()
         for node in list(model.graph):
@@ -95,6 +98,8 @@ class FoldConstants(Pass):
             return tensor.numpy() if tensor is not None else None
         if node.op_type == "Shape":
             return _known_dimensions(node)
+        if node.op_type in _SIZE_ARITHMETIC and (sizes := _known_sizes(node.outputs[0])) is not None:
+            return sizes
         arrays = {}
         # CastLike needs only the dtype of its second input, which may be computed.
         inputs = node.inputs[:1] if _casts_to_known_dtype(node) else node.inputs
@@ -149,6 +154,16 @@ def _known_dimensions(node: onnx_ir.Node) -> np.ndarray[Any, np.dtype[Any]] | No
     end = node.attributes["end"].as_int() if "end" in node.attributes else len(source.shape)
     dims = source.shape.dims[start:end]
     return np.array(dims, np.int64) if all(isinstance(dim, int) for dim in dims) else None
+
+
+def _known_sizes(value: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """A scalar or vector of lengths that the shapes state, such as the head_dim of Gather(Shape(q), -1)."""
+    if value.dtype != onnx_ir.DataType.INT64 or value.shape is None or len(value.shape) > 1:
+        return None
+    numbers = known_numbers(value)
+    if numbers is None:
+        return None
+    return np.array(numbers, np.int64).reshape([len(numbers)] if len(value.shape) else [])
 
 
 def _evaluate(

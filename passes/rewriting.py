@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,21 @@ _REWRITES_PER_NODE = 20
 
 class Rewriter(Builder):
     """The `op` of a `rewrite` method: builds nodes, and reads constants and weights (declining if they are not)."""
+
+    def __init__(
+        self, opset: int, unique: Callable[[str], str], hint: str, memory: dict[Hashable, onnx_ir.Value] | None = None
+    ) -> None:
+        super().__init__(opset, unique, hint)
+        self._memory = memory if memory is not None else {}
+
+    def shared(self, key: Hashable, make: Callable[[], onnx_ir.Value]) -> onnx_ir.Value:
+        """The initializer that `make` returns, made once for all sites of a pass: one table for every layer."""
+        value = self._memory.get(key)
+        if value is None:
+            value = self._memory[key] = make()
+        elif value not in self.built.initializers:
+            self.built.initializers.append(value)
+        return value
 
     def weight(self, value: onnx_ir.Value) -> Expression:
         """The lazy expression of a constant weight; declines for a computed value."""
@@ -100,6 +115,7 @@ class _Driver:
             complete_types(model)  # a number takes the dtype of what it is multiplied with
         self.editor = Editor(model, owner.name)
         self.result = PassResult()
+        self._memory: dict[Hashable, onnx_ir.Value] = {}
         self._rules: dict[tuple[str, str], list[Rule]] = collections.defaultdict(list)
         for rule in rules_of(owner):
             self._rules[rule.root_key].append(rule)
@@ -130,7 +146,7 @@ class _Driver:
         match = find_match(rule.pattern, node, self.editor.opset)
         if match is None:
             return ()
-        op = Rewriter(self.editor.opset, self.editor.unique, match.roots()[0].name or node.op_type)
+        op = Rewriter(self.editor.opset, self.editor.unique, match.roots()[0].name or node.op_type, self._memory)
         try:
             returned = rule.rewrite(op, *(match.bindings.get(name) for name in rule.wanted))
         except Decline as reason:
