@@ -13,12 +13,8 @@ from passopt.ir.builder import Builder, Built
 from passopt.ir.errors import VerifyError
 from passopt.ir.functions import DOMAIN, local_function
 from passopt.ir.listening import Replacement, announce
+from passopt.ir.provenance import set_provenance
 from passopt.ir.shapes import merged_shapes
-
-#: Node metadata: the passes that made a node (oldest first), the original nodes it stands for, the HF module.
-MADE_BY = "passopt.pass"
-MADE_FROM = "passopt.from"
-MODULE = "passopt.module"
 
 
 class Editor:
@@ -243,22 +239,6 @@ def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, rule: str) -> Non
             f"{rule}: would replace {old.name!r} of shape {old.shape} by {new.name!r} of shape {new.shape}; "
             f"a rewrite must keep the shape"
         )
-
-
-def set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.Node]) -> None:
-    names = [origin.metadata_props.get(MADE_FROM, origin.name or "?") for origin in origins]
-    passes = [origin.metadata_props[MADE_BY] for origin in origins if MADE_BY in origin.metadata_props]
-    modules = [origin.metadata_props[MODULE] for origin in origins if MODULE in origin.metadata_props]
-    node.metadata_props[MADE_BY] = _joined([*passes, author])
-    if names:
-        node.metadata_props[MADE_FROM] = _joined(names)
-    if modules:
-        node.metadata_props.setdefault(MODULE, modules[-1])
-
-
-def _joined(texts: Iterable[str]) -> str:
-    parts = dict.fromkeys(part for text in texts for part in text.split(","))
-    return ",".join(parts)
 
 
 def _all_names(model: onnx_ir.Model) -> set[str]:

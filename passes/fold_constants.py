@@ -17,6 +17,7 @@ from passopt.ir.attributes import attributes_key
 from passopt.ir.builder import infer_types
 from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
+from passopt.ir.provenance import absorb_provenance, set_provenance
 from passopt.ir.shapes import complete_types, known_numbers
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.base import Pass, PassResult
@@ -226,6 +227,7 @@ def _unify_sizes(editor: Editor) -> int:
         place = None if isinstance(dim, int) or dim.value is None else places[dim.value]
         if place is None or place == (source, start):
             continue
+        set_provenance(node, editor.author, [node])
         node.replace_input_with(0, place[0])
         node.attributes["start"] = onnx_ir.AttrInt64("start", place[1])
         node.attributes["end"] = onnx_ir.AttrInt64("end", place[1] + 1)
@@ -243,6 +245,7 @@ def _merge_equal_sizes(editor: Editor) -> int:
         key = (node.op_type, attributes_key(node), tuple(id(value) for value in node.inputs))
         kept = first.setdefault(key, node)
         if kept is not node:
+            absorb_provenance(kept, node, editor.author)
             node.outputs[0].replace_all_uses_with(kept.outputs[0])
             editor.remove_dead([node])
             merged += 1

@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.builder import Builder
-from passopt.ir.editing import set_provenance
 from passopt.ir.errors import PassError
+from passopt.ir.provenance import set_provenance
 
 
 class Step:

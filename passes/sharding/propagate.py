@@ -15,6 +15,7 @@ import onnx_ir
 
 from passopt.ir.contract import find_decoder
 from passopt.ir.errors import PassError
+from passopt.ir.provenance import MODULE
 from passopt.ir.weights import constant_tensor
 from passopt.passes.sharding.axes import ndim_of, products
 from passopt.passes.sharding.spec import (
@@ -235,5 +236,5 @@ _WEIGHT_PATH = frozenset(
 
 def describe(node: onnx_ir.Node) -> str:
     """Operator, name and, where known, the module of the original model."""
-    module = node.metadata_props.get("passopt.module")
+    module = node.metadata_props.get(MODULE)
     return f"{node.op_type} {node.name!r}" + (f" in {module}" if module else "")

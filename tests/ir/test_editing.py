@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.editing import MADE_BY, MADE_FROM, MODULE, Editor, discard
+from passopt.ir.editing import Editor, discard
 from passopt.ir.errors import VerifyError
+from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE
 from passopt.ir.shapes import complete_types
 from passopt.ir.text import parse_model
 from passopt.ir.verifier import verify_model

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.editing import MADE_BY, MADE_FROM
 from passopt.ir.errors import PassError
+from passopt.ir.provenance import MADE_BY, MADE_FROM
 from passopt.ir.text import parse_model, print_model
 from passopt.ir.verifier import verify_model
 from passopt.ir.weights import LazyWeight

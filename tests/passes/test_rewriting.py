@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from passopt.ir.editing import MADE_BY, MADE_FROM
 from passopt.ir.errors import PassError, VerifyError
+from passopt.ir.provenance import MADE_BY, MADE_FROM
 from passopt.ir.text import print_model
 from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.rewriting import RewritePass

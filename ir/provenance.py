@@ -1,0 +1,73 @@
+"""Where a node comes from, in its metadata: it survives every pass and lies in model.onnx.
+
+`passopt.pass` the passes that made it, oldest first · `passopt.from` the original nodes it stands for ·
+`passopt.module` the module of the checkpoint's class · `passopt.source` the lines of the modeling source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import onnx_ir
+
+MADE_BY = "passopt.pass"
+MADE_FROM = "passopt.from"
+MODULE = "passopt.module"
+SOURCE = "passopt.source"
+
+
+def set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.Node]) -> None:
+    """The pass `author` made `node` of `origins`: their names, passes, modules and source lines become its own."""
+    node.metadata_props[MADE_BY] = _joined([*_stated(origins, MADE_BY), author])
+    if origins:
+        node.metadata_props[MADE_FROM] = _joined(origin_names(origin) for origin in origins)
+    _inherit(node, origins)
+
+
+def absorb_provenance(kept: onnx_ir.Node, removed: onnx_ir.Node, author: str) -> None:
+    """`kept` stands for the equal node `removed` as well, by the pass `author`."""
+    set_provenance(kept, author, [kept, removed])
+
+
+def origin_names(node: onnx_ir.Node) -> str:
+    """The original nodes that `node` stands for, joined by commas; itself, if no pass made it."""
+    return node.metadata_props.get(MADE_FROM, node.name or "?")
+
+
+def _inherit(node: onnx_ir.Node, origins: Sequence[onnx_ir.Node]) -> None:
+    if modules := _stated(origins, MODULE):
+        node.metadata_props[MODULE] = _common_module(modules)
+    if sources := _stated(origins, SOURCE):
+        node.metadata_props[SOURCE] = _merged_sources(sources)
+
+
+def _stated(origins: Iterable[onnx_ir.Node], key: str) -> list[str]:
+    return [origin.metadata_props[key] for origin in origins if key in origin.metadata_props]
+
+
+def _common_module(modules: Sequence[str]) -> str:
+    """The innermost module that holds them all: an attention's projections and scores are `self_attn`'s."""
+    first, *others = [module.split(".") for module in modules]
+    common = first
+    for other in others:
+        same = [x == y for x, y in zip(common, other)]
+        common = common[: same.index(False) if False in same else len(same)]
+    return ".".join(common) or modules[0]
+
+
+def _merged_sources(sources: Iterable[str]) -> str:
+    """`modeling.py:70` and `modeling.py:74` → `modeling.py:70-74`, file by file."""
+    lines: dict[str, list[int]] = {}
+    for source in (part for text in sources for part in text.split(",")):
+        file, _, numbers = source.rpartition(":")
+        lines.setdefault(file, []).extend(int(number) for number in numbers.split("-") if number.isdigit())
+    merged = []
+    for file, found in lines.items():
+        span = sorted({min(found), max(found)}) if found else []
+        merged.append(f"{file}:{'-'.join(map(str, span))}")
+    return ",".join(merged)
+
+
+def _joined(texts: Iterable[str]) -> str:
+    parts = dict.fromkeys(part for text in texts for part in text.split(","))
+    return ",".join(parts)
