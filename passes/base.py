@@ -9,12 +9,15 @@ import abc
 import collections
 import dataclasses
 import inspect
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir
 
 from passopt.ir.errors import PassError
+
+if TYPE_CHECKING:
+    from passopt.passes.misses import Miss
 
 DataType = onnx_ir.DataType
 
@@ -103,6 +106,10 @@ class Pass(abc.ABC):
     @abc.abstractmethod
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Change `model` in place. Raises PassError if the model or an option is wrong."""
+
+    def explain(self, model: onnx_ir.Model) -> Iterable[Miss]:
+        """For `passopt why`, of passes over the whole graph: where they would do nothing, and why. Changes nothing."""
+        return ()
 
 
 def _where(cls: type) -> str:

@@ -64,10 +64,10 @@ def pass_class(name: str) -> type[Pass]:
     return REGISTERED[name]
 
 
-def unknown_name(what: str, name: str, known: list[str]) -> str:
+def unknown_name(what: str, name: str, known: list[str], shown_by: str = "passopt list") -> str:
     """A message that offers what the user may have meant."""
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(other) for other in close)}?" if close else "passopt list shows all."
+    hint = f"did you mean {' or '.join(repr(other) for other in close)}?" if close else f"{shown_by} shows all."
     return f"unknown {what} {name!r}; {hint}"
 
 

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(add)
     _add_verify(add)
     _add_looking(add)
+    _add_why(add)
     return parser
 
 
@@ -81,6 +82,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
 
 
@@ -182,6 +190,22 @@ def _add_looking(add: Any) -> None:
     )
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--json", action="store_true")
+
+
+def _add_why(add: Any) -> None:
+    command = add(
+        "why",
+        "why",
+        "Explain where the rules of a pass came near and what kept them from matching, nearest first.",
+        "passopt why fuse-attention model.onnx --in baichuan2",
+    )
+    command.add_argument("name", metavar="PASS", help="with its options, such as quantize-weights{head=true}")
+    command.add_argument("model", metavar="MODEL", help="model.onnx or its folder; it is not changed")
+    command.add_argument("--node", metavar="NAME", help="explain all rules at this node, or the node of this value")
+    command.add_argument("--after", metavar="PIPELINE", help="run these passes first")
+    command.add_argument("--in", dest="pipeline", metavar="PIPELINE", help="run what stands before PASS in it first")
+    command.add_argument("--limit", type=_count, default=5, metavar="K", help="kinds shown, 0 all (default: 5)")
+    command.add_argument("--json", action="store_true", help="everything, as JSON")
 
 
 if __name__ == "__main__":

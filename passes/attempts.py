@@ -1,0 +1,59 @@
+"""An attempt to lay a pattern over a graph, with everything that does not fit. Immutable: a search keeps several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import onnx_ir
+
+from passopt.passes.differences import Difference, Words
+from passopt.passes.pattern import NodePattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One way to lay a pattern over the graph. `total` counts the nodes of the alternatives that were chosen."""
+
+    nodes: Mapping[NodePattern, onnx_ir.Node] = dataclasses.field(default_factory=dict)
+    bindings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    differences: tuple[Difference, ...] = ()
+    matched: int = 0
+    missed: frozenset[NodePattern] = frozenset()
+
+    @property
+    def total(self) -> int:
+        return self.matched + len(self.missed)
+
+    @property
+    def score(self) -> int:
+        """A difference costs two nodes, so that stepping over an operator must pay."""
+        return self.matched - len(self.missed) - 2 * len(self.differences)
+
+    def differs(self, difference: Difference, missed: Iterable[NodePattern] = ()) -> Attempt:
+        """With one difference more; `missed` are the pattern nodes that are given up for it."""
+        return dataclasses.replace(self, differences=(*self.differences, difference)).gives_up(missed)
+
+    def binds(self, name: str, value: Any) -> Attempt:
+        return dataclasses.replace(self, bindings={**self.bindings, name: value})
+
+    def expects(self, index: int, expected: Words) -> Attempt:
+        """With other words for what difference `index` expected."""
+        changed = dataclasses.replace(self.differences[index], expected=expected)
+        return dataclasses.replace(
+            self, differences=(*self.differences[:index], changed, *self.differences[index + 1 :])
+        )
+
+    def takes(self, labels: Mapping[str, str]) -> Attempt:
+        """With these alternatives chosen."""
+        if not labels:
+            return self
+        bindings, chosen = {**self.bindings, **labels}, {**self.labels, **labels}
+        return dataclasses.replace(self, bindings=bindings, labels=chosen)
+
+    def gives_up(self, nodes: Iterable[NodePattern]) -> Attempt:
+        """Without these pattern nodes."""
+        lost = self.missed.union(node for node in nodes if node not in self.nodes)
+        return dataclasses.replace(self, missed=lost)

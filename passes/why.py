@@ -1,0 +1,108 @@
+"""Why a pass did not apply: every place where one of its rules came near, nearest first. The model is never changed.
+
+Rules are explained by `nearest`; a pass over the whole graph explains itself (`Pass.explain`), or by what its run says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import onnx_ir
+
+from passopt.ir.errors import PassoptError
+from passopt.passes.base import Pass, PassResult
+from passopt.passes.differences import operator
+from passopt.passes.misses import Group, Miss, grouped, short_rule
+from passopt.passes.rewriting import RewritePass, rules_of
+from passopt.passes.sites import misses, root_keys
+
+#: Groups that a report shows.
+LIMIT = 5
+#: Differences of the nearest group; of the others one.
+_DETAILS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What there is to say about one pass on one model. `matched` is None if the pass did not finish."""
+
+    name: str
+    matched: int | None
+    groups: tuple[Group, ...]
+    remarks: tuple[str, ...] = ()
+
+    def lines(self, limit: int = LIMIT) -> list[str]:
+        """Readable text: the nearest groups, and how many more there are. With `limit` 0, all of them."""
+        near = [group for group in self.groups if group.example.is_near]
+        shown = list(self.groups) if not limit else (near or list(self.groups))[:limit]
+        lines = [self._headline(near), *self.remarks]
+        for index, group in enumerate(shown, 1):
+            first, *rest = group.lines(_DETAILS if index == 1 else 1)
+            lines += [f"{index}. {first}", *rest]
+        left = len(self.groups) - len(shown)
+        if left:
+            places = sum(len(group.misses) for group in self.groups) - sum(len(group.misses) for group in shown)
+            lines.append(f"and {places} places of {left} more kinds, further away (--limit 0 shows all)")
+        return lines
+
+    def _headline(self, near: Sequence[Group]) -> str:
+        declined = sum(len(group.misses) for group in near if group.example.reason is not None)
+        close = sum(len(group.misses) for group in near) - declined
+        matched = "did not finish" if self.matched is None else f"matched {self.matched} times"
+        return f"{self.name}: {matched}, declined at {declined} places, came near at {close}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "pass": self.name,
+            "matched": self.matched,
+            "remarks": list(self.remarks),
+            "groups": [group.as_json() for group in self.groups],
+        }
+
+
+def explain(item: Pass, model: onnx_ir.Model) -> Report:
+    """Run the pass on a copy and explain what it left. Places that other rewrites made possible count as matched."""
+    copy = model.clone()
+    try:
+        result = item.run(copy)
+    except PassoptError as error:
+        return _report_of_failure(item, model, error)
+    if isinstance(item, RewritePass):
+        return explain_rest(item, copy, result)
+    reasons = [Miss(item.name, None, reason=reason) for reason in result.declines]
+    return _report(item, result.matches, [*reasons, *item.explain(model)], _remarks(item, result))
+
+
+def explain_rest(item: Pass, model: onnx_ir.Model, result: PassResult) -> Report:
+    """Explain what a pass that ran with `result` left behind in `model`."""
+    if not isinstance(item, RewritePass):
+        reasons = [Miss(item.name, None, reason=reason) for reason in result.declines]
+        return _report(item, result.matches, [*reasons, *item.explain(model)], _remarks(item, result))
+    return _report(item, result.matches, misses(item, model), _roots_that_are_missing(item, model))
+
+
+def _report(item: Pass, matched: int | None, found: Iterable[Miss], remarks: Sequence[str]) -> Report:
+    return Report(item.name, matched, tuple(grouped(found)), tuple(remarks))
+
+
+def _report_of_failure(item: Pass, model: onnx_ir.Model, error: PassoptError) -> Report:
+    found = misses(item, model) if isinstance(item, RewritePass) else list(item.explain(model))
+    failed = Miss(item.name, None, reason=f"the pass fails on this model: {error}")
+    return _report(item, None, [failed, *found], [])
+
+
+def _remarks(item: Pass, result: PassResult) -> list[str]:
+    """What a pass over the whole graph says of its own run."""
+    kind = f"{item.name} works on the whole graph by no rule, so there is no nearest place"
+    return [kind + ("" if result.modified else "; it changes nothing here"), *result.notes]
+
+
+def _roots_that_are_missing(item: RewritePass, model: onnx_ir.Model) -> list[str]:
+    present = {(node.domain, node.op_type) for node in model.graph}
+    return [
+        f"rule {short_rule(rule.where)} starts at {operator(rule.pattern.root_nodes[0])}, which the graph does not have"
+        for rule in rules_of(item)
+        if not present & root_keys(rule.pattern)
+    ]
