@@ -16,7 +16,7 @@ LOGITS = "logits"
 
 #: Model metadata: the tensor-parallel degree of an SPMD graph, absent before `shard`.
 DEGREE = "passopt.degree"
-#: Model metadata: the number of kv heads before sharding, without padding.
+#: Model metadata: the number of kv heads before sharding, without padding. A single one is whole on every rank.
 KV_HEADS = "passopt.kv_heads"
 #: Node metadata: the place of a collective in the order in which every rank runs them.
 COLLECTIVE = "passopt.collective"

@@ -97,6 +97,9 @@ class Joiner:
         local = dims[_HEAD_AXIS]
         if not isinstance(local, int):
             raise ModelError(f"input {name!r}: the number of heads is unknown, shape {first.shape}")
+        if self._heads == 1:  # no rank holds a share of it
+            self._share(values, self._input(name, first.dtype, dims))
+            return
         padded = local * len(self._ranks)
         true = self._true(name, padded)
         dims[_HEAD_AXIS] = true
@@ -185,7 +188,7 @@ class Joiner:
         first = values[0]
         name, dims = _declared(first)
         parts = [self._values[rank][value] for rank, value in enumerate(values)]
-        if not name.startswith("present."):
+        if not name.startswith("present.") or self._heads == 1:
             made = parts[0]
             assert made is not None
             if made.name != name:

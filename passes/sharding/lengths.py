@@ -46,3 +46,19 @@ def sharded_by_target(state: Propagation, node: onnx_ir.Node) -> Sharded | None:
     spec = state.specs[item.value]
     assert isinstance(spec, Sharded)
     return spec.at(position + ndim_of(node.outputs[0]) - len(found))
+
+
+def piece_of_target(target: onnx_ir.Value | None, position: int) -> tuple[int, onnx_ir.Value] | None:
+    """Which operand of a target shape's Concat is element `position` and nothing else, and its value; None if none."""
+    concat = target.producer() if target is not None else None
+    if concat is None or concat.op_type != "Concat":
+        return None
+    offset = 0
+    for index, piece in enumerate(concat.inputs):
+        found = elements(piece)
+        if found is None or piece is None:
+            return None
+        if offset == position and len(found) == 1:
+            return index, piece
+        offset += len(found)
+    return None

@@ -14,11 +14,12 @@ from passopt.ir.contract import COLLECTIVE, DEGREE, KV_HEADS
 from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
 from passopt.ir.expressions import SCALE_OF_ZEROS, Expression, Literal, QuantizeScales
-from passopt.ir.shapes import ConstantElement, elements
+from passopt.ir.shapes import dimensions
 from passopt.ir.weights import LazyWeight, expression_of, small_constant
 from passopt.passes.sharding.axes import ndim_of
+from passopt.passes.sharding.lengths import piece_of_target
 from passopt.passes.sharding.propagate import Propagation, Use, describe
-from passopt.passes.sharding.spec import Sharded, VocabMasked, local_length, padded_units
+from passopt.passes.sharding.spec import Product, Sharded, VocabMasked, local_length, padded_units
 
 _REDUCIBLE = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.DOUBLE}
 
@@ -43,6 +44,9 @@ class Materializer:
         outputs = [(value, self.state.specs.get(value)) for value in self.editor.graph.outputs]
         for use, (position, spec) in self.state.targets.items():
             self._shrink(use, position, spec)
+        for (node, name), spec in self.state.attributes.items():
+            count = node.attributes[name].as_int()
+            node.attributes[name] = onnx_ir.AttrInt64(name, local_length(count, spec, self.degree))
         names = self._shard_constants()
         self._localize_shapes()
         for node, masked in self.state.tables.items():
@@ -105,10 +109,16 @@ class Materializer:
         for value, spec in self.state.specs.items():
             if not isinstance(spec, Sharded) or value.shape is None:
                 continue
-            length = value.shape[spec.axis]
-            known = local_length(length, spec, self.degree) if isinstance(length, int) else None
+            known = self._local_dimension(value, spec)
             dims = [known if axis == spec.axis else dim for axis, dim in enumerate(value.shape.dims)]
             value.shape = onnx_ir.Shape(dims)
+
+    def _local_dimension(self, value: onnx_ir.Value, spec: Sharded) -> int | str | None:
+        """Also of a merged axis such as `6*batch`, if the units are in the number."""
+        whole = Product.of([(dimensions(value) or [])[spec.axis]])
+        if whole is None or whole.number % spec.units:
+            return None
+        return dataclasses.replace(whole, number=local_length(whole.number, spec, self.degree)).dimension
 
     def _shrink(self, use: Use, position: int, spec: Sharded) -> None:
         """Rebuild a target shape (or Split sizes: position -1, all elements) with the length of one rank."""
@@ -134,29 +144,27 @@ class Materializer:
     def _shrunk_concat(
         self, builder: Builder, node: onnx_ir.Node, target: onnx_ir.Value, position: int, spec: Sharded
     ) -> Any:
-        concat = target.producer()
-        found = elements(target)
-        if concat is None or concat.op_type != "Concat" or found is None:
-            raise PassError(f"{describe(node)}: its target shape {target.name} is not a Concat that can be rebuilt")
-        parts: list[Any] = []
-        offset = 0
-        for part in concat.inputs:
-            size = len(elements(part) or [])
-            item = found[position]
-            if offset <= position < offset + size and isinstance(item, ConstantElement):
-                if size != 1:
-                    raise PassError(f"{describe(node)}: element {position} of {target.name} is part of a longer piece")
-                parts.append(np.array([local_length(item.number, spec, self.degree)], np.int64))
-            else:
-                parts.append(part)
-            offset += size
-        return builder.Concat(*parts, axis=0)
+        concat, found = target.producer(), piece_of_target(target, position)
+        if concat is None or found is None:
+            raise PassError(
+                f"{describe(node)}: expected a target shape that is a Concat with element {position} on its own, "
+                f"found {target.name}"
+            )
+        index, piece = found
+        whole = small_constant(piece)
+        if whole is not None:
+            local: Any = np.array([local_length(int(whole.reshape(-1)[0]), spec, self.degree)], np.int64)
+        else:
+            share = padded_units(spec.units, self.degree) // self.degree
+            local = builder.Div(builder.Mul(piece, [share]), [spec.units])
+        return builder.Concat(*concat.inputs[:index], local, *concat.inputs[index + 1 :], axis=0)
 
     # Collectives.
 
     def _all_reduce(self, value: onnx_ir.Value, masked: VocabMasked | None) -> None:
         builder = self.editor.builder(value.name or "value")
         current: Any = value
+        bias = self._detached_bias(value.producer())
         if masked is not None:
             current = self._masked_rows(builder, value, masked)
         narrow = value.dtype if value.dtype not in _REDUCIBLE else None
@@ -166,7 +174,19 @@ class Materializer:
         current = builder.AllReduce(current, domain=MICROSOFT)
         if narrow is not None:
             current = builder.Cast(current, to=narrow.value)
+        if bias is not None:
+            current = builder.Add(current, builder.Mul(bias[0], bias[1]) if bias[1] != 1 else bias[0])
         self.editor.follow(value, current, builder.built, "partial")
+
+    def _detached_bias(self, node: onnx_ir.Node | None) -> tuple[onnx_ir.Value, float] | None:
+        """The bias of a row-parallel Gemm and its factor: added by every rank, it would count `degree` times."""
+        bias = node.inputs[2] if node is not None and node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        if node is None or bias is None:
+            return None
+        node.replace_input_with(2, None)
+        node.resize_inputs(2)
+        beta = node.attributes.pop("beta", None)
+        return bias, beta.as_float() if beta is not None else 1.0
 
     def _masked_rows(self, builder: Builder, value: onnx_ir.Value, masked: VocabMasked) -> Any:
         """Zero where another rank owns the token; the sum over ranks then has each row once."""
@@ -222,14 +242,8 @@ class Materializer:
                 index += 1
         metadata = self.editor.model.metadata_props
         metadata[DEGREE] = str(self.degree)
-        heads = [
-            spec.units
-            for value, spec in self.state.specs.items()
-            if (value.name or "").startswith("past.")
-            if isinstance(spec, Sharded)
-        ]
-        if self.state.decoder is not None and heads:
-            metadata[KV_HEADS] = str(heads[0])
+        if self.state.decoder is not None:
+            metadata[KV_HEADS] = str(self.state.decoder.kv_heads)
 
 
 def _initializer(name: str, expression: Expression) -> onnx_ir.Value:

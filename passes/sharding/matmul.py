@@ -1,6 +1,8 @@
-"""Sharding of MatMul: the seeds (a linear of a replicated input is column-parallel) and what follows from a shard."""
+"""Sharding of MatMul and Gemm: the seeds (a linear of a replicated input is column-parallel) and what follows."""
 
 from __future__ import annotations
+
+import math
 
 import onnx_ir
 
@@ -39,16 +41,62 @@ def _linear(state: Propagation, node: onnx_ir.Node, data: Spec) -> Spec:
     return seed.at(ndim_of(node.outputs[0]) - 1)
 
 
-def _seed(state: Propagation, node: onnx_ir.Node) -> Sharded | None:
-    """Column parallelism of a linear whose input is replicated: its layout follows from how its output is used."""
+def _seed(state: Propagation, node: onnx_ir.Node, channels: int = 1) -> Sharded | None:
+    """Column parallelism of a linear whose input is replicated: its layout follows from how its output is used.
+
+    `channels` is the weight's axis of output channels. A layout of one unit, such as the key that all query heads
+    share, stays whole on every rank.
+    """
     if node not in state.seeds:
         output = node.outputs[0]
-        width = products(node.inputs[1])[1]
+        width = products(node.inputs[1])[channels]
         if width is None or width.symbols:
             raise Conflict("the number of output channels is unknown")
         layout = column_layout(output, ndim_of(output) - 1, width.number)
-        state.seeds[node] = Sharded(1, Product(layout.segments), layout.units)
-    return state.seeds[node]
+        units = math.gcd(layout.units, state.units.get(node, 0))
+        state.seeds[node] = Sharded(channels, Product(layout.segments), units, node)
+    seed = state.seeds[node]
+    return seed if seed.units > 1 else None
+
+
+def gemm_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
+    """alpha · A' · B' + beta · C with a weight B'. The bias of a partial sum waits for the AllReduce."""
+    data = state.spec(node, 0)
+    if not is_weight_side(node.inputs[1]):
+        if all(isinstance(state.spec(node, index), Replicated) for index in range(len(node.inputs))):
+            return REPLICATED
+        raise Conflict(f"expected a constant weight, found {node.inputs[1].name if node.inputs[1] else 'none'}")
+    contracted, channels = (1, 0) if _is_set(node, "transB") else (0, 1)
+    if isinstance(data, Sharded):
+        if data.axis == (0 if _is_set(node, "transA") else 1):
+            state.demand(node, 1, data.at(contracted))
+            _demand_bias_whole(state, node, data)
+            state.reduce(node.outputs[0])
+            return REPLICATED
+        rows = data.at(0)
+        state.demand_whole(node, 1, rows.at(-1))
+        _demand_bias(state, node, rows)
+        return rows
+    seed = _seed(state, node, channels)
+    if seed is None:
+        return REPLICATED
+    state.demand(node, 1, seed)
+    _demand_bias(state, node, seed.at(1))
+    return seed.at(1)
+
+
+def _is_set(node: onnx_ir.Node, name: str) -> bool:
+    return name in node.attributes and bool(node.attributes[name].as_int())
+
+
+def _demand_bias(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    if len(node.inputs) > 2:
+        state.demand_broadcast(node, 2, wanted)
+
+
+def _demand_bias_whole(state: Propagation, node: onnx_ir.Node, alike: Sharded) -> None:
+    if len(node.inputs) > 2:
+        state.demand_whole(node, 2, alike.at(-1))
 
 
 def _product(state: Propagation, node: onnx_ir.Node, left: Spec, right: Spec) -> Spec:

@@ -22,27 +22,36 @@ class Padded(enum.IntEnum):
     """What the padded part holds, from the best to the worst."""
 
     ZERO = 0
-    FINITE = 1
-    UNKNOWN = 2
+    POSITIVE = 1
+    FINITE = 2
+    UNKNOWN = 3
 
 
 #: Zero becomes zero, finite stays finite.
 _KEEP = frozenset(
     {"Transpose", "Reshape", "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Gather"}
     | {"Neg", "Abs", "Relu", "LeakyRelu", "Elu", "Tanh", "Erf", "Gelu", "Swish", "HardSwish", "Floor", "Ceil", "Round"}
-    | {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Sin"}
+    | {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Sin", "RotaryEmbedding"}
 )
 #: Finite for finite inputs, but not zero for zero.
 _BOUNDED = frozenset(
     {"Sigmoid", "Cos", "Softplus", "Softmax", "Clip", "ArgMax", "And", "Or", "Xor", "Not", "Equal", "Greater", "Less"}
-    | {"GreaterOrEqual", "LessOrEqual", "IsNaN"}
+    | {
+        "GreaterOrEqual",
+        "LessOrEqual",
+        "IsNaN",
+        "LayerNormalization",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+    }
+    | {"Attention", "AlibiAttention", "AlibiAttentionNoCache"}
 )
 #: Zero only if all inputs are: one that is replicated puts its own elements next to the padding.
 _JOINING = frozenset({"Add", "Sub", "Max", "Min", "Sum", "Where", "Concat"})
+_WIDE = frozenset({onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE})
 _PRODUCTS = frozenset({"Mul", "MatMul"})
 #: What squares, or grows faster, may overflow; of zero it is zero, or one.
 _OF_ZERO = {
-    "Sqrt": Padded.ZERO,
     "ReduceL2": Padded.ZERO,
     "ReduceSumSquare": Padded.ZERO,
     "ReduceProd": Padded.FINITE,
@@ -103,8 +112,11 @@ class PaddingCheck:
         """The padded part of the outputs, where that of no input is unknown."""
         kind = node.op_type
         special = _SPECIAL.get(kind)
-        if special is not None:
-            return special(node, inputs)
+        if special is not None and (found := special(node, inputs)) is not None:
+            return found
+        # What keeps a positive number positive is listed above; to anything else it is any finite one.
+        inputs = [Padded.FINITE if item is Padded.POSITIVE else item for item in inputs]
+        known = [item for item in inputs if item is not None]
         if kind == "Expand" or kind in _BOUNDED:
             return known[0] if kind == "Expand" and known else Padded.FINITE
         if not known:
@@ -159,10 +171,33 @@ def _dequantized(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
     return inputs[0] if inputs[0] is not None and not has_zero_point else Padded.FINITE
 
 
+def _shifted(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded | None:
+    """Zero plus a positive constant, as the epsilon under a root."""
+    for one, other in ((0, 1), (1, 0)):
+        number = small_constant(node.inputs[other])
+        if inputs[one] is Padded.ZERO and inputs[other] is None and number is not None and bool((number > 0).all()):
+            return Padded.POSITIVE
+    return None
+
+
+def _root(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
+    return (
+        Padded.POSITIVE if inputs[0] is Padded.POSITIVE else Padded.ZERO if inputs[0] is Padded.ZERO else Padded.UNKNOWN
+    )
+
+
+def _reciprocal(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
+    """One over an epsilon may be too large for 16 bits."""
+    positive = inputs[0] is Padded.POSITIVE and node.outputs[0].dtype in _WIDE
+    return Padded.POSITIVE if positive else Padded.UNKNOWN
+
+
 def _quotient(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
     """A divisor that all channels share is as harmless for padded ones as for true ones, unless it is a zero."""
     top, bottom = inputs
     divisor = node.inputs[1]
+    if bottom is Padded.POSITIVE and node.outputs[0].dtype in _WIDE:
+        return Padded.ZERO if top is Padded.ZERO else Padded.FINITE
     if top is None or bottom is not None or divisor is None:
         return Padded.UNKNOWN
     if is_constant(divisor):
@@ -178,8 +213,20 @@ def _power(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
     return Padded.ZERO if positive and inputs[0] is Padded.ZERO else Padded.UNKNOWN
 
 
-_SPECIAL: dict[str, Callable[[onnx_ir.Node, list[Padded | None]], Padded]] = {
+def _linear_with_bias(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
+    """alpha · A · B + beta · C: zero if one factor and the bias are."""
+    without_bias = len(inputs) < 3 or node.inputs[2] is None
+    zero = Padded.ZERO in inputs[:2] and (without_bias or inputs[2] is Padded.ZERO)
+    return Padded.ZERO if zero else Padded.FINITE
+
+
+#: None: nothing special here.
+_SPECIAL: dict[str, Callable[[onnx_ir.Node, list[Padded | None]], Padded | None]] = {
+    "Add": _shifted,
     "DequantizeLinear": _dequantized,
     "Div": _quotient,
+    "Gemm": _linear_with_bias,
     "Pow": _power,
+    "Reciprocal": _reciprocal,
+    "Sqrt": _root,
 }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import onnx_ir
@@ -48,10 +49,19 @@ class Conflict(Exception):
 
 
 class Propagation:
-    """The specs of all values, the uses of constants that want a shard, and what must be inserted."""
+    """The specs of all values, the uses of constants that want a shard, and what must be inserted.
 
-    def __init__(self, model: onnx_ir.Model, forward: Forward, backward: Backward) -> None:
+    Seeds divide their channels into the finest units that the graph shows; where they meet coarser ones (query heads
+    and the key-value head of their group), `coarser` notes it. If it is not empty in the end, another propagation must
+    start with these `units` (see `rules.propagate`); the specs of this one are only the way there.
+    """
+
+    def __init__(
+        self, model: onnx_ir.Model, forward: Forward, backward: Backward, units: Mapping[onnx_ir.Node, int]
+    ) -> None:
         self.model = model
+        self.units = units
+        self.coarser: dict[onnx_ir.Node, int] = {}
         self.decoder = find_decoder(model)
         self._forward = forward
         self._backward = backward
@@ -60,6 +70,7 @@ class Propagation:
         self.partial: dict[onnx_ir.Value, None] = {}
         self.masked: dict[onnx_ir.Value, VocabMasked] = {}
         self.targets: dict[Use, tuple[int, Sharded]] = {}
+        self.attributes: dict[tuple[onnx_ir.Node, str], Sharded] = {}
         self.seeds: dict[onnx_ir.Node, Sharded] = {}
         self.tables: dict[onnx_ir.Node, VocabMasked] = {}
         self._order = {node: index for index, node in enumerate(model.graph)}
@@ -73,8 +84,9 @@ class Propagation:
         for index in range(len(self._nodes)):
             self._enqueue(index)
         self._settle()
-        self._complete_outputs()
-        self._settle()
+        if not self.coarser:
+            self._complete_outputs()
+            self._settle()
         return self
 
     # What rules ask.
@@ -97,7 +109,7 @@ class Propagation:
             self._demand_constant(node, index, value, wanted)
             return
         known = self.specs.get(value, REPLICATED)
-        if known == wanted:
+        if self.agree(known, wanted):
             return
         producer = value.producer()
         if not isinstance(known, Replicated) or producer is None:
@@ -128,8 +140,46 @@ class Propagation:
     def shrink_target(self, node: onnx_ir.Node, position: int, spec: Sharded) -> None:
         """Element `position` of the target shape (input 1) must become the length of one rank. Raises Conflict."""
         known = self.targets.setdefault(Use(node, 1), (position, spec))
-        if known != (position, spec):
+        if known[0] != position or not self.agree(known[1], spec):
             raise Conflict(f"its target is shrunk for {known[1]} already, but must be for {spec}")
+
+    def shrink_attribute(self, node: onnx_ir.Node, name: str, spec: Sharded) -> None:
+        """The attribute is a number of heads and must become that of one rank."""
+        self.attributes[(node, name)] = spec
+
+    def agree(self, first: Spec, second: Spec) -> bool:
+        """True if both are the same, or will be when their seeds have started again with coarser units."""
+        if not isinstance(first, Sharded) or not isinstance(second, Sharded) or first == second:
+            return first == second
+        units = math.gcd(first.units, second.units)
+        finer = [spec.seed for spec in (first, second) if spec.units != units]
+        if units == 1 or None in finer or first != dataclasses.replace(second, units=first.units):
+            return False
+        for seed in finer:
+            self._coarsen(seed, units)
+        return True
+
+    def _coarsen(self, seed: onnx_ir.Node | None, units: int) -> None:
+        assert seed is not None
+        self.coarser[seed] = math.gcd(units, self.coarser.get(seed, 0))
+
+    def one_sharded(self, specs: Sequence[Spec]) -> Sharded | None:
+        """The spec that all sharded ones agree on. Raises Conflict if they differ or one is a local shape."""
+        sharded = [spec for spec in specs if isinstance(spec, Sharded)]
+        if any(isinstance(spec, LocalDims) for spec in specs):
+            raise Conflict("computes with the length of a sharded axis")
+        if not all(self.agree(sharded[0], spec) for spec in sharded):
+            raise Conflict(f"its inputs are sharded differently: {', '.join(map(str, sharded))}")
+        return sharded[0] if sharded else None
+
+    def divide_into(self, spec: Sharded, count: int, what: str) -> None:
+        """Each unit must be one of `count` things or a group of them; finer ones become so. Raises Conflict."""
+        units = math.gcd(count, spec.units)
+        if units == spec.units:
+            return
+        if spec.seed is None or (units == 1 and count != 1):
+            raise Conflict(f"has {count} {what}, which are not divided by what is {spec}")
+        self._coarsen(spec.seed, units)
 
     def is_cache_output(self, value: onnx_ir.Value) -> bool:
         """True for what the caller feeds back as `past.*`: it stays on its rank."""
@@ -167,20 +217,24 @@ class Propagation:
 
     def _check_cache_output(self, value: onnx_ir.Value, spec: Spec) -> None:
         """It is not gathered, so it must be what the past is; a graph without a past has nothing to leave local."""
-        expected = Sharded(1, ONE, self.decoder.kv_heads) if self.decoder is not None else REPLICATED
+        expected = self._cache()
         if spec != expected:
             raise PassError(f"graph output {value.name!r}: expected it to be {expected}, as its past is, found {spec}")
 
     def _seed_inputs(self) -> None:
         """The cache is sharded by kv heads, as the contract says; the operators that read it check that."""
         for value in self.model.graph.inputs:
-            is_cache = self.decoder is not None and (value.name or "").startswith("past.")
-            heads = self.decoder.kv_heads if self.decoder is not None else 0
-            self.specs[value] = Sharded(1, ONE, heads) if is_cache else REPLICATED
+            self.specs[value] = self._cache() if (value.name or "").startswith("past.") else REPLICATED
+
+    def _cache(self) -> Spec:
+        """One kv head, which all query heads share, is on every rank."""
+        if self.decoder is None or self.decoder.kv_heads == 1:
+            return REPLICATED
+        return Sharded(1, ONE, self.decoder.kv_heads)
 
     def _demand_constant(self, node: onnx_ir.Node, index: int, value: onnx_ir.Value, wanted: Sharded) -> None:
         known = self.constant_uses.setdefault(Use(node, index), wanted)
-        if known != wanted:
+        if not self.agree(known, wanted):
             raise Conflict(f"{value.name} is {known} here, but must be {wanted}")
         length = products(value)[wanted.axis]
         if length is None or length.divided_by(wanted.segments.times(Product(wanted.units))) is None:
@@ -202,15 +256,19 @@ class Propagation:
     def _visit(self, node: onnx_ir.Node) -> None:
         try:
             specs = self._forward(self, node)
+            for value, spec in zip(node.outputs, specs, strict=True):
+                self._computed(value, spec)
         except (Conflict, ValueError) as reason:
-            raise PassError(f"{describe(node)}: {reason}") from None
-        for value, spec in zip(node.outputs, specs, strict=True):
-            before = self.specs.get(value, REPLICATED)
-            if value in self.masked and isinstance(spec, VocabMasked):
-                continue
-            if not isinstance(before, Replicated) and before != spec:
-                raise PassError(f"{describe(node)}: {value.name} is needed {before}, but computed {spec}")
-            self._set(value, spec)
+            if not self.coarser:  # else it may come of what is unfinished
+                raise PassError(f"{describe(node)}: {reason}") from None
+
+    def _computed(self, value: onnx_ir.Value, spec: Spec) -> None:
+        before = self.specs.get(value, REPLICATED)
+        if value in self.masked and isinstance(spec, VocabMasked):
+            return
+        if not isinstance(before, Replicated) and not self.agree(before, spec):
+            raise Conflict(f"{value.name} is needed {before}, but computed {spec}")
+        self._set(value, spec)
 
 
 def is_constant(value: onnx_ir.Value) -> bool:

@@ -12,7 +12,6 @@ from typing import TypeAlias
 import onnx_ir
 
 from passopt.ir.contract import INPUT_IDS
-from passopt.ir.shapes import ConstantElement, elements
 from passopt.ir.weights import small_constant
 from passopt.passes.sharding.axes import (
     ELEMENTWISE,
@@ -21,14 +20,15 @@ from passopt.passes.sharding.axes import (
     moved_axis,
     ndim_of,
     products,
-    reshaped_axis,
     selects_along,
     source_axis,
 )
 from passopt.passes.sharding.captures import check_captures
-from passopt.passes.sharding.lengths import READS_LOCAL_DIMS, SHAPE_ARITHMETIC, local_dims, sharded_by_target
-from passopt.passes.sharding.matmul import matmul_backward, matmul_forward
+from passopt.passes.sharding.fused import FUSED_BACKWARD, FUSED_FORWARD
+from passopt.passes.sharding.lengths import READS_LOCAL_DIMS, SHAPE_ARITHMETIC, local_dims
+from passopt.passes.sharding.matmul import gemm_forward, matmul_backward, matmul_forward
 from passopt.passes.sharding.propagate import Backward, Conflict, Propagation, is_constant
+from passopt.passes.sharding.reshaping import expand_backward, expand_forward, reshape_backward, reshape_forward
 from passopt.passes.sharding.spec import ONE, REPLICATED, LocalDims, Product, Replicated, Sharded, Spec, VocabMasked
 
 Rule: TypeAlias = Callable[[Propagation, onnx_ir.Node], "Spec | list[Spec]"]
@@ -46,9 +46,13 @@ _REDUCTIONS = frozenset(
 
 def propagate(model: onnx_ir.Model) -> Propagation:
     """How every value of the model lies on the ranks. Raises PassError naming a node without a consistent spec."""
-    state = Propagation(model, shard_forward, shard_backward).run()
-    check_captures(state)
-    return state
+    units: dict[onnx_ir.Node, int] = {}
+    while True:
+        state = Propagation(model, shard_forward, shard_backward, units).run()
+        if not state.coarser:
+            check_captures(state)
+            return state
+        units.update(state.coarser)
 
 
 def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
@@ -60,7 +64,7 @@ def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
             return [next(spec for spec in specs if isinstance(spec, VocabMasked))] * len(node.outputs)
     if any(isinstance(spec, LocalDims) for spec in specs) and node.op_type in SHAPE_ARITHMETIC - {"Reshape"}:
         return [local_dims(state, node)]
-    rule = _FORWARD.get(node.op_type) if not node.domain else None
+    rule = _FORWARD.get(_key(node))
     if rule is None or (node.op_type not in _SEEDING and all(isinstance(spec, Replicated) for spec in specs)):
         if all(isinstance(spec, Replicated) for spec in specs):
             return [REPLICATED] * len(node.outputs)
@@ -73,10 +77,14 @@ def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
 
 def shard_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
     """Demand of a node's inputs what its output, sharded as `wanted`, needs. Raises Conflict."""
-    rule = _BACKWARD.get(node.op_type) if not node.domain else None
+    rule = _BACKWARD.get(_key(node))
     if rule is None:
         raise Conflict(f"{node.outputs[0].name} must be {wanted}, and {node.op_type} has no rule to get there")
     rule(state, node, wanted)
+
+
+def _key(node: onnx_ir.Node) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
 def _settle_masked_rows(state: Propagation, node: onnx_ir.Node, specs: Sequence[Spec]) -> list[Spec]:
@@ -95,16 +103,6 @@ def _settle_masked_rows(state: Propagation, node: onnx_ir.Node, specs: Sequence[
     return settled
 
 
-def _one_sharded(specs: Sequence[Spec]) -> Sharded | None:
-    """The spec that all sharded ones agree on. Raises Conflict if they differ or one is a local shape."""
-    sharded = [spec for spec in specs if isinstance(spec, Sharded)]
-    if any(isinstance(spec, LocalDims) for spec in specs):
-        raise Conflict("computes with the length of a sharded axis")
-    if any(spec != sharded[0] for spec in sharded):
-        raise Conflict(f"its inputs are sharded differently: {', '.join(map(str, sharded))}")
-    return sharded[0] if sharded else None
-
-
 def _elementwise(state: Propagation, node: onnx_ir.Node) -> Spec:
     specs = []
     for index, value in enumerate(node.inputs):
@@ -116,7 +114,7 @@ def _elementwise(state: Propagation, node: onnx_ir.Node) -> Spec:
         specs.append(spec)
     if node.op_type == "CastLike":
         return specs[0]
-    wanted = _one_sharded(specs)
+    wanted = state.one_sharded(specs)
     if wanted is None:
         return REPLICATED
     _demand_of_all(state, node, wanted)
@@ -132,7 +130,7 @@ def _demand_of_all(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> N
 
 def _moving(state: Propagation, node: onnx_ir.Node) -> Spec:
     """Transpose, Unsqueeze, Squeeze, Softmax and the like: the axis moves with its elements in place."""
-    spec = _one_sharded([state.spec(node, 0)])
+    spec = state.one_sharded([state.spec(node, 0)])
     if spec is None:
         return REPLICATED
     if selects_along(node, 0, spec.axis):
@@ -208,7 +206,7 @@ def _is_embedding(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) 
 
 
 def _concat(state: Propagation, node: onnx_ir.Node) -> Spec:
-    wanted = _one_sharded([state.spec(node, index) for index in range(len(node.inputs))])
+    wanted = state.one_sharded([state.spec(node, index) for index in range(len(node.inputs))])
     if wanted is None:
         return REPLICATED
     _concat_backward(state, node, wanted)
@@ -236,89 +234,8 @@ def _split(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
     return [dataclasses.replace(spec, segments=ONE)] * len(node.outputs)
 
 
-def _reshape(state: Propagation, node: onnx_ir.Node) -> Spec:
-    spec, target = state.spec(node, 0), state.spec(node, 1)
-    if not isinstance(spec, Sharded):
-        if isinstance(target, LocalDims):
-            raise Conflict("gives a replicated value the length of a sharded axis")
-        return local_dims(state, node) if isinstance(spec, LocalDims) else REPLICATED
-    before, after = products(node.inputs[0]), products(node.outputs[0])
-    found = reshaped_axis(before, after, spec.axis, spec.segments, spec.units)
-    if found is None:
-        shapes = f"{[str(p) for p in before]} → {[str(p) for p in after]}"
-        raise Conflict(f"tears apart axis {spec.axis}, which is {spec}: {shapes}")
-    result = Sharded(found[0], found[1], spec.units)
-    _fit_target(state, node, result, target)
-    return result
-
-
-def _reshape_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    before, after = products(node.outputs[0]), products(node.inputs[0])
-    found = reshaped_axis(before, after, wanted.axis, wanted.segments, wanted.units)
-    if found is None:
-        raise Conflict(f"{node.outputs[0].name} must be {wanted}, which its input cannot be")
-    state.demand(node, 0, Sharded(found[0], found[1], wanted.units))
-    _fit_target(state, node, wanted, state.spec(node, 1))
-
-
-def _fit_target(state: Propagation, node: onnx_ir.Node, result: Sharded, target: Spec) -> None:
-    """The target shape must say the length of one rank at the sharded axis, and at no other."""
-    found = elements(node.inputs[1])
-    if found is None:
-        raise Conflict("the target shape cannot be followed")
-    item = found[result.axis]
-    if isinstance(target, LocalDims) and target.positions != {result.axis}:
-        raise Conflict(f"the target is {target}, the sharded axis is {result.axis}")
-    if isinstance(item, ConstantElement):
-        if item.number > 0:
-            state.shrink_target(node, result.axis, result)
-        return
-    if not isinstance(target, LocalDims):
-        raise Conflict(f"the length of axis {result.axis} is computed, and not from a sharded axis")
-
-
-def _expand(state: Propagation, node: onnx_ir.Node) -> Spec:
-    spec = state.spec(node, 0)
-    if isinstance(spec, LocalDims):
-        raise Conflict("repeats the length of a sharded axis")
-    if not isinstance(spec, Sharded):
-        local = sharded_by_target(state, node)
-        if local is not None:
-            state.demand_broadcast(node, 0, local)
-            return local
-        known = state.specs.get(node.outputs[0], REPLICATED)
-        return known if isinstance(known, Sharded) else REPLICATED
-    result = spec.at(spec.axis + ndim_of(node.outputs[0]) - ndim_of(node.inputs[0]))
-    _expand_target(state, node, result)
-    return result
-
-
-def _expand_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    state.demand_broadcast(node, 0, wanted)
-    _expand_target(state, node, wanted)
-
-
-def _expand_target(state: Propagation, node: onnx_ir.Node, result: Sharded) -> None:
-    found, position = elements(node.inputs[1]), result.axis
-    if found is None:
-        raise Conflict("the target shape cannot be followed")
-    position -= ndim_of(node.outputs[0]) - len(found)
-    target = state.spec(node, 1)
-    if isinstance(target, LocalDims) and target.positions != {position}:
-        raise Conflict(f"the target is {target}, the sharded axis is {result.axis}")
-    if position < 0:
-        return
-    item = found[position]
-    if isinstance(item, ConstantElement):
-        if item.number != 1:
-            state.shrink_target(node, position, result)
-        return
-    if not isinstance(target, LocalDims):
-        raise Conflict(f"the length of axis {result.axis} is computed, and not from a sharded axis")
-
-
 def _reduction(state: Propagation, node: onnx_ir.Node) -> Spec:
-    spec = _one_sharded([state.spec(node, 0)])
+    spec = state.one_sharded([state.spec(node, 0)])
     if spec is None:
         return REPLICATED
     ndim = ndim_of(node.inputs[0])
@@ -358,7 +275,7 @@ def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded
             state.demand(node, index, wanted.at(0))
 
 
-_SEEDING = frozenset({"MatMul", "Gather"})
+_SEEDING = frozenset({"MatMul", "Gemm", "Gather"})
 _FORWARD: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_REDUCTIONS, _reduction),
@@ -368,19 +285,22 @@ _FORWARD: dict[str, Rule] = {
     "Gather": _gather,
     "Concat": _concat,
     "Split": _split,
-    "Reshape": _reshape,
-    "Expand": _expand,
+    "Reshape": reshape_forward,
+    "Expand": expand_forward,
     "Shape": local_dims,
     "MatMul": matmul_forward,
+    "Gemm": gemm_forward,
     "DequantizeLinear": _dequantize,
+    **FUSED_FORWARD,
 }
 _BACKWARD: dict[str, Backward] = {
     **dict.fromkeys(ELEMENTWISE, _demand_of_all),
     **dict.fromkeys(_REDUCTIONS, _reduction_backward),
     **dict.fromkeys(("Transpose", "Unsqueeze", "Squeeze", "Slice", "Gather", "Softmax"), _moving_backward),
     "Concat": _concat_backward,
-    "Reshape": _reshape_backward,
-    "Expand": _expand_backward,
+    "Reshape": reshape_backward,
+    "Expand": expand_backward,
     "MatMul": matmul_backward,
     "DequantizeLinear": _dequantize_backward,
+    **FUSED_BACKWARD,
 }

@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterable
 from typing import TypeAlias
 
+import onnx_ir
+
 from passopt.ir.shapes import Dimension
 
 
@@ -25,11 +27,16 @@ class Replicated:
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """`segments` is a product of numbers and symbols, since a reshape may merge the axis with a symbolic one."""
+    """`segments` is a product of numbers and symbols, since a reshape may merge the axis with a symbolic one.
+
+    `seed` is the node whose weight it began at, None for the cache: where finer units meet coarser ones (query heads
+    and the key-value head that they share), the seed of the finer ones starts again with coarser units.
+    """
 
     axis: int
     segments: Product
     units: int
+    seed: onnx_ir.Node | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def at(self, axis: int) -> Sharded:
         return dataclasses.replace(self, axis=axis)
@@ -74,15 +81,16 @@ class Product:
 
     @classmethod
     def of(cls, dims: Iterable[Dimension]) -> Product | None:
-        """None if a dimension is unknown."""
+        """None if a dimension is unknown. `6*batch`, as exporters write a merged axis, is 6 times `batch`."""
         number, symbols = 1, []
         for dim in dims:
             if dim is None:
                 return None
-            if isinstance(dim, int):
-                number *= dim
-            else:
-                symbols.append(dim)
+            for factor in _factors(dim) if isinstance(dim, str) else [dim]:
+                if isinstance(factor, int):
+                    number *= factor
+                else:
+                    symbols.append(factor)
         return cls(number, tuple(sorted(symbols)))
 
     def times(self, other: Product) -> Product:
@@ -95,8 +103,22 @@ class Product:
             return None
         return Product(self.number // other.number, tuple(sorted((mine - others).elements())))
 
+    @property
+    def dimension(self) -> int | str:
+        """As a shape holds it."""
+        factors = [*([str(self.number)] if self.number != 1 else []), *self.symbols]
+        return "*".join(factors) if self.symbols else self.number
+
     def __str__(self) -> str:
         return "·".join([*([str(self.number)] if self.number != 1 or not self.symbols else []), *self.symbols])
+
+
+def _factors(dim: str) -> list[int | str]:
+    """A symbolic product by factors; any other symbol, such as `past + seq`, as it is."""
+    parts = [part.strip() for part in dim.split("*")]
+    if all(part.isdecimal() or part.isidentifier() for part in parts):
+        return [int(part) if part.isdecimal() else part for part in parts]
+    return [dim]
 
 
 ONE = Product(1)

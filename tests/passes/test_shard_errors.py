@@ -49,7 +49,9 @@ def test_a_degree_that_does_not_divide_lists_the_legal_ones():
 
 
 def test_without_a_legal_degree_the_message_says_none():
-    assert "Legal degrees: none;" in refused(MLP.replace("12", "1"), Shard(2))
+    text = MLP.replace("y = MatMul(h, down)", "z = MatMul(h, down) r = MatMul(z, w) y = MatMul(r, v)")
+    text = text.replace("12,5] down = random", "12,5] down = random, float[5,7] w = random, float[7,5] v = random")
+    assert "Legal degrees: none;" in refused(text, Shard(2))
 
 
 @pytest.mark.parametrize("degree", [0, -2])
