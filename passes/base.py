@@ -80,6 +80,8 @@ class Pass(abc.ABC):
     """Base of all passes; subclass `RewritePass` for rules, this one for whole-graph work.
 
     `after` names passes that must come earlier if they are in the pipeline at all; it is validated, never sorted by.
+    `makes` names the operators that stand for the pass's success, such as "Attention" or "passopt::AlibiAttention":
+    expectations count them in the final graph instead of the matches.
     `accuracy` is EXACT, REASSOCIATED or lossy(budget), and checked by `--verify-each=numeric`. A pass that gives graph
     inputs or outputs another dtype or shape by design `changes_interface`; one whose rules look at the numbers of
     checkpoint weights `reads_weights`, and is checked on those instead of random ones.
@@ -87,6 +89,7 @@ class Pass(abc.ABC):
 
     name: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
+    makes: ClassVar[tuple[str, ...]] = ()
     accuracy: ClassVar[Accuracy] = EXACT
     changes_interface: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False

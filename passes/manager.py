@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import onnx_ir
 
-from passopt.ir.contract import find_decoder
-from passopt.ir.errors import ExpectationError, PassError, PassoptError, UsageError, VerifyError
+from passopt.ir.errors import PassError, PassoptError, VerifyError
 from passopt.ir.verifier import verify_model
 from passopt.passes.base import Pass, PassResult
-from passopt.passes.catalog import unknown_name
-
-_EXPECTATION = re.compile(r"\s*([a-z0-9-]+)\s*(==|>=|<=)\s*(\d+|num_layers)\s*\Z")
+from passopt.passes.expectations import Expectation, Watch
 
 
 @dataclasses.dataclass
@@ -49,51 +45,6 @@ class Instrument(Protocol):
     def after_pass(self, index: int, record: PassRecord, model: onnx_ir.Model) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Expectation:
-    """`PASS==N`: how often a pass must have matched; N may be `num_layers`."""
-
-    name: str
-    relation: str
-    count: str
-
-    def check(self, model: onnx_ir.Model, records: Iterable[PassRecord]) -> None:
-        """Raise ExpectationError with the counted declines if it does not hold."""
-        mine = [record for record in records if record.name == self.name]
-        if not mine:
-            raise UsageError(f"--expect {self}: {self.name} is not in the pipeline")
-        found = sum(record.result.matches for record in mine)
-        wanted = self._wanted(model)
-        holds = {"==": found == wanted, ">=": found >= wanted, "<=": found <= wanted}[self.relation]
-        if holds:
-            return
-        tries = sum(record.result.tries for record in mine)
-        declines = [f"  {count} × {why}" for record in mine for why, count in record.result.declines.most_common(5)]
-        reasons = "\n" + "\n".join(declines) if declines else ""
-        raise ExpectationError(f"expected {self}: matched {found} times, tried {tries} nodes{reasons}")
-
-    def _wanted(self, model: onnx_ir.Model) -> int:
-        if self.count != "num_layers":
-            return int(self.count)
-        decoder = find_decoder(model)
-        if decoder is None:
-            raise UsageError(f"--expect {self}: num_layers is unknown, the model has no past.N.key inputs")
-        return decoder.layers
-
-    def __str__(self) -> str:
-        return f"{self.name}{self.relation}{self.count}"
-
-
-def parse_expectation(text: str, known: Sequence[str]) -> Expectation:
-    """`fuse-attention==num_layers`. Raises UsageError for bad text or a pass that is not in `known`."""
-    found = _EXPECTATION.match(text)
-    if found is None:
-        raise UsageError(f"--expect {text!r}: write PASS==N, PASS>=N or PASS<=N, N a number or num_layers")
-    if found[1] not in known:
-        raise UsageError(f"--expect {text}: " + unknown_name("pass of this pipeline", found[1], list(known)))
-    return Expectation(found[1], found[2], found[3])
-
-
 def run_passes(
     model: onnx_ir.Model,
     passes: Sequence[Pass],
@@ -107,6 +58,7 @@ def run_passes(
     Raises PassError, VerifyError (a pass broke the graph) or ExpectationError.
     """
     records: list[PassRecord] = []
+    watch = Watch(expectations, passes)
     if verify:
         verify_model(model)
     for index, item in enumerate(passes):
@@ -118,8 +70,8 @@ def run_passes(
         records.append(record)
         for instrument in instruments:
             instrument.after_pass(index, record, model)
-    for expectation in expectations:
-        expectation.check(model, records)
+        watch.after_pass(index, model, records)
+    watch.finish(model, records)
     return records
 
 

@@ -113,9 +113,9 @@ class Group:
         """`declined × 40, such as mul_3 (Mul)`."""
         first = self.example
         how = "declined" if first.reason is not None else f"{first.matched} of {first.total} nodes fit"
-        if first.node is None:
-            return f"{how}: the whole graph"
         count = len(self.misses)
+        if first.node is None:
+            return f"{how} × {count}" if count > 1 else how
         return (
             f"{how} × {count}, such as {describe_node(first.node)}"
             if count > 1
@@ -126,8 +126,9 @@ class Group:
         """The title, the first differences, and where to look."""
         first = self.example
         labels = ", ".join(f"{name}={label}" for name, label in first.labels.items())
-        tail = "; ".join(part for part in (first.origin, f"rule {short_rule(first.rule)}", labels) if part)
-        return [self.title, *(f"    {line}" for line in first.lines(differences)), f"    {tail}"]
+        rule = f"rule {short_rule(first.rule)}" if " (" in first.rule else ""
+        tail = "; ".join(part for part in (first.origin, rule, labels) if part)
+        return [self.title, *(f"    {line}" for line in (*first.lines(differences), tail) if line)]
 
     def as_json(self) -> dict[str, Any]:
         sites = [miss.node.outputs[0].name for miss in self.misses if miss.node is not None]

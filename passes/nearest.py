@@ -270,6 +270,8 @@ class _Search:
         if found or not options:
             return found or [attempt]
         node, source = options[0][0], _source(attempt, options[0][0])
+        if source is None and attempt.differences:
+            return [attempt.gives_up(_nodes_of(Output(node, 0)))]  # what it reads is missing already
         return [attempt.differs(_no_root(attempt, node, source, place), _nodes_of(Output(node, 0)))]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.errors import PassoptError
+from passopt.ir.shapes import complete_types
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.differences import operator
 from passopt.passes.misses import Group, Miss, grouped, short_rule
@@ -34,24 +35,26 @@ class Report:
     remarks: tuple[str, ...] = ()
 
     def lines(self, limit: int = LIMIT) -> list[str]:
-        """Readable text: the nearest groups, and how many more there are. With `limit` 0, all of them."""
+        """Readable text: a headline, the nearest groups, and how many more there are. With `limit` 0, all of them."""
         near = [group for group in self.groups if group.example.is_near]
-        shown = list(self.groups) if not limit else (near or list(self.groups))[:limit]
-        lines = [self._headline(near), *self.remarks]
+        declined = sum(len(group.misses) for group in near if group.example.reason is not None)
+        places = sum(len(group.misses) for group in near) - declined
+        matched = "did not finish" if self.matched is None else f"matched {self.matched} times"
+        return [f"{self.name}: {matched}, declined {declined} times, came near at {places} places", *self.body(limit)]
+
+    def body(self, limit: int = LIMIT) -> list[str]:
+        """The lines below the headline."""
+        near = [group for group in self.groups if group.example.is_near] or self.groups
+        shown = near[:limit] if limit else self.groups
+        lines = list(self.remarks)
         for index, group in enumerate(shown, 1):
             first, *rest = group.lines(_DETAILS if index == 1 else 1)
             lines += [f"{index}. {first}", *rest]
-        left = len(self.groups) - len(shown)
+        left = self.groups[len(shown) :]
         if left:
-            places = sum(len(group.misses) for group in self.groups) - sum(len(group.misses) for group in shown)
-            lines.append(f"and {places} places of {left} more kinds, further away (--limit 0 shows all)")
+            places = sum(len(group.misses) for group in left)
+            lines.append(f"and {places} places of {len(left)} more kinds, less near (--limit 0 shows all)")
         return lines
-
-    def _headline(self, near: Sequence[Group]) -> str:
-        declined = sum(len(group.misses) for group in near if group.example.reason is not None)
-        close = sum(len(group.misses) for group in near) - declined
-        matched = "did not finish" if self.matched is None else f"matched {self.matched} times"
-        return f"{self.name}: {matched}, declined at {declined} places, came near at {close}"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -69,18 +72,15 @@ def explain(item: Pass, model: onnx_ir.Model) -> Report:
         result = item.run(copy)
     except PassoptError as error:
         return _report_of_failure(item, model, error)
-    if isinstance(item, RewritePass):
-        return explain_rest(item, copy, result)
-    reasons = [Miss(item.name, None, reason=reason) for reason in result.declines]
-    return _report(item, result.matches, [*reasons, *item.explain(model)], _remarks(item, result))
+    return explain_rest(item, copy if isinstance(item, RewritePass) else model, result)
 
 
 def explain_rest(item: Pass, model: onnx_ir.Model, result: PassResult) -> Report:
-    """Explain what a pass that ran with `result` left behind in `model`."""
-    if not isinstance(item, RewritePass):
-        reasons = [Miss(item.name, None, reason=reason) for reason in result.declines]
-        return _report(item, result.matches, [*reasons, *item.explain(model)], _remarks(item, result))
-    return _report(item, result.matches, misses(item, model), _roots_that_are_missing(item, model))
+    """Explain what a pass that ran with `result` left in `model`; one over the whole graph also takes it as it was."""
+    if isinstance(item, RewritePass):
+        return _report(item, result.matches, misses(item, model), _roots_that_are_missing(item, model))
+    reasons = [Miss(item.name, None, reason=reason) for reason in result.declines.elements()]
+    return _report(item, result.matches, [*reasons, *item.explain(model)], _remarks(item, result))
 
 
 def _report(item: Pass, matched: int | None, found: Iterable[Miss], remarks: Sequence[str]) -> Report:
@@ -88,15 +88,17 @@ def _report(item: Pass, matched: int | None, found: Iterable[Miss], remarks: Seq
 
 
 def _report_of_failure(item: Pass, model: onnx_ir.Model, error: PassoptError) -> Report:
-    found = misses(item, model) if isinstance(item, RewritePass) else list(item.explain(model))
+    copy = model.clone()
+    complete_types(copy)
+    found = misses(item, copy) if isinstance(item, RewritePass) else list(item.explain(model))
     failed = Miss(item.name, None, reason=f"the pass fails on this model: {error}")
     return _report(item, None, [failed, *found], [])
 
 
 def _remarks(item: Pass, result: PassResult) -> list[str]:
     """What a pass over the whole graph says of its own run."""
-    kind = f"{item.name} works on the whole graph by no rule, so there is no nearest place"
-    return [kind + ("" if result.modified else "; it changes nothing here"), *result.notes]
+    changed = "it changes this one" if result.modified else "it changes nothing here"
+    return [f"{item.name} works on the whole graph, by no rule that could come near; {changed}", *result.notes]
 
 
 def _roots_that_are_missing(item: RewritePass, model: onnx_ir.Model) -> list[str]:

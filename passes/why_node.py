@@ -8,13 +8,14 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.shapes import complete_types
 from passopt.passes.attempts import Attempt
 from passopt.passes.differences import describe_node, operator
 from passopt.passes.misses import Miss, origin_of, provenance_of, short_rule
 from passopt.passes.nearest import nearest
 from passopt.passes.pattern import Alternatives, NodePattern, Output, Pattern
 from passopt.passes.rewriting import RewritePass, Rule, rules_of
-from passopt.passes.sites import Site, root_keys, sites
+from passopt.passes.sites import Site, find_node, root_keys, sites
 
 #: Places of a rule that hold the node as an inner node.
 _PLACES = 2
@@ -96,8 +97,14 @@ class NodeReport:
         }
 
 
-def explain_node(item: RewritePass, model: onnx_ir.Model, node: onnx_ir.Node) -> NodeReport:
-    """Try every rule at `node`, as root or as an inner node. The model is not changed."""
+def explain_node(item: RewritePass, model: onnx_ir.Model, name: str) -> NodeReport:
+    """Try every rule at the node `name` (or that makes the value `name`), as root or as an inner node.
+
+    The model is not changed. Raises UsageError with the nearest names if there is no such node.
+    """
+    model = model.clone()
+    complete_types(model)
+    node = find_node(model, name)
     everywhere = list(sites(item, model))
     opset = model.graph.opset_imports.get("", 0)
     found = []

@@ -18,8 +18,9 @@ from passopt.ir.files import load_model, model_path
 from passopt.ir.sources import identify
 from passopt.ir.text import print_model
 from passopt.passes.catalog import unknown_name
+from passopt.passes.expectations import parse_expectation
 from passopt.passes.instruments import Dump, PrintAfter, summary_table
-from passopt.passes.manager import Instrument, PassRecord, parse_expectation, run_passes
+from passopt.passes.manager import Instrument, PassRecord, run_passes
 from passopt.passes.pipeline_spec import Resolved, resolve
 from passopt.targets.manifest import read_manifest
 from passopt.targets.onnx_files import OutputFacts, OutputPlan, plan_output, write_output, write_reference_output

@@ -14,7 +14,6 @@ from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import Resolved, parse_steps, resolve
 from passopt.passes.pipelines import PIPELINES
 from passopt.passes.rewriting import RewritePass
-from passopt.passes.sites import find_node
 from passopt.passes.why import explain
 from passopt.passes.why_node import explain_node
 
@@ -28,10 +27,9 @@ def why(options: argparse.Namespace) -> int:
         report = explain(item, model)
         print(json.dumps(report.as_json(), indent=2) if options.json else "\n".join(report.lines(options.limit)))
         return 0
-    node = find_node(model, options.node)
     if not isinstance(item, RewritePass):
         raise UsageError(f"{item.name} has no rules that could be tried at a node; leave --node away")
-    found = explain_node(item, model, node)
+    found = explain_node(item, model, options.node)
     print(json.dumps(found.as_json(), indent=2) if options.json else "\n".join(found.lines()))
     return 0
 
