@@ -24,7 +24,7 @@ class RemoveDeadCode(Pass):
         editor = Editor(model, self.name)
         nodes = sum(editor.remove_dead([node]) for node in reversed(list(model.graph)))
         weights = sum(editor.remove_unused_initializer(value) for value in list(model.graph.initializers.values()))
-        called = _called_functions(model)
+        called = called_functions(model)
         unused = [identifier for identifier in model.functions if identifier not in called]
         for identifier in unused:
             del model.functions[identifier]
@@ -32,7 +32,7 @@ class RemoveDeadCode(Pass):
         return PassResult(modified=removed > 0, matches=nodes)
 
 
-def _called_functions(model: onnx_ir.Model) -> set[onnx_ir.OperatorIdentifier]:
+def called_functions(model: onnx_ir.Model) -> set[onnx_ir.OperatorIdentifier]:
     """Functions that the graph calls, or that such functions call."""
     called: set[onnx_ir.OperatorIdentifier] = set()
     work = list(model.graph.all_nodes())
