@@ -62,6 +62,35 @@ class Decline(Exception):
     """Raised by a rule that does not apply here, with the reason for `--stats` and explanations."""
 
 
+#: `Model.meta` key: true while rules are to take their own time, which slows them a little.
+TIME_RULES = "passopt.time_rules"
+
+
+@dataclasses.dataclass
+class RuleStatistics:
+    """What one rule of a pass did. `source` is the file:line of its pattern, `seconds` CPU time, if that was asked for.
+
+    `declines` counts the nodes where it matched and declined at last, by reason.
+    """
+
+    name: str
+    source: str
+    tries: int
+    hits: int
+    declines: collections.Counter[str]
+    seconds: float | None = None
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "rule": self.name,
+            "source": self.source,
+            "tries": self.tries,
+            "hits": self.hits,
+            "declines": dict(self.declines),
+            **({"cpu_seconds": round(self.seconds, 6)} if self.seconds is not None else {}),
+        }
+
+
 @dataclasses.dataclass
 class PassResult:
     """What one pass did. `modified` is true exactly if the canonical text changed."""
@@ -71,6 +100,7 @@ class PassResult:
     tries: int = 0
     declines: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     notes: list[str] = dataclasses.field(default_factory=list)
+    rules: list[RuleStatistics] = dataclasses.field(default_factory=list)
 
 
 REGISTERED: dict[str, type[Pass]] = {}

@@ -40,13 +40,19 @@ def same_attribute(expected: Any, found: Any) -> bool:
 def is_constant(pattern: Number | Numbers, value: onnx_ir.Value | None) -> bool:
     """True if `value` is the small constant that a pattern asks for."""
     array = small_constant(value)
-    if array is None:
-        return False
+    return array is not None and same_constant(pattern, array)
+
+
+def same_constant(pattern: Number | Numbers, array: np.ndarray[Any, np.dtype[Any]]) -> bool:
+    """True if the array is what a pattern asks for: a number in the array's own dtype, or exactly these integers."""
     if isinstance(pattern, Numbers):
         return array.dtype.kind in "iu" and array.reshape(-1).tolist() == list(pattern.values)
     if array.size != 1:
         return False
+    number = array.reshape(-1)[0]
+    if pattern.tolerance:
+        return abs(float(number) - pattern.value) <= pattern.tolerance * abs(pattern.value)
     if array.dtype.kind in "iub":
-        return bool(int(array.reshape(-1)[0]) == pattern.value)
+        return bool(int(number) == pattern.value)
     with np.errstate(over="ignore"):
-        return bool(np.asarray(pattern.value, array.dtype) == array.reshape(-1)[0])
+        return bool(np.asarray(pattern.value, array.dtype) == number)

@@ -10,7 +10,19 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
-from passopt.passes.pattern import Alternatives, NodePattern, Number, Numbers, Output, ValuePattern, Variable, Weight
+from passopt.passes.pattern import (
+    Absent,
+    Alternatives,
+    Maybe,
+    NodePattern,
+    Number,
+    Numbers,
+    Output,
+    Rest,
+    ValuePattern,
+    Variable,
+    Weight,
+)
 
 #: Longer constants are shown by dtype and shape.
 _SHOWN_ELEMENTS = 8
@@ -83,18 +95,22 @@ def operator(item: onnx_ir.Node | NodePattern) -> str:
 def input_place(index: int, pattern: ValuePattern) -> str:
     """`input 1 (epsilon)`, if the pattern has a name for it."""
     name = pattern.name if isinstance(pattern, Variable) else ""
-    name = pattern.variable.name if isinstance(pattern, Weight) else name
+    name = pattern.variable.name if isinstance(pattern, (Weight, Maybe)) else name
     return f"input {index} ({name})" if name else f"input {index}"
 
 
 def expected_words(pattern: ValuePattern, bindings: Mapping[str, Any]) -> Words:
     """What a pattern asks of a value."""
     if isinstance(pattern, Number):
-        return Words(f"the constant {pattern.value:g}")
+        return Words(f"the constant {pattern.value:g}" + (" or near it" if pattern.tolerance else ""))
     if isinstance(pattern, Numbers):
         return Words(f"the constant {list(pattern.values)}")
     if isinstance(pattern, Weight):
         return Words("a weight of the checkpoint")
+    if isinstance(pattern, (Absent, Rest)):
+        return Words("no input" if isinstance(pattern, Absent) else "further inputs")
+    if isinstance(pattern, Maybe):
+        return expected_words(pattern.variable, bindings)
     if isinstance(pattern, Variable):
         bound = bindings.get(pattern.name)
         if isinstance(bound, onnx_ir.Value):

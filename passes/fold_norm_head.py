@@ -35,7 +35,7 @@ class FoldNormHead(RewritePass):
         """A 16-bit weight normalised in fp32, as `normalize_rows` does it too."""
         return op.Cast(_normalized(op, op.Cast(op.weight(w)), axes, floor, shape, None), bind="result")
 
-    def rewrite(self, op: Any, w: Any, axes: Any, floor: Any, spelling: str, result: Any) -> Any:
+    def rewrite(self, op: Any, w: Any, floor: Any, spelling: str, result: Any, axes: Any = None) -> Any:
         weight = op.weight(w)
         if len(weight.shape) != 2:
             raise Decline(f"{w.name} has {len(weight.shape)} axes, a head has 2")

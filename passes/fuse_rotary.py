@@ -47,7 +47,16 @@ class FuseRotary(RewritePass):
         return op.Add(op.Mul(x, cos), op.Mul(halves, sin))
 
     def rewrite(
-        self, op: Any, x: Any, cos: Any, sin: Any, start: Any, middle: Any, end: Any, axis: Any, sizes: Any
+        self,
+        op: Any,
+        x: Any,
+        cos: Any,
+        sin: Any,
+        start: Any = None,
+        middle: Any = None,
+        end: Any = None,
+        axis: Any = None,
+        sizes: Any = None,
     ) -> Any:
         require_opset(op)
         dims = dimensions(x) or []

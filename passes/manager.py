@@ -11,7 +11,7 @@ import onnx_ir
 
 from passopt.ir.errors import PassError, PassoptError, VerifyError
 from passopt.ir.verifier import verify_model
-from passopt.passes.base import Pass, PassResult
+from passopt.passes.base import TIME_RULES, Pass, PassResult
 from passopt.passes.expectations import Expectation, Watch
 
 
@@ -32,6 +32,7 @@ class PassRecord:
             "matches": self.result.matches,
             "tries": self.result.tries,
             "declines": dict(self.result.declines),
+            "rules": [rule.as_json() for rule in self.result.rules],
             "notes": self.result.notes,
             "cpu_seconds": round(self.seconds, 6),
             "nodes_before": self.nodes_before,
@@ -52,13 +53,18 @@ def run_passes(
     verify: bool = True,
     instruments: Sequence[Instrument] = (),
     expectations: Sequence[Expectation] = (),
+    time_rules: bool = False,
 ) -> list[PassRecord]:
     """Run the passes on `model` in place. Errors name the passes that already ran.
+
+    With `time_rules`, the statistics of every rule hold its CPU time.
 
     Raises PassError, VerifyError (a pass broke the graph) or ExpectationError.
     """
     records: list[PassRecord] = []
     watch = Watch(expectations, passes)
+    if time_rules:
+        model.meta[TIME_RULES] = True
     if verify:
         verify_model(model)
     for index, item in enumerate(passes):

@@ -1,172 +1,424 @@
-"""Match a traced pattern at a node: complete search over commuted inputs and alternatives, undone on failure."""
+"""Match a traced pattern at a node: complete search over commuted inputs, alternatives and places of further roots.
+
+`Matcher` compiles a pattern once into closures. Each is a step: it looks at one piece of the graph, writes what it
+finds into a register, and calls the step after it; where that fails it undoes its write and tries its next choice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import onnx_ir
 
 from passopt.ir.weights import is_checkpoint_weight
-from passopt.passes.comparing import attribute_value, is_constant, same_attribute
 from passopt.passes.pattern import (
+    Absent,
     Alternatives,
+    Maybe,
     NodePattern,
     Number,
     Numbers,
     Output,
     Pattern,
+    Rest,
     ValuePattern,
     Variable,
     Weight,
 )
+from passopt.passes.prechecks import Constants, Test, attribute_reader, attribute_test, input_test
 
-_MISSING = object()
+_UNSET: Any = object()
+
+Registers: TypeAlias = "list[Any]"
+Step: TypeAlias = Callable[[Registers], bool]
+Enter: TypeAlias = Callable[[onnx_ir.Node, Registers], bool]
+Climb: TypeAlias = Callable[[Registers], "list[onnx_ir.Value] | None"]
 
 
 class Match:
-    """One way in which a pattern matched: what the variables are bound to, and the nodes, roots first."""
+    """One way in which a pattern matched: what the names are bound to, and the nodes, in the order of the search."""
 
-    def __init__(self, pattern: Pattern, opset: int) -> None:
+    def __init__(self, pattern: Pattern, bindings: dict[str, Any], nodes: dict[NodePattern, onnx_ir.Node]) -> None:
         self.pattern = pattern
-        self.bindings: dict[str, Any] = {}
-        self.nodes: dict[NodePattern, onnx_ir.Node] = {}
-        self._opset = opset
+        self.bindings = bindings
+        self.nodes = nodes
 
     def roots(self) -> list[onnx_ir.Value]:
         """The values that the rewrite replaces, in the order of the pattern's return."""
-        return [self.nodes[root.node].outputs[root.index] for root in self.pattern.roots]
+        outputs = [self._chosen(root) for root in self.pattern.roots]
+        return [self.nodes[output.node].outputs[output.index] for output in outputs]
+
+    def _chosen(self, root: ValuePattern) -> Output:
+        while isinstance(root, Alternatives):
+            root = root.choices[self.bindings[root.name]]
+        assert isinstance(root, Output)
+        return root
 
 
 def find_match(pattern: Pattern, node: onnx_ir.Node, opset: int) -> Match | None:
     """The first way in which the pattern's first root matches `node`, or None."""
-    match = Match(pattern, opset)
-    first, *others = pattern.root_nodes
-    for _ in _match_node(match, first, node):
-        if _match_others(match, others):
-            return match
-    return None
+    return Matcher(pattern, opset).match(node)
 
 
-def _match_others(match: Match, roots: Sequence[NodePattern]) -> bool:
-    """Further roots are found among the users of what is bound already."""
-    if not roots:
-        return True
-    first, *others = roots
-    if first in match.nodes:  # it stands inside of an earlier root
-        return _match_others(match, others)
-    for candidate in _candidates(match, first):
-        if candidate in match.nodes.values():
-            continue
-        for _ in _match_node(match, first, candidate):
-            if _match_others(match, others):
-                return True
-    return False
+class Matcher:
+    """A pattern made ready for graphs of one opset. The matchers of a run share what `constants` has read."""
+
+    def __init__(self, pattern: Pattern, opset: int, constants: Constants | None = None) -> None:
+        self.pattern = pattern
+        compiler = _Compiler(opset, constants or Constants())
+        self._start = compiler.pattern(pattern)
+        self._registers = [_UNSET] * compiler.size
+        self._nodes = tuple(compiler.nodes.items())
+        self._names = tuple(compiler.names.items())
+
+    def match(self, node: onnx_ir.Node) -> Match | None:
+        """The first way in which the first root matches `node`, or None."""
+        registers = self._registers.copy()
+        registers[0] = node
+        if not self._start(registers):
+            return None
+        bindings = {name: registers[slot] for name, slot in self._names if registers[slot] is not _UNSET}
+        nodes = {pattern: registers[slot] for pattern, slot in self._nodes if registers[slot] is not _UNSET}
+        return Match(self.pattern, bindings, nodes)
 
 
-def _candidates(match: Match, pattern: NodePattern) -> Iterator[onnx_ir.Node]:
-    for item in pattern.inputs:
-        value = _bound(match, item)
-        if value is None:
-            continue
-        for use in value.uses():
-            node = use.node
-            if (node.op_type, node.domain) == (pattern.op_type, pattern.domain):
-                yield node
-        return
-
-
-def _bound(match: Match, item: ValuePattern) -> onnx_ir.Value | None:
-    if isinstance(item, (Variable, Weight)):
-        value = match.bindings.get(item.name if isinstance(item, Variable) else item.variable.name)
-        return value if isinstance(value, onnx_ir.Value) else None
-    if isinstance(item, Output) and item.node in match.nodes:
-        return match.nodes[item.node].outputs[item.index]
-    return None
-
-
-# Every matcher below is a generator: it yields once per way to match, with the match extended, and undoes on resume.
-
-
-def _match_node(match: Match, pattern: NodePattern, node: onnx_ir.Node) -> Iterator[None]:
-    if node.op_type != pattern.op_type or node.domain != pattern.domain:
-        return
-    if len(node.inputs) < len(pattern.inputs) or any(v is not None for v in node.inputs[len(pattern.inputs) :]):
-        return
-    if pattern.outputs > 1 and len(node.outputs) != pattern.outputs:
-        return
-    known = match.nodes.get(pattern)
-    if known is not None:
-        if known is node:
-            yield
-        return
-    saved = dict(match.bindings)
-    if not _match_attributes(match, pattern, node):
-        match.bindings = saved
-        return
-    match.nodes[pattern] = node
-    if pattern.bind:
-        match.bindings[pattern.bind] = node.outputs[0]
-    orders = [(0, 1), (1, 0)] if pattern.commutes else [tuple(range(len(pattern.inputs)))]
-    for order in orders:
-        yield from _match_inputs(match, [(pattern.inputs[i], node.inputs[j]) for i, j in enumerate(order)])
-    del match.nodes[pattern]
-    match.bindings = saved
-
-
-def _match_inputs(match: Match, pairs: Sequence[tuple[ValuePattern, onnx_ir.Value | None]]) -> Iterator[None]:
-    if not pairs:
-        yield
-        return
-    (pattern, value), *rest = pairs
-    for _ in _match_value(match, pattern, value):
-        yield from _match_inputs(match, rest)
-
-
-def _match_value(match: Match, pattern: ValuePattern, value: onnx_ir.Value | None) -> Iterator[None]:
-    if isinstance(pattern, Variable):
-        yield from _match_variable(match, pattern, value)
-    elif isinstance(pattern, Weight):
-        if value is not None and is_checkpoint_weight(value):
-            yield from _match_variable(match, pattern.variable, value)
-    elif isinstance(pattern, (Number, Numbers)):
-        if is_constant(pattern, value):
-            yield
-    elif isinstance(pattern, Output):
-        producer = value.producer() if value is not None else None
-        if producer is not None and value is not None and value.index() == pattern.index:
-            yield from _match_node(match, pattern.node, producer)
-    else:
-        yield from _match_alternatives(match, pattern, value)
-
-
-def _match_variable(match: Match, pattern: Variable, value: onnx_ir.Value | None) -> Iterator[None]:
-    bound = match.bindings.get(pattern.name, _MISSING)
-    if bound is _MISSING:
-        match.bindings[pattern.name] = value
-        yield
-        match.bindings.pop(pattern.name, None)
-    elif bound is value:
-        yield
-
-
-def _match_alternatives(match: Match, pattern: Alternatives, value: onnx_ir.Value | None) -> Iterator[None]:
-    bound = match.bindings.get(pattern.name, _MISSING)
-    for label, choice in pattern.choices.items():
-        if bound is not _MISSING and bound != label:
-            continue
-        match.bindings[pattern.name] = label
-        yield from _match_value(match, choice, value)
-        if bound is _MISSING:
-            match.bindings.pop(pattern.name, None)
-
-
-def _match_attributes(match: Match, pattern: NodePattern, node: onnx_ir.Node) -> bool:
-    for name, expected in pattern.attributes.items():
-        found = attribute_value(node, name, match._opset)
-        if isinstance(expected, Variable):
-            if found is None or match.bindings.setdefault(expected.name, found) != found:
-                return False
-        elif not same_attribute(expected, found):
-            return False
+def _accept(registers: Registers) -> bool:
     return True
+
+
+class _Compiler:
+    """Makes steps from the last to the first: each holds the one after it. Register 0 is the first root's node."""
+
+    def __init__(self, opset: int, constants: Constants) -> None:
+        self.size = 1
+        self.nodes: dict[NodePattern, int] = {}
+        self.names: dict[str, int] = {}
+        self._opset = opset
+        self._constants = constants
+        self._uses: collections.Counter[NodePattern] = collections.Counter()
+        self._shared: dict[NodePattern, tuple[int, Enter]] = {}
+        self._climbs: dict[ValuePattern, Climb] = {}
+
+    def pattern(self, pattern: Pattern) -> Step:
+        """The step that matches all roots."""
+        for root in pattern.roots:
+            self._count_uses(root)
+        then: Step = _accept
+        for root in reversed(pattern.roots[1:]):
+            then = self._further_root(root, then)
+        return self._root(pattern.roots[0], 0, then)
+
+    def _count_uses(self, item: ValuePattern) -> None:
+        if isinstance(item, Alternatives):
+            for choice in item.choices.values():
+                self._count_uses(choice)
+        elif isinstance(item, Output):
+            self._uses[item.node] += 1
+            if self._uses[item.node] == 1:
+                for operand in item.node.inputs:
+                    self._count_uses(operand)
+
+    def _register(self) -> int:
+        self.size += 1
+        return self.size - 1
+
+    def _slot_of_name(self, name: str) -> int:
+        if name not in self.names:
+            self.names[name] = self._register()
+        return self.names[name]
+
+    def _slot_of_node(self, pattern: NodePattern) -> int:
+        if pattern not in self.nodes:
+            self.nodes[pattern] = self._register()
+        return self.nodes[pattern]
+
+    # Roots
+
+    def _root(self, root: ValuePattern, source: int, then: Step) -> Step:
+        """Match the node in register `source` as the root."""
+        if isinstance(root, Output):
+            enter = self._node(root.node, then)
+            return lambda registers: enter(registers[source], registers)
+        assert isinstance(root, Alternatives)
+        choices = {label: self._root(choice, source, then) for label, choice in root.choices.items()}
+        return self._labelled(root.name, choices)
+
+    def _further_root(self, root: Output | Alternatives, then: Step) -> Step:
+        """Look for the root among the users of what is bound already, unless it stands inside of an earlier one."""
+        if isinstance(root, Alternatives):
+            choices = {}
+            for label, choice in root.choices.items():
+                assert isinstance(choice, (Output, Alternatives))
+                choices[label] = self._further_root(choice, then)
+            return self._labelled(root.name, choices)
+        slot, enter = self._slot_of_node(root.node), self._node(root.node, then)
+        climb, taken = self._users(root.node), self.nodes
+
+        def step(registers: Registers) -> bool:
+            if registers[slot] is not _UNSET:
+                return then(registers)
+            for node in dict.fromkeys(climb(registers)):
+                if any(registers[other] is node for other in taken.values()):
+                    continue
+                if enter(node, registers):
+                    return True
+            return False
+
+        return step
+
+    def _users(self, pattern: NodePattern) -> Callable[[Registers], Iterator[onnx_ir.Node]]:
+        """The nodes that may match, found from an input that is bound already or stands above something bound."""
+        climbs = [self._climb(item) for item in pattern.inputs]
+        key = (pattern.op_type, pattern.domain)
+
+        def users(registers: Registers) -> Iterator[onnx_ir.Node]:
+            for climb in climbs:
+                values = climb(registers)
+                if values is None:
+                    continue
+                for value in values:
+                    for use in value.uses():
+                        node = use.node
+                        if (node.op_type, node.domain) == key:
+                            yield node
+                return
+
+        return users
+
+    def _climb(self, item: ValuePattern) -> Climb:
+        """The values that `item` may take given what is bound; None if nothing below it is bound."""
+        if item not in self._climbs:
+            self._climbs[item] = self._new_climb(item)
+        return self._climbs[item]
+
+    def _new_climb(self, item: ValuePattern) -> Climb:
+        if isinstance(item, (Weight, Maybe)):
+            item = item.variable
+        if isinstance(item, Variable):
+            name = self._slot_of_name(item.name)
+            return lambda registers: [registers[name]] if isinstance(registers[name], onnx_ir.Value) else None
+        if isinstance(item, Alternatives):
+            choices = [self._climb(choice) for choice in item.choices.values()]
+            return lambda registers: _joined([choice(registers) for choice in choices])
+        if not isinstance(item, Output):
+            return lambda registers: None
+        slot, index, users = self._slot_of_node(item.node), item.index, self._users(item.node)
+
+        def climb(registers: Registers) -> list[onnx_ir.Value] | None:
+            nodes = [registers[slot]] if registers[slot] is not _UNSET else list(users(registers))
+            return [node.outputs[index] for node in nodes if index < len(node.outputs)] or None
+
+        return climb
+
+    # Values: input `index` of the inputs in register `source`
+
+    def _value(self, item: ValuePattern, source: int, index: int, then: Step) -> Step:
+        if isinstance(item, (Number, Numbers, Absent)):
+            return self._tested(item, source, index, then)
+        if isinstance(item, Variable):
+            return self._variable(item, source, index, then)
+        if isinstance(item, Weight):
+            return self._weight(item, source, index, then)
+        if isinstance(item, Maybe):
+            return self._maybe(item, source, index, then)
+        if isinstance(item, Rest):
+            return self._rest(item, source, index, then)
+        if isinstance(item, Output):
+            return self._output(item, source, index, then)
+        choices = {label: self._value(choice, source, index, then) for label, choice in item.choices.items()}
+        return self._labelled(item.name, choices)
+
+    def _tested(self, item: ValuePattern, source: int, index: int, then: Step) -> Step:
+        test = input_test(item, self._constants)
+        assert test is not None
+        return lambda registers: test(registers[source][index]) and then(registers)
+
+    def _variable(self, item: Variable, source: int, index: int, then: Step) -> Step:
+        slot = self._slot_of_name(item.name)
+
+        def step(registers: Registers) -> bool:
+            value, bound = registers[source][index], registers[slot]
+            if bound is not _UNSET:
+                return bound is value and then(registers)
+            if value is None:
+                return False
+            registers[slot] = value
+            if then(registers):
+                return True
+            registers[slot] = _UNSET
+            return False
+
+        return step
+
+    def _weight(self, item: Weight, source: int, index: int, then: Step) -> Step:
+        bind = self._variable(item.variable, source, index, then)
+
+        def step(registers: Registers) -> bool:
+            value = registers[source][index]
+            return value is not None and is_checkpoint_weight(value) and bind(registers)
+
+        return step
+
+    def _maybe(self, item: Maybe, source: int, index: int, then: Step) -> Step:
+        bind, absent = self._variable(item.variable, source, index, then), self._bound(item.variable.name, then)
+
+        def step(registers: Registers) -> bool:
+            return bind(registers) if registers[source][index] is not None else absent(None, registers)
+
+        return step
+
+    def _rest(self, item: Rest, source: int, index: int, then: Step) -> Step:
+        bind = self._bound(item.name, then)
+        return lambda registers: bind(list(registers[source][index:]), registers)
+
+    def _bound(self, name: str, then: Step) -> Callable[[Any, Registers], bool]:
+        """Bind a name to something compared by equality."""
+        slot = self._slot_of_name(name)
+
+        def step(found: Any, registers: Registers) -> bool:
+            bound = registers[slot]
+            if bound is not _UNSET:
+                return bool(bound == found) and then(registers)
+            registers[slot] = found
+            if then(registers):
+                return True
+            registers[slot] = _UNSET
+            return False
+
+        return step
+
+    def _labelled(self, name: str, choices: dict[str, Step]) -> Step:
+        slot, ordered = self._slot_of_name(name), tuple(choices.items())
+
+        def step(registers: Registers) -> bool:
+            bound = registers[slot]
+            if bound is not _UNSET:
+                return bound in choices and choices[bound](registers)
+            for label, choice in ordered:
+                registers[slot] = label
+                if choice(registers):
+                    return True
+            registers[slot] = _UNSET
+            return False
+
+        return step
+
+    def _output(self, item: Output, source: int, index: int, then: Step) -> Step:
+        enter, op_type, position = self._node(item.node, then), item.node.op_type, item.index
+
+        def step(registers: Registers) -> bool:
+            value = registers[source][index]
+            if value is None:
+                return False
+            node = value.producer()
+            if node is None or node.op_type != op_type or value.index() != position:
+                return False
+            return enter(node, registers)
+
+        return step
+
+    # Nodes
+
+    def _node(self, pattern: NodePattern, then: Step) -> Enter:
+        """The step that matches a given node. What is used several times is compiled once, and told where to go on."""
+        if self._uses[pattern] == 1:
+            return self._body(pattern, then)
+        slot = self._slot_of_node(pattern)
+        if pattern not in self._shared:
+            resume = self._register()
+            self._shared[pattern] = resume, self._body(pattern, lambda registers: bool(registers[resume](registers)))
+        resume, body = self._shared[pattern]
+
+        def enter(node: onnx_ir.Node, registers: Registers) -> bool:
+            known = registers[slot]
+            if known is not _UNSET:
+                return known is node and then(registers)
+            registers[resume] = then
+            return body(node, registers)
+
+        return enter
+
+    def _body(self, pattern: NodePattern, then: Step) -> Enter:
+        slot, source = self._slot_of_node(pattern), self._register()
+        after_node = self._inputs(pattern, source, then)
+        for name, expected in reversed(list(pattern.attributes.items())):
+            if isinstance(expected, (Variable, Maybe)):
+                after_node = self._attribute(slot, name, expected, after_node)
+        if pattern.bind is not None:
+            after_node = self._bind(pattern.bind, slot, after_node)
+        fits = self._fits(pattern)
+        tests = tuple((i, test) for i, item in enumerate(pattern.inputs) if (test := input_test(item, self._constants)))
+        count = sum(not isinstance(item, Rest) for item in pattern.inputs)
+        commutes = pattern.commutes
+
+        def body(node: onnx_ir.Node, registers: Registers) -> bool:
+            inputs: Sequence[onnx_ir.Value | None] = node.inputs
+            if not fits(node):
+                return False
+            if len(inputs) < count:
+                inputs = (*inputs, *(None,) * (count - len(inputs)))
+            registers[slot] = node
+            if all(test(inputs[i]) for i, test in tests):
+                registers[source] = inputs
+                if after_node(registers):
+                    return True
+            if commutes and all(test(inputs[1 - i]) for i, test in tests):
+                registers[source] = inputs[::-1]
+                if after_node(registers):
+                    return True
+            registers[slot] = _UNSET
+            return False
+
+        return body
+
+    def _inputs(self, pattern: NodePattern, source: int, then: Step) -> Step:
+        """The steps of all inputs, in order. What the tests of a node have settled needs no step."""
+        for index in reversed(range(len(pattern.inputs))):
+            item = pattern.inputs[index]
+            if not isinstance(item, (Number, Numbers, Absent)):
+                then = self._value(item, source, index, then)
+        return then
+
+    def _bind(self, name: str, node: int, then: Step) -> Step:
+        bind = self._bound(name, then)
+        return lambda registers: bind(registers[node].outputs[0], registers)
+
+    def _attribute(self, node: int, name: str, expected: Variable | Maybe, then: Step) -> Step:
+        variable = expected if isinstance(expected, Variable) else expected.variable
+        bind, may_lack = self._bound(variable.name, then), isinstance(expected, Maybe)
+        read = attribute_reader(name, self._opset)
+
+        def step(registers: Registers) -> bool:
+            found = read(registers[node])
+            return (found is not None or may_lack) and bind(found, registers)
+
+        return step
+
+    def _fits(self, pattern: NodePattern) -> Test:
+        """What can be said of a node without its inputs: operator, counts, attributes that are not variables."""
+        op_type, domain, outputs = pattern.op_type, pattern.domain, pattern.outputs
+        attributes = tuple(
+            attribute_test(name, expected, self._opset)
+            for name, expected in pattern.attributes.items()
+            if not isinstance(expected, (Variable, Maybe))
+        )
+        most = None if pattern.inputs and isinstance(pattern.inputs[-1], Rest) else len(pattern.inputs)
+
+        def fits(node: onnx_ir.Node) -> bool:
+            if node.op_type != op_type or node.domain != domain:
+                return False
+            if outputs > 1 and len(node.outputs) != outputs:
+                return False
+            inputs = node.inputs
+            if most is not None and len(inputs) > most and any(value is not None for value in inputs[most:]):
+                return False
+            return all(test(node) for test in attributes)
+
+        return fits
+
+
+def _joined(found: list[list[onnx_ir.Value] | None]) -> list[onnx_ir.Value] | None:
+    known = [values for values in found if values is not None]
+    return [value for values in known for value in values] if known else None

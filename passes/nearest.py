@@ -27,12 +27,15 @@ from passopt.passes.differences import (
     outputs_of,
 )
 from passopt.passes.pattern import (
+    Absent,
     Alternatives,
+    Maybe,
     NodePattern,
     Number,
     Numbers,
     Output,
     Pattern,
+    Rest,
     ValuePattern,
     Variable,
     Weight,
@@ -111,9 +114,10 @@ class _Search:
     def _own(self, attempt: Attempt, pattern: NodePattern, node: onnx_ir.Node) -> Attempt:
         """What a node differs in by itself: attributes, the numbers of inputs and outputs."""
         used = len(node.inputs)
-        while used > len(pattern.inputs) and node.inputs[used - 1] is None:
+        least, most = pattern.input_counts
+        while used > most and node.inputs[used - 1] is None:
             used -= 1
-        if used != len(pattern.inputs):
+        if not least <= used <= most:
             words = Words(f"{len(pattern.inputs)} inputs"), Words(str(used))
             attempt = attempt.differs(Difference("inputs", pattern, node, "", *words))
         if pattern.outputs > 1 and len(node.outputs) != pattern.outputs:
@@ -127,6 +131,10 @@ class _Search:
         self, attempt: Attempt, pattern: NodePattern, node: onnx_ir.Node, name: str, expected: Any
     ) -> Attempt:
         found = attribute_value(node, name, self._opset)
+        if isinstance(expected, Maybe):
+            if found is None:
+                return attempt
+            expected = expected.variable
         if isinstance(expected, Variable):
             bound = attempt.bindings.get(expected.name, found)
             if found is not None and bound == found:
@@ -165,7 +173,11 @@ class _Search:
             return [attempt if fits else attempt.differs(place.differs("constant", pattern, attempt))]
         if isinstance(pattern, Weight) and not (place.value is not None and is_checkpoint_weight(place.value)):
             return [attempt.differs(place.differs("weight", pattern, attempt))]
-        variable = pattern.variable if isinstance(pattern, Weight) else pattern
+        if isinstance(pattern, Absent):
+            return [attempt if place.value is None else attempt.differs(place.differs("value", pattern, attempt))]
+        if isinstance(pattern, Rest) or (isinstance(pattern, Maybe) and place.value is None):
+            return [attempt]
+        variable = pattern.variable if isinstance(pattern, (Weight, Maybe)) else pattern
         if attempt.bindings.get(variable.name, place.value) is not place.value:
             return [attempt.differs(place.differs("value", variable, attempt))]
         return [attempt.binds(variable.name, place.value)]

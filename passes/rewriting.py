@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import inspect
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -19,12 +20,16 @@ from passopt.ir.errors import PassError
 from passopt.ir.expressions import Expression
 from passopt.ir.shapes import complete_types
 from passopt.ir.weights import expression_of, small_constant
-from passopt.passes.base import Decline, Pass, PassResult
-from passopt.passes.matching import Match, find_match
+from passopt.passes.base import TIME_RULES, Decline, Pass, PassResult, RuleStatistics
+from passopt.passes.matching import Match, Matcher
 from passopt.passes.pattern import Pattern, trace
+from passopt.passes.prechecks import Constants
+from passopt.passes.rule_checks import check_pattern, wanted_names
 
-#: A rule may fire this often per node of the graph before it is taken to loop.
+#: A pass may fire this often per node of the graph before it is taken to loop.
 _REWRITES_PER_NODE = 20
+#: Or this often in a row on its own results, where it may push an operator past a thousand others.
+_MOST_GENERATIONS = 1000
 
 
 class Rewriter(Builder):
@@ -64,7 +69,8 @@ class RewritePass(Pass):
     """A pass of one rule. `pattern(self, op, …)` says what to match; `rewrite(self, op, …)` gives what replaces it.
 
     `rewrite` takes any of the pattern's variables by name and returns one value per root, in the pattern's order. It
-    raises `Decline` where the rule does not apply. It never deletes a node: the driver removes what died.
+    raises `Decline` where the rule does not apply. It never deletes a node: the driver removes what died. A name that
+    only some alternatives bind has a default in `rewrite`: what it gets where another one matched.
     """
 
     def pattern(self, op: Any, *variables: Any) -> Any:
@@ -84,18 +90,24 @@ class RewritePass(Pass):
 
 
 class Rule:
-    """A rule made ready: the traced pattern, `where` it is written, and the variables that its rewrite wants."""
+    """A rule made ready: the traced pattern, `where` it is written, and the names that its rewrite takes.
+
+    `wanted` gives for each of these names what `rewrite` gets where a match does not bind it.
+    """
 
     def __init__(self, owner: RewritePass, pattern: Callable[..., Any], rewrite: Callable[..., Any]) -> None:
-        self.where = f"{owner.name} ({_source_line(pattern)})"
+        self.name = getattr(pattern, "__name__", "pattern")
+        self.source = source_line(pattern)
+        self.where = f"{owner.name} ({self.source})"
         self.pattern: Pattern = trace(pattern, self.where)
+        check_pattern(self.pattern, self.where)
         self.rewrite = rewrite
-        self.wanted = tuple(inspect.signature(rewrite).parameters)[1:]
-        unknown = sorted(set(self.wanted) - set(self.pattern.variables))
-        if unknown:
-            raise PassError(f"{self.where}: rewrite takes {', '.join(unknown)}, which the pattern does not bind")
-        first = self.pattern.root_nodes[0]
-        self.root_key = (first.domain, first.op_type)
+        self.wanted = wanted_names(self.pattern, rewrite, self.where)
+
+    def arguments(self, match: Match) -> list[Any]:
+        """What `rewrite` gets after `op`."""
+        bindings = match.bindings
+        return [bindings.get(name, default) for name, default in self.wanted.items()]
 
 
 def rules_of(owner: RewritePass) -> tuple[Rule, ...]:
@@ -103,89 +115,134 @@ def rules_of(owner: RewritePass) -> tuple[Rule, ...]:
     return tuple(Rule(owner, pattern, rewrite) for pattern, rewrite in owner.rules())
 
 
-def _source_line(method: Callable[..., Any]) -> str:
+def source_line(method: Callable[..., Any]) -> str:
+    """`file:line` of a function."""
     code = inspect.unwrap(method).__code__
     return f"{code.co_filename}:{code.co_firstlineno}"
 
 
+class _Active:
+    """A rule at work on one model: its matcher, and what became of every node that it was tried at."""
+
+    def __init__(self, rule: Rule, opset: int, constants: Constants) -> None:
+        self.rule = rule
+        self.match = Matcher(rule.pattern, opset, constants).match
+        self.tries = 0
+        self.hits = 0
+        self.seconds = 0.0
+        self.declined: dict[onnx_ir.Node, str] = {}
+
+    def statistics(self, *, timed: bool) -> RuleStatistics:
+        declines = collections.Counter(self.declined.values())
+        seconds = self.seconds if timed else None
+        return RuleStatistics(self.rule.name, self.rule.source, self.tries, self.hits, declines, seconds)
+
+
 class _Driver:
+    """Applies the rules of one pass to one model.
+
+    It sweeps over the nodes in the order of the graph, tries at once what a rewrite has made, and sweeps again until
+    nothing more matches: a second run of the pass then finds nothing by construction.
+    """
+
     def __init__(self, owner: RewritePass, model: onnx_ir.Model) -> None:
         self.owner = owner
+        rules = rules_of(owner)
         if any(value.type is None for node in model.graph for value in node.outputs):
             complete_types(model)  # a number takes the dtype of what it is multiplied with
         self.editor = Editor(model, owner.name)
         self.result = PassResult()
         self._memory: dict[Hashable, onnx_ir.Value] = {}
-        self._rules: dict[tuple[str, str], list[Rule]] = collections.defaultdict(list)
-        for rule in rules_of(owner):
-            self._rules[rule.root_key].append(rule)
-        self._reach = max((rule.pattern.depth for rules in self._rules.values() for rule in rules), default=0)
+        constants = Constants()
+        self._timed = bool(model.meta.get(TIME_RULES))
+        self._active = [_Active(rule, self.editor.opset, constants) for rule in rules]
+        self._at: dict[tuple[str, str], list[_Active]] = collections.defaultdict(list)
+        for active in self._active:
+            for key in active.rule.pattern.root_keys:
+                self._at[key].append(active)
+        self._generations: dict[onnx_ir.Node, int] = {}
+        self._most_generations = min(len(model.graph) + 20, _MOST_GENERATIONS)
         self._limit = _REWRITES_PER_NODE * (len(model.graph) + 100)
 
     def run(self) -> PassResult:
-        queue = collections.deque(node for node in self.editor.graph if self._rules_at(node))
-        waiting = set(queue)
-        while queue:
-            node = queue.popleft()
-            waiting.discard(node)
-            for rule in self._rules_at(node):
-                if node.graph is None:
-                    break
-                candidates = [made for made in self._try(rule, node) if self._rules_at(made) and made not in waiting]
-                queue.extend(candidates)
-                waiting.update(candidates)
+        while self._sweep():
+            pass
         self.result.modified = self.result.matches > 0
+        self.result.rules = [active.statistics(timed=self._timed) for active in self._active]
+        self.result.tries = sum(rule.tries for rule in self.result.rules)
+        for rule in self.result.rules:
+            self.result.declines.update(rule.declines)
         return self.result
 
-    def _rules_at(self, node: onnx_ir.Node) -> Sequence[Rule]:
-        return self._rules.get((node.domain, node.op_type), ())
+    def _sweep(self) -> bool:
+        """Try the rules at every node; True if one applied."""
+        at, matches = self._at, self.result.matches
+        attempt = self._timed_try if self._timed else self._try
+        queue = collections.deque(node for node in self.editor.graph if (node.domain, node.op_type) in at)
+        while queue:
+            node = queue.popleft()
+            for active in at[node.domain, node.op_type]:
+                if node.graph is None:
+                    break
+                made = attempt(active, node)
+                queue.extendleft(new for new in reversed(made) if (new.domain, new.op_type) in at)
+        return self.result.matches > matches
 
-    def _try(self, rule: Rule, node: onnx_ir.Node) -> Sequence[onnx_ir.Node]:
-        """Try a rule at a node; returns the nodes that became new candidates."""
-        self.result.tries += 1
-        match = find_match(rule.pattern, node, self.editor.opset)
+    def _timed_try(self, active: _Active, node: onnx_ir.Node) -> Sequence[onnx_ir.Node]:
+        start = time.process_time()
+        try:
+            return self._try(active, node)
+        finally:
+            active.seconds += time.process_time() - start
+
+    def _try(self, active: _Active, node: onnx_ir.Node) -> Sequence[onnx_ir.Node]:
+        """Try a rule at a node; returns the nodes that it made."""
+        active.tries += 1
+        match = active.match(node)
         if match is None:
             return ()
         op = Rewriter(self.editor.opset, self.editor.unique, match.roots()[0].name or node.op_type, self._memory)
         try:
-            returned = rule.rewrite(op, *(match.bindings.get(name) for name in rule.wanted))
+            returned = active.rule.rewrite(op, *active.rule.arguments(match))
         except Decline as reason:
             discard(op.built)
-            self.result.declines[str(reason)] += 1
+            active.declined[node] = str(reason)
             return ()
-        self._apply(rule, match, op, returned)
-        return _downstream(op.built.nodes, self._reach)
+        active.declined.pop(node, None)
+        self._apply(active.rule, node, match, op, returned)
+        active.hits += 1
+        return op.built.nodes
 
-    def _apply(self, rule: Rule, match: Match, op: Rewriter, returned: Any) -> None:
+    def _apply(self, rule: Rule, node: onnx_ir.Node, match: Match, op: Rewriter, returned: Any) -> None:
         roots = match.roots()
+        site = roots[0].name
         values = list(returned) if isinstance(returned, (list, tuple)) else [returned]
+        place = f"{self.owner.name} ({source_line(rule.rewrite)})"
         strange = [value for value in values if not isinstance(value, onnx_ir.Value)]
         if strange:
-            raise PassError(
-                f"{self.owner.name} ({_source_line(rule.rewrite)}): rewrite returned {strange[0]!r}, "
-                f"expected a value per root, at {roots[0].name!r}"
-            )
+            raise PassError(f"{place}: rewrite returned {strange[0]!r}, expected a value per root, at {site!r}")
         if len(values) != len(roots):
-            raise PassError(
-                f"{self.owner.name} ({_source_line(rule.rewrite)}): rewrite returned {len(values)} values "
-                f"for {len(roots)} roots at {roots[0].name!r}"
-            )
+            raise PassError(f"{place}: rewrite returned {len(values)} values for {len(roots)} roots at {site!r}")
         self.result.matches += 1
-        if self.result.matches > self._limit:
-            raise PassError(
-                f"{rule.where}: fired {self._limit} times on a graph of this size, last at {roots[0].name!r}; "
-                f"its result matches its own pattern again"
-            )
+        size = len(self.editor.graph)
         replaced = dict(zip(roots, values, strict=True))
         self.editor.replace(replaced, op.built, list(match.nodes.values()), rule=rule.where)
+        self._check_progress(rule, node, op.built.nodes, site, shrank=len(self.editor.graph) < size)
 
+    def _check_progress(
+        self, rule: Rule, root: onnx_ir.Node, made: Sequence[onnx_ir.Node], site: str | None, *, shrank: bool
+    ) -> None:
+        """Stop a rule that goes on for ever at one place, or in all.
 
-def _downstream(nodes: Sequence[onnx_ir.Node], levels: int) -> list[onnx_ir.Node]:
-    """The nodes and what reads them, `levels` deep in all."""
-    found = dict.fromkeys(nodes)
-    edge = list(found)
-    for _ in range(levels - 1):
-        users = dict.fromkeys(use.node for node in edge for value in node.outputs for use in value.uses())
-        edge = [node for node in users if node not in found]
-        found.update(dict.fromkeys(edge))
-    return list(found)
+        A generation is a rewrite at a node that an earlier rewrite made, unless the graph got smaller: that ends by
+        itself.
+        """
+        generation = self._generations.get(root, 0) + (not shrank)
+        self._generations.update(dict.fromkeys(made, generation))
+        if generation > self._most_generations:
+            raise PassError(
+                f"{rule.where}: fired {generation} times in a row at {site!r}, each time on what it had made; "
+                f"its result matches its own pattern, or another rule of the pass turns it back"
+            )
+        if self.result.matches > self._limit:
+            raise PassError(f"{rule.where}: fired {self._limit} times on a graph of this size, last at {site!r}")

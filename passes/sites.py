@@ -13,7 +13,7 @@ from passopt.passes.attempts import Attempt
 from passopt.passes.base import Decline
 from passopt.passes.catalog import unknown_name
 from passopt.passes.differences import children
-from passopt.passes.matching import Match, find_match
+from passopt.passes.matching import Match, Matcher
 from passopt.passes.misses import Miss, distinct
 from passopt.passes.nearest import nearest, nearest_below
 from passopt.passes.pattern import Pattern
@@ -47,15 +47,15 @@ class Site:
 def sites(item: RewritePass, model: onnx_ir.Model) -> Iterator[Site]:
     editor = Editor(model, item.name)
     for rule in rules_of(item):
-        keys = root_keys(rule.pattern)
+        keys, matcher = rule.pattern.root_keys, Matcher(rule.pattern, editor.opset)
         for node in model.graph:
             if (node.domain, node.op_type) in keys:
-                yield _site(rule, node, editor)
+                yield _site(rule, matcher, node, editor)
         yield from _sites_below(rule, model.graph, editor.opset)
 
 
-def _site(rule: Rule, node: onnx_ir.Node, editor: Editor) -> Site:
-    match = find_match(rule.pattern, node, editor.opset)
+def _site(rule: Rule, matcher: Matcher, node: onnx_ir.Node, editor: Editor) -> Site:
+    match = matcher.match(node)
     if match is None:
         return _near(rule, node, nearest(rule.pattern, node, editor.opset))
     nodes = frozenset(match.nodes.values())
@@ -71,7 +71,7 @@ def _reason(rule: Rule, match: Match, editor: Editor) -> str | None:
     """Why the rule declines this match, from its own `rewrite`, whose nodes are thrown away; None if it does not."""
     op = Rewriter(editor.opset, editor.unique, match.roots()[0].name or "value")
     try:
-        rule.rewrite(op, *(match.bindings.get(name) for name in rule.wanted))
+        rule.rewrite(op, *rule.arguments(match))
     except Decline as declined:
         return str(declined)
     except PassoptError as error:
@@ -104,8 +104,8 @@ def _sites_below(rule: Rule, graph: onnx_ir.Graph, opset: int) -> Iterator[Site]
 
 
 def root_keys(pattern: Pattern) -> set[tuple[str, str]]:
-    first = pattern.root_nodes[0]
-    return {(first.domain, first.op_type)}
+    """(domain, op type) of the nodes at which the pattern may start."""
+    return set(pattern.root_keys)
 
 
 def find_node(model: onnx_ir.Model, name: str) -> onnx_ir.Node:

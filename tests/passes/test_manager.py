@@ -6,11 +6,11 @@ import pytest
 
 from passopt.ir.errors import ModelError, PassError, VerifyError
 from passopt.ir.files import load_model
-from passopt.ir.text import print_model
+from passopt.ir.text import parse_model, print_model
 from passopt.passes.base import Decline, Pass, PassResult
 from passopt.passes.dead_code import RemoveDeadCode
 from passopt.passes.fold_constants import FoldConstants
-from passopt.passes.instruments import Dump, PrintAfter, summary_table
+from passopt.passes.instruments import Dump, PrintAfter, rule_table, summary_table
 from passopt.passes.manager import run_passes
 from passopt.testing.decoders import tiny_decoder
 
@@ -40,6 +40,7 @@ def test_passes_run_in_the_order_given_and_are_recorded(model):
         "matches",
         "tries",
         "declines",
+        "rules",
         "notes",
         "cpu_seconds",
         "nodes_before",
@@ -157,3 +158,28 @@ def test_declines_are_counted_in_the_record(rule, model):
 
     (record,) = run_passes(model, [rule(lambda self, op, a: op.Neg(a), rewrite)])
     assert record.as_json()["declines"] == {"never": 1}
+
+
+def test_statistics_of_rules_are_in_the_record_and_timed_on_request(rule, model):
+    item = rule(lambda self, op, a: op.Neg(a), lambda self, op, a: op.Sub(0.0, a))
+    (record,) = run_passes(model, [item], time_rules=True)
+    (statistics,) = record.as_json()["rules"]
+    assert (statistics["rule"], statistics["tries"], statistics["hits"]) == ("<lambda>", 1, 1)
+    assert statistics["source"].rpartition(":")[0].endswith("test_manager.py")
+    assert statistics["cpu_seconds"] >= 0
+
+
+def test_the_table_of_rules_has_a_line_per_rule_and_the_reasons_below(rule, model):
+    reasons = iter("abcdefg")
+
+    def rewrite(self, op, a):
+        raise Decline(f"reason {next(reasons)}\nin two lines")
+
+    text = "g (float[3] x) => (float[3] y) {" + "".join(f" n{i} = Neg(x)" for i in range(7)) + " y = Exp(x) }"
+    model = parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}')
+    item = rule(lambda self, op, a: op.Neg(a), rewrite)
+    header, line, *rest = rule_table(run_passes(model, [item])).splitlines()
+    assert header.split() == ["pass", "rule", "tries", "hits", "declined", "CPU", "ms", "defined", "in"]
+    assert line.split()[:6] == ["test-rule", "<lambda>", "7", "0", "7", "-"]
+    assert rest == [*(f"    1 × reason {letter}" for letter in "abcde"), "    and 2 other reasons"]
+    assert rule_table(run_passes(model, [RemoveDeadCode()])) == "no pass of this pipeline has rules"

@@ -151,7 +151,9 @@ def _add_run(add: Any) -> None:
     command.add_argument("--print-after-change", action="store_true", help="print after passes that changed the text")
     command.add_argument("--dump-dir", metavar="DIR", help="save the model after every pass, without its weights")
     command.add_argument("--time-passes", action="store_true", help="CPU time per pass")
-    command.add_argument("--stats", choices=["json"], help="counts per pass on stdout")
+    command.add_argument(
+        "--stats", choices=["table", "json"], nargs="?", const="table", help="per rule: tries, hits, declines, CPU time"
+    )
     command.add_argument("--expect", metavar="PASS==N", action="append", default=[], help="exit 4 if it does not hold")
     command.add_argument("--dry-run", action="store_true", help="write nothing; print the exact bytes of the output")
     command.add_argument("--json", action="store_true", help="the result as JSON")

@@ -19,7 +19,7 @@ from passopt.ir.sources import identify
 from passopt.ir.text import print_model
 from passopt.passes.catalog import unknown_name
 from passopt.passes.expectations import parse_expectation
-from passopt.passes.instruments import Dump, PrintAfter, summary_table
+from passopt.passes.instruments import Dump, PrintAfter, rule_table, summary_table
 from passopt.passes.manager import Instrument, PassRecord, run_passes
 from passopt.passes.pipeline_spec import Resolved, resolve
 from passopt.targets.manifest import read_manifest
@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
         verify=options.verify_each != "off",
         instruments=_instruments(options, names),
         expectations=expectations,
+        time_rules=options.stats is not None,
     )
     if options.emit == "text":
         print(print_model(model), end="")
@@ -134,6 +135,8 @@ def _report(
         print(json.dumps(body, indent=2))
         return 0
     print(summary_table(records, times=options.time_passes))
+    if options.stats:
+        print(f"\n{rule_table(records)}")
     for record in records:
         for note in record.result.notes:
             print(f"{record.name}: {note}")
