@@ -337,7 +337,7 @@ def _settled(attempt: Attempt, pattern: NodePattern) -> Attempt:
 
 
 def _best(attempts: list[Attempt]) -> list[Attempt]:
-    return sorted(attempts, key=lambda item: -item.score)[:_BEAM]
+    return sorted(attempts, key=lambda item: (-item.score, -item.matched))[:_BEAM]
 
 
 def _choices(root: ValuePattern) -> list[tuple[Output, dict[str, str]]]:
