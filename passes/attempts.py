@@ -36,6 +36,14 @@ class Attempt:
         """With one difference more; `missed` are the pattern nodes that are given up for it."""
         return dataclasses.replace(self, differences=(*self.differences, difference)).gives_up(missed)
 
+    def lays(self, pattern: NodePattern, node: onnx_ir.Node) -> Attempt:
+        """With a pattern node laid over a node; whether it fits is not said."""
+        return dataclasses.replace(self, nodes={**self.nodes, pattern: node}, missed=self.missed - {pattern})
+
+    def allows(self, labels: Mapping[str, str]) -> bool:
+        """True if no other label of these alternatives was taken."""
+        return all(self.bindings.get(name, label) == label for name, label in labels.items())
+
     def binds(self, name: str, value: Any) -> Attempt:
         return dataclasses.replace(self, bindings={**self.bindings, name: value})
 

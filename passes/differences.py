@@ -12,7 +12,6 @@ import onnx_ir
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.pattern import (
     Absent,
-    Alternatives,
     Maybe,
     NodePattern,
     Number,
@@ -22,6 +21,7 @@ from passopt.passes.pattern import (
     ValuePattern,
     Variable,
     Weight,
+    outputs_of,
 )
 
 #: Longer constants are shown by dtype and shape.
@@ -115,6 +115,8 @@ def expected_words(pattern: ValuePattern, bindings: Mapping[str, Any]) -> Words:
         bound = bindings.get(pattern.name)
         if isinstance(bound, onnx_ir.Value):
             return Words(f"the same value as {pattern.name},", bound.name or "")
+        if bound is None:
+            return Words("an input")
         return Words(f"the same value as {pattern.name}, {found_words(bound)}")
     if isinstance(pattern, Output):
         which = f"output {pattern.index} of " if pattern.node.outputs > 1 else ""
@@ -179,12 +181,3 @@ def attribute_text(name: str, value: Any) -> str:
 def children(pattern: NodePattern) -> list[Output]:
     """The operators that a pattern node reads, those of alternatives included."""
     return [choice for item in pattern.inputs for choice in outputs_of(item)]
-
-
-def outputs_of(pattern: ValuePattern) -> list[Output]:
-    """The operators that a value may come from."""
-    if isinstance(pattern, Output):
-        return [pattern]
-    if isinstance(pattern, Alternatives):
-        return [found for choice in pattern.choices.values() for found in outputs_of(choice)]
-    return []

@@ -7,7 +7,7 @@ most nodes fit. Every difference is recorded. For explanations only: `matching` 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir
@@ -24,7 +24,6 @@ from passopt.passes.differences import (
     found_words,
     input_place,
     operator,
-    outputs_of,
 )
 from passopt.passes.pattern import (
     Absent,
@@ -39,16 +38,14 @@ from passopt.passes.pattern import (
     ValuePattern,
     Variable,
     Weight,
+    outputs_of,
 )
+from passopt.passes.pattern_walks import behind, choices, may_stand_for, readers, same_operator
 
 #: Attempts that are followed at the same time; a rule has few commuted inputs that matter at once.
 _BEAM = 6
 #: Pattern nodes visited per place; after that no operator is stepped over any more.
 _BUDGET = 1500
-#: Operators that may stand between two nodes of a pattern, in a row.
-_EXTRA_IN_A_ROW = 2
-#: Operators that an exporter does not slip in between others: what lies behind them is another part of the model.
-_NOT_EXTRA = frozenset({"MatMul", "Gemm", "Conv", "Gather", "Attention", "Softmax"})
 _MISSING = object()
 
 
@@ -72,15 +69,16 @@ class _Search:
     def __init__(self, opset: int) -> None:
         self._opset = opset
         self._visits = 0
+        self._below: dict[NodePattern, tuple[NodePattern, ...]] = {}
 
     def at_root(self, pattern: Pattern, node: onnx_ir.Node, begun: Attempt) -> Attempt:
-        options = [(root, labels) for root, labels in _choices(pattern.roots[0]) if _fits(labels, begun)]
-        fitting = [option for option in options if _same_operator(option[0].node, node)] or options
+        options = [(root, labels) for root, labels in choices(pattern.roots[0]) if begun.allows(labels)]
+        fitting = [option for option in options if same_operator(option[0].node, node)] or options
         found = [made for root, labels in fitting for made in self.node(begun.takes(labels), root.node, node)]
         return self._others(pattern, _best(found))
 
     def below_root(self, pattern: Pattern, child: Output, source: onnx_ir.Node, reader: onnx_ir.Node | None) -> Attempt:
-        root, labels = next(item for item in _choices(pattern.roots[0]) if child in children(item[0].node))
+        root, labels = next(item for item in choices(pattern.roots[0]) if child in children(item[0].node))
         name = source.outputs[child.index].name or ""
         expected = Words(f"{operator(root.node)} that reads", name)
         found = Words(operator(reader), reader.outputs[0].name or "") if reader is not None else Words("no node")
@@ -99,13 +97,13 @@ class _Search:
 
     def node(self, attempt: Attempt, pattern: NodePattern, node: onnx_ir.Node) -> list[Attempt]:
         """The ways in which a node fits a node pattern, best first; there is always one."""
-        if not _same_operator(pattern, node):
+        if not same_operator(pattern, node):
             difference = Difference(
                 "operator", pattern, node, "", Words(operator(pattern)), Words(operator(node)), node
             )
             return self._astray(attempt, pattern, node, difference, None)
         self._visits += 1
-        begun = self._own(dataclasses.replace(attempt, nodes={**attempt.nodes, pattern: node}), pattern, node)
+        begun = self._own(attempt.lays(pattern, node), pattern, node)
         if pattern.bind:
             begun = begun.binds(pattern.bind, node.outputs[0])
         found = self._inputs(begun, pattern, node)
@@ -114,10 +112,10 @@ class _Search:
     def _own(self, attempt: Attempt, pattern: NodePattern, node: onnx_ir.Node) -> Attempt:
         """What a node differs in by itself: attributes, the numbers of inputs and outputs."""
         used = len(node.inputs)
-        least, most = pattern.input_counts
+        _, most = pattern.input_counts
         while used > most and node.inputs[used - 1] is None:
             used -= 1
-        if not least <= used <= most:
+        if used > most:
             words = Words(f"{len(pattern.inputs)} inputs"), Words(str(used))
             attempt = attempt.differs(Difference("inputs", pattern, node, "", *words))
         if pattern.outputs > 1 and len(node.outputs) != pattern.outputs:
@@ -148,17 +146,15 @@ class _Search:
         return attempt.differs(Difference("attribute", pattern, node, name, *words))
 
     def _inputs(self, attempt: Attempt, pattern: NodePattern, node: onnx_ir.Node) -> list[Attempt]:
-        count = min(len(pattern.inputs), len(node.inputs))
-        orders = [(0, 1), (1, 0)] if pattern.commutes and count == 2 else [tuple(range(count))]
+        orders = [(0, 1), (1, 0)] if pattern.commutes else [tuple(range(len(pattern.inputs)))]
         found: list[Attempt] = []
         for order in orders:
             options = [attempt]
-            for item, position in zip(pattern.inputs, order, strict=False):
+            for item, position in zip(pattern.inputs, order, strict=True):
                 place = _Place(pattern, node, position)
                 options = _best([option for begun in options for option in self._value(begun, item, place)])
             found += options
-        absent = [below for item in pattern.inputs[count:] for below in _nodes_of(item)]
-        return _best([option.gives_up(absent) for option in found])
+        return _best(found)
 
     # Values.
 
@@ -175,10 +171,11 @@ class _Search:
             return [attempt.differs(place.differs("weight", pattern, attempt))]
         if isinstance(pattern, Absent):
             return [attempt if place.value is None else attempt.differs(place.differs("value", pattern, attempt))]
-        if isinstance(pattern, Rest) or (isinstance(pattern, Maybe) and place.value is None):
+        if isinstance(pattern, Rest):
             return [attempt]
         variable = pattern.variable if isinstance(pattern, (Weight, Maybe)) else pattern
-        if attempt.bindings.get(variable.name, place.value) is not place.value:
+        wanted = attempt.bindings.get(variable.name, place.value)
+        if wanted is not place.value or (place.value is None and not isinstance(pattern, Maybe)):
             return [attempt.differs(place.differs("value", variable, attempt))]
         return [attempt.binds(variable.name, place.value)]
 
@@ -205,12 +202,12 @@ class _Search:
             difference = place.differs("value", pattern, attempt)
             expected = Words(f"the same {difference.expected.text} as before,", same.name or "")
             return [attempt.differs(dataclasses.replace(difference, expected=expected))]
-        if pattern.node in attempt.missed:
-            return [attempt]
+        if any(item.owner is pattern.node for item in attempt.differences):
+            return [attempt]  # explained already
         difference = dataclasses.replace(place.differs("operator", pattern, attempt), owner=pattern.node)
         if producer is None or value is None:
-            return [attempt.differs(difference, _nodes_of(pattern))]
-        if not _same_operator(pattern.node, producer):
+            return [attempt.differs(difference, self._nodes(pattern))]
+        if not same_operator(pattern.node, producer):
             return self._astray(attempt, pattern.node, producer, difference, place)
         if value.index() != pattern.index:
             attempt = attempt.differs(dataclasses.replace(difference, kind="value"))
@@ -222,31 +219,31 @@ class _Search:
         self, attempt: Attempt, pattern: NodePattern, node: onnx_ir.Node, difference: Difference, place: _Place | None
     ) -> list[Attempt]:
         """Give the pattern node up; or step over `node`, or over the pattern node; or take `node` for another one."""
-        found = [attempt.differs(difference, _nodes_of(Output(pattern, 0)))]
+        found = [attempt.differs(difference, self._nodes(pattern))]
         if self._visits > _BUDGET:
             return found
-        for source in _behind(node, pattern):
+        for source in behind(node, pattern):
             extra = dataclasses.replace(difference, kind="extra", owner=None)
             found += self.node(attempt.differs(extra), pattern, source)
         if place is not None:
             found += self._absent(attempt, pattern, place, difference)
-        if _may_stand_for(node, pattern):
-            taken = dataclasses.replace(attempt, nodes={**attempt.nodes, pattern: node})
-            found += [_settled(option, pattern) for option in self._inputs(taken.differs(difference), pattern, node)]
+        if may_stand_for(node, pattern):
+            taken = attempt.differs(difference).lays(pattern, node)
+            found += [_settled(option, pattern) for option in self._inputs(taken, pattern, node)]
             return _best(found)
         for child in children(pattern):
-            for source in _behind(node, child.node, 1):
-                found += self.node(attempt.differs(difference, _without(pattern, child)), child.node, source)
+            for source in behind(node, child.node, 1):
+                found += self.node(attempt.differs(difference, self._without(pattern, child)), child.node, source)
         return _best(found)
 
     def _absent(self, attempt: Attempt, pattern: NodePattern, place: _Place, difference: Difference) -> list[Attempt]:
         """Step over the pattern node: one of the operators that it reads stands in its place."""
         found: list[Attempt] = []
         for child in children(pattern):
-            if place.producer is None or not _same_operator(child.node, place.producer) or child.node in attempt.nodes:
+            if place.producer is None or not same_operator(child.node, place.producer) or child.node in attempt.nodes:
                 continue
             absent = dataclasses.replace(difference, kind="absent")
-            found += self._output(attempt.differs(absent, _without(pattern, child)), child, place)
+            found += self._output(attempt.differs(absent, self._without(pattern, child)), child, place)
         return found
 
     # Roots.
@@ -258,33 +255,52 @@ class _Search:
         inputs = reader.inputs if reader is not None else ()
         producers = [node for value in inputs if value is not None and (node := value.producer()) not in {None, source}]
         for item in root.inputs:
-            outputs = outputs_of(item)
+            outputs = list(outputs_of(item))
             if child in outputs:
                 continue
-            pairs = [(o.node, p) for o in outputs for p in producers if p is not None and _same_operator(o.node, p)]
+            pairs = [(o.node, p) for o in outputs for p in producers if p is not None and same_operator(o.node, p)]
             if pairs:
                 found = _best([option for begun in found for option in self.node(begun, *pairs[0])])
             else:
-                found = [option.gives_up(_nodes_of(item)) for option in found]
+                found = [option.gives_up(self._nodes(item)) for option in found]
         return found
 
     def _further_root(self, attempt: Attempt, root: ValuePattern, place: str) -> list[Attempt]:
         """A further root is looked for among the users of what is bound already."""
-        options = [(output.node, labels) for output, labels in _choices(root) if _fits(labels, attempt)]
-        if any(node in attempt.nodes or node in attempt.missed for node, _ in options):
+        options = [(output.node, labels) for output, labels in choices(root) if attempt.allows(labels)]
+        if any(node in attempt.nodes for node, _ in options):
             return [attempt]
         found: list[Attempt] = []
+        stuck: tuple[NodePattern, onnx_ir.Value] | None = None
         for node, labels in options:
-            source = _source(attempt, node)
-            for user in dict.fromkeys(source.consumers()) if source is not None else ():
-                if _same_operator(node, user) and user not in attempt.nodes.values():
+            users, ended = readers(attempt, node)
+            stuck = stuck or ended
+            for user in users:
+                if user not in attempt.nodes.values():
                     found += self.node(attempt.takes(labels), node, user)
         if found or not options:
             return found or [attempt]
-        node, source = options[0][0], _source(attempt, options[0][0])
-        if source is None and attempt.differences:
-            return [attempt.gives_up(_nodes_of(Output(node, 0)))]  # what it reads is missing already
-        return [attempt.differs(_no_root(attempt, node, source, place), _nodes_of(Output(node, 0)))]
+        lost = self._nodes(options[0][0])
+        if stuck is None and attempt.differences:
+            return [attempt.gives_up(lost)]  # what it reads is missing already
+        return [attempt.differs(_no_root(attempt, options[0][0], stuck, place), lost)]
+
+    def _nodes(self, item: NodePattern | ValuePattern) -> tuple[NodePattern, ...]:
+        """The node patterns of a piece, of the smallest alternatives, each once."""
+        piece = Output(item, 0) if isinstance(item, NodePattern) else item
+        if isinstance(piece, Alternatives):
+            return min((self._nodes(choice) for choice in piece.choices.values()), key=len)
+        if not isinstance(piece, Output):
+            return ()
+        if piece.node not in self._below:
+            inside = (below for operand in piece.node.inputs for below in self._nodes(operand))
+            self._below[piece.node] = tuple(dict.fromkeys((piece.node, *inside)))
+        return self._below[piece.node]
+
+    def _without(self, pattern: NodePattern, child: Output) -> list[NodePattern]:
+        """A pattern node and what is below it, but for what is below `child`."""
+        kept = set(self._nodes(child))
+        return [item for item in self._nodes(pattern) if item not in kept]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +313,7 @@ class _Place:
 
     @property
     def value(self) -> onnx_ir.Value | None:
-        return self.node.inputs[self.position]
+        return self.node.inputs[self.position] if self.position < len(self.node.inputs) else None
 
     @property
     def producer(self) -> onnx_ir.Node | None:
@@ -320,13 +336,16 @@ class _Place:
         )
 
 
-def _no_root(attempt: Attempt, root: NodePattern, source: onnx_ir.Value | None, place: str) -> Difference:
+def _no_root(
+    attempt: Attempt, root: NodePattern, stuck: tuple[NodePattern, onnx_ir.Value] | None, place: str
+) -> Difference:
     first = next(iter(attempt.nodes.values()))
-    if source is None:
-        return Difference("root", root, first, place, Words(operator(root)), Words("nothing bound that it reads"))
-    readers = ", ".join(dict.fromkeys(operator(user) for user in source.consumers()))
-    expected = Words(f"{operator(root)} that reads", source.name or "")
-    return Difference("root", root, source.producer() or first, place, expected, Words(f"readers {readers}"))
+    if stuck is None:
+        return Difference("root", root, first, place, Words(operator(root)), Words("nothing that it could read"))
+    wanted, value = stuck
+    found = ", ".join(dict.fromkeys(operator(user) for user in value.consumers()))
+    expected = Words(f"{operator(wanted)} that reads", value.name or "")
+    return Difference("root", root, value.producer() or first, place, expected, Words(f"readers {found or 'none'}"))
 
 
 def _settled(attempt: Attempt, pattern: NodePattern) -> Attempt:
@@ -338,76 +357,3 @@ def _settled(attempt: Attempt, pattern: NodePattern) -> Attempt:
 
 def _best(attempts: list[Attempt]) -> list[Attempt]:
     return sorted(attempts, key=lambda item: (-item.score, -item.matched))[:_BEAM]
-
-
-def _choices(root: ValuePattern) -> list[tuple[Output, dict[str, str]]]:
-    """The outputs that a root may be, with the labels that choose them."""
-    if isinstance(root, Output):
-        return [(root, {})]
-    if not isinstance(root, Alternatives):
-        return []
-    below = [(label, found) for label, choice in root.choices.items() for found in _choices(choice)]
-    return [(output, {root.name: label, **labels}) for label, (output, labels) in below]
-
-
-def _fits(labels: Mapping[str, str], attempt: Attempt) -> bool:
-    return all(attempt.bindings.get(name, label) == label for name, label in labels.items())
-
-
-def _same_operator(pattern: NodePattern, node: onnx_ir.Node) -> bool:
-    return (pattern.op_type, pattern.domain) == (node.op_type, node.domain)
-
-
-def _nodes_of(pattern: ValuePattern) -> Iterator[NodePattern]:
-    """The node patterns of a piece, of the smallest alternatives, each once."""
-    seen: dict[NodePattern, None] = {}
-    work = [pattern]
-    while work:
-        item = work.pop()
-        if isinstance(item, Alternatives):
-            work.append(min(item.choices.values(), key=lambda choice: sum(1 for _ in _nodes_of(choice))))
-        elif isinstance(item, Output) and item.node not in seen:
-            seen[item.node] = None
-            work.extend(item.node.inputs)
-    yield from seen
-
-
-def _without(pattern: NodePattern, child: Output) -> list[NodePattern]:
-    """A pattern node and what is below it, but for what is below `child`."""
-    kept = set(_nodes_of(child))
-    return [item for item in _nodes_of(Output(pattern, 0)) if item not in kept]
-
-
-def _behind(node: onnx_ir.Node, pattern: NodePattern, levels: int = _EXTRA_IN_A_ROW) -> list[onnx_ir.Node]:
-    """The nodes of the pattern's operator that `node` computes from, through a few others."""
-    edge, found = [node], dict[onnx_ir.Node, None]()
-    for _ in range(levels):
-        edge = [item for item in edge if item.op_type not in _NOT_EXTRA]
-        sources = dict.fromkeys(
-            producer for item in edge for value in item.inputs if value is not None and (producer := value.producer())
-        )
-        found.update(dict.fromkeys(source for source in sources if _same_operator(pattern, source)))
-        edge = [source for source in sources if source not in found]
-    return list(found)
-
-
-def _may_stand_for(node: onnx_ir.Node, pattern: NodePattern) -> bool:
-    """True if the node could be another spelling of the pattern node, of the same inputs: Mul for Div."""
-    if (node.op_type in _NOT_EXTRA) != (pattern.op_type in _NOT_EXTRA) or len(node.inputs) != len(pattern.inputs):
-        return False
-    producers = {producer for value in node.inputs if value is not None and (producer := value.producer())}
-    return any(_same_operator(child.node, producer) for child in children(pattern) for producer in producers)
-
-
-def _source(attempt: Attempt, root: NodePattern) -> onnx_ir.Value | None:
-    """The first input of a root that is bound already."""
-    return next((value for item in root.inputs if (value := _bound(attempt, item)) is not None), None)
-
-
-def _bound(attempt: Attempt, item: ValuePattern) -> onnx_ir.Value | None:
-    if isinstance(item, (Variable, Weight)):
-        value = attempt.bindings.get(item.name if isinstance(item, Variable) else item.variable.name)
-        return value if isinstance(value, onnx_ir.Value) else None
-    if isinstance(item, Output) and item.node in attempt.nodes:
-        return attempt.nodes[item.node].outputs[item.index]
-    return None

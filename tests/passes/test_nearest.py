@@ -311,3 +311,68 @@ def test_no_exponential_search(attempt):
     found = attempt(pattern, f"{{ {body.replace('v12', 'out')} }}")
     assert (found.matched, found.total) == (24, 25)
     assert str(found.differences[0]) == "v1 (Add), input 1: expected Relu, found Abs v0"
+
+
+def test_a_root_above_what_is_bound_is_reached(differences):
+    """The second root reads nothing of the first, only what stands above it."""
+
+    def pattern(op, a):
+        piece = op.Relu(a)
+        return [op.Neg(piece), op.Abs(op.Exp(op.Sqrt(piece)))]
+
+    signature = "(float[3,5] x) => (float[3,5] out, float[3,5] other)"
+    whole = "{ r = Relu(x) out = Neg(r) s = Sqrt(r) e = Exp(s) other = Abs(e) }"
+    assert differences(pattern, whole, signature) == ("5 of 5", [])
+    assert differences(pattern, whole.replace("Exp(s)", "Floor(s)"), signature) == (
+        "2 of 5",
+        ["s (Sqrt), root 2 of 2: expected Exp that reads s, found readers Floor"],
+    )
+    assert differences(pattern, whole.replace("Relu(x)", "Ceil(x)"), signature) == (
+        "1 of 5",
+        ["out (Neg), input 0: expected Relu, found Ceil r"],
+    )
+
+
+def test_a_root_of_one_of_several_operators(differences):
+    def pattern(op, a):
+        return op.any_op("kind", ["Mul", "Div"], op.Relu(a), op.Neg(a))
+
+    assert differences(pattern, "{ r = Relu(x) n = Abs(x) out = Div(r, n) }") == (
+        "2 of 3",
+        ["out (Div), input 1: expected Neg, found Abs n"],
+    )
+
+
+CLIP = X + " <float low = {0}, float high = {6}>"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "body", "words"),
+    [
+        (lambda op, a, b: op.Clip(a, 0.0, b), "out = Clip(x, low)",
+         "out (Clip), input 2 (b): expected an input, found no input"),
+        (lambda op, a: op.Clip(a, 0.0), "out = Clip(x, low, high)", "out (Clip): expected 2 inputs, found 3"),
+        (lambda op, a: op.Clip(a, None, 6.0), "out = Clip(x, low, high)",
+         "out (Clip), input 1: expected no input, found the constant 0 (float)"),
+        (lambda op, a, b: op.Clip(op.Neg(a), 0.0, op.maybe(b)), "out = Clip(x, low)",
+         "out (Clip), input 0: expected Neg, found the graph input float[3,5] x"),
+        (lambda op, a: op.Concat(op.Neg(a), op.rest("others"), axis=0), "n = Abs(x) out = Concat<axis=0>(n, y, z)",
+         "out (Concat), input 0: expected Neg, found Abs n"),
+        (lambda op, a: op.Mul(a, op.near(0.5)), "out = Mul(x, high)",
+         "out (Mul), input 1: expected the constant 0.5 or near it, found the constant 6 (float)"),
+    ],
+)  # fmt: skip
+def test_inputs_that_may_be_absent_or_many(differences, pattern, body, words):
+    signature = CLIP.replace("float[3,5] out", "float[9,5] out") if "Concat" in body else CLIP
+    assert differences(pattern, f"{{ {body} }}", signature)[1] == [words]
+
+
+def test_what_was_given_up_is_found_from_elsewhere(differences):
+    """The piece under the wrong operator stands under another one as well."""
+
+    def pattern(op, a):
+        piece = op.Sqrt(op.Abs(a))
+        return op.Sub(op.Neg(op.Exp(op.Floor(piece))), op.Ceil(piece))
+
+    body = "{ p = Abs(x) q = Sqrt(p) t = Tanh(y) c = Ceil(q) out = Sub(t, c) }"
+    assert differences(pattern, body) == ("4 of 7", ["out (Sub), input 0: expected Neg, found Tanh t"])
