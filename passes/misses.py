@@ -25,7 +25,8 @@ _DIGITS = re.compile(r"\d+")
 class Miss:
     """A place where a rule did not apply: it differs, or (`reason`) the rule or pass itself declined it.
 
-    `node` is the root, or None for the whole graph; `nodes` are all nodes that the pattern was laid over.
+    `node` is the root, or None for the whole graph; `nodes` are all nodes that the pattern was laid over. `rule` is
+    where the rule is written, `rule_name` its pattern method; of a pass over the whole graph, its name and nothing.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class Miss:
     differences: tuple[Difference, ...] = ()
     reason: str | None = None
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rule_name: str = ""
     nodes: frozenset[onnx_ir.Node] = frozenset()
 
     @property
@@ -86,6 +88,7 @@ class Miss:
     def as_json(self) -> dict[str, Any]:
         return {
             "rule": self.rule,
+            "rule_name": self.rule_name,
             "labels": dict(self.labels),
             "node": self.node.name if self.node is not None else None,
             "value": self.node.outputs[0].name if self.node is not None else None,
@@ -126,7 +129,7 @@ class Group:
         """The title, the first differences, and where to look."""
         first = self.example
         labels = ", ".join(f"{name}={label}" for name, label in first.labels.items())
-        rule = f"rule {short_rule(first.rule)}" if " (" in first.rule else ""
+        rule = f"rule {first.rule_name} ({short_rule(first.rule)})" if first.rule_name else ""
         tail = "; ".join(part for part in (first.origin, rule, labels) if part)
         return [self.title, *(f"    {line}" for line in (*first.lines(differences), tail) if line)]
 

@@ -16,7 +16,6 @@ from passopt.passes.differences import children
 from passopt.passes.matching import Match, Matcher
 from passopt.passes.misses import Miss, distinct
 from passopt.passes.nearest import nearest, nearest_below
-from passopt.passes.pattern import Pattern
 from passopt.passes.rewriting import RewritePass, Rewriter, Rule, rules_of
 
 #: Where the root itself is another operator, so much else must fit: any MatMul is half of a small pattern.
@@ -64,7 +63,7 @@ def _site(rule: Rule, matcher: Matcher, node: onnx_ir.Node, editor: Editor) -> S
         return Site(rule, node, nodes, None)
     count = len(match.nodes)
     labels = {name: label for name, label in match.bindings.items() if isinstance(label, str)}
-    return Site(rule, node, nodes, Miss(rule.where, node, count, count, (), reason, labels, nodes))
+    return Site(rule, node, nodes, Miss(rule.where, node, count, count, (), reason, labels, rule.name, nodes))
 
 
 def _reason(rule: Rule, match: Match, editor: Editor) -> str | None:
@@ -83,13 +82,14 @@ def _reason(rule: Rule, match: Match, editor: Editor) -> str | None:
 
 def _near(rule: Rule, node: onnx_ir.Node, attempt: Attempt) -> Site:
     nodes = frozenset(attempt.nodes.values())
-    miss = Miss(rule.where, node, attempt.matched, attempt.total, attempt.differences, None, attempt.labels, nodes)
+    differences, labels = attempt.differences, attempt.labels
+    miss = Miss(rule.where, node, attempt.matched, attempt.total, differences, None, labels, rule.name, nodes)
     return Site(rule, node, nodes, miss)
 
 
 def _sites_below(rule: Rule, graph: onnx_ir.Graph, opset: int) -> Iterator[Site]:
     """Places where all is there but the root itself; only where most of the pattern fits."""
-    keys = root_keys(rule.pattern)
+    keys = rule.pattern.root_keys
     roots = [root for root in rule.pattern.root_nodes if (root.domain, root.op_type) in keys]
     for child in {output.node: output for root in roots for output in children(root)}.values():
         for node in graph:
@@ -101,11 +101,6 @@ def _sites_below(rule: Rule, graph: onnx_ir.Graph, opset: int) -> Iterator[Site]
             attempt = nearest_below(rule.pattern, child, node, next(iter(readers), None), opset)
             if attempt.matched >= _FITTING_BELOW and 2 * attempt.matched >= attempt.total:
                 yield _near(rule, node, attempt)
-
-
-def root_keys(pattern: Pattern) -> set[tuple[str, str]]:
-    """(domain, op type) of the nodes at which the pattern may start."""
-    return set(pattern.root_keys)
 
 
 def find_node(model: onnx_ir.Model, name: str) -> onnx_ir.Node:

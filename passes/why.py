@@ -15,14 +15,17 @@ from passopt.ir.errors import PassoptError
 from passopt.ir.shapes import complete_types
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.differences import operator
-from passopt.passes.misses import Group, Miss, grouped, short_rule
+from passopt.passes.misses import Group, Miss, grouped
+from passopt.passes.pattern import outputs_of
 from passopt.passes.rewriting import RewritePass, rules_of
-from passopt.passes.sites import misses, root_keys
+from passopt.passes.sites import misses
 
 #: Groups that a report shows.
 LIMIT = 5
 #: Differences of the nearest group; of the others one.
 _DETAILS = 3
+#: Groups that are shown where none is near.
+_FAR = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Report:
 
     def body(self, limit: int = LIMIT) -> list[str]:
         """The lines below the headline."""
-        near = [group for group in self.groups if group.example.is_near] or self.groups
-        shown = near[:limit] if limit else self.groups
+        near = [group for group in self.groups if group.example.is_near]
+        shown = list(self.groups) if not limit else near[:limit] or list(self.groups[: min(limit, _FAR)])
         lines = list(self.remarks)
         for index, group in enumerate(shown, 1):
             first, *rest = group.lines(_DETAILS if index == 1 else 1)
@@ -102,9 +105,11 @@ def _remarks(item: Pass, result: PassResult) -> list[str]:
 
 
 def _roots_that_are_missing(item: RewritePass, model: onnx_ir.Model) -> list[str]:
+    """The rules that cannot start anywhere, in one line."""
     present = {(node.domain, node.op_type) for node in model.graph}
-    return [
-        f"rule {short_rule(rule.where)} starts at {operator(rule.pattern.root_nodes[0])}, which the graph does not have"
-        for rule in rules_of(item)
-        if not present & root_keys(rule.pattern)
-    ]
+    missing: dict[str, None] = {}
+    for rule in rules_of(item):
+        if not present.intersection(rule.pattern.root_keys):
+            roots = dict.fromkeys(operator(root.node) for root in outputs_of(rule.pattern.roots[0]))
+            missing.update(dict.fromkeys([f"{' or '.join(roots)} ({rule.name})"]))
+    return [f"the graph has none of the operators at which these rules start: {', '.join(missing)}"] if missing else []

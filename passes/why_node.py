@@ -15,7 +15,7 @@ from passopt.passes.misses import Miss, origin_of, provenance_of, short_rule
 from passopt.passes.nearest import nearest
 from passopt.passes.pattern import Alternatives, NodePattern, Output, Pattern
 from passopt.passes.rewriting import RewritePass, Rule, rules_of
-from passopt.passes.sites import Site, find_node, root_keys, sites
+from passopt.passes.sites import Site, find_node, sites
 
 #: Places of a rule that hold the node as an inner node.
 _PLACES = 2
@@ -38,13 +38,13 @@ class Spelling:
 class RuleOnNode:
     """One rule at one node: the places where it takes part, nearest first; none if the rule has no such operator."""
 
-    rule: str
+    rule: Rule
     sites: tuple[Site, ...]
     spellings: tuple[Spelling, ...]
     remark: str
 
     def lines(self) -> Iterator[str]:
-        yield f"rule {short_rule(self.rule)}: {self.remark}"
+        yield f"rule {self.rule.name} ({short_rule(self.rule.where)}): {self.remark}"
         for site in self.sites:
             yield f"    {_verdict(site)}"
             if site.miss is not None:
@@ -53,7 +53,8 @@ class RuleOnNode:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "rule": self.rule,
+            "rule": self.rule.where,
+            "rule_name": self.rule.name,
             "remark": self.remark,
             "sites": [
                 {"root": site.node.name, "matches": site.is_match, **(site.miss.as_json() if site.miss else {})}
@@ -118,18 +119,18 @@ def _rule_on_node(rule: Rule, node: onnx_ir.Node, everywhere: Sequence[Site], op
     at_root = [site for site in everywhere if site.node is node]
     if at_root:
         spellings = () if at_root[0].is_match else tuple(_spellings(rule.pattern, node, opset))
-        return RuleOnNode(rule.where, tuple(at_root), spellings, "starts here")
+        return RuleOnNode(rule, tuple(at_root), spellings, "starts here")
     inside = sorted((site for site in everywhere if node in site.nodes), key=_nearness)
     if inside and inside[0].is_match:
         inside = [site for site in inside if site.is_match]
     if inside:
-        return RuleOnNode(rule.where, tuple(inside[:_PLACES]), (), "takes this node as an inner one")
+        return RuleOnNode(rule, tuple(inside[:_PLACES]), (), "takes this node as an inner one")
     key = (node.domain, node.op_type)
     inner = {(item.domain, item.op_type) for item in _node_patterns(rule.pattern)}
-    if key in inner and key not in root_keys(rule.pattern):
-        return RuleOnNode(rule.where, (), (), f"has a {operator(node)} inside, but nothing that reads this one fits")
+    if key in inner and key not in rule.pattern.root_keys:
+        return RuleOnNode(rule, (), (), f"has a {operator(node)} inside, but nothing that reads this one fits")
     roots = " or ".join(operator(root) for root in rule.pattern.root_nodes[:1])
-    return RuleOnNode(rule.where, (), (), f"has no {operator(node)}; it starts at {roots}")
+    return RuleOnNode(rule, (), (), f"has no {operator(node)}; it starts at {roots}")
 
 
 def _nearness(site: Site) -> tuple[float, ...]:

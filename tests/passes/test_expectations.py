@@ -92,7 +92,7 @@ def test_an_unmet_expectation_explains_the_nearest_miss(rule, model, source_line
         "expected test-rule>=1: matched 0 times, tried 1 nodes",
         "1. 2 of 3 nodes fit at y (Neg)",
         "    one (Identity), input 0: expected Identity, found the graph input float[3] x",
-        f"    rule {Path(source_line(pattern)).name}",
+        f"    rule pattern ({Path(source_line(pattern)).name})",
     ]
 
 
