@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
+from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.pattern import (
     Absent,
@@ -79,7 +80,14 @@ class Difference:
             "expected": str(self.expected),
             "found": str(self.found),
             "found_node": self.found_node.name if self.found_node is not None else None,
+            **provenance(self.node),
         }
+
+
+def provenance(node: onnx_ir.Node) -> dict[str, str]:
+    """What the graph knows of where a node comes from."""
+    keys = {"source": SOURCE, "module": MODULE, "made_by": MADE_BY, "made_from": MADE_FROM}
+    return {name: node.metadata_props[key] for name, key in keys.items() if key in node.metadata_props}
 
 
 def describe_node(node: onnx_ir.Node) -> str:

@@ -138,4 +138,5 @@ def _total(name: str, records: Sequence[PassRecord]) -> PassResult:
             total.tries += record.result.tries
             total.declines.update(record.result.declines)
             total.modified = total.modified or record.result.modified
+            total.rules = record.result.rules
     return total

@@ -11,8 +11,8 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
-from passopt.passes.differences import Difference, describe_node
+from passopt.ir.provenance import MODULE, SOURCE
+from passopt.passes.differences import Difference, describe_node, provenance
 
 _NAME = re.compile(r"[\w./:]*\w")
 _NUMBERED = re.compile(r"(?=[\w./:]*[A-Za-z])[\w./:]+")
@@ -97,7 +97,7 @@ class Miss:
             "matched_nodes": self.matched,
             "pattern_nodes": self.total,
             "differences": [item.as_json() for item in self.differences],
-            **(provenance_of(self.node) if self.node is not None else {}),
+            **(provenance(self.node) if self.node is not None else {}),
         }
 
 
@@ -192,9 +192,3 @@ def origin_of(node: onnx_ir.Node) -> str:
     """The exporter's source line and the module, if the graph has them."""
     source, module = node.metadata_props.get(SOURCE), node.metadata_props.get(MODULE)
     return " in ".join(part for part in (source, module) if part)
-
-
-def provenance_of(node: onnx_ir.Node) -> dict[str, str]:
-    """What the graph knows of where a node comes from."""
-    keys = {"source": SOURCE, "module": MODULE, "made_by": MADE_BY, "made_from": MADE_FROM}
-    return {name: node.metadata_props[key] for name, key in keys.items() if key in node.metadata_props}

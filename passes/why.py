@@ -81,7 +81,7 @@ def explain(item: Pass, model: onnx_ir.Model) -> Report:
 def explain_rest(item: Pass, model: onnx_ir.Model, result: PassResult) -> Report:
     """Explain what a pass that ran with `result` left in `model`; one over the whole graph also takes it as it was."""
     if isinstance(item, RewritePass):
-        return _report(item, result.matches, misses(item, model), _roots_that_are_missing(item, model))
+        return _report(item, result.matches, misses(item, model), _rules_that_never_start(item, result))
     reasons = [Miss(item.name, None, reason=reason) for reason in result.declines.elements()]
     return _report(item, result.matches, [*reasons, *item.explain(model)], _remarks(item, result))
 
@@ -104,12 +104,11 @@ def _remarks(item: Pass, result: PassResult) -> list[str]:
     return [f"{item.name} works on the whole graph, by no rule that could come near; {changed}", *result.notes]
 
 
-def _roots_that_are_missing(item: RewritePass, model: onnx_ir.Model) -> list[str]:
-    """The rules that cannot start anywhere, in one line."""
-    present = {(node.domain, node.op_type) for node in model.graph}
-    missing: dict[str, None] = {}
-    for rule in rules_of(item):
-        if not present.intersection(rule.pattern.root_keys):
+def _rules_that_never_start(item: RewritePass, result: PassResult) -> list[str]:
+    """The rules that no node of the graph could start, in one line."""
+    idle: dict[str, None] = {}
+    for rule, statistics in zip(rules_of(item), result.rules):
+        if not statistics.tries:
             roots = dict.fromkeys(operator(root.node) for root in outputs_of(rule.pattern.roots[0]))
-            missing.update(dict.fromkeys([f"{' or '.join(roots)} ({rule.name})"]))
-    return [f"the graph has none of the operators at which these rules start: {', '.join(missing)}"] if missing else []
+            idle[f"{' or '.join(roots)} ({rule.name})"] = None
+    return [f"the graph has none of the operators at which these rules start: {', '.join(idle)}"] if idle else []

@@ -10,8 +10,8 @@ import onnx_ir
 
 from passopt.ir.shapes import complete_types
 from passopt.passes.attempts import Attempt
-from passopt.passes.differences import describe_node, operator
-from passopt.passes.misses import Miss, origin_of, provenance_of, short_rule
+from passopt.passes.differences import describe_node, operator, provenance
+from passopt.passes.misses import Miss, origin_of, short_rule
 from passopt.passes.nearest import nearest
 from passopt.passes.pattern import Alternatives, NodePattern, Output, Pattern
 from passopt.passes.rewriting import RewritePass, Rule, rules_of
@@ -82,7 +82,7 @@ class NodeReport:
     rules: tuple[RuleOnNode, ...]
 
     def lines(self) -> list[str]:
-        made = provenance_of(self.node)
+        made = provenance(self.node)
         history = f"; made by {made['made_by']} from {made.get('made_from', '?')}" if "made_by" in made else ""
         origin = origin_of(self.node)
         head = f"{self.name} at {describe_node(self.node)}" + (f", {origin}" if origin else "") + history
@@ -93,7 +93,7 @@ class NodeReport:
             "pass": self.name,
             "node": self.node.name,
             "op_type": self.node.op_type,
-            **provenance_of(self.node),
+            **provenance(self.node),
             "rules": [rule.as_json() for rule in self.rules],
         }
 
