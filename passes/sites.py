@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx_ir
 
 from passopt.ir.editing import Editor, discard
 from passopt.ir.errors import PassoptError, UsageError
+from passopt.ir.provenance import MADE_BY
 from passopt.passes.attempts import Attempt
 from passopt.passes.base import Decline
 from passopt.passes.catalog import unknown_name
@@ -23,10 +24,18 @@ _FITTING_BELOW = 3
 
 
 def misses(item: RewritePass, model: onnx_ir.Model) -> list[Miss]:
-    """Every place where a rule declines or does not fit, each once, in the order of rules and graph."""
-    found = list(sites(item, model))
+    """Every place where a rule declines or does not fit, each once, in the order of rules and graph.
+
+    What the pass itself made is no place that it missed.
+    """
+    found = list(sites(item, model, rules_of(item)))
     matches = [site.nodes for site in found if site.is_match]
-    return distinct((site.miss for site in found if site.miss is not None), matches)
+    foreign = (site.miss for site in found if site.miss is not None and not _is_made_by(item.name, site.node))
+    return distinct(foreign, matches)
+
+
+def _is_made_by(name: str, node: onnx_ir.Node) -> bool:
+    return node.metadata_props.get(MADE_BY, "").split(",")[-1] == name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,9 +52,10 @@ class Site:
         return self.miss is None
 
 
-def sites(item: RewritePass, model: onnx_ir.Model) -> Iterator[Site]:
+def sites(item: RewritePass, model: onnx_ir.Model, rules: Sequence[Rule]) -> Iterator[Site]:
+    """Every node at which one of the rules may start, and places where all but the root is there."""
     editor = Editor(model, item.name)
-    for rule in rules_of(item):
+    for rule in rules:
         keys, matcher = rule.pattern.root_keys, Matcher(rule.pattern, editor.opset)
         for node in model.graph:
             if (node.domain, node.op_type) in keys:

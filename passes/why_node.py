@@ -106,11 +106,12 @@ def explain_node(item: RewritePass, model: onnx_ir.Model, name: str) -> NodeRepo
     model = model.clone()
     complete_types(model)
     node = find_node(model, name)
-    everywhere = list(sites(item, model))
+    rules = rules_of(item)
+    everywhere = list(sites(item, model, rules))
     opset = model.graph.opset_imports.get("", 0)
     found = []
-    for rule in rules_of(item):
-        mine = [site for site in everywhere if site.rule.where == rule.where]
+    for rule in rules:
+        mine = [site for site in everywhere if site.rule is rule]
         found.append(_rule_on_node(rule, node, mine, opset))
     return NodeReport(item.name, node, tuple(found))
 

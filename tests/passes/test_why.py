@@ -172,6 +172,20 @@ def test_what_an_earlier_match_makes_possible_is_a_match(lines, rule):
     assert report[0] == "test-rule: matched 2 times, declined 0 times, came near at 0 places"
 
 
+def test_what_the_pass_made_is_no_miss(lines, rule):
+    def once(self, op, a):
+        if a.producer() is not None and a.producer().op_type == "Abs":
+            raise Decline("done")
+        return op.Neg(op.Abs(a))
+
+    report = lines(rule(lambda self, op, a: op.Neg(a), once), layers(FAR, "a# = Abs(x) out# = Neg(a#)"))
+    assert report == [
+        "test-rule: matched 1 times, declined 1 times, came near at 0 places",
+        "1. declined at out1 (Neg)",
+        "    done",
+    ]
+
+
 def test_a_root_that_no_node_has_is_said(lines, rule):
     item = rule(lambda self, op, a: op.any_op("kind", ["Min", "Max"], op.Neg(a), a), lambda self, op, a, kind: a)
     assert lines(item, layers(FAR)) == [

@@ -39,14 +39,14 @@ def _chosen(options: argparse.Namespace) -> tuple[Sequence[Pass], Pass]:
     before = list(resolve(options.after).passes) if options.after else []
     if options.pipeline is None:
         return before, _single(options.name)
+    item = _single(options.name)
     (step,) = parse_steps(options.name)
     pipeline = resolve(options.pipeline)
     names = [item.name for item in pipeline.passes]
     if step.name not in names:
         raise UsageError("--in: " + unknown_name(f"pass of {options.pipeline}", step.name, names))
     place = names.index(step.name)
-    item = _single(options.name) if step.options else pipeline.passes[place]
-    return [*before, *pipeline.passes[:place]], item
+    return [*before, *pipeline.passes[:place]], item if step.options else pipeline.passes[place]
 
 
 def _single(text: str) -> Pass:
