@@ -18,14 +18,18 @@ class SplitPackedQkv(RewritePass):
     """Give query, key and value their own weight, so that each can be sharded by heads, fused and quantised alone.
 
     Before: ``p = MatMul(x, Transpose(w)); q, k, v = Gather(Squeeze(Transpose(Unsqueeze(Reshape(p)))), 0 | 1 | 2)``
-            or ``q, k, v = Split(p, sizes)``
+            or ``q, k, v = Split(p, sizes)``, or three Slices of p that take all of it
     After:  ``q = MatMul(x, Transpose(w.q)); k = MatMul(x, Transpose(w.k)); v = MatMul(x, Transpose(w.v))``
     """
 
     name = "split-packed-qkv"
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
-        return [(self.gathered, self.rewrite_gathered), (self.divided, self.rewrite_divided)]
+        return [
+            (self.gathered, self.rewrite_gathered),
+            (self.divided, self.rewrite_divided),
+            (self.sliced, self.rewrite_sliced),
+        ]
 
     def gathered(self, op: Any, x: Any, w: Any, shape: Any, squeezed: Any) -> Any:
         """Baichuan's unflatten, unsqueeze, transpose, squeeze and three selects."""
@@ -48,6 +52,44 @@ class SplitPackedQkv(RewritePass):
 
     def rewrite_divided(self, op: Any, x: Any, w: Any, layout: str, sizes: Any) -> Any:
         return _project(op, x, w, layout, op.constant(sizes).tolist())
+
+    def sliced(
+        self, op: Any, x: Any, w: Any, start0: Any, end0: Any, start1: Any, end1: Any, start2: Any, end2: Any, axis: Any
+    ) -> Any:
+        """Phi-3's three slices along the last axis, in any order."""
+        packed = _packed(op, x, w)
+        return [
+            op.Slice(packed, start0, end0, axis, [1], bind="part"),
+            op.Slice(packed, start1, end1, axis, [1]),
+            op.Slice(packed, start2, end2, axis, [1]),
+        ]
+
+    def rewrite_sliced(
+        self,
+        op: Any,
+        x: Any,
+        w: Any,
+        layout: str,
+        part: Any,
+        start0: Any,
+        end0: Any,
+        start1: Any,
+        end1: Any,
+        start2: Any,
+        end2: Any,
+        axis: Any,
+    ) -> Any:
+        ndim = len(dimensions(part) or [])
+        if op.constant(axis).reshape(-1).tolist() not in ([-1], [ndim - 1]):
+            raise Decline(f"slices axis {op.constant(axis).tolist()} of {ndim}, not the channels")
+        bounds = [int(op.constant(bound).reshape(-1)[0]) for bound in (start0, end0, start1, end1, start2, end2)]
+        width = op.weight(w).shape[0 if layout == "out_in" else 1]
+        starts, ends = bounds[0::2], [min(end, width) for end in bounds[1::2]]
+        order = sorted(range(3), key=starts.__getitem__)
+        if [starts[index] for index in order] != [0, *(ends[index] for index in order[:2])] or ends[order[2]] != width:
+            raise Decline(f"the slices {starts} to {ends} do not take all {width} channels, each once")
+        projected = _project(op, x, w, layout, [ends[index] - starts[index] for index in order])
+        return [projected[order.index(index)] for index in range(3)]
 
 
 def _packed(op: Any, x: Any, w: Any) -> Any:

@@ -74,9 +74,20 @@ def moved_axis(node: onnx_ir.Node, index: int, axis: int) -> int | None:
         if axis == along:
             return None
         return axis if axis < along else axis - 1 + ndim_of(node.inputs[1])
+    if kind == "GatherND":
+        indexed = indexed_axes(node)
+        return None if axis < indexed else axis - indexed + ndim_of(node.inputs[1]) - 1
     if kind in {"Slice", "Split", "Softmax"}:
         return axis
     return None
+
+
+def indexed_axes(node: onnx_ir.Node) -> int:
+    """How many leading axes of its data a GatherND picks from."""
+    width = (dimensions(node.inputs[1]) or [None])[-1]  # type: ignore[arg-type]
+    if not isinstance(width, int) or ("batch_dims" in node.attributes and node.attributes["batch_dims"].as_int()):
+        raise ValueError("expected indices of a known width and no batch dimensions")
+    return width
 
 
 def source_axis(node: onnx_ir.Node, index: int, axis: int) -> int | None:
@@ -94,6 +105,8 @@ def selects_along(node: onnx_ir.Node, index: int, axis: int) -> bool:
     ndim = ndim_of(node.inputs[0])
     if node.op_type in {"Gather", "Split"}:
         return attribute_axis(node, 0, ndim) == axis
+    if node.op_type == "GatherND":
+        return axis < indexed_axes(node)
     if node.op_type == "Slice":
         axes = constant_axes(node, 3, ndim)
         return axis in (axes if axes is not None else range(ndim)) and not _slices_all(node, axis, axes)
@@ -140,12 +153,13 @@ def products(value: onnx_ir.Value | None) -> list[Product | None]:
         source = products(node.inputs[0])
         return [source[axis] for axis in _permutation(node)]
     if node.op_type == "Reshape" and known.count(None) == 1:
-        total, rest = _total(products(node.inputs[0])), _total([item for item in known if item is not None])
+        total, rest = product_of(products(node.inputs[0])), product_of([item for item in known if item is not None])
         known[known.index(None)] = total.divided_by(rest) if total is not None and rest is not None else None
     return known
 
 
-def _total(factors: Sequence[Product | None]) -> Product | None:
+def product_of(factors: Sequence[Product | None]) -> Product | None:
+    """None if a factor is unknown."""
     result = Product(1)
     for factor in factors:
         if factor is None:
@@ -162,10 +176,10 @@ def reshaped_axis(
     units: int,
 ) -> tuple[int, Product] | None:
     """Where `units` groups per segment of `axis` lie after a reshape: (axis, segments), or None if they fall apart."""
-    outer = _total(before[:axis])
+    outer = product_of(before[:axis])
     outer = outer.times(segments) if outer is not None else None
     for position in reversed(range(len(after))):
-        ahead, length = _total(after[:position]), after[position]
+        ahead, length = product_of(after[:position]), after[position]
         if outer is None or ahead is None or length is None:
             continue
         kept = outer.divided_by(ahead)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import onnx_ir
 
 from passopt.ir.weights import small_constant
-from passopt.passes.sharding.axes import moved_axis, products, selects_along
+from passopt.passes.sharding.axes import moved_axis, product_of, products, selects_along
 
 _FURTHEST = 24
 
@@ -64,7 +64,15 @@ def _next_division(value: onnx_ir.Value, axis: int) -> tuple[onnx_ir.Node, list[
 
 
 def _is_indexed(value: onnx_ir.Value, axis: int) -> bool:
-    return any(selects_along(node, index, position) for node, index, position in _followed(value, axis))
+    """Whether the axis holds segments, picked one by one. Raises ValueError for slices, whose parts are unequal."""
+    picks = [node for node, index, position in _followed(value, axis) if selects_along(node, index, position)]
+    sliced = next((node for node in picks if node.op_type == "Slice"), None)
+    if sliced is not None:
+        raise ValueError(
+            f"Slice {sliced.name!r} takes some of {_length(value, axis)} parts of its output, expected equal heads; "
+            f"give queries, keys and values a weight each before"
+        )
+    return bool(picks)
 
 
 def _followed(value: onnx_ir.Value, axis: int) -> Iterator[tuple[onnx_ir.Node, int, int]]:
@@ -90,19 +98,10 @@ def _followed(value: onnx_ir.Value, axis: int) -> Iterator[tuple[onnx_ir.Node, i
 def _divided_into(node: onnx_ir.Node, axis: int) -> list[int]:
     """The output axes whose lengths multiply to the input axis; empty if the reshape merges it with others."""
     before, after = products(node.inputs[0]), products(node.outputs[0])
-    length, start = before[axis], 0
-    outer = [item for item in before[:axis] if item is not None]
-    if length is None or length.symbols or len(outer) != axis:
+    length, outer = before[axis], product_of(before[:axis])
+    if length is None or length.symbols or outer is None:
         return []
-    ahead = outer[:]
-    while start < len(after) and ahead:
-        factor = after[start]
-        if factor is None or factor not in ahead:
-            break
-        ahead.remove(factor)
-        start += 1
-    if ahead:
-        return []
+    start = next((count for count in range(len(after)) if product_of(after[:count]) == outer), len(after))
     axes, left = [], length.number
     for position in range(start, len(after)):
         factor = after[position]

@@ -31,7 +31,7 @@ class Padded(enum.IntEnum):
 _KEEP = frozenset(
     {"Transpose", "Reshape", "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Gather"}
     | {"Neg", "Abs", "Relu", "LeakyRelu", "Elu", "Tanh", "Erf", "Gelu", "Swish", "HardSwish", "Floor", "Ceil", "Round"}
-    | {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Sin", "RotaryEmbedding"}
+    | {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Sin", "RotaryEmbedding", "GatherND"}
 )
 #: Finite for finite inputs, but not zero for zero.
 _BOUNDED = frozenset(

@@ -25,6 +25,7 @@ from passopt.passes.sharding.spec import (
     LocalDims,
     Product,
     Replicated,
+    Seed,
     Sharded,
     Spec,
     VocabMasked,
@@ -56,12 +57,10 @@ class Propagation:
     start with these `units` (see `rules.propagate`); the specs of this one are only the way there.
     """
 
-    def __init__(
-        self, model: onnx_ir.Model, forward: Forward, backward: Backward, units: Mapping[onnx_ir.Node, int]
-    ) -> None:
+    def __init__(self, model: onnx_ir.Model, forward: Forward, backward: Backward, units: Mapping[Seed, int]) -> None:
         self.model = model
         self.units = units
-        self.coarser: dict[onnx_ir.Node, int] = {}
+        self.coarser: dict[Seed, int] = {}
         self.decoder = find_decoder(model)
         self._forward = forward
         self._backward = backward
@@ -159,7 +158,7 @@ class Propagation:
             self._coarsen(seed, units)
         return True
 
-    def _coarsen(self, seed: onnx_ir.Node | None, units: int) -> None:
+    def _coarsen(self, seed: Seed | None, units: int) -> None:
         assert seed is not None
         self.coarser[seed] = math.gcd(units, self.coarser.get(seed, 0))
 
@@ -230,7 +229,9 @@ class Propagation:
         """One kv head, which all query heads share, is on every rank."""
         if self.decoder is None or self.decoder.kv_heads == 1:
             return REPLICATED
-        return Sharded(1, ONE, self.decoder.kv_heads)
+        # All caches are one seed: some models keep a copy of a key for every query head of its group.
+        first = next(value for value in self.model.graph.inputs if (value.name or "").startswith("past."))
+        return Sharded(1, ONE, math.gcd(self.decoder.kv_heads, self.units.get(first, 0)), first)
 
     def _demand_constant(self, node: onnx_ir.Node, index: int, value: onnx_ir.Value, wanted: Sharded) -> None:
         known = self.constant_uses.setdefault(Use(node, index), wanted)

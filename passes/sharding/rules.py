@@ -29,7 +29,17 @@ from passopt.passes.sharding.lengths import READS_LOCAL_DIMS, SHAPE_ARITHMETIC, 
 from passopt.passes.sharding.matmul import gemm_forward, matmul_backward, matmul_forward
 from passopt.passes.sharding.propagate import Backward, Conflict, Propagation, is_constant
 from passopt.passes.sharding.reshaping import expand_backward, expand_forward, reshape_backward, reshape_forward
-from passopt.passes.sharding.spec import ONE, REPLICATED, LocalDims, Product, Replicated, Sharded, Spec, VocabMasked
+from passopt.passes.sharding.spec import (
+    ONE,
+    REPLICATED,
+    LocalDims,
+    Product,
+    Replicated,
+    Seed,
+    Sharded,
+    Spec,
+    VocabMasked,
+)
 
 Rule: TypeAlias = Callable[[Propagation, onnx_ir.Node], "Spec | list[Spec]"]
 
@@ -38,6 +48,8 @@ _CODES = frozenset({onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8})
 _FLOATS = frozenset(
     {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.DOUBLE}
 )
+#: Token ids stay what they are; models flatten leading axes before they look them up.
+_SAME_IDS = frozenset({"Reshape", "Identity", "Cast"})
 _PASSES_MASKED_ROWS = frozenset({"Cast", "Unsqueeze", "Mul"})
 _REDUCTIONS = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceProd", "ArgMax"}
@@ -46,7 +58,7 @@ _REDUCTIONS = frozenset(
 
 def propagate(model: onnx_ir.Model) -> Propagation:
     """How every value of the model lies on the ranks. Raises PassError naming a node without a consistent spec."""
-    units: dict[onnx_ir.Node, int] = {}
+    units: dict[Seed, int] = {}
     while True:
         state = Propagation(model, shard_forward, shard_backward, units).run()
         if not state.coarser:
@@ -134,7 +146,8 @@ def _moving(state: Propagation, node: onnx_ir.Node) -> Spec:
     if spec is None:
         return REPLICATED
     if selects_along(node, 0, spec.axis):
-        raise Conflict(f"picks elements along axis {spec.axis}, which is {spec}")
+        hint = "; if these are parts of a packed projection, run split-packed-qkv before" * (node.op_type == "Slice")
+        raise Conflict(f"picks elements along axis {spec.axis}, which is {spec}{hint}")
     axis = moved_axis(node, 0, spec.axis)
     if axis is None:
         raise Conflict(f"axis {spec.axis}, which is {spec}, does not survive this operator")
@@ -167,7 +180,7 @@ def _softmax(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 def _gather(state: Propagation, node: onnx_ir.Node) -> Spec:
     table = node.inputs[0]
-    if table is not None and is_constant(table) and not is_constant(node.inputs[1]):  # type: ignore[arg-type]
+    if node.op_type == "Gather" and table is not None and is_constant(table) and not is_constant(node.inputs[1]):  # type: ignore[arg-type]
         return _table(state, node, table)
     if not isinstance(state.spec(node, 1), Replicated):
         raise Conflict("the indices are sharded")
@@ -192,11 +205,13 @@ def _table(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> Spec
 
 
 def _is_embedding(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> bool:
-    """Rows looked up by the token ids, which come from a graph input as they are.
+    """Rows looked up by the token ids, which come from a graph input as they are, or reshaped.
 
     Only a decoder promises what its ids are called; elsewhere any input may hold them.
     """
     ids = node.inputs[1]
+    while ids is not None and (source := ids.producer()) is not None and source.op_type in _SAME_IDS:
+        ids = source.inputs[0]
     by_rows = attribute_axis(node, 0, ndim_of(table)) == 0
     if not by_rows or ids is None or not ids.is_graph_input() or table.dtype not in _CODES | _FLOATS:
         return False
@@ -282,7 +297,7 @@ _FORWARD: dict[str, Rule] = {
     **dict.fromkeys(("Transpose", "Unsqueeze", "Slice"), _moving),
     "Squeeze": _squeeze,
     "Softmax": _softmax,
-    "Gather": _gather,
+    **dict.fromkeys(("Gather", "GatherND"), _gather),
     "Concat": _concat,
     "Split": _split,
     "Reshape": reshape_forward,
@@ -296,7 +311,7 @@ _FORWARD: dict[str, Rule] = {
 _BACKWARD: dict[str, Backward] = {
     **dict.fromkeys(ELEMENTWISE, _demand_of_all),
     **dict.fromkeys(_REDUCTIONS, _reduction_backward),
-    **dict.fromkeys(("Transpose", "Unsqueeze", "Squeeze", "Slice", "Gather", "Softmax"), _moving_backward),
+    **dict.fromkeys(("Transpose", "Unsqueeze", "Squeeze", "Slice", "Gather", "GatherND", "Softmax"), _moving_backward),
     "Concat": _concat_backward,
     "Reshape": reshape_backward,
     "Expand": expand_backward,

@@ -18,6 +18,9 @@ import onnx_ir
 
 from passopt.ir.shapes import Dimension
 
+#: A linear, or the first input of the cache.
+Seed: TypeAlias = "onnx_ir.Node | onnx_ir.Value"
+
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
@@ -29,14 +32,14 @@ class Replicated:
 class Sharded:
     """`segments` is a product of numbers and symbols, since a reshape may merge the axis with a symbolic one.
 
-    `seed` is the node whose weight it began at, None for the cache: where finer units meet coarser ones (query heads
+    `seed` is the linear or the cache that it began at: where finer units meet coarser ones (query heads
     and the key-value head that they share), the seed of the finer ones starts again with coarser units.
     """
 
     axis: int
     segments: Product
     units: int
-    seed: onnx_ir.Node | None = dataclasses.field(default=None, compare=False, repr=False)
+    seed: Seed | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def at(self, axis: int) -> Sharded:
         return dataclasses.replace(self, axis=axis)
