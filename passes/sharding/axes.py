@@ -176,13 +176,18 @@ def reshaped_axis(
     units: int,
 ) -> tuple[int, Product] | None:
     """Where `units` groups per segment of `axis` lie after a reshape: (axis, segments), or None if they fall apart."""
-    outer = product_of(before[:axis])
-    outer = outer.times(segments) if outer is not None else None
+    outer, behind = product_of(before[:axis]), product_of(before[axis:])
     for position in reversed(range(len(after))):
-        ahead, length = product_of(after[:position]), after[position]
-        if outer is None or ahead is None or length is None:
+        ahead, rest, length = product_of(after[:position]), product_of(after[position:]), after[position]
+        # Both hold the same elements: what lies ahead, or else what lies behind, tells how often segments repeat.
+        if outer is not None and ahead is not None:
+            kept = outer.times(segments).divided_by(ahead)
+        elif behind is not None and rest is not None:
+            kept = rest.times(segments).divided_by(behind)
+        else:
             continue
-        kept = outer.divided_by(ahead)
-        if kept is not None and length.divided_by(kept.times(Product(units))) is not None:
+        if kept is None or length is None:
+            continue
+        if length.divided_by(kept.times(Product(units))) is not None:
             return position, kept
     return None

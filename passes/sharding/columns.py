@@ -98,10 +98,17 @@ def _followed(value: onnx_ir.Value, axis: int) -> Iterator[tuple[onnx_ir.Node, i
 def _divided_into(node: onnx_ir.Node, axis: int) -> list[int]:
     """The output axes whose lengths multiply to the input axis; empty if the reshape merges it with others."""
     before, after = products(node.inputs[0]), products(node.outputs[0])
-    length, outer = before[axis], product_of(before[:axis])
-    if length is None or length.symbols or outer is None:
+    length, outer, behind = before[axis], product_of(before[:axis]), product_of(before[axis:])
+    if length is None or length.symbols:
         return []
-    start = next((count for count in range(len(after)) if product_of(after[:count]) == outer), len(after))
+    starts = [
+        count
+        for count in range(len(after))
+        if (outer is not None and product_of(after[:count]) == outer)
+        or (behind is not None and product_of(after[count:]) == behind)
+    ]
+    # An axis of length 1 may be a single head or a single position: as many axes as before are not divided.
+    start = axis if axis in starts else min(starts, default=len(after))
     axes, left = [], length.number
     for position in range(start, len(after)):
         factor = after[position]
@@ -115,10 +122,10 @@ def _divided_into(node: onnx_ir.Node, axis: int) -> list[int]:
 
 
 def _length(value: onnx_ir.Value, axis: int) -> int:
-    dim = value.shape[axis] if value.shape is not None else None
-    if not isinstance(dim, int):
+    length = products(value)[axis]
+    if length is None or length.symbols:
         raise ValueError(f"the length of axis {axis} of {value.name} is not a number")
-    return dim
+    return length.number
 
 
 def _split_widths(node: onnx_ir.Node, length: int) -> list[int]:
