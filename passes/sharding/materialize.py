@@ -38,6 +38,7 @@ class Materializer:
         self.state = state
         self.degree = degree
         self.editor = editor
+        self._kv_heads = _kv_heads(state)
         self._owned: dict[VocabMasked, tuple[onnx_ir.Value, onnx_ir.Value]] = {}
 
     def run(self) -> Materialized:
@@ -242,8 +243,17 @@ class Materializer:
                 index += 1
         metadata = self.editor.model.metadata_props
         metadata[DEGREE] = str(self.degree)
-        if self.state.decoder is not None:
-            metadata[KV_HEADS] = str(self.state.decoder.kv_heads)
+        if self._kv_heads is not None:
+            metadata[KV_HEADS] = str(self._kv_heads)
+
+
+def _kv_heads(state: Propagation) -> int | None:
+    """The true number of heads of the cache: of its inputs, or of the outputs of a graph without a past."""
+    if state.decoder is not None:
+        return state.decoder.kv_heads
+    outputs = [value for value in state.model.graph.outputs if state.is_cache_output(value)]
+    heads = dimensions(outputs[0]) if outputs else None
+    return heads[1] if heads is not None and len(heads) == 4 and isinstance(heads[1], int) else None
 
 
 def _initializer(name: str, expression: Expression) -> onnx_ir.Value:
