@@ -96,6 +96,15 @@ class Expression:
         permutation = tuple(permutation if permutation is not None else reversed(range(len(self.shape))))
         if permutation == tuple(range(len(self.shape))):
             return self
+        if isinstance(self, Transpose):
+            return self.operand.transpose([self.permutation[axis] for axis in permutation])
+        # Shards and padding stay outermost: quantisation looks through them only there.
+        if isinstance(self, Shard):
+            return self.operand.transpose(permutation).shard(permutation.index(self.along), self.degree, self.segments)
+        if isinstance(self, Pad):
+            axis = permutation.index(self.along)
+            turned = self.operand.transpose(permutation)
+            return turned.pad(axis, self.shape[self.along], self.segments, self.value)
         return Transpose(self.dtype, tuple(self.shape[axis] for axis in permutation), self, permutation)
 
     def cast(self, dtype: DataType) -> Expression:

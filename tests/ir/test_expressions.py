@@ -71,6 +71,7 @@ def test_dtype_and_shape_are_known_without_reading(expression, kind, dtype, shap
 def test_operations_without_effect_are_not_built():
     assert W.slice(0, 0, 6) is W
     assert W.transpose([0, 1]) is W
+    assert W.transpose().transpose() is W
     assert W.cast(DataType.FLOAT16) is W
     assert W.pad(0, 6, 3) is W
     assert concat([W], 1) is W
@@ -200,3 +201,12 @@ def test_an_operation_moves_to_another_operand():
 def test_a_bare_expression_has_no_text():
     with pytest.raises(NotImplementedError):
         Expression(DataType.FLOAT, (1,)).digest()
+
+
+def test_shards_and_padding_stay_outermost():
+    padded = W.pad(1, 12, 2).shard(1, 3, 2)
+    assert padded.transpose() == W.transpose().pad(0, 12, 2).shard(0, 3, 2)
+    cube = source(2, 3, 5)
+    turned = cube.shard(0, 2).transpose([2, 0, 1])
+    assert (turned.shape, turned.along) == ((5, 1, 3), 1)
+    assert cube.transpose([2, 0, 1]).transpose([1, 2, 0]) is cube

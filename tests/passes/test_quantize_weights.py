@@ -64,8 +64,35 @@ def test_one_scale_per_output_channel(text, axis):
     assert changed.graph.initializers["w.scales"].shape == (4,)
     assert changed.graph.initializers["w.codes"].dtype.name == "INT8"
     (node,) = [node for node in changed.graph if node.op_type == "DequantizeLinear"]
-    assert node.attributes["axis"].value == axis
+    assert node.attributes["axis"].value == 0
+    assert changed.graph.initializers["w.codes"].shape == (4, 6)
     assert "w" not in changed.graph.initializers
+
+
+@pytest.mark.parametrize(("turned", "weight"), [(0, "float[6,4] w"), (1, "float[4,6] w")])
+@pytest.mark.parametrize("bias", ["", ", b"])
+def test_a_gemm_becomes_a_matmul_of_codes(turned, weight, bias):
+    text = f"g (float[batch,6] x) => (float[batch,4] y) <{weight} = random, float[4] b = {{1, 2, 3, 4}}>"
+    text += f"{{ y = Gemm<transB = {turned}>(x, w{bias}) }}"
+    changed, _ = quantized(text, {"w": 1 - turned})
+    assert changed.graph.initializers["w.codes"].shape == (4, 6)
+    expected = ["DequantizeLinear", "Transpose", "MatMul", *(["Add"] if bias else [])]
+    assert [node.op_type for node in changed.graph] == expected
+
+
+@pytest.mark.parametrize("factor", ["alpha = 2.0", "beta = 0.5", "transA = 1"])
+def test_declines_a_gemm_that_does_more(factor):
+    rows = "6,batch" if "transA" in factor else "batch,6"
+    text = f"g (float[{rows}] x) => (float[batch,4] y) <float[6,4] w = random, float[4] b = {{1, 2, 3, 4}}>"
+    (reason,) = declined(text + f"{{ [mine] y = Gemm<{factor}>(x, w, b) }}")
+    assert reason.startswith("mine is no plain linear: ")
+
+
+def test_declines_a_weight_whose_rows_are_contracted_elsewhere():
+    text = "g (float[batch,5] x) => (float[batch,5] y, float[batch,5] z) <float[5,5] w = random>"
+    assert set(declined(text + "{ y = Gemm<transB=1>(x, w) z = MatMul(x, w) }")) == {
+        "w is used by other operators than linears"
+    }
 
 
 def test_fp16_weights_have_fp16_scales():
@@ -163,20 +190,20 @@ def declined(text, item=None, feeds=None):
 
 def test_declines_a_weight_that_other_operators_read():
     text = TRANSPOSED.replace("[batch,4] y)", "[batch,4] y, float[6,4] n)").replace("y = ", "n = Neg(t) y = ")
-    assert declined(text) == ["w is used by other operators than MatMul"]
+    assert declined(text) == ["w is used by other operators than linears"]
     text = DIRECT.replace("[batch,4] y)", "[batch,4] y, float[6,4] n)").replace("y = ", "n = Neg(w) y = ")
-    assert declined(text) == ["w is used by other operators than MatMul"]
+    assert declined(text) == ["w is used by other operators than linears"]
 
 
 def test_declines_a_weight_on_the_left():
     text = "g (float[6,seq] x) => (float[4,seq] y) <float[6,4] w = random>"
     text += " { t = Transpose<perm=[1,0]>(w) y = MatMul(t, x) }"
-    assert declined(text) == ["w is used by other operators than MatMul"]
+    assert declined(text) == ["w is used by other operators than linears"]
 
 
 def test_declines_a_transposed_weight_that_nobody_multiplies():
     text = TRANSPOSED.replace("y = MatMul(x, t)", "n = Neg(t) y = MatMul(x, n)")
-    assert declined(text) == ["w is used by other operators than MatMul"]
+    assert declined(text) == ["w is used by other operators than linears"]
 
 
 def test_declines_a_weight_that_is_a_graph_output():
