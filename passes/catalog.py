@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from passopt.passes.base import Pass
 
 ENTRY_POINTS = "passopt.passes"
-_NAME = re.compile(r"^\s+name\b.* = ", re.MULTILINE)
+_NAME = re.compile(r"^\s+name\b.* = |\b(?:graphsurgeon_pass|ir_pass)\(", re.MULTILINE)
+#: Decorators that make a pass of a function, and how many of its parameters come before the options.
+_DECORATORS = {"graphsurgeon_pass": 1, "ir_pass": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +97,55 @@ def _entries(file: Path, module: str) -> list[Entry]:
     text = file.read_text(encoding="utf-8")
     if not _NAME.search(text):
         return []
-    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
-    return [entry for node in classes if (entry := _entry(node, module, str(file))) is not None]
+    return [entry for node in ast.parse(text).body if (entry := _entry(node, module, str(file))) is not None]
 
 
-def _entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
+def _entry(node: ast.stmt, module: str, origin: str) -> Entry | None:
+    if isinstance(node, ast.ClassDef):
+        return _class_entry(node, module, origin)
+    if isinstance(node, ast.FunctionDef):
+        calls = [call for call in node.decorator_list if _decorator(call)]
+        return _guest_entry(node.name, calls[0], node, module, f"{origin}:{node.lineno}") if calls else None
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _decorator(node.value):
+        return _guest_entry(node.targets[0].id, node.value, None, module, f"{origin}:{node.lineno}")
+    return None
+
+
+def _decorator(call: ast.expr) -> str:
+    """The name of the decorator that this is a call of, or nothing."""
+    name = ast.unparse(call.func).rpartition(".")[2] if isinstance(call, ast.Call) else ""
+    return name if name in _DECORATORS else ""
+
+
+def _guest_entry(
+    variable: str, call: ast.expr, function: ast.FunctionDef | None, module: str, origin: str
+) -> Entry | None:
+    """A pass that a decorator makes of a function, whose parameters are the options."""
+    assert isinstance(call, ast.Call)
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    name = given.get("name", call.args[0] if call.args else None)
+    if not isinstance(name, ast.Constant) or not isinstance(name.value, str):
+        return None
+    accuracy = _accuracy(given["accuracy"]) if "accuracy" in given else "exact"
+    summary, options = "", []
+    if function is not None:
+        summary = (ast.get_docstring(function) or "").partition("\n\n")[0].replace("\n", " ")
+        options = _parameters(function.args)[_DECORATORS[_decorator(call)] :]
+    return Entry(name.value, module, variable, summary, tuple(options), origin, accuracy)
+
+
+def _parameters(arguments: ast.arguments) -> list[tuple[str, str, str]]:
+    """(name, type, default) of each, as written."""
+    positional = [*arguments.posonlyargs, *arguments.args]
+    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    defaults = [*missing, *arguments.defaults, *arguments.kw_defaults]
+    return [
+        (item.arg, ast.unparse(item.annotation) if item.annotation else "", ast.unparse(default) if default else "")
+        for item, default in zip((*positional, *arguments.kwonlyargs), defaults)
+    ]
+
+
+def _class_entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
     name, options, accuracy = None, [], "exact"
     for statement in node.body:
         if not isinstance(statement, (ast.Assign, ast.AnnAssign)):

@@ -1,0 +1,160 @@
+"""The bridge to onnx_graphsurgeon: a model goes out as its Graph, weights as handles, and comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs  # type: ignore[import-untyped]
+import onnx_ir
+from onnx_graphsurgeon.ir.tensor import LazyValues  # type: ignore[import-untyped]
+
+from passopt.ir.errors import PassError
+from passopt.ir.expressions import Expression, Literal
+from passopt.ir.weights import SMALL_BYTES, LazyWeight
+from passopt.passes.base import PassResult
+from passopt.passes.guests.handles import (
+    LOCATION,
+    Array,
+    Handles,
+    defaulted_inputs,
+    from_proto,
+    restore_defaults,
+    to_proto,
+    without_defaults,
+)
+from passopt.passes.guests.keeping import Snapshot, take_over
+
+_Type = onnx_ir.AttributeType
+#: What its importer skips with a warning, so that a model would come back without it.
+_LOST_ATTRIBUTES = {
+    _Type.TENSORS,
+    _Type.GRAPHS,
+    _Type.SPARSE_TENSOR,
+    _Type.SPARSE_TENSORS,
+    _Type.TYPE_PROTO,
+    _Type.TYPE_PROTOS,
+}
+
+
+def run_graphsurgeon(model: onnx_ir.Model, author: str, change: Callable[[Any], Any]) -> PassResult:
+    """Let `change` work on the model as a graphsurgeon Graph; what it returns, if anything, is the graph from then on.
+
+    Its printing goes to stderr. Raises PassError for what graphsurgeon would drop without a word.
+    """
+    _check_attributes(model, author)
+    before, handles, defaults = Snapshot(model), Handles(), defaulted_inputs(model)
+    proto = to_proto(model, handles)
+    without_defaults(proto, defaults)
+    with contextlib.redirect_stdout(sys.stderr):
+        graph = gs.import_onnx(proto)
+        _give_handles(graph, handles)
+        returned = change(graph)
+        if returned is not None and not isinstance(returned, gs.Graph):
+            raise PassError(f"{author}: returned {type(returned).__name__}, expected a graphsurgeon Graph or None")
+        graph = returned if returned is not None else graph
+        _take_handles(graph, handles)
+        exported = gs.export_onnx(graph, do_type_check=False)
+    changed = from_proto(exported, handles)
+    _name_nodes(changed)
+    restore_defaults(changed, defaults)
+    before.put_back_initializers(changed.graph)
+    result = before.finish(changed, author)
+    if result.modified:
+        take_over(model, changed)
+    return result
+
+
+class HandleValues(LazyValues):  # type: ignore[misc]
+    """A weight that nobody has read: graphsurgeon asks `load` for the numbers when a pass wants them."""
+
+    def __init__(self, proto: onnx.TensorProto, handles: Handles) -> None:
+        super().__init__(proto)
+        self.handles = handles
+
+    @property
+    def weight(self) -> Expression:
+        return self.handles.weight(_handle_index(self.tensor))
+
+    def load(self) -> Array:
+        return self.handles.load(_handle_index(self.tensor))
+
+
+def lazy_weight(constant: Any) -> Expression:
+    """The expression of a Constant, for edits that read nothing: `slice split transpose cast pad …`, then
+    `lazy_constant`. `constant.values` would load the whole weight.
+    """
+    if isinstance(constant._values, HandleValues):
+        return constant._values.weight
+    return Literal.of(np.asarray(constant.values))
+
+
+def lazy_constant(name: str, weight: Expression) -> Any:
+    """A new Constant of an expression, nothing of which is read."""
+    handles = Handles()
+    return gs.Constant(name, HandleValues(_reference(name, weight, handles), handles))
+
+
+def _check_attributes(model: onnx_ir.Model, author: str) -> None:
+    for node in model.graph.all_nodes():
+        for name, attribute in node.attributes.items():
+            if attribute.type in _LOST_ATTRIBUTES:
+                raise PassError(
+                    f"{author}: {node.op_type} {node.name!r} has attribute {name} of type {attribute.type.name}, "
+                    f"which onnx_graphsurgeon would drop; run this pass on a model without such nodes"
+                )
+
+
+def _constants(graph: Any) -> Iterator[Any]:
+    for inner in (graph, *graph.subgraphs(recursive=True)):
+        for tensor in inner.tensors().values():
+            if isinstance(tensor, gs.Constant):
+                yield tensor
+
+
+def _give_handles(graph: Any, handles: Handles) -> None:
+    for constant in _constants(graph):
+        values = constant._values
+        if isinstance(values, LazyValues) and _is_handle(values.tensor):
+            constant._values = HandleValues(values.tensor, handles)
+
+
+def _take_handles(graph: Any, handles: Handles) -> None:
+    """Arrays that a pass loaded or made become handles again, so that no weight is serialised."""
+    for constant in _constants(graph):
+        values = constant._values
+        if isinstance(values, HandleValues) and values.handles is not handles:
+            constant._values = HandleValues(_reference(constant.name, values.weight, handles), handles)
+        if not isinstance(values, np.ndarray) or values.nbytes <= SMALL_BYTES or constant.export_dtype != values.dtype:
+            continue
+        constant._values = HandleValues(_reference(constant.name, handles.expression(values), handles), handles)
+
+
+def _reference(name: str, expression: Expression, handles: Handles) -> onnx.TensorProto:
+    return onnx_ir.to_proto(handles.add(LazyWeight(expression, name)))
+
+
+def _is_handle(tensor: onnx.TensorProto) -> bool:
+    return any(entry.key == "location" and entry.value == LOCATION for entry in tensor.external_data)
+
+
+def _handle_index(tensor: onnx.TensorProto) -> int:
+    return next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+
+
+def _name_nodes(model: onnx_ir.Model) -> None:
+    """A pass of graphsurgeon need not name its nodes; ours have names, by which messages find them."""
+    taken = {node.name for node in model.graph.all_nodes()}
+    for node in model.graph.all_nodes():
+        if not node.name:
+            hint = f"{node.outputs[0].name if node.outputs else ''}/{node.op_type}"
+            name, count = hint, 1
+            while name in taken:
+                count += 1
+                name = f"{hint}.{count}"
+            node.name = name
+            taken.add(name)

@@ -1,0 +1,124 @@
+"""onnxsim on a graph without weights: what is held out enters as an input and becomes an initializer again after."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import onnx
+import onnx_ir
+import onnxsim  # type: ignore[import-untyped]
+
+from passopt.ir.errors import PassError
+from passopt.ir.weights import constant_tensor
+from passopt.passes.base import PassResult
+from passopt.passes.guests.handles import (
+    LOCATION,
+    Handles,
+    defaulted_inputs,
+    from_proto,
+    restore_defaults,
+    to_proto,
+    without_defaults,
+)
+from passopt.passes.guests.keeping import Snapshot, take_over
+
+#: Fusions into operators that the passes after it do not look for, and one that needs the numbers of weights.
+_SKIPPED = ("fuse_matmul_add_bias_into_gemm", "fuse_transpose_into_gemm", "fuse_qkv", "fuse_bn_into_conv")
+_QUANTISATION = {"DequantizeLinear", "QuantizeLinear"}
+
+
+def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
+    """Simplify `model` in place; constants of up to `limit` bytes may be made. Raises PassError if onnxsim fails."""
+    before, handles, defaults = Snapshot(model), Handles(), defaulted_inputs(model)
+    quantised = _read_by_quantisation(model)
+    proto = to_proto(model, handles)
+    without_defaults(proto, defaults)
+    interface = _interface(proto.graph)
+    held = _hold_out(proto, quantised, author)
+    simplified = _call(proto, author, limit)
+    _put_back(simplified.graph, held)
+    if _interface(simplified.graph) != interface:
+        raise PassError(
+            f"{author}: onnxsim changed the inputs and outputs from {interface} to {_interface(simplified.graph)}; "
+            f"this is a defect of onnxsim. Leave out the pass for this model."
+        )
+    changed = from_proto(simplified, handles)
+    restore_defaults(changed, defaults)
+    before.put_back_initializers(changed.graph)
+    result = before.finish(changed, author)
+    if result.modified:
+        take_over(model, changed)
+    return result
+
+
+def _call(proto: onnx.ModelProto, author: str, limit: int) -> onnx.ModelProto:
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            simplified, valid = onnxsim.simplify(
+                proto, skipped_optimizers=list(_SKIPPED), tensor_size_threshold=f"{limit}B"
+            )
+    except Exception as error:  # it raises whatever its C++ core, the checker or onnxruntime raise
+        raise PassError(f"{author}: onnxsim failed with {type(error).__name__}: {error}") from error
+    if not valid:
+        raise PassError(f"{author}: onnxsim says that its own result is not valid. Leave out the pass for this model.")
+    assert isinstance(simplified, onnx.ModelProto)
+    return simplified
+
+
+def _read_by_quantisation(model: onnx_ir.Model) -> set[str]:
+    """Constants that a (de)quantisation reads: folding it would undo it."""
+    found: set[str] = set()
+    for node in model.graph.all_nodes():
+        if node.op_type in _QUANTISATION:
+            constants = [value for value in node.inputs if value is not None and constant_tensor(value) is not None]
+            found.update(value.name for value in constants if value.name)
+    return found
+
+
+def _hold_out(proto: onnx.ModelProto, quantised: set[str], author: str) -> dict[str, onnx.TensorProto]:
+    """Turn handles, and small constants of quantisation, into inputs, in whatever body they stand."""
+    held: dict[str, onnx.TensorProto] = {}
+    for graph in _graphs(proto.graph):
+        kept = []
+        for tensor in graph.initializer:
+            if not _is_handle(tensor) and tensor.name not in quantised:
+                kept.append(tensor)
+                continue
+            if tensor.name in held:
+                raise PassError(f"{author}: two bodies have a weight {tensor.name!r}; rename one of them")
+            held[tensor.name] = tensor
+        if len(kept) < len(graph.initializer):
+            del graph.initializer[:]
+            graph.initializer.extend(kept)
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)) for name, tensor in held.items()
+    )
+    return held
+
+
+def _put_back(graph: onnx.GraphProto, held: dict[str, onnx.TensorProto]) -> None:
+    """Inputs that stood for weights are weights; one that no node reads any more is gone."""
+    read = {name for inner in _graphs(graph) for node in inner.node for name in node.input}
+    read.update(value.name for inner in _graphs(graph) for value in inner.output)
+    inputs = [value for value in graph.input if value.name not in held]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    graph.initializer.extend(tensor for name, tensor in held.items() if name in read)
+
+
+def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    found = [graph]
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                found += _graphs(body)
+    return found
+
+
+def _is_handle(tensor: onnx.TensorProto) -> bool:
+    return any(entry.key == "location" and entry.value == LOCATION for entry in tensor.external_data)
+
+
+def _interface(graph: onnx.GraphProto) -> tuple[list[str], list[str]]:
+    return [value.name for value in graph.input], [value.name for value in graph.output]
