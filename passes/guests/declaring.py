@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, overload
 
 import onnx_ir
 import onnx_ir.passes
@@ -18,6 +18,7 @@ import onnx_ir.passes
 from passopt.ir.errors import PassError, UsageError
 from passopt.passes.base import EXACT, Accuracy, Pass, PassResult
 
+_Factory: TypeAlias = Callable[..., onnx_ir.passes.PassBase]
 _OPTION_KINDS = {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
@@ -43,20 +44,26 @@ def graphsurgeon_pass(
     return declare
 
 
+@overload
 def ir_pass(
-    name: str,
-    factory: Callable[..., onnx_ir.passes.PassBase] | None = None,
-    *,
-    accuracy: Accuracy = EXACT,
-    after: tuple[str, ...] = (),
-) -> Any:
+    name: str, factory: None = None, *, accuracy: Accuracy = EXACT, after: tuple[str, ...] = ()
+) -> Callable[[_Factory], type[Pass]]: ...
+
+
+@overload
+def ir_pass(name: str, factory: _Factory, *, accuracy: Accuracy = EXACT, after: tuple[str, ...] = ()) -> type[Pass]: ...
+
+
+def ir_pass(
+    name: str, factory: _Factory | None = None, *, accuracy: Accuracy = EXACT, after: tuple[str, ...] = ()
+) -> Callable[[_Factory], type[Pass]] | type[Pass]:
     """An onnx-ir pass, in place or functional, as a pass: `ir_pass("lift", LiftPass)`, or a decorator of a factory.
 
     As a decorator, the factory's keyword parameters are options. Whether the model changed is read off its text, not
     believed. Returns the pass class, or the decorator.
     """
 
-    def declare(made_by: Callable[..., onnx_ir.passes.PassBase]) -> type[Pass]:
+    def declare(made_by: _Factory) -> type[Pass]:
         def run(self: Pass, model: onnx_ir.Model) -> PassResult:
             from passopt.passes.guests.ir_passes import run_ir_pass
 

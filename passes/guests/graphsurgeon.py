@@ -23,6 +23,7 @@ from passopt.passes.guests.handles import (
     Handles,
     defaulted_inputs,
     from_proto,
+    lift_initializers,
     restore_defaults,
     to_proto,
     without_defaults,
@@ -59,6 +60,7 @@ def run_graphsurgeon(model: onnx_ir.Model, author: str, change: Callable[[Any], 
         graph = returned if returned is not None else graph
         _take_handles(graph, handles)
         exported = gs.export_onnx(graph, do_type_check=False)
+    lift_initializers(exported.graph, model.graph.initializers)
     changed = from_proto(exported, handles)
     _name_nodes(changed)
     restore_defaults(changed, defaults)

@@ -6,7 +6,7 @@ So a model of any size is a few hundred kB of protobuf, and what comes back is t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -90,7 +90,7 @@ def held_out(model: onnx_ir.Model, handles: Handles) -> Iterator[None]:
 
 
 def to_proto(model: onnx_ir.Model, handles: Handles) -> onnx.ModelProto:
-    """The model as protobuf, its weights as handles. Raises PassError for what protobuf guests cannot hold."""
+    """The model as protobuf, its weights as handles."""
     with held_out(model, handles):
         return onnx_ir.to_proto(model)
 
@@ -123,6 +123,28 @@ def without_defaults(proto: onnx.ModelProto, defaults: dict[str, onnx_ir.TensorP
     if defaults:
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(kept)
+
+
+def lift_initializers(graph: onnx.GraphProto, names: Iterable[str]) -> None:
+    """Constants of the main graph that a guest wrote into the bodies which read them stand in the main graph again."""
+    wanted = set(names)
+    known = {tensor.name for tensor in graph.initializer}
+    for body in bodies(graph):
+        for tensor in [tensor for tensor in body.initializer if tensor.name in wanted]:
+            if tensor.name not in known:
+                graph.initializer.append(tensor)
+                known.add(tensor.name)
+            body.initializer.remove(tensor)
+
+
+def bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """The graphs inside of a graph's nodes, at every depth."""
+    found: list[onnx.GraphProto] = []
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                found += [body, *bodies(body)]
+    return found
 
 
 def restore_defaults(model: onnx_ir.Model, defaults: dict[str, onnx_ir.TensorProtocol]) -> None:

@@ -119,9 +119,12 @@ class Snapshot:
                 node.metadata_props.update(
                     {key: text for key, text in old.ghost.metadata_props.items() if key not in node.metadata_props}
                 )
-                if (tuple(_names(node.inputs)), attributes_key(node)) == (old.inputs, old.attributes):
+                same_attributes = attributes_key(node) == old.attributes
+                if same_attributes and tuple(_names(node.inputs)) == old.inputs:
                     continue
-                set_provenance(node, author, [node])
+                # With other attributes it does the work of those before it too, as one Transpose does that of two.
+                origins_of = [old.ghost] if same_attributes else self._with_dead(_names(node.outputs), survivors)
+                set_provenance(node, author, origins_of)
             else:
                 found = self._origins(node, origins, survivors)
                 origins[node] = found
@@ -150,19 +153,18 @@ class Snapshot:
                 if reader is not None and use.idx < len(reader.inputs):
                     replaced[reader.inputs[use.idx]] = None
                 inherited += known.get(use.node, [])
+        return self._with_dead(replaced, survivors) or list(dict.fromkeys(inherited))
+
+    def _with_dead(self, names: Iterable[str], survivors: set[int]) -> list[onnx_ir.Node]:
+        """The old nodes that gave these values, and those before them that are gone."""
         found: dict[onnx_ir.Node, None] = {}
-        work = list(replaced)
+        work = list(names)
         while work:
             old = self._nodes.get(work.pop(0))
-            if old is None or old.ghost in found:
-                continue
-            found[old.ghost] = None
-            if id(old) not in survivors:
-                work += [name for name in old.inputs if name in self._nodes and self._dead(name, survivors)]
-        return list(found) or list(dict.fromkeys(inherited))
-
-    def _dead(self, name: str, survivors: set[int]) -> bool:
-        return id(self._nodes[name]) not in survivors
+            if old is not None and old.ghost not in found:
+                found[old.ghost] = None
+                work += [name for name in old.inputs if name in self._nodes and id(self._nodes[name]) not in survivors]
+        return list(found)
 
 
 def take_over(model: onnx_ir.Model, other: onnx_ir.Model) -> None:

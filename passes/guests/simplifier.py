@@ -15,6 +15,7 @@ from passopt.passes.base import PassResult
 from passopt.passes.guests.handles import (
     LOCATION,
     Handles,
+    bodies,
     defaulted_inputs,
     from_proto,
     restore_defaults,
@@ -43,7 +44,9 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
             f"{author}: onnxsim changed the inputs and outputs from {interface} to {_interface(simplified.graph)}; "
             f"this is a defect of onnxsim. Leave out the pass for this model."
         )
+    del simplified.metadata_props[:]  # its diary of changed nodes: a model says what passes made it by its own means
     changed = from_proto(simplified, handles)
+    _name_new_values(changed, _value_names(model))
     restore_defaults(changed, defaults)
     before.put_back_initializers(changed.graph)
     result = before.finish(changed, author)
@@ -79,7 +82,7 @@ def _read_by_quantisation(model: onnx_ir.Model) -> set[str]:
 def _hold_out(proto: onnx.ModelProto, quantised: set[str], author: str) -> dict[str, onnx.TensorProto]:
     """Turn handles, and small constants of quantisation, into inputs, in whatever body they stand."""
     held: dict[str, onnx.TensorProto] = {}
-    for graph in _graphs(proto.graph):
+    for graph in (proto.graph, *bodies(proto.graph)):
         kept = []
         for tensor in graph.initializer:
             if not _is_handle(tensor) and tensor.name not in quantised:
@@ -99,25 +102,47 @@ def _hold_out(proto: onnx.ModelProto, quantised: set[str], author: str) -> dict[
 
 def _put_back(graph: onnx.GraphProto, held: dict[str, onnx.TensorProto]) -> None:
     """Inputs that stood for weights are weights; one that no node reads any more is gone."""
-    read = {name for inner in _graphs(graph) for node in inner.node for name in node.input}
-    read.update(value.name for inner in _graphs(graph) for value in inner.output)
+    read = {name for inner in (graph, *bodies(graph)) for node in inner.node for name in node.input}
+    read.update(value.name for inner in (graph, *bodies(graph)) for value in inner.output)
     inputs = [value for value in graph.input if value.name not in held]
     del graph.input[:]
     graph.input.extend(inputs)
     graph.initializer.extend(tensor for name, tensor in held.items() if name in read)
 
 
-def _graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    found = [graph]
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                found += _graphs(body)
+def _is_handle(tensor: onnx.TensorProto) -> bool:
+    return any(entry.key == "location" and entry.value == LOCATION for entry in tensor.external_data)
+
+
+def _name_new_values(model: onnx_ir.Model, old: set[str]) -> None:
+    """onnxsim numbers what it makes through the whole graph; here it is called after the value that it is for."""
+    taken = old | _value_names(model)
+    for node in reversed(list(model.graph)):
+        hint = node.outputs[0].name if node.outputs else node.name
+        for value in node.inputs:
+            if value is None or value.name in old or value.is_graph_input() or value.is_graph_output():
+                continue
+            producer = value.producer()
+            kind = producer.op_type.lower() if producer is not None else "constant"
+            value.name = _unique(f"{hint}.{kind}", taken)
+            old.add(value.name)
+            if producer is not None and len(producer.outputs) == 1:
+                producer.name = f"{hint}/{producer.op_type}"
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    found, count = name, 1
+    while found in taken:
+        count += 1
+        found = f"{name}.{count}"
+    taken.add(found)
     return found
 
 
-def _is_handle(tensor: onnx.TensorProto) -> bool:
-    return any(entry.key == "location" and entry.value == LOCATION for entry in tensor.external_data)
+def _value_names(model: onnx_ir.Model) -> set[str]:
+    leaves = (value for graph in model.graphs() for value in (*graph.inputs, *graph.initializers.values()))
+    made = (value for node in model.graph.all_nodes() for value in node.outputs)
+    return {value.name for values in (leaves, made) for value in values if value.name}
 
 
 def _interface(graph: onnx.GraphProto) -> tuple[list[str], list[str]]:

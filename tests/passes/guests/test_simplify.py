@@ -1,0 +1,257 @@
+"""simplify: onnxsim without the weights; numbers, contract, quantisation and metadata stay."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir
+import onnxsim
+import pytest
+
+from passopt.ir.errors import PassError
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
+from passopt.ir.text import print_model
+from passopt.ir.text_files import read_model
+from passopt.ir.weights import LazyWeight, expression_of
+from passopt.passes.manager import run_passes
+from passopt.passes.pipeline_spec import resolve
+from passopt.passes.simplify import Simplify
+from passopt.testing.checking import check, compare_numbers
+from passopt.testing.decoders import DecoderSpec, tiny_decoder
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
+CLUTTER = (
+    HEADER
+    + """g (float[batch,6] x) => (float[batch,2,5] y)
+<float[3,5] w = random, int64[1] three = {3}, int64[1] m = {-1}, float eps = {0.5}, float[5] b = {1, 2, 3, 4, 5}> {
+    [shape] n = Shape<start = 0, end = 1>(x)
+    [doubled] two = Add(m, three)
+    [target] t = Concat<axis = 0>(n, two, three)
+    [view] v = Reshape(x, t)
+    [there] a = Transpose<perm = [0, 2, 1]>(v)
+    [back] c = Transpose<perm = [0, 2, 1]>(a)
+    [nothing] i = Identity(c)
+    [product] p = MatMul(i, w)
+    [wide] e = Add(b, eps)
+    [sum] y = Add(p, e)
+}"""
+)
+
+
+def operators(model):
+    return [node.op_type for node in model.graph]
+
+
+def test_clutter_goes_and_the_numbers_stay(check_pass):
+    model, result = check_pass(Simplify(), CLUTTER)
+    assert operators(model) == ["Reshape", "MatMul", "Add"]
+    assert list(model.graph.initializers) == ["w", "e", "v.constant"]
+    assert result.matches > 0
+    assert isinstance(model.graph.initializers["w"].const_value, LazyWeight)
+
+
+def test_survivors_keep_their_metadata():
+    model = read_model(CLUTTER)
+    for index, node in enumerate(model.graph):
+        node.metadata_props.update({MODULE: f"model.layers.{index}", SOURCE: f"m.py:{index}"})
+        node.doc_string = node.name
+    Simplify().run(model)
+    kept = {node.name: node for node in model.graph}
+    assert kept["product"].doc_string == "product"
+    assert kept["product"].metadata_props[MODULE] == "model.layers.7"
+    assert kept["product"].metadata_props[MADE_BY] == "simplify"  # it reads the Reshape now
+    assert dict(kept["sum"].metadata_props) == {MODULE: "model.layers.9", SOURCE: "m.py:9"}
+    assert all(SOURCE in node.metadata_props for node in model.graph)
+
+
+def test_what_onnxsim_makes_says_so_and_is_named_after_its_place():
+    text = (
+        HEADER
+        + """g (float[2,3,4] x) => (float[4,2,3] y) {
+        [one] r = Transpose<perm = [1, 2, 0]>(x)
+        [other] s = Transpose<perm = [1, 2, 0]>(r)
+        [end] y = Relu(s)
+    }"""
+    )
+    model, _ = check(Simplify(), text)
+    assert operators(model) == ["Transpose", "Relu"]
+    found = model.graph[0].metadata_props
+    assert (found[MADE_BY], found[MADE_FROM]) == ("simplify", "other,one")
+    names = [*(value.name for node in model.graph for value in node.outputs), *model.graph.initializers]
+    assert not [name for name in names if name.startswith("_v_")]
+
+
+def test_no_weight_is_read(monkeypatch):
+    model = read_model(CLUTTER)
+    before = expression_of(model.graph.initializers["w"])
+    monkeypatch.setattr(Evaluator, "read", lambda *_: pytest.fail("a weight was read"))
+    assert Simplify().run(model).modified
+    assert expression_of(model.graph.initializers["w"]) is before
+
+
+def test_onnxsim_sees_no_weight(monkeypatch):
+    seen = []
+    original = onnxsim.simplify
+
+    def spy(proto, **options):
+        seen.append({tensor.name for tensor in proto.graph.initializer})
+        return original(proto, **options)
+
+    monkeypatch.setattr(onnxsim, "simplify", spy)
+    Simplify().run(read_model(CLUTTER))
+    assert seen == [{"three", "m", "eps", "b"}]
+
+
+def test_a_dequantisation_is_never_folded():
+    """Not of a weight, and not of constants so small that they cross to onnxsim."""
+    text = (
+        HEADER
+        + """g (float[batch,3] x) => (float[batch,3] y)
+    <int8[3] codes = {1, 2, 3}, float scale = {0.5}, float[3,3] w = random, int64[1] m = {-1}> {
+        d = DequantizeLinear(codes, scale)
+        i = Identity(x)
+        p = MatMul(i, w)
+        y = Add(p, d)
+    }"""
+    )
+    model, _ = check(Simplify(), text)
+    assert operators(model) == ["DequantizeLinear", "MatMul", "Add"]
+    assert model.graph.initializers["codes"].const_value.numpy().tolist() == [1, 2, 3]
+
+
+def test_a_product_stays_a_matmul():
+    """As Gemm, neither shard nor quantize-weights nor fusions would know it."""
+    text = (
+        HEADER
+        + """g (float[2,3] x) => (float[2,5] y) <float[5,3] w = random, float[5] b = {1, 2, 3, 4, 5}> {
+        i = Identity(x)
+        t = Transpose<perm = [1, 0]>(w)
+        p = MatMul(i, t)
+        y = Add(p, b)
+    }"""
+    )
+    model, _ = check(Simplify(), text)
+    assert operators(model) == ["Transpose", "MatMul", "Add"]
+
+
+def test_a_clean_graph_stays_as_it_is():
+    model = read_model(HEADER + "g (float[2,3] x) => (float[2,5] y) <float[3,5] w = random> { y = MatMul(x, w) }")
+    graph = model.graph
+    assert not Simplify().run(model).modified
+    assert model.graph is graph
+
+
+def test_shared_values_and_inner_outputs_stay():
+    text = (
+        HEADER
+        + """g (float[2,3] x) => (float[3,2] t, float[2,3] y, float[2,3] z) {
+        t = Transpose<perm = [1, 0]>(x)
+        b = Transpose<perm = [1, 0]>(t)
+        y = Relu(b)
+        z = Abs(b)
+    }"""
+    )
+    model, _ = check(Simplify(), text)
+    assert [value.name for value in model.graph.outputs] == ["t", "y", "z"]
+    assert operators(model) == ["Transpose", "Relu", "Abs"]
+
+
+def test_an_input_with_a_default_is_no_constant():
+    model = read_model(CLUTTER)
+    model.graph.inputs.append(model.graph.initializers["eps"])
+    Simplify().run(model)
+    assert [value.name for value in model.graph.inputs] == ["x", "eps"]
+    assert model.graph.initializers["eps"] is model.graph.inputs[1]
+    assert "e" not in model.graph.initializers
+    assert operators(model).count("Add") == 2
+
+
+def test_an_unused_input_stays():
+    model = read_model(CLUTTER.replace("float[batch,6] x)", "float[batch,6] x, int64[batch] lost)"))
+    Simplify().run(model)
+    assert [value.name for value in model.graph.inputs] == ["x", "lost"]
+
+
+def test_a_weight_inside_a_body_and_its_twin_elsewhere():
+    text = HEADER + (
+        "g (float[2,3] x, bool c) => (float[2,4] y) <float[3,4] w = random> { i = Identity(x)"
+        "  y = If(c)<then_branch = t () => (float[2,4] a) { a = MatMul(i, w) },"
+        "            else_branch = e () => (float[2,4] b) { m = MatMul(i, w)  b = Neg(m) }> }"
+    )
+    model = read_model(text)
+    check(Simplify(), model)
+
+
+@pytest.mark.parametrize("pipeline", ["", "int8", "tp{degree=2}"])
+def test_a_decoder_keeps_its_contract_and_numbers(pipeline):
+    model = tiny_decoder(DecoderSpec(heads=6))
+    mask = next(value for node in model.graph for value in node.outputs if value.name == "scores_bias")
+    mask.shape = onnx_ir.Shape(["batch", 6, "seq", "past+seq"])
+    original = model.clone()
+    if pipeline:
+        run_passes(model, resolve(pipeline).passes)
+    names = [value.name for value in (*model.graph.inputs, *model.graph.outputs)]
+    metadata = dict(model.metadata_props)
+    if pipeline == "int8":
+        original = model.clone()
+    changed = model.clone()
+    Simplify().run(changed)
+    compare_numbers(original, changed, 1e-5, {}, {})
+    assert not Simplify().run(changed).modified
+    assert [value.name for value in (*changed.graph.inputs, *changed.graph.outputs)] == names
+    assert dict(changed.metadata_props) == metadata
+
+
+def test_the_largest_constant_that_folding_makes_is_an_option():
+    text = (
+        HEADER
+        + """g (float[40] x) => (float[40] y) <float one = {1.5}, int64[1] n = {40}> {
+        e = Expand(one, n)
+        s = Mul(e, e)
+        y = Add(x, s)
+    }"""
+    )
+    few, many = read_model(text), read_model(text)
+    Simplify(limit=100).run(few)
+    Simplify(limit=1000).run(many)
+    assert len(many.graph) == 1
+    assert len(few.graph) > 1
+
+
+@pytest.mark.parametrize(
+    ("fake", "message"),
+    [
+        (lambda proto, **_: (proto, False), "onnxsim says that its own result is not valid"),
+        (lambda proto, **_: 1 / 0, "onnxsim failed with ZeroDivisionError"),
+        (
+            lambda proto, **_: (_renamed(proto), True),
+            r"onnxsim changed the inputs and outputs from .*'y'.* to .*'other'",
+        ),
+    ],
+)
+def test_what_onnxsim_does_wrong_is_said_and_changes_nothing(monkeypatch, fake, message):
+    model = read_model(CLUTTER)
+    text = print_model(model)
+    monkeypatch.setattr(onnxsim, "simplify", fake)
+    with pytest.raises(PassError, match=f"simplify: {message}"):
+        Simplify().run(model)
+    assert print_model(model) == text
+
+
+def _renamed(proto):
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    copy.graph.output[0].name = "other"
+    copy.graph.node[-1].output[0] = "other"
+    return copy
+
+
+def test_half_precision_weights_of_a_large_model_are_references_only():
+    """A weight of 2 GB that does not exist: only its type crosses."""
+    from passopt.ir.expressions import Source, SourceFile
+
+    model = read_model(CLUTTER.replace("float[3,5] w", "float[3,5] w"))
+    value = model.graph.initializers["w"]
+    file = SourceFile("/nowhere/w.safetensors", 1 << 40, 0, "")
+    value.const_value = LazyWeight(Source(onnx_ir.DataType.FLOAT, (3, 5), "w", file, 1 << 35), "w")
+    assert Simplify().run(model).modified
