@@ -12,7 +12,7 @@ import onnx_ir
 
 from passopt.ir.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.ir.shapes import dimensions
-from passopt.passes.base import Decline, PassResult
+from passopt.passes.base import REASSOCIATED, Decline, PassResult
 from passopt.passes.dead_code import called_functions
 from passopt.passes.decomposing import DecomposePass, attribute, cast, operand, required
 from passopt.passes.rewriting import Rewriter
@@ -33,6 +33,7 @@ class DecomposeAttention(DecomposePass):
     """
 
     name = "decompose-attention"
+    accuracy = REASSOCIATED
     after = ("fuse-attention",)
     decomposes = (("", "Attention"), (DOMAIN, ALIBI_ATTENTION), (DOMAIN, ALIBI_ATTENTION_NO_CACHE))
 

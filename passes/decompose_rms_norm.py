@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-from passopt.passes.base import Decline
+from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.decomposing import DecomposePass, attribute, cast, required
 from passopt.passes.rewriting import Rewriter
 
@@ -22,6 +22,7 @@ class DecomposeRmsNorm(DecomposePass):
     """
 
     name = "decompose-rms-norm"
+    accuracy = REASSOCIATED
     after = ("fuse-rms-norm",)
     decomposes = (("", "RMSNormalization"),)
 

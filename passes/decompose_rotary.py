@@ -11,7 +11,7 @@ import onnx_ir
 from passopt.ir.expressions import concat
 from passopt.ir.shapes import dimensions
 from passopt.ir.weights import expression_of
-from passopt.passes.base import Decline
+from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.decomposing import DecomposePass, attribute, operand, required
 from passopt.passes.rewriting import Rewriter
 
@@ -30,6 +30,7 @@ class DecomposeRotary(DecomposePass):
     """
 
     name = "decompose-rotary"
+    accuracy = REASSOCIATED
     after = ("fuse-rotary",)
     decomposes = (("", "RotaryEmbedding"),)
 
