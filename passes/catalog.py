@@ -31,7 +31,7 @@ _DECORATORS = {"graphsurgeon_pass": 1, "ir_pass": 0}
 class Entry:
     """What is known of a pass from its source: `options` are (name, type, default) as written there.
 
-    `accuracy` is its declaration in words, such as `lossy(0.02)`.
+    `accuracy` is what the class itself declares, such as `lossy(0.02)`; "" if it takes that of its base.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Entry:
     summary: str
     options: tuple[tuple[str, str, str], ...]
     origin: str
-    accuracy: str = "exact"
+    accuracy: str = ""
 
 
 def catalog() -> dict[str, Entry]:
@@ -146,7 +146,7 @@ def _parameters(arguments: ast.arguments) -> list[tuple[str, str, str]]:
 
 
 def _class_entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
-    name, options, accuracy = None, [], "exact"
+    name, options, accuracy = None, [], ""
     for statement in node.body:
         if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
             continue

@@ -10,14 +10,14 @@ import onnx_ir
 
 from passopt.ir.files import save_reference
 from passopt.ir.text import print_model
-from passopt.passes.manager import PassRecord
+from passopt.passes.manager import Instrument, PassRecord
 
 #: Reasons to decline that the table of rules shows per rule.
 _SHOWN_REASONS = 5
 
 
 @dataclasses.dataclass
-class PrintAfter:
+class PrintAfter(Instrument):
     """Writes the canonical text after passes: the named ones, all, or those that changed it."""
 
     write: Callable[[str], None]
@@ -33,7 +33,7 @@ class PrintAfter:
 
 
 @dataclasses.dataclass
-class Dump:
+class Dump(Instrument):
     """Saves model.onnx + weights.plan.json after every pass, numbered; no weight is copied."""
 
     directory: Path

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import onnx_ir
 
 from passopt.ir.errors import PassError, PassoptError, VerifyError
+from passopt.ir.interface import Interface
 from passopt.ir.verifier import verify_model
 from passopt.passes.base import TIME_RULES, Pass, PassResult
 from passopt.passes.expectations import Expectation, Watch
@@ -24,9 +24,11 @@ class PassRecord:
     seconds: float
     nodes_before: int
     nodes_after: int
+    #: What `--verify-each=numeric` sampled of it.
+    numeric: dict[str, object] | None = None
 
     def as_json(self) -> dict[str, object]:
-        return {
+        body: dict[str, object] = {
             "pass": self.name,
             "modified": self.result.modified,
             "matches": self.result.matches,
@@ -38,12 +40,17 @@ class PassRecord:
             "nodes_before": self.nodes_before,
             "nodes_after": self.nodes_after,
         }
+        return body if self.numeric is None else {**body, "numeric": self.numeric}
 
 
-class Instrument(Protocol):
-    """Looks on after every pass; must not change the model."""
+class Instrument:
+    """Looks on before and after every pass; must not change the model, and stops the run by raising."""
 
-    def after_pass(self, index: int, record: PassRecord, model: onnx_ir.Model) -> None: ...
+    def before_pass(self, index: int, item: Pass, model: onnx_ir.Model) -> None:
+        """Pass number `index` is about to run."""
+
+    def after_pass(self, index: int, record: PassRecord, model: onnx_ir.Model) -> None:
+        """Pass number `index` has run, and the structure was verified."""
 
 
 def run_passes(
@@ -68,11 +75,14 @@ def run_passes(
     if verify:
         verify_model(model)
     for index, item in enumerate(passes):
+        for instrument in instruments:
+            instrument.before_pass(index, item, model)
+        interface = Interface.of(model)
         before, start = len(model.graph), time.process_time()
         result = _run_one(item, model, records)
         record = PassRecord(item.name, result, time.process_time() - start, before, len(model.graph))
         if verify:
-            _verify_after(item, model, records)
+            _verify_after(item, model, interface, records)
         records.append(record)
         for instrument in instruments:
             instrument.after_pass(index, record, model)
@@ -96,8 +106,10 @@ def _before(records: Sequence[PassRecord]) -> str:
     return f"passes before it: {', '.join(record.name for record in records) or 'none'}"
 
 
-def _verify_after(item: Pass, model: onnx_ir.Model, records: Sequence[PassRecord]) -> None:
+def _verify_after(item: Pass, model: onnx_ir.Model, interface: Interface, records: Sequence[PassRecord]) -> None:
     try:
         verify_model(model)
+        if not item.changes_interface:
+            interface.check(model)
     except VerifyError as error:
         raise VerifyError(f"{item.name} left a broken graph ({_before(records)}): {error}") from None

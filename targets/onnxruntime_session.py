@@ -24,8 +24,8 @@ class Session:
     """One model, loaded. The weights pass through a temporary folder that is gone once they are loaded.
 
     By default onnxruntime would quantise the activations of int8 products too (relative error 1e-2);
-    `qdq_accuracy_level=1` keeps them in fp32, `fold_qdq` dequantises all weights once instead. `scratch` is where the
-    temporary folder goes. Raises ModelError if onnxruntime refuses the model.
+    `qdq_accuracy_level=1` keeps them in fp32, `fold_qdq` dequantises all weights once instead. Without `optimize`, each
+    node runs as it stands. `scratch` is where the temporary folder goes. Raises ModelError if onnxruntime refuses it.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Session:
         threads: int = 2,
         qdq_accuracy_level: int = 1,
         fold_qdq: bool = False,
+        optimize: bool = True,
         scratch: Path | None = None,
     ) -> None:
         import onnxruntime  # type: ignore[import-untyped]
@@ -46,6 +47,8 @@ class Session:
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(qdq_accuracy_level))
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if fold_qdq:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         with tempfile.TemporaryDirectory(prefix="passopt-session-", dir=scratch) as folder, Evaluator() as evaluator:

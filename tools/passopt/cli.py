@@ -128,6 +128,7 @@ def _add_export(add: Any) -> None:
 
 
 _OPSET_HELP = "18 to 23, default %(default)s; int8 of 16-bit weights needs 19, and tp knows no fused attention of 23"
+_EACH_HELP = "structure after every pass, or each rewrite by sampled numbers (default: %(default)s)"
 _WEIGHTS_HELP = "copy them into the output, or only refer to where they lie (default: %(default)s)"
 
 
@@ -146,7 +147,7 @@ def _add_run(add: Any) -> None:
     command.add_argument("-o", "--output", metavar="DIR", help="default: beside the model, named by the pipeline")
     command.add_argument("--emit", choices=["files", "text"], default="files", help=_EMIT_HELP)
     command.add_argument("--weights", choices=["copy", "reference"], default="copy", help=_WEIGHTS_HELP)
-    command.add_argument("--verify-each", choices=["off", "structure"], default="structure", help="after every pass")
+    command.add_argument("--verify-each", choices=["off", "structure", "numeric"], default="structure", help=_EACH_HELP)
     command.add_argument("--print-after", metavar="PASS", nargs="?", const="", action="append", help="all, if no PASS")
     command.add_argument("--print-after-change", action="store_true", help="print after passes that changed the text")
     command.add_argument("--dump-dir", metavar="DIR", help="save the model after every pass, without its weights")

@@ -21,7 +21,8 @@ def list(options: argparse.Namespace) -> int:
     print("passes")
     for entry in entries:
         settings = ",".join(f"{name}={default}".lower() for name, _, default in entry.options)
-        print(f"  {entry.name}{f'{{{settings}}}' if settings else ''}  ({entry.accuracy})\n      {entry.summary}")
+        accuracy = f"  ({entry.accuracy})" if entry.accuracy else ""
+        print(f"  {entry.name}{f'{{{settings}}}' if settings else ''}{accuracy}\n      {entry.summary}")
     print("pipelines")
     for name, item in PIPELINES.items():
         settings = ",".join(f"{key}={value}" for key, value in item.options.items())

@@ -38,11 +38,16 @@ def run(options: argparse.Namespace) -> int:
     if output.exists() and not options.dry_run and options.emit == "files":
         raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
     model = load_model(path)
+    instruments = _instruments(options, names)
+    if options.verify_each == "numeric":
+        from passopt.numeric.check import NumericCheck
+
+        instruments.append(NumericCheck())
     records = run_passes(
         model,
         pipeline.passes,
         verify=options.verify_each != "off",
-        instruments=_instruments(options, names),
+        instruments=instruments,
         expectations=expectations,
         time_rules=options.stats is not None,
     )
@@ -140,6 +145,8 @@ def _report(
     for record in records:
         for note in record.result.notes:
             print(f"{record.name}: {note}")
+        if record.numeric is not None:
+            print(f"{record.name}: {record.numeric['summary']}")
     if output is None or options.weights == "copy":
         print(plan.to_text())
     print(f"→ {output}" if output else "dry run: nothing was written")

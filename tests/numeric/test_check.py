@@ -1,0 +1,228 @@
+"""Rewrites under `--verify-each=numeric`: right ones hold, wrong ones are stopped with pass, rule and site."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx_ir
+import pytest
+
+from passopt.ir.text import print_model
+from passopt.numeric.check import Violation
+from passopt.passes.base import REASSOCIATED, lossy
+from passopt.passes.quantize_weights import QuantizeWeights
+from passopt.passes.slice_last_token import SliceLastToken
+from passopt.testing.decoders import tiny_decoder
+
+X = "g (float[batch,seq,6] x, float[batch,seq,6] y)"
+
+
+def violation(checked, item, model):
+    before = print_model(model)
+    with pytest.raises(Violation) as error:
+        checked(item, model)
+    assert print_model(model) == before, "a rewrite that is stopped leaves the graph as it was"
+    assert error.value.exit_code == 1
+    return str(error.value)
+
+
+def test_swapped_operands_are_caught(rule, parsed, checked):
+    item = rule(lambda self, op, a, b: op.Sub(a, b), lambda self, op, a, b: op.Add(b, op.Neg(a)))
+    model = parsed(f"{X} => (float[batch,seq,6] out) {{ [first] d = Sub(x, y) out = Relu(d) }}")
+    model.graph[0].metadata_props.update({"passopt.module": "layers.0.mlp", "passopt.source": "model.py:7"})
+    message = violation(checked, item, model)
+    assert re.match(
+        r"test-rule \(.*test_check\.py:\d+\): changed the numbers of d \(layers\.0\.mlp, model\.py:7\): ", message
+    )
+    assert "allowed 1e-06 (sampled: batch 2, seq" in message
+    assert "the pass declares exact (passes before it: none)" in message
+
+
+def test_a_right_rule_holds_and_equal_sites_are_checked_once(rule, parsed, checked):
+    item = rule(lambda self, op, a, b: op.Sub(a, b), lambda self, op, a, b: op.Add(a, op.Neg(b)))
+    body = "d = Sub(x, y) e = Sub(d, y) f = Sub(e, x) out = Relu(f)"
+    summary = checked(item, parsed(f"{X} => (float[batch,seq,6] out) {{ {body} }}"))
+    assert (summary.sites, summary.distinct, summary.worst, dict(summary.unchecked)) == (3, 1, 0.0, {})
+    assert str(summary).startswith("sampled: 3 sites, 1 distinct, worst error 0.0e+00 of 1e-06 (exact)")
+
+
+NORM = "p = Pow(x, two) m = ReduceMean(p, last) e = Add(m, eps) s = Sqrt(e) out = Div(x, s)"
+NORM_CONSTANTS = "<float two = {2}, int64[1] last = {-1}, float eps = {0.000001}>"
+
+
+@pytest.mark.parametrize(("epsilon", "right"), [(1e-6, True), (1e-5, False), (1e-12, False)])
+def test_an_epsilon_counts(rule, parsed, checked, epsilon, right):
+    """Rows of normal numbers do not show it: 1e-5 instead of 1e-6 moves them by less than a rounding step."""
+
+    def pattern(self, op, x, eps):
+        return op.Div(x, op.Sqrt(op.Add(op.ReduceMean(op.Pow(x, 2.0), [-1]), eps)))
+
+    def rewrite(self, op, x, eps):
+        return op.Mul(x, op.Reciprocal(op.Sqrt(op.Add(op.ReduceMean(op.Mul(x, x), [-1]), epsilon))))
+
+    item = rule(pattern, rewrite, REASSOCIATED)
+    model = parsed(f"{X} => (float[batch,seq,6] out) {NORM_CONSTANTS} {{ {NORM} }}")
+    if right:
+        assert checked(item, model).worst <= 1e-5
+    else:
+        violation(checked, item, model)
+
+
+MASKED = """g (int64[batch,total] attention_mask, float[batch,2,seq,total] scores) => (float[batch,2,seq,total] out)
+<float one = {1}, float low = {-3.4028235e+38}, int64[2] axes = {1, 2}> {
+    seen = Cast <to = 1> (attention_mask)
+    wide = Unsqueeze(seen, axes)
+    hidden = Sub(one, wide)
+    bias = Mul(hidden, low)
+    masked = Add(scores, bias)
+    out = Softmax <axis = -1> (masked)
+}"""
+
+
+@pytest.mark.parametrize(("sign", "right"), [(1, True), (-1, False)])
+def test_a_mask_of_the_wrong_sign_is_caught(rule, parsed, checked, sign, right):
+    def pattern(self, op, scores, hidden):
+        return op.Softmax(op.Add(scores, op.Mul(hidden, -3.4028235e38)), axis=-1)
+
+    def rewrite(self, op, scores, hidden):
+        bias = op.Where(op.Cast(hidden, to=9), np.float32(-1e38 * sign), np.float32(0))
+        return op.Softmax(op.Add(scores, bias), axis=-1)
+
+    item, model = rule(pattern, rewrite, REASSOCIATED), parsed(MASKED)
+    if right:
+        assert checked(item, model).sites == 1
+    else:
+        violation(checked, item, model)
+
+
+@pytest.mark.parametrize(("perm", "right"), [([2, 1, 0], True), ([0, 2, 1], False)])
+def test_a_permutation_of_equal_axes_is_caught(rule, parsed, checked, perm, right):
+    """Shapes say nothing where all axes are equally long."""
+    item = rule(
+        lambda self, op, a: op.Transpose(op.Transpose(a, perm=[1, 0, 2]), perm=[2, 0, 1]),
+        lambda self, op, a: op.Transpose(a, perm=perm),
+    )
+    text = "g (float[4,4,4] x) => (float[4,4,4] out) { a = Transpose <perm = [1,0,2]> (x)"
+    model = parsed(text + " b = Transpose <perm = [2,0,1]> (a) out = Relu(b) }")
+    if right:
+        assert checked(item, model).sites == 1
+    else:
+        violation(checked, item, model)
+
+
+LINEAR = "g (float[batch,seq,6] x) => (float[batch,seq,4] y) <float[6,4] w = random> { z = MatMul(x, w) y = Relu(z) }"
+
+
+def test_lossy_passes_have_a_budget(rule, parsed, checked):
+    def rounded(self, op, x, w):
+        return op.Cast(op.Cast(op.Max(op.MatMul(x, w), 0.0), to=10), to=1)
+
+    def pattern(self, op, x, w):
+        return op.Relu(op.MatMul(x, op.weight(w)))
+
+    assert 0 < checked(rule(pattern, rounded, lossy(1e-3)), parsed(LINEAR)).worst < 1e-3
+    message = violation(checked, rule(pattern, rounded, lossy(1e-6)), parsed(LINEAR))
+    assert "allowed 1e-06" in message
+    assert "declares lossy(1e-06)" in message
+
+
+def test_int8_is_measured_on_the_weights_themselves(parsed, checked):
+    summary = checked(QuantizeWeights(), parsed(LINEAR))
+    assert summary.sites == 1
+    assert 1e-4 < summary.worst < 2e-2
+
+
+def test_types_and_failures_of_the_replacement_are_violations(rule, parsed, checked):
+    """A replacement that onnxruntime cannot run is no replacement."""
+
+    def rewrite(self, op, x):
+        return op.Reshape(op.Reshape(x, np.array([7], np.int64)), op.Shape(x))
+
+    item = rule(lambda self, op, x: op.Neg(op.Neg(x)), rewrite)
+    message = violation(
+        checked, item, parsed(f"{X} => (float[batch,seq,6] out) {{ a = Neg(x) b = Neg(a) out = Abs(b) }}")
+    )
+    assert "the replacement does not run: onnxruntime fails on the model" in message
+
+
+def read_twice(model):
+    node = model.graph[0]
+    node.replace_input_with(1, node.inputs[0])
+
+
+def test_a_pass_that_rewires_directly_is_compared_with_the_graph_before(whole, parsed, checked):
+    text = f"{X} => (float[batch,seq,6] out) {{ d = Sub(x, y) out = Relu(d) }}"
+    with pytest.raises(Violation, match=r"whole: changed the numbers of d: .*; the pass declares exact"):
+        checked(whole(read_twice), parsed(text))
+
+
+def merge(model):
+    """What cse does: `b` is `a`."""
+    first, second, *_ = model.graph
+    second.outputs[0].replace_all_uses_with(first.outputs[0])
+    model.graph.remove(second)
+
+
+def test_equal_values_may_be_merged_and_different_ones_may_not(whole, parsed, checked):
+    text = "a = Exp(x) b = {} c = Mul(a, b) out = Sub(c, y)"
+    right = checked(whole(merge), parsed(f"{X} => (float[batch,seq,6] out) {{ {text.format('Exp(x)')} }}"))
+    assert (right.sites, right.worst) == (1, 0.0)
+    with pytest.raises(Violation, match="changed the numbers of c"):
+        checked(whole(merge), parsed(f"{X} => (float[batch,seq,6] out) {{ {text.format('Exp(y)')} }}"))
+
+
+def test_what_a_whole_graph_pass_leaves_alone_is_no_site(whole, parsed, checked):
+    summary = checked(whole(lambda model: None), parsed(LINEAR))
+    assert str(summary) == "nothing to check"
+
+
+def test_a_changed_interface_is_said_to_be_unchecked(checked):
+    summary = checked(SliceLastToken(), tiny_decoder())
+    assert summary.sites == 0
+    assert "1 not checked: it changes inputs or outputs by design; compare with passopt verify" in str(summary)
+
+
+def test_collectives_are_said_to_be_unchecked(rule, parsed, checked):
+    item = rule(
+        lambda self, op, x: op.Neg(op.node("AllReduce", x, domain="com.microsoft")),
+        lambda self, op, x: op.node("AllReduce", op.Neg(x), domain="com.microsoft"),
+    )
+    model = parsed(f"{X} => (float[batch,seq,6] out) {{ a = com.microsoft.AllReduce(x) b = Neg(a) out = Abs(b) }}")
+    summary = checked(item, model)
+    assert dict(summary.unchecked) == {"AllReduce joins ranks; compare with passopt verify": 1}
+
+
+def test_what_cannot_be_cut_says_why(rule, parsed, checked):
+    text = """g (bool c, float[6] x) => (float[6] out) {
+        a = If (c) <then_branch = t () => (float[6] p) { p = Neg(x) },
+                    else_branch = e () => (float[6] q) { q = Abs(x) }>
+        b = Neg(a)
+        d = Neg(b)
+        out = Abs(d)
+    }"""
+    item = rule(lambda self, op, a: op.Neg(op.Neg(a)), lambda self, op, a: op.Add(a, 0.0))
+    model = parsed(text)
+    for node in model.graph:
+        node.outputs[0].type = node.outputs[0].type or onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+        if node.op_type == "If":
+            node.outputs[0].shape = None
+    summary = checked(item, model)
+    assert summary.sites == 0
+    assert list(summary.unchecked) == ["If has a subgraph"]
+
+
+def test_the_record_says_what_was_sampled(rule, parsed):
+    from passopt.numeric.check import NumericCheck
+    from passopt.passes.manager import run_passes
+
+    item = rule(lambda self, op, a: op.Neg(op.Neg(a)), lambda self, op, a: op.Add(a, 0.0))
+    model = parsed(f"{X} => (float[batch,seq,6] out) {{ a = Neg(x) b = Neg(a) out = Abs(b) }}")
+    (record,) = run_passes(model, [item], instruments=[NumericCheck()])
+    body = record.as_json()["numeric"]
+    assert (body["sampled_sites"], body["distinct_sites"], body["worst_error"], body["accuracy"]) == (
+        1,
+        1,
+        0.0,
+        "exact",
+    )

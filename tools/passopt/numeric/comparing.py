@@ -1,0 +1,211 @@
+"""Run both sides of a cut on the same draws and measure how far their roots are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+from passopt.ir.errors import ModelError
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.expressions import FLOATS, DataType, Expression
+from passopt.ir.twin import fp32_twin
+from passopt.numeric.lengths import DRAWS, Draw, Lengths
+from passopt.numeric.models import Runnable, runnable, shortened_axes
+from passopt.numeric.regions import Cut, Unchecked
+from passopt.numeric.sampling import Sampler, index_bounds
+from passopt.numeric.weights import SampledEvaluator
+from passopt.passes.base import Accuracy
+from passopt.targets.onnxruntime_session import Session
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+#: Beyond this part of a dtype's largest number, a value only says "masked".
+_MASKED = 0.25
+#: Weights of more elements than this are run on the first two draws only.
+_LARGE = 1 << 22
+#: Elements that are compared at a time.
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The worst root of the worst draw: its error against its budget. `problem` says why there is no number."""
+
+    error: float
+    budget: float
+    root: str
+    draw: Draw
+    problem: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget
+
+    def __str__(self) -> str:
+        sizes = f"batch {self.draw.batch}, seq {self.draw.seq}, past {self.draw.past}"
+        measured = f"max|Δ|/max|reference| = {self.error:.2e}, allowed {self.budget:.0e}"
+        return f"{self.problem or measured} (sampled: {sizes})"
+
+    def is_worse_than(self, other: Outcome) -> bool:
+        return self.error * other.budget > other.error * self.budget or (self.error > self.budget and other.ok)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Both sides of a cut, made ready. `shortened` are axes of weights that are too large to be run whole."""
+
+    cut: Cut
+    before: Runnable
+    after: Runnable
+    accuracy: Accuracy
+    shortened: Mapping[int, int]
+    draws: Sequence[tuple[Draw, Mapping[str, Array]]]
+
+    def run(self, *, real: bool) -> Outcome:
+        """The worst outcome over the draws; with weights evaluated from their files if `real`, random ones if not.
+
+        Raises Unchecked if the original runs on no draw.
+        """
+        feeds = [leaves for _, leaves in self.draws]
+        expected = _results(self.before, feeds, real)
+        if all(isinstance(results, ModelError) for results in expected):
+            raise Unchecked(f"the original does not run alone: {expected[0]}")
+        found = _results(self.after, feeds, real)
+        worst: Outcome | None = None
+        for (draw, _), one, other in zip(self.draws, expected, found, strict=True):
+            if isinstance(one, ModelError):
+                continue
+            outcome = self._outcome(draw, one, other)
+            if worst is None or outcome.is_worse_than(worst):
+                worst = outcome
+        assert worst is not None
+        return worst
+
+    def _outcome(self, draw: Draw, expected: Sequence[Array], found: Sequence[Array] | ModelError) -> Outcome:
+        worst: Outcome | None = None
+        for index, root in enumerate(self.cut.before.roots):
+            name, budget = root.name or "", self.accuracy.budget_of(root.dtype or DataType.FLOAT)
+            if isinstance(found, ModelError):
+                return Outcome(float("inf"), budget, name, draw, f"the replacement does not run: {found}")
+            one, other = expected[index], found[index]
+            problem = "" if one.shape == other.shape else f"shape {list(one.shape)} became {list(other.shape)}"
+            error = float("inf") if problem else relative_error(one, other)
+            outcome = Outcome(error, budget, name, draw, problem)
+            if worst is None or outcome.is_worse_than(worst):
+                worst = outcome
+        assert worst is not None
+        return worst
+
+
+def prepare(cut: Cut, lengths: Sequence[Lengths], accuracy: Accuracy) -> Comparison:
+    """Models and leaves of both sides. `lengths` belong to the draws, in order. Raises Unchecked."""
+    shortened = shortened_axes(cut)
+    before, after = (_fp32(runnable(region, shortened)) for region in (cut.before, cut.after))
+    weights = [*before.weights.values(), *after.weights.values()]
+    count = len(DRAWS)
+    if any(weight.nbytes // weight.dtype.itemsize > _LARGE for weight in weights):
+        count = 2
+    if not cut.before.leaves and not cut.after.leaves:
+        count = 1  # whatever is drawn, only the weights count
+    draws = [(DRAWS[index], _leaves(cut, lengths[index], shortened)) for index in range(count)]
+    return Comparison(cut, before, after, accuracy, shortened, draws)
+
+
+def _leaves(cut: Cut, lengths: Lengths, shortened: Mapping[int, int]) -> dict[str, Array]:
+    bounds = index_bounds((*cut.before.nodes, *cut.after.nodes), shortened)
+    sampler = Sampler(lengths, bounds)
+    found: dict[str, Array] = {}
+    for leaf in (*cut.before.leaves, *cut.after.leaves):
+        shape = lengths.shape_of(leaf)
+        if leaf.name in found:
+            continue
+        if shape is None or leaf.dtype is None:
+            raise Unchecked(f"the shape or dtype of {leaf.name} is unknown")
+        found[leaf.name or ""] = sampler.sample(leaf.name or "", leaf.dtype, tuple(shortened.get(n, n) for n in shape))
+    return found
+
+
+def _fp32(side: Runnable) -> Runnable:
+    """onnxruntime has no bf16 kernels on a CPU: what is bf16 runs as fp32."""
+    weights = {
+        name: weight.cast(DataType.FLOAT) if weight.dtype == DataType.BFLOAT16 else weight
+        for name, weight in side.weights.items()
+    }
+    return Runnable(fp32_twin(side.model), weights)
+
+
+def _results(side: Runnable, feeds: Sequence[Mapping[str, Array]], real: bool) -> list[Sequence[Array] | ModelError]:
+    """The roots on each draw, in order, or why there are none."""
+    try:
+        session = Session(side.model, optimize=False)
+    except ModelError as error:
+        return [error] * len(feeds)
+    wanted = {value.name or "": value.dtype for value in side.model.graph.inputs}
+    with (Evaluator if real else SampledEvaluator)() as evaluator:
+        weights = {name: _evaluated(evaluator, weight) for name, weight in side.weights.items()}
+    results: list[Sequence[Array] | ModelError] = []
+    for leaves in feeds:
+        given = {name: _as(leaves[name], dtype) for name, dtype in wanted.items() if name in leaves}
+        try:
+            results.append(list(session.run({**given, **weights}).values()))
+        except ModelError as error:
+            results.append(error)
+    return results
+
+
+def _evaluated(evaluator: Evaluator, weight: Expression) -> Array:
+    """The whole weight, computed in row chunks: working copies of a large one would be several times its size."""
+    result = np.empty(weight.shape, weight.dtype.numpy())
+    start = 0
+    for chunk in evaluator.chunks(weight):
+        if not weight.shape:
+            return chunk
+        result[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return result
+
+
+def _as(array: Array, dtype: DataType | None) -> Array:
+    return array if dtype is None else array.astype(dtype.numpy(), copy=False)
+
+
+def relative_error(reference: Array, found: Array) -> float:
+    """max|Δ| / max|reference|, infinite for a number that became none.
+
+    What is NaN in the reference is undefined there and may become anything. Numbers near the dtype's largest only say
+    "masked": such a place must stay one, whatever number says so.
+    """
+    scale = difference = 0.0
+    flat, other = reference.reshape(-1), found.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        largest, apart = _errors(flat[block], other[block])
+        scale, difference = max(scale, largest), max(difference, apart)
+    return difference / (scale or 1.0)
+
+
+def _errors(reference: Array, found: Array) -> tuple[float, float]:
+    """max|reference| and max|Δ| where the reference is a number and masks nothing."""
+    masked = _masked(reference)
+    wide, near = reference.astype(np.float64), found.astype(np.float64)
+    defined = ~np.isnan(wide)
+    if (masked != _masked(found))[defined].any():
+        return 0.0, float("inf")
+    plain = defined & (masked == 0)
+    wide, near = wide[plain], near[plain]
+    if not np.isfinite(near).all():
+        return 0.0, float("inf")
+    return float(np.max(np.abs(wide), initial=0.0)), float(np.max(np.abs(wide - near), initial=0.0))
+
+
+def _masked(array: Array) -> Array:
+    """-1 or 1 where a value stands for minus or plus infinity."""
+    if DataType.from_numpy(array.dtype) not in FLOATS:
+        return np.zeros(array.shape)
+    limits: Any = ml_dtypes.finfo(array.dtype)  # type: ignore[no-untyped-call]
+    wide = array.astype(np.float64)
+    return np.where(np.abs(wide) >= _MASKED * float(limits.max), np.sign(wide), 0)

@@ -1,0 +1,91 @@
+"""What a value depends on: masks, positions and shapes are computed from the inputs they come from, never sampled.
+
+A cut reaches back through such cheap values to the graph's inputs, so whatever is sampled there is consistent.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import onnx_ir
+
+from passopt.ir.expressions import FLOATS
+from passopt.ir.weights import SMALL_BYTES
+
+_GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
+_PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "Conv", "Einsum"})
+_RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
+
+
+class Kind(enum.IntEnum):
+    """Of an operator's inputs the largest decides."""
+
+    CONSTANT = 0
+    #: From masks, positions and lengths.
+    CONTROL = 1
+    #: From token ids, while they are still numbers of their own.
+    TOKENS = 2
+    #: Activations: sampled where a cut ends.
+    DATA = 3
+
+
+class Kinds:
+    """The kinds of values, found on demand and remembered; a rewrite keeps the kind of what it replaces."""
+
+    def __init__(self) -> None:
+        self._known: dict[onnx_ir.Value, Kind] = {}
+
+    def of(self, value: onnx_ir.Value) -> Kind:
+        stack = [value]
+        while stack:
+            current = stack[-1]
+            node = current.producer()
+            if current in self._known:
+                stack.pop()
+            elif node is None:
+                self._known[current] = _kind_of_leaf(current)
+            else:
+                waiting = [item for item in node.inputs if item is not None and item not in self._known]
+                stack += waiting
+                if not waiting:
+                    kind = self._kind_of_result(node)
+                    self._known.update(dict.fromkeys(node.outputs, kind))
+        return self._known[value]
+
+    def _kind_of_result(self, node: onnx_ir.Node) -> Kind:
+        if node.op_type in _RANDOM or has_subgraph(node):
+            return Kind.DATA
+        inputs = [item for item in node.inputs if item is not None]
+        kind = max((self._known[item] for item in inputs), default=Kind.CONSTANT)
+        if node.op_type in {"Shape", "Size"} and not node.domain:
+            return min(kind, Kind.CONTROL)
+        if kind == Kind.TOKENS and (node.op_type in _PRODUCTS or _looks_up(node)):
+            return Kind.DATA
+        return kind
+
+
+def is_control_name(name: str) -> bool:
+    """True for the graph inputs that say where tokens stand, not which they are."""
+    return "mask" in name.lower() or "position" in name.lower()
+
+
+def has_subgraph(node: onnx_ir.Node) -> bool:
+    """True for If, Loop and Scan, which read values that are not among their inputs."""
+    return any(attribute.type in _GRAPHS for attribute in node.attributes.values())
+
+
+def _kind_of_leaf(value: onnx_ir.Value) -> Kind:
+    if value.is_initializer() and not value.is_graph_input():
+        return Kind.CONSTANT
+    if is_control_name(value.name or ""):
+        return Kind.CONTROL
+    return Kind.DATA if value.dtype in FLOATS else Kind.TOKENS
+
+
+def _looks_up(node: onnx_ir.Node) -> bool:
+    """An embedding: rows of a floating table that is no small constant."""
+    table = node.inputs[0] if node.op_type.startswith("Gather") and node.inputs else None
+    if table is None or table.dtype not in FLOATS | {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8}:
+        return False
+    tensor = table.const_value
+    return tensor is None or len(tensor.shape) > 1 or tensor.nbytes > SMALL_BYTES

@@ -1,0 +1,79 @@
+"""Which values a whole-graph pass defines anew, found by comparing the graph before and after it.
+
+Values are known by name. If every value that both graphs have is the same function of values that both graphs have,
+the graphs compute the same: so each one that is defined differently is a site of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir
+
+from passopt.ir.attributes import attributes_key
+from passopt.ir.weights import expression_of, small_constant
+from passopt.numeric.kinds import Kinds
+from passopt.numeric.regions import Request, Side
+
+
+def rewired(before: onnx_ir.Model, after: onnx_ir.Model) -> Iterator[Request]:
+    """A request for each value that both graphs have and define differently."""
+    old, new = _values(before), _values(after)
+    opsets = before.graph.opset_imports.get("", 0), after.graph.opset_imports.get("", 0)
+    sides = Side.of(before, Kinds()), Side.of(after, Kinds())
+    gone, made = frozenset(old.keys() - new.keys()), frozenset(new.keys() - old.keys())
+    for name, value in old.items():
+        other = new.get(name)
+        if other is None or _same(value, other, opsets):
+            continue
+        yield Request((value,), (other,), *sides, gone | {name}, made | {name})
+
+
+def _values(model: onnx_ir.Model) -> dict[str, onnx_ir.Value]:
+    """All values that an output depends on, by name."""
+    found: dict[str, onnx_ir.Value] = {}
+    work = list(model.graph.outputs)
+    while work:
+        value = work.pop()
+        if value.name is None or value.name in found:
+            continue
+        found[value.name] = value
+        node = value.producer()
+        if node is not None:
+            work += [item for item in node.inputs if item is not None]
+    return found
+
+
+def _same(one: onnx_ir.Value, other: onnx_ir.Value, opsets: tuple[int, int]) -> bool:
+    first, second = one.producer(), other.producer()
+    constants = small_constant(one), small_constant(other)
+    if constants[0] is not None and constants[1] is not None:
+        same_kind = constants[0].dtype == constants[1].dtype and constants[0].shape == constants[1].shape
+        return bool(same_kind and constants[0].tobytes() == constants[1].tobytes())
+    if first is None or second is None:
+        return first is second and _same_leaf(one, other)
+    if (first.op_identifier(), one.index()) != (second.op_identifier(), other.index()):
+        return False
+    if not _same_operator(first, opsets) or attributes_key(first) != attributes_key(second):
+        return False
+    return [_name(item) for item in first.inputs] == [_name(item) for item in second.inputs]
+
+
+def _same_operator(node: onnx_ir.Node, opsets: tuple[int, int]) -> bool:
+    """An operator that the later opset defines anew may mean something else."""
+    if node.domain or opsets[0] == opsets[1]:
+        return True
+    versions = {onnx.defs.get_schema(node.op_type, opset, "").since_version for opset in opsets}
+    return len(versions) == 1
+
+
+def _same_leaf(one: onnx_ir.Value, other: onnx_ir.Value) -> bool:
+    if one.is_graph_input() or other.is_graph_input():
+        return one.is_graph_input() and other.is_graph_input() and one.dtype == other.dtype
+    first, second = expression_of(one), expression_of(other)
+    return first is not None and second is not None and first.text() == second.text()
+
+
+def _name(value: onnx_ir.Value | None) -> str | None:
+    return None if value is None else value.name

@@ -1,0 +1,67 @@
+"""A key of what a cut computes: sites with equal keys differ in names and in the numbers of their weights only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import onnx_ir
+
+from passopt.ir.attributes import attributes_key
+from passopt.ir.expressions import Expression, Literal, Source
+from passopt.ir.weights import expression_of
+from passopt.numeric.kinds import is_control_name
+from passopt.numeric.regions import Cut, Region
+
+
+def structure_key(cut: Cut) -> tuple[Any, ...]:
+    """Operators, attributes, dtypes, shapes and the digests of constants on both sides; leaves by order of use."""
+    numbers: dict[object, int] = {}
+    return _region_key(cut.before, numbers), _region_key(cut.after, numbers)
+
+
+def _region_key(region: Region, numbers: dict[object, int]) -> tuple[Any, ...]:
+    made: dict[onnx_ir.Value, object] = {}
+    for index, node in enumerate(region.nodes):
+        made.update({value: (index, place) for place, value in enumerate(node.outputs)})
+    weights = set(region.weights)
+
+    def reference(value: onnx_ir.Value | None) -> object:
+        if value is None or value in made:
+            return value and made[value]
+        if value in weights:
+            expression = expression_of(value)
+            assert expression is not None
+            return _expression_key(expression, numbers)
+        own = value.name if value.producer() is None and is_control_name(value.name or "") else None
+        return numbers.setdefault(value.name, len(numbers)), own, value.dtype, _dims(value)
+
+    nodes = tuple(
+        (node.domain, node.op_type, attributes_key(node), tuple(map(reference, node.inputs)), len(node.outputs))
+        for node in region.nodes
+    )
+    return region.side.opsets.get(""), nodes, tuple(reference(root) for root in region.roots)
+
+
+def _dims(value: onnx_ir.Value) -> tuple[object, ...] | None:
+    if value.shape is None:
+        return None
+    return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape.dims)
+
+
+def _expression_key(expression: Expression, numbers: dict[object, int]) -> tuple[object, ...]:
+    """The expression over numbered sources, whatever they are called and wherever they lie."""
+    if isinstance(expression, Source):
+        number = numbers.setdefault(expression, len(numbers))
+        return "source", number, expression.dtype, expression.shape
+    if isinstance(expression, Literal):
+        digest = hashlib.blake2b(expression.data, digest_size=16).digest()
+        return "literal", expression.dtype, expression.shape, digest
+    own = tuple(
+        getattr(expression, field.name)
+        for field in dataclasses.fields(expression)
+        if field.name not in {"operand", "parts"}
+    )
+    operands = tuple(_expression_key(operand, numbers) for operand in expression.operands)
+    return type(expression).__name__, own, operands

@@ -1,0 +1,51 @@
+"""Weights of a cut: evaluated from their expressions, over the real bytes or over seeded random ones.
+
+Random weights cost no disk and show what weights of zeros would hide. What a rule only does to weights (slices, casts,
+codes) is part of the expression, and so is done to the random ones as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from passopt.ir.evaluate import Box, Evaluator
+from passopt.ir.expressions import FLOATS, Expression, Source
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+#: A prime, so that no two rows of a weight are alike.
+_PERIOD = 1_048_573
+
+
+class SampledEvaluator(Evaluator):
+    """An evaluator whose files hold normal numbers: of the size of a trained linear in matrices, near 1 in vectors."""
+
+    def read(self, expression: Expression, box: Box) -> Array:
+        if not isinstance(expression, Source):
+            return super().read(expression, box)
+        (first, last), *rest = box or ((0, 1),)
+        width = math.prod(expression.shape[1:])
+        tile = _tile(expression)
+        start = (zlib.crc32(expression.name.encode()) + first * width) % _PERIOD
+        rows = np.resize(np.roll(tile, -start), (last - first, *expression.shape[1:]))
+        part: Array = rows[(slice(None), *(slice(*bounds) for bounds in rest))]
+        return part if box else part.reshape(())
+
+
+def _tile(source: Source) -> Array:
+    kind = source.dtype.numpy()
+    if source.dtype not in FLOATS:
+        return np.random.default_rng(1).integers(0, 2 if kind == np.bool_ else 100, _PERIOD).astype(kind)
+    if len(source.shape) < 2:
+        return (np.float32(1) + np.float32(0.1) * _normal()).astype(kind)
+    return (_normal() / np.float32(math.sqrt(source.shape[-1]))).astype(kind)
+
+
+@functools.cache
+def _normal() -> Array:
+    return np.random.default_rng(0).standard_normal(_PERIOD, np.float32)
