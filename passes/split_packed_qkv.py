@@ -29,6 +29,7 @@ class SplitPackedQkv(RewritePass):
             (self.gathered, self.rewrite_gathered),
             (self.divided, self.rewrite_divided),
             (self.sliced, self.rewrite_sliced),
+            (self.sliced_by_one, self.rewrite_sliced),
         ]
 
     def gathered(self, op: Any, x: Any, w: Any, shape: Any, squeezed: Any) -> Any:
@@ -57,12 +58,12 @@ class SplitPackedQkv(RewritePass):
         self, op: Any, x: Any, w: Any, start0: Any, end0: Any, start1: Any, end1: Any, start2: Any, end2: Any, axis: Any
     ) -> Any:
         """Phi-3's three slices along the last axis, in any order."""
-        packed = _packed(op, x, w)
-        return [
-            op.Slice(packed, start0, end0, axis, [1], bind="part"),
-            op.Slice(packed, start1, end1, axis, [1]),
-            op.Slice(packed, start2, end2, axis, [1]),
-        ]
+        return _slices(op, _packed(op, x, w), ((start0, end0), (start1, end1), (start2, end2)), [axis])
+
+    def sliced_by_one(
+        self, op: Any, x: Any, w: Any, start0: Any, end0: Any, start1: Any, end1: Any, start2: Any, end2: Any, axis: Any
+    ) -> Any:
+        return _slices(op, _packed(op, x, w), ((start0, end0), (start1, end1), (start2, end2)), [axis, [1]])
 
     def rewrite_sliced(
         self,
@@ -90,6 +91,11 @@ class SplitPackedQkv(RewritePass):
             raise Decline(f"the slices {starts} to {ends} do not take all {width} channels, each once")
         projected = _project(op, x, w, layout, [ends[index] - starts[index] for index in order])
         return [projected[order.index(index)] for index in range(3)]
+
+
+def _slices(op: Any, packed: Any, bounds: Sequence[tuple[Any, Any]], rest: Sequence[Any]) -> list[Any]:
+    first, *others = bounds
+    return [op.Slice(packed, *first, *rest, bind="part"), *(op.Slice(packed, *both, *rest) for both in others)]
 
 
 def _packed(op: Any, x: Any, w: Any) -> Any:

@@ -9,7 +9,9 @@ from passopt.passes.sharding.axes import ndim_of
 from passopt.passes.sharding.propagate import Conflict, Propagation
 from passopt.passes.sharding.spec import REPLICATED, LocalDims, Sharded, Spec
 
-SHAPE_ARITHMETIC = frozenset({"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"})
+SHAPE_ARITHMETIC = frozenset(
+    {"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity", "Where"}
+)
 #: What may read a shape vector with local lengths: all of it is followed by element.
 READS_LOCAL_DIMS = SHAPE_ARITHMETIC | {"Shape", "Expand"}
 _INTEGERS = frozenset({onnx_ir.DataType.INT64, onnx_ir.DataType.INT32})

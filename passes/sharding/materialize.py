@@ -14,7 +14,7 @@ from passopt.ir.contract import COLLECTIVE, DEGREE, KV_HEADS
 from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
 from passopt.ir.expressions import SCALE_OF_ZEROS, Expression, Literal, QuantizeScales
-from passopt.ir.shapes import dimensions
+from passopt.ir.shapes import DimOf, dimensions, elements
 from passopt.ir.weights import LazyWeight, expression_of, small_constant
 from passopt.passes.sharding.axes import ndim_of
 from passopt.passes.sharding.lengths import piece_of_target
@@ -133,7 +133,7 @@ class Materializer:
             local[chosen] = [local_length(int(item), spec, self.degree) for item in whole[chosen]]
             result = builder.literal(local)
         else:
-            result = self._shrunk_concat(builder, node, target, position, spec)
+            result = self._shrunk_target(builder, node, target, position, spec)
         self.editor.insert(builder.built, node, [node])
         producer = target.producer()
         node.replace_input_with(use.index, result)
@@ -142,15 +142,12 @@ class Materializer:
         else:
             self.editor.remove_unused_initializer(target)
 
-    def _shrunk_concat(
+    def _shrunk_target(
         self, builder: Builder, node: onnx_ir.Node, target: onnx_ir.Value, position: int, spec: Sharded
     ) -> Any:
         concat, found = target.producer(), piece_of_target(target, position)
         if concat is None or found is None:
-            raise PassError(
-                f"{describe(node)}: expected a target shape that is a Concat with element {position} on its own, "
-                f"found {target.name}"
-            )
+            return self._rebuilt_target(builder, node, target, position, spec)
         index, piece = found
         whole = small_constant(piece)
         if whole is not None:
@@ -159,6 +156,24 @@ class Materializer:
             share = padded_units(spec.units, self.degree) // self.degree
             local = builder.Div(builder.Mul(piece, [share]), [spec.units])
         return builder.Concat(*concat.inputs[:index], local, *concat.inputs[index + 1 :], axis=0)
+
+    def _rebuilt_target(
+        self, builder: Builder, node: onnx_ir.Node, target: onnx_ir.Value, position: int, spec: Sharded
+    ) -> Any:
+        """However it is computed, if all its elements are known."""
+        pieces: list[Any] = []
+        for index, item in enumerate(elements(target) or [None]):
+            if item is None:
+                raise PassError(
+                    f"{describe(node)}: expected a target shape whose elements are constants and lengths, "
+                    f"found {target.name}; run fold-constants before"
+                )
+            if isinstance(item, DimOf):
+                pieces.append(builder.Shape(item.value, start=item.axis, end=item.axis + 1))
+                continue
+            number = local_length(item.number, spec, self.degree) if index == position else item.number
+            pieces.append(np.array([number], np.int64))
+        return builder.Concat(*pieces, axis=0)
 
     # Collectives.
 

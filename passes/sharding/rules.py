@@ -76,6 +76,8 @@ def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
             return [next(spec for spec in specs if isinstance(spec, VocabMasked))] * len(node.outputs)
     if any(isinstance(spec, LocalDims) for spec in specs) and node.op_type in SHAPE_ARITHMETIC - {"Reshape"}:
         return [local_dims(state, node)]
+    if node.op_type == "Equal" and any(isinstance(spec, LocalDims) for spec in specs) and _never_equal(node):
+        return [REPLICATED]
     rule = _FORWARD.get(_key(node))
     if rule is None or (node.op_type not in _SEEDING and all(isinstance(spec, Replicated) for spec in specs)):
         if all(isinstance(spec, Replicated) for spec in specs):
@@ -93,6 +95,12 @@ def shard_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> N
     if rule is None:
         raise Conflict(f"{node.outputs[0].name} must be {wanted}, and {node.op_type} has no rule to get there")
     rule(state, node, wanted)
+
+
+def _never_equal(node: onnx_ir.Node) -> bool:
+    """True if lengths are compared with a negative number, as exporters look for the -1 of an Expand."""
+    constants = [small_constant(value) for value in node.inputs]
+    return any(array is not None and bool((array < 0).all()) for array in constants)
 
 
 def _key(node: onnx_ir.Node) -> str:
