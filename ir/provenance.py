@@ -38,7 +38,7 @@ def _inherit(node: onnx_ir.Node, origins: Sequence[onnx_ir.Node]) -> None:
     if modules := _stated(origins, MODULE):
         node.metadata_props[MODULE] = _common_module(modules)
     if sources := _stated(origins, SOURCE):
-        node.metadata_props[SOURCE] = _merged_sources(sources)
+        node.metadata_props[SOURCE] = merged_sources(sources)
 
 
 def _stated(origins: Iterable[onnx_ir.Node], key: str) -> list[str]:
@@ -55,7 +55,7 @@ def _common_module(modules: Sequence[str]) -> str:
     return ".".join(common) or modules[0]
 
 
-def _merged_sources(sources: Iterable[str]) -> str:
+def merged_sources(sources: Iterable[str]) -> str:
     """`modeling.py:70` and `modeling.py:74` → `modeling.py:70-74`, file by file."""
     lines: dict[str, list[int]] = {}
     for source in (part for text in sources for part in text.split(",")):

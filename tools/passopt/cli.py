@@ -188,6 +188,8 @@ def _add_looking(add: Any) -> None:
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--no-fold", action="store_true", help="print every layer")
     command.add_argument("--canonical", action="store_true", help="name values by operator and place")
+    command.add_argument("--provenance", action="store_true", help="which passes made each node, of what, and where")
+    command.add_argument("--json", action="store_true", help="the provenance as JSON, every layer")
     command = add(
         "plan", "look", "Show legal tensor-parallel degrees and what blocks others.", "passopt plan model.onnx"
     )

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 
+from passopt.ir.errors import UsageError
 from passopt.passes.catalog import catalog
 from passopt.passes.pipelines import PIPELINES
 
@@ -36,6 +37,14 @@ def print_(options: argparse.Namespace) -> int:
     from passopt.ir.text import print_model
 
     model = load_model(options.model)
+    if options.provenance:
+        from passopt.commands.provenance import provenance_json, provenance_text, rows_of
+
+        rows = rows_of(model)
+        print(provenance_json(rows) if options.json else provenance_text(rows, fold=not options.no_fold))
+        return 0
+    if options.json:
+        raise UsageError("--json is for print --provenance; the canonical text has one form")
     print(print_model(model, fold=not options.no_fold, canonical=options.canonical), end="")
     return 0
 
@@ -43,7 +52,6 @@ def print_(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Legal degrees and blockers; nothing is changed."""
     from passopt.ir.contract import degree_of
-    from passopt.ir.errors import UsageError
     from passopt.ir.files import load_model
     from passopt.passes.manager import run_passes
     from passopt.passes.pipeline_spec import resolve

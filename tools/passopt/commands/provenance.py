@@ -1,0 +1,130 @@
+"""`passopt print MODEL --provenance`: final node → passes → original nodes → module and lines of its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+import onnx_ir
+
+from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, merged_sources
+
+#: `model.layers.3.self_attn` is part of `model.layers.3`.
+_LAYER = re.compile(r"(.*?\.\d+)(?:\.(.*))?\Z")
+_SHOWN_ORIGINS = 3
+_WIDEST = 44
+#: So many neighbours that no pass touched become one line.
+_SHORTEST_RUN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Where one node of the model comes from. A node that no pass made is its own origin."""
+
+    node: str
+    op_type: str
+    passes: tuple[str, ...]
+    origins: tuple[str, ...]
+    module: str
+    source: str
+
+    @property
+    def layer(self) -> str:
+        """The part of the module path up to its first number, or the whole path."""
+        found = _LAYER.match(self.module)
+        return found[1] if found else self.module
+
+    @property
+    def place(self) -> str:
+        """The module inside its layer."""
+        found = _LAYER.match(self.module)
+        return (found[2] or "") if found else ""
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What is equal in equal layers: all but names."""
+        return self.op_type, self.passes, len(self.origins), self.place, self.source
+
+
+def rows_of(model: onnx_ir.Model) -> list[Row]:
+    """One row per node of the main graph, in its order."""
+    return [_row(node) for node in model.graph]
+
+
+def _row(node: onnx_ir.Node) -> Row:
+    metadata = node.metadata_props
+    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    origins = _parts(metadata.get(MADE_FROM, "" if MADE_BY in metadata else node.name or "?"))
+    module, source = metadata.get(MODULE, ""), metadata.get(SOURCE, "")
+    return Row(node.name or "?", operator, _parts(metadata.get(MADE_BY, "")), origins, module, source)
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+def provenance_json(rows: Iterable[Row]) -> str:
+    return json.dumps([{**dataclasses.asdict(row), "layer": row.layer} for row in rows], indent=2)
+
+
+def provenance_text(rows: Sequence[Row], *, fold: bool = True) -> str:
+    """A table per module, in the order of the graph. With `fold`, equal layers stand once, and neighbours of one
+    module that no pass touched share a line.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.layer, []).append(row)
+    runs = itertools.groupby(groups, key=lambda layer: _fold_key(layer, groups[layer]) if fold else (layer,))
+    tables = [(layers := list(run), _table(groups[layers[0]], fold)) for _, run in runs]
+    header = ["node", "operator", "passes", "original nodes", "module", "source"]
+    lines = [header, *itertools.chain(*(table for _, table in tables))]
+    widths = [min(_WIDEST, max(len(line[column]) for line in lines)) for column in range(len(header))]
+    made = sum(bool(row.passes) for row in rows)
+    text = [f"{len(rows)} nodes, {made} made or changed by passes", "", _line(header, widths)]
+    for layers, table in tables:
+        text += ["", _title(layers), *(_line(line, widths) for line in table)]
+    return "\n".join(text)
+
+
+def _table(rows: Sequence[Row], fold: bool) -> list[list[str]]:
+    table = []
+    for (touched, _), run in itertools.groupby(rows, key=lambda row: (bool(row.passes), row.place)):
+        group = list(run)
+        if touched or not fold or len(group) < _SHORTEST_RUN:
+            table += [_cells(row) for row in group]
+            continue
+        source = merged_sources(row.source for row in group if row.source)
+        names = f"{group[0].node} … {group[-1].node}"
+        table.append([names, f"{len(group)} operators", "-", "-", group[0].place, source])
+    return table
+
+
+def _fold_key(layer: str, rows: Sequence[Row]) -> tuple[object, ...]:
+    name = re.sub(r"\d+\Z", "#", layer)
+    return name, tuple(row.shape for row in rows)
+
+
+def _title(layers: Sequence[str]) -> str:
+    if len(layers) == 1:
+        return layers[0] or "(no module is known)"
+    return f"{layers[0]} … {layers[-1].rpartition('.')[2]}   × {len(layers)}, equal but for names"
+
+
+def _cells(row: Row) -> list[str]:
+    shown = ", ".join(row.origins[:_SHOWN_ORIGINS])
+    hidden = len(row.origins) - _SHOWN_ORIGINS
+    origins = f"{shown} +{hidden}" if hidden > 0 else shown
+    kept = not row.passes
+    return [row.node, row.op_type, " → ".join(row.passes) or "-", "-" if kept else origins, row.place, row.source]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  " + "  ".join(_cut(cell, width).ljust(width) for cell, width in zip(cells, widths)).rstrip()
+
+
+def _cut(text: str, width: int) -> str:
+    """The end of a long text says more than its beginning, as of `model.layers.0.self_attn/MatMul`."""
+    return text if len(text) <= width else f"…{text[-(width - 1) :]}"
