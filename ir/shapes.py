@@ -5,7 +5,9 @@ Exporters compute reshape targets in the graph (`Concat(batch, seq, 6, 12)`); `e
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -206,12 +208,29 @@ def _complete_target(node: onnx_ir.Node) -> None:
     if target is None or source is None:
         return
     dims = [_dimension(item, source, position) for position, item in enumerate(target)]
+    inferred = [index for index, item in enumerate(target) if isinstance(item, ConstantElement) and item.number == -1]
+    if node.op_type == "Reshape" and len(inferred) == 1:
+        dims[inferred[0]] = _remaining(dimensions(source), dims)
     if node.op_type == "Expand":
         if source.shape is None or len(source.shape) != len(dims):
             return
         dims = [other if dim == 1 else dim for dim, other in zip(dims, dimensions(source) or [], strict=True)]
     output = node.outputs[0]
     output.shape = merged_shapes(output.shape, onnx_ir.Shape(dims)) if output.shape is not None else onnx_ir.Shape(dims)
+
+
+def _remaining(before: list[Dimension] | None, after: list[Dimension]) -> Dimension:
+    """The length that a reshape infers: what is left of the number of elements; a symbol is one length everywhere."""
+    if before is None or None in before or after.count(None) != 1:
+        return None
+    symbols = collections.Counter(dim for dim in before if isinstance(dim, str))
+    symbols.subtract(dim for dim in after if isinstance(dim, str))
+    left = [name for name, count in symbols.items() if count]
+    total = math.prod(dim for dim in before if isinstance(dim, int))
+    known = math.prod(dim for dim in after if isinstance(dim, int))
+    if left or not known or total % known:
+        return None
+    return total // known
 
 
 def _dimension(item: Element, source: onnx_ir.Value, position: int) -> Dimension:
