@@ -109,9 +109,11 @@ class Canonicalize(RewritePass):
         return op.Transpose(x, perm=[0, 1, 3, 2])
 
     def reshape_of_reshape(self, op: Any, x: Any, inner: Any, shape: Any) -> Any:
-        return op.Reshape(op.Reshape(x, inner), shape, bind="result")
+        return op.Reshape(op.Reshape(x, inner, bind="between"), shape, bind="result")
 
-    def reshape_once(self, op: Any, x: Any, shape: Any, result: Any) -> Any:
+    def reshape_once(self, op: Any, x: Any, shape: Any, between: Any, result: Any) -> Any:
+        if len(between.uses()) > 1 or between.is_graph_output():
+            raise Decline(f"others read {between.name}, so that both reshapes stay")
         if is_own_shape(x, shape) or _same_known_shape(x, result):
             return x
         target = elements(shape)

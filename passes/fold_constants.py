@@ -18,7 +18,7 @@ from passopt.ir.builder import infer_types
 from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
 from passopt.ir.provenance import absorb_provenance, set_provenance
-from passopt.ir.shapes import complete_types, known_numbers
+from passopt.ir.shapes import DimOf, complete_types, dimensions, elements, known_numbers
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.base import Pass, PassResult
 
@@ -45,20 +45,26 @@ class FoldConstants(Pass):
     limit: int = 1 << 20
 
     def run(self, model: onnx_ir.Model) -> PassResult:
-        if any(value.shape is None for node in model.graph for value in node.outputs):
-            complete_types(model)  # the length of an axis may be a number that no exporter stated
         editor = Editor(model, self.name)
         result = PassResult()
-        for node in list(model.graph):
+        while self._sweep(editor, result):
+            pass  # a folded bound may tell the length of an axis, and that length another number
+        result.matches += _unify_sizes(editor)
+        merged = _merge_equal_constants(editor) + _merge_equal_sizes(editor) + _hoist_sizes(editor)
+        result.modified = result.matches > 0 or merged > 0
+        return result
+
+    def _sweep(self, editor: Editor, result: PassResult) -> bool:
+        """Every node once; True if something was folded."""
+        complete_types(editor.model)  # the length of an axis may be a number that no exporter stated
+        before = result.matches
+        for node in list(editor.graph):
             if node.graph is None:
                 continue
             result.tries += 1
             if self._bypass(editor, node) or self._fold(editor, node):
                 result.matches += 1
-        result.matches += _unify_sizes(editor)
-        merged = _merge_equal_constants(editor) + _merge_equal_sizes(editor) + _hoist_sizes(editor)
-        result.modified = result.matches > 0 or merged > 0
-        return result
+        return result.matches > before
 
     def _bypass(self, editor: Editor, node: onnx_ir.Node) -> bool:
         """Let users of a node without effect read its input."""
@@ -211,28 +217,46 @@ _SIZE_ARITHMETIC = frozenset(
 def _unify_sizes(editor: Editor) -> int:
     """Read a length that several inputs share from the first of them; an exporter picks any, not always the same."""
     places: dict[str, tuple[onnx_ir.Value, int]] = {}
+    if editor.opset < 15:
+        return 0  # Shape of a single axis is not an operator yet
     for value in editor.graph.inputs:
         for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
             if not isinstance(dim, int) and dim.value is not None:
                 places.setdefault(dim.value, (value, axis))
     moved = 0
-    for node in editor.graph:
-        source = node.inputs[0] if node.inputs else None
-        if node.op_type != "Shape" or source is None or not source.is_graph_input() or source.shape is None:
+    for node in list(editor.graph):
+        found = _single_length(node)
+        place = places.get(found[1]) if found is not None else None
+        if found is None or place is None or (node.op_type == "Shape" and place == (node.inputs[0], found[0])):
             continue
-        start, end = (node.attributes[name].as_int() if name in node.attributes else -1 for name in ("start", "end"))
-        if start < 0 or end != start + 1:
-            continue
-        dim = source.shape[start]
-        place = None if isinstance(dim, int) or dim.value is None else places[dim.value]
-        if place is None or place == (source, start):
-            continue
-        set_provenance(node, editor.author, [node])
-        node.replace_input_with(0, place[0])
-        node.attributes["start"] = onnx_ir.AttrInt64("start", place[1])
-        node.attributes["end"] = onnx_ir.AttrInt64("end", place[1] + 1)
+        _read_from(editor, node, *place)
         moved += 1
     return moved
+
+
+def _single_length(node: onnx_ir.Node) -> tuple[int, str] | None:
+    """(axis, symbol) if the node gives one length of a value: Shape of one axis, or one element of a Shape."""
+    if node.domain or node.op_type not in {"Shape", "Gather"} or node.outputs[0].is_graph_output():
+        return None
+    found = elements(node.outputs[0]) or []
+    if len(found) != 1 or not isinstance(found[0], DimOf):
+        return None
+    dim = (dimensions(found[0].value) or [])[found[0].axis]
+    return (found[0].axis, dim) if isinstance(dim, str) else None
+
+
+def _read_from(editor: Editor, node: onnx_ir.Node, value: onnx_ir.Value, axis: int) -> None:
+    """Let a length be that of an axis of a graph input: nothing computed is waited for, and equal lengths are one."""
+    if node.op_type == "Shape":
+        node.replace_input_with(0, value)
+        node.attributes["start"] = onnx_ir.AttrInt64("start", axis)
+        node.attributes["end"] = onnx_ir.AttrInt64("end", axis + 1)
+        return
+    builder = editor.builder(node.outputs[0].name or "length")
+    length = builder.Shape(value, start=axis, end=axis + 1)
+    if node.outputs[0].shape is not None and not len(node.outputs[0].shape):
+        length = builder.Squeeze(length)
+    editor.replace({node.outputs[0]: length}, builder.built, [node])
 
 
 def _merge_equal_sizes(editor: Editor) -> int:

@@ -17,6 +17,8 @@ from passopt.passes.rewriting import RewritePass
 
 #: Scores at or below this are masked, whatever number an exporter chose.
 _MASKED = -1e4
+#: How many operators may read the joined keys and values, such as their lengths, before a rewrite is given up.
+_FURTHEST = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,11 @@ class FuseAttention(RewritePass):
     )
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
-        return [(self.with_cache, self.rewrite), (self.without_cache, self.rewrite)]
+        return [
+            (self.with_cache, self.rewrite),
+            (self.without_cache, self.rewrite),
+            (self.exported, self.rewrite_exported),
+        ]
 
     def with_cache(self, op: Any, past_key: Any, key: Any, past_value: Any, value: Any, along: Any) -> Any:
         """What is attended to is the cache, with the keys and values of this step behind it."""
@@ -51,6 +57,19 @@ class FuseAttention(RewritePass):
     def without_cache(self, op: Any, key: Any, value: Any) -> Any:
         """Prefill only, or a cache that something else joins."""
         return attention(op, key, value)
+
+    def exported(self, op: Any, query: Any, past_key: Any, key: Any, past_value: Any, value: Any, along: Any) -> Any:
+        """An Attention that an exporter wrote, with the cache joined and shared heads repeated outside of it."""
+        keys = op.Concat(past_key, key, axis=along)
+        values = op.Concat(past_value, value, axis=along)
+        inputs = (query, _heads(op, "key", keys), _heads(op, "value", values), op.maybe(op.variable("mask")))
+        return [op.Attention(*inputs, is_causal=0, bind="y"), keys, values]
+
+    def rewrite_exported(self, op: Any, **found: Any) -> Any:
+        parts = Parts.of(found)
+        parts.check()
+        attributes = {name: item.value for name, item in parts.y.producer().attributes.items()}  # type: ignore[union-attr]
+        return op.Attention(parts.query, parts.key, parts.value, parts.mask, *parts.past, outputs=3, **attributes)
 
     def rewrite(self, op: Any, **found: Any) -> Any:
         require_opset(op)
@@ -78,7 +97,7 @@ def attention(op: Any, keys: Any, values: Any) -> Any:
     probabilities = op.Softmax(scores, axis=op.variable("axis"))
     guarded = op.optional("guard", probabilities, lambda p: op.Where(op.IsNaN(p), 0, p))
     narrowed = op.optional("narrowing", guarded, op.Cast)
-    return op.MatMul(narrowed, _heads(op, "value", values))
+    return op.MatMul(narrowed, _heads(op, "value", values), bind="y")
 
 
 def _products(op: Any, keys: Any) -> Any:
@@ -142,8 +161,9 @@ class Parts:
     query: onnx_ir.Value
     key: onnx_ir.Value
     value: onnx_ir.Value
-    key_layout: str
-    axis: int
+    y: onnx_ir.Value
+    key_layout: str = "bhsd"
+    axis: int = -1
     past_key: onnx_ir.Value | None = None
     past_value: onnx_ir.Value | None = None
     along: int = 2
@@ -196,6 +216,30 @@ class Parts:
         if self.query.dtype != self.value.dtype:
             raise Decline(f"queries are {self.query.dtype}, values {self.value.dtype}")
         self._check_groups()
+        self._check_cycle()
+
+    def _check_cycle(self) -> None:
+        """The operator gives the grown cache, so nothing that it reads may depend on that."""
+        needed = [self.query, self.key, self.value, self.mask, self.bias, self.condition]
+        targets = {item.producer() for item in needed if item is not None} - {None}
+        joined = [item for item in (self._joined(self.key), self._joined(self.value)) if item is not None]
+        work, seen = [use.node for item in joined for use in item.uses()], {self.y.producer()}
+        while work and self.cached:
+            node = work.pop()
+            if node in targets:
+                raise Decline(f"{node.name} is read, and depends on the cache as this step leaves it")
+            if node in seen:
+                continue
+            seen.add(node)
+            if len(seen) > _FURTHEST:
+                raise Decline(f"more than {_FURTHEST} operators depend on the cache as this step leaves it")
+            work += [use.node for output in node.outputs for use in output.uses()]
+
+    def _joined(self, new: onnx_ir.Value) -> onnx_ir.Value | None:
+        """The Concat of the cache and what is new."""
+        past = {self.past_key, self.past_value}
+        nodes = [use.node for use in new.uses() if use.node.op_type == "Concat" and use.node.inputs[0] in past]
+        return nodes[0].outputs[0] if nodes else None
 
     def _check_groups(self) -> None:
         """Query head i must read key head i // groups: each key head stands `groups` times in a row."""
