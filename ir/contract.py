@@ -23,6 +23,7 @@ COLLECTIVE = "passopt.collective"
 #: Model metadata: what export's self-check measured, or "skipped".
 SELF_CHECK = "passopt.self_check"
 
+_LAYER_WEIGHT = re.compile(r"\b(?:layers|h|blocks)\.(\d+)\.")
 _PAST_KEY = re.compile(r"past\.(\d+)\.key\Z")
 
 
@@ -50,6 +51,15 @@ def find_decoder(model: onnx_ir.Model) -> Decoder | None:
     if not isinstance(heads, int) or not isinstance(width, int):
         return None
     return Decoder(len(pasts), heads, width, POSITION_IDS in inputs, dtype)
+
+
+def layer_count(model: onnx_ir.Model) -> int | None:
+    """The number of decoder layers: of cache inputs, or else of the layers that weights are named after."""
+    decoder = find_decoder(model)
+    if decoder is not None:
+        return decoder.layers
+    found = {match[1] for name in model.graph.initializers if (match := _LAYER_WEIGHT.search(name))}
+    return len(found) or None
 
 
 def decoder_of(model: onnx_ir.Model) -> Decoder:

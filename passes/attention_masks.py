@@ -1,7 +1,7 @@
-"""What is added to attention scores, as the fused operators want it: ALiBi apart, masked places finite, every row stated.
+"""What is added to attention scores, as the fused operators want it: ALiBi apart, and masked places finite.
 
-Attention gives 0 for a row whose scores all are the lowest number or -inf; softmax gives the mean of the values of a row
-whose scores all are the lowest number. So masked places are lifted to half of the lowest, which masks as well.
+Attention gives 0 for a row whose scores all are the lowest number or -inf, softmax the mean of the values for a row of
+lowest numbers. So masked places are lifted to half of the lowest, which masks as well.
 """
 
 from __future__ import annotations

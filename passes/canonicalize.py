@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir
@@ -31,7 +31,7 @@ class Canonicalize(RewritePass):
         return [
             (self.transpose_of_transpose, self.compose),
             (self.transpose, self.drop_still_transpose),
-            *((_alone(kind), self.drop_alone) for kind in ("Concat", "Max", "Min", "Sum", "Mean")),
+            (self.alone, self.drop_alone),
             (self.slice, self.drop_whole_slice),
             (self.slice_by_one, self.drop_steps),
             (self.expand, self.drop_same_shape),
@@ -57,6 +57,10 @@ class Canonicalize(RewritePass):
     def compose(self, op: Any, x: Any, first: Any, second: Any) -> Any:
         perm = [first[axis] for axis in second]
         return x if perm == sorted(perm) else op.Transpose(x, perm=perm)
+
+    def alone(self, op: Any, x: Any) -> Any:
+        """A variadic operator of one input."""
+        return op.any_op("kind", ("Concat", "Max", "Min", "Sum", "Mean"), x)
 
     def drop_alone(self, op: Any, x: Any) -> Any:
         return x
@@ -151,15 +155,6 @@ class Canonicalize(RewritePass):
         if dims is None or op.constant(axis).reshape(-1).tolist() not in ([-1], [len(dims)]):
             raise Decline(f"{ids.name} {dims} does not hold one index per row")
         return op.Gather(table, ids, axis=0)
-
-
-def _alone(op_type: str) -> Callable[..., Any]:
-    """A variadic operator of one input."""
-
-    def pattern(op: Any, x: Any) -> Any:
-        return op.node(op_type, x)
-
-    return pattern
 
 
 def is_own_shape(x: onnx_ir.Value, shape: onnx_ir.Value) -> bool:

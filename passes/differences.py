@@ -19,6 +19,7 @@ from passopt.passes.pattern import (
     Numbers,
     Output,
     Rest,
+    Scalar,
     ValuePattern,
     Variable,
     Weight,
@@ -103,7 +104,7 @@ def operator(item: onnx_ir.Node | NodePattern) -> str:
 def input_place(index: int, pattern: ValuePattern) -> str:
     """`input 1 (epsilon)`, if the pattern has a name for it."""
     name = pattern.name if isinstance(pattern, Variable) else ""
-    name = pattern.variable.name if isinstance(pattern, (Weight, Maybe)) else name
+    name = pattern.variable.name if isinstance(pattern, (Weight, Scalar, Maybe)) else name
     return f"input {index} ({name})" if name else f"input {index}"
 
 
@@ -115,6 +116,8 @@ def expected_words(pattern: ValuePattern, bindings: Mapping[str, Any]) -> Words:
         return Words(f"the constant {list(pattern.values)}")
     if isinstance(pattern, Weight):
         return Words("a weight of the checkpoint")
+    if isinstance(pattern, Scalar):
+        return Words("a constant of one element")
     if isinstance(pattern, (Absent, Rest)):
         return Words("no input" if isinstance(pattern, Absent) else "further inputs")
     if isinstance(pattern, Maybe):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir
 
-from passopt.ir.contract import find_decoder
+from passopt.ir.contract import POSITION_IDS, layer_count
 from passopt.ir.errors import ExpectationError, UsageError
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.catalog import unknown_name
@@ -18,9 +18,9 @@ from passopt.passes.why import explain_rest
 if TYPE_CHECKING:
     from passopt.passes.manager import PassRecord
 
-_TERM = r"(?:(?:\d+\s*\*\s*)?num_layers|\d+)"
+_TERM = r"(?:(?:\d+\s*\*\s*)?(?:num_layers|rotary_layers)|\d+)"
 _EXPECTATION = re.compile(rf"\s*([a-z0-9-]+)\s*(==|>=|<=)\s*({_TERM}(?:\s*[+-]\s*{_TERM})*)\s*\Z")
-_SIGNED_TERM = re.compile(r"([+-]?)(?:(\d+)\*)?(num_layers|\d+)")
+_SIGNED_TERM = re.compile(r"([+-]?)(?:(\d+)\*)?(num_layers|rotary_layers|\d+)")
 #: Groups of misses in the message of an unmet expectation.
 _GROUPS = 4
 
@@ -45,15 +45,17 @@ class Expectation:
         """The number on the right. Raises UsageError if it asks for the layers of a graph that is no decoder."""
         total = 0
         for sign, factor, base in _SIGNED_TERM.findall(self.count):
-            number = self._layers(model) if base == "num_layers" else int(base)
+            number = int(base) if base.isdigit() else self._layers(model, base)
             total += (-1 if sign == "-" else 1) * int(factor or 1) * number
         return total
 
-    def _layers(self, model: onnx_ir.Model) -> int:
-        decoder = find_decoder(model)
-        if decoder is None:
-            raise UsageError(f"--expect {self}: num_layers is unknown, the model has no past.N.key inputs")
-        return decoder.layers
+    def _layers(self, model: onnx_ir.Model, base: str) -> int:
+        """rotary_layers are those of a model that takes the positions of its tokens, and 0 for any other."""
+        layers = layer_count(model)
+        if layers is None:
+            raise UsageError(f"--expect {self}: {base} is unknown: no inputs past.N.key, no weights named layers.N")
+        takes_positions = any(value.name == POSITION_IDS for value in model.graph.inputs)
+        return layers if base == "num_layers" or takes_positions else 0
 
     def __str__(self) -> str:
         return f"{self.name}{self.relation}{self.count}"

@@ -17,7 +17,7 @@ from passopt.ir.attributes import attributes_key
 from passopt.ir.builder import infer_types
 from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
-from passopt.ir.provenance import absorb_provenance, set_provenance
+from passopt.ir.provenance import absorb_provenance
 from passopt.ir.shapes import DimOf, complete_types, dimensions, elements, known_numbers
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.base import Pass, PassResult

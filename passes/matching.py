@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import onnx_ir
 
-from passopt.ir.weights import is_checkpoint_weight
 from passopt.passes.pattern import (
     Absent,
     Alternatives,
@@ -23,6 +22,7 @@ from passopt.passes.pattern import (
     Output,
     Pattern,
     Rest,
+    Scalar,
     ValuePattern,
     Variable,
     Weight,
@@ -97,8 +97,9 @@ class _Compiler:
         self.names: dict[str, int] = {}
         self._opset = opset
         self._constants = constants
-        self._uses: collections.Counter[NodePattern] = collections.Counter()
+        self._uses: collections.Counter[NodePattern | Alternatives] = collections.Counter()
         self._shared: dict[NodePattern, tuple[int, Enter]] = {}
+        self._shared_choices: dict[Alternatives, tuple[int, int, Step]] = {}
         self._climbs: dict[ValuePattern, Climb] = {}
 
     def pattern(self, pattern: Pattern) -> Step:
@@ -112,8 +113,10 @@ class _Compiler:
 
     def _count_uses(self, item: ValuePattern) -> None:
         if isinstance(item, Alternatives):
-            for choice in item.choices.values():
-                self._count_uses(choice)
+            self._uses[item] += 1
+            if self._uses[item] == 1:
+                for choice in item.choices.values():
+                    self._count_uses(choice)
         elif isinstance(item, Output):
             self._uses[item.node] += 1
             if self._uses[item.node] == 1:
@@ -194,7 +197,7 @@ class _Compiler:
         return self._climbs[item]
 
     def _new_climb(self, item: ValuePattern) -> Climb:
-        if isinstance(item, (Weight, Maybe)):
+        if isinstance(item, (Weight, Scalar, Maybe)):
             item = item.variable
         if isinstance(item, Variable):
             name = self._slot_of_name(item.name)
@@ -219,16 +222,37 @@ class _Compiler:
             return self._tested(item, source, index, then)
         if isinstance(item, Variable):
             return self._variable(item, source, index, then)
-        if isinstance(item, Weight):
-            return self._weight(item, source, index, then)
+        if isinstance(item, (Weight, Scalar)):
+            return self._guarded(item, source, index, then)
         if isinstance(item, Maybe):
             return self._maybe(item, source, index, then)
         if isinstance(item, Rest):
             return self._rest(item, source, index, then)
         if isinstance(item, Output):
             return self._output(item, source, index, then)
+        if self._uses[item] > 1:
+            return self._several_times(item, source, index, then)
         choices = {label: self._value(choice, source, index, then) for label, choice in item.choices.items()}
         return self._labelled(item.name, choices)
+
+    def _several_times(self, item: Alternatives, source: int, index: int, then: Step) -> Step:
+        """Alternatives inside of alternatives: compiled once, or their number doubles with every level."""
+        if item not in self._shared_choices:
+            inputs, resume = self._register(), self._register()
+            go_on: Step = lambda registers: bool(registers[resume](registers))  # noqa: E731
+            choices = {label: self._value(choice, inputs, 0, go_on) for label, choice in item.choices.items()}
+            self._shared_choices[item] = inputs, resume, self._labelled(item.name, choices)
+        inputs, resume, body = self._shared_choices[item]
+
+        def step(registers: Registers) -> bool:
+            around = registers[inputs], registers[resume]  # of the same alternatives at another place
+            registers[inputs], registers[resume] = (registers[source][index],), then
+            if body(registers):
+                return True
+            registers[inputs], registers[resume] = around
+            return False
+
+        return step
 
     def _tested(self, item: ValuePattern, source: int, index: int, then: Step) -> Step:
         test = input_test(item, self._constants)
@@ -252,14 +276,10 @@ class _Compiler:
 
         return step
 
-    def _weight(self, item: Weight, source: int, index: int, then: Step) -> Step:
-        bind = self._variable(item.variable, source, index, then)
-
-        def step(registers: Registers) -> bool:
-            value = registers[source][index]
-            return value is not None and is_checkpoint_weight(value) and bind(registers)
-
-        return step
+    def _guarded(self, item: Weight | Scalar, source: int, index: int, then: Step) -> Step:
+        bind, test = self._variable(item.variable, source, index, then), input_test(item, self._constants)
+        assert test is not None
+        return lambda registers: test(registers[source][index]) and bind(registers)
 
     def _maybe(self, item: Maybe, source: int, index: int, then: Step) -> Step:
         bind, absent = self._variable(item.variable, source, index, then), self._bound(item.variable.name, then)

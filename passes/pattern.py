@@ -32,6 +32,13 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Scalar:
+    """Matches what the variable matches, if it is a small constant of one element, such as a scale."""
+
+    variable: Variable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Maybe:
     """Matches what the variable matches, or an absent input or attribute, which binds None."""
 
@@ -117,8 +124,10 @@ class Alternatives:
     choices: Mapping[str, ValuePattern]
 
 
-ValuePattern: TypeAlias = "Variable | Weight | Maybe | Absent | Rest | Number | Numbers | Output | Alternatives"
-_PIECES = (Variable, Weight, Maybe, Absent, Rest, Number, Numbers, Output, Alternatives)
+ValuePattern: TypeAlias = (
+    "Variable | Weight | Scalar | Maybe | Absent | Rest | Number | Numbers | Output | Alternatives"
+)
+_PIECES = (Variable, Weight, Scalar, Maybe, Absent, Rest, Number, Numbers, Output, Alternatives)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +167,7 @@ class Tracer:
 
     def __init__(self, where: str) -> None:
         self._where = where
+        self._unnamed = 0
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         if not op_type[:1].isupper():
@@ -174,6 +184,19 @@ class Tracer:
     def weight(self, variable: Variable) -> Weight:
         """A variable that only a weight of the checkpoint may take; anything else is no match, not a decline."""
         return Weight(variable)
+
+    def scalar(self, name: str) -> Scalar:
+        """A variable that only a small constant of one element may take; anything else is no match."""
+        return Scalar(Variable(name))
+
+    def variable(self, name: str) -> Variable:
+        """A variable that is no parameter of the method; one name is one variable everywhere."""
+        return Variable(name)
+
+    def anything(self) -> Variable:
+        """Any value, which `rewrite` does not get."""
+        self._unnamed += 1
+        return Variable(f"_{self._unnamed}")
 
     def maybe(self, variable: Variable) -> Maybe:
         """A variable for an optional input or attribute: None where it is absent."""
@@ -256,23 +279,28 @@ class _Names:
 
     def __init__(self) -> None:
         self.found: set[str] = set()
-        self._nodes: dict[NodePattern, frozenset[str]] = {}
+        self._known: dict[NodePattern | Alternatives, frozenset[str]] = {}
 
     def certain(self, value: Any) -> frozenset[str]:
         if isinstance(value, (Variable, Rest)):
             self.found.add(value.name)
             return frozenset((value.name,))
-        if isinstance(value, (Weight, Maybe)):
+        if isinstance(value, (Weight, Scalar, Maybe)):
             return self.certain(value.variable)
         if isinstance(value, Alternatives):
-            self.found.add(value.name)
-            choices = [self.certain(choice) for choice in value.choices.values()]
-            return choices[0].intersection(*choices) | {value.name} if choices else frozenset((value.name,))
+            if value not in self._known:
+                self._known[value] = self._of_alternatives(value)
+            return self._known[value]
         if isinstance(value, Output):
-            if value.node not in self._nodes:
-                self._nodes[value.node] = self._of_node(value.node)
-            return self._nodes[value.node]
+            if value.node not in self._known:
+                self._known[value.node] = self._of_node(value.node)
+            return self._known[value.node]
         return frozenset()
+
+    def _of_alternatives(self, value: Alternatives) -> frozenset[str]:
+        self.found.add(value.name)
+        choices = [self.certain(choice) for choice in value.choices.values()]
+        return choices[0].intersection(*choices) | {value.name} if choices else frozenset((value.name,))
 
     def _of_node(self, node: NodePattern) -> frozenset[str]:
         own = frozenset((node.bind,)) if node.bind else frozenset()

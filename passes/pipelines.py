@@ -19,7 +19,27 @@ class Pipeline:
     expectations: tuple[str, ...] = ()
 
 
+#: One spelling of everything, and each constant and length once. Folding finds more in what has one spelling.
+_CLEAN_UP = ("legalize{opset=$opset}", "fold-constants", "canonicalize", "fold-constants", "cse", "dead-code")
+_FUSE = ("fuse-rms-norm", "fuse-rotary", "fuse-attention", "cse", "dead-code")
+
 PIPELINES: Mapping[str, Pipeline] = {
+    "baichuan2": Pipeline(
+        "Fuse norms, rotary embedding and attention of Baichuan2, ALiBi from slopes, q, k and v apart.",
+        (*_CLEAN_UP, "dematerialize-alibi", "split-packed-qkv", *_FUSE),
+        {"opset": "23"},
+        (
+            "fuse-rms-norm==2*num_layers+1",
+            "fuse-rotary==2*rotary_layers",
+            "fuse-attention==num_layers",
+        ),
+    ),
+    "fuse": Pipeline(
+        "Fuse norms, rotary embedding and attention of any decoder.",
+        (*_CLEAN_UP, "dematerialize-alibi", *_FUSE),
+        {"opset": "23"},
+        ("fuse-attention==num_layers",),
+    ),
     "tp": Pipeline(
         "Tensor parallelism: one SPMD graph whose weights are shards; ranks come apart in the target.",
         ("fold-norm-head", "inject-norm-head-bias", "shard{degree=$degree,pad=$pad}", "dead-code"),

@@ -10,7 +10,7 @@ import onnx_ir
 
 from passopt.ir.weights import is_checkpoint_weight, small_constant
 from passopt.passes.comparing import attribute_value, same_attribute, same_constant
-from passopt.passes.pattern import Absent, Alternatives, Number, Numbers, Output, ValuePattern, Weight
+from passopt.passes.pattern import Absent, Alternatives, Number, Numbers, Output, Scalar, ValuePattern, Weight
 
 Test: TypeAlias = Callable[[Any], bool]
 _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -44,6 +44,8 @@ def input_test(item: ValuePattern, constants: Constants) -> Test | None:
         return lambda value: value is None
     if isinstance(item, Weight):
         return lambda value: value is not None and is_checkpoint_weight(value)
+    if isinstance(item, Scalar):
+        return lambda value: value is not None and (array := constants.array(value)) is not None and array.size == 1
     if isinstance(item, (Number, Numbers)):
         return _constant_test(item, constants)
     if isinstance(item, Alternatives):

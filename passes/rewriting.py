@@ -102,12 +102,15 @@ class Rule:
         self.pattern: Pattern = trace(pattern, self.where)
         check_pattern(self.pattern, self.where)
         self.rewrite = rewrite
+        kinds = [item.kind for item in inspect.signature(rewrite).parameters.values()]
+        self._takes_all = inspect.Parameter.VAR_KEYWORD in kinds
         self.wanted = wanted_names(self.pattern, rewrite, self.where)
 
-    def arguments(self, match: Match) -> list[Any]:
-        """What `rewrite` gets after `op`."""
+    def arguments(self, match: Match) -> dict[str, Any]:
+        """What `rewrite` gets after `op`, by name; one that takes `**found` gets all that is bound."""
         bindings = match.bindings
-        return [bindings.get(name, default) for name, default in self.wanted.items()]
+        wanted = {name: bindings.get(name, default) for name, default in self.wanted.items()}
+        return {**bindings, **wanted} if self._takes_all else wanted
 
 
 def rules_of(owner: RewritePass) -> tuple[Rule, ...]:
@@ -203,7 +206,7 @@ class _Driver:
             return ()
         op = Rewriter(self.editor.opset, self.editor.unique, match.roots()[0].name or node.op_type, self._memory)
         try:
-            returned = active.rule.rewrite(op, *active.rule.arguments(match))
+            returned = active.rule.rewrite(op, **active.rule.arguments(match))
         except Decline as reason:
             discard(op.built)
             active.declined[node] = str(reason)

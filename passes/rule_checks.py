@@ -17,6 +17,7 @@ from passopt.passes.pattern import (
     Output,
     Pattern,
     Rest,
+    Scalar,
     ValuePattern,
     Variable,
     Weight,
@@ -40,6 +41,7 @@ def wanted_names(pattern: Pattern, rewrite: Callable[..., Any], where: str) -> d
     alternatives bind.
     """
     parameters = list(inspect.signature(rewrite).parameters.values())[1:]
+    parameters = [item for item in parameters if item.kind is not item.VAR_KEYWORD]
     unknown = [item.name for item in parameters if item.name not in pattern.variables]
     if unknown:
         raise PassError(f"{where}: rewrite takes {', '.join(unknown)}, which the pattern does not bind")
@@ -123,10 +125,9 @@ def _misfit(node: NodePattern, schema: onnx.defs.OpSchema) -> str | None:
 def _check_names(pattern: Pattern, nodes: list[NodePattern], where: str) -> None:
     labels: dict[str, tuple[str, ...]] = {}
     variables: set[str] = set()
-    work: list[Any] = [*pattern.roots, *(item for node in nodes for item in (*node.inputs, *node.attributes.values()))]
-    while work:
-        item = work.pop()
-        if isinstance(item, (Weight, Maybe)):
+    leaves = [item for node in nodes for item in (*node.inputs, *node.attributes.values())]
+    for item in _with_choices([*pattern.roots, *leaves]):
+        if isinstance(item, (Weight, Scalar, Maybe)):
             item = item.variable
         if isinstance(item, (Variable, Rest)):
             variables.add(item.name)
@@ -137,7 +138,6 @@ def _check_names(pattern: Pattern, nodes: list[NodePattern], where: str) -> None
                     f"{where}: any_of {item.name!r} has the choices {', '.join(own)} in one place and "
                     f"{', '.join(labels[item.name])} in another; one name is one label everywhere"
                 )
-            work.extend(item.choices.values())
     binds = {node.bind for node in nodes if node.bind}
     for kind, names, others in (
         ("any_of", labels, variables | binds),
@@ -146,8 +146,9 @@ def _check_names(pattern: Pattern, nodes: list[NodePattern], where: str) -> None
         clash = sorted(set(names) & set(others))
         if clash:
             raise PassError(f"{where}: {kind} {clash[0]!r} has the name of something else that the pattern binds")
-    for root in pattern.roots:
-        _check_binds(root, {}, {}, set(), where)
+    if len(binds) < sum(node.bind is not None for node in nodes):
+        for root in pattern.roots:
+            _check_binds(root, {}, {}, set(), where)
 
 
 _Conditions = Mapping[str, str]
@@ -200,13 +201,22 @@ def _leaves(roots: Iterable[ValuePattern]) -> set[object]:
     roots = list(roots)
     nodes = _nodes(roots)
     found: set[object] = set(nodes)
-    work: list[Any] = [*roots, *(item for node in nodes for item in node.inputs)]
-    while work:
-        item = work.pop()
-        if isinstance(item, (Weight, Maybe)):
+    for item in _with_choices([*roots, *(item for node in nodes for item in node.inputs)]):
+        if isinstance(item, (Weight, Scalar, Maybe)):
             item = item.variable
         if isinstance(item, Variable):
             found.add(item.name)
-        elif isinstance(item, Alternatives):
-            work.extend(item.choices.values())
     return found
+
+
+def _with_choices(items: Iterable[Any]) -> Iterator[Any]:
+    """The items and, once each, all that alternatives among them offer."""
+    work, seen = list(items), set()
+    while work:
+        item = work.pop()
+        if isinstance(item, Alternatives):
+            if item in seen:
+                continue
+            seen.add(item)
+            work.extend(item.choices.values())
+        yield item

@@ -80,7 +80,7 @@ def _reason(rule: Rule, match: Match, editor: Editor) -> str | None:
     """Why the rule declines this match, from its own `rewrite`, whose nodes are thrown away; None if it does not."""
     op = Rewriter(editor.opset, editor.unique, match.roots()[0].name or "value")
     try:
-        rule.rewrite(op, *rule.arguments(match))
+        rule.rewrite(op, **rule.arguments(match))
     except Decline as declined:
         return str(declined)
     except PassoptError as error:
