@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.weights import is_checkpoint_weight
+from passopt.ir.weights import is_checkpoint_weight, small_constant
 from passopt.passes.attempts import Attempt
 from passopt.passes.comparing import attribute_value, is_constant, same_attribute
 from passopt.passes.differences import (
@@ -35,6 +35,7 @@ from passopt.passes.pattern import (
     Output,
     Pattern,
     Rest,
+    Scalar,
     ValuePattern,
     Variable,
     Weight,
@@ -169,11 +170,13 @@ class _Search:
             return [attempt if fits else attempt.differs(place.differs("constant", pattern, attempt))]
         if isinstance(pattern, Weight) and not (place.value is not None and is_checkpoint_weight(place.value)):
             return [attempt.differs(place.differs("weight", pattern, attempt))]
+        if isinstance(pattern, Scalar) and ((array := small_constant(place.value)) is None or array.size != 1):
+            return [attempt.differs(place.differs("constant", pattern, attempt))]
         if isinstance(pattern, Absent):
             return [attempt if place.value is None else attempt.differs(place.differs("value", pattern, attempt))]
         if isinstance(pattern, Rest):
             return [attempt]
-        variable = pattern.variable if isinstance(pattern, (Weight, Maybe)) else pattern
+        variable = pattern.variable if isinstance(pattern, (Weight, Scalar, Maybe)) else pattern
         wanted = attempt.bindings.get(variable.name, place.value)
         if wanted is not place.value or (place.value is None and not isinstance(pattern, Maybe)):
             return [attempt.differs(place.differs("value", variable, attempt))]

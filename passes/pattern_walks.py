@@ -6,7 +6,7 @@ import onnx_ir
 
 from passopt.passes.attempts import Attempt
 from passopt.passes.differences import children
-from passopt.passes.pattern import Alternatives, Maybe, NodePattern, Output, ValuePattern, Variable, Weight
+from passopt.passes.pattern import Alternatives, Maybe, NodePattern, Output, Scalar, ValuePattern, Variable, Weight
 
 #: Operators that may stand between two nodes of a pattern, in a row.
 _EXTRA_IN_A_ROW = 2
@@ -72,7 +72,7 @@ def _climb(
     attempt: Attempt, item: ValuePattern
 ) -> tuple[list[onnx_ir.Value], tuple[NodePattern, onnx_ir.Value] | None]:
     """The values that `item` may be, given what is bound below it; and how far up the way went."""
-    if isinstance(item, (Weight, Maybe)):
+    if isinstance(item, (Weight, Scalar, Maybe)):
         item = item.variable
     if isinstance(item, Variable):
         value = attempt.bindings.get(item.name)
