@@ -181,12 +181,11 @@ def _with_rows(op: Any, mask: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Va
     return expanded
 
 
-def _half_of_lowest(mask: onnx_ir.Value) -> np.generic[Any]:
+def _half_of_lowest(mask: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]]:
     assert mask.dtype is not None
     kind: Any = mask.dtype.numpy()
     limits: Any = ml_dtypes.finfo(kind)  # type: ignore[no-untyped-call]
-    lowest: np.generic[Any] = np.asarray(float(limits.min) / 2, kind)[()]
-    return lowest
+    return np.asarray(float(limits.min) / 2, kind)
 
 
 def _is_finite(mask: onnx_ir.Value) -> bool:

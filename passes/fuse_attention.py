@@ -43,8 +43,8 @@ class FuseAttention(RewritePass):
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
         return [
-            (self.with_cache, self.rewrite),
-            (self.without_cache, self.rewrite),
+            (self.with_cache, self.rewrite_spelled_out),
+            (self.without_cache, self.rewrite_spelled_out),
             (self.exported, self.rewrite_exported),
         ]
 
@@ -71,7 +71,7 @@ class FuseAttention(RewritePass):
         attributes = {name: item.value for name, item in parts.y.producer().attributes.items()}  # type: ignore[union-attr]
         return op.Attention(parts.query, parts.key, parts.value, parts.mask, *parts.past, outputs=3, **attributes)
 
-    def rewrite(self, op: Any, **found: Any) -> Any:
+    def rewrite_spelled_out(self, op: Any, **found: Any) -> Any:
         require_opset(op)
         parts = Parts.of(found)
         parts.check()
