@@ -15,14 +15,15 @@ import onnx
 OLDEST, LOWEST_TARGET, NEWEST = 11, 18, 26
 
 
-def _operators(*lines: str) -> frozenset[str]:
+def operators(*lines: str) -> frozenset[str]:
+    """The names in lines of text."""
     return frozenset(name for line in lines for name in line.split())
 
 
 #: Changes that only admit more: dtypes, optional inputs, and attributes whose default is what the operator did before.
 UNCHANGED: Mapping[int, frozenset[str]] = {
-    12: _operators("ArgMax ArgMin Clip Constant GatherND Max Min Pow ReduceMax ReduceMin"),
-    13: _operators(
+    12: operators("ArgMax ArgMin Clip Constant GatherND Max Min Pow ReduceMax ReduceMin"),
+    13: operators(
         "Abs Add ArgMax ArgMin Cast Ceil Clip Concat Constant DepthToSpace DequantizeLinear Div Dropout Equal Exp",
         "Expand Flatten Floor Gather GatherElements GatherND Gemm Greater Identity If IsNaN LRN Less Log Loop",
         "MatMul Max Mean MeanVarianceNormalization Min Mod Mul Neg NonZero Pad Pow QuantizeLinear Reciprocal",
@@ -30,34 +31,34 @@ UNCHANGED: Mapping[int, frozenset[str]] = {
         "Relu Reshape ScatterElements ScatterND Shape Sigmoid Sign Size Slice SpaceToDepth Sqrt Sub Sum Tanh Tile",
         "Transpose",
     ),
-    14: _operators("Add CumSum Div GRU Identity LSTM Mul RNN Relu Reshape Sub"),
-    15: _operators("BatchNormalization Pow Shape"),
-    16: _operators("GreaterOrEqual Identity If LeakyRelu LessOrEqual Loop PRelu Scan ScatterElements ScatterND Where"),
-    18: _operators("OptionalGetElement OptionalHasElement Pad ScatterElements ScatterND"),
-    19: _operators(
+    14: operators("Add CumSum Div GRU Identity LSTM Mul RNN Relu Reshape Sub"),
+    15: operators("BatchNormalization Pow Shape"),
+    16: operators("GreaterOrEqual Identity If LeakyRelu LessOrEqual Loop PRelu Scan ScatterElements ScatterND Where"),
+    18: operators("OptionalGetElement OptionalHasElement Pad ScatterElements ScatterND"),
+    19: operators(
         "Cast CastLike Constant DequantizeLinear Equal Identity If Loop Pad QuantizeLinear Reshape Scan Shape",
         "Size",
     ),
-    20: _operators("ConstantOfShape IsInf IsNaN ReduceMax ReduceMin"),
-    21: _operators(
+    20: operators("ConstantOfShape IsInf IsNaN ReduceMax ReduceMin"),
+    21: operators(
         "Cast CastLike Constant ConstantOfShape DequantizeLinear Flatten Identity If Loop Pad QLinearMatMul",
         "QuantizeLinear Reshape Scan Shape Size Squeeze Transpose Unsqueeze",
     ),
-    22: _operators(
+    22: operators(
         "Acos Acosh Asin Asinh Atan Atanh Bernoulli Conv ConvTranspose Cos Cosh Det Dropout Elu EyeLike GRU",
         "HardSigmoid HardSwish InstanceNormalization LSTM LpNormalization Mish Multinomial RNN RandomNormal",
         "RandomNormalLike RandomUniform RandomUniformLike Round Selu Sin Sinh Softplus Softsign Tan",
         "ThresholdedRelu",
     ),
-    23: _operators(
+    23: operators(
         "Cast CastLike Constant ConstantOfShape DequantizeLinear Flatten Identity If Loop Pad QuantizeLinear",
         "Reshape Scan Shape Size Squeeze Transpose Unsqueeze",
     ),
-    24: _operators(
+    24: operators(
         "Attention Constant ConstantOfShape DequantizeLinear Flatten Identity If Loop Pad QuantizeLinear Reshape",
         "Scan Shape Size SplitToSequence Squeeze TopK Transpose Unsqueeze",
     ),
-    25: _operators(
+    25: operators(
         "Attention Cast CastLike Constant ConstantOfShape DequantizeLinear Flatten Identity If Loop Pad",
         "QuantizeLinear Reshape Scan Shape Size Squeeze Transpose Unsqueeze",
     ),
