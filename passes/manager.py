@@ -13,6 +13,8 @@ from passopt.ir.interface import Interface
 from passopt.ir.verifier import verify_model
 from passopt.passes.base import TIME_RULES, Pass, PassResult
 from passopt.passes.expectations import Expectation, Watch
+from passopt.passes.limits import rewrite_limit
+from passopt.passes.rewriting import RewritePass
 
 
 @dataclasses.dataclass
@@ -92,8 +94,15 @@ def run_passes(
 
 
 def _run_one(item: Pass, model: onnx_ir.Model, records: Sequence[PassRecord]) -> PassResult:
+    limit = rewrite_limit(model)
+    whole = limit is not None and not isinstance(item, RewritePass)
+    if whole and limit is not None and limit.reached:
+        return PassResult(notes=["not run: the rewrite limit is reached"])
     try:
-        return item.run(model)
+        result = item.run(model)
+        if whole and limit is not None and result.modified:
+            limit.take(item.name)
+        return result
     except PassoptError as error:
         text = str(error) if str(error).startswith(item.name) else f"{item.name}: {error}"
         error.args = (f"{text} ({_before(records)})",)

@@ -21,6 +21,7 @@ from passopt.ir.expressions import Expression
 from passopt.ir.shapes import complete_types
 from passopt.ir.weights import expression_of, small_constant
 from passopt.passes.base import TIME_RULES, Decline, Pass, PassResult, RuleStatistics
+from passopt.passes.limits import rewrite_limit
 from passopt.passes.matching import Match, Matcher
 from passopt.passes.pattern import Pattern, trace
 from passopt.passes.prechecks import Constants
@@ -165,6 +166,7 @@ class _Driver:
                 self._at[key].append(active)
         self._generations: dict[onnx_ir.Node, int] = {}
         self._most_generations = min(len(model.graph) + 20, _MOST_GENERATIONS)
+        self._budget = rewrite_limit(model)
         self._limit = _REWRITES_PER_NODE * (len(model.graph) + 100)
 
     def run(self) -> PassResult:
@@ -202,7 +204,7 @@ class _Driver:
         """Try a rule at a node; returns the nodes that it made."""
         active.tries += 1
         match = active.match(node)
-        if match is None:
+        if match is None or (self._budget is not None and self._budget.reached):
             return ()
         op = Rewriter(self.editor.opset, self.editor.unique, match.roots()[0].name or node.op_type, self._memory)
         try:
@@ -227,6 +229,8 @@ class _Driver:
         if len(values) != len(roots):
             raise PassError(f"{place}: rewrite returned {len(values)} values for {len(roots)} roots at {site!r}")
         self.result.matches += 1
+        if self._budget is not None:
+            self._budget.take(f"{rule.where} at {site!r}")
         size = len(self.editor.graph)
         replaced = dict(zip(roots, values, strict=True))
         self.editor.replace(replaced, op.built, list(match.nodes.values()), rule=rule.where)

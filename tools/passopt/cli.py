@@ -155,6 +155,10 @@ def _add_run(add: Any) -> None:
     command.add_argument(
         "--stats", choices=["table", "json"], nargs="?", const="table", help="per rule: tries, hits, declines, CPU time"
     )
+    command.add_argument("--stop-after", metavar="PASS", help="end the pipeline at the first PASS, and write that")
+    command.add_argument(
+        "--rewrite-limit", type=_count, metavar="N", help="apply the first N rewrites only; a whole-graph pass is one"
+    )
     command.add_argument("--expect", metavar="PASS==N", action="append", default=[], help="exit 4 if it does not hold")
     command.add_argument("--dry-run", action="store_true", help="write nothing; print the exact bytes of the output")
     command.add_argument("--json", action="store_true", help="the result as JSON")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,24 +21,33 @@ from passopt.ir.text import print_model
 from passopt.passes.catalog import unknown_name
 from passopt.passes.expectations import parse_expectation
 from passopt.passes.instruments import Dump, PrintAfter, rule_table, summary_table
+from passopt.passes.limits import RewriteLimit, set_rewrite_limit
 from passopt.passes.manager import Instrument, PassRecord, run_passes
-from passopt.passes.pipeline_spec import Resolved, resolve
+from passopt.passes.pipeline_spec import Resolved, Step, resolve
 from passopt.targets.manifest import read_manifest
 from passopt.targets.onnx_files import OutputFacts, OutputPlan, plan_output, write_output, write_reference_output
+
+#: What --stop-after adds to the name of the output.
+_UNTIL = "until-"
 
 
 def run(options: argparse.Namespace) -> int:
     """Load, transform, write."""
-    pipeline = resolve(options.passes)
+    pipeline = stopped_after(resolve(options.passes), options.stop_after)
+    limit = RewriteLimit(options.rewrite_limit) if options.rewrite_limit is not None else None
+    if limit is not None:  # what a pipeline expects of a whole run does not hold of its beginning
+        pipeline = dataclasses.replace(pipeline, expectations=())
     names = [item.name for item in pipeline.passes]
     expectations = [parse_expectation(text, names) for text in (*pipeline.expectations, *options.expect)]
     path = model_path(Path(options.model))
-    output = Path(options.output) if options.output else path.parent / output_name(path, pipeline)
+    output = Path(options.output) if options.output else path.parent / output_name(path, pipeline, limit)
     if options.emit == "text" and (options.output or options.json or options.stats):
         raise UsageError("--emit=text prints the model on stdout and nothing else; drop -o, --json and --stats")
     if output.exists() and not options.dry_run and options.emit == "files":
         raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
     model = load_model(path)
+    if limit is not None:
+        set_rewrite_limit(model, limit)
     instruments = _instruments(options, names)
     if options.verify_each == "numeric":
         from passopt.numeric.check import NumericCheck
@@ -51,6 +61,8 @@ def run(options: argparse.Namespace) -> int:
         expectations=expectations,
         time_rules=options.stats is not None,
     )
+    if limit is not None:
+        _to_stderr(f"passopt run: {limit}\n")
     if options.emit == "text":
         print(print_model(model), end="")
         _to_stderr(summary_table(records, times=options.time_passes) + "\n")
@@ -58,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     source = {"model": path.name, **_identity(path)}
     facts: OutputFacts = {
         "version": __version__,
-        "pipeline": pipeline.expanded,
+        "pipeline": pipeline.expanded + (f" # rewrite-limit={limit.limit}" if limit is not None else ""),
         "source": source,
         "companions": path.parent,
     }
@@ -92,13 +104,29 @@ def _identity(path: Path) -> dict[str, object]:
     return {"size": file.size, "header_digest": file.header_digest, "weights": weights}
 
 
-def output_name(path: Path, pipeline: Resolved) -> str:
+def stopped_after(pipeline: Resolved, name: str | None) -> Resolved:
+    """The pipeline up to the first `name`, with the expectations of what runs whole. Raises UsageError without it."""
+    if name is None:
+        return pipeline
+    names = [item.name for item in pipeline.passes]
+    if name not in names:
+        raise UsageError("--stop-after: " + unknown_name("pass of this pipeline", name, names))
+    count = names.index(name) + 1
+    whole = set(names[:count]) - set(names[count:])
+    kept = tuple(text for text in pipeline.expectations if parse_expectation(text, names).name in whole)
+    step = Step(f"{_UNTIL}{name}")
+    return dataclasses.replace(
+        pipeline, steps=(*pipeline.steps, step), passes=pipeline.passes[:count], expectations=kept
+    )
+
+
+def output_name(path: Path, pipeline: Resolved, limit: RewriteLimit | None = None) -> str:
     """model.onnx and `tp{degree=4},int8` → model.tp4.int8."""
     parts = []
     for step in pipeline.steps:
-        degrees = [str(item.degree) for item in resolve(str(step)).passes if hasattr(item, "degree")]
-        parts.append(step.name + "".join(degrees))
-    return ".".join([path.stem, *parts])
+        known = [] if step.name.startswith(_UNTIL) else resolve(str(step)).passes
+        parts.append(step.name + "".join(str(item.degree) for item in known if hasattr(item, "degree")))
+    return ".".join([path.stem, *parts, *([f"limit-{limit.limit}"] if limit is not None else [])])
 
 
 def _instruments(options: argparse.Namespace, known: list[str]) -> list[Instrument]:
