@@ -6,7 +6,17 @@ import onnx_ir
 
 from passopt.passes.attempts import Attempt
 from passopt.passes.differences import children
-from passopt.passes.pattern import Alternatives, Maybe, NodePattern, Output, Scalar, ValuePattern, Variable, Weight
+from passopt.passes.pattern import (
+    Alternatives,
+    Maybe,
+    NodePattern,
+    Output,
+    Pattern,
+    Scalar,
+    ValuePattern,
+    Variable,
+    Weight,
+)
 
 #: Operators that may stand between two nodes of a pattern, in a row.
 _EXTRA_IN_A_ROW = 2
@@ -87,3 +97,19 @@ def _climb(
     else:
         nodes, stuck = readers(attempt, item.node)
     return [node.outputs[item.index] for node in nodes if item.index < len(node.outputs)], stuck
+
+
+def levels_of(pattern: Pattern) -> int:
+    """The most nodes on a way from a root to a leaf."""
+    known: dict[NodePattern, int] = {}
+
+    def levels(item: ValuePattern) -> int:
+        if isinstance(item, Alternatives):
+            return max(map(levels, item.choices.values()), default=0)
+        if not isinstance(item, Output):
+            return 0
+        if item.node not in known:
+            known[item.node] = 1 + max(map(levels, item.node.inputs), default=0)
+        return known[item.node]
+
+    return max(map(levels, pattern.roots))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import onnx_ir
 
@@ -17,10 +18,15 @@ from passopt.passes.differences import children
 from passopt.passes.matching import Match, Matcher
 from passopt.passes.misses import Miss, distinct
 from passopt.passes.nearest import nearest, nearest_below
+from passopt.passes.neighbourhoods import Neighbourhood, Surveyor
+from passopt.passes.pattern import Output, outputs_of
+from passopt.passes.pattern_walks import levels_of
 from passopt.passes.rewriting import RewritePass, Rewriter, Rule, rules_of
 
 #: Where the root itself is another operator, so much else must fit: any MatMul is half of a small pattern.
 _FITTING_BELOW = 3
+#: How much deeper than its pattern a search may look, for operators that it steps over.
+_FURTHER_LEVELS = 4
 
 
 def misses(item: RewritePass, model: onnx_ir.Model) -> list[Miss]:
@@ -54,19 +60,68 @@ class Site:
 
 def sites(item: RewritePass, model: onnx_ir.Model, rules: Sequence[Rule]) -> Iterator[Site]:
     """Every node at which one of the rules may start, and places where all but the root is there."""
-    editor = Editor(model, item.name)
+    editor, surveyor = Editor(model, item.name), Surveyor()
     for rule in rules:
-        keys, matcher = rule.pattern.root_keys, Matcher(rule.pattern, editor.opset)
+        explorer = _Explorer(rule, editor, surveyor)
         for node in model.graph:
-            if (node.domain, node.op_type) in keys:
-                yield _site(rule, matcher, node, editor)
-        yield from _sites_below(rule, model.graph, editor.opset)
+            if (node.domain, node.op_type) in rule.pattern.root_keys:
+                yield explorer.at(node)
+        yield from explorer.without_root(model.graph)
 
 
-def _site(rule: Rule, matcher: Matcher, node: onnx_ir.Node, editor: Editor) -> Site:
-    match = matcher.match(node)
-    if match is None:
-        return _near(rule, node, nearest(rule.pattern, node, editor.opset))
+class _Explorer:
+    """Tries one rule everywhere. What is the same in every layer is searched once and moved to the others."""
+
+    def __init__(self, rule: Rule, editor: Editor, surveyor: Surveyor) -> None:
+        self._rule = rule
+        self._pattern = rule.pattern
+        self._editor = editor
+        self._surveyor = surveyor
+        self._matcher = Matcher(rule.pattern, editor.opset)
+        self._levels = levels_of(rule.pattern) + _FURTHER_LEVELS
+        self._known: dict[Hashable, tuple[Neighbourhood, Attempt]] = {}
+
+    def at(self, node: onnx_ir.Node) -> Site:
+        """The rule with its first root at `node`."""
+        match = self._matcher.match(node)
+        if match is not None:
+            return _matched(self._rule, node, match, self._editor)
+        opset = self._editor.opset
+        return _near(self._rule, node, self._once("at", [node], lambda: nearest(self._pattern, node, opset)))
+
+    def without_root(self, graph: onnx_ir.Graph) -> Iterator[Site]:
+        """Places where all is there but the root itself; only where most of the pattern fits."""
+        keys = self._pattern.root_keys
+        roots = outputs_of(self._pattern.roots[0])
+        for child in {output.node: output for root in roots for output in children(root.node)}.values():
+            for node in graph:
+                if (node.domain, node.op_type) != (child.node.domain, child.node.op_type):
+                    continue
+                readers = node.outputs[child.index].consumers() if child.index < len(node.outputs) else ()
+                if any((reader.domain, reader.op_type) in keys for reader in readers):
+                    continue
+                attempt = self._below(child, node, next(iter(readers), None))
+                if attempt.matched >= _FITTING_BELOW and 2 * attempt.matched >= attempt.total:
+                    yield _near(self._rule, node, attempt)
+
+    def _below(self, child: Output, node: onnx_ir.Node, reader: onnx_ir.Node | None) -> Attempt:
+        starts = [node, reader] if reader is not None else [node]
+        search = functools.partial(nearest_below, self._pattern, child, node, reader, self._editor.opset)
+        return self._once(child.node, starts, search)
+
+    def _once(self, kind: Hashable, starts: Sequence[onnx_ir.Node], search: Callable[[], Attempt]) -> Attempt:
+        """The attempt of `search`, or that of an equal place, moved here."""
+        here = self._surveyor.survey(starts, self._levels, users=len(self._pattern.roots) > 1)
+        known = self._known.get((kind, here.key))
+        moved = known[0].moved(known[1], here) if known is not None else None
+        if moved is not None:
+            return moved
+        found = search()
+        self._known.setdefault((kind, here.key), (here, found))
+        return found
+
+
+def _matched(rule: Rule, node: onnx_ir.Node, match: Match, editor: Editor) -> Site:
     nodes = frozenset(match.nodes.values())
     reason = _reason(rule, match, editor)
     if reason is None:
@@ -95,22 +150,6 @@ def _near(rule: Rule, node: onnx_ir.Node, attempt: Attempt) -> Site:
     differences, labels = attempt.differences, attempt.labels
     miss = Miss(rule.where, node, attempt.matched, attempt.total, differences, None, labels, rule.name, nodes)
     return Site(rule, node, nodes, miss)
-
-
-def _sites_below(rule: Rule, graph: onnx_ir.Graph, opset: int) -> Iterator[Site]:
-    """Places where all is there but the root itself; only where most of the pattern fits."""
-    keys = rule.pattern.root_keys
-    roots = [root for root in rule.pattern.root_nodes if (root.domain, root.op_type) in keys]
-    for child in {output.node: output for root in roots for output in children(root)}.values():
-        for node in graph:
-            if (node.domain, node.op_type) != (child.node.domain, child.node.op_type):
-                continue
-            readers = node.outputs[child.index].consumers() if child.index < len(node.outputs) else ()
-            if any((reader.domain, reader.op_type) in keys for reader in readers):
-                continue
-            attempt = nearest_below(rule.pattern, child, node, next(iter(readers), None), opset)
-            if attempt.matched >= _FITTING_BELOW and 2 * attempt.matched >= attempt.total:
-                yield _near(rule, node, attempt)
 
 
 def find_node(model: onnx_ir.Model, name: str) -> onnx_ir.Node:

@@ -335,3 +335,26 @@ def test_a_pass_over_the_whole_graph_that_fails(lines):
         "1. declined",
         "    the pass fails on this model: degree 5 does not divide 6",
     ]
+
+
+def test_what_is_searched_once_is_right_in_every_layer(parsed, rule):
+    """Layers of two kinds, one of them spelled like the other but for what is shared: each as if searched alone."""
+    from passopt.passes.nearest import nearest
+    from passopt.passes.rewriting import rules_of
+    from passopt.passes.sites import sites
+
+    def pattern(self, op, a, b):
+        return op.Neg(op.Mul(op.Abs(a), op.any_of("kind", one=op.Sigmoid(op.Exp(a)), two=op.Relu(op.Exp(b)))))
+
+    alike = "p# = Abs(x) e# = Ceil(x) s# = Sigmoid(e#) m# = Mul(p#, s#) out# = Neg(m#)"
+    shared = alike.replace("Ceil(x)", "Ceil(p#)")
+    apart = alike.replace("Abs(x)", "Abs(y)")
+    fitting = alike.replace("Ceil(x)", "Exp(y)")
+    model = parsed(layers(alike, shared, apart, alike, shared, fitting, fitting))
+    item = rule(pattern, lambda self, op, a, b=None: a)
+    found = [site.miss for site in sites(item, model, rules_of(item))]
+    assert len(found) == 7
+    for miss in found:
+        alone = nearest(rules_of(item)[0].pattern, miss.node, 21)
+        assert [str(item) for item in miss.differences] == [str(item) for item in alone.differences]
+        assert (miss.matched, miss.total, miss.nodes) == (alone.matched, alone.total, frozenset(alone.nodes.values()))
