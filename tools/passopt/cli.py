@@ -187,6 +187,14 @@ def _add_looking(add: Any) -> None:
     command = add("list", "look", "List passes and named pipelines with their options.", "passopt list --json")
     command.add_argument("--json", action="store_true")
     command = add(
+        "explain",
+        "explain",
+        "Show what a pass or a pipeline is for: options, what it looks for and what it makes, where it declines.",
+        "passopt explain fuse-rms-norm",
+    )
+    command.add_argument("name", metavar="PASS", help="a pass or a named pipeline")
+    command.add_argument("--json", action="store_true")
+    command = add(
         "print", "look", "Print the canonical text of a model; equal layers are shown once.", "passopt print model.onnx"
     )
     command.add_argument("model", metavar="MODEL")
