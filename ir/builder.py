@@ -7,7 +7,7 @@ caches and passopt's own functions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx
 import onnx_ir
 from onnx import shape_inference
 
+from passopt.ir.attributes import attributes_key
 from passopt.ir.errors import VerifyError
 from passopt.ir.expressions import Expression
 from passopt.ir.functions import DOMAIN, grown, infer_function_types
@@ -22,6 +23,10 @@ from passopt.ir.weights import LazyWeight, small_constant
 
 Value: TypeAlias = onnx_ir.Value
 Operand: TypeAlias = "onnx_ir.Value | int | float | Sequence[int] | np.ndarray[Any, np.dtype[Any]] | np.generic | None"
+
+Inferred: TypeAlias = "tuple[onnx_ir.DataType | None, tuple[int | str | None, ...] | None]"
+TypesMemo: TypeAlias = dict[Hashable, list[Inferred]]
+_GRAPHS = frozenset({onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS})
 
 #: Domains of the operators that passopt writes beside ONNX's own.
 MICROSOFT = "com.microsoft"
@@ -42,11 +47,14 @@ class Builder:
     unique by `unique`, so a rule never chooses one. Nothing enters a graph here: the caller inserts `built`.
     """
 
-    def __init__(self, opset: int, unique: Callable[[str], str], hint: str = "value") -> None:
+    def __init__(
+        self, opset: int, unique: Callable[[str], str], hint: str = "value", *, types: TypesMemo | None = None
+    ) -> None:
         self.opset = opset
         self.hint = hint
         self.built = Built()
         self._unique = unique
+        self._types = types
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
@@ -57,11 +65,12 @@ class Builder:
     def node(self, op_type: str, *inputs: Operand, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
         """One node; returns its output, or a tuple of them if `outputs` is not 1."""
         values = self._operands(op_type, inputs)
-        node = onnx_ir.node(op_type, values, attributes, domain=domain, num_outputs=outputs)
-        node.name = self._unique(f"{self.hint}/{op_type}")
+        converted = [_attribute(name, value) for name, value in attributes.items()]
+        name = self._unique(f"{self.hint}/{op_type}")
+        node = onnx_ir.Node(domain, op_type, values, converted, num_outputs=outputs, name=name)
         for index, value in enumerate(node.outputs):
             value.name = self._unique(f"{self.hint}.{op_type.lower()}" + (f".{index}" if outputs > 1 else ""))
-        infer_types(node, self.opset)
+        infer_types(node, self.opset, self._types)
         self.built.nodes.append(node)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
@@ -99,7 +108,22 @@ class Builder:
         return values
 
 
-def infer_types(node: onnx_ir.Node, opset: int) -> None:
+def _attribute(name: str, value: Any) -> onnx_ir.Attr:
+    """As onnx-ir converts attributes, with its checks of every other type left out for the frequent ones."""
+    if type(value) is int:
+        return onnx_ir.AttrInt64(name, value)
+    if type(value) is float:
+        return onnx_ir.AttrFloat32(name, value)
+    return onnx_ir.convenience.convert_attribute(name, value)
+
+
+def types_memo(model: onnx_ir.Model) -> TypesMemo:
+    """What inference has found in this model, by operator, attributes and inputs: every layer asks the same."""
+    memo: TypesMemo = model.meta.setdefault("passopt.types", {})
+    return memo
+
+
+def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -> None:
     """Set dtype and shape of the node's outputs from its inputs. Leaves unknown what inference does not know."""
     if node.domain == MICROSOFT:
         _infer_collective(node)
@@ -109,33 +133,75 @@ def infer_types(node: onnx_ir.Node, opset: int) -> None:
         return
     if node.domain or any(value is not None and value.type is None for value in node.inputs):
         return
+    key = _inference_key(node, opset) if memo is not None else None
+    found = memo.get(key) if memo is not None and key is not None else None
+    if found is None:
+        found = _inferred(node, opset)
+        if memo is not None and key is not None:
+            memo[key] = found
+    for value, (dtype, dims) in zip(node.outputs, found, strict=True):
+        if dtype is not None:
+            value.type = onnx_ir.TensorType(dtype)
+        if dims is not None:
+            value.shape = onnx_ir.Shape(dims)
+    if node.op_type == "Attention":
+        _infer_cache(node)
+
+
+def _inference_key(node: onnx_ir.Node, opset: int) -> Hashable | None:
+    """All that inference looks at; None for nodes with subgraphs, which look at anything."""
+    if any(item.type in _GRAPHS for item in node.attributes.data.values()):
+        return None
+    inputs: list[Hashable] = []
+    for value in node.inputs:
+        if value is None:
+            inputs.append(None)
+            continue
+        data = _shape_data(value)
+        dims = None if value.shape is None else tuple(_dim(dim) for dim in value.shape.dims)
+        inputs.append((value.dtype, dims, None if data is None else (data.shape, data.tobytes())))
+    return node.op_type, opset, len(node.outputs), attributes_key(node), tuple(inputs)
+
+
+def _shape_data(value: Value) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """The numbers of an int64 constant, which shapes depend on."""
+    if value.dtype != onnx_ir.DataType.INT64:
+        return None
+    return small_constant(value)
+
+
+def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
+    """ONNX's own inference: dtype and dimensions of each output, None where it says nothing."""
     types, data = {}, {}
     for value in node.inputs:
         if value is None or not value.name:
             continue
         types[value.name] = _type_proto(value)
-        constant = small_constant(value)
-        if constant is not None and constant.dtype == np.int64:
+        constant = _shape_data(value)
+        if constant is not None:
             data[value.name] = onnx.numpy_helper.from_array(constant, value.name)
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
         raise VerifyError(f"{node.op_type} {node.name!r}: no such operator in opset {opset}") from None
     opsets = [onnx.helper.make_opsetid("", opset)]
+    proto = onnx_ir.serde.serialize_node(node)
     try:
-        found = shape_inference.infer_node_outputs(schema, onnx_ir.to_proto(node), types, data, opset_imports=opsets)
+        found = shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=opsets)
     except (shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         inputs = [f"{v.name}: {v.dtype} {v.shape}" for v in node.inputs if v is not None]
         raise VerifyError(f"{node.op_type} {node.name!r} does not fit its inputs {inputs}: {error}") from error
-    for value in node.outputs:
-        proto = found.get(value.name or "")
-        if proto is None or not proto.HasField("tensor_type"):
-            continue
-        value.type = onnx_ir.TensorType(onnx_ir.DataType(proto.tensor_type.elem_type))
-        if proto.tensor_type.HasField("shape"):
-            value.shape = onnx_ir.serde.deserialize_type_proto_for_shape(proto)
-    if node.op_type == "Attention":
-        _infer_cache(node)
+    return [_read_type(found.get(value.name or "")) for value in node.outputs]
+
+
+def _read_type(proto: onnx.TypeProto | None) -> Inferred:
+    if proto is None or not proto.HasField("tensor_type"):
+        return None, None
+    dtype = onnx_ir.DataType(proto.tensor_type.elem_type)
+    if not proto.tensor_type.HasField("shape"):
+        return dtype, None
+    shape = proto.tensor_type.shape
+    return dtype, tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in shape.dim)
 
 
 def _infer_cache(node: onnx_ir.Node) -> None:

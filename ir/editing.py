@@ -5,16 +5,19 @@ A rule or pass builds nodes with `Builder`; only the editor puts them into the g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import onnx_ir
 
-from passopt.ir.builder import Builder, Built
+from passopt.ir.builder import Builder, Built, types_memo
 from passopt.ir.errors import VerifyError
 from passopt.ir.functions import DOMAIN, local_function
 from passopt.ir.listening import Replacement, announce
-from passopt.ir.provenance import set_provenance
+from passopt.ir.order import NodeOrder
+from passopt.ir.provenance import provenance_of
 from passopt.ir.shapes import merged_shapes
+
+_GRAPH, _GRAPHS = onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS
 
 
 class Editor:
@@ -25,12 +28,15 @@ class Editor:
         self.graph = model.graph
         self.author = author
         self.opset = model.graph.opset_imports.get("", 0)
-        self._names = _all_names(model)
+        self.types = types_memo(model)
+        self._names: set[str] | None = None
         self._counters: dict[str, int] = {}
-        self._order: dict[int, int] | None = None
+        self._order = NodeOrder(model.graph)
 
     def unique(self, name: str) -> str:
         """`name`, or `name.2`, `name.3` …, whichever no value or node has yet."""
+        if self._names is None:
+            self._names = _all_names(self.model)  # most rules never make a name
         found, count = name, self._counters.get(name, 1)
         while found in self._names:
             count += 1
@@ -40,7 +46,7 @@ class Editor:
         return found
 
     def builder(self, hint: str) -> Builder:
-        return Builder(self.opset, self.unique, hint)
+        return Builder(self.opset, self.unique, hint, types=self.types)
 
     def insert(
         self,
@@ -53,9 +59,9 @@ class Editor:
         """Put built nodes before or after a node (neither: at the end) and register their initializers."""
         for value in built.initializers:
             self.graph.register_initializer(value)
-        origins = list(origins)
+        provenance = provenance_of(self.author, list(origins))
         for node in built.nodes:
-            set_provenance(node, self.author, origins)
+            node.metadata_props.update(provenance)
             if node.domain and node.domain not in self.graph.opset_imports:
                 self.graph.opset_imports[node.domain] = 1
             self._define_function(node)
@@ -65,7 +71,7 @@ class Editor:
             self.graph.insert_before(before, built.nodes)
         else:
             self.graph.extend(built.nodes)
-        self._order = None
+        self._order.insert(built.nodes, before=before, after=after)
 
     def _define_function(self, node: onnx_ir.Node) -> None:
         """A call of a function of passopt's own brings its definition into the model."""
@@ -95,7 +101,7 @@ class Editor:
             _check_replacement(old, new, rule)
         announce(self.model, Replacement(rule, replaced, built, tuple(origins)))
         roots = [node for old in replaced if (node := old.producer()) is not None]
-        self.insert(built, before or self._insertion_point(built, roots), origins)
+        self._insert_at(roots, built, origins, before)
         unnamed = {value for node in built.nodes for value in node.outputs}
         for old, new in replaced.items():
             if new not in unnamed and old.is_graph_output():
@@ -138,28 +144,28 @@ class Editor:
 
     def remove_dead(self, nodes: Iterable[onnx_ir.Node]) -> int:
         """Remove those nodes whose outputs nobody reads, then what only they read; returns how many nodes went."""
-        removed = 0
+        dead: dict[onnx_ir.Node, None] = {}
         work = list(nodes)
         while work:
             node = work.pop()
-            if node.graph is None or any(value.uses() or value.is_graph_output() for value in node.outputs):
+            if node.graph is None or node in dead or not all(_is_read_only_by(value, dead) for value in node.outputs):
                 continue
-            inputs = [value for value in node.inputs if value is not None]
-            self.graph.remove(node, safe=True)
-            removed += 1
-            for value in inputs:
-                producer = value.producer()
-                if producer is not None:
-                    work.append(producer)
-                elif value.is_initializer():
+            dead[node] = None
+            work.extend(producer for value in node.inputs if value is not None and (producer := value.producer()))
+        for node in dead:
+            for index, value in enumerate(node.inputs):
+                if value is None or value.producer() in dead:
+                    continue
+                node.replace_input_with(index, None)
+                if value.is_initializer():
                     self.remove_unused_initializer(value)
-        if removed:
-            self._order = None
-        return removed
+        if dead:
+            self.graph.remove(dead)  # once for all: it looks at every graph output
+        return len(dead)
 
     def remove_unused_initializer(self, value: onnx_ir.Value) -> bool:
         """Drop an initializer that no node reads, unless the caller of the model can see it."""
-        if value.uses() or value.is_graph_output() or value.is_graph_input() or value.name is None:
+        if is_read(value) or value.is_graph_input() or value.name is None:
             return False
         if self.graph.initializers.get(value.name) is not value:
             return False
@@ -174,45 +180,51 @@ class Editor:
         assert isinstance(copy, onnx_ir.Value)
         return copy
 
-    def _insertion_point(self, built: Built, roots: Sequence[onnx_ir.Node]) -> onnx_ir.Node:
+    def _insert_at(
+        self,
+        roots: Sequence[onnx_ir.Node],
+        built: Built,
+        origins: Sequence[onnx_ir.Node],
+        before: onnx_ir.Node | None,
+    ) -> None:
         """Before the first root; or, if something the new nodes read comes later, right after that."""
-        if len(roots) == 1:
-            return roots[0]
-        order = self._positions()
-        first = min(roots, key=lambda node: order[id(node)])
-        inside = {id(node) for node in built.nodes}
-        latest = order[id(first)] - 1
-        for node in built.nodes:
-            for value in node.inputs:
-                producer = value.producer() if value is not None else None
-                if producer is not None and id(producer) not in inside:
-                    latest = max(latest, order[id(producer)])
-        return self.graph[latest + 1] if latest >= order[id(first)] else first
+        if before is not None or len(roots) == 1:
+            self.insert(built, before or roots[0], origins)
+            return
+        first = min(roots, key=self._order.position)
+        inside = set(built.nodes)
+        values = (value for node in built.nodes for value in node.inputs if value is not None)
+        producers = {producer for value in values if (producer := value.producer()) is not None} - inside
+        latest = max(producers, key=self._order.position, default=first)
+        if self._order.position(latest) < self._order.position(first):
+            self.insert(built, first, origins)
+        else:
+            self.insert(built, None, origins, after=latest)
 
     def _restore_order(self, built: Built) -> None:
-        """A user of the first root may stand before what the last one needs: sort then, and only then."""
-        order = self._positions()
-        early = any(
-            order.get(id(use.node), order[id(node)]) < order[id(node)]
-            for node in built.nodes
-            for value in node.outputs
-            for use in value.uses()
-        )
-        if not early:
+        """What reads the new nodes and stands before them, as a user of the first root may, moves behind them."""
+        if not built.nodes:
             return
-        try:
-            self.graph.sort()
-        except ValueError:
-            names = ", ".join(str(value.name) for node in built.nodes for value in node.outputs)
-            raise VerifyError(
-                f"{self.author}: {names} would depend on themselves; the rewrite joins too much"
-            ) from None
-        self._order = None
-
-    def _positions(self) -> dict[int, int]:
-        if self._order is None:
-            self._order = {id(node): index for index, node in enumerate(self.graph)}
-        return self._order
+        position = self._order.position
+        inside, last = set(built.nodes), built.nodes[-1]
+        early: dict[onnx_ir.Node, None] = {}
+        work = list(built.nodes)
+        while work:
+            node = work.pop()
+            for user in dict.fromkeys(use.node for value in node.outputs for use in value.uses()):
+                if user.graph is not self.graph:
+                    continue
+                if user in inside and node not in inside:
+                    names = ", ".join(str(value.name) for made in built.nodes for value in made.outputs)
+                    raise VerifyError(f"{self.author}: {names} would depend on themselves; the rewrite joins too much")
+                if user not in inside and user not in early and position(user) < position(last):
+                    early[user] = None
+                    work.append(user)
+        if early:
+            moved = sorted(early, key=position)
+            self.graph.remove(moved)
+            self.graph.insert_after(last, moved)
+            self._order.insert(moved, after=last)
 
 
 def discard(built: Built) -> None:
@@ -241,11 +253,32 @@ def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, rule: str) -> Non
         )
 
 
+def is_read(value: onnx_ir.Value) -> bool:
+    """True if a node or the caller of the model reads the value."""
+    return bool(value._uses) or value.is_graph_output()  # uses() copies: a shared constant is read in every layer
+
+
+def _is_read_only_by(value: onnx_ir.Value, nodes: Container[onnx_ir.Node]) -> bool:
+    """True if nobody but these nodes reads the value."""
+    return not value.is_graph_output() and all(use.node in nodes for use in value._uses)
+
+
 def _all_names(model: onnx_ir.Model) -> set[str]:
-    leaves = (value for graph in model.graphs() for value in (*graph.inputs, *graph.initializers.values()))
-    names = {value.name for value in leaves if value.name}
-    for node in model.graph.all_nodes():
-        names.update(value.name for value in node.outputs if value.name)
-        if node.name:
+    names: set[str | None] = set()
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        names.update(value.name for value in graph.inputs)
+        names.update(graph.initializers.data)
+        for node in graph:
             names.add(node.name)
-    return names
+            for value in node.outputs:
+                names.add(value.name)
+            for attribute in node.attributes.data.values():
+                kind = attribute.type
+                if kind is _GRAPH:
+                    graphs.append(attribute.as_graph())
+                elif kind is _GRAPHS:
+                    graphs.extend(attribute.as_graphs())
+    names -= {None, ""}
+    return names  # type: ignore[return-value]

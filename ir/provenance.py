@@ -18,10 +18,19 @@ SOURCE = "passopt.source"
 
 def set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.Node]) -> None:
     """The pass `author` made `node` of `origins`: their names, passes, modules and source lines become its own."""
-    node.metadata_props[MADE_BY] = _joined([*_stated(origins, MADE_BY), author])
+    node.metadata_props.update(provenance_of(author, origins))
+
+
+def provenance_of(author: str, origins: Sequence[onnx_ir.Node]) -> dict[str, str]:
+    """The metadata of whatever the pass `author` makes of `origins`."""
+    found = {MADE_BY: _joined([*_stated(origins, MADE_BY), author])}
     if origins:
-        node.metadata_props[MADE_FROM] = _joined(origin_names(origin) for origin in origins)
-    _inherit(node, origins)
+        found[MADE_FROM] = _joined(origin_names(origin) for origin in origins)
+    if modules := _stated(origins, MODULE):
+        found[MODULE] = _common_module(modules)
+    if sources := _stated(origins, SOURCE):
+        found[SOURCE] = merged_sources(sources)
+    return found
 
 
 def absorb_provenance(kept: onnx_ir.Node, removed: onnx_ir.Node, author: str) -> None:
@@ -32,13 +41,6 @@ def absorb_provenance(kept: onnx_ir.Node, removed: onnx_ir.Node, author: str) ->
 def origin_names(node: onnx_ir.Node) -> str:
     """The original nodes that `node` stands for, joined by commas; itself, if no pass made it."""
     return node.metadata_props.get(MADE_FROM, node.name or "?")
-
-
-def _inherit(node: onnx_ir.Node, origins: Sequence[onnx_ir.Node]) -> None:
-    if modules := _stated(origins, MODULE):
-        node.metadata_props[MODULE] = _common_module(modules)
-    if sources := _stated(origins, SOURCE):
-        node.metadata_props[SOURCE] = merged_sources(sources)
 
 
 def _stated(origins: Iterable[onnx_ir.Node], key: str) -> list[str]:

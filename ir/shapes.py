@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import onnx_ir
 
-from passopt.ir.builder import MICROSOFT, infer_types
+from passopt.ir.builder import MICROSOFT, infer_types, types_memo
 from passopt.ir.errors import VerifyError
 from passopt.ir.functions import DOMAIN
 from passopt.ir.weights import small_constant
@@ -168,7 +168,7 @@ def complete_outputs(model: onnx_ir.Model) -> None:
 
 
 def _complete(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool]) -> None:
-    opset = model.graph.opset_imports.get("", 0)
+    opset, memo = model.graph.opset_imports.get("", 0), types_memo(model)
     for node in model.graph:
         if node.domain not in {"", MICROSOFT, DOMAIN}:
             continue
@@ -176,7 +176,7 @@ def _complete(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool]) -> 
             continue
         stated = [(value.type, value.shape) for value in node.outputs]
         try:
-            infer_types(node, opset)
+            infer_types(node, opset, memo)
         except VerifyError:
             continue  # the checker will say so; here the node merely stays without a shape
         for value, (kind, shape) in zip(node.outputs, stated, strict=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import onnx_ir
 
-from passopt.ir.builder import infer_types
+from passopt.ir.builder import infer_types, types_memo
 from passopt.ir.errors import VerifyError
 from passopt.ir.weights import LazyWeight
 
@@ -186,7 +186,7 @@ def _given_dtypes(
     try:
         for value in node.outputs:
             value.type = None
-        infer_types(node, opsets[""])
+        infer_types(node, opsets[""], types_memo(model))
         return [value.dtype for value in node.outputs]
     except VerifyError:
         return unknown  # shapes that an exporter stated may contradict each other, which is no pass's defect

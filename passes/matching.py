@@ -69,7 +69,7 @@ class Matcher:
         self.pattern = pattern
         compiler = _Compiler(opset, constants or Constants())
         self._start = compiler.pattern(pattern)
-        self._registers = [_UNSET] * compiler.size
+        self._registers = [_UNSET] * compiler.size  # copied for every match
         self._nodes = tuple(compiler.nodes.items())
         self._names = tuple(compiler.names.items())
 
@@ -142,8 +142,13 @@ class _Compiler:
     def _root(self, root: ValuePattern, source: int, then: Step) -> Step:
         """Match the node in register `source` as the root."""
         if isinstance(root, Output):
-            enter = self._node(root.node, then)
-            return lambda registers: enter(registers[source], registers)
+            enter, key = self._node(root.node, then), (root.node.op_type, root.node.domain)
+
+            def step(registers: Registers) -> bool:
+                node = registers[source]
+                return (node.op_type, node.domain) == key and enter(node, registers)
+
+            return step
         assert isinstance(root, Alternatives)
         choices = {label: self._root(choice, source, then) for label, choice in root.choices.items()}
         return self._labelled(root.name, choices)
@@ -326,14 +331,15 @@ class _Compiler:
         return step
 
     def _output(self, item: Output, source: int, index: int, then: Step) -> Step:
-        enter, op_type, position = self._node(item.node, then), item.node.op_type, item.index
+        enter, position = self._node(item.node, then), item.index
+        op_type, domain = item.node.op_type, item.node.domain
 
         def step(registers: Registers) -> bool:
             value = registers[source][index]
             if value is None:
                 return False
             node = value.producer()
-            if node is None or node.op_type != op_type or value.index() != position:
+            if node is None or node.op_type != op_type or node.domain != domain or value.index() != position:
                 return False
             return enter(node, registers)
 
@@ -361,6 +367,7 @@ class _Compiler:
         return enter
 
     def _body(self, pattern: NodePattern, then: Step) -> Enter:
+        """The step that matches a node of the right operator: what is cheap to ask first, the inputs in order last."""
         slot, source = self._slot_of_node(pattern), self._register()
         after_node = self._inputs(pattern, source, then)
         for name, expected in reversed(list(pattern.attributes.items())):
@@ -368,23 +375,38 @@ class _Compiler:
                 after_node = self._attribute(slot, name, expected, after_node)
         if pattern.bind is not None:
             after_node = self._bind(pattern.bind, slot, after_node)
-        fits = self._fits(pattern)
         tests = tuple((i, test) for i, item in enumerate(pattern.inputs) if (test := input_test(item, self._constants)))
-        count = sum(not isinstance(item, Rest) for item in pattern.inputs)
-        commutes = pattern.commutes
+        swapped = tuple((1 - i, test) for i, test in tests) if pattern.commutes else None
+        node_tests, count = self._node_tests(pattern), len(pattern.inputs)
 
         def body(node: onnx_ir.Node, registers: Registers) -> bool:
             inputs: Sequence[onnx_ir.Value | None] = node.inputs
-            if not fits(node):
+            if len(inputs) != count:
+                adjusted = _adjusted(pattern, inputs)
+                if adjusted is None:
+                    return False
+                inputs = adjusted
+            fits, fits_swapped = True, swapped is not None
+            for i, test in tests:
+                if not test(inputs[i]):
+                    fits = False
+                    break
+            if swapped is not None:
+                for i, test in swapped:
+                    if not test(inputs[i]):
+                        fits_swapped = False
+                        break
+            if not fits and not fits_swapped:
                 return False
-            if len(inputs) < count:
-                inputs = (*inputs, *(None,) * (count - len(inputs)))
+            for test in node_tests:
+                if not test(node):
+                    return False
             registers[slot] = node
-            if all(test(inputs[i]) for i, test in tests):
+            if fits:
                 registers[source] = inputs
                 if after_node(registers):
                     return True
-            if commutes and all(test(inputs[1 - i]) for i, test in tests):
+            if fits_swapped:
                 registers[source] = inputs[::-1]
                 if after_node(registers):
                     return True
@@ -416,27 +438,25 @@ class _Compiler:
 
         return step
 
-    def _fits(self, pattern: NodePattern) -> Test:
-        """What can be said of a node without its inputs: operator, counts, attributes that are not variables."""
-        op_type, domain, outputs = pattern.op_type, pattern.domain, pattern.outputs
-        attributes = tuple(
+    def _node_tests(self, pattern: NodePattern) -> tuple[Test, ...]:
+        """What is asked of the node itself: attributes that are not variables, the number of outputs."""
+        tests = [
             attribute_test(name, expected, self._opset)
             for name, expected in pattern.attributes.items()
             if not isinstance(expected, (Variable, Maybe))
-        )
-        most = None if pattern.inputs and isinstance(pattern.inputs[-1], Rest) else len(pattern.inputs)
+        ]
+        if pattern.outputs > 1:
+            tests.append(lambda node: len(node.outputs) == pattern.outputs)
+        return tuple(tests)
 
-        def fits(node: onnx_ir.Node) -> bool:
-            if node.op_type != op_type or node.domain != domain:
-                return False
-            if outputs > 1 and len(node.outputs) != outputs:
-                return False
-            inputs = node.inputs
-            if most is not None and len(inputs) > most and any(value is not None for value in inputs[most:]):
-                return False
-            return all(test(node) for test in attributes)
 
-        return fits
+def _adjusted(pattern: NodePattern, inputs: Sequence[onnx_ir.Value | None]) -> Sequence[onnx_ir.Value | None] | None:
+    """As many inputs as the pattern has, absent ones as None; None if a node of these inputs cannot match."""
+    least, most = pattern.input_counts
+    if len(inputs) < least or any(value is not None for value in inputs[most:]):
+        return None
+    is_open = most > len(pattern.inputs)
+    return (*inputs, *(None,) * (len(pattern.inputs) - is_open - len(inputs)))
 
 
 def _joined(found: list[list[onnx_ir.Value] | None]) -> list[onnx_ir.Value] | None:

@@ -54,11 +54,10 @@ def input_test(item: ValuePattern, constants: Constants) -> Test | None:
 
 
 def _made_by(op_types: frozenset[str]) -> Test:
-    def test(value: onnx_ir.Value | None) -> bool:
-        node = value.producer() if value is not None else None
-        return node is not None and node.op_type in op_types
-
-    return test
+    if len(op_types) == 1:
+        (only,) = op_types
+        return lambda value: value is not None and (node := value.producer()) is not None and node.op_type == only
+    return lambda value: value is not None and (node := value.producer()) is not None and node.op_type in op_types
 
 
 def _any_test(item: Alternatives, constants: Constants) -> Test | None:
@@ -75,17 +74,16 @@ def _any_test(item: Alternatives, constants: Constants) -> Test | None:
 
 
 def _constant_test(item: Number | Numbers, constants: Constants) -> Test:
-    known: dict[onnx_ir.Value, bool] = {}
+    verdicts: dict[tuple[str, tuple[int, ...], bytes], bool] = {}
 
     def test(value: onnx_ir.Value | None) -> bool:
-        if value is None:
+        array = constants.array(value) if value is not None else None
+        if array is None:
             return False
-        found = known.get(value)
+        key = (array.dtype.char, array.shape, array.tobytes())
+        found = verdicts.get(key)
         if found is None:
-            array = constants.array(value)
-            if array is None:
-                return False
-            found = known[value] = same_constant(item, array)
+            found = verdicts[key] = same_constant(item, array)
         return found
 
     return test

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.builder import Builder
+from passopt.ir.builder import Builder, TypesMemo
+from passopt.ir.collector import collector_paused
 from passopt.ir.editing import Editor, discard
 from passopt.ir.errors import PassError
 from passopt.ir.expressions import Expression
 from passopt.ir.shapes import complete_types
-from passopt.ir.weights import expression_of, small_constant
+from passopt.ir.weights import expression_of
 from passopt.passes.base import TIME_RULES, Decline, Pass, PassResult, RuleStatistics
 from passopt.passes.limits import rewrite_limit
 from passopt.passes.matching import Match, Matcher
@@ -37,10 +38,18 @@ class Rewriter(Builder):
     """The `op` of a `rewrite` method: builds nodes, and reads constants and weights (declining if they are not)."""
 
     def __init__(
-        self, opset: int, unique: Callable[[str], str], hint: str, memory: dict[Hashable, onnx_ir.Value] | None = None
+        self,
+        opset: int,
+        unique: Callable[[str], str],
+        hint: str,
+        memory: dict[Hashable, onnx_ir.Value] | None = None,
+        *,
+        types: TypesMemo | None = None,
+        constants: Constants | None = None,
     ) -> None:
-        super().__init__(opset, unique, hint)
+        super().__init__(opset, unique, hint, types=types)
         self._memory = memory if memory is not None else {}
+        self._known = constants or Constants()
 
     def shared(self, key: Hashable, make: Callable[[], onnx_ir.Value]) -> onnx_ir.Value:
         """The initializer that `make` returns, made once for all sites of a pass: one table for every layer."""
@@ -60,7 +69,7 @@ class Rewriter(Builder):
 
     def constant(self, value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]]:
         """The array of a small constant; declines for anything else."""
-        array = small_constant(value)
+        array = self._known.array(value) if value is not None else None
         if array is None:
             raise Decline(f"{value.name if value is not None else 'an absent input'} is not a small constant")
         return array
@@ -87,7 +96,8 @@ class RewritePass(Pass):
         return [(self.pattern, self.rewrite)]
 
     def run(self, model: onnx_ir.Model) -> PassResult:
-        return _Driver(self, model).run()
+        with collector_paused():
+            return _Driver(self, model).run()
 
 
 class Rule:
@@ -152,18 +162,17 @@ class _Driver:
     def __init__(self, owner: RewritePass, model: onnx_ir.Model) -> None:
         self.owner = owner
         rules = rules_of(owner)
-        if any(value.type is None for node in model.graph for value in node.outputs):
-            complete_types(model)  # a number takes the dtype of what it is multiplied with
         self.editor = Editor(model, owner.name)
         self.result = PassResult()
         self._memory: dict[Hashable, onnx_ir.Value] = {}
-        constants = Constants()
+        self._constants = Constants()
         self._timed = bool(model.meta.get(TIME_RULES))
-        self._active = [_Active(rule, self.editor.opset, constants) for rule in rules]
+        self._active = [_Active(rule, self.editor.opset, self._constants) for rule in rules]
         self._at: dict[tuple[str, str], list[_Active]] = collections.defaultdict(list)
         for active in self._active:
             for key in active.rule.pattern.root_keys:
                 self._at[key].append(active)
+        self._is_typed = False
         self._generations: dict[onnx_ir.Node, int] = {}
         self._most_generations = min(len(model.graph) + 20, _MOST_GENERATIONS)
         self._budget = rewrite_limit(model)
@@ -206,7 +215,7 @@ class _Driver:
         match = active.match(node)
         if match is None or (self._budget is not None and self._budget.reached):
             return ()
-        op = Rewriter(self.editor.opset, self.editor.unique, match.roots()[0].name or node.op_type, self._memory)
+        op = self._rewriter(match.roots()[0].name or node.op_type)
         try:
             returned = active.rule.rewrite(op, **active.rule.arguments(match))
         except Decline as reason:
@@ -218,15 +227,24 @@ class _Driver:
         active.hits += 1
         return op.built.nodes
 
+    def _rewriter(self, hint: str) -> Rewriter:
+        """Made at the first match: most rules on most graphs need no types."""
+        editor, graph = self.editor, self.editor.graph
+        if not self._is_typed:
+            self._is_typed = True
+            if any(value.type is None for node in graph for value in node.outputs):
+                complete_types(editor.model)  # a number takes the dtype of what it is multiplied with
+        return Rewriter(editor.opset, editor.unique, hint, self._memory, types=editor.types, constants=self._constants)
+
     def _apply(self, rule: Rule, node: onnx_ir.Node, match: Match, op: Rewriter, returned: Any) -> None:
         roots = match.roots()
         site = roots[0].name
         values = list(returned) if isinstance(returned, (list, tuple)) else [returned]
-        place = f"{self.owner.name} ({source_line(rule.rewrite)})"
         strange = [value for value in values if not isinstance(value, onnx_ir.Value)]
-        if strange:
-            raise PassError(f"{place}: rewrite returned {strange[0]!r}, expected a value per root, at {site!r}")
-        if len(values) != len(roots):
+        if strange or len(values) != len(roots):
+            place = f"{self.owner.name} ({source_line(rule.rewrite)})"
+            if strange:
+                raise PassError(f"{place}: rewrite returned {strange[0]!r}, expected a value per root, at {site!r}")
             raise PassError(f"{place}: rewrite returned {len(values)} values for {len(roots)} roots at {site!r}")
         self.result.matches += 1
         if self._budget is not None:
