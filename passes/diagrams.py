@@ -38,24 +38,50 @@ def draw(tree: Tree, first: str = "", rest: str = "") -> list[str]:
     return lines
 
 
-def pattern_trees(pattern: pt.Pattern) -> list[Tree]:
-    """One tree per root, in the order in which `rewrite` returns them."""
-    return _Drawing(pattern).trees()
+@dataclasses.dataclass(frozen=True)
+class Diagram:
+    """A pattern: a tree per root, in the order in which `rewrite` returns them, and what several places share."""
+
+    roots: tuple[Tree, ...]
+    parts: tuple[Tree, ...]
+
+    def lines(self) -> list[str]:
+        """The roots, and below them each shared part under its ‹name›, as in a grammar."""
+        text = [line for root in self.roots for line in draw(root)]
+        for part in self.parts:
+            text += ["", *draw(part)]
+        return text
+
+    def as_json(self) -> dict[str, Any]:
+        return {"roots": [tree.as_json() for tree in self.roots], "parts": [tree.as_json() for tree in self.parts]}
+
+
+def diagram(pattern: pt.Pattern) -> Diagram:
+    """What a traced pattern looks for."""
+    return _Drawing(pattern).diagram()
 
 
 class _Drawing:
-    """What several places share is drawn at the first of them, under a number."""
+    """What several places share is a part of its own: an optional wrapper would else double all below it."""
 
     def __init__(self, pattern: pt.Pattern) -> None:
-        self._roots = pattern.roots
+        self._pattern = pattern
         self._uses: collections.Counter[int] = collections.Counter()
-        self._numbers: dict[int, int] = {}
+        self._names: dict[int, str] = {}
+        self._waiting: list[tuple[str, Any]] = []
         for root in pattern.roots:
             self._count(root)
 
-    def trees(self) -> list[Tree]:
-        several = len(self._roots) > 1
-        return [self._tree(root, f"root {index + 1}: " if several else "") for index, root in enumerate(self._roots)]
+    def diagram(self) -> Diagram:
+        several = len(self._pattern.roots) > 1
+        roots = [
+            self._tree(root, f"root {index + 1}: " if several else "") for index, root in enumerate(self._pattern.roots)
+        ]
+        parts = []
+        while self._waiting:
+            name, value = self._waiting.pop(0)
+            parts.append(self._whole(value, f"{name} "))
+        return Diagram(tuple(roots), tuple(parts))
 
     def _count(self, value: Any) -> None:
         key = _shared_key(value)
@@ -71,17 +97,28 @@ class _Drawing:
         key = _shared_key(value)
         if key is None:
             return Tree(prefix + _leaf(value))
-        if key in self._numbers:
-            return Tree(f"{prefix}{_title(value)}  → #{self._numbers[key]} above")
-        mark = ""
-        if self._uses[key] > 1:
-            self._numbers[key] = len(self._numbers) + 1
-            mark = f"  #{self._numbers[key]}"
+        if self._uses[key] == 1:
+            return self._whole(value, prefix)
+        if key not in self._names:
+            self._names[key] = self._new_name(value)
+            self._waiting.append((self._names[key], value))
+        return Tree(f"{prefix}{self._names[key]}{_which(value)}")
+
+    def _whole(self, value: pt.ValuePattern, prefix: str) -> Tree:
         if isinstance(value, pt.Output):
+            mark = _which(value) if self._uses[id(value.node)] == 1 else ""
             return Tree(f"{prefix}{_title(value)}{mark}", tuple(self._tree(item) for item in value.node.inputs))
         assert isinstance(value, pt.Alternatives)
         choices = tuple(self._tree(choice, f"{label}: ") for label, choice in value.choices.items())
-        return Tree(f"{prefix}{_title(value)}{mark}", choices)
+        return Tree(f"{prefix}{_title(value)}", choices)
+
+    def _new_name(self, value: Any) -> str:
+        word = value.name if isinstance(value, pt.Alternatives) else value.node.bind or value.node.op_type
+        name, count = f"‹{word}›", 1
+        while name in self._names.values():
+            count += 1
+            name = f"‹{word} {count}›"
+        return name
 
 
 def _shared_key(value: Any) -> int | None:
@@ -99,13 +136,18 @@ def _title(value: pt.ValuePattern) -> str:
     name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     attributes = ", ".join(f"{key}={_attribute(item)}" for key, item in node.attributes.items())
     parts = [f"{name}({attributes})" if attributes else name]
-    if node.outputs > 1:
-        parts.append(f"output {value.index + 1} of {node.outputs}")
     if node.commutes:
         parts.append("either order")
     if node.bind:
         parts.append(f"as {node.bind!r}")
     return "  ".join(parts)
+
+
+def _which(value: pt.ValuePattern) -> str:
+    """Which of a node's outputs is meant, where it has several."""
+    if not isinstance(value, pt.Output) or value.node.outputs == 1:
+        return ""
+    return f"  output {value.index + 1} of {value.node.outputs}"
 
 
 def _attribute(item: Any) -> str:

@@ -36,7 +36,7 @@ def test_every_pass_is_explained_as_it_is(capsys, name):
     rules = rules_of(item) if isinstance(item, RewritePass) else ()
     assert [rule["name"] for rule in body["rules"]] == [rule.name for rule in rules]
     for rule, traced in zip(body["rules"], rules):
-        assert len(rule["trees"]) == len(traced.pattern.roots)
+        assert len(rule["roots"]) == len(traced.pattern.roots)
     for word in (name, "BEFORE", "AFTER", *(option["name"] for option in body["options"])):
         assert word in text
     assert max(map(len, text.splitlines())) < 200

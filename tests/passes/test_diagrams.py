@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.passes.diagrams import code_trees, draw, pattern_trees
+from passopt.passes.diagrams import code_trees, diagram, draw
 from passopt.passes.pattern import trace
 
 
 def drawn(method):
-    return ["\n".join(draw(tree)) for tree in pattern_trees(trace(method, "here"))]
+    return "\n".join(diagram(trace(method, "here")).lines())
 
 
 def text(*lines):
@@ -17,9 +17,9 @@ def text(*lines):
 
 
 def test_a_tree_has_inputs_below_the_operator():
-    assert drawn(lambda op, x, w: op.Add(op.MatMul(x, op.weight(w)), 0.5)) == [
-        text("Add  either order", "├─ MatMul", "│  ├─ x", "│  └─ w  a weight of the checkpoint", "└─ 0.5")
-    ]
+    assert drawn(lambda op, x, w: op.Add(op.MatMul(x, op.weight(w)), 0.5)) == text(
+        "Add  either order", "├─ MatMul", "│  ├─ x", "│  └─ w  a weight of the checkpoint", "└─ 0.5"
+    )
 
 
 def test_every_kind_of_piece_is_named():
@@ -31,53 +31,83 @@ def test_every_kind_of_piece_is_named():
         shaped = op.Reshape(clipped, [0, -1], allowzero=op.maybe(mode))
         return op.node("Fused", shaped, op.maybe(b), domain="own")
 
-    assert drawn(pattern) == [
-        text(
-            "own.Fused",
-            "├─ Reshape(allowzero=mode, if it is there)",
-            "│  ├─ Clip  as 'bounded'",
-            "│  │  ├─ Concat(axis=-1)",
-            "│  │  │  ├─ Gather(axis=axis)",
-            "│  │  │  │  ├─ Mul  either order",
-            "│  │  │  │  │  ├─ x",
-            "│  │  │  │  │  └─ scale  a constant number",
-            "│  │  │  │  └─ any value",
-            "│  │  │  └─ others …  all further inputs",
-            "│  │  ├─ absent",
-            "│  │  └─ ≈ 6",
-            "│  └─ [0, -1]",
-            "└─ b  if it is there",
-        )
-    ]
+    assert drawn(pattern) == text(
+        "own.Fused",
+        "├─ Reshape(allowzero=mode, if it is there)",
+        "│  ├─ Clip  as 'bounded'",
+        "│  │  ├─ Concat(axis=-1)",
+        "│  │  │  ├─ Gather(axis=axis)",
+        "│  │  │  │  ├─ Mul  either order",
+        "│  │  │  │  │  ├─ x",
+        "│  │  │  │  │  └─ scale  a constant number",
+        "│  │  │  │  └─ any value",
+        "│  │  │  └─ others …  all further inputs",
+        "│  │  ├─ absent",
+        "│  │  └─ ≈ 6",
+        "│  └─ [0, -1]",
+        "└─ b  if it is there",
+    )
 
 
-def test_alternatives_have_their_labels_and_shared_nodes_are_drawn_once():
+def test_alternatives_have_labels_and_what_is_shared_is_a_part_of_its_own():
     def pattern(op, x):
         root = op.Sqrt(x)
         inverse = op.any_of("inverse", reciprocal=op.Reciprocal(root), quotient=op.Div(1, root))
-        return op.Mul(x, inverse), op.Neg(inverse)
+        return op.Mul(x, op.optional("narrowed", inverse, op.Cast))
 
-    assert drawn(pattern) == [
-        text(
-            "root 1: Mul  either order",
-            "├─ x",
-            "└─ one of, as 'inverse'  #1",
-            "   ├─ reciprocal: Reciprocal",
-            "   │  └─ Sqrt  #2",
-            "   │     └─ x",
-            "   └─ quotient: Div",
-            "      ├─ 1",
-            "      └─ Sqrt  → #2 above",
-        ),
-        text("root 2: Neg", "└─ one of, as 'inverse'  → #1 above"),
-    ]
+    assert drawn(pattern) == text(
+        "Mul  either order",
+        "├─ x",
+        "└─ one of, as 'narrowed'",
+        "   ├─ present: Cast",
+        "   │  └─ ‹inverse›",
+        "   └─ absent: ‹inverse›",
+        "",
+        "‹inverse› one of, as 'inverse'",
+        "├─ reciprocal: Reciprocal",
+        "│  └─ ‹Sqrt›",
+        "└─ quotient: Div",
+        "   ├─ 1",
+        "   └─ ‹Sqrt›",
+        "",
+        "‹Sqrt› Sqrt",
+        "└─ x",
+    )
 
 
-def test_outputs_of_one_node_say_which_they_are():
-    assert drawn(lambda op, x, n: op.Split(x, n, outputs=2)) == [
-        text("root 1: Split  output 1 of 2  #1", "├─ x", "└─ n"),
-        "root 2: Split  output 2 of 2  → #1 above",
-    ]
+def test_parts_of_one_name_are_told_apart():
+    def pattern(op, x):
+        one, other = op.Neg(x), op.Neg(op.Abs(x))
+        return op.Concat(one, one, other, other, axis=0)
+
+    assert drawn(pattern).splitlines()[:5] == ["Concat(axis=0)", "├─ ‹Neg›", "├─ ‹Neg›", "├─ ‹Neg 2›", "└─ ‹Neg 2›"]
+
+
+def test_several_roots_say_which_output_they_are():
+    def pattern(op, x, n):
+        first, second = op.Split(x, n, outputs=2)
+        return op.Relu(first), second
+
+    assert drawn(pattern) == text(
+        "root 1: Relu",
+        "└─ ‹Split›  output 1 of 2",
+        "root 2: ‹Split›  output 2 of 2",
+        "",
+        "‹Split› Split",
+        "├─ x",
+        "└─ n",
+    )
+
+
+def test_a_diagram_as_data_has_roots_and_parts():
+    def pattern(op, x):
+        root = op.Sqrt(x)
+        return op.Add(root, root)
+
+    assert diagram(trace(pattern, "here")).as_json() == {
+        "roots": [{"label": "Add  either order", "inputs": [{"label": "‹Sqrt›"}, {"label": "‹Sqrt›"}]}],
+        "parts": [{"label": "‹Sqrt› Sqrt", "inputs": [{"label": "x"}]}],
+    }
 
 
 def test_code_is_drawn_statement_by_statement():

@@ -17,7 +17,7 @@ from typing import Any
 from passopt.ir.errors import UsageError
 from passopt.passes.base import Pass
 from passopt.passes.catalog import Entry, catalog, unknown_name
-from passopt.passes.diagrams import Tree, code_trees, draw, pattern_trees
+from passopt.passes.diagrams import Diagram, code_trees, diagram, draw
 from passopt.passes.pipeline_spec import Step, describe, expand, instantiate, parse_steps, resolve
 from passopt.passes.pipelines import PIPELINES, Pipeline
 from passopt.passes.rewriting import RewritePass, rules_of
@@ -42,7 +42,7 @@ class DrawnRule:
     name: str
     source: str
     doc: str
-    trees: Sequence[Tree]
+    diagram: Diagram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _rules(item: Pass) -> list[DrawnRule]:
     if not isinstance(item, RewritePass):
         return []
     return [
-        DrawnRule(rule.name, _near(rule.source), _one_line(method.__doc__ or ""), pattern_trees(rule.pattern))
+        DrawnRule(rule.name, _near(rule.source), _one_line(method.__doc__ or ""), diagram(rule.pattern))
         for rule, (method, _) in zip(rules_of(item), item.rules(), strict=True)
     ]
 
@@ -147,8 +147,7 @@ def _pass_text(
     for index, rule in enumerate(rules):
         count = f"rule {index + 1} of {len(rules)}, " if len(rules) > 1 else ""
         yield f"\n  {count}{rule.name} ({rule.source})" + (f": {rule.doc}" if rule.doc else "")
-        for tree in rule.trees:
-            yield from ("    " + line for line in draw(tree))
+        yield from (f"    {line}".rstrip() for line in rule.diagram.lines())
     if not rules:
         yield from _code_diagrams(doc.before)
     yield "\nAFTER"
@@ -209,7 +208,9 @@ def _pass_json(
         "before": doc.before,
         "after": doc.after,
         "notes": _one_line(doc.notes),
-        "rules": [{**dataclasses.asdict(rule), "trees": [tree.as_json() for tree in rule.trees]} for rule in rules],
+        "rules": [
+            {"name": rule.name, "source": rule.source, "doc": rule.doc, **rule.diagram.as_json()} for rule in rules
+        ],
         "declines": [dataclasses.asdict(guard) for guard in guards],
     }
 
