@@ -225,11 +225,14 @@ class _Caster:
         return self._casts[(source, dtype)]
 
     def _bounded(self, mask: onnx_ir.Value) -> onnx_ir.Value:
-        """Masked places of an fp32 mask as numbers that fp16 has: at its lowest one, Attention would see nothing."""
+        """Masked places of an fp32 mask as numbers that fp16 has; at its lowest one, Attention would see nothing.
+
+        An infinity stays one: what it hides is hidden even where nothing else is seen.
+        """
         if mask not in self._clamped:
             builder = self.editor.builder(mask.name or "mask")
             lowest = np.float32(-finite_limits(DataType.FLOAT16)[1] / 2)
-            self._clamped[mask] = builder.Max(mask, lowest)
+            self._clamped[mask] = builder.Where(builder.IsInf(mask), mask, builder.Max(mask, lowest))
             self._insert_after(mask, builder)
         return self._clamped[mask]
 

@@ -174,10 +174,14 @@ def _producers(node: onnx_ir.Node) -> list[onnx_ir.Node]:
 
 
 def _leaf_layers(node: onnx_ir.Node) -> list[int]:
-    """The numbers in the names of weights and caches that a node reads; the length of a cache is that of all."""
+    """The numbers in the names of weights and caches that a node reads.
+
+    The length of a cache is that of all, and a single number is shared, whichever layer an exporter named it after.
+    """
     if node.op_type == "Shape":
         return []
-    names = (value.name or "" for value in node.inputs if value is not None and value.producer() is None)
+    leaves = [value for value in node.inputs if value is not None and value.producer() is None]
+    names = [value.name or "" for value in leaves if value.shape is None or any(dim != 1 for dim in value.shape.dims)]
     return [int(found[1]) for name in names if (found := _LAYER.search(name))]
 
 

@@ -86,7 +86,7 @@ def _alibi(op: Any, node: onnx_ir.Node) -> list[onnx_ir.Value]:
         key, value = (op.Concat(required(node, 6 + index), new, axis=2) for index, new in enumerate((key, value)))
     bias = op.Add(op.Mul(slopes, op.Unsqueeze(positions, [1, 2])), mask)
     wide_query, wide_key, wide_value = (cast(op, item, _FLOAT) for item in (query, key, value))
-    scores = op.Add(_scores(op, node, wide_query, wide_key), op.Max(bias, _LOWEST))
+    scores = op.Max(op.Add(_scores(op, node, wide_query, wide_key), bias), _LOWEST)
     wide = op.MatMul(op.Softmax(scores, axis=-1), _repeated(op, wide_value, query))
     return [cast(op, wide, dtype), key, value]
 

@@ -46,11 +46,11 @@ class DecomposeRotary(DecomposePass):
             x = op.Transpose(op.Reshape(given, [0, 0, heads, -1]), perm=[0, 2, 1, 3])
         width = _width(x, given, heads)
         turned = attribute(node, "rotary_embedding_dim", 0) or width
-        part = x if turned == width else op.Slice(x, [0], [turned], [3], [1])
+        part = x if turned == width else op.Slice(x, [0], [turned], [3])
         rotate = _rotate_pairs if attribute(node, "interleaved", 0) else _rotate_halves
         result = rotate(op, node, part, turned // 2)
         if turned != width:
-            result = op.Concat(result, op.Slice(x, [turned], [_END], [3], [1]), axis=-1)
+            result = op.Concat(result, op.Slice(x, [turned], [_END], [3]), axis=-1)
         if flat:
             result = op.Reshape(op.Transpose(result, perm=[0, 2, 1, 3]), [0, 0, -1])
         return [result]
@@ -66,7 +66,7 @@ def _width(x: onnx_ir.Value, given: onnx_ir.Value, heads: int) -> int:
 
 def _rotate_halves(op: Any, node: onnx_ir.Node, x: onnx_ir.Value, half: int) -> Any:
     cos, sin = (_angles(op, node, index, doubled=True) for index in (1, 2))
-    lower, upper = op.Slice(x, [0], [half], [3], [1]), op.Slice(x, [half], [_END], [3], [1])
+    lower, upper = op.Slice(x, [0], [half], [3]), op.Slice(x, [half], [_END], [3])
     return op.Add(op.Mul(x, cos), op.Mul(op.Concat(op.Neg(upper), lower, axis=-1), sin))
 
 

@@ -382,10 +382,17 @@ def test_a_mask_of_attention_is_bounded_to_what_fp16_has():
     seen = np.ones((2, 1, 3, 8), np.int64)
     seen[1, :, 2], seen[0, :, 0, 4:] = 0, 0
     model = cast(FUSED, feeds={"seen": seen})
-    assert operators(model) == ["Cast", "Where", "Max", "Cast", "Attention"]
+    assert operators(model) == ["Cast", "Where", "IsInf", "Max", "Where", "Cast", "Attention"]
     attention = list(model.graph)[-1]
     assert attention.attributes["softmax_precision"].as_int() == WIDE.value
     assert (dtypes(model)["past.0.key"], dtypes(model)["present.0.key"], dtypes(model)["low"]) == (NARROW, NARROW, WIDE)
+
+
+def test_an_infinite_mask_of_attention_still_hides():
+    seen = np.ones((2, 1, 3, 8), np.int64)
+    seen[1, :, 2] = 0
+    model = cast(FUSED.replace("-1.7014117e38", "-inf"), feeds={"seen": seen})
+    assert dtypes(model)["low"] == WIDE
 
 
 def test_attention_whose_mask_holds_alibi_is_an_island():

@@ -244,6 +244,15 @@ def test_what_layers_share_stands_before_the_first(check_pass):
     check_pass(MergeCommonSubexpressions(), HEADER + LAYERS, matches=3)
 
 
+def test_a_single_number_named_after_a_layer_is_shared():
+    """As exporters name the first use of a constant."""
+    text = LAYERS.replace("int64[1] axis", 'float "layers.0.low" = {-3}, int64[1] axis')
+    operators, _ = merged(
+        text.replace("f0 = Cast <to = 1> (l0)", 'i0 = Cast <to = 1> (l0) f0 = Mul(i0, "layers.0.low")'), 3
+    )
+    assert operators[:7] == ["Shape", "Cast", "Mul", "Add", "Cos", "Unsqueeze", "Gather"]
+
+
 def test_what_one_layer_reads_twice_stays_in_it():
     text = LAYERS.replace("m0 = MatMul(e", "k0 = Cos(e) k1 = Cos(e) k = Mul(k0, k1) m0 = MatMul(k").replace(
         "m1 = MatMul(r0", "j0 = Cos(r0) j1 = Cos(r0) j = Mul(j0, j1) m1 = MatMul(j"

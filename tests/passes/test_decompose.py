@@ -9,6 +9,9 @@ from passopt.ir.functions import local_function
 from passopt.passes.decompose_attention import DecomposeAttention
 from passopt.passes.decompose_rms_norm import DecomposeRmsNorm
 from passopt.passes.decompose_rotary import DecomposeRotary
+from passopt.passes.fuse_attention import FuseAttention
+from passopt.passes.fuse_rms_norm import FuseRmsNorm
+from passopt.passes.fuse_rotary import FuseRotary
 from passopt.passes.legalize import Legalize
 from passopt.testing.checking import check, compare_numbers, read_model
 
@@ -304,14 +307,15 @@ def test_declines_a_negative_scale():
 
 def alibi(kind, cached=True):
     heads = "3" if kind == "float" else "6"
-    inputs = f"{kind}[b,{heads},n,4] q, {kind}[b,3,n,4] k, {kind}[b,3,n,4] v, float[{heads},1,1] a"
+    inputs = f"{kind}[b,{heads},n,4] q, {kind}[b,3,n,4] k, {kind}[b,3,n,4] v"
+    slopes = f"<float[{heads},1,1] a = {{{', '.join(str(0.5**head) for head in range(int(heads)))}}}>"
     rest = f'float[1,"n+p"] c, float[b,1,n,"n+p"] m, {kind}[b,3,p,4] pk, {kind}[b,3,p,4] pv'
     if not cached:
-        text = f"g ({inputs}, float[1,n] c, float[b,1,n,n] m) => ({kind}[b,{heads},n,4] y) {{"
+        text = f"g ({inputs}, float[1,n] c, float[b,1,n,n] m) => ({kind}[b,{heads},n,4] y) {slopes} {{"
         text += " y = passopt.AlibiAttentionNoCache <scale = 0.25> (q, k, v, a, c, m) }"
     else:
         grown = f'{kind}[b,3,"n+p",4]'
-        text = f"g ({inputs}, {rest}) => ({kind}[b,{heads},n,4] y, {grown} nk, {grown} nv) {{"
+        text = f"g ({inputs}, {rest}) => ({kind}[b,{heads},n,4] y, {grown} nk, {grown} nv) {slopes} {{"
         text += " y, nk, nv = passopt.AlibiAttention <scale = 0.25> (q, k, v, a, c, m, pk, pv) }"
     model = read_model('<ir_version: 10, opset_import: ["" : 23, "passopt" : 1]>\n' + text)
     function = local_function("AlibiAttention" if cached else "AlibiAttentionNoCache", 23)
@@ -338,3 +342,63 @@ def test_functions_that_nobody_calls_any_more_go():
     DecomposeAttention().run(model)
     assert not model.functions
     Legalize(opset=18).run(model)
+
+
+# There and back
+
+
+def fused_again(item, fuse, text, **settings):
+    """Decomposed and fused, a graph has its operator back, and its numbers."""
+    original = read_model(HEADER % 23 + text) if isinstance(text, str) else text
+    model, _ = check(item, original, matches=1, **settings)
+    fused, _ = check(fuse, model, matches=1, **{**settings, "tolerance": None})
+    compare_numbers(original, fused, settings.get("tolerance") or 1e-5, settings.get("feeds") or {}, {})
+    wanted = next(node.op_type for node in original.graph)
+    assert [node.op_type for node in fused.graph].count(wanted) == 1
+    return [node.op_type for node in fused.graph]
+
+
+def test_rms_norm_there_and_back():
+    text = "g (float[2,3,5] x, float[5] w) => (float[2,3,5] y) { y = RMSNormalization <epsilon = 0.001> (x, w) }"
+    assert fused_again(DecomposeRmsNorm(), FuseRmsNorm(), text) == ["RMSNormalization"]
+
+
+def test_half_precision_rms_norm_there_and_back():
+    text = "g (float16[2,3,5] x, float16[5] w) => (float16[2,3,5] y) { y = RMSNormalization <epsilon = 0.001> (x, w) }"
+    assert fused_again(DecomposeRmsNorm(), FuseRmsNorm(), text, tolerance=2e-3) == ["RMSNormalization"]
+
+
+@pytest.mark.parametrize("table", ["weight", "input"])
+def test_rotary_there_and_back(table):
+    tables = "<float[7,3] c = random, float[7,3] s = random>"
+    inputs = "" if table == "weight" else ", float[7,3] c, float[7,3] s"
+    text = f"g (float[b,3,n,6] x, int64[b,n] p{inputs}) => (float[b,3,n,6] y) {tables if table == 'weight' else ''}"
+    operators = fused_again(DecomposeRotary(), FuseRotary(), text + " { y = RotaryEmbedding(x, c, s, p) }")
+    assert operators == (["RotaryEmbedding"] if table == "weight" else ["Gather", "Gather", "RotaryEmbedding"])
+
+
+CACHED = "float[2,6,4,6] q, float[2,3,4,6] k, float[2,3,4,6] v, float[4,7] m, float[2,3,3,6] pk, float[2,3,3,6] pv"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "call", "outputs"),
+    [
+        (f"{QKV}, float[4,7] m", "y = Attention <scale = 0.7> (q, k, v, m)", "float[2,3,4,5] y"),
+        (f"{QKV}, float[4,7] m", "y = Attention <softcap = 1.5> (q, k, v, m)", "float[2,3,4,5] y"),
+        (
+            CACHED,
+            "y, nk, nv = Attention (q, k, v, m, pk, pv)",
+            "float[2,6,4,6] y, float[2,3,7,6] nk, float[2,3,7,6] nv",
+        ),
+    ],
+)
+def test_attention_there_and_back(inputs, call, outputs):
+    text = attention(inputs, call, outputs)
+    operators = fused_again(DecomposeAttention(), FuseAttention(), text, feeds={"m": MASK[0, 0]})
+    assert not {"MatMul", "Softmax", "Expand"} & set(operators)
+
+
+def test_alibi_there_and_back():
+    feeds = {"c": np.arange(8, dtype=np.float32)[None]}
+    operators = fused_again(DecomposeAttention(), FuseAttention(), alibi("float"), feeds=feeds)
+    assert not {"MatMul", "Softmax"} & set(operators)
