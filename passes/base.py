@@ -111,7 +111,8 @@ class Pass(abc.ABC):
 
     `after` names passes that must come earlier if they are in the pipeline at all; it is validated, never sorted by.
     `makes` names the operators that stand for the pass's success, such as "Attention" or "passopt::AlibiAttention":
-    expectations count them in the final graph instead of the matches.
+    expectations count them in the final graph instead of the matches; before a pass that `decomposes` them, if one is
+    asked for.
     `accuracy` is EXACT, REASSOCIATED or lossy(budget), and checked by `--verify-each=numeric`. A pass that gives graph
     inputs or outputs another dtype or shape by design `changes_interface`; one whose rules look at the numbers of
     checkpoint weights `reads_weights`, and is checked on those instead of random ones.
@@ -120,6 +121,7 @@ class Pass(abc.ABC):
     name: ClassVar[str]
     after: ClassVar[tuple[str, ...]] = ()
     makes: ClassVar[tuple[str, ...]] = ()
+    decomposes: ClassVar[tuple[str, ...]] = ()
     accuracy: ClassVar[Accuracy] = EXACT
     changes_interface: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False

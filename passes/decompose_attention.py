@@ -35,7 +35,7 @@ class DecomposeAttention(DecomposePass):
     name = "decompose-attention"
     accuracy = REASSOCIATED
     after = ("fuse-attention",)
-    decomposes = (("", "Attention"), (DOMAIN, ALIBI_ATTENTION), (DOMAIN, ALIBI_ATTENTION_NO_CACHE))
+    decomposes = ("Attention", f"{DOMAIN}::{ALIBI_ATTENTION}", f"{DOMAIN}::{ALIBI_ATTENTION_NO_CACHE}")
 
     def run(self, model: onnx_ir.Model) -> PassResult:
         """As all decompositions; then the functions go that nobody calls any more."""

@@ -24,7 +24,7 @@ class DecomposeRmsNorm(DecomposePass):
     name = "decompose-rms-norm"
     accuracy = REASSOCIATED
     after = ("fuse-rms-norm",)
-    decomposes = (("", "RMSNormalization"),)
+    decomposes = ("RMSNormalization",)
 
     def expand(self, op: Rewriter, node: onnx_ir.Node) -> Sequence[onnx_ir.Value]:
         x, weight = required(node, 0), required(node, 1)

@@ -32,7 +32,7 @@ class DecomposeRotary(DecomposePass):
     name = "decompose-rotary"
     accuracy = REASSOCIATED
     after = ("fuse-rotary",)
-    decomposes = (("", "RotaryEmbedding"),)
+    decomposes = ("RotaryEmbedding",)
 
     def expand(self, op: Rewriter, node: onnx_ir.Node) -> Sequence[onnx_ir.Value]:
         given = required(node, 0)

@@ -15,12 +15,11 @@ from passopt.passes.rewriting import Rewriter
 
 
 class DecomposePass(Pass):
-    """Replaces every node of the operators `decomposes`, as (domain, operator), by what `expand` builds.
+    """Replaces every node of the operators that it `decomposes` by what `expand` builds.
 
     `expand` gives one value per output and may raise Decline. Nodes whose outputs nobody reads are left to dead-code.
     """
 
-    decomposes: ClassVar[tuple[tuple[str, str], ...]]
     accuracy: ClassVar[Accuracy] = REASSOCIATED
 
     @abc.abstractmethod
@@ -32,9 +31,10 @@ class DecomposePass(Pass):
         editor = Editor(model, self.name)
         result = PassResult()
         memory: dict[Hashable, onnx_ir.Value] = {}
+        kinds = {tuple(text.rpartition("::")[::2]) for text in self.decomposes}
         for node in list(model.graph):
             read = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-            if (node.domain, node.op_type) not in self.decomposes or not read:
+            if (node.domain, node.op_type) not in kinds or not read:
                 continue
             result.tries += 1
             op = Rewriter(editor.opset, editor.unique, node.outputs[0].name or node.op_type, memory)

@@ -146,6 +146,18 @@ def test_a_local_function_is_one_node_whatever_its_body_holds(parsed):
     run_passes(model, [making("mine", "Neg")], expectations=[parse_expectation("mine==0", ["mine"])])
 
 
+def test_what_is_decomposed_on_purpose_is_counted_before(model):
+    def run(model):
+        model.graph[-1].op_type = "Abs"
+
+    later = made("later", run)
+    expected = [parse_expectation("mine==1", ["mine"])]
+    with pytest.raises(ExpectationError, match="the graph has 0 nodes Neg"):
+        run_passes(model.clone(), [making("mine", "Neg"), later], expectations=expected)
+    type(later).decomposes = ("Neg",)
+    run_passes(model.clone(), [making("mine", "Neg"), later], expectations=expected)
+
+
 def test_operators_that_are_missing_are_named(model):
     lines = unmet(model, [making("mine", "Attention", "passopt::AlibiAttention")], "mine==2")
     assert lines[0] == (
