@@ -18,6 +18,9 @@ _NAME = re.compile(r"[\w./:]*\w")
 _NUMBERED = re.compile(r"(?=[\w./:]*[A-Za-z])[\w./:]+")
 #: Misses of fewer nodes are places of their own, whatever they share.
 _LEAST_SHARED = 3
+#: The label of an optional operator that is not there, which goes without saying; and how many others are said.
+_DEFAULT = "absent"
+_LABELS = 4
 _DIGITS = re.compile(r"\d+")
 
 
@@ -48,8 +51,8 @@ class Miss:
 
     @property
     def is_near(self) -> bool:
-        """At least half of the pattern fits."""
-        return self.reason is not None or (self.matched > 0 and 2 * self.matched >= self.total)
+        """More than half of the pattern fits."""
+        return self.reason is not None or 2 * self.matched > self.total
 
     @functools.cached_property
     def key(self) -> tuple[object, ...]:
@@ -128,7 +131,8 @@ class Group:
     def lines(self, differences: int = 1) -> list[str]:
         """The title, the first differences, and where to look."""
         first = self.example
-        labels = ", ".join(f"{name}={label}" for name, label in first.labels.items())
+        chosen = [f"{name}={label}" for name, label in first.labels.items() if label != _DEFAULT]
+        labels = ", ".join(chosen[:_LABELS]) + (" …" if len(chosen) > _LABELS else "")
         rule = f"rule {first.rule_name} ({short_rule(first.rule)})" if first.rule_name else ""
         tail = "; ".join(part for part in (first.origin, rule, labels) if part)
         return [self.title, *(f"    {line}" for line in (*first.lines(differences), tail) if line)]

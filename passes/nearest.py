@@ -41,7 +41,7 @@ from passopt.passes.pattern import (
     Weight,
     outputs_of,
 )
-from passopt.passes.pattern_walks import behind, choices, may_stand_for, readers, same_operator
+from passopt.passes.pattern_walks import behind, choices, is_landmark, may_stand_for, readers, same_operator
 
 #: Attempts that are followed at the same time; a rule has few commuted inputs that matter at once.
 _BEAM = 6
@@ -228,13 +228,13 @@ class _Search:
         for source in behind(node, pattern):
             extra = dataclasses.replace(difference, kind="extra", owner=None)
             found += self.node(attempt.differs(extra), pattern, source)
-        if place is not None:
+        if place is not None and not is_landmark(pattern):
             found += self._absent(attempt, pattern, place, difference)
         if may_stand_for(node, pattern):
             taken = attempt.differs(difference).lays(pattern, node)
             found += [_settled(option, pattern) for option in self._inputs(taken, pattern, node)]
             return _best(found)
-        for child in children(pattern):
+        for child in children(pattern) if not is_landmark(pattern) else ():
             for source in behind(node, child.node, 1):
                 found += self.node(attempt.differs(difference, self._without(pattern, child)), child.node, source)
         return _best(found)

@@ -20,8 +20,11 @@ from passopt.passes.pattern import (
 
 #: Operators that may stand between two nodes of a pattern, in a row.
 _EXTRA_IN_A_ROW = 2
-#: Operators that an exporter does not slip in between others: what lies behind them is another part of the model.
-_NOT_EXTRA = frozenset({"MatMul", "Gemm", "Conv", "Gather", "Attention", "Softmax"})
+#: Operators that no exporter slips in or leaves out: what lies behind them is another part of the model.
+_LANDMARKS = frozenset(
+    {"MatMul", "Gemm", "Conv", "Gather", "Softmax", "Attention", "AlibiAttention", "AlibiAttentionNoCache"}
+    | {"LayerNormalization", "RMSNormalization", "RotaryEmbedding"}
+)
 
 
 def choices(root: ValuePattern) -> list[tuple[Output, dict[str, str]]]:
@@ -42,7 +45,7 @@ def behind(node: onnx_ir.Node, pattern: NodePattern, levels: int = _EXTRA_IN_A_R
     """The nodes of the pattern's operator that `node` computes from, through a few others."""
     edge, found = [node], dict[onnx_ir.Node, None]()
     for _ in range(levels):
-        edge = [item for item in edge if item.op_type not in _NOT_EXTRA]
+        edge = [item for item in edge if not is_landmark(item)]
         sources = dict.fromkeys(
             producer for item in edge for value in item.inputs if value is not None and (producer := value.producer())
         )
@@ -51,9 +54,14 @@ def behind(node: onnx_ir.Node, pattern: NodePattern, levels: int = _EXTRA_IN_A_R
     return list(found)
 
 
+def is_landmark(item: NodePattern | onnx_ir.Node) -> bool:
+    """True for operators that are not stepped over."""
+    return item.op_type in _LANDMARKS
+
+
 def may_stand_for(node: onnx_ir.Node, pattern: NodePattern) -> bool:
     """True if the node could be another spelling of the pattern node, of the same inputs: Mul for Div."""
-    if (node.op_type in _NOT_EXTRA) != (pattern.op_type in _NOT_EXTRA) or len(node.inputs) != len(pattern.inputs):
+    if is_landmark(node) != is_landmark(pattern) or len(node.inputs) != len(pattern.inputs):
         return False
     producers = {producer for value in node.inputs if value is not None and (producer := value.producer())}
     return any(same_operator(child.node, producer) for child in children(pattern) for producer in producers)
