@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(add)
     _add_looking(add)
     _add_why(add)
+    _add_replay(add)
     return parser
 
 
@@ -160,6 +161,7 @@ def _add_run(add: Any) -> None:
         "--rewrite-limit", type=_count, metavar="N", help="apply the first N rewrites only; a whole-graph pass is one"
     )
     command.add_argument("--expect", metavar="PASS==N", action="append", default=[], help="exit 4 if it does not hold")
+    command.add_argument("--reproducer", metavar="DIR", help="if a pass fails (default: beside the output)")
     command.add_argument("--dry-run", action="store_true", help="write nothing; print the exact bytes of the output")
     command.add_argument("--json", action="store_true", help="the result as JSON")
 
@@ -207,6 +209,16 @@ def _add_looking(add: Any) -> None:
     )
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--json", action="store_true")
+
+
+def _add_replay(add: Any) -> None:
+    command = add(
+        "replay",
+        "replay",
+        "Run the failing pass of a reproducer again: exit 1 if it still fails, 0 if it does not.",
+        "passopt replay model.int8.reproducer",
+    )
+    command.add_argument("directory", metavar="DIR", help="what passopt run left where a pass failed")
 
 
 def _add_why(add: Any) -> None:

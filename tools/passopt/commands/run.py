@@ -14,7 +14,7 @@ import onnx_ir
 from passopt import __version__
 from passopt.commands.progress import Progress
 from passopt.ir.contract import degree_of
-from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.errors import ExpectationError, ModelError, PassoptError, UsageError
 from passopt.ir.files import load_model, model_path
 from passopt.ir.sources import identify
 from passopt.ir.text import print_model
@@ -24,6 +24,7 @@ from passopt.passes.instruments import Dump, PrintAfter, rule_table, summary_tab
 from passopt.passes.limits import RewriteLimit, set_rewrite_limit
 from passopt.passes.manager import Instrument, PassRecord, run_passes
 from passopt.passes.pipeline_spec import Resolved, Step, resolve
+from passopt.reproducer import Position, free_name, write_reproducer
 from passopt.targets.manifest import read_manifest
 from passopt.targets.onnx_files import OutputFacts, OutputPlan, plan_output, write_output, write_reference_output
 
@@ -45,22 +46,27 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--emit=text prints the model on stdout and nothing else; drop -o, --json and --stats")
     if output.exists() and not options.dry_run and options.emit == "files":
         raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
+    if options.reproducer and Path(options.reproducer).exists():
+        raise UsageError(f"{options.reproducer}: exists. Name a new folder for --reproducer")
     model = load_model(path)
     if limit is not None:
         set_rewrite_limit(model, limit)
-    instruments = _instruments(options, names)
-    if options.verify_each == "numeric":
-        from passopt.numeric.check import NumericCheck
-
-        instruments.append(NumericCheck())
-    records = run_passes(
-        model,
-        pipeline.passes,
-        verify=options.verify_each != "off",
-        instruments=instruments,
-        expectations=expectations,
-        time_rules=options.stats is not None,
-    )
+    position = Position()
+    try:
+        records = run_passes(
+            model,
+            pipeline.passes,
+            verify=options.verify_each != "off",
+            instruments=[position, *_instruments(options, names)],
+            expectations=expectations,
+            time_rules=options.stats is not None,
+        )
+    except (UsageError, ExpectationError):
+        raise
+    except PassoptError as error:
+        if position.index is not None:
+            _reproduce(options, path, output, pipeline, position.index, error)
+        raise
     if limit is not None:
         _to_stderr(f"passopt run: {limit}\n")
     if options.emit == "text":
@@ -93,6 +99,31 @@ def write_with_progress(model: onnx_ir.Model, output: Path, plan: OutputPlan, fa
         progress.close()
     for name, count in report.overflows.items():
         print(f"warning: {name}: {count} values overflow fp16 and became infinite", file=sys.stderr)
+
+
+def _reproduce(
+    options: argparse.Namespace, path: Path, output: Path, pipeline: Resolved, index: int, error: PassoptError
+) -> None:
+    """Write a reproducer and say so in the error: the passes before the failing one run again, on the model as read."""
+    if options.reproducer:
+        folder = Path(options.reproducer)
+    elif options.dry_run or options.emit == "text":
+        return  # runs that write nothing leave nothing behind
+    else:
+        folder = free_name(output.with_name(f"{output.name}.reproducer"))
+    try:
+        model = load_model(path)
+        limit = RewriteLimit(options.rewrite_limit) if options.rewrite_limit is not None else None
+        if limit is not None:
+            set_rewrite_limit(model, limit)
+        run_passes(model, pipeline.passes[:index], verify=False)
+        rest = None if limit is None else limit.limit - limit.used
+        write_reproducer(folder, model, pipeline.passes[index:], error, options.verify_each, rest)
+    except PassoptError as other:
+        note = f"no reproducer was written: {other}"
+    else:
+        note = f"run it again with: passopt replay {folder}"
+    error.args = (f"{error}\n{note}",)
 
 
 def _identity(path: Path) -> dict[str, object]:
@@ -139,6 +170,10 @@ def _instruments(options: argparse.Namespace, known: list[str]) -> list[Instrume
         found.append(PrintAfter(_to_stderr, names if len(names) == len(options.print_after) else ()))
     if options.print_after_change:
         found.append(PrintAfter(_to_stderr, only_changes=True))
+    if options.verify_each == "numeric":
+        from passopt.numeric.check import NumericCheck
+
+        found.append(NumericCheck())
     if options.dump_dir:
         directory = Path(options.dump_dir)
         if directory.exists() and any(directory.iterdir()):

@@ -27,6 +27,8 @@ from passopt.passes.base import Pass
 from passopt.passes.manager import Instrument, PassRecord
 from passopt.passes.rewriting import RewritePass
 
+#: Elements of the weights of a reproducer, where that is enough to show the violation.
+_SMALL_WEIGHT = 1 << 18
 _COLLECTIVES = frozenset({"AllReduce", "AllGather"})
 
 
@@ -162,11 +164,21 @@ class _Checker:
             # A rule may have looked at the weights; what holds on the real ones is right.
             real, outcome = True, comparison.run(real=True)
         if not outcome.ok:
-            raise Violation(self._message(rule, found, outcome), comparison, outcome, real)
+            message = self._message(rule, found, outcome)
+            raise Violation(message, *self._smallest(found, comparison, outcome, real), real)
         self.summary.distinct += 1
         self.summary.shortened.update(comparison.shortened)
         if outcome.error >= self.summary.worst:
             self.summary.worst, self.summary.budget = outcome.error, outcome.budget
+
+    def _smallest(self, found: Cut, comparison: Comparison, outcome: Outcome, real: bool) -> tuple[Comparison, Outcome]:
+        """The same violation with shortened weights, if it shows there too: a reproducer should be small."""
+        with contextlib.suppress(Unchecked):
+            small = prepare(found, self._lengths, self.item.accuracy, _SMALL_WEIGHT)
+            again = small.run(real=real)
+            if not again.ok and not again.problem:
+                return small, again
+        return comparison, outcome
 
     def _message(self, rule: str, found: Cut, outcome: Outcome) -> str:
         root = next(root for root in found.before.roots if root.name == outcome.root)

@@ -14,7 +14,7 @@ from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import FLOATS, DataType, Expression
 from passopt.ir.twin import fp32_twin
 from passopt.numeric.lengths import DRAWS, Draw, Lengths
-from passopt.numeric.models import Runnable, runnable, shortened_axes
+from passopt.numeric.models import LARGEST_WEIGHT, Runnable, runnable, shortened_axes
 from passopt.numeric.regions import Cut, Unchecked
 from passopt.numeric.sampling import Sampler, index_bounds
 from passopt.numeric.weights import SampledEvaluator
@@ -85,6 +85,11 @@ class Comparison:
         assert worst is not None
         return worst
 
+    def inputs(self, draw: Draw, *, real: bool) -> dict[str, Array]:
+        """All inputs of both models in one draw, weights included, by name."""
+        leaves = next(leaves for other, leaves in self.draws if other == draw)
+        return {**_feeds(self.before, leaves, real), **_feeds(self.after, leaves, real)}
+
     def _outcome(self, draw: Draw, expected: Sequence[Array], found: Sequence[Array] | ModelError) -> Outcome:
         worst: Outcome | None = None
         for index, root in enumerate(self.cut.before.roots):
@@ -101,9 +106,12 @@ class Comparison:
         return worst
 
 
-def prepare(cut: Cut, lengths: Sequence[Lengths], accuracy: Accuracy) -> Comparison:
-    """Models and leaves of both sides. `lengths` belong to the draws, in order. Raises Unchecked."""
-    shortened = shortened_axes(cut)
+def prepare(cut: Cut, lengths: Sequence[Lengths], accuracy: Accuracy, largest: int = LARGEST_WEIGHT) -> Comparison:
+    """Models and leaves of both sides. `lengths` belong to the draws, in order. Raises Unchecked.
+
+    Axes of weights of more than `largest` elements are shortened.
+    """
+    shortened = shortened_axes(cut, largest)
     before, after = (_fp32(runnable(region, shortened)) for region in (cut.before, cut.after))
     weights = [*before.weights.values(), *after.weights.values()]
     count = len(DRAWS)
@@ -144,17 +152,29 @@ def _results(side: Runnable, feeds: Sequence[Mapping[str, Array]], real: bool) -
         session = Session(side.model, optimize=False)
     except ModelError as error:
         return [error] * len(feeds)
-    wanted = {value.name or "": value.dtype for value in side.model.graph.inputs}
-    with (Evaluator if real else SampledEvaluator)() as evaluator:
-        weights = {name: _evaluated(evaluator, weight) for name, weight in side.weights.items()}
+    weights = _weights(side, real)
     results: list[Sequence[Array] | ModelError] = []
     for leaves in feeds:
-        given = {name: _as(leaves[name], dtype) for name, dtype in wanted.items() if name in leaves}
         try:
-            results.append(list(session.run({**given, **weights}).values()))
+            results.append(list(session.run({**_given(side, leaves), **weights}).values()))
         except ModelError as error:
             results.append(error)
     return results
+
+
+def _feeds(side: Runnable, leaves: Mapping[str, Array], real: bool) -> dict[str, Array]:
+    return {**_given(side, leaves), **_weights(side, real)}
+
+
+def _given(side: Runnable, leaves: Mapping[str, Array]) -> dict[str, Array]:
+    """The leaves that the side reads, in its own dtypes: a pass may have changed them."""
+    wanted = {value.name or "": value.dtype for value in side.model.graph.inputs}
+    return {name: _as(leaves[name], dtype) for name, dtype in wanted.items() if name in leaves}
+
+
+def _weights(side: Runnable, real: bool) -> dict[str, Array]:
+    with (Evaluator if real else SampledEvaluator)() as evaluator:
+        return {name: _evaluated(evaluator, weight) for name, weight in side.weights.items()}
 
 
 def _evaluated(evaluator: Evaluator, weight: Expression) -> Array:

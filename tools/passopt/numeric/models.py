@@ -23,7 +23,7 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 #: Elements of the largest weight that is run at its true shape: half a GiB in fp32. Where only weights are computed
 #: with, the results are as large as they are, so it is less.
-_LARGEST_WEIGHT = 1 << 27
+LARGEST_WEIGHT = 1 << 27
 _LARGEST_RESULT = 1 << 25
 #: Of an axis that is longer than can be run, as many are kept.
 _KEPT = 384
@@ -37,10 +37,11 @@ class Runnable:
     weights: Mapping[str, Expression]
 
 
-def shortened_axes(cut: Cut) -> dict[int, int]:
-    """Lengths that stand for an axis of a weight which is too large, and what is kept of them."""
+def shortened_axes(cut: Cut, largest: int) -> dict[int, int]:
+    """Lengths that stand for an axis of a weight of more than `largest` elements, and what is kept of them."""
     kept: dict[int, int] = {}
-    largest = _LARGEST_WEIGHT if cut.before.leaves or cut.after.leaves else _LARGEST_RESULT
+    if not cut.before.leaves and not cut.after.leaves:
+        largest = min(largest, _LARGEST_RESULT)
     for weight in (*cut.before.weights, *cut.after.weights):
         expression = expression_of(weight)
         assert expression is not None

@@ -47,9 +47,15 @@ class Region:
     roots: tuple[onnx_ir.Value, ...]
     side: Side
 
+    def read_leaves(self) -> list[onnx_ir.Value]:
+        """The leaves whose numbers count; of others only the shape is asked, which is known."""
+        readers = (node for node in self.nodes if node.domain or node.op_type not in {"Shape", "Size"})
+        read = {value for node in readers for value in node.inputs} | set(self.roots)
+        return [leaf for leaf in self.leaves if leaf in read]
+
     def open_leaves(self) -> list[onnx_ir.Value]:
-        """The leaves that stand inside of the graph, and so could be computed too."""
-        return [leaf for leaf in self.leaves if leaf.producer() is not None]
+        """Those of `read_leaves` that stand inside of the graph, and so could be computed too."""
+        return [leaf for leaf in self.read_leaves() if leaf.producer() is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +87,8 @@ def cut(request: Request, has_shape: Callable[[onnx_ir.Value], bool], position: 
     for _ in range(_WIDENINGS):
         before = _region(request.old_roots, request.inside_before | widened, request.before)
         after = _region(request.new_roots, request.inside_after | widened, request.after)
-        names = {leaf.name for leaf in before.leaves}
-        foreign = [leaf for leaf in after.leaves if leaf.name not in names and _is_data(request.after, leaf)]
+        names = {leaf.name for leaf in before.read_leaves()}
+        foreign = [leaf for leaf in after.read_leaves() if leaf.name not in names and _is_data(request.after, leaf)]
         shapeless = [leaf for leaf in (*before.leaves, *after.leaves) if not has_shape(leaf)]
         candidates = [leaf for leaf in shapeless if leaf.producer() is not None]
         if foreign and not candidates:
@@ -95,8 +101,7 @@ def cut(request: Request, has_shape: Callable[[onnx_ir.Value], bool], position: 
             break
         widened |= derived
     else:
-        what = shapeless or foreign
-        raise Unchecked(f"{what[0].name} is far from what it stands for, or of unknown shape")
+        raise Unchecked("the values that it is computed from depend on each other over too many nodes")
     if shapeless:
         raise Unchecked(f"the shape of the input {shapeless[0].name} is unknown")
     return Cut(before, after)
@@ -104,7 +109,7 @@ def cut(request: Request, has_shape: Callable[[onnx_ir.Value], bool], position: 
 
 def _derived(region: Region) -> set[str]:
     """Names of values between leaves: those of a leaf that follows from the other leaves within a few nodes."""
-    leaves = set(region.leaves)
+    leaves = set(region.read_leaves())
     for leaf in region.open_leaves():
         between = _between(leaf, leaves, region.side)
         if between:
