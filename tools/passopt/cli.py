@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=summary, description=summary, epilog=f"example:\n  {example}", formatter_class=raw
         )
-        command.set_defaults(module=module, function={"print": "print_"}.get(name, name))
+        command.set_defaults(module=module, function={"print": "print_"}.get(name, name.replace("-", "_")))
         return command
 
     _add_export(add)
@@ -188,6 +188,14 @@ def _add_verify(add: Any) -> None:
 def _add_looking(add: Any) -> None:
     command = add("list", "look", "List passes and named pipelines with their options.", "passopt list --json")
     command.add_argument("--json", action="store_true")
+    command = add(
+        "new-pass",
+        "new_pass",
+        "Write a new pass and its tests, which run at once: in a checkout of passopt, or as a package of its own.",
+        "passopt new-pass fuse-silu",
+    )
+    command.add_argument("name", metavar="NAME", help="verb-object, such as fuse-silu")
+    command.add_argument("--directory", metavar="DIR", help="default: this checkout, or a new folder called NAME")
     command = add(
         "explain",
         "explain",
