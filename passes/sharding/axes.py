@@ -15,7 +15,7 @@ ELEMENTWISE = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mod", "And", "Or", "Xor", "Not", "Equal", "Greater", "Less"}
     | {"GreaterOrEqual", "LessOrEqual", "Where", "Sqrt", "Reciprocal", "Neg", "Sigmoid", "Tanh", "Exp", "Log", "Erf"}
     | {"Abs", "Relu", "Gelu", "Cast", "Identity", "Clip", "IsNaN", "Cos", "Sin", "Floor", "Ceil", "Round", "Softplus"}
-    | {"Swish", "HardSwish", "LeakyRelu", "Elu", "Sum", "CastLike"}
+    | {"Swish", "HardSwish", "LeakyRelu", "Elu", "Sum", "CastLike", "IsInf", "Sign"}
 )
 
 
