@@ -124,6 +124,23 @@ def _slices_all(node: onnx_ir.Node, axis: int, axes: Sequence[int] | None) -> bo
     return int(starts.reshape(-1)[position]) == 0 and whole
 
 
+def slice_bounds(node: onnx_ir.Node, axis: int) -> tuple[int, int] | None:
+    """Start and end along an axis of known length, counted from the front; None if they are not constant."""
+    starts, ends = small_constant(node.inputs[1]), small_constant(node.inputs[2])
+    length = products(node.inputs[0])[axis]
+    if starts is None or ends is None or length is None or length.symbols or not _steps_by_one(node):
+        return None
+    position = sliced_position(node, axis)
+    start, end, _ = slice(int(starts.reshape(-1)[position]), int(ends.reshape(-1)[position])).indices(length.number)
+    return start, end
+
+
+def sliced_position(node: onnx_ir.Node, axis: int) -> int:
+    """Which element of a Slice's starts and ends is for this axis."""
+    axes = constant_axes(node, 3, ndim_of(node.inputs[0]))
+    return axes.index(axis) if axes is not None else axis
+
+
 def _steps_by_one(node: onnx_ir.Node) -> bool:
     if len(node.inputs) < 5 or node.inputs[4] is None:
         return True

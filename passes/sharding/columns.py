@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import onnx_ir
 
 from passopt.ir.weights import small_constant
-from passopt.passes.sharding.axes import moved_axis, product_of, products, selects_along
+from passopt.passes.sharding.axes import moved_axis, product_of, products, selects_along, slice_bounds
 
 _FURTHEST = 24
 
@@ -38,6 +38,10 @@ def column_layout(value: onnx_ir.Value, axis: int, length: int) -> ColumnLayout:
             segments *= len(widths)
             found = _next_division(node.outputs[0], axes[0])
             continue
+        if node.op_type == "Slice":
+            segments *= _equal_slices(node, axes[0])
+            found = _next_division(node.outputs[0], axes[0])
+            continue
         output = node.outputs[0]
         leading = _length(output, axes[0])
         if not _is_indexed(output, axes[0]):
@@ -52,8 +56,10 @@ def column_layout(value: onnx_ir.Value, axis: int, length: int) -> ColumnLayout:
 
 
 def _next_division(value: onnx_ir.Value, axis: int) -> tuple[onnx_ir.Node, list[int]] | None:
-    """The first Reshape or Split downstream that divides the axis, with the output axes it becomes."""
+    """The first Reshape, Split or Slice downstream that divides the axis, with the output axes it becomes."""
     for node, index, position in _followed(value, axis):
+        if node.op_type == "Slice" and selects_along(node, index, position) and _equal_slices(node, position):
+            return node, [position]
         if node.op_type == "Split" and index == 0 and selects_along(node, 0, position):
             return node, [position]
         if node.op_type == "Reshape" and index == 0:
@@ -61,6 +67,19 @@ def _next_division(value: onnx_ir.Value, axis: int) -> tuple[onnx_ir.Node, list[
             if len(axes) > 1:
                 return node, axes
     return None
+
+
+def _equal_slices(node: onnx_ir.Node, axis: int) -> int:
+    """How many equal parts this Slice and its siblings divide an axis into; 0 if the parts are not equal."""
+    value = node.inputs[0]
+    assert value is not None
+    slices = [use.node for use in value.uses() if use.idx == 0 and use.node.op_type == "Slice"]
+    found = {slice_bounds(each, axis) for each in slices if selects_along(each, 0, axis)}
+    bounds = sorted(item for item in found if item is not None)
+    length = _length(value, axis)
+    width = length // len(bounds) if bounds else 0
+    equal = [(start, start + width) for start in range(0, length, width or length)]
+    return len(bounds) if bounds == equal and None not in found else 0
 
 
 def _is_indexed(value: onnx_ir.Value, axis: int) -> bool:

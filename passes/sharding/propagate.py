@@ -136,9 +136,9 @@ class Propagation:
             name = value.name if value is not None else "an absent input"
             raise Conflict(f"{name} meets what is {alike}, so it must be replicated, but it is {found}")
 
-    def shrink_target(self, node: onnx_ir.Node, position: int, spec: Sharded) -> None:
-        """Element `position` of the target shape (input 1) must become the length of one rank. Raises Conflict."""
-        known = self.targets.setdefault(Use(node, 1), (position, spec))
+    def shrink_target(self, node: onnx_ir.Node, position: int, spec: Sharded, index: int = 1) -> None:
+        """Element `position` of the target shape, input `index`, must become a length of one rank. Raises Conflict."""
+        known = self.targets.setdefault(Use(node, index), (position, spec))
         if known[0] != position or not self.agree(known[1], spec):
             raise Conflict(f"its target is shrunk for {known[1]} already, but must be for {spec}")
 

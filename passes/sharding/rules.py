@@ -21,6 +21,8 @@ from passopt.passes.sharding.axes import (
     ndim_of,
     products,
     selects_along,
+    slice_bounds,
+    sliced_position,
     source_axis,
 )
 from passopt.passes.sharding.captures import check_captures
@@ -160,6 +162,23 @@ def _moving(state: Propagation, node: onnx_ir.Node) -> Spec:
     if axis is None:
         raise Conflict(f"axis {spec.axis}, which is {spec}, does not survive this operator")
     return spec.at(axis)
+
+
+def _slice(state: Propagation, node: onnx_ir.Node) -> Spec:
+    """Of the sharded axis, whole segments: every rank takes its share of them."""
+    spec = state.spec(node, 0)
+    if not isinstance(spec, Sharded) or not selects_along(node, 0, spec.axis) or spec.segments == ONE:
+        return _moving(state, node)
+    bounds, length = slice_bounds(node, spec.axis), products(node.inputs[0])[spec.axis]
+    width = length.divided_by(spec.segments) if length is not None else None
+    if bounds is None or width is None or any(bound % width.number for bound in bounds):
+        raise Conflict(f"picks {bounds} along axis {spec.axis}, which is {spec}")
+    start, end = bounds
+    position = sliced_position(node, spec.axis)
+    for index, bound in ((1, start), (2, end)):
+        if 0 < bound < length.number:  # type: ignore[union-attr]
+            state.shrink_target(node, position, spec, index)
+    return dataclasses.replace(spec, segments=Product((end - start) // width.number))
 
 
 def _squeeze(state: Propagation, node: onnx_ir.Node) -> Spec:
@@ -302,7 +321,8 @@ _SEEDING = frozenset({"MatMul", "Gemm", "Gather"})
 _FORWARD: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_REDUCTIONS, _reduction),
-    **dict.fromkeys(("Transpose", "Unsqueeze", "Slice"), _moving),
+    **dict.fromkeys(("Transpose", "Unsqueeze"), _moving),
+    "Slice": _slice,
     "Squeeze": _squeeze,
     "Softmax": _softmax,
     **dict.fromkeys(("Gather", "GatherND"), _gather),

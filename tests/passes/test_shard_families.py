@@ -373,3 +373,35 @@ def test_a_prefill_graph_leaves_its_cache_on_the_ranks(degree, pad):
     assert collectives(model) == {"AllReduce": 1}
     assert model.metadata_props[KV_HEADS] == "6"
     assert model.graph.outputs[1].shape[1] == -(-6 // degree)
+
+
+GATED = """<ir_version: 10, opset_import: ["" : 18]>
+    mlp (float[batch,seq,10] x) => (float[batch,seq,10] y)
+    <float[10,36] w = random, float[36] b = random, float[{down},10] wo = random, int64[1] v0 = {{0}},
+     int64[1] v12 = {{12}}, int64[1] v18 = {{18}}, int64[1] v24 = {{24}}, int64[1] v36 = {{36}},
+     int64[1] back = {{-12}}, int64[1] end = {{9223372036854775807}}, int64[1] axis = {{2}}, int64[1] last = {{-1}}> {{
+        p = MatMul(x, w)
+        pb = Add(p, b)
+        {body}
+        [mine] y = MatMul(h, wo)
+    }}"""
+TWO = "g = Slice(pb, v0, v18, axis) u = Slice(pb, v18, end, last) s = Sigmoid(g) h = Mul(s, u)"
+THREE = "a = Slice(pb, v0, v12, axis) c = Slice(pb, v12, v24, axis) d = Slice(pb, back, v36, axis) h = Sum(a, c, d)"
+
+
+@pytest.mark.parametrize(("body", "segments"), [(TWO, 2), (THREE, 3)])
+@pytest.mark.parametrize(("degree", "pad"), [(2, False), (5, True)])
+def test_equal_slices_are_segments(body, segments, degree, pad):
+    model, _ = check(Shard(degree, pad), GATED.format(body=body, down=36 // segments))
+    weights = [expression_of(model.graph.initializers[name]) for name in ("w", "b")]
+    assert [(weight.segments, weight.shape[-1]) for weight in weights] == [
+        (segments, segments * -(-36 // segments // degree))
+    ] * 2
+
+
+@pytest.mark.parametrize("start", ["v0", "v12"])
+def test_slices_that_are_no_partition_are_refused(start):
+    body = f"g = Slice(pb, {start}, v18, axis) u = Slice(pb, v18, end, last) h = Concat<axis=2>(g, u)"
+    down = 36 if start == "v0" else 24
+    with pytest.raises(PassError, match="picks elements along axis 2|joins along axis 2"):
+        Shard(2).run(read_model(GATED.format(body=body, down=down)))
