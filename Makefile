@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stock full-size clean
+.PHONY: demo test check stock full-size why-docs clean
 
 demo: $(INSTALLED)  ## the main job end to end on two tiny models
 	$(BIN)/python tools/demo.py
@@ -23,6 +23,9 @@ stock: $(INSTALLED)  ## make stock STOCK=DIR: the same on published remote code 
 
 full-size: $(INSTALLED)  ## time, memory and exact bytes on the published sizes, without weights
 	$(BIN)/python tools/full_size.py
+
+why-docs: $(INSTALLED)  ## docs/why.md, from what `passopt why` prints
+	$(BIN)/python tools/why_docs.py
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "setting up $(VENV), a minute or two"

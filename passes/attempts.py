@@ -11,6 +11,9 @@ import onnx_ir
 from passopt.passes.differences import Difference, Words
 from passopt.passes.pattern import NodePattern
 
+#: Kinds of differences at a node of the right operator.
+DETAILS = frozenset({"attribute", "constant", "weight", "value", "inputs", "outputs"})
+
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
@@ -29,8 +32,12 @@ class Attempt:
 
     @property
     def score(self) -> int:
-        """A difference costs two nodes, so that stepping over an operator must pay."""
-        return self.matched - len(self.missed) - 2 * len(self.differences)
+        """What fits, less what is missing, less two for another operator and one for another detail.
+
+        So stepping over an operator must pay, and a spelling of the right operators is nearer than one of others.
+        """
+        absent = sum(pattern not in self.nodes for pattern in self.missed)
+        return self.matched - absent - sum(1 if item.kind in DETAILS else 2 for item in self.differences)
 
     def differs(self, difference: Difference, missed: Iterable[NodePattern] = ()) -> Attempt:
         """With one difference more; `missed` are the pattern nodes that are given up for it."""

@@ -152,7 +152,7 @@ def grouped(misses: Iterable[Miss]) -> list[Group]:
 
 def distinct(misses: Iterable[Miss], matches: Iterable[frozenset[onnx_ir.Node]] = ()) -> list[Miss]:
     """Without those that lie inside of a match or of a nearer miss, but for their root; in their own order."""
-    misses = list(misses)
+    misses = _best_of_root(misses)
     covering: dict[onnx_ir.Node, list[Miss | frozenset[onnx_ir.Node]]] = {}
     for nodes in matches:
         for node in nodes:
@@ -170,6 +170,21 @@ def distinct(misses: Iterable[Miss], matches: Iterable[frozenset[onnx_ir.Node]] 
     return [miss for index, miss in enumerate(misses) if index in kept]
 
 
+def _best_of_root(misses: Iterable[Miss]) -> list[Miss]:
+    """Of the rules that do not fit at one root, the nearest; every decline."""
+    misses = list(misses)
+    best: dict[onnx_ir.Node | None, tuple[float, ...]] = {}
+    for miss in misses:
+        best[miss.node] = min(best.get(miss.node, miss.rank), miss.rank)
+    kept: list[Miss] = []
+    for miss in misses:
+        if miss.rank == best[miss.node]:
+            kept.append(miss)
+            if miss.reason is None:
+                best[miss.node] = (-1,)  # one is enough
+    return kept
+
+
 def _coverage(miss: Miss) -> tuple[int, ...]:
     return (miss.reason is None, -miss.matched, -len(miss.nodes), len(miss.differences))
 
@@ -182,6 +197,8 @@ def _lies_inside(miss: Miss, other: Miss | frozenset[onnx_ir.Node]) -> bool:
         return False
     if isinstance(other, frozenset):
         return True
+    if miss.reason is not None:
+        return False  # another rule's reason is none of this one's
     if other.key == miss.key:
         return False  # the same miss in another layer, which shares a mask or a table
     return other.rule == miss.rule or other.rank <= miss.rank

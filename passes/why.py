@@ -24,7 +24,7 @@ from passopt.passes.sites import misses
 LIMIT = 5
 #: Differences of the nearest group; of the others one.
 _DETAILS = 3
-#: Groups that are shown where none is near.
+#: Groups that are shown where none is near and nothing matched.
 _FAR = 2
 
 
@@ -48,7 +48,8 @@ class Report:
     def body(self, limit: int = LIMIT) -> list[str]:
         """The lines below the headline."""
         near = [group for group in self.groups if group.example.is_near]
-        shown = list(self.groups) if not limit else near[:limit] or list(self.groups[: min(limit, _FAR)])
+        far = [] if self.matched else list(self.groups[: min(limit, _FAR)])
+        shown = list(self.groups) if not limit else near[:limit] or far
         lines = list(self.remarks)
         for index, group in enumerate(shown, 1):
             first, *rest = group.lines(_DETAILS if index == 1 else 1)
@@ -68,14 +69,22 @@ class Report:
         }
 
 
-def explain(item: Pass, model: onnx_ir.Model) -> Report:
-    """Run the pass on a copy and explain what it left. Places that other rewrites made possible count as matched."""
+def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Report:
+    """Run the pass on a copy and explain what it left. Places that other rewrites made possible count as matched.
+
+    `before` names the passes that ran on the model: the report says which others belong before this one.
+    """
     copy = model.clone()
     try:
         result = item.run(copy)
     except PassoptError as error:
         return _report_of_failure(item, model, error)
-    return explain_rest(item, copy if isinstance(item, RewritePass) else model, result)
+    report = explain_rest(item, copy if isinstance(item, RewritePass) else model, result)
+    missing = [name for name in item.after if name not in before]
+    if not missing or not report.groups:
+        return report
+    remark = f"{item.name} belongs after {', '.join(missing)}; give a pipeline with --in, or passes with --after"
+    return dataclasses.replace(report, remarks=(remark, *report.remarks))
 
 
 def explain_rest(item: Pass, model: onnx_ir.Model, result: PassResult) -> Report:

@@ -43,8 +43,9 @@ def why(graph, capsys):
 def test_the_graph_as_it_is(why):
     code, lines, _ = why("inject-norm-head-bias")
     assert code == 0
-    assert lines[:3] == [
+    assert lines[:4] == [
         "inject-norm-head-bias: matched 0 times, declined 0 times, came near at 1 places",
+        "inject-norm-head-bias belongs after fold-norm-head; give a pipeline with --in, or passes with --after",
         "1. 2 of 2 nodes fit at logits (MatMul)",
         "    logits (MatMul), input 1: expected Transpose, found Identity i with Transpose behind it",
     ]
@@ -62,7 +63,7 @@ def test_the_steps_of_a_pipeline_before_the_pass_run_first(why):
     code, lines, _ = why("quantize-weights", "--in", "fold-constants,int8,tp")
     assert code == 0
     assert lines[0] == "quantize-weights: matched 0 times, declined 1 times, came near at 0 places"
-    assert lines[2:4] == ["1. declined at t (Transpose)", "    w is the head; int8{head=true} includes it"]
+    assert lines[3:5] == ["1. declined at t (Transpose)", "    w is the head; int8{head=true} includes it"]
 
 
 def test_options_come_from_the_pipeline_or_from_the_pass(why):

@@ -376,3 +376,19 @@ def test_what_was_given_up_is_found_from_elsewhere(differences):
 
     body = "{ p = Abs(x) q = Sqrt(p) t = Tanh(y) c = Ceil(q) out = Sub(t, c) }"
     assert differences(pattern, body) == ("4 of 7", ["out (Sub), input 0: expected Neg, found Tanh t"])
+
+
+def test_the_right_operators_with_other_details_are_nearer_than_other_operators(attempt):
+    def pattern(op, a, start, middle, end, sizes):
+        slices = op.Sub(op.Slice(a, start, middle), op.Slice(a, middle, end))
+        return op.Neg(op.any_of("halves", split=op.Sub(*op.Split(a, sizes, outputs=2)), slices=slices))
+
+    signature = "(float[4,5] x) => (float[2,5] out)"
+    signature += " <int64[1] zero = {0}, int64[1] two = {2}, int64[1] four = {4}, int64[1] axis = {0}>"
+    body = "{ u = Slice(x, zero, two, axis) v = Slice(x, two, four, axis) s = Sub(u, v) out = Neg(s) }"
+    found = attempt(pattern, body, signature)
+    assert found.labels == {"halves": "slices"}
+    assert [str(item) for item in found.differences] == [
+        "u (Slice): expected 3 inputs, found 4",
+        "v (Slice): expected 3 inputs, found 4",
+    ]

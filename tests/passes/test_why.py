@@ -358,3 +358,41 @@ def test_what_is_searched_once_is_right_in_every_layer(parsed, rule):
         alone = nearest(rules_of(item)[0].pattern, miss.node, 21)
         assert [str(item) for item in miss.differences] == [str(item) for item in alone.differences]
         assert (miss.matched, miss.total, miss.nodes) == (alone.matched, alone.total, frozenset(alone.nodes.values()))
+
+
+def test_passes_that_belong_before_are_named_where_something_is_missed(parsed, silu):
+    type(silu).after = ("legalize", "cse")
+    near = explain(silu, parsed(layers(OTHER_OPERATOR)), ["cse"]).lines()
+    assert near[1] == "test-rule belongs after legalize; give a pipeline with --in, or passes with --after"
+    assert explain(silu, parsed(layers(OTHER_OPERATOR)), ["cse", "legalize"]).lines()[1].startswith("1. 2 of 3")
+    assert len(explain(silu, parsed(layers(WHOLE))).lines()) == 1
+
+
+def test_the_nearest_rule_explains_a_root_and_every_decline(lines, rule):
+    def refuse(op, a):
+        raise Decline(f"not {a.name}")
+
+    item = rule(None, None)
+    item.rules = lambda: [
+        (lambda op, a: op.Neg(op.Abs(op.Exp(op.Tan(a)))), lambda op, a: a),
+        (lambda op, a: op.Neg(op.Abs(op.Exp(op.Sqrt(op.Relu(a))))), lambda op, a: a),
+        (lambda op, a: op.Neg(op.Abs(op.Floor(a))), refuse),
+        (lambda op, a: op.Neg(op.Abs(a)), refuse),
+    ]
+    nearest_only = "s# = Sqrt(x) e# = Exp(s#) b# = Abs(e#) out# = Neg(b#)"
+    report = lines(item, layers("f# = Floor(x) b# = Abs(f#) out# = Neg(b#)"))
+    assert [line for line in report if line.startswith("    ")] == ["    not x", "    not f0"]
+    assert lines(rule_without_declines(rule), layers(nearest_only)) == [
+        "test-rule: matched 0 times, declined 0 times, came near at 1 places",
+        "1. 4 of 5 nodes fit at out0 (Neg)",
+        "    s0 (Sqrt), input 0: expected Relu, found the graph input float[3,5] x",
+    ]
+
+
+def rule_without_declines(rule):
+    item = rule(None, None)
+    item.rules = lambda: [
+        (lambda op, a: op.Neg(op.Abs(op.Exp(op.Tan(a)))), lambda op, a: a),
+        (lambda op, a: op.Neg(op.Abs(op.Exp(op.Sqrt(op.Relu(a))))), lambda op, a: a),
+    ]
+    return item
