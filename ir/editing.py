@@ -36,7 +36,8 @@ class Editor:
     def unique(self, name: str) -> str:
         """`name`, or `name.2`, `name.3` …, whichever no value or node has yet."""
         if self._names is None:
-            self._names = _all_names(self.model)  # most rules never make a name
+            self.survey()
+            assert self._names is not None
         found, count = name, self._counters.get(name, 1)
         while found in self._names:
             count += 1
@@ -44,6 +45,29 @@ class Editor:
         self._counters[name] = count
         self._names.add(found)
         return found
+
+    def survey(self) -> bool:
+        """Look once at the whole graph, for its names, before the first is made; True if all types are known."""
+        names: set[str | None] = set()
+        is_typed, graphs = True, [self.graph]
+        while graphs:
+            graph = graphs.pop()
+            names.update(value.name for value in graph.inputs)
+            names.update(graph.initializers.data)
+            for node in graph:
+                names.add(node.name)
+                for value in node.outputs:
+                    names.add(value.name)
+                    if value.type is None and graph is self.graph:
+                        is_typed = False
+                for attribute in node.attributes.data.values():
+                    kind = attribute.type
+                    if kind is _GRAPH:
+                        graphs.append(attribute.as_graph())
+                    elif kind is _GRAPHS:
+                        graphs.extend(attribute.as_graphs())
+        self._names = {name for name in names if name}
+        return is_typed
 
     def builder(self, hint: str) -> Builder:
         return Builder(self.opset, self.unique, hint, types=self.types)
@@ -148,10 +172,12 @@ class Editor:
         work = list(nodes)
         while work:
             node = work.pop()
-            if node.graph is None or node in dead or not all(_is_read_only_by(value, dead) for value in node.outputs):
+            if node in dead or node.graph is None or not _is_read_only_by(node, dead):
                 continue
             dead[node] = None
-            work.extend(producer for value in node.inputs if value is not None and (producer := value.producer()))
+            for value in node.inputs:
+                if value is not None and (producer := value.producer()) is not None:
+                    work.append(producer)
         for node in dead:
             for index, value in enumerate(node.inputs):
                 if value is None or value.producer() in dead:
@@ -258,27 +284,12 @@ def is_read(value: onnx_ir.Value) -> bool:
     return bool(value._uses) or value.is_graph_output()  # uses() copies: a shared constant is read in every layer
 
 
-def _is_read_only_by(value: onnx_ir.Value, nodes: Container[onnx_ir.Node]) -> bool:
-    """True if nobody but these nodes reads the value."""
-    return not value.is_graph_output() and all(use.node in nodes for use in value._uses)
-
-
-def _all_names(model: onnx_ir.Model) -> set[str]:
-    names: set[str | None] = set()
-    graphs = [model.graph]
-    while graphs:
-        graph = graphs.pop()
-        names.update(value.name for value in graph.inputs)
-        names.update(graph.initializers.data)
-        for node in graph:
-            names.add(node.name)
-            for value in node.outputs:
-                names.add(value.name)
-            for attribute in node.attributes.data.values():
-                kind = attribute.type
-                if kind is _GRAPH:
-                    graphs.append(attribute.as_graph())
-                elif kind is _GRAPHS:
-                    graphs.extend(attribute.as_graphs())
-    names -= {None, ""}
-    return names  # type: ignore[return-value]
+def _is_read_only_by(node: onnx_ir.Node, readers: Container[onnx_ir.Node]) -> bool:
+    """True if nobody but these nodes reads what `node` gives."""
+    for value in node.outputs:
+        if value.is_graph_output():
+            return False
+        for use in value._uses:
+            if use.node not in readers:
+                return False
+    return True

@@ -8,6 +8,7 @@ Messages show the ten nodes around the fault.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from passopt.ir.errors import VerifyError
 from passopt.ir.weights import LazyWeight
 
 _CONTEXT = 10
+_GRAPH, _GRAPHS = onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS
 
 
 def verify_model(model: onnx_ir.Model) -> None:
@@ -73,7 +75,7 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model,
         for body in _bodies(node):
             _verify_graph(body, model, _Scope(scope.opsets, frozenset(known), (*nodes, *scope.nodes), is_body=True))
         for value in node.outputs:
-            if value.uses() or value.is_graph_output() or value.name:
+            if value.name or value.uses() or value.is_graph_output():
                 define(value, index, f"output of {node.op_type} {node.name!r}")
     for value in graph.outputs:
         if id(value) not in known:
@@ -87,10 +89,11 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model,
 
 
 def _bodies(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == onnx_ir.AttributeType.GRAPH and not attribute.is_ref():
+    for attribute in node.attributes.data.values():
+        kind = attribute.type
+        if kind is _GRAPH and not attribute.is_ref():
             yield attribute.as_graph()
-        elif attribute.type == onnx_ir.AttributeType.GRAPHS and not attribute.is_ref():
+        elif kind is _GRAPHS and not attribute.is_ref():
             yield from attribute.as_graphs()
 
 
@@ -130,26 +133,42 @@ def _undefined(node: onnx_ir.Node, position: int, value: onnx_ir.Value, nodes: S
     return f"{where} is produced by {producer.op_type} {producer.name!r}, which is not in the graph"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Signature:
+    least_inputs: int
+    most_inputs: int
+    attributes: frozenset[str]
+
+
+@functools.cache
+def _signature(op_type: str, version: int) -> _Signature | None:
+    """What ONNX says of an operator; None if the opset has none such. Asking ONNX for every node takes its time."""
+    try:
+        schema = onnx.defs.get_schema(op_type, version, "")
+    except onnx.defs.SchemaError:
+        return None
+    return _Signature(schema.min_input, schema.max_input, frozenset(schema.attributes))
+
+
 def _verify_operator(
     node: onnx_ir.Node, model: onnx_ir.Model, opsets: Mapping[str, int], index: int, fail: object
 ) -> None:
     assert callable(fail)
-    if node.op_identifier() in model.functions:
+    if model.functions and node.op_identifier() in model.functions:
         return
     version = opsets.get(node.domain)
     if version is None:
         raise fail(index, f"{node.op_type} {node.name!r}: domain {node.domain!r} has no opset import")
     if node.domain:
         return
-    try:
-        schema = onnx.defs.get_schema(node.op_type, version, "")
-    except onnx.defs.SchemaError:
-        raise fail(index, f"{node.op_type} {node.name!r}: no such operator in opset {version}") from None
+    signature = _signature(node.op_type, version)
+    if signature is None:
+        raise fail(index, f"{node.op_type} {node.name!r}: no such operator in opset {version}")
     count = len(node.inputs)
-    if not schema.min_input <= count <= schema.max_input:
-        expected = f"{schema.min_input} to {schema.max_input}"
+    if not signature.least_inputs <= count <= signature.most_inputs:
+        expected = f"{signature.least_inputs} to {signature.most_inputs}"
         raise fail(index, f"{node.op_type} {node.name!r}: has {count} inputs, the operator takes {expected}")
-    unknown = set(node.attributes) - set(schema.attributes)
+    unknown = node.attributes.data.keys() - signature.attributes
     if unknown:
         raise fail(index, f"{node.op_type} {node.name!r}: unknown attributes {sorted(unknown)} in opset {version}")
 

@@ -52,7 +52,7 @@ def expression_of(value: onnx_ir.Value) -> Expression | None:
 
 def is_checkpoint_weight(value: onnx_ir.Value) -> bool:
     """True for initializers whose bytes lie in files: no pass may read them."""
-    return isinstance(value.const_value, LazyWeight) and not value.is_graph_input()
+    return type(value.const_value) is LazyWeight and not value.is_graph_input()  # isinstance asks a protocol
 
 
 def constant_tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
@@ -80,12 +80,14 @@ def small_constant(value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]
     if value is None:
         return None
     tensor = constant_tensor(value)
-    if tensor is None or isinstance(tensor, LazyWeight):
+    kind = type(tensor)  # isinstance would go through a protocol's metaclass
+    if tensor is None or kind is LazyWeight:
         return None
-    if isinstance(tensor, onnx_ir.serde.TensorProtoTensor):
-        plain = _PLAIN.get(tensor.raw.data_type)
-        if plain is not None and tensor.raw.HasField("raw_data"):
-            return _raw_array(tensor.raw, plain)
+    if kind is onnx_ir.serde.TensorProtoTensor:
+        proto: onnx.TensorProto = tensor.raw
+        plain = _PLAIN.get(proto.data_type)
+        if plain is not None and proto.HasField("raw_data"):
+            return _raw_array(proto, plain)
     return tensor.numpy() if tensor.nbytes <= SMALL_BYTES else None
 
 

@@ -41,12 +41,10 @@ class DematerializeAlibi(RewritePass):
         return [(self.rows_first, self.rewrite), (self.columns_first, self.rewrite)]
 
     def rows_first(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
-        steps = op.any_of("steps", ones=[1], absent=None)
-        return op.Slice(op.Slice(mask, start, stop, [1], steps), [0], width, [2], steps)
+        return op.Slice(op.Slice(mask, start, stop, [1], [1]), [0], width, [2], [1])
 
     def columns_first(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
-        steps = op.any_of("steps", ones=[1], absent=None)
-        return op.Slice(op.Slice(mask, [0], width, [2], steps), start, stop, [1], steps)
+        return op.Slice(op.Slice(mask, [0], width, [2], [1]), start, stop, [1], [1])
 
     def rewrite(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
         expression = op.weight(mask)
@@ -55,9 +53,9 @@ class DematerializeAlibi(RewritePass):
             raise Decline(f"{mask.name} is {expression.dtype.name}{list(expression.shape)}, not floating [heads, n, n]")
         bounds = {value: _bound(value, square[0]) for value in (start, stop, width)}
         slopes = op.initializer("alibi.slopes", _slopes(mask.name, expression)[:, None, None])
-        first, last = single(op, start, bounds[start]), single(op, width, bounds[width])
+        first, last = _scalar(op, start, bounds[start]), _scalar(op, width, bounds[width])
         columns = op.Range(np.int64(0), last, np.int64(1))
-        rows = op.Range(first, last if stop is width else single(op, stop, bounds[stop]), np.int64(1))
+        rows = op.Range(first, last if stop is width else _scalar(op, stop, bounds[stop]), np.int64(1))
         bias = op.Mul(slopes, op.Cast(columns, to=onnx_ir.DataType.FLOAT.value))
         later = op.Greater(op.Unsqueeze(columns, [0]), op.Unsqueeze(rows, [1]))
         causal = op.Where(later, np.float32(-np.inf), np.float32(0))
@@ -91,7 +89,7 @@ def _is_length(value: onnx_ir.Value | None) -> bool:
     return len(found) == 1 and isinstance(found[0], DimOf) and found[0].value.is_graph_input()
 
 
-def single(op: Any, vector: onnx_ir.Value, constant: int | None) -> Any:
+def _scalar(op: Any, vector: onnx_ir.Value, constant: int | None) -> Any:
     """The single element of a Slice bound: what an exporter reshaped to a vector, where it did so."""
     if constant is not None:
         return np.int64(constant)
@@ -118,7 +116,7 @@ def _slopes(name: str, mask: Expression) -> np.ndarray[Any, np.dtype[np.float32]
             with np.errstate(over="ignore", invalid="ignore"):  # a slope may be anything, if this is another mask
                 expected = (slopes[head] * np.arange(length, dtype=np.float32)).astype(kind)
             expected[row + 1 :] = -np.inf
-            wrong = np.flatnonzero(~equal_bias(values, expected))
+            wrong = np.flatnonzero(~_equal(values, expected))
             if wrong.size:
                 at = int(wrong[0])
                 raise Decline(
@@ -136,7 +134,7 @@ def _sample(evaluator: Evaluator, mask: Expression) -> Iterator[tuple[int, int, 
             yield head, row, evaluator.read(mask, ((head, head + 1), (row, row + 1), (0, length))).reshape(-1)
 
 
-def equal_bias(values: Any, expected: Any) -> Any:
+def _equal(values: Any, expected: Any) -> Any:
     """Equal to one rounding step; a masked place may hold the dtype's smallest number instead of -inf."""
     limits: Any = ml_dtypes.finfo(values.dtype)  # type: ignore[no-untyped-call]
     masked = (values == limits.min) | np.isneginf(values)

@@ -138,13 +138,20 @@ def source_line(method: Callable[..., Any]) -> str:
 class _Active:
     """A rule at work on one model: its matcher, and what became of every node that it was tried at."""
 
-    def __init__(self, rule: Rule, opset: int, constants: Constants) -> None:
+    def __init__(self, rule: Rule, opset: int, constants: Constants, *, timed: bool) -> None:
         self.rule = rule
-        self.match = Matcher(rule.pattern, opset, constants).match
+        self._matcher = Matcher(rule.pattern, opset, constants)
+        self.match = self._timed_match if timed else self._matcher.match
         self.tries = 0
         self.hits = 0
         self.seconds = 0.0
         self.declined: dict[onnx_ir.Node, str] = {}
+
+    def _timed_match(self, node: onnx_ir.Node) -> Match | None:
+        start = time.process_time()
+        found = self._matcher.match(node)
+        self.seconds += time.process_time() - start
+        return found
 
     def statistics(self, *, timed: bool) -> RuleStatistics:
         declines = collections.Counter(self.declined.values())
@@ -167,7 +174,7 @@ class _Driver:
         self._memory: dict[Hashable, onnx_ir.Value] = {}
         self._constants = Constants()
         self._timed = bool(model.meta.get(TIME_RULES))
-        self._active = [_Active(rule, self.editor.opset, self._constants) for rule in rules]
+        self._active = [_Active(rule, self.editor.opset, self._constants, timed=self._timed) for rule in rules]
         self._at: dict[tuple[str, str], list[_Active]] = collections.defaultdict(list)
         for active in self._active:
             for key in active.rule.pattern.root_keys:
@@ -179,8 +186,11 @@ class _Driver:
         self._limit = _REWRITES_PER_NODE * (len(model.graph) + 100)
 
     def run(self) -> PassResult:
-        while self._sweep():
-            pass
+        at = self._at
+        graph = self.editor.graph
+        candidates: Sequence[onnx_ir.Node] = [node for node in graph if (node.domain, node.op_type) in at]
+        while candidates:
+            candidates = self._sweep(candidates)
         self.result.modified = self.result.matches > 0
         self.result.rules = [active.statistics(timed=self._timed) for active in self._active]
         self.result.tries = sum(rule.tries for rule in self.result.rules)
@@ -188,51 +198,49 @@ class _Driver:
             self.result.declines.update(rule.declines)
         return self.result
 
-    def _sweep(self) -> bool:
-        """Try the rules at every node; True if one applied."""
+    def _sweep(self, candidates: Sequence[onnx_ir.Node]) -> Sequence[onnx_ir.Node]:
+        """Try the rules at these nodes and at those that are made on the way; returns all of them if one applied."""
         at, matches = self._at, self.result.matches
-        attempt = self._timed_try if self._timed else self._try
-        queue = collections.deque(node for node in self.editor.graph if (node.domain, node.op_type) in at)
+        queue, seen = collections.deque(candidates), []
         while queue:
             node = queue.popleft()
+            if node.graph is None:
+                continue
+            seen.append(node)
             for active in at[node.domain, node.op_type]:
+                active.tries += 1
+                match = active.match(node)
+                if match is None or (self._budget is not None and self._budget.reached):
+                    continue
+                made = self._rewrite(active, node, match)
+                queue.extendleft(new for new in reversed(made) if (new.domain, new.op_type) in at)
                 if node.graph is None:
                     break
-                made = attempt(active, node)
-                queue.extendleft(new for new in reversed(made) if (new.domain, new.op_type) in at)
-        return self.result.matches > matches
+        return seen if self.result.matches > matches else ()
 
-    def _timed_try(self, active: _Active, node: onnx_ir.Node) -> Sequence[onnx_ir.Node]:
-        start = time.process_time()
-        try:
-            return self._try(active, node)
-        finally:
-            active.seconds += time.process_time() - start
-
-    def _try(self, active: _Active, node: onnx_ir.Node) -> Sequence[onnx_ir.Node]:
-        """Try a rule at a node; returns the nodes that it made."""
-        active.tries += 1
-        match = active.match(node)
-        if match is None or (self._budget is not None and self._budget.reached):
-            return ()
+    def _rewrite(self, active: _Active, node: onnx_ir.Node, match: Match) -> Sequence[onnx_ir.Node]:
+        """Apply a rule to a match, if it does not decline; returns the nodes that it made."""
+        start = time.process_time() if self._timed else 0.0
         op = self._rewriter(match.roots()[0].name or node.op_type)
         try:
             returned = active.rule.rewrite(op, **active.rule.arguments(match))
+            active.declined.pop(node, None)
+            self._apply(active.rule, node, match, op, returned)
+            active.hits += 1
         except Decline as reason:
             discard(op.built)
             active.declined[node] = str(reason)
             return ()
-        active.declined.pop(node, None)
-        self._apply(active.rule, node, match, op, returned)
-        active.hits += 1
+        finally:
+            if self._timed:
+                active.seconds += time.process_time() - start
         return op.built.nodes
 
     def _rewriter(self, hint: str) -> Rewriter:
-        """Made at the first match: most rules on most graphs need no types."""
-        editor, graph = self.editor, self.editor.graph
-        if not self._is_typed:
+        editor = self.editor
+        if not self._is_typed:  # at the first match: most rules on most graphs need no types
             self._is_typed = True
-            if any(value.type is None for node in graph for value in node.outputs):
+            if not editor.survey():
                 complete_types(editor.model)  # a number takes the dtype of what it is multiplied with
         return Rewriter(editor.opset, editor.unique, hint, self._memory, types=editor.types, constants=self._constants)
 

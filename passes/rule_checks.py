@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 
@@ -71,12 +72,19 @@ def _nodes(roots: Iterable[ValuePattern]) -> list[NodePattern]:
 # Operators
 
 
+class _Schema(NamedTuple):
+    min_input: int
+    max_input: int
+    max_output: int
+    attributes: frozenset[str]
+
+
 def _check_operator(node: NodePattern, where: str) -> None:
     if any(isinstance(item, Rest) for item in node.inputs[:-1]):
         raise PassError(f"{where}: op.rest stands before the last input of {node.op_type}")
     if node.domain:
         return
-    schemas = list(_schemas(node.op_type))
+    schemas = _schemas(node.op_type)
     if not schemas:
         raise PassError(f"{where}: ONNX has no operator {node.op_type}{_suggestion(node.op_type)}")
     problems = [_misfit(node, schema) for schema in schemas]
@@ -84,16 +92,20 @@ def _check_operator(node: NodePattern, where: str) -> None:
         raise PassError(f"{where}: no {node.op_type} can match: {problems[0]}")
 
 
-def _schemas(op_type: str) -> Iterator[onnx.defs.OpSchema]:
-    """The operator in all its versions, newest first."""
+@functools.cache
+def _schemas(op_type: str) -> tuple[_Schema, ...]:
+    """What ONNX says of the operator in all its versions, newest first."""
+    found = []
     version = onnx.defs.onnx_opset_version()
     while version > 0:
         try:
             schema = onnx.defs.get_schema(op_type, version, "")
         except onnx.defs.SchemaError:
-            return
-        yield schema
+            break
+        attributes = frozenset(schema.attributes)
+        found.append(_Schema(schema.min_input, schema.max_input, schema.max_output, attributes))
         version = schema.since_version - 1
+    return tuple(found)
 
 
 def _suggestion(op_type: str) -> str:
@@ -102,7 +114,7 @@ def _suggestion(op_type: str) -> str:
     return f", did you mean {near[0]}?" if near else "; name its domain, if it is not one of ONNX's"
 
 
-def _misfit(node: NodePattern, schema: onnx.defs.OpSchema) -> str | None:
+def _misfit(node: NodePattern, schema: _Schema) -> str | None:
     """Why nodes of this version of the operator never match; None if they may."""
     is_open = bool(node.inputs) and isinstance(node.inputs[-1], Rest)
     count = len(node.inputs) - is_open
@@ -113,7 +125,7 @@ def _misfit(node: NodePattern, schema: onnx.defs.OpSchema) -> str | None:
         return f"the pattern has {count} inputs, the operator takes {bound}"
     if not 1 <= node.outputs <= schema.max_output:
         return f"the pattern has {node.outputs} outputs, the operator gives at most {schema.max_output}"
-    unknown = sorted(set(node.attributes) - set(schema.attributes))
+    unknown = sorted(set(node.attributes) - schema.attributes)
     if unknown:
         return f"it has no attribute {', '.join(unknown)}, only {', '.join(sorted(schema.attributes)) or 'none'}"
     return None
