@@ -132,7 +132,9 @@ class Editor:
                 new = self._identity(new, old, origins)
                 unnamed.add(new)
             new.type = new.type or old.type
-            new.shape = merged_shapes(new.shape, old.shape)
+            # What a model says of its outputs stays: exporters and inference spell `past + seq` differently.
+            shapes = (old.shape, new.shape) if old.is_graph_output() else (new.shape, old.shape)
+            new.shape = merged_shapes(*shapes)
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             if new in unnamed:
                 old.name, new.name = new.name, old.name

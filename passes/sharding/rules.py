@@ -317,7 +317,8 @@ def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded
             state.demand(node, index, wanted.at(0))
 
 
-_SEEDING = frozenset({"MatMul", "Gemm", "Gather"})
+#: Of replicated inputs these may make sharded outputs: by a weight's shard, or by what repeats to one rank's length.
+_SEEDING = frozenset({"MatMul", "Gemm", "Gather", "Expand"})
 _FORWARD: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_REDUCTIONS, _reduction),

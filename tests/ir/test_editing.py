@@ -228,3 +228,16 @@ def test_discarded_nodes_do_not_count_as_users(editor, model):
     assert len(value.uses()) == before + 1
     discard(op.built)
     assert len(value.uses()) == before
+
+
+def test_a_graph_output_keeps_the_shape_that_the_model_states():
+    model = parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[past,5] x, float[seq,5] z) => (float["past + seq",5] y) { [one] y = Concat<axis=0>(x, z) }"""
+    )
+    editor = Editor(model, "mine")
+    builder = editor.builder("new")
+    joined = builder.Concat(*model.graph.inputs, axis=0)
+    joined.shape = onnx_ir.Shape(["past+seq", 5])
+    editor.replace({model.graph.outputs[0]: joined}, builder.built, [node(model, "one")])
+    assert str(model.graph.outputs[0].shape) == "[past + seq,5]"

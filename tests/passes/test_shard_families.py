@@ -205,7 +205,12 @@ FALCON = """
 FALCON_WEIGHTS = """, float[10,40] w = random, float[24,10] wo = random, int64[1] v5 = {5}, int64[1] v0 = {0},
     int64[1,1] third = {3}, int64[1,1] fourth = {4}"""
 
+MULTI_QUERY = LLAMA.replace("repeated = Concat<axis=0>(batch, v2, v3, total, v4)",
+                            "repeated = Concat<axis=0>(batch, v1, v6, total, v4)")  # fmt: skip
+MULTI_QUERY_WEIGHTS = LLAMA_WEIGHTS.replace("[10,8]", "[10,4]").replace("float[8]", "float[4]")
+
 FAMILIES = {
+    "multi-query": lambda: decoder(MULTI_QUERY, MULTI_QUERY_WEIGHTS, 1, MASK),
     "llama": lambda: decoder(LLAMA, LLAMA_WEIGHTS, 2, MASK),
     "bloom": lambda: decoder(BLOOM, BLOOM_WEIGHTS, 6, MASK, BLOOM_SHAPES),
     "gpt2": lambda: decoder(GPT2, GPT2_WEIGHTS, 6, declared=GPT2_SHAPES),
@@ -227,13 +232,19 @@ def test_joined_ranks_give_the_numbers_of_the_unsplit_model(family, degree, pad)
     feeds = {"input_ids": np.array([[25, 3, 9], [0, 7, 13]]), "attention_mask": np.array([[0] * 2 + [1] * 6] * 2)}
     model, _ = check(Shard(degree, pad), FAMILIES[family](), feeds=feeds)
     assert collectives(model) == {"AllReduce": 2, "AllGather": 1}
-    assert model.metadata_props[KV_HEADS] == ("2" if family == "llama" else "6")
+    assert model.metadata_props[KV_HEADS] == {"llama": "2", "multi-query": "1"}.get(family, "6")
 
 
 def test_queries_are_divided_by_key_value_heads_before_they_are_expanded():
     model, _ = check(Shard(2), FAMILIES["llama"]())
     assert local_shapes(model, "wq", "wk", "bk", "wo", "table") == [[10, 12], [10, 4], [4], [12, 10], [13, 10]]
     assert [name for name in model.graph.initializers if name.startswith("table")] == ["table"]
+
+
+def test_a_single_key_value_head_is_on_every_rank():
+    model, _ = check(Shard(2), FAMILIES["multi-query"]())
+    assert local_shapes(model, "wq", "wk", "wv", "bk", "wo") == [[10, 12], [10, 4], [10, 4], [4], [12, 10]]
+    assert str(next(value.shape for value in model.graph.inputs if value.name == "past.0.key")) == "[batch,1,past,4]"
 
 
 def test_interleaved_heads_are_divided_with_their_biases_and_slopes():
