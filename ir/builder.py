@@ -38,6 +38,10 @@ class Built:
 
     nodes: list[onnx_ir.Node] = dataclasses.field(default_factory=list)
     initializers: list[onnx_ir.Value] = dataclasses.field(default_factory=list)
+    #: The dtype and shape that inference gave each output.
+    inferred: dict[onnx_ir.Value, tuple[onnx_ir.DataType | None, onnx_ir.Shape | None]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 class Builder:
@@ -72,6 +76,7 @@ class Builder:
             value.name = self._unique(f"{self.hint}.{op_type.lower()}" + (f".{index}" if outputs > 1 else ""))
         infer_types(node, self.opset, self._types)
         self.built.nodes.append(node)
+        self.built.inferred.update((value, (value.dtype, value.shape)) for value in node.outputs)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
     def initializer(self, name: str, tensor: Expression | np.ndarray[Any, np.dtype[Any]]) -> Value:

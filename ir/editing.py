@@ -121,6 +121,7 @@ class Editor:
         the first name. `rule` says in errors who does this, if not the author. Raises VerifyError if not.
         """
         rule = rule or self.author
+        _check_statements(built, rule)
         for old, new in replaced.items():
             _check_replacement(old, new, rule)
         announce(self.model, Replacement(rule, replaced, built, tuple(origins)))
@@ -262,19 +263,45 @@ def discard(built: Built) -> None:
             node.replace_input_with(index, None)
 
 
+def _check_statements(built: Built, rule: str) -> None:
+    """A rewrite may say more about its values than inference knows, but nothing else."""
+    for value, (dtype, shape) in built.inferred.items():
+        if dtype is not None and value.dtype != dtype:
+            raise VerifyError(f"{rule}: states {value.dtype} for {value.name!r}, {_operator(value)} gives {dtype.name}")
+        if shape is not value.shape and _clash(shape, value.shape):
+            raise VerifyError(f"{rule}: states {value.shape} for {value.name!r}, {_operator(value)} gives {shape}")
+
+
+def _operator(value: onnx_ir.Value) -> str:
+    node = value.producer()
+    return "its node" if node is None else node.op_type
+
+
+def _clash(one: onnx_ir.Shape | None, other: onnx_ir.Shape | None) -> bool:
+    """True if both are known and cannot be the same shape: other numbers, or the same symbols in another order."""
+    if one is None or other is None:
+        return False
+    if len(one) != len(other):
+        return True
+    pairs = list(zip(one.dims, other.dims, strict=True))
+    if any(isinstance(x, int) and isinstance(y, int) and x != y for x, y in pairs):
+        return True
+    symbols = [(x.value, y.value) for x, y in pairs if not isinstance(x, int) and not isinstance(y, int)]
+    moved = [(x, y) for x, y in symbols if x != y]
+    return (
+        bool(moved)
+        and None not in {x for pair in moved for x in pair}
+        and {x for x, _ in moved} == {y for _, y in moved}
+    )
+
+
 def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, rule: str) -> None:
     if old.dtype is not None and new.dtype is not None and old.dtype != new.dtype:
         raise VerifyError(
             f"{rule}: would replace {old.name!r} ({old.dtype.name}) by {new.name!r} ({new.dtype.name}); "
             f"a rewrite must keep the dtype"
         )
-    if old.shape is None or new.shape is None:
-        return
-    clash = len(old.shape) != len(new.shape) or any(
-        isinstance(x, int) and isinstance(y, int) and x != y
-        for x, y in zip(old.shape.dims, new.shape.dims, strict=True)
-    )
-    if clash:
+    if _clash(old.shape, new.shape):
         raise VerifyError(
             f"{rule}: would replace {old.name!r} of shape {old.shape} by {new.name!r} of shape {new.shape}; "
             f"a rewrite must keep the shape"

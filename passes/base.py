@@ -114,8 +114,7 @@ class Pass(abc.ABC):
     expectations count them in the final graph instead of the matches; before a pass that `decomposes` them, if one is
     asked for.
     `accuracy` is EXACT, REASSOCIATED or lossy(budget), and checked by `--verify-each=numeric`. A pass that gives graph
-    inputs or outputs another dtype or shape by design `changes_interface`; one whose rules look at the numbers of
-    checkpoint weights `reads_weights`, and is checked on those instead of random ones.
+    inputs or outputs another dtype or shape by design `changes_interface`.
     """
 
     name: ClassVar[str]
@@ -124,7 +123,6 @@ class Pass(abc.ABC):
     decomposes: ClassVar[tuple[str, ...]] = ()
     accuracy: ClassVar[Accuracy] = EXACT
     changes_interface: ClassVar[bool] = False
-    reads_weights: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

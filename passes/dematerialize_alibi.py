@@ -35,7 +35,6 @@ class DematerializeAlibi(RewritePass):
 
     name = "dematerialize-alibi"
     accuracy = REASSOCIATED
-    reads_weights = True
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
         return [(self.rows_first, self.rewrite), (self.columns_first, self.rewrite)]

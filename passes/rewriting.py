@@ -27,6 +27,7 @@ from passopt.passes.matching import Match, Matcher
 from passopt.passes.pattern import Pattern, trace
 from passopt.passes.prechecks import Constants
 from passopt.passes.rule_checks import check_pattern, wanted_names
+from passopt.passes.untouched import Untouched
 
 #: A pass may fire this often per node of the graph before it is taken to loop.
 _REWRITES_PER_NODE = 20
@@ -221,13 +222,17 @@ class _Driver:
     def _rewrite(self, active: _Active, node: onnx_ir.Node, match: Match) -> Sequence[onnx_ir.Node]:
         """Apply a rule to a match, if it does not decline; returns the nodes that it made."""
         start = time.process_time() if self._timed else 0.0
-        op = self._rewriter(match.roots()[0].name or node.op_type)
+        root = match.roots()[0].name
+        op = self._rewriter(root or node.op_type)
+        untouched = Untouched(self.editor.graph, match.nodes.values())
         try:
             returned = active.rule.rewrite(op, **active.rule.arguments(match))
+            untouched.check(active.rule.where, root, op.built.nodes)
             active.declined.pop(node, None)
             self._apply(active.rule, node, match, op, returned)
             active.hits += 1
         except Decline as reason:
+            untouched.check(active.rule.where, root, op.built.nodes)
             discard(op.built)
             active.declined[node] = str(reason)
             return ()
