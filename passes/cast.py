@@ -13,7 +13,6 @@ from passopt.ir import expressions as ex
 from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
 from passopt.ir.shapes import complete_types
-from passopt.ir.text import print_model
 from passopt.ir.weights import LazyWeight, constant_tensor, is_checkpoint_weight
 from passopt.passes.base import Pass, PassResult, lossy
 from passopt.passes.cast_islands import FLOATS, Islands, finite_limits, is_dtype_cast, is_float, is_leaf, uncast
@@ -21,6 +20,7 @@ from passopt.passes.cast_islands import FLOATS, Islands, finite_limits, is_dtype
 DataType = onnx_ir.DataType
 
 _DTYPES = {"fp16": DataType.FLOAT16, "bf16": DataType.BFLOAT16, "fp32": DataType.FLOAT}
+_NUMBERS = frozenset(dtype.value for dtype in FLOATS)
 _OPSET_OF_HALF_SCALES = 19
 
 
@@ -41,16 +41,15 @@ class CastModel(Pass):
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
 
     def run(self, model: onnx_ir.Model) -> PassResult:
-        before = print_model(model, fold=False)
         complete_types(model)
         target = _DTYPES[self.dtype]
         editor = Editor(model, self.name)
         self._check(editor, target)
-        _constants_to_initializers(editor)
+        moved = _constants_to_initializers(editor)
         caster = _Caster(editor, target)
         caster.run()
-        modified = print_model(model, fold=False) != before
-        return PassResult(modified=modified, matches=caster.changed if modified else 0, notes=caster.notes())
+        changed = moved + caster.changed
+        return PassResult(modified=changed > 0, matches=changed, notes=caster.notes())
 
     def _check(self, editor: Editor, target: DataType) -> None:
         for node in editor.graph:
@@ -131,15 +130,21 @@ class _Caster:
         if node.op_type == "CastLike":  # of integers: what it was like may get another dtype than its result
             node.op_type = "Cast"
             node.resize_inputs(1)
-            node.attributes["to"] = onnx_ir.AttrInt64("to", dtype.value)
+            self._state(node, "to", dtype)
         for name in ("to", "dtype", "output_dtype"):
-            if name in node.attributes and node.attributes[name].value in {item.value for item in FLOATS}:
-                node.attributes[name] = onnx_ir.AttrInt64(name, dtype.value)
+            if name in node.attributes and node.attributes[name].value in _NUMBERS:
+                self._state(node, name, dtype)
         if node.op_type == "ConstantOfShape" and "value" in node.attributes:
             tensor = _cast_tensor(node.attributes["value"].as_tensor(), dtype, None)
             node.attributes["value"] = onnx_ir.AttrTensor("value", tensor)
         if node.op_type == "Attention" and dtype != DataType.FLOAT:
-            node.attributes["softmax_precision"] = onnx_ir.AttrInt64("softmax_precision", DataType.FLOAT.value)
+            self._state(node, "softmax_precision", DataType.FLOAT)
+
+    def _state(self, node: onnx_ir.Node, name: str, dtype: DataType) -> None:
+        """Let an attribute say a dtype."""
+        if name not in node.attributes or node.attributes[name].value != dtype.value:
+            node.attributes[name] = onnx_ir.AttrInt64(name, dtype.value)
+            self.changed += 1
 
     def _constants(self, leaf: onnx_ir.Value, needs: list[DataType]) -> dict[DataType, onnx_ir.Value]:
         """A constant in each dtype that is needed: itself, and a second one if it is small; a weight has only one."""
@@ -157,6 +162,7 @@ class _Caster:
                 array = _cast_tensor(original, dtype, None).numpy()
                 found[dtype] = builder.initializer(f"{leaf.name}.{_suffix(dtype)}", array)
                 self.editor.graph.register_initializer(found[dtype])
+                self.changed += 1
         return found
 
     def _outputs(self) -> None:
@@ -180,10 +186,10 @@ class _Caster:
     def _cast_output(self, index: int, value: onnx_ir.Value, source: onnx_ir.Value, node: onnx_ir.Node) -> None:
         """A graph output that is a cast: it stays one if it has to, and else gives its name to what it cast."""
         if self.islands.dtype(source) != self.target or source.is_graph_output():
-            node.replace_input_with(0, source)
+            self._read(node, 0, source)
             node.resize_inputs(1)
             node.op_type = "Cast"
-            node.attributes["to"] = onnx_ir.AttrInt64("to", self.target.value)
+            self._state(node, "to", self.target)
             self._set(value, self.target)
             self._casts[(source, self.target)] = value
             return
@@ -207,8 +213,12 @@ class _Caster:
             held = source.dtype if source in constants else self.islands.dtype(source)
             masks = not node.domain and node.op_type == "Attention" and index == 3
             operand = source if held == dtype else self._cast(source, given, dtype, clamped=masks)
-        if operand is not given:
+        self._read(node, index, operand)
+
+    def _read(self, node: onnx_ir.Node, index: int, operand: onnx_ir.Value) -> None:
+        if node.inputs[index] is not operand:
             node.replace_input_with(index, operand)
+            self.changed += 1
 
     def _cast(self, source: onnx_ir.Value, given: onnx_ir.Value, dtype: DataType, *, clamped: bool) -> onnx_ir.Value:
         """`source` in `dtype`: the cast that is there, or a new one behind the producer."""
@@ -262,17 +272,16 @@ def _suffix(dtype: DataType) -> str:
     return next(name for name, item in _DTYPES.items() if item == dtype)
 
 
-def _constants_to_initializers(editor: Editor) -> None:
-    """A floating Constant node becomes an initializer, whose dtype can be chosen."""
+def _constants_to_initializers(editor: Editor) -> int:
+    """A floating Constant node becomes an initializer, whose dtype can be chosen; returns how many did."""
+    moved = 0
     for node in list(editor.graph):
         if node.op_type != "Constant" or node.domain or not is_float(node.outputs[0]):
             continue
         old = node.outputs[0]
-        leaf = uncast(old)
-        if old.is_graph_output() or not is_leaf(leaf):
-            continue
         tensor = constant_tensor(old)
-        assert tensor is not None
+        if tensor is None or old.is_graph_output():
+            continue
         name = old.name or "constant"
         value = onnx_ir.Value(shape=onnx_ir.Shape(tensor.shape.numpy()), type=onnx_ir.TensorType(tensor.dtype))
         value.const_value = onnx_ir.tensor(tensor.numpy(), name=name)
@@ -281,6 +290,8 @@ def _constants_to_initializers(editor: Editor) -> None:
         value.name = name
         if value.uses():
             editor.graph.register_initializer(value)
+        moved += 1
+    return moved
 
 
 def _cast_tensor(tensor: onnx_ir.TensorProtocol, dtype: DataType, name: str | None) -> onnx_ir.TensorProtocol:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir
 import pytest
 
 from passopt.ir.errors import PassError
+from passopt.ir.files import model_bytes
 from passopt.ir.provenance import MADE_BY, MADE_FROM
 from passopt.ir.text import parse_model, print_model
 from passopt.ir.verifier import verify_model
@@ -288,6 +290,13 @@ def test_a_new_name_that_a_function_has_is_not_taken():
 def test_a_decoder_of_opset_17_gives_the_same_numbers():
     model = tiny_decoder(DecoderSpec(heads=3))
     assert check(Legalize(opset=26), model)[1].modified
+
+
+@pytest.mark.parametrize(("opset", "version"), [(18, 10), (23, 11), (24, 12), (26, 13)])
+def test_it_is_written_with_the_ir_version_that_the_opset_needs(opset, version):
+    model = read_model(model_text(17, f"{X} {{ y = Relu(x) }}"))
+    Legalize(opset=opset).run(model)
+    assert onnx.load_from_string(model_bytes(model, {})).ir_version == version
 
 
 def test_the_same_opset_changes_nothing():
