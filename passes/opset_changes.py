@@ -67,8 +67,10 @@ UNCHANGED: Mapping[int, frozenset[str]] = {
 #: The pass to run first where a target has no such operator.
 DECOMPOSED_BY: Mapping[str, str] = {
     "Attention": "decompose-attention",
+    "Gelu": "decompose-activations",
     "RMSNormalization": "decompose-rms-norm",
     "RotaryEmbedding": "decompose-rotary",
+    "Swish": "decompose-activations",
 }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.functions import local_function
+from passopt.passes.decompose_activations import DecomposeActivations
 from passopt.passes.decompose_attention import DecomposeAttention
 from passopt.passes.decompose_rms_norm import DecomposeRmsNorm
 from passopt.passes.decompose_rotary import DecomposeRotary
@@ -16,7 +17,7 @@ from passopt.passes.legalize import Legalize
 from passopt.testing.checking import check, compare_numbers, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : %d]>\n'
-FUSED = {"RMSNormalization", "RotaryEmbedding", "Attention"}
+FUSED = {"RMSNormalization", "RotaryEmbedding", "Attention", "Gelu", "Swish"}
 
 
 def decomposed(item, text, opset=23, lower=True, **settings):
@@ -75,6 +76,16 @@ def test_declines_rms_norm_of_unknown_rank():
         False,
         ["normalises from axis 1 on, and the rank of h is unknown"],
     )
+
+
+# Gelu, Swish
+
+
+@pytest.mark.parametrize("call", ["Gelu", 'Gelu <approximate = "tanh">', "Swish", "Swish <alpha = 1.5>"])
+@pytest.mark.parametrize("kind", ["float", "float16"])
+def test_activations(call, kind):
+    text = f"g ({kind}[2,3,5] x) => ({kind}[2,3,5] y) {{ y = {call} (x) }}"
+    decomposed(DecomposeActivations(), text, 24, tolerance=1e-5 if kind == "float" else 3e-3)
 
 
 # RotaryEmbedding
