@@ -23,7 +23,7 @@ _OPTION_KINDS = {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR
 
 
 def graphsurgeon_pass(
-    *, name: str, accuracy: Accuracy = EXACT, after: tuple[str, ...] = ()
+    *, name: str, accuracy: Accuracy = EXACT, after: tuple[str, ...] = (), changes_interface: bool = False
 ) -> Callable[[Callable[..., Any]], type[Pass]]:
     """A function over an `onnx_graphsurgeon.Graph` as a pass. It changes the graph in place, or returns another.
 
@@ -39,23 +39,41 @@ def graphsurgeon_pass(
             )
             return result
 
-        return _pass_class(function, 1, {"name": name, "accuracy": accuracy, "after": after, "run": run})
+        facts = {"name": name, "accuracy": accuracy, "after": after, "changes_interface": changes_interface}
+        return _pass_class(function, 1, {**facts, "run": run})
 
     return declare
 
 
 @overload
 def ir_pass(
-    name: str, factory: None = None, *, accuracy: Accuracy = EXACT, after: tuple[str, ...] = ()
+    name: str,
+    factory: None = None,
+    *,
+    accuracy: Accuracy = EXACT,
+    after: tuple[str, ...] = (),
+    changes_interface: bool = False,
 ) -> Callable[[_Factory], type[Pass]]: ...
 
 
 @overload
-def ir_pass(name: str, factory: _Factory, *, accuracy: Accuracy = EXACT, after: tuple[str, ...] = ()) -> type[Pass]: ...
+def ir_pass(
+    name: str,
+    factory: _Factory,
+    *,
+    accuracy: Accuracy = EXACT,
+    after: tuple[str, ...] = (),
+    changes_interface: bool = False,
+) -> type[Pass]: ...
 
 
 def ir_pass(
-    name: str, factory: _Factory | None = None, *, accuracy: Accuracy = EXACT, after: tuple[str, ...] = ()
+    name: str,
+    factory: _Factory | None = None,
+    *,
+    accuracy: Accuracy = EXACT,
+    after: tuple[str, ...] = (),
+    changes_interface: bool = False,
 ) -> Callable[[_Factory], type[Pass]] | type[Pass]:
     """An onnx-ir pass, in place or functional, as a pass: `ir_pass("lift", LiftPass)`, or a decorator of a factory.
 
@@ -69,9 +87,8 @@ def ir_pass(
 
             return run_ir_pass(model, name, made_by(**_options_of(self)))
 
-        return _pass_class(
-            made_by, None if factory else 0, {"name": name, "accuracy": accuracy, "after": after, "run": run}
-        )
+        facts = {"name": name, "accuracy": accuracy, "after": after, "changes_interface": changes_interface}
+        return _pass_class(made_by, None if factory else 0, {**facts, "run": run})
 
     return declare(factory) if factory is not None else declare
 

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("interrupted; nothing half-written was kept")
         return _INTERRUPTED
     except ModuleNotFoundError as error:
-        say(f"needs {error.name}, which is not installed; pip install 'passopt[export]' brings it")
+        extra = "guests" if error.name in {"onnx_graphsurgeon", "onnxsim"} else "export"
+        say(f"needs {error.name}, which is not installed; pip install 'passopt[{extra}]' brings it")
         return UsageError.exit_code
     except BrokenPipeError:
         # The reader of stdout went away (`| head`); Python would complain once more at exit.

@@ -33,6 +33,7 @@ def test_a_guest_is_a_pass_like_any_other():
     assert issubclass(my_guest, Pass)
     assert (my_guest.name, my_guest.__name__, my_guest.after) == ("my-guest", "my_guest", ("dead-code",))
     assert my_guest.accuracy is REASSOCIATED
+    assert not my_guest.changes_interface
     assert my_guest.__doc__.startswith("Do it.")
     assert my_guest.__dataclass_params__.frozen
     assert describe(my_guest()) == "my-guest{limit=2,mode=fast,ratio=0.5,deep=none}"
@@ -147,6 +148,14 @@ def test_entry_points_are_listed_without_importing_them(plugged):
     assert relu.options == (("limit", "int", "3"), ("mode", "typing.Literal['all', 'first']", "'all'"))
     assert relu.origin.endswith("plugged_guests.py:12")
     assert (sort.class_name, sort.options, sort.accuracy) == ("plugged_sort", (), "exact")
+
+
+def test_a_plug_in_whose_package_is_missing_says_what_brings_it(plugged, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx_graphsurgeon", None)
+    path = plugged / "graph.onnxtxt"
+    path.write_text(TEXT)
+    assert main(["run", str(path), "--passes", "plugged-relu", "--emit", "text"]) == 2
+    assert "needs onnx_graphsurgeon, which is not installed; pip install 'passopt[guests]'" in capsys.readouterr().err
 
 
 def test_entry_points_run_with_options(plugged, capsys):

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 import onnx_ir
 import pytest
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import CheckError, PassError, VerifyError
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import Literal, Slice, Source, Transpose
 from passopt.ir.files import load_model, save_materialized
@@ -15,8 +15,10 @@ from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
 from passopt.ir.text import print_model
 from passopt.ir.text_files import read_model
 from passopt.ir.weights import LazyWeight, expression_of
+from passopt.numeric.check import NumericCheck
 from passopt.passes.guests import graphsurgeon_pass
 from passopt.passes.guests.graphsurgeon import lazy_constant, lazy_weight
+from passopt.passes.manager import run_passes
 from passopt.testing.checking import check
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
@@ -258,6 +260,29 @@ def test_what_is_returned_is_the_graph_from_then_on():
     run(model, copied)
     assert [value.name for value in model.graph.outputs] == ["w"]
     assert [node.op_type for node in model.graph] == ["MatMul", "Split", "Sigmoid", "Mul"]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_other_outputs_must_be_declared(declared):
+    def cut(graph):
+        graph.outputs[0].name = "renamed"
+
+    item = graphsurgeon_pass(name="guest", changes_interface=declared)(cut)()
+    if declared:
+        assert run_passes(read_model(PACKED), [item])[0].result.modified
+        return
+    with pytest.raises(VerifyError, match="guest"):
+        run_passes(read_model(PACKED), [item])
+
+
+def test_a_wrong_guest_is_caught_by_its_numbers():
+    def spoil(graph):
+        for node in graph.nodes:
+            node.op = "Tanh" if node.op == "Sigmoid" else node.op
+
+    item = graphsurgeon_pass(name="guest")(spoil)()
+    with pytest.raises(CheckError, match="guest"):
+        run_passes(read_model(PACKED), [item], instruments=[NumericCheck()])
 
 
 def test_another_result_is_an_error():
