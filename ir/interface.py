@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import onnx_ir
@@ -16,6 +17,8 @@ class _Port:
     name: str | None
     dtype: onnx_ir.DataType | None
     dims: tuple[Dimension, ...] | None
+    #: Symbols that no input has, such as an exporter makes up for a length that it does not know.
+    made_up: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         dims = "" if self.dims is None else f"[{','.join('?' if dim is None else str(dim) for dim in self.dims)}]"
@@ -29,7 +32,8 @@ class _Port:
             return True
         if other.dims is None or len(self.dims) != len(other.dims):
             return False
-        return all(mine is None or mine == theirs for mine, theirs in zip(self.dims, other.dims, strict=True))
+        pairs = zip(self.dims, other.dims, strict=True)
+        return all(mine is None or mine == theirs or mine in self.made_up for mine, theirs in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +45,21 @@ class Interface:
 
     @classmethod
     def of(cls, model: onnx_ir.Model) -> Interface:
-        return cls(_ports(model.graph.inputs), _ports(model.graph.outputs))
+        inputs = _ports(model.graph.inputs)
+        named = {dim for port in inputs for dim in port.dims or () if isinstance(dim, str)}
+        return cls(inputs, tuple(_with_made_up(port, named) for port in _ports(model.graph.outputs)))
 
     def check(self, model: onnx_ir.Model) -> None:
         """Raise VerifyError if the model's interface is another one now."""
         now = Interface.of(model)
         _check("graph input", self.inputs, now.inputs)
         _check("graph output", self.outputs, now.outputs)
+
+
+def _with_made_up(port: _Port, named: set[str]) -> _Port:
+    symbols = [dim for dim in port.dims or () if isinstance(dim, str)]
+    made_up = frozenset(dim for dim in symbols if not named.intersection(re.split(r"[^A-Za-z0-9_.]+", dim)))
+    return dataclasses.replace(port, made_up=made_up)
 
 
 def _ports(values: Sequence[onnx_ir.Value]) -> tuple[_Port, ...]:

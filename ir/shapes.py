@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import onnx_ir
@@ -150,7 +149,14 @@ def dimensions(value: onnx_ir.Value) -> list[Dimension] | None:
     """The shape as integers, symbol names and None (unknown); None without a known rank."""
     if value.shape is None:
         return None
-    return [dim if isinstance(dim, int) else dim.value for dim in value.shape.dims]
+    return [dim if isinstance(dim, int) else _sorted_sum(dim.value) for dim in value.shape.dims]
+
+
+def _sorted_sum(symbol: str | None) -> str | None:
+    """`seq+past` is `past+seq`, in whichever order an exporter adds."""
+    if symbol is None or "+" not in symbol:
+        return symbol
+    return "+".join(sorted(part.strip() for part in symbol.split("+")))
 
 
 def complete_types(model: onnx_ir.Model) -> None:
@@ -208,6 +214,11 @@ def _complete_target(node: onnx_ir.Node) -> None:
     if target is None or source is None:
         return
     dims = [_dimension(item, source, position) for position, item in enumerate(target)]
+    if None in target:
+        symbols = _symbols_of_parts(node.inputs[1])
+        dims = [
+            symbol if item is None else dim for item, dim, symbol in zip(target, dims, symbols or dims, strict=True)
+        ]
     inferred = [index for index, item in enumerate(target) if isinstance(item, ConstantElement) and item.number == -1]
     if node.op_type == "Reshape" and len(inferred) == 1:
         dims[inferred[0]] = _remaining(dimensions(source), dims)
@@ -219,18 +230,77 @@ def _complete_target(node: onnx_ir.Node) -> None:
     output.shape = merged_shapes(output.shape, onnx_ir.Shape(dims)) if output.shape is not None else onnx_ir.Shape(dims)
 
 
+def _symbols_of_parts(target: onnx_ir.Value | None) -> list[Dimension] | None:
+    """The elements of a Concat as lengths, with those that are a multiple or a fraction of a length."""
+    node = target.producer() if target is not None else None
+    if node is None or node.op_type != "Concat":
+        return None
+    found: list[Dimension] = []
+    for part in node.inputs:
+        known = elements(part)
+        if known is None:
+            return None
+        found += [single_length(part)] if known == [None] else [None] * len(known)
+    return found
+
+
+def single_length(value: onnx_ir.Value | None) -> Dimension:
+    """One int64 element as a length: of an axis, or `6*batch`, as torch writes it, for what is computed from one."""
+    node = value.producer() if value is not None else None
+    found = elements(value)
+    if found is not None and len(found) == 1 and found[0] is not None:
+        item = found[0]
+        return item.number if isinstance(item, ConstantElement) else (dimensions(item.value) or [])[item.axis]
+    if node is None or node.domain:
+        return None
+    if node.op_type in {"Unsqueeze", "Squeeze", "Reshape", "Cast"}:
+        return single_length(node.inputs[0])
+    if node.op_type in {"Mul", "Div"}:
+        first, second = (single_length(item) for item in node.inputs)
+        return _multiple(first, second) if node.op_type == "Mul" else _fraction(first, second)
+    return None
+
+
+def _multiple(first: Dimension, second: Dimension) -> Dimension:
+    if isinstance(first, int) and isinstance(second, int):
+        return first * second
+    symbol, number = (first, second) if isinstance(first, str) else (second, first)
+    return (
+        f"{number}*{symbol}" if isinstance(symbol, str) and isinstance(number, int) and symbol.isidentifier() else None
+    )
+
+
+def _fraction(first: Dimension, second: Dimension) -> Dimension:
+    number, symbols = _factors([first])
+    if not isinstance(second, int) or not second or number % second or len(symbols) != 1:
+        return None
+    return symbols[0] if number == second else f"{number // second}*{symbols[0]}"
+
+
+def _factors(dims: Sequence[Dimension]) -> tuple[int, list[str]]:
+    """Numbers multiplied, and the symbols; `6*batch` counts as both."""
+    number, symbols = 1, []
+    for dim in dims:
+        if isinstance(dim, int):
+            number *= dim
+        elif dim is not None:
+            factor, star, symbol = dim.partition("*")
+            number *= int(factor) if star and factor.isdigit() else 1
+            symbols.append(symbol if star and factor.isdigit() else dim)
+    return number, symbols
+
+
 def _remaining(before: list[Dimension] | None, after: list[Dimension]) -> Dimension:
     """The length that a reshape infers: what is left of the number of elements; a symbol is one length everywhere."""
     if before is None or None in before or after.count(None) != 1:
         return None
-    symbols = collections.Counter(dim for dim in before if isinstance(dim, str))
-    symbols.subtract(dim for dim in after if isinstance(dim, str))
-    left = [name for name, count in symbols.items() if count]
-    total = math.prod(dim for dim in before if isinstance(dim, int))
-    known = math.prod(dim for dim in after if isinstance(dim, int))
-    if left or not known or total % known:
+    (total, symbols), (known, others) = _factors(before), _factors(after)
+    left = collections.Counter(symbols)
+    left.subtract(others)
+    names = [name for name, count in left.items() if count]
+    if any(left[name] != 1 for name in names) or len(names) > 1 or not known or total % known:
         return None
-    return total // known
+    return _multiple(total // known, names[0]) if names and total != known else names[0] if names else total // known
 
 
 def _dimension(item: Element, source: onnx_ir.Value, position: int) -> Dimension:

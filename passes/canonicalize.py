@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.shapes import ConstantElement, DimOf, dimensions, elements
+from passopt.ir.weights import small_constant
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 
@@ -39,6 +40,7 @@ class Canonicalize(RewritePass):
             (self.reshape_of_reshape, self.reshape_once),
             (self.reshape, self.drop_same_shape),
             (self.squeeze_of_unsqueeze, self.drop_pair),
+            (self.times_one, self.drop_times_one),
             (self.cast_like, self.cast),
             (self.gather_rows, self.gather),
         ]
@@ -66,7 +68,7 @@ class Canonicalize(RewritePass):
         return x
 
     def slice(self, op: Any, x: Any, starts: Any, ends: Any, axes: Any) -> Any:
-        return op.Slice(x, starts, ends, axes)
+        return op.Slice(x, starts, ends, axes, bind="result")
 
     def slice_by_one(self, op: Any, x: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> Any:
         return op.Slice(x, starts, ends, axes, steps)
@@ -76,7 +78,9 @@ class Canonicalize(RewritePass):
             raise Decline(f"takes every {op.constant(steps).tolist()}th element")
         return op.Slice(x, starts, ends, axes)
 
-    def drop_whole_slice(self, op: Any, x: Any, starts: Any, ends: Any, axes: Any) -> Any:
+    def drop_whole_slice(self, op: Any, x: Any, starts: Any, ends: Any, axes: Any, result: Any) -> Any:
+        if _same_known_shape(x, result):
+            return x
         dims = dimensions(x) or []
         numbers = [op.constant(value).reshape(-1).tolist() for value in (starts, ends, axes)]
         for start, end, axis in zip(*numbers, strict=True):
@@ -137,6 +141,18 @@ class Canonicalize(RewritePass):
         here, there = (sorted(axis % ndim for axis in item) for item in axes)
         if here != there:
             raise Decline(f"adds axes {here} and removes {there}")
+        return x
+
+    def times_one(self, op: Any, x: Any, one: Any) -> Any:
+        return op.any_of("kind", product=op.Mul(x, one), quotient=op.Div(x, one))
+
+    def drop_times_one(self, op: Any, x: Any, one: Any) -> Any:
+        """Mul commutes, so `one` may be either side."""
+        array = small_constant(one)
+        if array is None or array.size != 1 or array.reshape(-1)[0] != 1:
+            raise Decline(f"{one.name} is not the number 1")
+        if x.shape is None or len(x.shape) < array.ndim:
+            raise Decline(f"{x.name} may be broadcast to {array.ndim} axes")
         return x
 
     def cast_like(self, op: Any, x: Any, like: Any) -> Any:

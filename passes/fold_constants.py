@@ -18,7 +18,7 @@ from passopt.ir.builder import infer_types
 from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
 from passopt.ir.provenance import absorb_provenance
-from passopt.ir.shapes import DimOf, complete_types, dimensions, elements, known_numbers
+from passopt.ir.shapes import DimOf, complete_types, elements, known_numbers, single_length
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.base import Pass, PassResult
 
@@ -235,14 +235,16 @@ def _unify_sizes(editor: Editor) -> int:
 
 
 def _single_length(node: onnx_ir.Node) -> tuple[int, str] | None:
-    """(axis, symbol) if the node gives one length of a value: Shape of one axis, or one element of a Shape."""
-    if node.domain or node.op_type not in {"Shape", "Gather"} or node.outputs[0].is_graph_output():
+    """(axis, symbol) if the node gives one length of a value: Shape of one axis, one element of a Shape, a fraction."""
+    target = node.outputs[0]
+    if node.domain or node.op_type not in {"Shape", "Gather", "Div"} or target.is_graph_output():
         return None
-    found = elements(node.outputs[0]) or []
-    if len(found) != 1 or not isinstance(found[0], DimOf):
+    if target.dtype != onnx_ir.DataType.INT64 or (target.shape is not None and len(target.shape) > 1):
         return None
-    dim = (dimensions(found[0].value) or [])[found[0].axis]
-    return (found[0].axis, dim) if isinstance(dim, str) else None
+    found = elements(target) or [None]
+    length = single_length(target) if len(found) == 1 else None
+    axis = found[0].axis if isinstance(found[0], DimOf) else -1
+    return (axis, length) if isinstance(length, str) else None
 
 
 def _read_from(editor: Editor, node: onnx_ir.Node, value: onnx_ir.Value, axis: int) -> None:

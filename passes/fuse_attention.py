@@ -46,6 +46,7 @@ class FuseAttention(RewritePass):
             (self.with_cache, self.rewrite_spelled_out),
             (self.without_cache, self.rewrite_spelled_out),
             (self.exported, self.rewrite_exported),
+            (self.exported_without_cache, self.rewrite_exported),
         ]
 
     def with_cache(self, op: Any, past_key: Any, key: Any, past_value: Any, value: Any, along: Any) -> Any:
@@ -65,18 +66,25 @@ class FuseAttention(RewritePass):
         inputs = (query, _heads(op, "key", keys), _heads(op, "value", values), op.maybe(op.variable("mask")))
         return [op.Attention(*inputs, is_causal=0, bind="y"), keys, values]
 
+    def exported_without_cache(self, op: Any, query: Any, key: Any, value: Any) -> Any:
+        """The same, where only the repetition of shared heads is left to take in."""
+        inputs = (query, _repeated(op, "key", key), _repeated(op, "value", value), op.maybe(op.variable("mask")))
+        return op.Attention(*inputs, is_causal=op.variable("is_causal"), bind="y")
+
     def rewrite_exported(self, op: Any, **found: Any) -> Any:
         parts = Parts.of(found)
         parts.check()
         attributes = {name: item.value for name, item in parts.y.producer().attributes.items()}  # type: ignore[union-attr]
-        return op.Attention(parts.query, parts.key, parts.value, parts.mask, *parts.past, outputs=3, **attributes)
+        return op.Attention(
+            parts.query, parts.key, parts.value, parts.mask, *parts.past, outputs=parts.outputs, **attributes
+        )
 
     def rewrite_spelled_out(self, op: Any, **found: Any) -> Any:
         require_opset(op)
         parts = Parts.of(found)
         parts.check()
         scale, softcap = _scale(op, parts), _softcap(op, parts)
-        query, key, value, outputs = parts.query, parts.plain_key(op), parts.value, 3 if parts.cached else 1
+        query, key, value, outputs = parts.query, parts.plain_key(op), parts.value, parts.outputs
         alibi, terms = split_alibi(op, parts.bias_terms(op), parts.heads)
         if alibi is not None:
             if softcap:
@@ -114,8 +122,12 @@ def _products(op: Any, keys: Any) -> Any:
 
 def _heads(op: Any, name: str, x: Any) -> Any:
     """Keys or values, each repeated for the query heads that share them, or one for each."""
+    return op.any_of(f"{name}_heads", repeated=_repeated(op, name, x), own=x)
+
+
+def _repeated(op: Any, name: str, x: Any) -> Any:
     spread = op.Expand(op.Unsqueeze(x, [2]), op.anything(), bind=f"{name}_groups")
-    return op.any_of(f"{name}_heads", repeated=op.Reshape(spread, op.anything(), bind=f"{name}_repeated"), own=x)
+    return op.Reshape(spread, op.anything(), bind=f"{name}_repeated")
 
 
 def _scaled(op: Any, x: Any) -> Any:
@@ -195,6 +207,10 @@ class Parts:
     @property
     def cached(self) -> bool:
         return self.past_key is not None
+
+    @property
+    def outputs(self) -> int:
+        return 3 if self.cached else 1
 
     @property
     def past(self) -> tuple[onnx_ir.Value | None, ...]:

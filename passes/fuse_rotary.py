@@ -28,6 +28,7 @@ class FuseRotary(RewritePass):
     """
 
     name = "fuse-rotary"
+    reads_weights = True
     accuracy = REASSOCIATED
     after = ("legalize", "canonicalize", "cse")
     makes: ClassVar[tuple[str, ...]] = ("RotaryEmbedding",)
@@ -75,7 +76,7 @@ class FuseRotary(RewritePass):
         self, op: Any, x: Any, cos: Any, sin: Any, ids: Any, start: Any, middle: Any, end: Any, axis: Any
     ) -> Any:
         turned = op.RotaryEmbedding(
-            op.Slice(x, start, middle, axis), cos, sin, ids, interleaved=0, rotary_embedding_dim=0
+            op.Slice(x, start, middle, axis), cos, sin, op.maybe(ids), interleaved=0, rotary_embedding_dim=0
         )
         return op.Concat(turned, op.Slice(x, middle, end, axis), axis=-1)
 

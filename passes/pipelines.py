@@ -20,7 +20,15 @@ class Pipeline:
 
 
 #: One spelling of everything, and each constant and length once. Folding finds more in what has one spelling.
-_CLEAN_UP = ("legalize{opset=$opset}", "fold-constants", "canonicalize", "fold-constants", "cse", "dead-code")
+_CLEAN_UP = (
+    "legalize{opset=$opset}",
+    "fold-constants",
+    "canonicalize",
+    "fold-constants",
+    "unmerge-heads",
+    "cse",
+    "dead-code",
+)
 _FUSE = ("fuse-rms-norm", "fuse-rotary", "fuse-attention", "cse", "dead-code")
 
 PIPELINES: Mapping[str, Pipeline] = {
