@@ -207,7 +207,10 @@ def merged_shapes(stated: onnx_ir.Shape | None, inferred: onnx_ir.Shape | None) 
 
 
 def _complete_target(node: onnx_ir.Node) -> None:
-    """Reshape and Expand: read the target vector where inference gave up on it."""
+    """Reshape, Expand and Slice: read the target or the axes where inference gave up on them."""
+    if node.op_type == "Slice":
+        _complete_slice(node)
+        return
     if node.op_type not in {"Reshape", "Expand"} or _is_complete(node.outputs[0]):
         return
     target, source = elements(node.inputs[1]), node.inputs[0]
@@ -228,6 +231,18 @@ def _complete_target(node: onnx_ir.Node) -> None:
         dims = [other if dim == 1 else dim for dim, other in zip(dims, dimensions(source) or [], strict=True)]
     output = node.outputs[0]
     output.shape = merged_shapes(output.shape, onnx_ir.Shape(dims)) if output.shape is not None else onnx_ir.Shape(dims)
+
+
+def _complete_slice(node: onnx_ir.Node) -> None:
+    """A bound that is computed leaves all axes unknown to inference, also those that are not cut."""
+    source, output = node.inputs[0], node.outputs[0]
+    axes = small_constant(node.inputs[3]) if len(node.inputs) > 3 else None
+    before = dimensions(source) if source is not None else None
+    if axes is None or before is None:
+        return
+    cut = {int(axis) % len(before) for axis in axes.reshape(-1)}
+    whole = onnx_ir.Shape([None if axis in cut else dim for axis, dim in enumerate(before)])
+    output.shape = merged_shapes(output.shape, whole)
 
 
 def _symbols_of_parts(target: onnx_ir.Value | None) -> list[Dimension] | None:
