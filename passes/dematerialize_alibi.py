@@ -13,15 +13,13 @@ import onnx_ir
 from passopt.ir.alibi import alibi_slopes
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import FLOATS, Expression
-from passopt.ir.shapes import Dimension, DimOf, dimensions, elements
+from passopt.ir.shapes import DimOf, elements
 from passopt.ir.weights import small_constant
 from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.rewriting import RewritePass
 
 #: Rows of each head that are compared with the formula; a mask of at most as many rows is compared whole.
 _SAMPLED_ROWS = 128
-#: Bytes of the largest bias of one row per head: 128 heads, 128 Ki positions in fp32.
-_LARGEST_LINE = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,6 @@ class DematerializeAlibi(RewritePass):
 
     Before: ``bias = Slice(Slice(mask, past:total, axis=1), 0:total, axis=2)``, mask [heads, n, n] a constant
     After:  ``bias = slopes · Range(total) + Where(column > row, -inf, 0)``, in fp32, slopes [heads, 1, 1]
-    A bias of one row per head, ``Slice(line, total' :, axis=-1)``, becomes slopes · (position − last position).
     Only for bounds that are lengths or constants. More positions than the mask has follow the formula too; with the
     mask, such an input fails at the addition to the scores.
     The one pass that reads from a large constant: up to 128 rows per head, to be sure that it is such a mask.
@@ -40,11 +37,7 @@ class DematerializeAlibi(RewritePass):
     accuracy = REASSOCIATED
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
-        return [
-            (self.rows_first, self.rewrite),
-            (self.columns_first, self.rewrite),
-            (self.last_columns, self.rewrite_line),
-        ]
+        return [(self.rows_first, self.rewrite), (self.columns_first, self.rewrite)]
 
     def rows_first(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
         steps = op.any_of("steps", ones=[1], absent=None)
@@ -54,33 +47,6 @@ class DematerializeAlibi(RewritePass):
         steps = op.any_of("steps", ones=[1], absent=None)
         return op.Slice(op.Slice(mask, [0], width, [2], steps), start, stop, [1], steps)
 
-    def last_columns(self, op: Any, line: Any, start: Any, stop: Any, axis: Any, row: Any, row_axis: Any) -> Any:
-        """One row [heads, 1, n] for all queries, whose last columns are those of the sequence (MPT)."""
-        steps = op.any_of("steps", ones=[1], absent=None)
-        rows = op.any_of("rows", cut=op.Slice(line, row, op.anything(), row_axis, steps), whole=line)
-        return op.Slice(rows, start, stop, axis, steps)
-
-    def rewrite_line(
-        self, op: Any, line: Any, start: Any, stop: Any, axis: Any, row: Any = None, row_axis: Any = None
-    ) -> Any:
-        """Of a single row, a cut that starts at a computed place takes that row, or leaves nothing to add."""
-        if row is not None and (small_constant(row) is not None or _length_along(op, line, row_axis) != 1):
-            raise Decline(f"takes a part of {line.name} before its columns")
-        expression = op.weight(line)
-        *leading, rows, length = expression.shape if len(expression.shape) >= 3 else (0, 0, 0)
-        if rows != 1 or any(dim != 1 for dim in leading[:-1]) or expression.dtype not in FLOATS:
-            raise Decline(f"{line.name} is {expression.dtype.name}{list(expression.shape)}, not floating [heads, 1, n]")
-        if int(op.constant(axis).reshape(-1)[0]) % len(expression.shape) != len(expression.shape) - 1:
-            raise Decline(f"takes a part of {line.name} along another axis than the columns")
-        if int(op.constant(stop).reshape(-1)[0]) < length:
-            raise Decline(f"takes the columns of {line.name} up to {op.constant(stop).tolist()}, not to the end")
-        slopes = op.initializer("alibi.slopes", _line_slopes(line.name, expression).reshape(*leading, 1, 1))
-        known = small_constant(start)
-        first = _scalar(op, start, None if known is None else int(known.reshape(-1)[0]) % length)
-        columns = op.Range(op.Sub(first, np.int64(length - 1)), np.int64(1), np.int64(1))
-        bias = op.Mul(slopes, op.Cast(columns, to=onnx_ir.DataType.FLOAT.value))
-        return bias if line.dtype == onnx_ir.DataType.FLOAT else op.Cast(bias, to=line.dtype.value)
-
     def rewrite(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
         expression = op.weight(mask)
         _, *square = expression.shape
@@ -88,19 +54,14 @@ class DematerializeAlibi(RewritePass):
             raise Decline(f"{mask.name} is {expression.dtype.name}{list(expression.shape)}, not floating [heads, n, n]")
         bounds = {value: _bound(value, square[0]) for value in (start, stop, width)}
         slopes = op.initializer("alibi.slopes", _slopes(mask.name, expression)[:, None, None])
-        first, last = _scalar(op, start, bounds[start]), _scalar(op, width, bounds[width])
+        first, last = single(op, start, bounds[start]), single(op, width, bounds[width])
         columns = op.Range(np.int64(0), last, np.int64(1))
-        rows = op.Range(first, last if stop is width else _scalar(op, stop, bounds[stop]), np.int64(1))
+        rows = op.Range(first, last if stop is width else single(op, stop, bounds[stop]), np.int64(1))
         bias = op.Mul(slopes, op.Cast(columns, to=onnx_ir.DataType.FLOAT.value))
         later = op.Greater(op.Unsqueeze(columns, [0]), op.Unsqueeze(rows, [1]))
         causal = op.Where(later, np.float32(-np.inf), np.float32(0))
         result = op.Add(bias, causal)
         return result if mask.dtype == onnx_ir.DataType.FLOAT else op.Cast(result, to=mask.dtype.value)
-
-
-def _length_along(op: Any, value: onnx_ir.Value, axis: onnx_ir.Value) -> Dimension:
-    """The length along an axis that a constant names."""
-    return (dimensions(value) or [])[int(op.constant(axis).reshape(-1)[0])]
 
 
 def _bound(vector: onnx_ir.Value, length: int) -> int | None:
@@ -129,7 +90,7 @@ def _is_length(value: onnx_ir.Value | None) -> bool:
     return len(found) == 1 and isinstance(found[0], DimOf) and found[0].value.is_graph_input()
 
 
-def _scalar(op: Any, vector: onnx_ir.Value, constant: int | None) -> Any:
+def single(op: Any, vector: onnx_ir.Value, constant: int | None) -> Any:
     """The single element of a Slice bound: what an exporter reshaped to a vector, where it did so."""
     if constant is not None:
         return np.int64(constant)
@@ -156,36 +117,13 @@ def _slopes(name: str, mask: Expression) -> np.ndarray[Any, np.dtype[np.float32]
             with np.errstate(over="ignore", invalid="ignore"):  # a slope may be anything, if this is another mask
                 expected = (slopes[head] * np.arange(length, dtype=np.float32)).astype(kind)
             expected[row + 1 :] = -np.inf
-            wrong = np.flatnonzero(~_equal(values, expected))
+            wrong = np.flatnonzero(~equal_bias(values, expected))
             if wrong.size:
                 at = int(wrong[0])
                 raise Decline(
                     f"{name}[{head}, {row}, {at}] is {values[at]}, an ALiBi mask of slope {slopes[head]} "
                     f"has {expected[at]} there"
                 )
-    return slopes
-
-
-def _line_slopes(name: str, line: Expression) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The slopes [heads] of a bias [heads, 1, n] = slope · (column − (n − 1)). Declines for any other one."""
-    length = line.shape[-1]
-    if length < 2 or line.nbytes > _LARGEST_LINE:
-        raise Decline(f"{name} {list(line.shape)} is no bias of one row per head")
-    with Evaluator() as evaluator:
-        values = evaluator.array(line).reshape(-1, length)
-    columns = np.arange(1 - length, 1, dtype=np.float32)
-    formula = np.asarray(alibi_slopes(len(values)), np.float32)
-    found = np.asarray(values[:, 0], np.float32) / columns[0]
-    slopes = formula if np.array_equal(formula.astype(values.dtype), found.astype(values.dtype)) else found
-    with np.errstate(over="ignore", invalid="ignore"):
-        expected = (slopes[:, None] * columns).astype(values.dtype)
-    wrong = np.argwhere(~_equal(values, expected))
-    if len(wrong):
-        head, column = (int(item) for item in wrong[0])
-        raise Decline(
-            f"{name}[{head}, 0, {column}] is {values[head, column]}, an ALiBi bias of slope {slopes[head]} "
-            f"has {expected[head, column]} there"
-        )
     return slopes
 
 
@@ -197,7 +135,7 @@ def _sample(evaluator: Evaluator, mask: Expression) -> Iterator[tuple[int, int, 
             yield head, row, evaluator.read(mask, ((head, head + 1), (row, row + 1), (0, length))).reshape(-1)
 
 
-def _equal(values: Any, expected: Any) -> Any:
+def equal_bias(values: Any, expected: Any) -> Any:
     """Equal to one rounding step; a masked place may hold the dtype's smallest number instead of -inf."""
     limits: Any = ml_dtypes.finfo(values.dtype)  # type: ignore[no-untyped-call]
     masked = (values == limits.min) | np.isneginf(values)

@@ -34,7 +34,7 @@ class FuseAttention(RewritePass):
 
     name = "fuse-attention"
     accuracy = REASSOCIATED
-    after = ("legalize", "canonicalize", "cse", "dematerialize-alibi", "fuse-rotary")
+    after = ("legalize", "canonicalize", "cse", "dematerialize-alibi", "dematerialize-alibi-row", "fuse-rotary")
     makes: ClassVar[tuple[str, ...]] = (
         "Attention",
         f"{DOMAIN}::{ALIBI_ATTENTION}",

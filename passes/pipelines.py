@@ -29,12 +29,13 @@ _CLEAN_UP = (
     "cse",
     "dead-code",
 )
+_ALIBI = ("dematerialize-alibi", "dematerialize-alibi-row")
 _FUSE = ("fuse-rms-norm", "fuse-rotary", "fuse-attention", "cse", "dead-code")
 
 PIPELINES: Mapping[str, Pipeline] = {
     "baichuan2": Pipeline(
         "Fuse norms, rotary embedding and attention of Baichuan2, ALiBi from slopes, q, k and v apart.",
-        (*_CLEAN_UP, "dematerialize-alibi", "split-packed-qkv", *_FUSE),
+        (*_CLEAN_UP, *_ALIBI, "split-packed-qkv", *_FUSE),
         {"opset": "23"},
         (
             "fuse-rms-norm==2*num_layers+1",
@@ -44,7 +45,7 @@ PIPELINES: Mapping[str, Pipeline] = {
     ),
     "fuse": Pipeline(
         "Fuse norms, rotary embedding and attention of any decoder.",
-        (*_CLEAN_UP, "dematerialize-alibi", *_FUSE),
+        (*_CLEAN_UP, *_ALIBI, *_FUSE),
         {"opset": "23"},
         ("fuse-attention==num_layers",),
     ),
