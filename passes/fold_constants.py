@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from passopt.ir.provenance import absorb_provenance
 from passopt.ir.shapes import DimOf, complete_types, elements, known_numbers, single_length
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.base import Pass, PassResult
+from passopt.passes.misses import Miss
 
 #: Operators that are never evaluated: random ones, and those whose folding would undo a quantisation.
 _KEPT = frozenset(
@@ -65,6 +67,26 @@ class FoldConstants(Pass):
             if self._bypass(editor, node) or self._fold(editor, node):
                 result.matches += 1
         return result.matches > before
+
+    def explain(self, model: onnx_ir.Model) -> Iterable[Miss]:
+        """Operators that read nothing but constants and stay."""
+        copy = model.clone()
+        self.run(copy)
+        for node in copy.graph:
+            values = [value for value in node.inputs if value is not None]
+            if values and all(constant_tensor(value) is not None for value in values):
+                yield Miss(self.name, node, reason=self._why_it_stays(node, values))
+
+    def _why_it_stays(self, node: onnx_ir.Node, values: Sequence[onnx_ir.Value]) -> str:
+        if node.domain or node.op_type in _KEPT:
+            return f"{node.op_type} is never evaluated"
+        if any(is_checkpoint_weight(value) for value in values):
+            return "it reads a weight of the checkpoint, which no pass does"
+        if node.outputs[0].is_graph_output():
+            return "its result is an output of the graph"
+        if len(node.outputs) != 1:
+            return f"it has {len(node.outputs)} outputs; only operators with one are evaluated"
+        return f"its result or what it reads is larger than {self.limit} bytes; fold-constants{{limit=…}} allows more"
 
     def _bypass(self, editor: Editor, node: onnx_ir.Node) -> bool:
         """Let users of a node without effect read its input."""

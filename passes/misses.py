@@ -65,8 +65,9 @@ class Miss:
         """The reason, but for names of this very place and the digits of others, such as the number of the layer."""
         if self.reason is None:
             return ""
-        values = (value for node in self.nodes for value in (*node.inputs, *node.outputs) if value is not None)
-        names = {name for value in values if (name := value.name)} | {node.name for node in self.nodes}
+        nodes = self.nodes or {node for node in (self.node,) if node is not None}
+        values = (value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None)
+        names = {name for value in values if (name := value.name)} | {node.name for node in nodes}
         text = _NAME.sub(lambda found: "*" if found[0] in names else found[0], self.reason)
         return _NUMBERED.sub(lambda found: _DIGITS.sub("#", found[0]), text)
 
@@ -171,17 +172,17 @@ def distinct(misses: Iterable[Miss], matches: Iterable[frozenset[onnx_ir.Node]] 
 
 
 def _best_of_root(misses: Iterable[Miss]) -> list[Miss]:
-    """Of the rules that do not fit at one root, the nearest; every decline."""
+    """Of the rules that do not fit at one root, the nearest; of those that decline, every reason."""
     misses = list(misses)
     best: dict[onnx_ir.Node | None, tuple[float, ...]] = {}
     for miss in misses:
         best[miss.node] = min(best.get(miss.node, miss.rank), miss.rank)
     kept: list[Miss] = []
+    said: set[tuple[onnx_ir.Node | None, str | None]] = set()
     for miss in misses:
-        if miss.rank == best[miss.node]:
+        if miss.rank == best[miss.node] and (miss.node, miss.reason) not in said:
+            said.add((miss.node, miss.reason))
             kept.append(miss)
-            if miss.reason is None:
-                best[miss.node] = (-1,)  # one is enough
     return kept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import onnx_ir
 
@@ -10,7 +11,9 @@ from passopt.ir.contract import degree_of
 from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
 from passopt.ir.shapes import complete_types
+from passopt.ir.weights import is_checkpoint_weight
 from passopt.passes.base import REASSOCIATED, Pass, PassResult
+from passopt.passes.misses import Miss
 from passopt.passes.sharding.materialize import Materializer
 from passopt.passes.sharding.padding import check_padding
 from passopt.passes.sharding.plan import ShardPlan, plan_of
@@ -65,3 +68,19 @@ class Shard(Pass):
             f"{self.name}: degree {self.degree} does not divide {reasons}. Legal degrees: {legal}; "
             f"or pad with zeros: tp{{degree={self.degree},pad=true}}"
         )
+
+    def explain(self, model: onnx_ir.Model) -> Iterable[Miss]:
+        """The matrices that every rank holds whole: no operator that reads them is split."""
+        if degree_of(model) != 1:
+            return
+        copy = model.clone()
+        complete_types(copy)
+        try:
+            plan = plan_of(propagate(copy))
+        except PassError:
+            return  # the run says what is in the way
+        for name in plan.replicated:
+            value = copy.graph.initializers[name]
+            if is_checkpoint_weight(value) and value.shape is not None and len(value.shape) > 1:
+                reason = f"{name} {list(value.shape.numpy())} stays whole on every rank: what reads it is not split"
+                yield Miss(self.name, next(iter(value.consumers()), None), reason=reason)

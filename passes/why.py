@@ -6,6 +6,7 @@ Rules are explained by `nearest`; a pass over the whole graph explains itself (`
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -103,8 +104,14 @@ def _report_of_failure(item: Pass, model: onnx_ir.Model, error: PassoptError) ->
     copy = model.clone()
     complete_types(copy)
     found = misses(item, copy) if isinstance(item, RewritePass) else list(item.explain(model))
-    failed = Miss(item.name, None, reason=f"the pass fails on this model: {error}")
+    failed = Miss(item.name, _node_named_in(str(error), copy), reason=f"the pass fails on this model: {error}")
     return _report(item, None, [failed, *found], [])
+
+
+def _node_named_in(text: str, model: onnx_ir.Model) -> onnx_ir.Node | None:
+    """The node that a message names in quotes, for where it comes from."""
+    quoted = set(re.findall(r"'([^']+)'", text))
+    return next((node for node in model.graph if quoted.intersection({node.name, node.outputs[0].name})), None)
 
 
 def _remarks(item: Pass, result: PassResult) -> list[str]:

@@ -11,8 +11,11 @@ from passopt.ir.errors import PassError
 from passopt.ir.provenance import MODULE, SOURCE
 from passopt.ir.text import print_model
 from passopt.passes.base import Decline, Pass, PassResult
+from passopt.passes.fold_constants import FoldConstants
 from passopt.passes.misses import Miss
+from passopt.passes.shard import Shard
 from passopt.passes.why import explain
+from passopt.testing.checking import read_model
 
 X = "g (float[3,5] x, float[3,5] y)"
 
@@ -396,3 +399,71 @@ def rule_without_declines(rule):
         (lambda op, a: op.Neg(op.Abs(op.Exp(op.Sqrt(op.Relu(a))))), lambda op, a: a),
     ]
     return item
+
+
+def test_a_failure_points_at_the_node_that_it_names(parsed):
+    def run(model):
+        raise PassError("Neg 'Neg_0': cannot be split")
+
+    model = parsed(layers(FAR))
+    model.graph[0].metadata_props[SOURCE] = "m.py:3"
+    assert explain(whole(run), model).lines()[1:] == [
+        "1. declined at out0 (Neg)",
+        "    the pass fails on this model: Neg 'Neg_0': cannot be split",
+        "    m.py:3",
+    ]
+
+
+STAYING = """<ir_version: 10, opset_import: ["" : 21]>
+g (float[3,5] x) => (float[4,5] turned, float[2] two, float[3,4] y, float[3,4] z, float[8,9] filled)
+<float[5,4] w = random, float[5,4] v = random, float one = {1}, int64[2] big = {8, 9}, float scale = {0.5},
+ int8[5,4] codes = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7,8,9,1,2}> {
+    turned = Transpose(w)
+    two = Concat<axis = 0>(a, a)
+    a = Constant<value_floats = [1.0]>()
+    d = DequantizeLinear(codes, scale)
+    y = MatMul(x, d)
+    n = Neg(v)
+    z = MatMul(x, n)
+    e = Expand(one, big)
+    filled = Abs(e)
+}"""
+
+
+def test_fold_constants_says_what_it_leaves():
+    text = STAYING.replace("    two = Concat<axis = 0>(a, a)\n    a = Constant<value_floats = [1.0]>()\n",
+                           "    a = Constant<value_floats = [1.0]>()\n    two = Concat<axis = 0>(a, a)\n")  # fmt: skip
+    report = explain(FoldConstants(limit=64), read_model(text)).lines(0)
+    assert [line.strip() for line in report[3:]] == [
+        "it reads a weight of the checkpoint, which no pass does",
+        "2. declined at two (Concat)",
+        "its result is an output of the graph",
+        "3. declined at d (DequantizeLinear)",
+        "DequantizeLinear is never evaluated",
+        "4. declined at n (Neg)",
+        "it reads a weight of the checkpoint, which no pass does",
+        "5. declined at e (Expand)",
+        "its result or what it reads is larger than 64 bytes; fold-constants{limit=…} allows more",
+    ]
+
+
+def test_shard_says_what_stays_whole():
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[batch,seq,4] x) => (float[batch,seq,4] y)
+    <float[4,6] up = random, float[6,4] down = random, float[1,4] gain = random> {
+        z = Mul(x, gain) h = MatMul(z, up) r = Relu(h) y = MatMul(r, down)
+    }"""
+    model = read_model(text)
+    report = explain(Shard(), model, Shard.after).lines()
+    assert report[0] == "shard: matched 2 times, declined 1 times, came near at 0 places"
+    assert report[3:] == [
+        "1. declined at z (Mul)",
+        "    gain [1, 4] stays whole on every rank: what reads it is not split",
+    ]
+    assert explain(Shard(degree=5), model).lines()[1:] == [
+        "1. declined",
+        "    the pass fails on this model: shard: degree 5 does not divide 6 units of up. Legal degrees: 2, 3, 6; "
+        "or pad with zeros: tp{degree=5,pad=true}",
+        "2. declined at z (Mul)",
+        "    gain [1, 4] stays whole on every rank: what reads it is not split",
+    ]
