@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
+from passopt.passes.base import REASSOCIATED
 from passopt.passes.decomposing import DecomposePass, attribute, required
 from passopt.passes.rewriting import Rewriter
 
@@ -22,6 +23,7 @@ class DecomposeActivations(DecomposePass):
     """
 
     name = "decompose-activations"
+    accuracy = REASSOCIATED
     decomposes = ("Gelu", "Swish")
 
     def expand(self, op: Rewriter, node: onnx_ir.Node) -> Sequence[onnx_ir.Value]:
