@@ -140,6 +140,8 @@ def _reason(rule: Rule, match: Match, editor: Editor) -> str | None:
         return str(declined)
     except PassoptError as error:
         return f"the rewrite fails: {error}"
+    except Exception as error:  # a defect of the rule is what its author asks about
+        return f"the rewrite fails with {type(error).__name__}: {error}"
     finally:
         discard(op.built)
     return None

@@ -79,7 +79,9 @@ def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Rep
     try:
         result = item.run(copy)
     except PassoptError as error:
-        return _report_of_failure(item, model, error)
+        return _report_of_failure(item, model, str(error))
+    except Exception as error:  # a defect of the pass is what its author asks about
+        return _report_of_failure(item, model, f"{type(error).__name__}: {error}")
     report = explain_rest(item, copy if isinstance(item, RewritePass) else model, result)
     missing = [name for name in item.after if name not in before]
     if not missing or not report.groups:
@@ -100,11 +102,11 @@ def _report(item: Pass, matched: int | None, found: Iterable[Miss], remarks: Seq
     return Report(item.name, matched, tuple(grouped(found)), tuple(remarks))
 
 
-def _report_of_failure(item: Pass, model: onnx_ir.Model, error: PassoptError) -> Report:
+def _report_of_failure(item: Pass, model: onnx_ir.Model, error: str) -> Report:
     copy = model.clone()
     complete_types(copy)
     found = misses(item, copy) if isinstance(item, RewritePass) else list(item.explain(model))
-    failed = Miss(item.name, _node_named_in(str(error), copy), reason=f"the pass fails on this model: {error}")
+    failed = Miss(item.name, _node_named_in(error, copy), reason=f"the pass fails on this model: {error}")
     return _report(item, None, [failed, *found], [])
 
 

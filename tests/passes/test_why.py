@@ -154,6 +154,16 @@ def test_a_rewrite_that_fails_is_a_reason(lines, rule):
     ]
 
 
+def test_a_rewrite_with_a_defect_is_a_reason_too(lines, rule):
+    assert lines(rule(silu_negated, lambda self, op, a: 1 // 0), layers(WHOLE)) == [
+        "test-rule: did not finish, declined 2 times, came near at 0 places",
+        "1. declined",
+        "    the pass fails on this model: ZeroDivisionError: integer division or modulo by zero",
+        "2. declined at out0 (Neg)",
+        "    the rewrite fails with ZeroDivisionError: integer division or modulo by zero",
+    ]
+
+
 def test_where_another_rule_of_the_pass_applies_nothing_is_missed(lines, rule):
     def refuse(op, a):
         raise Decline("not I")
