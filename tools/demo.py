@@ -1,4 +1,6 @@
-"""The main job from end to end on two tiny trained checkpoints: export, `run --passes tp,int8`, verify, a table.
+"""The main job from end to end on two tiny trained checkpoints: export, run, verify, a table.
+
+Both pipelines, `tp,int8` on the graph as exported and `baichuan2,tp,int8` on the fused one, are verified against it.
 
 python tools/demo.py [DIR]      (default: a temporary folder that is removed)
 """
@@ -17,6 +19,7 @@ from typing import Any
 from passopt.testing.checkpoints import ALIBI, ROTARY, CheckpointSpec, evaluation_text, make_checkpoint
 
 FAMILIES = {"rotary": ROTARY, "alibi": ALIBI}
+PIPELINES = ("tp,int8", "baichuan2,tp,int8")
 MAX_TOKENS = "4000"
 
 
@@ -33,35 +36,43 @@ def passopt(folder: Path, *arguments: str, show: bool = True) -> str:
     return done.stdout
 
 
-def run_family(root: Path, name: str, spec: CheckpointSpec) -> list[str]:
-    """Export, transform and verify one family; returns its row of the table."""
+def run_family(root: Path, name: str, spec: CheckpointSpec) -> list[list[str]]:
+    """Export, transform and verify one family; returns its rows of the table."""
     print(f"\n== {name}: {spec.layers} layers, {spec.heads} heads, hidden {spec.hidden}, vocabulary {spec.vocab}")
     checkpoint = make_checkpoint(root / f"checkpoint-{name}", spec, format="bin", shards=2)
     (root / "text.txt").write_text(evaluation_text(), encoding="utf-8")
     passopt(root, "export", checkpoint.name, "-o", name, "--dtype", "fp32", "--trust-remote-code")
-    folder = root / name
-    passopt(folder, "run", "model.onnx", "--passes", "tp,int8")
-    passopt(folder, "verify", "model.onnx", "model.tp2.int8", "--text", "../text.txt", "--max-tokens", MAX_TOKENS)
-    report = json.loads(
-        passopt(
-            folder,
-            *("verify", "model.onnx", "model.tp2.int8", "--text", "../text.txt", "--max-tokens", MAX_TOKENS, "--json"),
-            show=False,
-        )
-    )
-    return _row(name, folder, report)
+    return [run_pipeline(root / name, name, pipeline) for pipeline in PIPELINES]
 
 
-def _row(name: str, folder: Path, report: dict[str, Any]) -> list[str]:
-    manifest = json.loads((folder / "model.tp2.int8" / "manifest.json").read_text())
+def run_pipeline(folder: Path, name: str, pipeline: str) -> list[str]:
+    """Transform and verify with one pipeline; returns its row of the table."""
+    output = "model." + pipeline.replace(",", ".").replace("tp", "tp2")
+    passopt(folder, "run", "model.onnx", "--passes", pipeline)
+    against = ("verify", "model.onnx", output, "--text", "../text.txt", "--max-tokens", MAX_TOKENS)
+    passopt(folder, *against)
+    return _row(name, pipeline, folder, output, json.loads(passopt(folder, *against, "--json", show=False)))
+
+
+def _row(name: str, pipeline: str, folder: Path, output: str, report: dict[str, Any]) -> list[str]:
+    manifest = json.loads((folder / output / "manifest.json").read_text())
     collectives = [entry["op"] for entry in manifest["collectives"]]
-    sizes = [sum(file.stat().st_size for file in folder.glob(pattern)) for pattern in _PATTERNS]
+    patterns = ("weights.safetensors", f"{output}/rank*/weights.safetensors")
+    sizes = [sum(file.stat().st_size for file in folder.glob(pattern)) for pattern in patterns]
     counts = f"{collectives.count('AllReduce')} + {collectives.count('AllGather')}"
-    return [name, f"{sizes[0]:,}", f"{sizes[1]:,}", counts, *_figures(report)]
+    return [name, pipeline, f"{sizes[0]:,}", f"{sizes[1]:,}", counts, *_figures(report)]
 
 
-_PATTERNS = ("weights.safetensors", "model.tp2.int8/rank*/weights.safetensors")
-_HEADER = ("family", "fp32 bytes", "2 ranks int8", "AllReduce + AllGather", "twin error", "perplexity", "change")
+_HEADER = (
+    "family",
+    "passes",
+    "fp32 bytes",
+    "2 ranks int8",
+    "AllReduce + AllGather",
+    "twin error",
+    "perplexity",
+    "change",
+)
 
 
 def _figures(report: dict[str, Any]) -> list[str]:
@@ -76,7 +87,7 @@ def main() -> None:
     root = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="passopt-demo-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
-        rows = [run_family(root, name, spec) for name, spec in FAMILIES.items()]
+        rows = [row for name, spec in FAMILIES.items() for row in run_family(root, name, spec)]
     finally:
         if len(sys.argv) <= 1:
             shutil.rmtree(root, ignore_errors=True)

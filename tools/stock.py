@@ -21,7 +21,16 @@ CODE = "modeling_baichuan.py"
 #: Small, and unequal wherever the published sizes are equal or round.
 ALIBI = CheckpointSpec("alibi", heads=6, hidden=48, intermediate=84, layers=2, vocab=108, max_positions=64)
 ROTARY = CheckpointSpec("rotary", heads=4, hidden=48, intermediate=84, layers=3, vocab=108, max_positions=64)
-PIPELINES = ("tp", "tp{degree=4,pad=true}", "split-packed-qkv,tp{degree=3,pad=true}", "int8", "tp,int8")
+PIPELINES = (
+    "tp",
+    "tp{degree=4,pad=true}",
+    "split-packed-qkv,tp{degree=3,pad=true}",
+    "int8",
+    "tp,int8",
+    "baichuan2",
+    "baichuan2,tp{degree=4,pad=true}",
+    "baichuan2,tp,int8",
+)
 
 
 def stock_folders(root: Path) -> list[Path]:
