@@ -30,7 +30,7 @@ _CLEAN_UP = (
     "dead-code",
 )
 _ALIBI = ("dematerialize-alibi", "dematerialize-alibi-row")
-_FUSE = ("fuse-rms-norm", "fuse-rotary", "fuse-attention", "cse", "dead-code")
+_FUSE = ("fuse-rms-norm", "fuse-rotary", "fuse-attention", "fold-constants", "cse", "dead-code")
 
 PIPELINES: Mapping[str, Pipeline] = {
     "baichuan2": Pipeline(
