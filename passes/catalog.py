@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from passopt.passes.base import Pass
 
 ENTRY_POINTS = "passopt.passes"
-_NAME = re.compile(r"^\s+name\b.* = |\b(?:graphsurgeon_pass|ir_pass)\(", re.MULTILINE)
+_NAME = re.compile(r"^\s+name\b[^=\n]* = [\"']|\b(?:graphsurgeon_pass|ir_pass)\(", re.MULTILINE)
 #: Decorators that make a pass of a function, and how many of its parameters come before the options.
 _DECORATORS = {"graphsurgeon_pass": 1, "ir_pass": 0}
 
