@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stock full-size why-docs clean
+.PHONY: demo test check stock full-size why-docs bench-rewrite clean
 
 demo: $(INSTALLED)  ## the main job end to end on two tiny models
 	$(BIN)/python tools/demo.py
@@ -26,6 +26,9 @@ full-size: $(INSTALLED)  ## time, memory and exact bytes on the published sizes,
 
 why-docs: $(INSTALLED)  ## docs/why.md, from what `passopt why` prints
 	$(BIN)/python tools/why_docs.py
+
+bench-rewrite: $(INSTALLED)  ## speed of rewriting against other tools, to docs/bench-rewrite.md
+	$(BIN)/python tools/bench_rewrite.py
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "setting up $(VENV), a minute or two"

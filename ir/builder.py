@@ -26,6 +26,7 @@ Operand: TypeAlias = "onnx_ir.Value | int | float | Sequence[int] | np.ndarray[A
 
 Inferred: TypeAlias = "tuple[onnx_ir.DataType | None, tuple[int | str | None, ...] | None]"
 TypesMemo: TypeAlias = dict[Hashable, list[Inferred]]
+_SCALARS = frozenset({int, float, str})
 _GRAPHS = frozenset({onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS})
 
 #: Domains of the operators that passopt writes beside ONNX's own.
@@ -155,8 +156,17 @@ def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -
 
 def _inference_key(node: onnx_ir.Node, opset: int) -> Hashable | None:
     """All that inference looks at; None for nodes with subgraphs, which look at anything."""
-    if any(item.type in _GRAPHS for item in node.attributes.data.values()):
-        return None
+    attributes: list[Hashable] = []
+    for item in node.attributes.data.values():
+        content = item.value
+        if type(content) in _SCALARS:
+            attributes.append((item.name, content))
+        elif item.type in _GRAPHS:
+            return None
+        elif type(content) is tuple:
+            attributes.append((item.name, *content))
+        else:
+            attributes.append(attributes_key(node))
     inputs: list[Hashable] = []
     for value in node.inputs:
         if value is None:
@@ -165,7 +175,7 @@ def _inference_key(node: onnx_ir.Node, opset: int) -> Hashable | None:
         data = _shape_data(value)
         dims = None if value.shape is None else tuple(_dim(dim) for dim in value.shape.dims)
         inputs.append((value.dtype, dims, None if data is None else (data.shape, data.tobytes())))
-    return node.op_type, opset, len(node.outputs), attributes_key(node), tuple(inputs)
+    return node.op_type, opset, len(node.outputs), tuple(attributes), tuple(inputs)
 
 
 def _shape_data(value: Value) -> np.ndarray[Any, np.dtype[Any]] | None:

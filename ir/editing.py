@@ -6,13 +6,14 @@ A rule or pass builds nodes with `Builder`; only the editor puts them into the g
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
 
 import onnx_ir
 
 from passopt.ir.builder import Builder, Built, types_memo
 from passopt.ir.errors import VerifyError
 from passopt.ir.functions import DOMAIN, local_function
-from passopt.ir.listening import Replacement, announce
+from passopt.ir.listening import LISTENER, Replacement, announce
 from passopt.ir.order import NodeOrder
 from passopt.ir.provenance import provenance_of
 from passopt.ir.shapes import merged_shapes
@@ -48,7 +49,7 @@ class Editor:
 
     def survey(self) -> bool:
         """Look once at the whole graph, for its names, before the first is made; True if all types are known."""
-        names: set[str | None] = set()
+        names: set[Any] = set()
         is_typed, graphs = True, [self.graph]
         while graphs:
             graph = graphs.pop()
@@ -66,7 +67,7 @@ class Editor:
                         graphs.append(attribute.as_graph())
                     elif kind is _GRAPHS:
                         graphs.extend(attribute.as_graphs())
-        self._names = {name for name in names if name}
+        self._names = names - {None, ""}
         return is_typed
 
     def builder(self, hint: str) -> Builder:
@@ -124,7 +125,8 @@ class Editor:
         _check_statements(built, rule)
         for old, new in replaced.items():
             _check_replacement(old, new, rule)
-        announce(self.model, Replacement(rule, replaced, built, tuple(origins)))
+        if self.model.meta.get(LISTENER) is not None:
+            announce(self.model, Replacement(rule, replaced, built, tuple(origins)))
         roots = [node for old in replaced if (node := old.producer()) is not None]
         self._insert_at(roots, built, origins, before)
         unnamed = {value for node in built.nodes for value in node.outputs}

@@ -23,12 +23,13 @@ def set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.No
 
 def provenance_of(author: str, origins: Sequence[onnx_ir.Node]) -> dict[str, str]:
     """The metadata of whatever the pass `author` makes of `origins`."""
-    found = {MADE_BY: _joined([*_stated(origins, MADE_BY), author])}
+    stated = [origin.metadata_props for origin in origins]
+    found = {MADE_BY: _joined([*(item[MADE_BY] for item in stated if MADE_BY in item), author])}
     if origins:
-        found[MADE_FROM] = _joined(origin_names(origin) for origin in origins)
-    if modules := _stated(origins, MODULE):
+        found[MADE_FROM] = _joined([item.get(MADE_FROM, node.name or "?") for item, node in zip(stated, origins)])
+    if modules := [item[MODULE] for item in stated if MODULE in item]:
         found[MODULE] = _common_module(modules)
-    if sources := _stated(origins, SOURCE):
+    if sources := [item[SOURCE] for item in stated if SOURCE in item]:
         found[SOURCE] = merged_sources(sources)
     return found
 
@@ -41,10 +42,6 @@ def absorb_provenance(kept: onnx_ir.Node, removed: onnx_ir.Node, author: str) ->
 def origin_names(node: onnx_ir.Node) -> str:
     """The original nodes that `node` stands for, joined by commas; itself, if no pass made it."""
     return node.metadata_props.get(MADE_FROM, node.name or "?")
-
-
-def _stated(origins: Iterable[onnx_ir.Node], key: str) -> list[str]:
-    return [origin.metadata_props[key] for origin in origins if key in origin.metadata_props]
 
 
 def _common_module(modules: Sequence[str]) -> str:

@@ -59,7 +59,7 @@ class Match:
 
 def find_match(pattern: Pattern, node: onnx_ir.Node, opset: int) -> Match | None:
     """The first way in which the pattern's first root matches `node`, or None."""
-    return Matcher(pattern, opset).match(node)
+    return Matcher(pattern, opset).match(node) if (node.domain, node.op_type) in pattern.root_keys else None
 
 
 class Matcher:
@@ -74,10 +74,9 @@ class Matcher:
         self._names = tuple(compiler.names.items())
 
     def match(self, node: onnx_ir.Node) -> Match | None:
-        """The first way in which the first root matches `node`, or None."""
+        """The first way in which the first root matches `node`, whose operator is one of `root_keys`; or None."""
         registers = self._registers.copy()
-        registers[0] = node
-        if not self._start(registers):
+        if not self._start(node, registers):
             return None
         bindings = {name: registers[slot] for name, slot in self._names if registers[slot] is not _UNSET}
         nodes = {pattern: registers[slot] for pattern, slot in self._nodes if registers[slot] is not _UNSET}
@@ -102,14 +101,14 @@ class _Compiler:
         self._shared_choices: dict[Alternatives, tuple[int, int, Step]] = {}
         self._climbs: dict[ValuePattern, Climb] = {}
 
-    def pattern(self, pattern: Pattern) -> Step:
+    def pattern(self, pattern: Pattern) -> Enter:
         """The step that matches all roots."""
         for root in pattern.roots:
             self._count_uses(root)
         then: Step = _accept
         for root in reversed(pattern.roots[1:]):
             then = self._further_root(root, then)
-        return self._root(pattern.roots[0], 0, then)
+        return self._first_root(pattern.roots[0], then)
 
     def _count_uses(self, item: ValuePattern) -> None:
         if isinstance(item, Alternatives):
@@ -138,6 +137,17 @@ class _Compiler:
         return self.nodes[pattern]
 
     # Roots
+
+    def _first_root(self, root: Output | Alternatives, then: Step) -> Enter:
+        if isinstance(root, Output):
+            return self._node(root.node, then)
+        choices = self._root(root, 0, then)
+
+        def enter(node: onnx_ir.Node, registers: Registers) -> bool:
+            registers[0] = node
+            return choices(registers)
+
+        return enter
 
     def _root(self, root: ValuePattern, source: int, then: Step) -> Step:
         """Match the node in register `source` as the root."""

@@ -188,8 +188,9 @@ class _Driver:
 
     def run(self) -> PassResult:
         at = self._at
-        graph = self.editor.graph
-        candidates: Sequence[onnx_ir.Node] = [node for node in graph if (node.domain, node.op_type) in at]
+        op_types = {op_type for _, op_type in at}
+        nodes = (node for node in self.editor.graph if node.op_type in op_types)
+        candidates: Sequence[onnx_ir.Node] = [node for node in nodes if (node.domain, node.op_type) in at]
         while candidates:
             candidates = self._sweep(candidates)
         self.result.modified = self.result.matches > 0

@@ -115,3 +115,34 @@ def test_collectives_have_shapes(op):
     symbolic = op.AllGather(value("batch", 5), domain="com.microsoft", axis=0, group_size=3)
     assert symbolic.shape[1] == 5
     assert symbolic.shape[0].value is None
+
+
+def test_the_memo_gives_what_inference_gives_and_tells_inputs_apart():
+    memo = {}
+    for shape, target in (([2, 6], [3, 4]), ([2, 6], [4, 3]), ([2, 6], [4, 3]), (["n", 6], [0, 6])):
+        for types in (memo, None):
+            b = Builder(21, lambda name: name, types=types)
+            x = onnx_ir.Value(name="x", shape=onnx_ir.Shape(shape), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT16))
+            result = b.Reshape(x, target)
+            assert result.dtype == onnx_ir.DataType.FLOAT16
+            expected = target if target[0] else ["n", 6]
+            assert [dim if isinstance(dim, int) else dim.value for dim in result.shape.dims] == expected
+    assert len(memo) == 3
+
+
+def test_the_memo_tells_attributes_apart():
+    memo = {}
+    x = onnx_ir.Value(name="x", shape=onnx_ir.Shape([2, 3, 5]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    b = Builder(21, lambda name: name, types=memo)
+    assert list(b.Transpose(x, perm=[0, 2, 1]).shape) == [2, 5, 3]
+    assert list(b.Transpose(x, perm=[2, 1, 0]).shape) == [5, 3, 2]
+    assert b.Cast(x, to=10).dtype == onnx_ir.DataType.FLOAT16
+    assert b.Cast(x, to=11).dtype == onnx_ir.DataType.DOUBLE
+
+
+def test_shapes_from_the_memo_are_not_shared():
+    b = Builder(21, lambda name: name, types={})
+    x = onnx_ir.Value(name="x", shape=onnx_ir.Shape([2, 3]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    first, second = b.Neg(x), b.Neg(x)
+    first.shape[0] = 7
+    assert list(second.shape) == [2, 3]

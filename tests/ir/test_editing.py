@@ -241,3 +241,50 @@ def test_a_graph_output_keeps_the_shape_that_the_model_states():
     joined.shape = onnx_ir.Shape(["past+seq", 5])
     editor.replace({model.graph.outputs[0]: joined}, builder.built, [node(model, "one")])
     assert str(model.graph.outputs[0].shape) == "[past + seq,5]"
+
+
+def test_a_shared_node_goes_with_the_last_of_its_readers():
+    """Both arms of a diamond die, in any order; what the weights of both are read by goes with them."""
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[3,5] x) => (float[3,5] y) <float[5] b = {1, 2, 3, 4, 5}> {
+        r = Add(x, b)
+        p = Neg(r)
+        q = Mul(r, b)
+        d = Sub(p, q)
+        y = Neg(x)
+    }"""
+    for order in ("pq", "qp"):
+        model = parse_model(text)
+        nodes = {node.outputs[0].name: node for node in model.graph}
+        assert Editor(model, "mine").remove_dead([nodes["d"]]) == 4
+        assert [node.op_type for node in model.graph] == ["Neg"]
+        assert not model.graph.initializers
+        model = parse_model(text)
+        nodes = {node.outputs[0].name: node for node in model.graph}
+        editor = Editor(model, "mine")
+        assert editor.remove_dead([nodes[name] for name in order]) == 0
+        assert len(model.graph) == 5
+
+
+def test_only_what_reads_the_new_nodes_moves_behind_them(editor, model):
+    """The second root needs a late operand; a bystander between keeps its place."""
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[3,5] x, float[3,5] z) => (float[3,5] u, float[3,5] v, float[3,5] w) {
+        a = Relu(x)
+        first = Neg(a)
+        early = Abs(first)
+        u = Exp(early)
+        v = Exp(z)
+        late = Tanh(z)
+        w = Mul(a, late)
+    }"""
+    model = parse_model(text)
+    complete_types(model)
+    nodes = {node.outputs[0].name: node for node in model.graph}
+    editor = Editor(model, "mine")
+    builder = editor.builder("made")
+    joined = builder.Mul(nodes["late"].outputs[0], nodes["a"].outputs[0])
+    replaced = {nodes["first"].outputs[0]: builder.Neg(joined), nodes["w"].outputs[0]: joined}
+    editor.replace(replaced, builder.built, [nodes["first"], nodes["w"]])
+    verify_model(model)
+    assert [node.op_type for node in model.graph] == ["Relu", "Exp", "Tanh", "Mul", "Neg", "Abs", "Exp"]
