@@ -11,6 +11,7 @@ import pytest
 from passopt.ir.text import print_model
 from passopt.numeric.check import Violation
 from passopt.passes.base import REASSOCIATED, lossy
+from passopt.passes.cast import CastModel
 from passopt.passes.quantize_weights import QuantizeWeights
 from passopt.passes.slice_last_token import SliceLastToken
 from passopt.testing.decoders import tiny_decoder
@@ -180,7 +181,13 @@ def test_what_a_whole_graph_pass_leaves_alone_is_no_site(whole, parsed, checked)
 def test_a_changed_interface_is_said_to_be_unchecked(checked):
     summary = checked(SliceLastToken(), tiny_decoder())
     assert summary.sites == 0
-    assert "1 not checked: it changes inputs or outputs by design; compare with passopt verify" in str(summary)
+    assert "1 not checked: it gives inputs or outputs other shapes; compare with passopt verify" in str(summary)
+
+
+def test_a_cast_of_the_whole_graph_is_checked_value_by_value(parsed, checked):
+    summary = checked(CastModel("fp16"), parsed(LINEAR))
+    assert (summary.sites, dict(summary.unchecked)) == (2, {})
+    assert 1e-5 < summary.worst < 2e-2
 
 
 def test_collectives_are_said_to_be_unchecked(rule, parsed, checked):

@@ -55,13 +55,23 @@ class Kinds:
     def _kind_of_result(self, node: onnx_ir.Node) -> Kind:
         if node.op_type in _RANDOM or has_subgraph(node):
             return Kind.DATA
-        inputs = [item for item in node.inputs if item is not None]
+        inputs = numbers_read(node)
         kind = max((self._known[item] for item in inputs), default=Kind.CONSTANT)
-        if node.op_type in {"Shape", "Size"} and not node.domain:
-            return min(kind, Kind.CONTROL)
+        if not inputs and node.inputs:  # a Shape
+            return Kind.CONTROL
         if kind == Kind.TOKENS and (node.op_type in _PRODUCTS or _looks_up(node)):
             return Kind.DATA
         return kind
+
+
+def numbers_read(node: onnx_ir.Node) -> list[onnx_ir.Value]:
+    """The inputs whose numbers count: of others an operator asks only the shape or the dtype."""
+    inputs = node.inputs
+    if not node.domain and node.op_type in {"Shape", "Size"}:
+        inputs = ()
+    elif not node.domain and node.op_type == "CastLike":
+        inputs = inputs[:1]
+    return [item for item in inputs if item is not None]
 
 
 def is_control_name(name: str) -> bool:

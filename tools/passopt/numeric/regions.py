@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import onnx_ir
 
-from passopt.numeric.kinds import Kind, Kinds, has_subgraph
+from passopt.numeric.kinds import Kind, Kinds, has_subgraph, numbers_read
 
 #: How many times a cut is widened by a node before it is given up.
 _WIDENINGS = 48
@@ -48,9 +48,8 @@ class Region:
     side: Side
 
     def read_leaves(self) -> list[onnx_ir.Value]:
-        """The leaves whose numbers count; of others only the shape is asked, which is known."""
-        readers = (node for node in self.nodes if node.domain or node.op_type not in {"Shape", "Size"})
-        read = {value for node in readers for value in node.inputs} | set(self.roots)
+        """The leaves whose numbers count; of others only the shape or dtype is asked, which is known."""
+        read = {value for node in self.nodes for value in numbers_read(node)} | set(self.roots)
         return [leaf for leaf in self.leaves if leaf in read]
 
     def open_leaves(self) -> list[onnx_ir.Value]:

@@ -1,12 +1,13 @@
 """Which values a whole-graph pass defines anew, found by comparing the graph before and after it.
 
 Values are known by name. If every value that both graphs have is the same function of values that both graphs have,
-the graphs compute the same: so each one that is defined differently is a site of its own.
+the graphs compute the same: so each one that is defined differently is a site of its own. A constant that changed is
+part of what reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import onnx
 import onnx_ir
@@ -23,9 +24,10 @@ def rewired(before: onnx_ir.Model, after: onnx_ir.Model) -> Iterator[Request]:
     opsets = before.graph.opset_imports.get("", 0), after.graph.opset_imports.get("", 0)
     sides = Side.of(before, Kinds()), Side.of(after, Kinds())
     gone, made = frozenset(old.keys() - new.keys()), frozenset(new.keys() - old.keys())
+    changed = {name for name, value in old.items() if name in new and _is_changed_constant(value, new[name])}
     for name, value in old.items():
         other = new.get(name)
-        if other is None or _same(value, other, opsets):
+        if other is None or name in changed or _same(value, other, opsets, changed):
             continue
         yield Request((value,), (other,), *sides, gone | {name}, made | {name})
 
@@ -45,7 +47,18 @@ def _values(model: onnx_ir.Model) -> dict[str, onnx_ir.Value]:
     return found
 
 
-def _same(one: onnx_ir.Value, other: onnx_ir.Value, opsets: tuple[int, int]) -> bool:
+def _is_changed_constant(one: onnx_ir.Value, other: onnx_ir.Value) -> bool:
+    if not one.is_initializer() or not other.is_initializer() or one.is_graph_output():
+        return False
+    first, second = expression_of(one), expression_of(other)
+    return first is None or second is None or first.text() != second.text()
+
+
+def _same(one: onnx_ir.Value, other: onnx_ir.Value, opsets: tuple[int, int], changed: Set[str]) -> bool:
+    if one.is_graph_input() and other.is_graph_input():
+        return True  # of another dtype only where that is the pass's purpose
+    if None not in (one.dtype, other.dtype) and one.dtype != other.dtype:
+        return False
     first, second = one.producer(), other.producer()
     constants = small_constant(one), small_constant(other)
     if constants[0] is not None and constants[1] is not None:
@@ -57,7 +70,8 @@ def _same(one: onnx_ir.Value, other: onnx_ir.Value, opsets: tuple[int, int]) -> 
         return False
     if not _same_operator(first, opsets) or attributes_key(first) != attributes_key(second):
         return False
-    return [_name(item) for item in first.inputs] == [_name(item) for item in second.inputs]
+    names = [_name(item) for item in first.inputs]
+    return names == [_name(item) for item in second.inputs] and changed.isdisjoint(names)
 
 
 def _same_operator(node: onnx_ir.Node, opsets: tuple[int, int]) -> bool:
@@ -70,7 +84,7 @@ def _same_operator(node: onnx_ir.Node, opsets: tuple[int, int]) -> bool:
 
 def _same_leaf(one: onnx_ir.Value, other: onnx_ir.Value) -> bool:
     if one.is_graph_input() or other.is_graph_input():
-        return one.is_graph_input() and other.is_graph_input() and one.dtype == other.dtype
+        return False
     first, second = expression_of(one), expression_of(other)
     return first is not None and second is not None and first.text() == second.text()
 
