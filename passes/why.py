@@ -21,8 +21,8 @@ from passopt.passes.pattern import outputs_of
 from passopt.passes.rewriting import RewritePass, rules_of
 from passopt.passes.sites import misses
 
-#: Groups that a report shows.
-LIMIT = 5
+#: Groups that a report shows: 20 lines with their differences.
+LIMIT = 4
 #: Differences of the nearest group; of the others one.
 _DETAILS = 3
 #: Groups that are shown where none is near and nothing matched.
@@ -84,7 +84,7 @@ def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Rep
         return _report_of_failure(item, model, f"{type(error).__name__}: {error}")
     report = explain_rest(item, copy if isinstance(item, RewritePass) else model, result)
     missing = [name for name in item.after if name not in before]
-    if not missing or not report.groups:
+    if not missing or (report.matched and not any(group.example.is_near for group in report.groups)):
         return report
     remark = f"{item.name} belongs after {', '.join(missing)}; give a pipeline with --in, or passes with --after"
     return dataclasses.replace(report, remarks=(remark, *report.remarks))

@@ -63,7 +63,7 @@ def test_the_steps_of_a_pipeline_before_the_pass_run_first(why):
     code, lines, _ = why("quantize-weights", "--in", "fold-constants,int8,tp")
     assert code == 0
     assert lines[0] == "quantize-weights: matched 0 times, declined 1 times, came near at 0 places"
-    assert lines[3:5] == ["1. declined at t (Transpose)", "    w is the head; int8{head=true} includes it"]
+    assert lines[2:4] == ["1. declined at t (Transpose)", "    w is the head; int8{head=true} includes it"]
 
 
 def test_options_come_from_the_pipeline_or_from_the_pass(why):

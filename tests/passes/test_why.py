@@ -46,7 +46,7 @@ def silu(rule):
 def lines(parsed):
     """The report of a pass on a graph, without the lines that say where the rule is written."""
 
-    def report(item, text, limit=5):
+    def report(item, text, limit=4):
         found = explain(item, parsed(text)).lines(limit)
         return [line for line in found if not line.startswith("    rule ")]
 
@@ -477,3 +477,23 @@ def test_shard_says_what_stays_whole():
         "2. declined at z (Mul)",
         "    gain [1, 4] stays whole on every rank: what reads it is not split",
     ]
+
+
+def test_a_report_has_at_most_20_lines(parsed, rule):
+    """Many kinds, each of several differences, and everything else that a report may say."""
+
+    def pattern(self, op, a):
+        return op.Max(op.Relu(a), op.Neg(a), op.Abs(a), op.Exp(a), op.Ceil(a), op.Sin(a), op.Cos(a), op.Tan(a))
+
+    def body(*kinds):
+        parts = " ".join(f"v{i}_# = {kind}(x)" for i, kind in enumerate(kinds))
+        return f"{parts} out# = Max({', '.join(f'v{i}_#' for i in range(8))})"
+
+    first = ["Relu", "Neg", "Abs", "Exp", "Ceil"]
+    others = [("Log", "Erf", kind) for kind in ("Sqrt", "Floor", "Sigmoid", "Tanh", "Round", "Sign")]
+    item = rule(pattern, lambda self, op, a: a)
+    type(item).after = ("legalize",)
+    report = explain(item, parsed(layers(*(body(*first, *more) for more in others)))).lines()
+    assert len(report) <= 20
+    assert sum(line[0].isdigit() for line in report) == 4
+    assert report[-1].startswith("and 2 places of 2 more kinds")

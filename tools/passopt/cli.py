@@ -242,7 +242,9 @@ def _add_why(add: Any) -> None:
     command.add_argument("--node", metavar="NAME", help="explain all rules at this node, or the node of this value")
     command.add_argument("--after", metavar="PIPELINE", help="run these passes first")
     command.add_argument("--in", dest="pipeline", metavar="PIPELINE", help="run what stands before PASS in it first")
-    command.add_argument("--limit", type=_count, default=5, metavar="K", help="kinds shown, 0 all (default: 5)")
+    command.add_argument(
+        "--limit", type=_count, default=4, metavar="K", help="kinds shown, 0 all (default: %(default)s)"
+    )
     command.add_argument("--json", action="store_true", help="everything, as JSON")
 
 

@@ -24,7 +24,7 @@ def why(options: argparse.Namespace) -> int:
     model = load_model(options.model)
     run_passes(model, before)
     if options.node is None:
-        report = explain(item, model, [step.name for step in before])
+        report = explain(item, model, [step.name for step in before] if options.pipeline is None else item.after)
         print(json.dumps(report.as_json(), indent=2) if options.json else "\n".join(report.lines(options.limit)))
         return 0
     if not isinstance(item, RewritePass):
