@@ -9,39 +9,99 @@ import json
 import math
 import struct
 import types
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir
 import torch
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from passopt.frontends.checkpoint import Checkpoint
+from passopt.frontends.family import Cache, CacheShape, Family, Step
+from passopt.frontends.options import Alibi, ExportOptions
+from passopt.frontends.remote_code import StockClasses, build_stock
 from passopt.ir.alibi import alibi_slopes
-from passopt.ir.errors import ModelError
+from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.expressions import Source
 from passopt.ir.sources import safetensors_sources
-
-#: The ALiBi bias as slopes × columns, or as the constant [heads, positions, positions].
-Alibi: TypeAlias = Literal["formula", "baked"]
 
 FUTURE_MASK = "alibi.future_mask"
 SLOPES = "alibi.slopes"
 
-#: Traced constants, as attributes of the stock instance, and the initializers that they become.
-CONSTANTS = {
-    "model.alibi_slopes": SLOPES,
-    "model.alibi_future_mask": FUTURE_MASK,
-    "model.layers.0.self_attn.rotary_emb.cos_cached": "rotary.cos",
-    "model.layers.0.self_attn.rotary_emb.sin_cached": "rotary.sin",
+#: Tensors that published checkpoints hold although the class computes them.
+_COMPUTED_SUFFIX = "rotary_emb.inv_freq"
+
+# No two dimensions equal, and heads that are no power of two, so that no mix-up of axes or slopes goes unnoticed.
+# The roots of 16 are exact; that of 10, as a folded bf16 constant, would move the logits by 4e-3 and hide real faults.
+_SMALL = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "hidden_size": 6 * 16,
+    "intermediate_size": 44,
+    "vocab_size": 72,
+    "model_max_length": 40,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
 }
 
-#: Tensors that published checkpoints hold although the class computes them.
-COMPUTED_SUFFIXES = ("rotary_emb.inv_freq",)
-
 _CHUNK_BYTES = 32 << 20
+
+
+class Baichuan2(Family):
+    """Both published sizes: packed QKV, NormHead, rotary (7B) or ALiBi (13B), by the checkpoint's own code."""
+
+    constants: ClassVar = {
+        "model.alibi_slopes": SLOPES,
+        "model.alibi_future_mask": FUTURE_MASK,
+        "model.layers.0.self_attn.rotary_emb.cos_cached": "rotary.cos",
+        "model.layers.0.self_attn.rotary_emb.sin_cached": "rotary.sin",
+    }
+
+    def __init__(self, checkpoint: Checkpoint, options: ExportOptions, classes: StockClasses) -> None:
+        super().__init__(checkpoint)
+        if options.attention is not None:
+            raise UsageError(
+                "the code of a Baichuan2 checkpoint has one attention implementation; leave out --attention"
+            )
+        self._alibi = options.alibi
+        self._classes = classes
+
+    @property
+    def source_root(self) -> Path:
+        return self.checkpoint.directory
+
+    def build(self, dtype: torch.dtype, *, small: bool) -> Any:
+        return build_stock(self.checkpoint, self._classes, dtype, _SMALL if small else {})
+
+    def cache_shape(self, model: Any) -> CacheShape:
+        heads = model.config.num_attention_heads
+        return CacheShape(len(model.model.layers), heads, model.config.hidden_size // heads)
+
+    def sources(self, model: Any) -> Mapping[str, Source]:
+        tensors = self.checkpoint.tensors
+        return {name: source for name, source in tensors.items() if not name.endswith(_COMPUTED_SUFFIX)}
+
+    def step(self, model: Any) -> Step:
+        prepare(model, self._alibi)
+        return _Step(model)
+
+    def reference(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, Cache]:
+        extra = {} if is_alibi(model) else {"position_ids": position_ids}
+        logits, present = model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, return_dict=False, **extra
+        )
+        return logits, present
+
+    def extra_weights(self, model: Any, scratch: Path) -> Mapping[str, Source]:
+        if not is_alibi(model) or self._alibi != "baked":
+            return {}
+        return {FUTURE_MASK: write_future_mask(scratch / "alibi.safetensors", future_mask_shape(model))}
+
+    def check(self, graph: onnx_ir.Model) -> None:
+        check_head(graph)
 
 
 def is_alibi(model: Any) -> bool:
@@ -126,35 +186,32 @@ def write_future_mask(path: Path, shape: tuple[int, int, int]) -> Source:
     return safetensors_sources(path)[FUTURE_MASK]
 
 
-class Step(torch.nn.Module):
-    """The stock model with tensors in and tensors out: one step of prefill, chunked prefill or decode."""
-
+class _Step(Step):
     def __init__(self, stock: Any) -> None:
-        super().__init__()
-        self.stock = stock
+        super().__init__(stock)
         self.alibi = is_alibi(stock)
 
-    def forward(
+    @property
+    def takes_positions(self) -> bool:
+        return not self.alibi
+
+    def run(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        past: tuple[tuple[torch.Tensor, torch.Tensor], ...],
-        position_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """[b, q], [b, kv], per layer a pair of [b, heads, p, head_dim], [b, q] → logits, then each layer's pair."""
-        for state in (state for layer in past for state in layer):
-            # Else the length of each layer's cache is a symbol of its own, which slows tracing by a third.
-            torch._check(state.shape[2] == past[0][0].shape[2])  # type: ignore[no-untyped-call]
+        past: Cache,
+        position_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Cache]:
         extra = {} if self.alibi else {"position_ids": position_ids}
         logits, present = self.stock(
             input_ids=input_ids,
             attention_mask=_visible(attention_mask, input_ids.shape[1]) if self.alibi else attention_mask,
-            past_key_values=past,
+            past_key_values=past or None,
             use_cache=True,
             return_dict=False,
             **extra,
         )
-        return (logits, *(state for layer in present for state in layer))
+        return logits, present
 
 
 def _visible(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -162,41 +219,6 @@ def _visible(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
     past = attention_mask.shape[1] - length
     rows, columns = attention_mask[:, past:].unsqueeze(2), attention_mask.unsqueeze(1)
     return (rows == columns) & (columns > 0)
-
-
-class Fp32Islands(TorchFunctionMode):
-    """While active, a half-precision model computes masked scores and their softmax in fp32, and casts back.
-
-    The stock code would round the ALiBi bias, and sums of masks and scores. In fp32 nothing changes. The head's
-    normalisation stays as it is: `fold-norm-head` computes it in fp32 once.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._dtype == torch.float32:
-            return function(*args, **kwargs)
-        if function in {functional.softmax, torch.softmax}:
-            return function(*args, **kwargs).to(self._dtype)
-        if function is functional.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        return function(*args, **kwargs)
-
-
-def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Scores in the model's dtype, scaled on both sides as torch does so that fp16 holds them; softmax in fp32."""
-    root = query.shape[-1] ** -0.25
-    scores = torch.matmul(query * root, key.transpose(-2, -1) * root).float()
-    if attn_mask is not None:
-        scores = scores + attn_mask.float()
-    return torch.matmul(functional.softmax(scores, dim=-1).to(value.dtype), value)
 
 
 def check_head(model: onnx_ir.Model) -> None:

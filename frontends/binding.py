@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx_ir
 
-from passopt.frontends.baichuan2 import COMPUTED_SUFFIXES
 from passopt.frontends.checkpoint import Checkpoint
 from passopt.ir.errors import ModelError
+from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import FLOATS, DataType, Source
 from passopt.ir.weights import LazyWeight
 
@@ -20,7 +21,7 @@ def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
     expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     if missing := expected.keys() - checkpoint.tensors.keys():
         raise ModelError(f"{where}: weights are missing that {type(model).__name__} has: {_listed(missing)}")
-    if unknown := _needed(checkpoint) - expected.keys():
+    if unknown := checkpoint.tensors.keys() - expected.keys():
         raise ModelError(f"{where}: weights that {type(model).__name__} does not have: {_listed(unknown)}")
     for name, shape in expected.items():
         source = checkpoint.tensors[name]
@@ -33,6 +34,41 @@ def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
                 f"{where}: weight {name!r} is {source.dtype.name}; export starts from floating point weights, "
                 f"quantise with a pass afterwards"
             )
+
+
+def untied(tensors: Mapping[str, Source], ties: Mapping[str, str], directory: Path) -> dict[str, Source]:
+    """Tensors without those that repeat a parameter under another name; `ties` maps such names to the parameter's own.
+
+    Raises ModelError if a repeated tensor holds other values: then the configuration is wrong that ties them.
+    """
+    kept = {name: source for name, source in tensors.items() if name not in ties}
+    for name in tensors.keys() & ties.keys():
+        own = ties[name]
+        if kept.setdefault(own, tensors[name]) is not tensors[name] and not _equal(kept[own], tensors[name]):
+            raise ModelError(
+                f"{directory}: weights {name!r} and {own!r} differ, though config.json ties them; "
+                f"set tie_word_embeddings to false"
+            )
+    return kept
+
+
+def _equal(one: Source, other: Source) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with Evaluator() as evaluator:
+        pairs = zip(evaluator.chunks(one), evaluator.chunks(other), strict=True)
+        return all(x.tobytes() == y.tobytes() for x, y in pairs)
+
+
+def merge_tied(graph: onnx_ir.Graph, ties: Mapping[str, str]) -> None:
+    """One initializer per parameter: torch may trace a tied one under each of its names."""
+    for name in ties.keys() & graph.initializers.keys():
+        repeated, own = graph.initializers[name], graph.initializers.get(ties[name])
+        if own is None:
+            repeated.name = ties[name]
+            continue
+        repeated.replace_all_uses_with(own)
+        del graph.initializers[name]
 
 
 def bind_weights(
@@ -58,12 +94,8 @@ def bind_weights(
             value.const_value = onnx_ir.Tensor(value.const_value.numpy().copy(), name=name)
     if unbound:
         raise ModelError(f"{checkpoint.directory}: no tensor of the checkpoint for the weights {_listed(unbound)}")
-    if lost := _needed(checkpoint) - bound:
+    if lost := checkpoint.tensors.keys() - bound:
         raise ModelError(f"{checkpoint.directory}: weights that the traced graph does not use: {_listed(lost)}")
-
-
-def _needed(checkpoint: Checkpoint) -> set[str]:
-    return {name for name in checkpoint.tensors if not name.endswith(COMPUTED_SUFFIXES)}
 
 
 def _is_fake(tensor: onnx_ir.TensorProtocol) -> bool:

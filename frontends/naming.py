@@ -7,32 +7,55 @@ The exporter's own metadata goes; a node keeps `passopt.module` (`model.layers.0
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import onnx_ir
 
-from passopt.frontends.baichuan2 import CONSTANTS
-from passopt.frontends.checkpoint import Checkpoint
+from passopt.frontends.options import Phase
+from passopt.ir.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from passopt.ir.errors import ModelError
+from passopt.ir.provenance import MODULE, SOURCE
 
-#: The attribute of the wrapper that holds the stock model: the prefix of every traced name.
-_PREFIX = "stock"
+#: The attribute of the step that holds the stock model: the prefix of every traced name.
+PREFIX = "stock"
+
+#: The columns of attention_mask.
+COLUMNS: Mapping[Phase, str] = {"merged": "past+seq", "prefill": "seq", "decode": "past+1"}
 
 _SYMBOL = re.compile(r"\b[a-z]+\d+\b")
-#: What the exporter calls nodes that come from no module.
+#: What the dynamo exporter calls nodes that come from no module.
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
-_FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+)')
+#: Frames as dynamo (outermost first) and torchscript (innermost first) write them.
+_DYNAMO_FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+)')
+_TORCHSCRIPT_FRAME = re.compile(r"^(?P<path>[^\n(]+)\((?P<line>\d+)\): ", re.MULTILINE)
 
 
-def apply_contract(model: onnx_ir.Model, checkpoint: Checkpoint, layers: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """What the graph is to look like: `constants` maps traced constants, by attribute, to initializers."""
+
+    layers: int
+    phase: Phase
+    source_root: Path
+    constants: Mapping[str, str]
+
+
+def apply_contract(model: onnx_ir.Model, contract: Contract) -> None:
     """Rename in place. Raises ModelError if the graph's inputs and outputs are not those of a step."""
-    _name_inputs(model.graph, layers)
-    _name_outputs(model.graph, layers)
-    _name_dimensions(model.graph)
-    _name_initializers(model.graph)
-    _condense_metadata(model, str(checkpoint.directory))
+    cached = 0 if contract.phase == "prefill" else contract.layers
+    positions = len(model.graph.inputs) > len(input_names(cached, positions=False))
+    _rename(model.graph.inputs, input_names(cached, positions=positions))
+    # The traced signature has the optional argument last; the contract has it before the cache.
+    if positions:
+        model.graph.inputs.insert(2, model.graph.inputs.pop())
+    _rename(model.graph.outputs, output_names(contract.layers))
+    _name_dimensions(model.graph, contract.phase)
+    _name_initializers(model.graph, contract.constants)
+    _condense_metadata(model, f"{contract.source_root}/")
 
 
 def cache_names(kind: str, layers: int) -> list[str]:
@@ -40,18 +63,13 @@ def cache_names(kind: str, layers: int) -> list[str]:
     return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def _name_inputs(graph: onnx_ir.Graph, layers: int) -> None:
-    names = ["input_ids", "attention_mask", *cache_names("past", layers)]
-    if len(graph.inputs) == len(names) + 1:
-        names.append("position_ids")
-    _rename(graph.inputs, names)
-    # The traced signature has the optional argument last; the contract has it before the cache.
-    if names[-1] == "position_ids":
-        graph.inputs.insert(2, graph.inputs.pop())
+def input_names(layers: int, *, positions: bool) -> list[str]:
+    """In the order of the traced signature."""
+    return [INPUT_IDS, ATTENTION_MASK, *cache_names("past", layers), *([POSITION_IDS] if positions else [])]
 
 
-def _name_outputs(graph: onnx_ir.Graph, layers: int) -> None:
-    _rename(graph.outputs, ["logits", *cache_names("present", layers)])
+def output_names(layers: int) -> list[str]:
+    return [LOGITS, *cache_names("present", layers)]
 
 
 def _rename(values: Sequence[onnx_ir.Value], names: list[str]) -> None:
@@ -61,26 +79,26 @@ def _rename(values: Sequence[onnx_ir.Value], names: list[str]) -> None:
         value.name = name
 
 
-def _name_dimensions(graph: onnx_ir.Graph) -> None:
-    names = _symbol_names(graph)
+def _name_dimensions(graph: onnx_ir.Graph, phase: Phase) -> None:
+    names = _symbol_names(graph, phase)
     for value in _values(graph):
         if value.shape is not None:
             value.shape = onnx_ir.Shape([_named(dimension, names) for dimension in value.shape])
-    mask = next(value for value in graph.inputs if value.name == "attention_mask")
+    mask = next(value for value in graph.inputs if value.name == ATTENTION_MASK)
     assert mask.shape is not None
-    if str(mask.shape[1]) != "past+seq":
-        raise ModelError(f"attention_mask was traced with {mask.shape[1]} columns instead of past+seq")
+    if str(mask.shape[1]) != COLUMNS[phase]:
+        raise ModelError(f"attention_mask was traced with {mask.shape[1]} columns instead of {COLUMNS[phase]}")
 
 
-def _symbol_names(graph: onnx_ir.Graph) -> dict[str, str]:
+def _symbol_names(graph: onnx_ir.Graph, phase: Phase) -> dict[str, str]:
     """The tracer's symbols, as they stand in the inputs' shapes: it has several for one length."""
     names: dict[str, str] = {}
     for value in graph.inputs:
         assert value.name is not None
         assert value.shape is not None
         axes = {0: "batch", 2: "past"} if value.name.startswith("past.") else {0: "batch", 1: "seq"}
-        if value.name == "attention_mask":
-            axes[1] = "past+seq"
+        if value.name == ATTENTION_MASK:
+            axes[1] = COLUMNS[phase]
         for axis, name in axes.items():
             symbol = str(value.shape[axis])
             if _SYMBOL.fullmatch(symbol):
@@ -89,47 +107,53 @@ def _symbol_names(graph: onnx_ir.Graph) -> dict[str, str]:
 
 
 def _named(dimension: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
-    """`s62 + s70` → `past+seq`; summands in alphabetical order, no spaces."""
+    """`s62 + s70` → `past+seq`; summands in alphabetical order, numbers last, no spaces."""
     if isinstance(dimension, int) or dimension.value is None:
         return dimension if isinstance(dimension, int) else None
     text = _SYMBOL.sub(lambda symbol: names.get(symbol[0], symbol[0]), str(dimension.value))
     if unknown := _SYMBOL.search(text):
         raise ModelError(f"the traced graph has a dimension {dimension} whose {unknown[0]} is of none of its inputs")
-    return "+".join(sorted(part.replace(" ", "") for part in text.split(" + ")))
+    summands = [part.replace(" ", "") for part in text.split("+")]
+    return "+".join(sorted(summands, key=lambda part: (part.isdigit(), part)))
 
 
-def _name_initializers(graph: onnx_ir.Graph) -> None:
+def _name_initializers(graph: onnx_ir.Graph, constants: Mapping[str, str]) -> None:
     for value in list(graph.initializers.values()):
         assert value.name is not None
-        name = value.name.removeprefix(f"{_PREFIX}.")
-        value.name = CONSTANTS.get(name, name)
+        name = value.name.removeprefix(f"{PREFIX}.")
+        value.name = constants.get(name, name)
 
 
-def _condense_metadata(model: onnx_ir.Model, directory: str) -> None:
+def _condense_metadata(model: onnx_ir.Model, root: str) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
     for value in _values(model.graph):
         value.metadata_props.clear()
         value.meta.clear()
+        value.doc_string = None
     for node in model.graph.all_nodes():
-        origin = _origin(node, directory)
+        origin = _origin(node, root)
         node.doc_string = None
         node.meta.clear()
         node.metadata_props.clear()
         node.metadata_props.update(origin)
 
 
-def _origin(node: onnx_ir.Node, directory: str) -> dict[str, str]:
-    properties = node.metadata_props
-    scopes = ast.literal_eval(properties.get("pkg.torch.onnx.name_scopes", "[]"))
-    module = scopes[-2].removeprefix(_PREFIX).removeprefix(".") if len(scopes) > 1 else ""
-    module = "" if module == _NO_MODULE else module
-    frames = _FRAME.finditer(properties.get("pkg.torch.onnx.stack_trace", ""))
-    lines = [frame for frame in frames if frame["path"].startswith(f"{directory}/")]
-    origin = {"passopt.module": module} if module else {}
-    if lines:
-        origin["passopt.source"] = f"{lines[-1]['path'].rpartition('/')[2]}:{lines[-1]['line']}"
+def _origin(node: onnx_ir.Node, root: str) -> dict[str, str]:
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if scopes is not None:
+        parts = ast.literal_eval(scopes)
+        module = parts[-2] if len(parts) > 1 else ""
+        frames = list(_DYNAMO_FRAME.finditer(node.metadata_props.get("pkg.torch.onnx.stack_trace", "")))[::-1]
+    else:
+        module = ".".join((node.name or "").split("/")[1:-1])
+        frames = list(_TORCHSCRIPT_FRAME.finditer(node.doc_string or ""))
+    module = module.removeprefix(PREFIX).removeprefix(".")
+    line = next((frame for frame in frames if frame["path"].startswith(root)), None)
+    origin = {MODULE: module} if module and module != _NO_MODULE else {}
+    if line is not None:
+        origin[SOURCE] = f"{line['path'].rpartition('/')[2]}:{line['line']}"
     return origin
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from passopt.frontends.checkpoint import Checkpoint
+from passopt.frontends.options import MODEL_TYPES
 from passopt.ir.errors import ModelError
 
 _packages = itertools.count()
@@ -46,6 +47,27 @@ def stock_classes(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterato
         yield StockClasses(_load(checkpoint, package, config), _load(checkpoint, package, model))
 
 
+def build_stock(checkpoint: Checkpoint, classes: StockClasses, dtype: Any, overrides: Mapping[str, Any]) -> Any:
+    """An instance in the torch dtype `dtype`, by config.json with `overrides`: parameters without data, tables real."""
+    import torch
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        config = classes.config.from_dict({**checkpoint.config, **overrides})
+        with init_empty_weights(include_buffers=False):
+            model = classes.model(config)
+    except Exception as error:  # foreign code and foreign values
+        raise ModelError(
+            f"{checkpoint.directory}: {classes.model.__name__} cannot be built from config.json: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        torch.set_default_dtype(default)
+    return model.requires_grad_(False)
+
+
 def _reference(checkpoint: Checkpoint, role: str) -> tuple[str, str]:
     """Module and class name for a role of the auto_map."""
     auto_map = checkpoint.config.get("auto_map")
@@ -54,8 +76,8 @@ def _reference(checkpoint: Checkpoint, role: str) -> tuple[str, str]:
     if not isinstance(name, str):
         classes = ", ".join(checkpoint.config.get("architectures") or ["no class"])
         raise ModelError(
-            f"{checkpoint.directory}: config.json names {classes} and no {role} in an auto_map. "
-            f"Export supports Baichuan2 checkpoints, which bring their own modeling code."
+            f"{checkpoint.directory}: config.json names {classes} and no {role} in an auto_map. Export supports the "
+            f"model types {', '.join(sorted(MODEL_TYPES))}, and Baichuan2, which brings its own modeling code."
         )
     module, _, attribute = name.rpartition(".")
     if "--" in name or not module.isidentifier():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,12 +17,13 @@ import numpy as np
 import onnx_ir
 import torch
 
-from passopt.frontends.baichuan2 import Alibi, is_alibi
 from passopt.frontends.checkpoint import Checkpoint
-from passopt.frontends.huggingface import DEFAULT_OPSET, TORCH_DTYPES, build_model, export_graph
+from passopt.frontends.families import open_family
+from passopt.frontends.family import CacheShape, Family
+from passopt.frontends.huggingface import TORCH_DTYPES, export_family
 from passopt.frontends.naming import cache_names
+from passopt.frontends.options import ExportOptions, Phase
 from passopt.frontends.quiet import quiet
-from passopt.frontends.remote_code import stock_classes
 from passopt.ir.errors import CheckError
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType
@@ -35,27 +36,20 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: Largest relative error by the graph's dtype; a bf16 graph is run as its fp32 twin.
 TOLERANCES = {DataType.FLOAT: 1e-4, DataType.BFLOAT16: 1e-4, DataType.FLOAT16: 2e-2}
 
-# No two dimensions equal, and heads that are no power of two, so that no mix-up of axes or slopes goes unnoticed.
-# The roots of 16 are exact; that of 10, as a folded bf16 constant, would move the logits by 4e-3 and hide real faults.
-_LAYERS, _HEADS, _HEAD_DIM = 2, 6, 16
-_SMALL = {
-    "num_hidden_layers": _LAYERS,
-    "num_attention_heads": _HEADS,
-    "hidden_size": _HEADS * _HEAD_DIM,
-    "intermediate_size": 44,
-    "vocab_size": 72,
-    "model_max_length": 40,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-}
 _LENGTH, _PADDING = 13, 4
-_AT_ONCE, _IN_CHUNKS = (13,), (6, 5, 1, 1)
+#: Positions per step, for every way to feed a graph.
+_STEPS: dict[Phase, tuple[tuple[int, ...], ...]] = {
+    "merged": ((13,), (6, 5, 1, 1)),
+    "prefill": ((13,),),
+    "decode": ((1,) * 13,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
     """Inputs of a padded batch and what the stock code makes of them, all at once and in fp32."""
 
+    shape: CacheShape
     ids: Array
     mask: Array
     positions: Array
@@ -63,48 +57,52 @@ class _Reference:
 
 
 def self_check(
-    checkpoint: Checkpoint,
-    *,
-    dtype: DataType,
-    alibi: Alibi = "formula",
-    opset: int = DEFAULT_OPSET,
-    finish: Callable[[onnx_ir.Model], onnx_ir.Model],
+    checkpoint: Checkpoint, options: ExportOptions, *, finish: Callable[[onnx_ir.Model], onnx_ir.Model]
 ) -> float:
     """The largest relative error over all outputs. `finish` is what follows an export, such as cleaning passes.
 
-    Runs the checkpoint's code, so call it only with the user's consent. Raises CheckError beyond the tolerance.
+    Runs the checkpoint's code, so it needs the same consent. Raises CheckError beyond the tolerance.
     """
     with tempfile.TemporaryDirectory(prefix="passopt-self-check-") as name:
         scratch = Path(name)
-        small, reference = _run_stock_code(checkpoint, dtype, scratch)
-        graph = finish(
-            export_graph(small, dtype=dtype, alibi=alibi, opset=opset, trust_remote_code=True, scratch=scratch)
-        )
-        if dtype == DataType.BFLOAT16:
+        with quiet(), open_family(checkpoint, options) as family:
+            reference = _run_stock_code(family, options.dtype, scratch)
+            graph = finish(export_family(family, options, scratch, small=True))
+        if options.dtype == DataType.BFLOAT16:
             graph = fp32_twin(graph)
         session = _session(graph, scratch)
-        error = max(_error(reference, _run_graph(session, reference, steps)) for steps in (_AT_ONCE, _IN_CHUNKS))
-    if not error <= TOLERANCES[dtype]:
+        runs = [_run_graph(session, reference, steps) for steps in _STEPS[options.phase]]
+        error = max(_error(reference, outputs) for outputs in runs)
+    if not error <= TOLERANCES[options.dtype]:
         raise CheckError(
             f"{checkpoint.directory}: the exported graph differs from the stock code by {error:.2e} of the largest "
-            f"value; {TOLERANCES[dtype]:.0e} is allowed for {dtype.name} (measured on a small model of the same class)"
+            f"value; {TOLERANCES[options.dtype]:.0e} is allowed for {options.dtype.name} "
+            f"(measured on a small model of the same class)"
         )
     return error
 
 
-def _run_stock_code(checkpoint: Checkpoint, dtype: DataType, scratch: Path) -> tuple[Checkpoint, _Reference]:
-    """A small checkpoint with random weights, and the reference that its class computes from them."""
+def _run_stock_code(family: Family, dtype: DataType, scratch: Path) -> _Reference:
+    """The reference that a small model computes from random weights, which the family's checkpoint then holds."""
     from safetensors.torch import save_file
 
-    small = dataclasses.replace(checkpoint, config={**checkpoint.config, **_SMALL}, tensors={})
-    with quiet(), torch.no_grad(), stock_classes(checkpoint, trust_remote_code=True) as classes:
-        model = build_model(classes, small, torch.float32)
+    with torch.no_grad():
+        model = family.build(torch.float32, small=True)
+        shape = family.cache_shape(model)
         weights = {name: weight.to(TORCH_DTYPES[dtype]) for name, weight in _random_weights(model).items()}
-        model.load_state_dict({name: weight.float() for name, weight in weights.items()}, strict=False, assign=True)
-        reference = _reference(model.eval())
+        _load(model, {name: weight.float() for name, weight in weights.items()})
+        reference = _reference(family, model.eval(), shape)
     file = scratch / "weights.safetensors"
     save_file(weights, file)
-    return dataclasses.replace(small, tensors=safetensors_sources(file)), reference
+    family.checkpoint = dataclasses.replace(family.checkpoint, tensors=safetensors_sources(file))
+    return reference
+
+
+def _load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give each parameter its weight, tied ones under all of their names."""
+    own = {parameter: name for name, parameter in model.named_parameters()}
+    names = {name: own[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    model.load_state_dict({name: weights[first] for name, first in names.items()}, strict=False, assign=True)
 
 
 def _random_weights(model: Any) -> dict[str, torch.Tensor]:
@@ -120,18 +118,17 @@ def _random_weights(model: Any) -> dict[str, torch.Tensor]:
     return {name: draw(weight.shape) for name, weight in model.named_parameters()}
 
 
-def _reference(model: Any) -> _Reference:
+def _reference(family: Family, model: Any, shape: CacheShape) -> _Reference:
     random = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, _SMALL["vocab_size"], (2, _LENGTH), generator=random)
+    ids = torch.randint(1, model.config.vocab_size, (2, _LENGTH), generator=random)
     mask = torch.ones_like(ids)
     mask[1, :_PADDING] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    extra = {} if is_alibi(model) else {"position_ids": positions}
-    logits, present = model(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=False, **extra)
+    logits, present = family.reference(model, ids, mask, positions)
     states = [logits, *(state for layer in present for state in layer)]
-    names = ["logits", *cache_names("present", _LAYERS)]
+    names = ["logits", *cache_names("present", shape.layers)]
     outputs = {name: state.numpy() for name, state in zip(names, states, strict=True)}
-    return _Reference(ids.numpy(), mask.numpy(), positions.numpy(), outputs)
+    return _Reference(shape, ids.numpy(), mask.numpy(), positions.numpy(), outputs)
 
 
 def _session(graph: onnx_ir.Model, scratch: Path) -> Any:
@@ -149,10 +146,11 @@ def _session(graph: onnx_ir.Model, scratch: Path) -> Any:
 def _run_graph(session: Any, reference: _Reference, steps: Sequence[int]) -> dict[str, Array]:
     """Feed `steps` positions at a time, each step with the cache of the one before; logits are joined."""
     inputs = {value.name: value.type for value in session.get_inputs()}
-    kind = np.float16 if inputs["past.0.key"] == "tensor(float16)" else np.float32
+    kind = np.float16 if "tensor(float16)" in inputs.values() else np.float32
     names = [value.name for value in session.get_outputs()]
-    empty = np.zeros((2, _HEADS, 0, _HEAD_DIM), kind)
-    state = dict.fromkeys(cache_names("present", _LAYERS), empty)
+    shape = reference.shape
+    empty = np.zeros((len(reference.ids), shape.heads, 0, shape.width), kind)
+    state = dict.fromkeys(cache_names("present", shape.layers), empty)
     logits, done = [], 0
     for count in steps:
         here = slice(done, done + count)

@@ -496,9 +496,10 @@ def test_reading_tokens_needs_a_tokenizer(tmp_path: Path) -> None:
 def test_an_exported_graph_equals_itself(tmp_path: Path) -> None:
     from passopt.frontends.checkpoint import open_checkpoint
     from passopt.frontends.huggingface import export_graph
+    from passopt.frontends.options import ExportOptions
 
     folder = make_checkpoint(tmp_path / "checkpoint", ROTARY)
-    model = export_graph(open_checkpoint(folder), dtype=BF16, trust_remote_code=True, scratch=tmp_path)
+    model = export_graph(open_checkpoint(folder), ExportOptions(dtype=BF16, trust_remote_code=True), tmp_path)
     tokens = tuple(read_tokens(evaluation_text(), folder / "tokenizer.model")[:400])
     for layerwise in (False, True):
         report = verify(model, model, options=VerifyOptions(tokens=tokens, layerwise=layerwise))

@@ -11,6 +11,7 @@ import pytest
 from passopt.commands.export import clean_up
 from passopt.frontends.checkpoint import open_checkpoint
 from passopt.frontends.huggingface import export_graph
+from passopt.frontends.options import ExportOptions
 from passopt.ir.alibi import alibi_slopes
 from passopt.ir.files import load_model
 from passopt.ir.sources import safetensors_sources
@@ -32,7 +33,8 @@ def exported(folder: Path, spec: CheckpointSpec, alibi: str = "formula", dtype=o
         make_checkpoint(folder, spec, trained=False)
     scratch = folder.parent / f"{folder.name}-scratch"
     scratch.mkdir(exist_ok=True)
-    model = export_graph(open_checkpoint(folder), dtype=dtype, alibi=alibi, trust_remote_code=True, scratch=scratch)
+    options = ExportOptions(dtype=dtype, alibi=alibi, trust_remote_code=True)
+    model = export_graph(open_checkpoint(folder), options, scratch)
     return clean_up(model)
 
 

@@ -16,6 +16,7 @@ from passopt.frontends import baichuan2
 from passopt.frontends.binding import bind_weights
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.huggingface import export_graph
+from passopt.frontends.options import ExportOptions
 from passopt.frontends.selfcheck import TOLERANCES, self_check
 from passopt.ir.alibi import alibi_slopes
 from passopt.ir.errors import CheckError, ModelError, UsageError
@@ -44,12 +45,16 @@ def alibi(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def rotary_graph(rotary: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> onnx_ir.Model:
-    return export_graph(rotary, trust_remote_code=True, scratch=tmp_path_factory.mktemp("scratch"))
+    return export_graph(rotary, options(), tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.fixture(scope="module")
 def alibi_graph(alibi: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> onnx_ir.Model:
-    return export_graph(alibi, trust_remote_code=True, scratch=tmp_path_factory.mktemp("scratch"))
+    return export_graph(alibi, options(), tmp_path_factory.mktemp("scratch"))
+
+
+def options(**settings: Any) -> ExportOptions:
+    return ExportOptions(**{"trust_remote_code": True, **settings})
 
 
 def unchanged(model: onnx_ir.Model) -> onnx_ir.Model:
@@ -147,12 +152,12 @@ def test_code_of_the_checkpoint_leaves_no_trace(
 def test_rotary_family_agrees_with_the_stock_code(
     rotary: Checkpoint, dtype: DataType, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert self_check(rotary, dtype=dtype, finish=unchanged) < TOLERANCES[dtype] / 10
+    assert self_check(rotary, options(dtype=dtype), finish=unchanged) < TOLERANCES[dtype] / 10
     assert capfd.readouterr() == ("", "")
 
 
 def test_alibi_family_agrees_with_the_stock_code(alibi: Checkpoint) -> None:
-    assert self_check(alibi, dtype=DataType.FLOAT, alibi="baked", finish=unchanged) < 1e-5
+    assert self_check(alibi, options(dtype=DataType.FLOAT, alibi="baked"), finish=unchanged) < 1e-5
 
 
 def test_bf16_agrees_after_constants_were_folded(alibi: Checkpoint) -> None:
@@ -160,7 +165,7 @@ def test_bf16_agrees_after_constants_were_folded(alibi: Checkpoint) -> None:
         FoldConstants().run(model)
         return model
 
-    assert self_check(alibi, dtype=DataType.BFLOAT16, finish=fold) < 1e-5
+    assert self_check(alibi, options(dtype=DataType.BFLOAT16), finish=fold) < 1e-5
 
 
 def test_self_check_notices_a_wrong_graph(alibi: Checkpoint) -> None:
@@ -171,12 +176,12 @@ def test_self_check_notices_a_wrong_graph(alibi: Checkpoint) -> None:
         return model
 
     with pytest.raises(CheckError, match="differs from the stock code"):
-        self_check(alibi, dtype=DataType.FLOAT, finish=steeper)
+        self_check(alibi, options(dtype=DataType.FLOAT), finish=steeper)
 
 
 def test_fp16_is_right_at_the_end_of_the_context(alibi: Checkpoint, alibi_graph: onnx_ir.Model, tmp_path: Path) -> None:
     """At column 4095 a bias in fp16 is off by 2, which softmax turns into other attention: 8e-2 instead of 2e-3."""
-    reference = export_graph(alibi, dtype=DataType.FLOAT, trust_remote_code=True, scratch=tmp_path)
+    reference = export_graph(alibi, options(dtype=DataType.FLOAT), tmp_path)
     random = np.random.default_rng(0)
     length, past = 5, LONG.max_positions - 5
     feeds = {
@@ -209,7 +214,7 @@ def test_without_consent_nothing_of_the_checkpoint_runs(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "checkpoint", ODD, trained=False)
     (directory / "modeling_baichuan.py").write_text("raise SystemExit('ran')")
     with pytest.raises(ModelError, match=r"modeling_baichuan\.py.*pass --trust-remote-code"):
-        export_graph(open_checkpoint(directory), trust_remote_code=False, scratch=tmp_path)
+        export_graph(open_checkpoint(directory), options(trust_remote_code=False), tmp_path)
 
 
 def test_code_that_fails_to_import_is_named(tmp_path: Path) -> None:
@@ -218,7 +223,7 @@ def test_code_that_fails_to_import_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"modeling_baichuan\.py: importing BaichuanForCausalLM failed.*no_such_module"
     ):
-        export_graph(open_checkpoint(directory), trust_remote_code=True, scratch=tmp_path)
+        export_graph(open_checkpoint(directory), options(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +236,7 @@ def test_code_that_fails_to_import_is_named(tmp_path: Path) -> None:
 def test_code_that_is_not_in_the_checkpoint(rotary: Checkpoint, auto_map: object, message: str, tmp_path: Path) -> None:
     checkpoint = dataclasses.replace(rotary, config={**rotary.config, "auto_map": auto_map})
     with pytest.raises(ModelError, match=message):
-        export_graph(checkpoint, trust_remote_code=True, scratch=tmp_path)
+        export_graph(checkpoint, options(), tmp_path)
 
 
 def test_other_classes_are_not_supported() -> None:
@@ -239,11 +244,26 @@ def test_other_classes_are_not_supported() -> None:
         baichuan2.is_alibi(SimpleNamespace())
 
 
-def test_unknown_dtype_and_alibi(rotary: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="FLOAT16, BFLOAT16, not in INT8"):
-        export_graph(rotary, dtype=DataType.INT8, trust_remote_code=True, scratch=tmp_path)
-    with pytest.raises(UsageError, match="formula, baked, not 'none'"):
-        export_graph(rotary, alibi="none", trust_remote_code=True, scratch=tmp_path)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": DataType.INT8}, "FLOAT16, BFLOAT16, not in INT8"),
+        ({"alibi": "none"}, "alibi is one of formula, baked, not 'none'"),
+        ({"exporter": "fx"}, "exporter is one of dynamo, torchscript, not 'fx'"),
+        ({"phase": "chunked"}, "phase is one of merged, prefill, decode, not 'chunked'"),
+        ({"attention": "flash"}, "attention is one of eager, sdpa, not 'flash'"),
+        ({"opset": 17}, "opset is one of 18, .* not 17"),
+        ({"exporter": "torchscript", "opset": 21}, "torchscript exporter writes opset ≤ 20, not 21"),
+    ],
+)
+def test_options_that_do_not_exist(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ExportOptions(**settings)
+
+
+def test_attention_of_the_checkpoint_is_not_chosen(rotary: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Baichuan2 checkpoint has one attention implementation"):
+        export_graph(rotary, options(attention="sdpa"), tmp_path)
 
 
 def without(checkpoint: Checkpoint, name: str) -> Checkpoint:
@@ -253,7 +273,7 @@ def without(checkpoint: Checkpoint, name: str) -> Checkpoint:
 
 def test_missing_weight_is_named(rotary: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"weights are missing that BaichuanForCausalLM has: model\.norm\.weight"):
-        export_graph(without(rotary, "model.norm.weight"), trust_remote_code=True, scratch=tmp_path)
+        export_graph(without(rotary, "model.norm.weight"), options(), tmp_path)
 
 
 def test_superfluous_weight_is_named(rotary: Checkpoint, tmp_path: Path) -> None:
@@ -261,7 +281,7 @@ def test_superfluous_weight_is_named(rotary: Checkpoint, tmp_path: Path) -> None
     extra = {"lm_head.bias": head, "model.layers.0.self_attn.rotary_emb.inv_freq": head}
     checkpoint = dataclasses.replace(rotary, tensors={**rotary.tensors, **extra})
     with pytest.raises(ModelError, match=r"does not have: lm_head\.bias$"):
-        export_graph(checkpoint, trust_remote_code=True, scratch=tmp_path)
+        export_graph(checkpoint, options(), tmp_path)
 
 
 def test_weight_of_another_shape_is_named(rotary: Checkpoint, tmp_path: Path) -> None:
@@ -269,14 +289,14 @@ def test_weight_of_another_shape_is_named(rotary: Checkpoint, tmp_path: Path) ->
     with pytest.raises(
         ModelError, match=r"embed_tokens\.weight' has shape \[520, 64\], by config.json it is \[7, 64\]"
     ):
-        export_graph(checkpoint, trust_remote_code=True, scratch=tmp_path)
+        export_graph(checkpoint, options(), tmp_path)
 
 
 def test_quantised_weights_are_not_a_start(rotary: Checkpoint, tmp_path: Path) -> None:
     codes = dataclasses.replace(rotary.tensors["model.norm.weight"], dtype=DataType.INT8)
     checkpoint = dataclasses.replace(rotary, tensors={**rotary.tensors, "model.norm.weight": codes})
     with pytest.raises(ModelError, match=r"'model\.norm\.weight' is INT8"):
-        export_graph(checkpoint, trust_remote_code=True, scratch=tmp_path)
+        export_graph(checkpoint, options(), tmp_path)
 
 
 GRAPH = """

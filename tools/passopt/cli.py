@@ -114,7 +114,10 @@ def _add_export(add: Any) -> None:
     command.add_argument(
         "--alibi", choices=["formula", "baked"], default="formula", help="ALiBi as slopes or as mask constant"
     )
-    command.add_argument("--opset", type=int, choices=range(18, 24), default=21, help=_OPSET_HELP, metavar="N")
+    command.add_argument("--opset", type=int, choices=range(18, 24), help=_OPSET_HELP, metavar="N")
+    command.add_argument("--exporter", choices=["dynamo", "torchscript"], default="dynamo", help=_EXPORTER_HELP)
+    command.add_argument("--attention", choices=["eager", "sdpa"], help=_ATTENTION_HELP)
+    command.add_argument("--phase", choices=["merged", "prefill", "decode"], default="merged", help=_PHASE_HELP)
     command.add_argument("--weights", choices=["copy", "reference"], default="copy", help=_WEIGHTS_HELP)
     command.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own Python files")
     command.add_argument("--no-self-check", action="store_true", help="skip the comparison with eager torch")
@@ -129,7 +132,10 @@ def _add_export(add: Any) -> None:
     command.add_argument("-o", "--output", metavar="DIR", required=True, help="new folder")
 
 
-_OPSET_HELP = "18 to 23, default %(default)s; int8 of 16-bit weights needs 19, and tp knows no fused attention of 23"
+_OPSET_HELP = "18 to 23, default 21 (torchscript: ≤ 20); int8 of 16-bit weights needs 19"
+_EXPORTER_HELP = "of torch (default: %(default)s)"
+_ATTENTION_HELP = "which implementation of transformers is traced (default: eager; not for code of the checkpoint)"
+_PHASE_HELP = "one graph for everything, or for a prefill without past, or for single tokens (default: %(default)s)"
 _EACH_HELP = "structure after every pass, or each rewrite by sampled numbers (default: %(default)s)"
 _WEIGHTS_HELP = "copy them into the output, or only refer to where they lie (default: %(default)s)"
 

@@ -35,6 +35,7 @@ CLEAN_UP = "fold-constants,dead-code"
 def export(options: argparse.Namespace) -> int:
     """Trace the checkpoint's class, check it against eager torch, write the graph and its weights."""
     from passopt.frontends.checkpoint import open_checkpoint
+    from passopt.frontends.options import ExportOptions
 
     output = Path(options.output)
     if output.exists():
@@ -42,20 +43,28 @@ def export(options: argparse.Namespace) -> int:
     if options.alibi == "baked" and options.weights == "reference":
         raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use --weights=copy")
     checkpoint = open_checkpoint(Path(options.checkpoint))
-    settings = {"dtype": DTYPES[options.dtype], "alibi": options.alibi, "opset": options.opset}
+    settings = ExportOptions(
+        dtype=DTYPES[options.dtype],
+        opset=options.opset,
+        exporter=options.exporter,
+        attention=options.attention,
+        alibi=options.alibi,
+        phase=options.phase,
+        trust_remote_code=options.trust_remote_code,
+    )
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.scratch-", dir=output.absolute().parent) as scratch:
         from passopt.frontends.huggingface import export_graph
 
-        _log(f"tracing {checkpoint.directory.name} with its own code")
-        model = export_graph(checkpoint, trust_remote_code=options.trust_remote_code, scratch=Path(scratch), **settings)
+        _log(f"tracing {checkpoint.directory.name}, stock code")
+        model = export_graph(checkpoint, settings, Path(scratch))
         model = clean_up(model)
         model.metadata_props[SELF_CHECK] = "skipped"
         if not options.no_self_check:
             from passopt.frontends.selfcheck import self_check
 
             _log("self-check: a small model of the same class, eager torch against its exported graph")
-            error = self_check(checkpoint, finish=clean_up, **settings)
+            error = self_check(checkpoint, settings, finish=clean_up)
             model.metadata_props[SELF_CHECK] = f"{error:.2e}"
         source = {"checkpoint": checkpoint.directory.name, "files": _files(checkpoint)}
         pipeline = resolve(CLEAN_UP).expanded
@@ -70,8 +79,8 @@ def export(options: argparse.Namespace) -> int:
             write_reference_output(model, output, **facts)
         else:
             write_with_progress(model, output, plan, facts)
-    layers = sum((value.name or "").endswith(".key") for value in model.graph.inputs)
-    print(f"{len(model.graph)} nodes, {layers} layers, {options.dtype}, opset {options.opset}")
+    layers = sum((value.name or "").endswith(".key") for value in model.graph.outputs)
+    print(f"{len(model.graph)} nodes, {layers} layers, {options.dtype}, opset {settings.target_opset}")
     print(f"self-check: {_verdict(model.metadata_props[SELF_CHECK])}")
     print(f"→ {output}")
     return 0

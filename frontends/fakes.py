@@ -1,0 +1,42 @@
+"""Weights with a shape and a dtype but no bytes, so that tracing costs no memory however large the model is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+#: Integers below are distinct in bf16.
+_EXACT_INTEGERS = 256
+
+
+def fake_weights(module: torch.nn.Module) -> None:
+    """Give parameters and buffers on the meta device a place on the CPU, but no memory; torch.export's way."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _replace(module, torch.empty)
+
+
+def zero_weights(module: torch.nn.Module) -> None:
+    """The same for tracing that computes: zeros, whose pages the system need not hold before they are written.
+
+    Each starts with a number of its own: the torchscript exporter merges weights of equal values.
+    """
+    _replace(module, torch.zeros)
+    for number, weight in enumerate(module.parameters()):
+        start = weight.data.view(-1)[:2]
+        start.copy_(torch.tensor(divmod(number, _EXACT_INTEGERS))[: len(start)])
+
+
+def _replace(module: torch.nn.Module, make: Callable[..., torch.Tensor]) -> None:
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # by identity: tied weights stay one
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is None:
+                continue
+            if weight not in made:
+                made[weight] = torch.nn.Parameter(make(weight.shape, dtype=weight.dtype), requires_grad=False)
+            part._parameters[name] = made[weight]
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                part._buffers[name] = make(buffer.shape, dtype=buffer.dtype)

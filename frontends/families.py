@@ -1,0 +1,29 @@
+"""Which family a checkpoint is of, by its config.json alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from passopt.frontends.checkpoint import Checkpoint
+from passopt.frontends.family import Family
+from passopt.frontends.options import MODEL_TYPES, ExportOptions
+
+
+@contextlib.contextmanager
+def open_family(checkpoint: Checkpoint, options: ExportOptions) -> Iterator[Family]:
+    """The checkpoint's family, its classes importable for the time of the block.
+
+    transformers' own class is preferred to code in the checkpoint, which runs only with consent. Raises ModelError for
+    checkpoints of no known family, and UsageError for options that the family does not have.
+    """
+    if checkpoint.config.get("model_type") in MODEL_TYPES:
+        from passopt.frontends.transformers_decoders import TransformersDecoder
+
+        yield TransformersDecoder(checkpoint, options)
+        return
+    from passopt.frontends.baichuan2 import Baichuan2
+    from passopt.frontends.remote_code import stock_classes
+
+    with stock_classes(checkpoint, trust_remote_code=options.trust_remote_code) as classes:
+        yield Baichuan2(checkpoint, options, classes)

@@ -1,0 +1,63 @@
+"""Scores and their softmax in fp32 while a half-precision model is traced: a mode, so no code of a model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class Fp32Islands(TorchFunctionMode):
+    """While active, a half-precision model computes masked scores and their softmax in fp32, and casts back.
+
+    The stock code would round the ALiBi bias, and sums of masks and scores. In fp32 nothing changes. The head's
+    normalisation stays as it is: `fold-norm-head` computes it in fp32 once.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, fused: bool) -> None:
+        """`fused`: the exporter writes fused attention operators."""
+        super().__init__()
+        self._dtype = dtype
+        self._fused = fused
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is functional.scaled_dot_product_attention:
+            if self._dtype != torch.float32:
+                return _attention(*args, **kwargs)
+            # One key head for several queries broadcasts in torch; a fused operator wants to be told.
+            grouped = self._fused and args[0].shape[1] != args[1].shape[1]
+            return function(*args, **kwargs | {"enable_gqa": True} if grouped else kwargs)
+        if function in {functional.softmax, torch.softmax} and self._dtype != torch.float32:
+            return function(args[0].float(), *args[1:], **kwargs).to(self._dtype)
+        return function(*args, **kwargs)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Scores in the model's dtype, scaled on both sides as torch does so that fp16 holds them; softmax in fp32."""
+    assert not is_causal, "a step masks by attn_mask, since its queries do not start at position 0"
+    if enable_gqa:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    root = query.shape[-1] ** -0.25 if scale is None else scale**0.5
+    scores = torch.matmul(query * root, key.transpose(-2, -1) * root).float()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(torch.float32).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.float()
+    return torch.matmul(functional.softmax(scores, dim=-1).to(value.dtype), value)

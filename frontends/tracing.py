@@ -1,0 +1,134 @@
+"""From a step to a graph as torch writes it, by either of its exporters, without a byte of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+
+from passopt.frontends.fakes import fake_weights, zero_weights
+from passopt.frontends.family import CacheShape, Step
+from passopt.frontends.naming import COLUMNS, PREFIX, input_names
+from passopt.frontends.options import ExportOptions, Phase
+from passopt.frontends.precision import Fp32Islands
+from passopt.ir.contract import ATTENTION_MASK
+
+# Unequal, and neither 0 nor 1, so that no branch of the stock code specialises on them.
+_BATCH, _SEQ, _PAST = 2, 7, 3
+#: From this opset on, torch writes fused operators.
+_FUSED_OPSET = 23
+
+
+def trace(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path) -> onnx_ir.Model:
+    """The graph under torch's names. Raises whatever torch and the stock code raise."""
+    fused = options.exporter == "dynamo" and options.target_opset >= _FUSED_OPSET
+    run = _trace_dynamo if options.exporter == "dynamo" else _trace_torchscript
+    with torch.no_grad(), Fp32Islands(dtype, fused=fused):
+        return run(step, shape, options, dtype, scratch)
+
+
+def _sample(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of one step, by name."""
+    past = 0 if options.phase == "prefill" else _PAST
+    seq = 1 if options.phase == "decode" else _SEQ
+    layers = 0 if options.phase == "prefill" else shape.layers
+    cache = (_BATCH, shape.heads, past, shape.width)
+    arguments: dict[str, Any] = {
+        "input_ids": torch.ones(_BATCH, seq, dtype=torch.long),
+        "attention_mask": torch.ones(_BATCH, past + seq, dtype=torch.long),
+        "past": tuple((torch.zeros(cache, dtype=dtype), torch.zeros(cache, dtype=dtype)) for _ in range(layers)),
+    }
+    if step.takes_positions:
+        arguments["position_ids"] = torch.arange(past, past + seq).repeat(_BATCH, 1)
+    return arguments
+
+
+def _trace_dynamo(
+    step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path
+) -> onnx_ir.Model:
+    fake_weights(step)
+    arguments = _sample(step, shape, options, dtype)
+    free = torch.export.Dim.DYNAMIC
+    length = {} if options.phase == "decode" else {1: free}
+    shapes: dict[str, Any] = {name: {0: free, **length} for name in arguments if name != "past"}
+    shapes["attention_mask"] = {0: free, 1: free}
+    shapes["past"] = tuple(({0: free, 2: free}, {0: free, 2: free}) for _ in arguments["past"])
+    program = torch.export.export(step, (), arguments, dynamic_shapes=shapes, strict=False)
+    exported = torch.onnx.export(
+        program, (), dynamo=True, opset_version=options.target_opset, optimize=False, verbose=False
+    )
+    assert exported is not None
+    return exported.model
+
+
+def _trace_torchscript(
+    step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path
+) -> onnx_ir.Model:
+    """Weights come as inputs of the graph, so that none is written, and become initializers without data."""
+    zero_weights(step)
+    arguments = _sample(step, shape, options, dtype)
+    layers = len(arguments["past"])
+    inputs = input_names(layers, positions="position_ids" in arguments)
+    dynamic = {name: _dynamic_axes(name, options.phase) for name in inputs}
+    file = scratch / "traced.onnx"
+    with _discarded_output():
+        torch.onnx.export(
+            step,
+            tuple(arguments.values()),
+            file,
+            dynamo=False,
+            verbose=True,  # which also keeps the source lines of nodes
+            export_params=False,
+            do_constant_folding=False,
+            opset_version=options.target_opset,
+            input_names=inputs,
+            dynamic_axes=dynamic,
+        )
+    model = onnx_ir.from_proto(onnx.load(file))
+    file.unlink()
+    _parameters_to_initializers(model.graph)
+    vocabulary = model.graph.outputs[0].shape
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None  # dimensions under names that say nothing
+    logits, *present = model.graph.outputs
+    length = 1 if options.phase == "decode" else "seq"
+    logits.shape = onnx_ir.Shape(["batch", length, vocabulary[2] if vocabulary is not None else None])
+    for state in present:
+        state.shape = onnx_ir.Shape(["batch", shape.heads, COLUMNS[options.phase], shape.width])
+    return model
+
+
+def _dynamic_axes(name: str, phase: Phase) -> dict[int, str]:
+    if name.startswith("past."):
+        return {0: "batch", 2: "past"}
+    if name == ATTENTION_MASK:
+        return {0: "batch", 1: COLUMNS[phase]}
+    return {0: "batch"} if phase == "decode" else {0: "batch", 1: "seq"}
+
+
+def _parameters_to_initializers(graph: onnx_ir.Graph) -> None:
+    for value in list(graph.inputs):
+        if value.name is not None and value.name.startswith(f"{PREFIX}."):
+            graph.inputs.remove(value)
+            value.const_value = None
+            graph.initializers[value.name] = value
+
+
+@contextlib.contextmanager
+def _discarded_output() -> Iterator[None]:
+    """Whatever C++ code prints to the standard output of the process."""
+    saved = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -1,0 +1,198 @@
+"""Decoders whose classes transformers itself has: no code of the checkpoint runs, the cache is transformers' own.
+
+The cache is built from flat tensors, without a configuration: every layer keeps all positions, sliding windows too,
+whose mask then does what a shorter cache would do, also behind padding on the left.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from passopt.frontends.binding import untied
+from passopt.frontends.checkpoint import Checkpoint
+from passopt.frontends.fakes import fake_weights
+from passopt.frontends.family import Cache, CacheShape, Family, Step
+from passopt.frontends.options import ExportOptions
+from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.expressions import Source
+
+#: Tensors of older checkpoints that every class computes by now.
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
+
+# For a self-check: unequal sizes, keys grouped as config.json says. The roots of 16 are exact in bf16.
+_LAYERS, _HEADS, _GROUPS, _WIDTH = 2, 6, 2, 16
+_SMALL = {
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": _HEADS,
+    "vocab_size": 72,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 44),
+}
+_SMALL_WINDOW = 8
+
+
+class TransformersDecoder(Family):
+    """A decoder by its `model_type`, traced in the attention implementation that was asked for (default: eager)."""
+
+    def __init__(self, checkpoint: Checkpoint, options: ExportOptions) -> None:
+        super().__init__(checkpoint)
+        if options.alibi != "formula":
+            raise UsageError(
+                f"a baked ALiBi mask is something of Baichuan2; {checkpoint.config['model_type']} has none, "
+                f"leave out --alibi"
+            )
+        self._attention = options.attention or "eager"
+
+    @property
+    def source_root(self) -> Path:
+        return Path(transformers.__file__).parent
+
+    def build(self, dtype: torch.dtype, *, small: bool) -> Any:
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+        try:
+            config = transformers.AutoConfig.for_model(**self.checkpoint.config)
+            if small:
+                _shrink(config)
+            with init_empty_weights(include_buffers=False):
+                model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    config, dtype=dtype, attn_implementation=self._attention
+                )
+        except Exception as error:  # a foreign class and foreign values
+            message = str(error).partition("\n")[0]
+            raise ModelError(
+                f"{self.checkpoint.directory}: {self.checkpoint.config['model_type']} with {self._attention} attention "
+                f"cannot be built from config.json: {type(error).__name__}: {message}"
+            ) from error
+        model.tie_weights()
+        return model.eval().requires_grad_(False)
+
+    def cache_shape(self, model: Any) -> CacheShape:
+        """Measured on a copy: how a configuration says it differs from class to class."""
+        probe = copy.deepcopy(model)
+        fake_weights(probe)
+        cache = transformers.DynamicCache()
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            probe(input_ids=torch.ones(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        keys = [key for key, _ in _states(cache)]
+        return CacheShape(len(keys), keys[0].shape[1], keys[0].shape[3])
+
+    def sources(self, model: Any) -> Mapping[str, Source]:
+        parameters = dict(model.named_parameters())
+        ignored = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
+        found = {}
+        for name, source in self.checkpoint.tensors.items():
+            known = _parameter_name(name, model)
+            if known in parameters or not any(re.search(pattern, name) for pattern in ignored):
+                found[known] = source
+        return untied(found, self.ties(model), self.checkpoint.directory)
+
+    def ties(self, model: Any) -> Mapping[str, str]:
+        own = {parameter: name for name, parameter in model.named_parameters()}
+        names = model.named_parameters(remove_duplicate=False)
+        return {name: own[parameter] for name, parameter in names if own[parameter] != name}
+
+    def step(self, model: Any) -> Step:
+        return _Step(model)
+
+    def reference(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, Cache]:
+        extra = {"position_ids": position_ids} if _takes_positions(model) else {}
+        cache = transformers.DynamicCache()
+        output = model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **extra
+        )
+        return output.logits, _states(cache)
+
+
+class _Step(Step):
+    @property
+    def takes_positions(self) -> bool:
+        return _takes_positions(self.stock)
+
+    def run(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past: Cache,
+        position_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Cache]:
+        extra = {"position_ids": position_ids} if self.takes_positions else {}
+        output = self.stock(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=_cache(past),
+            use_cache=True,
+            **extra,
+        )
+        return output.logits, _states(output.past_key_values)
+
+
+def _cache(past: Cache) -> transformers.DynamicCache:
+    """transformers' cache over these very tensors: its own way in would copy them behind an empty one."""
+    cache = transformers.DynamicCache()
+    for key, value in past:
+        layer = transformers.cache_utils.DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.dtype, layer.device = key.dtype, key.device
+        layer.keys, layer.values, layer.is_initialized = key, value, True
+        cache.layers.append(layer)
+    return cache
+
+
+def _states(cache: Any) -> Cache:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _parameter_name(name: str, model: Any) -> str:
+    """The model's name for a tensor of the checkpoint: some were saved from the body alone, without its prefix."""
+    prefix = f"{model.base_model_prefix}."
+    parameters = model.state_dict(keep_vars=True).keys()
+    candidates = (name, prefix + name, name.removeprefix(prefix))
+    return next((candidate for candidate in candidates if candidate in parameters), name)
+
+
+def _shrink(config: Any) -> None:
+    """Set sizes for a self-check in place; biases, norms, windows, grouping and kinds of positions stay as they are."""
+    width = _head_width(config) if _has_rotary_lists(config) else _WIDTH
+    small = {**_SMALL, "hidden_size": _HEADS * width, "head_dim": width}
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        groups = getattr(config, name, None) or config.num_attention_heads
+        small[name] = _HEADS if groups == config.num_attention_heads else min(groups, _GROUPS)
+    if getattr(config, "word_embed_proj_dim", None) == config.hidden_size:
+        small["word_embed_proj_dim"] = _HEADS * width
+    if getattr(config, "sliding_window", None):
+        small["sliding_window"] = _SMALL_WINDOW
+    known = config.to_dict().keys() | config.attribute_map.keys()
+    for name, value in small.items():
+        if name in known and (getattr(config, name) is not None or name.endswith("_token_id")):
+            setattr(config, name, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(itertools.islice(itertools.cycle(config.layer_types), _LAYERS))
+
+
+def _head_width(config: Any) -> int:
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(width)
+
+
+def _has_rotary_lists(config: Any) -> bool:
+    """Whether config.json lists a factor per rotary frequency, which fixes the width of heads."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return any(isinstance(value, list | tuple) for value in parameters.values())
