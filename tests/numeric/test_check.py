@@ -8,7 +8,11 @@ import numpy as np
 import onnx_ir
 import pytest
 
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.expressions import Literal
+from passopt.ir.files import load_model, save_materialized
 from passopt.ir.text import print_model
+from passopt.ir.weights import LazyWeight
 from passopt.numeric.check import Violation
 from passopt.passes.base import REASSOCIATED, lossy
 from passopt.passes.cast import CastModel
@@ -132,6 +136,52 @@ def test_int8_is_measured_on_the_weights_themselves(parsed, checked):
     summary = checked(QuantizeWeights(), parsed(LINEAR))
     assert summary.sites == 1
     assert 1e-4 < summary.worst < 2e-2
+
+
+def stored(parsed, folder, text, weights):
+    """A model whose weights lie in a file, as of a checkpoint."""
+    model = parsed(text)
+    for name, array in weights.items():
+        model.graph.initializers[name].const_value = LazyWeight(Literal.of(array), name)
+    with Evaluator() as evaluator:
+        save_materialized(model, folder, evaluator)
+    return load_model(folder)
+
+
+HALVES = (
+    "g (float[batch,seq,40] x) => (float[batch,seq,60] y) <float[40,60] w = random> { m = MatMul(x, w) y = Relu(m) }"
+)
+
+
+def halved(rule, order):
+    """One product as two, joined in `order`: right for a weight whose halves are equal."""
+
+    def rewrite(self, op, x, w):
+        halves = [op.MatMul(x, op.initializer("half", piece)) for piece in op.weight(w).split([30, 30], axis=1)]
+        return op.Max(op.Concat(*(halves[index] for index in order), axis=-1), 0.0)
+
+    return rule(lambda self, op, x, w: op.Relu(op.MatMul(x, op.weight(w))), rewrite, REASSOCIATED)
+
+
+@pytest.mark.parametrize(
+    ("weights", "order", "right"),
+    [
+        ("random", (0, 1), True),
+        ("random", (1, 0), False),
+        ("equal halves", (1, 0), True),  # the rule may have looked
+        ("zeros", (1, 0), False),  # which would hide everything
+    ],
+)
+def test_random_weights_accuse_and_real_ones_decide(rule, parsed, checked, tmp_path, weights, order, right):
+    half = np.random.default_rng(3).standard_normal((40, 30)).astype(np.float32)
+    array = {"equal halves": np.concatenate([half, half], 1), "zeros": np.zeros((40, 60), np.float32)}.get(
+        weights, np.concatenate([half, 2 * half], 1)
+    )
+    item, model = halved(rule, order), stored(parsed, tmp_path, HALVES, {"w": array})
+    if right:
+        assert checked(item, model).sites == 1
+    else:
+        violation(checked, item, model)
 
 
 def test_types_and_failures_of_the_replacement_are_violations(rule, parsed, checked):

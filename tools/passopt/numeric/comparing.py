@@ -85,6 +85,12 @@ class Comparison:
         assert worst is not None
         return worst
 
+    def has_blank_weight(self) -> bool:
+        """True if a weight is zero everywhere, as in a file that is a hole."""
+        with Evaluator() as evaluator:
+            weights = [*self.before.weights.values(), *self.after.weights.values()]
+            return not all(any(chunk.any() for chunk in evaluator.chunks(weight)) for weight in weights)
+
     def inputs(self, draw: Draw, *, real: bool) -> dict[str, Array]:
         """All inputs of both models in one draw, weights included, by name."""
         leaves = next(leaves for other, leaves in self.draws if other == draw)
