@@ -84,6 +84,7 @@ def _trace_torchscript(
             file,
             dynamo=False,
             verbose=True,  # which also keeps the source lines of nodes
+            training=torch.onnx.TrainingMode.PRESERVE,  # the step has chosen the mode of each of its modules
             export_params=False,
             do_constant_folding=False,
             opset_version=options.target_opset,

@@ -12,11 +12,12 @@ import numpy as np
 import onnx_ir
 import pytest
 
+from passopt.commands.export import clean_up
 from passopt.frontends import baichuan2
 from passopt.frontends.binding import bind_weights
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.huggingface import export_graph
-from passopt.frontends.options import ExportOptions
+from passopt.frontends.options import ExportOptions, Phase
 from passopt.frontends.selfcheck import TOLERANCES, self_check
 from passopt.ir.alibi import alibi_slopes
 from passopt.ir.errors import CheckError, ModelError, UsageError
@@ -158,6 +159,13 @@ def test_rotary_family_agrees_with_the_stock_code(
 
 def test_alibi_family_agrees_with_the_stock_code(alibi: Checkpoint) -> None:
     assert self_check(alibi, options(dtype=DataType.FLOAT, alibi="baked"), finish=unchanged) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["rotary", "alibi"])
+@pytest.mark.parametrize("phase", ["merged", "prefill", "decode"])
+def test_torchscript_agrees_with_the_stock_code(family: str, phase: Phase, request: pytest.FixtureRequest) -> None:
+    settings = options(dtype=DataType.FLOAT, exporter="torchscript", phase=phase)
+    assert self_check(request.getfixturevalue(family), settings, finish=clean_up) < 1e-5
 
 
 def test_bf16_agrees_after_constants_were_folded(alibi: Checkpoint) -> None:
