@@ -159,6 +159,18 @@ def test_any_failure_of_a_pass_leaves_a_reproducer(model, registered, capsys, tm
     assert run(capsys, "replay", folder)[0] == 0
 
 
+def test_what_stood_before_the_failing_pass_may_come_again_after_it(model, registered, capsys, tmp_path):
+    """As in tp,int8, whose steps are shared: the rest of the pipeline, taken alone, would be out of order."""
+    failing_late = failing(raises)
+    failing_late.after = ("dead-code",)
+    registered(failing_late)
+    passes = ("--passes", "dead-code,failing,dead-code", "-o", tmp_path / "out")
+    assert run(capsys, "run", model, *passes)[0] == 3
+    code, _, message = run(capsys, "replay", tmp_path / "out.reproducer")
+    assert code == 1
+    assert "still fails: failing: failed with ZeroDivisionError" in message
+
+
 def test_another_failure_than_the_one_written_down_is_told_apart(model, registered, capsys, tmp_path):
     registered(failing(raises))
     assert run(capsys, "run", model, "--passes", "failing", "-o", tmp_path / "out")[0] == 3

@@ -49,7 +49,7 @@ def replay(options: argparse.Namespace) -> int:
 
 def _pipeline(folder: Path, report: Reproducer) -> Resolved:
     try:
-        return resolve(report.passes)
+        return resolve(report.passes, complete=False)
     except UsageError as error:
         raise UsageError(f"{folder}: cannot be replayed, its pipeline is {report.passes}: {error}") from error
 
