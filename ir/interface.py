@@ -46,7 +46,8 @@ class Interface:
     @classmethod
     def of(cls, model: onnx_ir.Model) -> Interface:
         inputs = _ports(model.graph.inputs)
-        named = {dim for port in inputs for dim in port.dims or () if isinstance(dim, str)}
+        stated = {dim for port in inputs for dim in port.dims or () if isinstance(dim, str)}
+        named = {name for dim in stated for name in _names(dim)}
         return cls(inputs, tuple(_with_made_up(port, named) for port in _ports(model.graph.outputs)))
 
     def check(self, model: onnx_ir.Model) -> None:
@@ -58,8 +59,13 @@ class Interface:
 
 def _with_made_up(port: _Port, named: set[str]) -> _Port:
     symbols = [dim for dim in port.dims or () if isinstance(dim, str)]
-    made_up = frozenset(dim for dim in symbols if not named.intersection(re.split(r"[^A-Za-z0-9_.]+", dim)))
+    made_up = frozenset(dim for dim in symbols if not named.intersection(_names(dim)))
     return dataclasses.replace(port, made_up=made_up)
+
+
+def _names(symbol: str) -> set[str]:
+    """`past+2*seq` names past and seq."""
+    return {name for name in re.split(r"[^A-Za-z0-9_.]+", symbol) if not name.isdigit()} - {""}
 
 
 def _ports(values: Sequence[onnx_ir.Value]) -> tuple[_Port, ...]:

@@ -19,6 +19,11 @@ from passopt.ir.weights import small_constant
 
 #: Targets of reshapes have a handful of elements; longer vectors are data.
 _LONGEST = 16
+#: Types that hold any length.
+_WIDE = frozenset(
+    item.value
+    for item in (onnx_ir.DataType.INT64, onnx_ir.DataType.INT32, onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,7 @@ def _elements_of(node: onnx_ir.Node) -> list[Element] | None:
         ndim = len(source.shape)
         start, end = _bound(node, "start", 0, ndim), _bound(node, "end", ndim, ndim)
         return [DimOf(source, axis) for axis in range(start, end)]
-    if node.op_type in {"Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"}:
+    if node.op_type in {"Squeeze", "Unsqueeze", "Reshape", "Identity"} or _casts_to_number(node):
         return elements(source)
     if node.op_type == "Concat":
         parts = [elements(item) for item in node.inputs]
@@ -80,6 +85,11 @@ def _elements_of(node: onnx_ir.Node) -> list[Element] | None:
     if node.op_type == "Where":
         return _chosen(node)
     return None
+
+
+def _casts_to_number(node: onnx_ir.Node) -> bool:
+    """A Cast that keeps a length; not one to bool or to few bits."""
+    return node.op_type == "Cast" and node.attributes["to"].as_int() in _WIDE
 
 
 def _bound(node: onnx_ir.Node, name: str, default: int, ndim: int) -> int:
@@ -154,7 +164,7 @@ def dimensions(value: onnx_ir.Value) -> list[Dimension] | None:
 
 def _sorted_sum(symbol: str | None) -> str | None:
     """`seq+past` is `past+seq`, in whichever order an exporter adds."""
-    if symbol is None or "+" not in symbol:
+    if symbol is None or "+" not in symbol or "(" in symbol:
         return symbol
     return "+".join(sorted(part.strip() for part in symbol.split("+")))
 
@@ -216,7 +226,8 @@ def _complete_target(node: onnx_ir.Node) -> None:
     target, source = elements(node.inputs[1]), node.inputs[0]
     if target is None or source is None:
         return
-    dims = [_dimension(item, source, position) for position, item in enumerate(target)]
+    keeps_zero = "allowzero" in node.attributes and bool(node.attributes["allowzero"].as_int())
+    dims = [_dimension(item, source, position, keeps_zero=keeps_zero) for position, item in enumerate(target)]
     if None in target:
         symbols = _symbols_of_parts(node.inputs[1])
         dims = [
@@ -228,9 +239,21 @@ def _complete_target(node: onnx_ir.Node) -> None:
     if node.op_type == "Expand":
         if source.shape is None or len(source.shape) != len(dims):
             return
-        dims = [other if dim == 1 else dim for dim, other in zip(dims, dimensions(source) or [], strict=True)]
+        dims = [_expanded(dim, other) for dim, other in zip(dims, dimensions(source) or [], strict=True)]
     output = node.outputs[0]
     output.shape = merged_shapes(output.shape, onnx_ir.Shape(dims)) if output.shape is not None else onnx_ir.Shape(dims)
+
+
+def _expanded(target: Dimension, length: Dimension) -> Dimension:
+    """The length of an axis of `length` after Expand to `target`. Of two symbols either may be 1, and broadcast.
+
+    Exporters expand to the length that comes out, so that a target is believed where the length is unknown.
+    """
+    if target == length or length in (1, None):
+        return target
+    if target == 1 or isinstance(length, int):
+        return target if isinstance(target, int) and target != 1 else length
+    return target if isinstance(target, int) else None
 
 
 def _complete_slice(node: onnx_ir.Node) -> None:
@@ -268,7 +291,7 @@ def single_length(value: onnx_ir.Value | None) -> Dimension:
         return item.number if isinstance(item, ConstantElement) else (dimensions(item.value) or [])[item.axis]
     if node is None or node.domain:
         return None
-    if node.op_type in {"Unsqueeze", "Squeeze", "Reshape", "Cast"}:
+    if node.op_type in {"Unsqueeze", "Squeeze", "Reshape"} or _casts_to_number(node):
         return single_length(node.inputs[0])
     if node.op_type in {"Mul", "Div"}:
         first, second = (single_length(item) for item in node.inputs)
@@ -280,9 +303,11 @@ def _multiple(first: Dimension, second: Dimension) -> Dimension:
     if isinstance(first, int) and isinstance(second, int):
         return first * second
     symbol, number = (first, second) if isinstance(first, str) else (second, first)
-    return (
-        f"{number}*{symbol}" if isinstance(symbol, str) and isinstance(number, int) and symbol.isidentifier() else None
-    )
+    if not isinstance(symbol, str) or not isinstance(number, int) or number < 1:
+        return None
+    if number == 1:
+        return symbol
+    return f"{number}*{symbol}" if symbol.isidentifier() else None
 
 
 def _fraction(first: Dimension, second: Dimension) -> Dimension:
@@ -299,9 +324,10 @@ def _factors(dims: Sequence[Dimension]) -> tuple[int, list[str]]:
         if isinstance(dim, int):
             number *= dim
         elif dim is not None:
-            factor, star, symbol = dim.partition("*")
-            number *= int(factor) if star and factor.isdigit() else 1
-            symbols.append(symbol if star and factor.isdigit() else dim)
+            factor, _, symbol = dim.partition("*")
+            is_multiple = factor.isdigit() and symbol.isidentifier()  # 2*past+seq is none
+            number *= int(factor) if is_multiple else 1
+            symbols.append(symbol if is_multiple else dim)
     return number, symbols
 
 
@@ -318,9 +344,9 @@ def _remaining(before: list[Dimension] | None, after: list[Dimension]) -> Dimens
     return _multiple(total // known, names[0]) if names and total != known else names[0] if names else total // known
 
 
-def _dimension(item: Element, source: onnx_ir.Value, position: int) -> Dimension:
+def _dimension(item: Element, source: onnx_ir.Value, position: int, *, keeps_zero: bool) -> Dimension:
     if isinstance(item, ConstantElement):
-        if item.number == 0 and source.shape is not None:
+        if item.number == 0 and source.shape is not None and not keeps_zero:
             return (dimensions(source) or [])[position]
         return item.number if item.number > 0 else None
     if isinstance(item, DimOf):

@@ -68,9 +68,12 @@ def visible_mask(
     return _with_rows(op, finite, query)
 
 
-def chosen(op: Any, condition: onnx_ir.Value, low: float, *, shown: bool) -> onnx_ir.Value:
-    """What to add to scores that are kept where `condition` is `shown`, and `low` elsewhere."""
-    zero, masked = np.float32(0), np.float32(low)
+def chosen(op: Any, condition: onnx_ir.Value, low: float, *, shown: bool, query: onnx_ir.Value) -> onnx_ir.Value:
+    """What to add to scores that are kept where `condition` is `shown`, and `low` elsewhere.
+
+    A low number is added as the lowest of all: chosen, it hid what the scores were; added, -1e9 would not.
+    """
+    zero, masked = np.float32(0), np.float32(low if np.isneginf(low) else _lowest(query))
     mask: onnx_ir.Value = op.Where(condition, zero, masked) if shown else op.Where(condition, masked, zero)
     return mask
 
@@ -135,7 +138,7 @@ def _line(op: Any, positions: onnx_ir.Value, rows: bool) -> onnx_ir.Value | None
     if not dims:
         return None
     between = dims[-3 if rows else -2 : -1]
-    if any(dim != 1 for dim in between) or len(dims) > (4 if rows else 3):
+    if any(dim != 1 for dim in between) or len(dims) > (4 if rows else 3) or dims[-1] == 1:
         return None
     line = positions
     if between:
@@ -172,8 +175,8 @@ def _sum(op: Any, terms: Sequence[onnx_ir.Value], dtype: onnx_ir.DataType | None
 def _with_rows(op: Any, mask: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Value:
     """The mask with a row for every query: Attention does not broadcast that axis."""
     dims, rows = dimensions(mask) or [], (dimensions(query) or [])[2]
-    if len(dims) < 2:
-        raise Decline(f"the mask {mask.name} {dims} does not have an axis for the queries")
+    if len(dims) < 2 or dims[-1] == 1:
+        raise Decline(f"the mask {mask.name} {dims} does not have axes for queries and columns")
     if dims[-2] != 1 or rows == 1:
         return mask
     lengths = op.Concat(*([[1]] * (len(dims) - 2)), op.Shape(query, start=2, end=3), [1], axis=0)
@@ -181,11 +184,16 @@ def _with_rows(op: Any, mask: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Va
     return expanded
 
 
+def _lowest(value: onnx_ir.Value) -> float:
+    """The lowest number of the dtype of `value`."""
+    assert value.dtype is not None
+    limits: Any = ml_dtypes.finfo(value.dtype.numpy())  # type: ignore[no-untyped-call]
+    return float(limits.min)
+
+
 def _half_of_lowest(mask: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]]:
     assert mask.dtype is not None
-    kind: Any = mask.dtype.numpy()
-    limits: Any = ml_dtypes.finfo(kind)  # type: ignore[no-untyped-call]
-    return np.asarray(float(limits.min) / 2, kind)
+    return np.asarray(_lowest(mask) / 2, mask.dtype.numpy())
 
 
 def _is_finite(mask: onnx_ir.Value) -> bool:

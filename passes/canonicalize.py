@@ -9,7 +9,6 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.shapes import ConstantElement, DimOf, dimensions, elements
-from passopt.ir.weights import small_constant
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 
@@ -74,7 +73,7 @@ class Canonicalize(RewritePass):
         return op.Slice(x, starts, ends, axes, steps)
 
     def drop_steps(self, op: Any, x: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> Any:
-        if steps is not None and (op.constant(steps) != 1).any():
+        if (op.constant(steps) != 1).any():
             raise Decline(f"takes every {op.constant(steps).tolist()}th element")
         return op.Slice(x, starts, ends, axes)
 
@@ -117,9 +116,10 @@ class Canonicalize(RewritePass):
         return op.Transpose(x, perm=[0, 1, 3, 2])
 
     def reshape_of_reshape(self, op: Any, x: Any, inner: Any, shape: Any) -> Any:
-        return op.Reshape(op.Reshape(x, inner, bind="between"), shape, bind="result")
+        zero = op.maybe(op.variable("allowzero"))
+        return op.Reshape(op.Reshape(x, inner, bind="between"), shape, allowzero=zero, bind="result")
 
-    def reshape_once(self, op: Any, x: Any, shape: Any, between: Any, result: Any) -> Any:
+    def reshape_once(self, op: Any, x: Any, shape: Any, between: Any, result: Any, allowzero: Any) -> Any:
         if len(between.uses()) > 1 or between.is_graph_output():
             raise Decline(f"others read {between.name}, so that both reshapes stay")
         if is_own_shape(x, shape) or _same_known_shape(x, result):
@@ -127,7 +127,7 @@ class Canonicalize(RewritePass):
         target = elements(shape)
         if target is None or any(isinstance(item, ConstantElement) and item.number == 0 for item in target):
             raise Decline(f"the target {shape.name} may hold a 0, which means a length of the reshape between")
-        return op.Reshape(x, shape)
+        return op.Reshape(x, shape, **({"allowzero": 1} if allowzero else {}))
 
     def squeeze_of_unsqueeze(self, op: Any, x: Any, added: Any, removed: Any) -> Any:
         return op.Squeeze(op.Unsqueeze(x, added), removed)
@@ -143,15 +143,15 @@ class Canonicalize(RewritePass):
             raise Decline(f"adds axes {here} and removes {there}")
         return x
 
-    def times_one(self, op: Any, x: Any, one: Any) -> Any:
+    def times_one(self, op: Any, x: Any) -> Any:
+        one = op.scalar("one")
         return op.any_of("kind", product=op.Mul(x, one), quotient=op.Div(x, one))
 
     def drop_times_one(self, op: Any, x: Any, one: Any) -> Any:
-        """Mul commutes, so `one` may be either side."""
-        array = small_constant(one)
-        if array is None or array.size != 1 or array.reshape(-1)[0] != 1:
-            raise Decline(f"{one.name} is not the number 1")
-        if x.shape is None or len(x.shape) < array.ndim:
+        array = op.constant(one)
+        if array.reshape(-1)[0] != 1:
+            raise Decline(f"{one.name} is {array.reshape(-1)[0]}, not 1")
+        if array.ndim and (x.shape is None or len(x.shape) < array.ndim):
             raise Decline(f"{x.name} may be broadcast to {array.ndim} axes")
         return x
 

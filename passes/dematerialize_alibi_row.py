@@ -15,6 +15,7 @@ from passopt.ir.shapes import dimensions
 from passopt.ir.weights import small_constant
 from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.dematerialize_alibi import equal_bias, single
+from passopt.passes.fusing import number
 from passopt.passes.rewriting import RewritePass
 
 #: Bytes of the largest such bias: 128 heads, 128 Ki positions in fp32.
@@ -27,12 +28,12 @@ class DematerializeAlibiRow(RewritePass):
 
     Before: ``bias = Slice(row, longest − total :, axis=-1)``, row [heads, 1, longest] a constant
     After:  ``bias = slopes · Range(1 − total, 1)``, in fp32, slopes [heads, 1, 1]
-    Reads the constant, to be sure that it is slope · (column − last column).
+    Reads the constant, to be sure that it is slope · (column − last column). More positions than it has follow the
+    formula too.
     """
 
     name = "dematerialize-alibi-row"
     accuracy = REASSOCIATED
-    reads_weights = True
 
     def pattern(self, op: Any, row: Any, start: Any, stop: Any, axis: Any, first: Any, rows_axis: Any) -> Any:
         steps = op.any_of("steps", ones=[1], absent=None)
@@ -50,8 +51,10 @@ class DematerializeAlibiRow(RewritePass):
             raise Decline(f"takes a part of {row.name} before its columns")
         if _axis(op, axis) % len(expression.shape) != len(expression.shape) - 1:
             raise Decline(f"takes a part of {row.name} along another axis than the columns")
-        if int(op.constant(stop).reshape(-1)[0]) < length:
+        if number(op, stop) < length:
             raise Decline(f"takes the columns of {row.name} up to {op.constant(stop).tolist()}, not to the end")
+        if not _counts_from_front(start):
+            raise Decline(f"{start.name}, where the columns of {row.name} begin, may be negative: counted from the end")
         slopes = op.initializer("alibi.slopes", _slopes(row.name, expression).reshape(*leading, 1, 1))
         known = small_constant(start)
         begin = single(op, start, None if known is None else _position(int(known.reshape(-1)[0]), length))
@@ -68,11 +71,26 @@ def _check_shape(name: str | None, row: Expression) -> None:
 
 
 def _axis(op: Any, axis: onnx_ir.Value) -> int:
-    return int(op.constant(axis).reshape(-1)[0])
+    return int(number(op, axis))
 
 
 def _length_along(op: Any, value: onnx_ir.Value, axis: onnx_ir.Value) -> object:
     return (dimensions(value) or [])[_axis(op, axis)]
+
+
+def _counts_from_front(start: onnx_ir.Value | None) -> bool:
+    """True for a constant, which is looked at, for max(0, …), and for longest − length: the row fits the sequence."""
+    if small_constant(start) is not None:
+        return True
+    node = start.producer() if start is not None else None
+    if node is None or node.domain:
+        return False
+    if node.op_type in {"Reshape", "Squeeze", "Unsqueeze", "Identity"}:
+        return _counts_from_front(node.inputs[0])
+    known = [small_constant(item) for item in node.inputs]
+    if node.op_type == "Max":
+        return any(item is not None and item.size == 1 and item.min() >= 0 for item in known)
+    return node.op_type == "Sub" and known[0] is not None and known[0].size == 1 and known[0].min() >= 0
 
 
 def _position(start: int, length: int) -> int:

@@ -19,7 +19,7 @@ from passopt.ir.builder import infer_types
 from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
 from passopt.ir.provenance import absorb_provenance
-from passopt.ir.shapes import DimOf, complete_types, elements, known_numbers, single_length
+from passopt.ir.shapes import DimOf, complete_types, dimensions, elements, known_numbers, single_length
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.misses import Miss
@@ -210,7 +210,7 @@ def _evaluate(
             (value,) = onnx.reference.ReferenceEvaluator(model).run(None, arrays)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
         return None
-    return np.asarray(value)
+    return np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else None  # a sequence is no constant
 
 
 def _merge_equal_constants(editor: Editor) -> int:
@@ -242,9 +242,9 @@ def _unify_sizes(editor: Editor) -> int:
     if editor.opset < 15:
         return 0  # Shape of a single axis is not an operator yet
     for value in editor.graph.inputs:
-        for axis, dim in enumerate(value.shape.dims if value.shape is not None else ()):
-            if not isinstance(dim, int) and dim.value is not None:
-                places.setdefault(dim.value, (value, axis))
+        for axis, dim in enumerate(dimensions(value) or []):
+            if isinstance(dim, str):
+                places.setdefault(dim, (value, axis))
     moved = 0
     for node in list(editor.graph):
         found = _single_length(node)

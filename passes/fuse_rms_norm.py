@@ -9,7 +9,7 @@ import onnx_ir
 
 from passopt.ir.shapes import dimensions
 from passopt.passes.base import REASSOCIATED, Decline
-from passopt.passes.fusing import require_opset
+from passopt.passes.fusing import number, require_opset
 from passopt.passes.rewriting import RewritePass
 
 
@@ -44,10 +44,12 @@ class FuseRmsNorm(RewritePass):
             raise Decline(f"takes the mean over axes {op.constant(axes).tolist()} of {x.name} {dims}, not the last one")
         if dimensions(w) not in ([dims[-1]], [1] * (len(dims) - 1) + [dims[-1]]) or not isinstance(dims[-1], int):
             raise Decline(f"the factor {w.name} {dimensions(w)} is not a weight of the last axis of {x.name} {dims}")
-        epsilon = float(op.constant(eps).reshape(-1)[0])
+        epsilon = number(op, eps)
         source = _before_widening(x, w) if narrowed == "present" else x
         if source is None:
             raise Decline(f"is cast to {w.dtype}, but {x.name} was not widened from that")
+        if x.dtype == onnx_ir.DataType.DOUBLE:
+            raise Decline(f"the input {x.name} is {x.dtype}, the operator computes in FLOAT")
         if source.dtype != w.dtype:
             raise Decline(f"the input {source.name} is {source.dtype}, the weight {w.name} {w.dtype}")
         scale = w if len(w.shape) == 1 else op.Reshape(w, [dims[-1]])

@@ -11,7 +11,7 @@ import onnx_ir
 from passopt.ir.shapes import dimensions
 from passopt.ir.weights import small_constant
 from passopt.passes.base import REASSOCIATED, Decline
-from passopt.passes.fusing import require_opset
+from passopt.passes.fusing import fits, number, require_opset
 from passopt.passes.half_width import first_half, keeps_last_axis
 from passopt.passes.rewriting import RewritePass
 
@@ -28,7 +28,6 @@ class FuseRotary(RewritePass):
     """
 
     name = "fuse-rotary"
-    reads_weights = True
     accuracy = REASSOCIATED
     after = ("legalize", "canonicalize", "cse")
     makes: ClassVar[tuple[str, ...]] = ("RotaryEmbedding",)
@@ -70,7 +69,9 @@ class FuseRotary(RewritePass):
         (cos_table, ids), (sin_table, others) = (_table(op, value, x) for value in (cos, sin))
         if ids is not others:
             raise Decline(f"cos is looked up at {ids}, sin at {others}")
-        return op.RotaryEmbedding(x, cos_table, sin_table, ids, interleaved=0)
+        return op.RotaryEmbedding(
+            x, cos_table, sin_table, _for_every_batch(op, ids, x) if ids is not None else None, interleaved=0
+        )
 
     def partial(
         self, op: Any, x: Any, cos: Any, sin: Any, ids: Any, start: Any, middle: Any, end: Any, axis: Any
@@ -86,14 +87,14 @@ class FuseRotary(RewritePass):
         dims = dimensions(x) or []
         if len(dims) != 4 or not isinstance(dims[3], int):
             raise Decline(f"{x.name} {dims} is not [batch, heads, seq, channels]")
-        first, width, last, along = (int(op.constant(value).reshape(-1)[0]) for value in (start, middle, end, axis))
-        if first != 0 or last < dims[3] or along % 4 != 3:
+        first, width, last, along = (int(number(op, value)) for value in (start, middle, end, axis))
+        if first != 0 or not 0 < width < dims[3] <= last or along % 4 != 3:
             raise Decline(f"the parts {first}:{width}:{last} along axis {along} are not all of the {dims[3]} channels")
         return op.RotaryEmbedding(x, cos, sin, ids, interleaved=0, rotary_embedding_dim=width)
 
 
 def _check_halves(op: Any, bounds: Sequence[onnx_ir.Value], width: int) -> None:
-    first, middle, last, axis = (int(op.constant(value).reshape(-1)[0]) for value in bounds)
+    first, middle, last, axis = (int(number(op, value)) for value in bounds)
     if axis % 4 != 3 or first != 0 or 2 * middle != width or last < width:
         raise Decline(f"{first}:{middle}:{last} along axis {axis} are not the two halves of {width} channels")
 
@@ -107,18 +108,32 @@ def _check_equal_parts(op: Any, sizes: onnx_ir.Value, width: int) -> None:
 def _table(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value | None]:
     """The cache for `value`, [b, 1, s, 2h]: a table [positions, h] with the ids [b, s], or [b, s, h] without."""
     dims, wanted = dimensions(value) or [], dimensions(x) or []
-    if len(dims) != 4 or dims[1] != 1 or dims[3] != wanted[3]:
-        raise Decline(f"{value.name} {dims} is not [batch, 1, seq, {wanted[3]}]")
+    if len(dims) != 4 or dims[1] != 1 or dims[3] != wanted[3] or not fits(dims[2:3], wanted[2:3]):
+        raise Decline(f"{value.name} {dims} is not {[wanted[0], 1, *wanted[2:]]}")
+    if dims[0] != 1 and not fits(dims[:1], wanted[:1]):
+        raise Decline(f"{value.name} {dims} is of another batch than {x.name} {wanted}")
     angles = _before_unsqueeze(op, value)
     looked_up = angles.producer() if angles is not None else None
-    if looked_up is not None and looked_up.op_type == "Gather":
+    if looked_up is not None and looked_up.op_type == "Gather" and _takes_rows(looked_up):
         table, ids = looked_up.inputs
         if table is not None and ids is not None and len(dimensions(table) or []) == 2:
             return first_half(op, _whole_table(op, table)), ids
     half = first_half(op, angles) if angles is not None else op.Squeeze(first_half(op, value), [1])
-    if dims[0] == 1 and wanted[0] != 1:  # the operator does not broadcast
-        half = op.Expand(half, op.Concat(op.Shape(x, start=0, end=1), [1], [1], axis=0))
-    return half, None
+    return _for_every_batch(op, half, x), None
+
+
+def _takes_rows(gather: onnx_ir.Node) -> bool:
+    return "axis" not in gather.attributes or gather.attributes["axis"].as_int() == 0
+
+
+def _for_every_batch(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> onnx_ir.Value:
+    """Angles [b, s, h] or ids [b, s] in int64, with the batch of x: the operator does not broadcast."""
+    dims, batch = dimensions(value) or [], (dimensions(x) or [])[0]
+    if value.dtype == onnx_ir.DataType.INT32:
+        value = op.Cast(value, to=onnx_ir.DataType.INT64.value)
+    if dims[0] == 1 and batch != 1:
+        value = op.Expand(value, op.Concat(op.Shape(x, start=0, end=1), *([[1]] * (len(dims) - 1)), axis=0))
+    return value
 
 
 def _before_unsqueeze(op: Any, value: onnx_ir.Value) -> onnx_ir.Value | None:
@@ -142,7 +157,13 @@ def _whole_table(op: Any, table: onnx_ir.Value) -> onnx_ir.Value:
     assert source is not None
     whole = _whole_table(op, source)
     if node.op_type == "Squeeze":
-        return op.Squeeze(whole, node.inputs[1]) if whole is not source else table
+        return op.Squeeze(whole, node.inputs[1]) if _can_squeeze(op, whole, node.inputs[1], source) else table
     starts, steps = (small_constant(node.inputs[index]) if len(node.inputs) > index else None for index in (1, 4))
     begins = starts is not None and not starts.any()
     return whole if begins and (len(node.inputs) < 5 or (steps is not None and (steps == 1).all())) else table
+
+
+def _can_squeeze(op: Any, whole: onnx_ir.Value, axes: onnx_ir.Value | None, source: onnx_ir.Value) -> bool:
+    """Whether the table still has length 1 where axes go, before it was cut."""
+    dims = dimensions(whole) or []
+    return whole is not source and all(dims[axis] == 1 for axis in op.constant(axes).reshape(-1).tolist())

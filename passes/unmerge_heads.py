@@ -55,9 +55,10 @@ class _Unmerging:
             raise Decline(f"{value.name} {dims} does not have batch and heads merged in front of two axes")
         if node.op_type == "Reshape":
             return self._before_merging(value, node.inputs[0], dims[1:])
-        if node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == [0, 2, 1]:
+        perm, axis = node.attributes.get("perm"), node.attributes.get("axis")
+        if node.op_type == "Transpose" and perm is not None and list(perm.as_ints()) == [0, 2, 1]:
             return self._shaped(self.op.Transpose(self.value(_first(node)), perm=[0, 1, 3, 2]), dims[1:])
-        if node.op_type == "Softmax" and node.attributes["axis"].as_int() in {-1, 2}:
+        if node.op_type == "Softmax" and (axis.as_int() if axis is not None else -1) in {-1, 2}:
             return self._shaped(self.op.Softmax(self.value(_first(node)), axis=-1), dims[1:])
         if node.op_type == "Cast":
             return self._shaped(self.op.Cast(self.value(_first(node)), to=node.attributes["to"].as_int()), dims[1:])
@@ -78,6 +79,8 @@ class _Unmerging:
         if before == [self.batch, self.heads, *rest]:
             assert source is not None
             return source
+        if None in before:
+            raise Decline(f"{value.name} merges {before}, whose lengths are not all known")
         if collections.Counter(_long(before)) != collections.Counter(_long([self.batch, self.heads, *rest])):
             raise Decline(f"{value.name} merges {before}, not {[self.batch, self.heads, *rest]}")
         lengths = [
