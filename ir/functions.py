@@ -61,12 +61,15 @@ def local_function(op_type: str, opset: int) -> onnx_ir.Function | None:
 
 
 def infer_function_types(node: onnx_ir.Node) -> None:
-    """Types and shapes of a call's outputs: y as the query, the cache grown by the new keys and values."""
+    """Types and shapes of a call's outputs: y as the query, as wide as the values; the cache grown by what is new."""
     if node.op_type not in _BODIES:
         return
-    query = node.inputs[0]
+    query, value = node.inputs[0], node.inputs[2]
     assert query is not None
-    _set(node.outputs[0], query.type, query.shape)
+    assert value is not None
+    rows, columns = query.shape, value.shape
+    known = rows is not None and columns is not None and len(rows) == len(columns) == 4
+    _set(node.outputs[0], query.type, onnx_ir.Shape([*rows[:3], columns[3]]) if known else None)  # type: ignore[index]
     for new, past, output in zip(node.inputs[1:3], node.inputs[6:8], node.outputs[1:3]):
         if new is not None and past is not None:
             _set(output, new.type, grown(past.shape, new.shape))

@@ -88,8 +88,8 @@ class Parts:
             raise Decline("the cached keys are [batch, seq, heads, d]")
         if self.query.dtype != self.value.dtype:
             raise Decline(f"queries are {self.query.dtype}, values {self.value.dtype}")
-        self._check_lengths()
         self._check_groups()
+        self._check_lengths()
         self._check_cycle()
 
     def _check_lengths(self) -> None:
@@ -177,7 +177,7 @@ class Parts:
             factors[2] = 1 / factors[2] if factors[2] else math.inf
         scale = math.prod(factors)
         if not 0 < scale < math.inf:
-            raise Decline(f"the scores are scaled by {scale}; the operator takes what is above 0")
+            raise Decline(f"the scores are scaled by {scale:g}; the operator takes what is above 0")
         return scale
 
     def softcap(self, op: Any) -> float:
@@ -188,5 +188,5 @@ class Parts:
         if self.cap_spelling == "product":
             inside = 1 / inside if inside else math.inf
         if not 0 < inside < math.inf or abs(inside - outside) > 1e-5 * outside:
-            raise Decline(f"divides the scores by {inside}, and multiplies their tanh by {outside}")
+            raise Decline(f"divides the scores by {inside:g}, and multiplies their tanh by {outside:g}")
         return outside

@@ -22,6 +22,8 @@ def require_opset(op: Any, opset: int = FUSED_OPSET) -> None:
 
 def fits(found: Sequence[Dimension], wanted: Sequence[Dimension]) -> bool:
     """True unless lengths are known to differ: 1 broadcasts. An exporter may leave one out, or make up a name."""
+    if len(found) != len(wanted):
+        return False
     pairs = [{one, other} - {None} for one, other in zip(found, wanted, strict=True)]
     return all(len(pair) < 2 or (1 not in pair and not all(isinstance(dim, int) for dim in pair)) for pair in pairs)
 
