@@ -19,11 +19,6 @@ from passopt.ir.weights import small_constant
 
 #: Targets of reshapes have a handful of elements; longer vectors are data.
 _LONGEST = 16
-#: Types that hold any length.
-_WIDE = frozenset(
-    item.value
-    for item in (onnx_ir.DataType.INT64, onnx_ir.DataType.INT32, onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE)
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +67,7 @@ def _elements_of(node: onnx_ir.Node) -> list[Element] | None:
         ndim = len(source.shape)
         start, end = _bound(node, "start", 0, ndim), _bound(node, "end", ndim, ndim)
         return [DimOf(source, axis) for axis in range(start, end)]
-    if node.op_type in {"Squeeze", "Unsqueeze", "Reshape", "Identity"} or _casts_to_number(node):
+    if node.op_type in {"Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"}:
         return elements(source)
     if node.op_type == "Concat":
         parts = [elements(item) for item in node.inputs]
@@ -85,11 +80,6 @@ def _elements_of(node: onnx_ir.Node) -> list[Element] | None:
     if node.op_type == "Where":
         return _chosen(node)
     return None
-
-
-def _casts_to_number(node: onnx_ir.Node) -> bool:
-    """A Cast that keeps a length; not one to bool or to few bits."""
-    return node.op_type == "Cast" and node.attributes["to"].as_int() in _WIDE
 
 
 def _bound(node: onnx_ir.Node, name: str, default: int, ndim: int) -> int:
@@ -291,7 +281,7 @@ def single_length(value: onnx_ir.Value | None) -> Dimension:
         return item.number if isinstance(item, ConstantElement) else (dimensions(item.value) or [])[item.axis]
     if node is None or node.domain:
         return None
-    if node.op_type in {"Unsqueeze", "Squeeze", "Reshape"} or _casts_to_number(node):
+    if node.op_type in {"Unsqueeze", "Squeeze", "Reshape", "Cast"}:
         return single_length(node.inputs[0])
     if node.op_type in {"Mul", "Div"}:
         first, second = (single_length(item) for item in node.inputs)

@@ -74,3 +74,18 @@ def test_what_was_not_said_may_be_said(model):
     interface = Interface.of(model)
     restated(onnx_ir.DataType.FLOAT, "n", 3)(model.graph)
     interface.check(model)
+
+
+def test_a_length_whose_name_an_exporter_made_up_may_be_told(model):
+    model.graph.outputs[0].shape = onnx_ir.Shape(["unknown_7", 3])
+    interface = Interface.of(model)
+    model.graph.outputs[0].shape = onnx_ir.Shape(["n", 3])
+    interface.check(model)
+
+
+@pytest.mark.parametrize("symbol", ["n+past", "2*n", "p+q"])
+def test_a_length_in_terms_of_the_inputs_stays(model, symbol):
+    model.graph.inputs[1].shape = onnx_ir.Shape(["p+q", 3])
+    model.graph.outputs[0].shape = onnx_ir.Shape([symbol, 3])
+    message = broken(model, restated(onnx_ir.DataType.FLOAT, "m", 3))
+    assert message == f"graph output 'p' was FLOAT[{symbol},3] and became FLOAT[m,3]"

@@ -13,6 +13,7 @@ from passopt.ir.shapes import (
     complete_types,
     dimensions,
     elements,
+    known_numbers,
     merged_shapes,
 )
 from passopt.ir.text import parse_model, print_model
@@ -39,7 +40,9 @@ def described(value):
     ]
 
 
-CONSTANTS = "<int64 i0 = {0}, int64[1] i1 = {1}, int64[2] pair = {6, 12}, int64[1] far = {9}, int64[1] axis = {0}>"
+CONSTANTS = "<int64 i0 = {0}, int64[1] i1 = {1}, int64[2] pair = {6, 12}, int64[1] far = {9}, int64[1] axis = {0},"
+CONSTANTS += "int64[2] kept = {-1, -1},"
+CONSTANTS += "int64[2] sixes = {6, 6}, int64[1] last = {-1}>"
 BODY = "g (int64[batch,seq,4] x, int64[3] fed) => (int64[p] y) " + CONSTANTS
 
 
@@ -55,6 +58,10 @@ BODY = "g (int64[batch,seq,4] x, int64[3] fed) => (int64[p] y) " + CONSTANTS
         ("s = Shape<end=1>(x) v = Concat<axis=0>(s, pair, i1)", [("x", 0), 6, 12, 1]),
         ("s = Shape<end=1>(x) q = Squeeze(s) u = Unsqueeze(q, i0) v = Cast<to=7>(u)", [("x", 0)]),
         ("v = Identity(fed)", [None, None, None]),
+        ("s = Shape<end=2>(x) c = Cast<to=1>(s) v = Cast<to=7>(c)", [("x", 0), ("x", 1)]),
+        ("s = Shape<end=2>(x) e = Equal(s, kept) v = Where(e, pair, s)", [("x", 0), ("x", 1)]),
+        ("e = Equal(pair, sixes) v = Where(e, kept, pair)", [-1, 12]),
+        ("s = Shape<end=2>(x) e = Equal(s, pair) v = Where(e, pair, s)", [None, None]),
         ("s = Shape(x) v = Mul(s, s)", [None, None, None]),
         ("v = Concat<axis=0>(pair, fed)", [6, 12, None, None, None]),
     ],
@@ -156,3 +163,85 @@ def test_dim_of_names_value_and_axis():
     assert isinstance(first, DimOf)
     assert (first.value.name, first.axis) == ("x", 1)
     assert np.all(dimensions(first.value) == ["batch", "seq", 4])
+
+
+def test_numbers_that_shapes_state_are_known():
+    body = "{ s = Shape(x) i = Gather(s, last) v = Concat<axis=0>(i, pair) t = Shape(x) y = Identity(v) }"
+    found = values(BODY + body)
+    assert known_numbers(found["v"]) == [4, 6, 12]
+    assert known_numbers(found["t"]) is None
+    assert known_numbers(found["fed"]) is None
+    assert known_numbers(None) is None
+
+
+@pytest.mark.parametrize(
+    ("symbol", "expected"),
+    [
+        ("seq+past", "past+seq"),
+        ("past + seq", "past+seq"),
+        ("seq", "seq"),
+        ("(b+a)*2", "(b+a)*2"),
+        ("(b+d)*c+(a+e)*f", "(b+d)*c+(a+e)*f"),
+    ],
+)
+def test_sums_of_symbols_have_one_order(symbol, expected):
+    assert dimensions(onnx_ir.Value(name="x", shape=onnx_ir.Shape([symbol]))) == [expected]
+
+
+def reshaped(shape, target, head="int64[9] unused"):
+    """The shape of `shape` after a reshape to a computed target."""
+    text = f"g (float[{shape}] x, {head}) => (float[p] y) <int64[1] minus = {{-1}}, int64[1] three = {{3}},"
+    text += " int64[1] six = {6}, int64[1] two = {2}, int64[1] zero = {0}> {"
+    text += f" b = Shape<end=1>(x) m = Mul(b, six) h = Div(b, two) {target} y = Relu(r) }}"
+    return str(values(text)["r"].shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "expected"),
+    [
+        ("batch,6,seq,10", "t = Concat<axis=0>(m, minus, six) r = Reshape(x, t)", "[6*batch,?,6]"),
+        (
+            "batch,6,seq,10",
+            "s = Shape<start=2,end=3>(x) t = Concat<axis=0>(m, s, minus) r = Reshape(x, t)",
+            "[6*batch,seq,10]",
+        ),
+        ("batch,6,seq,10", "s = Shape<start=2>(x) t = Concat<axis=0>(minus, s) r = Reshape(x, t)", "[6*batch,seq,10]"),
+        (
+            "6*batch,seq,10",
+            "s = Shape<start=1>(x) t = Concat<axis=0>(minus, six, s) r = Reshape(x, t)",
+            "[batch,6,seq,10]",
+        ),
+        ("6*batch,seq", "t = Concat<axis=0>(h, two, minus) r = Reshape(x, t)", "[3*batch,2,seq]"),
+        ("2*past+seq,3", "t = Concat<axis=0>(two, minus) r = Reshape(x, t)", "[2,?]"),
+        ("seq,7", "t = Concat<axis=0>(minus, two) r = Reshape(x, t)", "[?,2]"),
+        ("seq,6", "t = Concat<axis=0>(zero, minus) r = Reshape(x, t)", "[seq,6]"),
+        ("seq,6", "s = Shape(x) t = Concat<axis=0>(s, minus) r = Reshape(x, t)", "[seq,6,1]"),
+    ],
+)
+def test_lengths_that_a_reshape_infers(shape, target, expected):
+    shape = shape.replace("6*batch", '"6*batch"').replace("2*past+seq", '"2*past+seq"')
+    found = reshaped(shape, target).replace("None", "?")
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("1,seq,1", "[batch,seq,5]"),
+        ("batch,seq,5", "[batch,seq,5]"),
+        ("n,seq,5", "[None,seq,5]"),
+        ("4,seq,5", "[4,seq,5]"),
+    ],
+)
+def test_an_expand_takes_the_longer_length(shape, expected):
+    text = f"g (float[{shape}] x, float[batch,seq] z) => (float[p] y) <int64[1] five = {{5}}>"
+    found = values(text + "{ s = Shape(z) t = Concat<axis=0>(s, five) e = Expand(x, t) y = Relu(e) }")
+    assert str(found["e"].shape) == expected
+
+
+def test_a_slice_keeps_the_axes_that_it_does_not_cut():
+    text = "g (float[batch,seq,6] x, int64[1] n) => (float[p] y) <int64[1] axes = {-2}, int64[1] zero = {0}>"
+    found = values(text + "{ s = Slice(x, zero, n, axes) y = Relu(s) }")
+    assert str(found["s"].shape) == "[batch,None,6]"
+    found = values(text + "{ s = Slice(x, zero, n) y = Relu(s) }")
+    assert "seq" not in str(found["s"].shape)
