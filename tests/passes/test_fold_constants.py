@@ -248,3 +248,40 @@ def test_an_output_without_a_shape_is_left_without_one():
     model.graph.outputs[0].shape = None
     assert not FoldConstants().run(model).modified
     assert model.graph.outputs[0].shape is None
+
+
+def test_lengths_that_shapes_state_are_folded_where_others_are_not():
+    text = "g (float[batch,seq,6] x) => (int64[] y, int64[2] z)"
+    text += "<int64 last = {-1}, int64 first = {0}, int64[1] four = {4}> {"
+    text += " s = Shape(x) d = Gather(s, last) b = Gather(s, first) y = Add(d, b)"
+    text += " i = Shape<start=2>(x) v = Concat<axis=0>(i, four) z = Neg(v) }"
+    operators, constants, _ = folded(text)
+    assert constants["d"].tolist() == 6
+    assert constants["v"].tolist() == [6, 4]
+    assert "Concat" not in operators
+    assert "Add" in operators
+
+
+def test_a_folded_bound_tells_a_length_and_that_another_number():
+    """The slice is as long as its folded bounds say, which only the next sweep sees."""
+    text = "g (float[batch,8] x) => (float[batch,4] y) <int64[1] two = {2}, int64[1] one = {1}, int64[1] zero = {0}> {"
+    text += " s = Shape<start=1>(x) half = Div(s, two) part = Slice(x, zero, half, one)"
+    text += " n = Shape<start=1>(part) f = Cast<to=1>(n) y = Mul(part, f) }"
+    operators, constants, _ = folded(text)
+    assert operators == ["Slice", "Mul"]
+    assert constants["f"].tolist() == [4]
+
+
+def test_a_sequence_is_no_constant(parsed):
+    model = parsed(
+        "g (int64 i) => (float[2] y) <float[2] k = {3, 4}> { s = SequenceConstruct(k) y = SequenceAt(s, i) }"
+    )
+    FoldConstants().run(model)
+    assert [node.op_type for node in model.graph] == ["SequenceConstruct", "SequenceAt"]
+
+
+def test_a_sum_of_lengths_is_one_in_any_order():
+    text = 'g (float["past+seq",3] m, float["seq+past",3] x) => (float["past+seq",3] y) <int64[1] three = {3}> {'
+    text += " s = Shape<end=1>(x) t = Concat<axis=0>(s, three) a = Neg(m) y = Reshape(a, t) }"
+    _, _, model = folded(text)
+    assert next(node for node in model.graph if node.op_type == "Shape").inputs[0].name == "m"

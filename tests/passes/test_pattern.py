@@ -430,3 +430,68 @@ def test_a_pattern_that_cannot_work_is_refused(pattern, message):
 def test_lower_case_operators_do_not_exist():
     with pytest.raises(AttributeError, match="matmul"):
         trace(lambda op, a: op.matmul(a, a), "here")
+
+
+SCALARS = X + " <float one = {1}, float[1] two = {2}, float[5] many = {1, 2, 3, 4, 5}>"
+
+
+def test_a_scalar_is_a_constant_of_one_element_on_either_side(match):
+    def pattern(op, a):
+        return op.Mul(a, op.scalar("factor"))
+
+    for body, factor in (("{ out = Mul(x, one) }", "one"), ("{ out = Mul(two, x) }", "two")):
+        assert match.names(pattern, body, SCALARS) == {"a": "x", "factor": factor}
+    assert match(pattern, "{ out = Mul(x, many) }", SCALARS) is None
+    assert match(pattern, "{ out = Mul(x, y) }", SCALARS) is None
+
+
+def test_a_variable_by_name_is_the_same_everywhere(match):
+    def pattern(op):
+        return op.Add(op.Exp(op.variable("a")), op.variable("a"))
+
+    assert match.names(pattern, "{ e = Exp(x) out = Add(e, x) }") == {"a": "x"}
+    assert match(pattern, "{ e = Exp(x) out = Add(e, y) }") is None
+
+
+def test_anything_is_another_value_every_time(match):
+    def pattern(op):
+        return op.Add(op.Sub(op.anything(), op.anything()), op.anything())
+
+    assert match(pattern, "{ d = Sub(x, y) out = Add(d, z) }") is not None
+    assert match(pattern, "{ d = Sub(x, x) out = Add(d, x) }") is not None
+
+
+def nested(op, value, depth):
+    """Each level may have its operator or not: 2 ** depth ways."""
+    for level in range(depth):
+        value = op.optional(f"level{level}", value, op.Neg if level % 2 else op.Abs)
+    return value
+
+
+def test_alternatives_inside_of_alternatives_are_compiled_once(match):
+    """They would be compiled 2 ** 40 times."""
+    found = match.names(
+        lambda op, a: op.Exp(nested(op, a, 40)), "{ p = Abs(x) q = Neg(p) r = Abs(q) s = Neg(r) out = Exp(s) }"
+    )
+    assert found["a"] == "x"
+    assert [found[f"level{level}"] for level in range(36, 40)] == ["present"] * 4
+    assert {found[f"level{level}"] for level in range(36)} == {"absent"}
+
+
+def test_alternatives_at_several_places_are_one_choice(match):
+    def pattern(op, a):
+        spelled = op.any_of("kind", neg=op.Neg(a), abs=op.Abs(a))
+        return op.Add(op.Exp(spelled), op.Mul(spelled, spelled))
+
+    assert match.names(pattern, "{ n = Abs(x) e = Exp(n) m = Mul(n, n) out = Add(e, m) }") == {"a": "x", "kind": "abs"}
+    assert match(pattern, "{ n = Abs(x) p = Neg(x) e = Exp(n) m = Mul(p, p) out = Add(e, m) }") is None
+    assert match(pattern, "{ n = Abs(x) p = Abs(y) e = Exp(n) m = Mul(p, p) out = Add(e, m) }") is None
+
+
+def test_a_choice_that_fails_at_its_second_place_is_taken_back(match):
+    def pattern(op, a, b):
+        either = op.any_of("kind", whole=op.Neg(a), inside=op.Neg(op.Abs(a)))
+        return op.Sub(either, op.Mul(either, op.any_of("rest", same=a, other=b)))
+
+    found = match.names(pattern, "{ p = Abs(x) n = Neg(p) m = Mul(n, x) out = Sub(n, m) }")
+    assert found == {"a": "p", "b": "x", "kind": "whole", "rest": "other"}

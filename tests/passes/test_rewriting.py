@@ -409,3 +409,48 @@ def test_a_pass_without_pattern_or_rewrite_says_so(parsed):
     item.name = "empty"
     with pytest.raises(NotImplementedError, match="empty has no pattern"):
         item.run(parsed(f"{X} => (float[3,5] out) {{ out = Neg(x) }}"))
+
+
+def test_a_rewrite_may_take_whatever_was_found(checked, rule):
+    seen = []
+
+    def pattern(self, op, a):
+        return op.any_of("kind", product=op.Mul(a, op.variable("b")), root=op.Sqrt(a))
+
+    def rewrite(self, op, kind, **found):
+        seen.append((kind, {name: value.name for name, value in found.items() if hasattr(value, "name")}))
+        raise Decline("only looking")
+
+    checked(rule(pattern, rewrite), f"{X} => (float[3,5] out) {{ r = Sqrt(x) out = Mul(r, y) }}")
+    assert ("root", {"a": "x"}) in seen
+    assert ("product", {"a": "r", "b": "y"}) in seen
+
+
+def test_what_is_shared_is_made_once_for_all_sites(checked, rule):
+    def rewrite(self, op, a):
+        return op.Mul(a, op.shared("three", lambda: op.initializer("three", np.array(3, np.float32))))
+
+    def pattern(self, op, a):
+        return op.Add(op.Add(a, a), a)
+
+    body = "{ p = Add(x, x) q = Add(p, x) r = Add(y, y) s = Add(r, y) out = Sub(q, s) }"
+    _, result, model = checked(rule(pattern, rewrite), f"{X} => (float[3,5] out) {body}")
+    assert result.matches == 2
+    assert list(model.graph.initializers) == ["three"]
+
+
+def test_what_a_declined_site_shared_is_there_for_the_next(checked, rule):
+    def rewrite(self, op, a):
+        three = op.shared("three", lambda: op.initializer("three", np.array(3, np.float32)))
+        if a.name == "x":
+            raise Decline("not here")
+        return op.Mul(a, three)
+
+    def pattern(self, op, a):
+        return op.Add(op.Add(a, a), a)
+
+    body = "{ p = Add(x, x) q = Add(p, x) r = Add(y, y) s = Add(r, y) out = Sub(q, s) }"
+    operators, result, model = checked(rule(pattern, rewrite), f"{X} => (float[3,5] out) {body}")
+    assert (result.matches, result.declines["not here"] > 0) == (1, True)
+    assert operators == ["Add", "Add", "Mul", "Sub"]
+    assert list(model.graph.initializers) == ["three"]
