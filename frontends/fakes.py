@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -18,14 +20,19 @@ def fake_weights(module: torch.nn.Module) -> None:
 
 
 def zero_weights(module: torch.nn.Module) -> None:
-    """The same for tracing that computes: zeros, whose pages the system need not hold before they are written.
+    """The same for tracing that computes: zeros, whose pages the system need not hold until they are written.
 
     Each starts with a number of its own: the torchscript exporter merges weights of equal values.
     """
-    _replace(module, torch.zeros)
+    _replace(module, _unwritten_zeros)
     for number, weight in enumerate(module.parameters()):
         start = weight.data.view(-1)[:2]
         start.copy_(torch.tensor(divmod(number, _EXACT_INTEGERS))[: len(start)])
+
+
+def _unwritten_zeros(shape: torch.Size, *, dtype: torch.dtype) -> torch.Tensor:
+    """numpy leaves the zeroing to the system; torch.zeros writes them."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _replace(module: torch.nn.Module, make: Callable[..., torch.Tensor]) -> None:

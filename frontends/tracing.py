@@ -1,4 +1,7 @@
-"""From a step to a graph as torch writes it, by either of its exporters, without a byte of the weights."""
+"""From a step to a graph as torch writes it, by either of its exporters, without a byte of the weights.
+
+Dynamo traces weights without data, in memory of the graph alone; torchscript computes once, on zeros.
+"""
 
 from __future__ import annotations
 

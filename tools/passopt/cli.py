@@ -133,7 +133,7 @@ def _add_export(add: Any) -> None:
 
 
 _OPSET_HELP = "18 to 23, default 21 (torchscript: ≤ 20); int8 of 16-bit weights needs 19"
-_EXPORTER_HELP = "of torch (default: %(default)s)"
+_EXPORTER_HELP = "of torch (default: %(default)s); torchscript runs the model once, in about the memory of its weights"
 _ATTENTION_HELP = "which implementation of transformers is traced (default: eager; not for code of the checkpoint)"
 _PHASE_HELP = "one graph for everything, or for a prefill without past, or for single tokens (default: %(default)s)"
 _EACH_HELP = "structure after every pass, or each rewrite by sampled numbers (default: %(default)s)"
