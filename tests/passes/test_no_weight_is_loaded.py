@@ -16,7 +16,8 @@ from passopt.passes.pipeline_spec import resolve
 from passopt.passes.pipelines import PIPELINES
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 
-#: The one pass that looks into a large constant, at a few rows of it: see its own tests.
+#: The pass that looks into the largest constant, at a few rows of it: see its own tests. fuse-rotary looks into tables
+#: of angles and dematerialize-alibi-row into a row of biases, which these models do not have.
 READS = {"dematerialize-alibi"}
 
 HEAD = """<ir_version: 10, opset_import: ["" : 21]>
@@ -36,6 +37,29 @@ g (int64[batch,seq] input_ids) => (float[batch,seq,10] logits)
     logits = MatMul(o, ht)
 }"""
 WEIGHTS = {"embed": (10, 6), "packed": (12, 6), "out": (4, 6), "head": (10, 6)}
+
+
+FUSIBLE = """<ir_version: 10, opset_import: ["" : 23]>
+g (float[batch,seq,6] x, float[batch,1,seq,seq] mask) => (float[batch,2,seq,3] y)
+<float two = {2}, float eps = {0.01}, float scale = {0.5}, int64[1] last = {-1}, int64[4] heads = {0, 0, 2, 3}> {
+    squares = Pow(x, two)
+    mean = ReduceMean(squares, last)
+    variance = Add(mean, eps)
+    root = Sqrt(variance)
+    n = Div(x, root)
+    normed = Mul(norm, n)
+    wide = MatMul(normed, projection)
+    apart = Reshape(wide, heads)
+    q = Transpose<perm=[0, 2, 1, 3]>(apart)
+    k = Transpose<perm=[0, 2, 3, 1]>(apart)
+    raw = MatMul(q, k)
+    scores = Mul(raw, scale)
+    per_head = Add(scores, bias)
+    masked = Add(per_head, mask)
+    shares = Softmax<axis=-1>(masked)
+    y = MatMul(shares, q)
+}"""
+FUSIBLE_WEIGHTS = {"norm": (6,), "projection": (6, 6), "bias": (2, 1, 1)}
 
 
 def unreadable(model, shapes=None):
@@ -63,6 +87,7 @@ def _point(value, name, expression):
 
 def models():
     yield unreadable(parse_model(HEAD), WEIGHTS)
+    yield unreadable(parse_model(FUSIBLE), FUSIBLE_WEIGHTS)
     decoder = unreadable(tiny_decoder(DecoderSpec(heads=6)))
     mask = next(value for node in decoder.graph for value in node.outputs if value.name == "scores_bias")
     mask.shape = onnx_ir.Shape(["batch", 6, "seq", "past+seq"])
@@ -92,6 +117,12 @@ def test_pass_or_pipeline(name):
     for model in models():
         run_passes(model, resolve(name + options).passes, verify=False)
         print_model(model)
+
+
+def test_fusions_read_no_weight():
+    model = unreadable(parse_model(FUSIBLE), FUSIBLE_WEIGHTS)
+    run_passes(model, resolve("canonicalize,fuse-rms-norm,fuse-rotary,fuse-attention,dead-code").passes, verify=False)
+    assert {"RMSNormalization", "Attention"} <= {node.op_type for node in model.graph}
 
 
 @pytest.mark.parametrize("text", ["tp,int8{head=true,embedding=true}", "int8,tp", "split-packed-qkv,tp,int8"])
