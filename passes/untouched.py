@@ -21,8 +21,11 @@ class Untouched:
         self._count = len(graph)
         self._outputs = tuple(graph.outputs)
         self._nodes = [(node, _facts(node)) for node in nodes]
-        values = {value for node, _ in self._nodes for value in (*node.inputs, *node.outputs) if value is not None}
-        self._readers = [(value, set(value.uses())) for value in values]
+        self._readers = [(value, set(value.uses())) for node, _ in self._nodes for value in node.outputs]
+        # All layers may read one mask: its readers are counted, and those of a constant not even that.
+        read = {value for node, _ in self._nodes for value in node.inputs if value is not None}
+        read -= {value for value, _ in self._readers}
+        self._counts = [(value, len(value.uses())) for value in read if value.const_value is None]
 
     def check(self, where: str, root: str | None, built: Sequence[onnx_ir.Node]) -> None:
         """Raise VerifyError, naming the rule `where` and its site, if anything is not as it was.
@@ -44,6 +47,9 @@ class Untouched:
                 return f"changed {facts[1]} {node.name!r}{_read_by(node.outputs)}"
         for value, before in self._readers:
             if {use for use in value.uses() if use.node not in built} != before:
+                return f"changed who reads {value.name!r}"
+        for value, count in self._counts:
+            if len(value.uses()) - sum(item is value for node in built for item in node.inputs) != count:
                 return f"changed who reads {value.name!r}"
         for output in self._outputs:
             if output not in self._graph.outputs:
