@@ -83,7 +83,7 @@ class _Caster:
 
     def notes(self) -> list[str]:
         inserted = len({id(value) for value in self._casts.values()})
-        return [f"{inserted} casts between {self.target.name} and fp32"] if inserted else []
+        return [f"{inserted} casts between fp32 and {self.target.name.lower()}"] if inserted else []
 
     def run(self) -> None:
         nodes = list(self.editor.graph)

@@ -6,7 +6,6 @@ Sizes are unequal, heads are no power of two, keys are grouped where the family 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -104,9 +103,3 @@ def _drawn(name: str, shape: Any, random: Any) -> Any:
     if "norm" in name.lower() or "ln" in name:
         return 0.6 + 0.8 * torch.rand(shape, generator=random)
     return 0.2 * torch.randn(shape, generator=random)
-
-
-def family_config(directory: Path) -> Mapping[str, Any]:
-    """config.json of a checkpoint."""
-    content: Mapping[str, Any] = json.loads((directory / "config.json").read_text())
-    return content
