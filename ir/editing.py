@@ -315,6 +315,11 @@ def is_read(value: onnx_ir.Value) -> bool:
     return bool(value._uses) or value.is_graph_output()  # uses() copies: a shared constant is read in every layer
 
 
+def use_count(value: onnx_ir.Value) -> int:
+    """How many inputs of nodes read the value."""
+    return len(value._uses)
+
+
 def _is_read_only_by(node: onnx_ir.Node, readers: Container[onnx_ir.Node]) -> bool:
     """True if nobody but these nodes reads what `node` gives."""
     for value in node.outputs:

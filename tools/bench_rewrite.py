@@ -222,7 +222,8 @@ def report(root: Path) -> str:
         f"On the graph of {count_nodes(alibi):,} nodes. passopt's cse also moves what layers share before them.\n",
         passes(alibi),
         "## Whole optimizers\n",
-        f"They load the weights. `narrow` is the 13B-shaped graph with {NARROW} channels instead of 5,120; passopt applies the three rules above.\n",
+        "They load the weights. `narrow` is the 13B-shaped graph with "
+        f"{NARROW} channels instead of 5,120; passopt applies the three rules above.\n",
         optimizers({"narrow": narrow, "13B-shaped": alibi}),
         "## The pipeline `baichuan2`\n",
         "On the exported graphs of the published sizes, all passes and the structure check after each.\n",
