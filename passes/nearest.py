@@ -47,6 +47,8 @@ from passopt.passes.pattern_walks import behind, choices, is_landmark, may_stand
 _BEAM = 6
 #: Pattern nodes visited per place; after that no operator is stepped over any more.
 _BUDGET = 1500
+#: The same where the root is another operator: most such places are nothing alike, and there are many.
+_BUDGET_BELOW = 250
 _MISSING = object()
 
 
@@ -59,7 +61,7 @@ def nearest_below(
     pattern: Pattern, child: Output, source: onnx_ir.Node, reader: onnx_ir.Node | None, opset: int
 ) -> Attempt:
     """The nearest attempt where the root is another operator: `reader` reads what `child` of the root matches."""
-    return _Search(opset).below_root(pattern, child, source, reader)
+    return _Search(opset, _BUDGET_BELOW).below_root(pattern, child, source, reader)
 
 
 def _begun(labels: Mapping[str, str]) -> Attempt:
@@ -67,8 +69,9 @@ def _begun(labels: Mapping[str, str]) -> Attempt:
 
 
 class _Search:
-    def __init__(self, opset: int) -> None:
+    def __init__(self, opset: int, budget: int = _BUDGET) -> None:
         self._opset = opset
+        self._budget = budget
         self._visits = 0
         self._below: dict[NodePattern, tuple[NodePattern, ...]] = {}
 
@@ -223,7 +226,7 @@ class _Search:
     ) -> list[Attempt]:
         """Give the pattern node up; or step over `node`, or over the pattern node; or take `node` for another one."""
         found = [attempt.differs(difference, self._nodes(pattern))]
-        if self._visits > _BUDGET:
+        if self._visits > self._budget:
             return found
         for source in behind(node, pattern):
             extra = dataclasses.replace(difference, kind="extra", owner=None)

@@ -55,6 +55,23 @@ class Surveyor:
     def __init__(self) -> None:
         self._of_node: dict[onnx_ir.Node, Hashable] = {}
         self._of_leaf: dict[onnx_ir.Value, Hashable] = {}
+        self._kinds: dict[int, dict[onnx_ir.Node, int]] = {}
+
+    def kinds(self, graph: onnx_ir.Graph, levels: int) -> dict[onnx_ir.Node, int]:
+        """A number per node, equal where the trees of `levels` operators above are: cheap, and blind to sharing."""
+        if levels not in self._kinds:
+            own = {node: hash(self._node(node)) for node in graph}
+            found = own
+            for _ in range(levels):
+                found = {node: hash((own[node], *(self._above(value, found) for value in node.inputs))) for node in own}
+            self._kinds[levels] = found
+        return self._kinds[levels]
+
+    def _above(self, value: onnx_ir.Value | None, kinds: dict[onnx_ir.Node, int]) -> Hashable:
+        if value is None:
+            return None
+        producer = value.producer()
+        return self._leaf(value) if producer is None else (kinds.get(producer), value.index())
 
     def survey(self, starts: Sequence[onnx_ir.Node], levels: int, *, users: bool) -> Neighbourhood:
         """What lies up to `levels` operators above the start nodes; with `users`, also who reads these values."""

@@ -61,12 +61,15 @@ class Site:
 def sites(item: RewritePass, model: onnx_ir.Model, rules: Sequence[Rule]) -> Iterator[Site]:
     """Every node at which one of the rules may start, and places where all but the root is there."""
     editor, surveyor = Editor(model, item.name), Surveyor()
+    operators = {(node.domain, node.op_type) for node in model.graph}
+    starting = [rule for rule in rules if operators.intersection(rule.pattern.root_keys)]
     for rule in rules:
         explorer = _Explorer(rule, editor, surveyor)
         for node in model.graph:
             if (node.domain, node.op_type) in rule.pattern.root_keys:
                 yield explorer.at(node)
-        yield from explorer.without_root(model.graph)
+        if rule in starting or not starting:  # a rule that starts at what the graph has nowhere is not the one meant
+            yield from explorer.without_root(model.graph)
 
 
 class _Explorer:
@@ -92,6 +95,8 @@ class _Explorer:
     def without_root(self, graph: onnx_ir.Graph) -> Iterator[Site]:
         """Places where all is there but the root itself; only where most of the pattern fits."""
         keys = self._pattern.root_keys
+        kinds = self._surveyor.kinds(graph, self._levels)
+        hopeless: set[Hashable] = set()
         roots = outputs_of(self._pattern.roots[0])
         for child in {output.node: output for root in roots for output in children(root.node)}.values():
             for node in graph:
@@ -100,9 +105,15 @@ class _Explorer:
                 readers = node.outputs[child.index].consumers() if child.index < len(node.outputs) else ()
                 if any((reader.domain, reader.op_type) in keys for reader in readers):
                     continue
-                attempt = self._below(child, node, next(iter(readers), None))
+                reader = next(iter(readers), None)
+                kind = (child.node, kinds[node], kinds.get(reader) if reader is not None else None)
+                if kind in hopeless:
+                    continue
+                attempt = self._below(child, node, reader)
                 if attempt.matched >= _FITTING_BELOW and 2 * attempt.matched >= attempt.total:
                     yield _near(self._rule, node, attempt)
+                else:
+                    hopeless.add(kind)
 
     def _below(self, child: Output, node: onnx_ir.Node, reader: onnx_ir.Node | None) -> Attempt:
         starts = [node, reader] if reader is not None else [node]
