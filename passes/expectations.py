@@ -53,7 +53,10 @@ class Expectation:
         """rotary_layers are those of a model that takes the positions of its tokens, and 0 for any other."""
         layers = layer_count(model)
         if layers is None:
-            raise UsageError(f"--expect {self}: {base} is unknown: no inputs past.N.key, no weights named layers.N")
+            raise UsageError(
+                f"{self} is expected, by --expect or by the pipeline, but {base} is unknown: the model has no inputs "
+                f"past.N.key and no weights named layers.N. If it is no decoder, name its passes, not the pipeline"
+            )
         takes_positions = any(value.name == POSITION_IDS for value in model.graph.inputs)
         return layers if base == "num_layers" or takes_positions else 0
 

@@ -24,7 +24,8 @@ class FuseAttention(RewritePass):
     After:  ``y, k, v = Attention(q, new_k, new_v, mask, past_k, past_v, scale=scale)``; with slopes · positions in the
             mask, ``y, k, v = passopt.AlibiAttention(q, new_k, new_v, slopes, positions, mask, past_k, past_v)``
     Heads that share keys (GQA) are no longer repeated; without a cache, past and present are absent. Masked scores stay
-    above the lowest number: Attention gives 0 for a row of nothing else, softmax the mean of its values.
+    above the lowest number: Attention gives 0 for a row of nothing else, softmax the mean of its values. A row of
+    nothing but -inf, where softmax gives NaN, becomes 0.
     """
 
     name = "fuse-attention"

@@ -86,3 +86,19 @@ def test_a_docstring_is_taken_apart():
     assert doc.notes == "A note.\nMore of it."
     bare = parse_doc("Why.")
     assert (bare.why, bare.before, bare.after, bare.notes) == ("Why.", "", "", "")
+
+
+def test_guards_of_the_other_rooms_of_a_pass_are_listed(capsys):
+    assert main(["explain", "fuse-attention", "--json"]) == 0
+    declines = json.loads(capsys.readouterr().out)["declines"]
+    files = {guard["file"] for guard in declines}
+    assert {"fuse_attention.py", "attention_parts.py", "attention_masks.py", "fusing.py"} <= files
+    assert not files & {"base.py", "rewriting.py"}
+    assert any("does not have four axes" in guard["reason"] for guard in declines)
+
+
+def test_guards_of_another_pass_are_not(capsys):
+    """dematerialize-alibi-row shares two functions with dematerialize-alibi."""
+    assert main(["explain", "dematerialize-alibi-row", "--json"]) == 0
+    declines = json.loads(capsys.readouterr().out)["declines"]
+    assert {guard["file"] for guard in declines} == {"dematerialize_alibi_row.py", "fusing.py"}

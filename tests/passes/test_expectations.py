@@ -216,5 +216,5 @@ def test_bad_expectations_are_refused(text, message):
 
 
 def test_the_number_of_layers_is_that_of_a_decoder(model):
-    with pytest.raises(UsageError, match="num_layers is unknown"):
+    with pytest.raises(UsageError, match="but num_layers is unknown"):
         run_passes(model, [matching(1)], expectations=[parse_expectation("mine==num_layers", ["mine"])])

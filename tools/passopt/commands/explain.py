@@ -27,6 +27,10 @@ _SECTION = re.compile(r"^(Before|After):\s*", re.MULTILINE)
 _CODE = re.compile(r"``(.+?)``", re.DOTALL)
 
 
+#: What every pass builds on; its own guards are said where a rule runs into them.
+_FRAMEWORK = frozenset(f"passopt.passes.{name}" for name in ("base", "rewriting", "pattern", "catalog"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Doc:
     """A pass's docstring taken apart."""
@@ -49,6 +53,7 @@ class DrawnRule:
 class Guard:
     """A place where the pass may say no, as written there; `…` stands for what is known at run time only."""
 
+    file: str
     line: int
     reason: str
 
@@ -110,10 +115,29 @@ def _near(source: str) -> str:
 
 
 def _guards(entry: Entry) -> list[Guard]:
-    """Every `raise Decline(…)` and `raise PassError(…)` of the pass's file."""
-    file = Path(entry.origin.rpartition(":")[0])
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    return [Guard(node.lineno, _reason(call)) for node, call in _raised(tree)]
+    """Every `raise Decline(…)` and `raise PassError(…)` of the pass's file, and of its other rooms."""
+    own = Path(entry.origin.rpartition(":")[0])
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in (own, *_parts(own, entry.module))}
+    return [
+        Guard(file.name, node.lineno, _reason(call)) for file, tree in trees.items() for node, call in _raised(tree)
+    ]
+
+
+def _parts(file: Path, module: str) -> list[Path]:
+    """The files beside a pass's own that it imports from, and those that these import from; no framework, no pass."""
+    package, known, found = module.rpartition(".")[0], {item.module for item in catalog().values()}, [file]
+    for importer in found:
+        for node in ast.walk(ast.parse(importer.read_text(encoding="utf-8"))):
+            name = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            part = importer.parent / f"{name.rpartition('.')[2]}.py"
+            if (
+                name.startswith(f"{package}.")
+                and name not in known | _FRAMEWORK
+                and part.is_file()
+                and part not in found
+            ):
+                found.append(part)
+    return found[1:]
 
 
 def _raised(tree: ast.Module) -> Iterator[tuple[ast.Raise, ast.Call]]:
@@ -158,8 +182,9 @@ def _pass_text(
         yield from _wrapped(doc.notes)
     if guards:
         yield "\nSAYS NO WHERE"
+        width = max(len(f"{guard.file}:{guard.line}") for guard in guards)
         for guard in guards:
-            yield f"  line {guard.line:4}  {guard.reason}"
+            yield f"  {f'{guard.file}:{guard.line}':{width}}  {guard.reason}"
 
 
 def _facts(entry: Entry, item: Pass) -> Iterator[str]:
