@@ -29,6 +29,9 @@ from passopt.ir.expressions import Source
 #: Tensors of older checkpoints that every class computes by now.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
 
+#: Modules that older classes called otherwise: published GPT-NeoX checkpoints, and what transformers saves.
+_RENAMED = {"embed_out": "lm_head"}
+
 # For a self-check: unequal sizes, keys grouped as config.json says. The roots of 16 are exact in bf16.
 _LAYERS, _HEADS, _GROUPS, _WIDTH = 2, 6, 2, 16
 _SMALL = {
@@ -161,10 +164,11 @@ def _takes_positions(model: Any) -> bool:
 
 
 def _parameter_name(name: str, model: Any) -> str:
-    """The model's name for a tensor of the checkpoint: some were saved from the body alone, without its prefix."""
+    """The model's name for a tensor of the checkpoint: some were saved from the body alone, or by older classes."""
     prefix = f"{model.base_model_prefix}."
     parameters = model.state_dict(keep_vars=True).keys()
-    candidates = (name, prefix + name, name.removeprefix(prefix))
+    part, _, rest = name.partition(".")
+    candidates = (name, prefix + name, name.removeprefix(prefix), f"{_RENAMED.get(part, part)}.{rest}")
     return next((candidate for candidate in candidates if candidate in parameters), name)
 
 

@@ -167,6 +167,14 @@ def test_body_that_was_saved_alone_finds_its_weights(checkpoints: Any, tmp_path:
     assert "transformer.wte.weight" in model.graph.initializers
 
 
+def test_head_under_its_published_name_finds_its_weight(checkpoints: Any, tmp_path: Path) -> None:
+    checkpoint = checkpoints("gpt-neox")
+    assert "embed_out.weight" in checkpoint.tensors
+    head = export_graph(checkpoint, LEGACY, tmp_path).graph.initializers["lm_head.weight"].const_value
+    assert isinstance(head, LazyWeight)
+    assert head.expression == checkpoint.tensors["embed_out.weight"]
+
+
 def test_tied_head_may_be_repeated(checkpoints: Any, tmp_path: Path) -> None:
     checkpoint = checkpoints("qwen2")
     repeated = with_tensors(checkpoint, **{"lm_head.weight": checkpoint.tensors["model.embed_tokens.weight"]})
