@@ -252,6 +252,7 @@ def test_interrupt_by_signal_leaves_nothing(model: Path):
     """A real Ctrl-C, sent when the temporary output exists."""
     script = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
         "import passopt.targets.onnx_files as files\n"
         "real = files.write_safetensors\n"
         "def slow(*args, **kw):\n"
