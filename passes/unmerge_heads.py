@@ -33,12 +33,21 @@ class UnmergeHeads(RewritePass):
 
     def rewrite(self, op: Any, merged: Any, result: Any) -> Any:
         inner, outer = dimensions(merged) or [], dimensions(result) or []
-        if len(inner) != 3 or len(outer) != 4 or inner[1:] != outer[2:] or not isinstance(outer[1], int):
+        heads = outer[1] if len(outer) == 4 else None
+        if not isinstance(heads, int) or not _parts_heads(inner, outer):
             raise Decline(f"{merged.name} {inner} → {outer} does not part batch and heads")
         node = merged.producer()
         if node is None or node.op_type not in _ARITHMETIC:
             raise Decline(f"{merged.name} is not computed with batch and heads merged")
-        return _Unmerging(op, outer[0], outer[1]).value(merged)
+        return _Unmerging(op, outer[0], heads).value(merged)
+
+
+def _parts_heads(inner: list[Dimension], outer: list[Dimension]) -> bool:
+    """[b·h, x, y] → [b, h, x, y]. An exporter may state one of x and y as `(seq**2)//seq`: it follows from the rest."""
+    if len(inner) != 3:
+        return False
+    same = [before is not None and before == after for before, after in zip(inner[1:], outer[2:])]
+    return all(same) or (any(same) and inner[0] == f"{outer[1]}*{outer[0]}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import onnx_ir
 import pytest
 
+from passopt.ir.shapes import complete_types
 from passopt.passes.unmerge_heads import UnmergeHeads
 from passopt.testing.checking import check, read_model
 
@@ -96,3 +98,27 @@ def test_declines_other_elements():
     body = " vs = Concat<axis=0>(minus, t, four) v3 = Reshape(v, vs) one3 = Concat<axis=0>(one, t, four)"
     body += " b3 = Reshape(bias, one3) o = Add(v3, b3)" + APART.replace("b, five, s", "b, five, t")
     declined("merges ['t', 4], not ['batch', 5, 't', 4]", body, head)
+
+
+def test_a_length_that_an_exporter_states_its_own_way():
+    """torch states the columns of a prefill's scores as `(seq**2)//seq`; the other lengths leave them no choice."""
+    text = MERGE + SCORES + SHARES + APART
+    model = read_model(f"{HEADER}{HEAD}{CONSTANTS}{text} }}")
+    complete_types(model)
+    (parted,) = (node for node in model.graph if node.outputs[0].is_graph_output())
+    parted.inputs[0].shape = onnx_ir.Shape(["5*batch", "seq", 4])
+    parted.outputs[0].shape = onnx_ir.Shape(["batch", 5, "(seq**2)//seq", 4])
+    result = UnmergeHeads().run(model)
+    assert result.matches == 1
+
+
+def test_declines_lengths_of_which_none_is_known_to_stay():
+    text = MERGE + SCORES + SHARES + APART
+    model = read_model(f"{HEADER}{HEAD}{CONSTANTS}{text} }}")
+    complete_types(model)
+    (parted,) = (node for node in model.graph if node.outputs[0].is_graph_output())
+    parted.inputs[0].shape = onnx_ir.Shape(["rows", "seq", 4])
+    parted.outputs[0].shape = onnx_ir.Shape(["batch", 5, "(seq**2)//seq", 4])
+    result = UnmergeHeads().run(model)
+    assert not result.modified
+    assert any("does not part batch and heads" in reason for reason in result.declines)
