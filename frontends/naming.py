@@ -53,7 +53,7 @@ def apply_contract(model: onnx_ir.Model, contract: Contract) -> None:
     if positions:
         model.graph.inputs.insert(2, model.graph.inputs.pop())
     _rename(model.graph.outputs, output_names(contract.layers))
-    _name_dimensions(model.graph, contract.phase)
+    name_dimensions(model.graph, contract.phase)
     _name_initializers(model.graph, contract.constants)
     _condense_metadata(model, f"{contract.source_root}/")
 
@@ -79,7 +79,7 @@ def _rename(values: Sequence[onnx_ir.Value], names: list[str]) -> None:
         value.name = name
 
 
-def _name_dimensions(graph: onnx_ir.Graph, phase: Phase) -> None:
+def name_dimensions(graph: onnx_ir.Graph, phase: Phase) -> None:
     names = _symbol_names(graph, phase)
     for value in _values(graph):
         if value.shape is not None:
@@ -110,11 +110,22 @@ def _named(dimension: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> in
     """`s62 + s70` → `past+seq`; summands in alphabetical order, numbers last, no spaces."""
     if isinstance(dimension, int) or dimension.value is None:
         return dimension if isinstance(dimension, int) else None
-    text = _SYMBOL.sub(lambda symbol: names.get(symbol[0], symbol[0]), str(dimension.value))
+    text = _SYMBOL.sub(lambda symbol: names.get(symbol[0], symbol[0]), _divided(str(dimension.value)))
     if unknown := _SYMBOL.search(text):
         raise ModelError(f"the traced graph has a dimension {dimension} whose {unknown[0]} is of none of its inputs")
     summands = [part.replace(" ", "") for part in text.split("+")]
     return "+".join(sorted(summands, key=lambda part: (part.isdigit(), part)))
+
+
+def _divided(text: str) -> str:
+    """Divisions that leave none, done: `((s70**2)//s70)`, which torch writes for what a view makes, is `s70`."""
+    if "//" not in text:
+        return text
+    import sympy  # type: ignore[import-untyped]
+
+    symbols = {name: sympy.Symbol(name, integer=True, positive=True) for name in _SYMBOL.findall(text)}
+    simple = str(sympy.parse_expr(text, local_dict=symbols))
+    return text if "floor" in simple else simple
 
 
 def _name_initializers(graph: onnx_ir.Graph, constants: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from passopt.commands.export import clean_up
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.huggingface import export_graph
+from passopt.frontends.naming import name_dimensions
 from passopt.frontends.options import MODEL_TYPES, ExportOptions
 from passopt.frontends.selfcheck import self_check
 from passopt.ir.errors import CheckError, ModelError, UsageError
@@ -228,3 +229,23 @@ def test_unknown_type_names_what_is_supported(checkpoints: Any, tmp_path: Path) 
     unknown = dataclasses.replace(checkpoint, config={**checkpoint.config, "model_type": "rwkv"})
     with pytest.raises(ModelError, match=r"bloom, falcon, .*qwen3, and Baichuan2"):
         export_graph(unknown, LEGACY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "expected"),
+    [
+        ("((s70**2)//s70)", "seq"),
+        ("s62 + s70", "past+seq"),
+        ("1 + s62", "past+1"),
+        ("6*s53", "6*batch"),
+        ("(s70//2)", "(seq//2)"),
+    ],
+)
+def test_dimensions_are_named_by_the_inputs(dimension: str, expected: str) -> None:
+    value = onnx_ir.Value(name="input_ids", shape=onnx_ir.Shape(["s53", "s70"]))
+    past = onnx_ir.Value(name="past.0.key", shape=onnx_ir.Shape(["s53", 2, "s62", 10]))
+    mask = onnx_ir.Value(name="attention_mask", shape=onnx_ir.Shape(["s53", "s62 + s70"]))
+    node = onnx_ir.node("Identity", [value])
+    node.outputs[0].shape = onnx_ir.Shape([dimension])
+    name_dimensions(onnx_ir.Graph([value, past, mask], node.outputs, nodes=[node]), "merged")
+    assert node.outputs[0].shape == [expected]
