@@ -226,6 +226,23 @@ class Evaluator:
             )
         return wide
 
+    def _read_packed(self, packed: ex.Pack, box: Box) -> Array:
+        rows, columns = packed.shape[2:]
+        height, width = packed.operand.shape
+        (first, last), (left, right), *inside = box
+        bounds = (first * rows, min(last * rows, height)), (left * columns, min(right * columns, width))
+        values = self.read(packed.operand, bounds)
+        missing = ((last - first) * rows - values.shape[0], (right - left) * columns - values.shape[1])
+        if any(missing):
+            values = np.pad(values, ((0, missing[0]), (0, missing[1])))
+        blocks = values.reshape(last - first, rows, right - left, columns).transpose(0, 2, 1, 3)
+        return blocks[(slice(None), slice(None), *(slice(*item) for item in inside))]
+
+    def _read_row_sums(self, sums: ex.RowSums, box: Box) -> Array:
+        rest = (0, sums.operand.shape[1])
+        ranges = self._row_ranges(sums.operand, *box[0])
+        return np.concatenate([self.read(sums.operand, (rows, rest)).sum(axis=1, dtype=np.int32) for rows in ranges])
+
     def _read_shard(self, shard: ex.Shard, box: Box) -> Array:
         axis, (start, stop) = shard.along, box[shard.along]
         local = shard.shape[axis] // shard.segments
@@ -295,5 +312,7 @@ _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     ex.NormalizeRows: Evaluator._read_normalized,
     ex.QuantizeCodes: Evaluator._read_codes,
     ex.QuantizeScales: Evaluator._read_scales,
+    ex.Pack: Evaluator._read_packed,
+    ex.RowSums: Evaluator._read_row_sums,
     ex.Shard: Evaluator._read_shard,
 }

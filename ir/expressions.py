@@ -136,6 +136,22 @@ class Expression:
             raise ModelError(f"axis {axis} of {list(self.shape)} does not divide by {segments} segments × {degree}")
         return Shard(self.dtype, _with(self.shape, axis, self.shape[axis] // degree), self, axis, segments, degree)
 
+    def pack(self, rows: int, columns: int = 1) -> Expression:
+        """Blocks that a kernel reads one after the other: [n, k] → [⌈n/rows⌉, ⌈k/columns⌉, rows, columns].
+
+        Element [i, j, r, c] is [i·rows + r, j·columns + c] of the matrix, 0 outside of it.
+        """
+        if len(self.shape) != 2 or rows < 1 or columns < 1:
+            raise ModelError(f"cannot pack {self.dtype.name}{list(self.shape)} into blocks of {rows} × {columns}")
+        blocks = (-(-self.shape[0] // rows), -(-self.shape[1] // columns))
+        return Pack(self.dtype, (*blocks, rows, columns), self)
+
+    def row_sums(self) -> Expression:
+        """Per row of an int8 matrix the sum of its codes, int32: what a zero point of the other operand adds."""
+        if len(self.shape) != 2 or self.dtype != DataType.INT8:
+            raise ModelError(f"row sums are of an int8 matrix, not {self.dtype.name}{list(self.shape)}")
+        return RowSums(DataType.INT32, self.shape[:1], self)
+
     def _check_matrix(self, operation: str) -> None:
         if len(self.shape) != 2 or self.dtype not in FLOATS:
             raise ModelError(f"{operation} takes a floating matrix, not {self.dtype.name}{list(self.shape)}")
@@ -274,6 +290,19 @@ class QuantizeScales(_Unary):
 
     def text(self) -> str:
         return f"quantize_scales({self.operand.text()}, axis={self.along})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack(_Unary):
+    def text(self) -> str:
+        rows, columns = self.shape[2:]
+        return f"pack({self.operand.text()}, rows={rows}, columns={columns})"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSums(_Unary):
+    def text(self) -> str:
+        return f"row_sums({self.operand.text()})"
 
 
 @dataclasses.dataclass(frozen=True)

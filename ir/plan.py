@@ -33,6 +33,8 @@ _OPERATIONS: dict[str, type[ex.Expression]] = {
         ex.NormalizeRows,
         ex.QuantizeCodes,
         ex.QuantizeScales,
+        ex.Pack,
+        ex.RowSums,
         ex.Shard,
     )
 }

@@ -310,3 +310,24 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(stored):
 def test_an_unknown_operation_is_named():
     with Evaluator() as evaluator, pytest.raises(ModelError, match="no evaluation for Expression"):
         evaluator.array(ex.Expression(DataType.FLOAT, (2,)))
+
+
+@pytest.mark.parametrize("blocks", [(2, 1), (4, 1), (4, 4), (3, 5), (8, 16)])
+def test_pack_is_blocks_of_the_padded_matrix(stored, blocks):
+    array, (rows, columns) = weight(), blocks
+    found = evaluated(stored(array).pack(rows, columns))
+    for i, j, r, c in itertools.product(*(range(n) for n in found.shape)):
+        at = (i * rows + r, j * columns + c)
+        assert found[i, j, r, c] == (array[at] if at[0] < 6 and at[1] < 10 else 0)
+
+
+def test_pack_of_codes_of_a_shard(stored):
+    codes, _ = stored(weight()).quantize()
+    found = evaluated(codes.shard(0, 2).pack(2, 4), rank=1)
+    whole = evaluated(codes)
+    assert np.array_equal(found[:, :, :, :].transpose(0, 2, 1, 3).reshape(4, 12)[:3, :10], whole[3:])
+
+
+def test_row_sums_of_codes(stored):
+    codes, _ = stored(weight()).quantize()
+    assert np.array_equal(evaluated(codes.row_sums()), evaluated(codes).sum(axis=1, dtype=np.int32))

@@ -41,6 +41,8 @@ def test_every_expression_comes_back_equal(tmp_path, source):
         "cast": source.cast(DataType.BFLOAT16),
         "pad": source.pad(1, 15, 5, float("-inf")),
         "normalized": source.normalize_rows(1e-12),
+        "packed": source.quantize()[0].pack(4, 2),
+        "sums": source.quantize()[0].row_sums(),
         "codes": codes.shard(0, 2, 2),
         "scales": scales,
         "columns": source.quantize(1)[1],

@@ -1,0 +1,110 @@
+"""Which instructions the kernels may use: a level per family of CPUs, chosen by the features of the host or of `mcpu`.
+
+A library says what it needs; `missing_features` is asked before it is loaded, so that it never runs on a CPU that lacks
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+from passopt.ir.errors import ModelError
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Isa:
+    """A level of instructions. `lanes` counts fp32 numbers per vector register."""
+
+    name: str
+    lanes: int
+    registers: int
+    #: What LLVM calls the features that the kernels of this level use.
+    features: tuple[str, ...]
+
+    @property
+    def has_byte_dot(self) -> bool:
+        """u8 · s8 dot products of four, summed in int32 without saturation (AVX512-VNNI)."""
+        return "avx512vnni" in self.features
+
+
+#: Best first; the last one runs everywhere.
+LEVELS = (
+    Isa("avx512-vnni", 16, 32, ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx2", "fma", "f16c")),
+    Isa("avx2", 8, 16, ("avx2", "fma", "f16c")),
+    Isa("plain", 4, 16, ()),
+)
+
+#: LLVM's names that /proc/cpuinfo spells in another way.
+_KERNEL_SPELLING = {
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "avxvnni": "avx_vnni",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+    "sse3": "pni",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cpu:
+    """What code is generated for: LLVM's name of the CPU, and the level of the kernels."""
+
+    mcpu: str
+    isa: Isa
+
+    def target(self) -> Any:
+        """The TVM target. A name is always given: fp16 with a bare `llvm` hangs LLVM's code generator."""
+        from tvm.target import Target
+
+        return Target({"kind": "llvm", "mcpu": self.mcpu})
+
+
+def level(name: str) -> Isa:
+    """The level called `name`. Raises ModelError with the names there are."""
+    for isa in LEVELS:
+        if isa.name == name:
+            return isa
+    raise ModelError(f"no instruction level {name!r}; there are {', '.join(isa.name for isa in LEVELS)}")
+
+
+def find_cpu(mcpu: str = "native") -> Cpu:
+    """The CPU called `mcpu`, or this machine's, with the best level that it has. Raises ModelError if LLVM has none."""
+    from tvm.target import Target, codegen
+
+    name = str(codegen.llvm_get_system_cpu()) if mcpu == "native" else mcpu
+    if name not in [str(item) for item in codegen.llvm_get_cpu_archlist(Target("llvm"))]:
+        raise ModelError(f"LLVM knows no CPU {name!r}; `native` is this machine's, x86-64-v3 any with AVX2")
+    return Cpu(name, best_level(llvm_features(name)))
+
+
+def best_level(features: frozenset[str]) -> Isa:
+    return next(isa for isa in LEVELS if features.issuperset(isa.features))
+
+
+def llvm_features(mcpu: str) -> frozenset[str]:
+    """The features that LLVM may use for `mcpu`, in LLVM's names."""
+    from tvm.target import Target, codegen
+
+    found = codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mcpu": mcpu}))
+    return frozenset(str(item) for item in found)
+
+
+def missing_features(required: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `required` (LLVM's names) that this machine lacks; nothing of TVM is loaded to find out."""
+    present = host_flags()
+    return tuple(name for name in required if _KERNEL_SPELLING.get(name, name) not in present)
+
+
+@functools.cache
+def host_flags() -> frozenset[str]:
+    """The flags of /proc/cpuinfo; none where there is no such file."""
+    if platform.machine() not in ("x86_64", "AMD64") or not CPU_INFO.is_file():
+        return frozenset()
+    lines = CPU_INFO.read_text().splitlines()
+    return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())
