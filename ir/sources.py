@@ -83,21 +83,31 @@ def check_unchanged(file: SourceFile) -> None:
             )
 
 
+def safetensors_header(path: Path) -> bytes:
+    """The header's length (8 bytes) and the header; the tensors follow. Raises ModelError if the file is shorter."""
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 0 < length <= min(_MAX_SAFETENSORS_HEADER, size - 8):
+                raise ModelError(f"{path}: not a safetensors file, or truncated (header of {length} bytes)")
+            return prefix + stream.read(length)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def safetensors_sources(path: Path) -> dict[str, Source]:
     """The tensors of a safetensors file by name. Raises ModelError if the header does not describe the file."""
     file = identify(path)
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 0 < length <= min(_MAX_SAFETENSORS_HEADER, file.size - 8):
-            raise ModelError(f"{path}: not a safetensors file, or truncated (header of {length} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ModelError(f"{path}: the safetensors header is not JSON: {error}") from error
+    text = safetensors_header(path)
+    try:
+        header = json.loads(text[8:])
+    except ValueError as error:
+        raise ModelError(f"{path}: the safetensors header is not JSON: {error}") from error
     try:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return {name: _safetensors_source(file, name, entry, 8 + length) for name, entry in entries.items()}
+        return {name: _safetensors_source(file, name, entry, len(text)) for name, entry in entries.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: the safetensors header does not describe tensors: {error!r}") from error
 
