@@ -1,0 +1,134 @@
+"""W8A8 linears: the same exact integers on every level, odd shapes and extremes included."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.expressions import Literal
+from passopt.targets.tvm.features import LEVELS, Cpu, Isa, level, missing_features
+from passopt.targets.tvm.kernels.linear_w8a8 import byte_kernel, dot_of_operations, linear_w8a8, plan_w8a8
+from passopt.targets.tvm.kernels.quantize_rows import codes_layout
+from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
+
+MCPU = {"avx512-vnni": "icelake-server", "avx2": "x86-64-v3", "plain": "x86-64"}
+#: The byte dot product written out in plain operations: layout, zero point and tiles of avx512-vnni on any machine.
+WRITTEN_OUT = "avx512-vnni, written out"
+SHAPES = ((16, 4), (180, 72), (72, 516), (130, 1030))
+ROWS = (1, 2, 3, 5, 7, 17, 130, 193)
+
+
+@pytest.fixture(params=[*(isa.name for isa in LEVELS), WRITTEN_OUT], scope="module")
+def build(request):
+    """(weights int8[n, k], scales) → callable (codes, row_scales) → y."""
+    written_out = request.param == WRITTEN_OUT
+    isa = level("avx512-vnni" if written_out else request.param)
+    if not written_out and (missing := missing_features(isa.features)):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    cpu = Cpu("x86-64" if written_out else MCPU[isa.name], isa)
+
+    @functools.cache
+    def kernel(n: int, k: int):
+        function = plan_w8a8(Literal.of(np.zeros((n, k), np.int8)), Literal.of(np.ones(n, np.float32)), isa).function
+        if written_out:
+            inner = byte_kernel(isa)
+            dot = functools.partial(dot_of_operations, lanes=inner.lanes, group=inner.group)
+            function = linear_w8a8(n, k, codes_layout(k, isa), dataclasses.replace(inner, dot=dot))
+        return compile_kernel(function, cpu)
+
+    def with_weights(weights, scales):
+        plan = plan_w8a8(Literal.of(weights), Literal.of(scales), isa)
+        with Evaluator() as evaluator:
+            packed = [np.array(evaluator.array(expression)) for _, expression in plan.weights]
+
+        def call(codes, row_scales):
+            y = np.full((len(codes), len(weights)), np.nan, np.float32)
+            kernel(*weights.shape)(codes_layout(codes.shape[1], isa).store(codes), row_scales, *packed, y)
+            return y
+
+        return call
+
+    return with_weights
+
+
+def expected(codes, weights, row_scales, scales):
+    sums = codes.astype(np.int32) @ weights.astype(np.int32).T
+    return sums.astype(np.float32) * row_scales[:, None] * scales
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_equals_numpys_integers(build, n, k):
+    rng = np.random.default_rng(n)
+    weights = rng.integers(-127, 128, (n, k), np.int8)
+    scales = rng.uniform(0.5, 2, n).astype(np.float32)
+    linear = build(weights, scales)
+    for rows in ROWS:
+        codes = rng.integers(-127, 128, (rows, k), np.int8)
+        row_scales = rng.uniform(0.5, 2, rows).astype(np.float32)
+        np.testing.assert_array_equal(linear(codes, row_scales), expected(codes, weights, row_scales, scales))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extremes_do_not_saturate(build, sign):
+    weights = np.full((5, 13696), 127, np.int8)
+    weights[1::2] = -127
+    linear = build(weights, np.ones(5, np.float32))
+    for rows in (1, 9):
+        codes = np.full((rows, 13696), sign * 127, np.int8)
+        sums = linear(codes, np.ones(rows, np.float32))
+        assert abs(sums[0, 0]) == 13696 * 127 * 127
+        np.testing.assert_array_equal(sums, expected(codes, weights, np.ones(rows, np.float32), np.float32(1)))
+
+
+def test_fp16_scales_are_used_as_stored(build):
+    weights = np.arange(-60, 60, dtype=np.int8).reshape(10, 12)
+    scales = np.linspace(0.001, 0.01, 10).astype(np.float16)
+    codes, one = np.full((2, 12), 3, np.int8), np.ones(2, np.float32)
+    wanted = expected(codes, weights, one, scales.astype(np.float32))
+    np.testing.assert_array_equal(build(weights, scales)(codes, one), wanted)
+
+
+def inner_loops(text: str) -> list[list[str]]:
+    """The instructions of every loop that holds no other loop."""
+    lines = [line.strip() for line in text.splitlines()]
+    places = {line[:-1]: number for number, line in enumerate(lines) if line.endswith(":")}
+    loops = []
+    for number, line in enumerate(lines):
+        start = places.get(line.split()[-1], number) if line.startswith("j") else number
+        if start < number:
+            loops.append((start, number))
+    innermost = [loop for loop in loops if not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
+    return [lines[start:stop] for start, stop in innermost]
+
+
+def spills(loop: list[str]) -> list[str]:
+    """Vectors stored in the loop, or taken from the stack."""
+    return [line for line in loop if "mm" in line and ("(%rsp" in line or line.endswith(")"))]
+
+
+@pytest.mark.parametrize("mcpu", ["icelake-server", "znver5"])
+def test_avx512_multiplies_bytes_in_registers(mcpu):
+    isa: Isa = level("avx512-vnni")
+    plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
+    loops = [loop for loop in inner_loops(assembly(plan.function, Cpu(mcpu, isa))) if "vpdpbusd" in " ".join(loop)]
+    assert loops
+    for loop in loops:
+        assert not spills(loop)
+        assert all("%zmm" in line for line in loop if line.startswith("vpdpbusd"))
+
+
+def test_avx2_keeps_its_sums_in_registers():
+    isa = level("avx2")
+    plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
+    loops = [loop for loop in inner_loops(assembly(plan.function, Cpu("znver3", isa))) if "vpmaddwd" in " ".join(loop)]
+    assert loops
+    for loop in loops:
+        assert not spills(loop)
+
+
+def test_plain_multiplies_pairs_as_sse2_has_them():
+    isa = level("plain")
+    plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
+    assert "pmaddwd" in assembly(plan.function, Cpu("x86-64", isa))
