@@ -38,8 +38,15 @@ class LinearWeight:
     @property
     def channels(self) -> int | None:
         """n; None if it is not a number."""
-        dims = self.value.shape.dims if self.value.shape is not None else ()
-        length = dims[0 if self.transposed else 1] if len(dims) == 2 else None
+        return self._length(0 if self.transposed else 1)
+
+    @property
+    def contracted(self) -> int | None:
+        """k; None if it is not a number."""
+        return self._length(1 if self.transposed else 0)
+
+    def _length(self, axis: int) -> int | None:
+        length = self.value.shape[axis] if self.value.shape is not None else None
         return length if isinstance(length, int) else None
 
     def expression(self) -> Expression:

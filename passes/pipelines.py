@@ -55,9 +55,15 @@ PIPELINES: Mapping[str, Pipeline] = {
         {"degree": "2", "pad": "false"},
     ),
     "int8": Pipeline(
-        "Symmetric per-channel int8 weights as DequantizeLinear; embedding and head stay unless asked for.",
-        ("fold-norm-head", "quantize-weights{embedding=$embedding,head=$head}", "dead-code"),
-        {"embedding": "false", "head": "false"},
+        "Symmetric per-channel int8 weights, dequantised, or multiplied as integers with activations=dynamic; "
+        "embedding and head stay unless asked for.",
+        (
+            "fold-norm-head",
+            "quantize-weights{embedding=$embedding,head=$head}",
+            "quantize-activations{activations=$activations}",
+            "dead-code",
+        ),
+        {"embedding": "false", "head": "false", "activations": "none"},
         # A model without a single linear that was found is a surprise, not a success.
         ("quantize-weights>=1",),
     ),

@@ -15,6 +15,7 @@ from passopt.passes.fold_norm_head import FoldNormHead
 from passopt.passes.inject_norm_head_bias import InjectNormHeadBias
 from passopt.passes.pipeline_spec import Step, describe, parse_steps, resolve
 from passopt.passes.pipelines import PIPELINES
+from passopt.passes.quantize_activations import QuantizeActivations
 from passopt.passes.quantize_weights import QuantizeWeights
 from passopt.passes.shard import Shard
 
@@ -63,6 +64,7 @@ def test_named_pipelines_expand_with_their_options():
         RemoveDeadCode(),
         FoldNormHead(),
         QuantizeWeights(embedding=False, head=True),
+        QuantizeActivations(activations="none"),
         RemoveDeadCode(),
     )
     assert resolved.text == "tp{degree=4},int8{head=true}"
