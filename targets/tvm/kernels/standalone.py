@@ -22,7 +22,7 @@ def compile_kernel(function: Any, cpu: Cpu) -> Callable[..., None]:
         tensors: list[Any] = [item if isinstance(item, int) else tvm.runtime.tensor(item) for item in arguments]
         built(*tensors)
         for array, tensor in zip(arguments, tensors, strict=True):
-            if isinstance(array, np.ndarray):
+            if isinstance(array, np.ndarray) and array.flags.writeable:
                 np.copyto(array, tensor.numpy())
 
     return call

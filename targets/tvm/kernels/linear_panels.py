@@ -1,0 +1,306 @@
+"""y = x · Wᵀ in fp32, W packed in panels of some outputs that lie next to each other for every input: [N/w, K, w, 1].
+
+One layout for any number of rows. Few rows stream each panel once from memory. Many rows are copied into blocks, and go
+with a chunk of K at a time over a panel's chunk, which is turned to fp32 first and then read from the L1 cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from passopt.targets.tvm.features import Isa
+from passopt.targets.tvm.kernels.emit import (
+    FUNCTION_ATTRIBUTES,
+    argument,
+    load,
+    root_block,
+    spread,
+    store,
+    symbol,
+    to_float32,
+)
+
+#: Inputs per chunk: a panel's chunk in fp32 and a block of rows fit the L1 cache.
+CHUNK = 256
+#: A smaller weight is not worth waking threads for.
+PARALLEL_WEIGHTS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Panels:
+    """How the weights of one linear are stored, and the tile of results that the registers hold."""
+
+    outputs: int
+    inputs: int
+    dtype: str
+    #: The dtype of a scale per output, if the weights are codes.
+    scales: str | None
+    isa: Isa
+    #: Outputs of a panel, a few vectors.
+    width: int
+    #: Rows of x in a tile.
+    rows: int
+
+    @classmethod
+    def of(cls, outputs: int, inputs: int, dtype: str, isa: Isa, scales: str | None = None) -> Panels:
+        vectors = 2
+        rows = (isa.registers - 2 * vectors) // vectors
+        return cls(outputs, inputs, dtype, scales, isa, vectors * isa.lanes, rows)
+
+    @property
+    def count(self) -> int:
+        return -(-self.outputs // self.width)
+
+    @property
+    def vectors(self) -> int:
+        return self.width // self.isa.lanes
+
+
+def linear(panels: Panels) -> Any:
+    """The PrimFunc (x f32[M, K], packed, [scales of all panels], y f32[M, N])."""
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.script.ir_builder import tirx as T
+
+    with IRBuilder() as builder, T.prim_func(s_tir=True, is_private=True):
+        T.func_attr(FUNCTION_ATTRIBUTES)
+        rows = symbol("rows")
+        arguments = [
+            ("x", (rows, panels.inputs), "float32"),
+            ("packed", (panels.count, panels.inputs, panels.width, 1), panels.dtype),
+            ("scales", (panels.count * panels.width,), panels.scales),
+            ("y", (rows, panels.outputs), "float32"),
+        ]
+        buffers = {name: argument(name, shape, dtype) for name, shape, dtype in arguments if dtype is not None}
+        with root_block():
+            _Linear(panels, rows, **buffers).emit()
+    return builder.get()
+
+
+class _Linear:
+    """Emits one kernel into the builder that is open."""
+
+    def __init__(self, panels: Panels, m: Any, x: Any, packed: Any, y: Any, scales: Any = None) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        self.panels, self.m = panels, m
+        # Only the last index of an access may be a vector: the axis of length 1 goes.
+        self.packed = T.decl_buffer(packed.shape[:3], panels.dtype, data=packed.data)
+        self.x, self.scales, self.y = x, scales, y
+        self.lanes = panels.isa.lanes
+        self.vectors = range(panels.vectors)
+        chunks = -(-panels.inputs // CHUNK)
+        self.chunk = -(-panels.inputs // chunks)
+        self.chunks = -(-panels.inputs // self.chunk)
+
+    def emit(self) -> None:
+        self._emit_for([rows for rows in (1, 2, 4) if rows < self.panels.rows] + [self.panels.rows])
+
+    def _emit_for(self, sizes: list[int]) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        if not sizes:
+            self._many_rows()
+            return
+        with T.If(self.m <= sizes[0]):
+            with T.Then():
+                self._few_rows(sizes[0])
+            with T.Else():
+                self._emit_for(sizes[1:])
+
+    def _loop(self, extent: Any) -> Any:
+        from tvm.script.ir_builder import tirx as T
+
+        if self.panels.outputs * self.panels.inputs < PARALLEL_WEIGHTS:
+            return T.serial(0, extent)
+        return T.parallel(0, extent)
+
+    # Few rows: each panel is read once from end to end, its sums stay in registers.
+
+    def _few_rows(self, rows: int) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        # More sums than results where there are few, since each addition waits for the one before it.
+        copies = max(1, 8 // (rows * len(self.vectors)))
+        inputs = self.panels.inputs
+        with self._loop(self.panels.count) as panel:
+            sums = [self._sums(rows) for _ in range(copies)]
+            with T.serial(0, inputs // copies) as step:
+                for copy, part in enumerate(sums):
+                    self._add_products(part, rows, panel, step * copies + copy)
+            for rest in range(inputs // copies * copies, inputs):
+                self._add_products(sums[0], rows, panel, T.int64(rest))
+            for row in range(rows):
+                total = [self._total([part[row][vector] for part in sums]) for vector in self.vectors]
+                self._finish_row(rows, row, panel, total)
+
+    def _add_products(self, sums: Any, rows: int, panel: Any, k: Any) -> None:
+        weights = [self._weights(panel, k, vector) for vector in self.vectors]
+        for row in range(rows):
+            value = spread(self.x[self._row(rows, row), k], self.lanes)
+            for vector in self.vectors:
+                into = sums[row][vector]
+                store(into, load(into, [0], self.lanes) + value * weights[vector], [0], self.lanes)
+
+    def _finish_row(self, rows: int, row: int, panel: Any, total: list[Any]) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        scaled = [
+            value * self._scales(panel, vector) if self.scales is not None else value
+            for vector, value in enumerate(total)
+        ]
+        if row == 0 or rows == 2:
+            self._store_row(row, panel, scaled)
+            return
+        with T.If(self.m > row), T.Then():
+            self._store_row(row, panel, scaled)
+
+    def _store_row(self, row: Any, panel: Any, values: list[Any]) -> None:
+        """Write a row of a panel; the last panel may have fewer outputs."""
+        from tvm.script.ir_builder import tirx as T
+
+        width, outputs = self.panels.width, self.panels.outputs
+        if outputs % width == 0:
+            for vector, value in enumerate(values):
+                store(self.y, value, [row, panel * width + vector * self.lanes], self.lanes)
+            return
+        line = T.alloc_buffer((width,), "float32", scope="local")
+        for vector, value in enumerate(values):
+            store(line, value, [vector * self.lanes], self.lanes)
+        with T.serial(0, self._least(width, outputs - panel * width)) as column:
+            T.buffer_store(self.y, line[column], [row, panel * width + column])
+
+    # Many rows: blocks of rows and chunks of inputs.
+
+    def _many_rows(self) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        size = self.panels.rows
+        blocks = (self.m + (size - 1)) // size
+        copied = T.alloc_buffer((self.chunks, blocks, self.chunk, size), "float32")
+        with self._loop(blocks) as block:
+            self._copy_block(copied, block)
+        # Few blocks: panels one after the other, as they lie in memory. Many: several, for which a chunk of rows stays
+        # in the L2 cache.
+        group = T.if_then_else(blocks > 4, T.int64(8), T.int64(1))
+        with self._loop((self.panels.count + group - 1) // group) as index:
+            stored_wide = self.panels.dtype == "float32"
+            wide = None if stored_wide else T.alloc_buffer((self.chunk, self.panels.width), "float32")
+            here = self._least(group, self.panels.count - index * group)
+            with T.serial(0, self.chunks) as chunk, T.serial(0, here) as within:
+                panel = index * group + within
+                if wide is not None:
+                    self._widen(wide, panel, chunk)
+                with T.serial(0, blocks) as block:
+                    self._tile(copied, wide, panel, chunk, block)
+
+    def _copy_block(self, copied: Any, block: Any) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        size = self.panels.rows
+        with T.serial(0, self.chunks) as chunk, T.serial(0, self._length(chunk)) as k:
+            for row in range(size):
+                source = self.x[self._least(block * size + row, self.m - 1), chunk * self.chunk + k]
+                T.buffer_store(copied, source, [chunk, block, k, row])
+
+    def _widen(self, wide: Any, panel: Any, chunk: Any) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        with T.serial(0, self._length(chunk)) as k:
+            for vector in self.vectors:
+                value = self._weights(panel, chunk * self.chunk + k, vector)
+                if self.scales is not None:
+                    value = value * self._scales(panel, vector)
+                store(wide, value, [k, vector * self.lanes], self.lanes)
+
+    def _tile(self, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        size = self.panels.rows
+        sums = self._sums(size)
+        with T.serial(0, self._length(chunk)) as k:
+            if wide is None:
+                weights = [self._weights(panel, chunk * self.chunk + k, vector) for vector in self.vectors]
+            else:
+                weights = [load(wide, [k, vector * self.lanes], self.lanes) for vector in self.vectors]
+            for row in range(size):
+                value = spread(copied[chunk, block, k, row], self.lanes)
+                for vector in self.vectors:
+                    into = sums[row][vector]
+                    store(into, load(into, [0], self.lanes) + value * weights[vector], [0], self.lanes)
+        width, outputs = self.panels.width, self.panels.outputs
+        whole = T.And(block * size + size <= self.m, panel * width + width <= outputs)
+        with T.If(whole):
+            with T.Then():
+                self._add_whole_tile(sums, panel, chunk, block)
+            with T.Else():
+                self._add_part_of_tile(sums, panel, chunk, block)
+
+    def _add_whole_tile(self, sums: Any, panel: Any, chunk: Any, block: Any) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        for first in (True, False):
+            with T.If(chunk == 0 if first else chunk > 0), T.Then():
+                for row in range(self.panels.rows):
+                    for vector in self.vectors:
+                        at = [block * self.panels.rows + row, panel * self.panels.width + vector * self.lanes]
+                        value = load(sums[row][vector], [0], self.lanes)
+                        store(self.y, value if first else load(self.y, at, self.lanes) + value, at, self.lanes)
+
+    def _add_part_of_tile(self, sums: Any, panel: Any, chunk: Any, block: Any) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        size, width = self.panels.rows, self.panels.width
+        tile = T.alloc_buffer((size, width), "float32", scope="local")
+        for row in range(size):
+            for vector in self.vectors:
+                store(tile, load(sums[row][vector], [0], self.lanes), [row, vector * self.lanes], self.lanes)
+        here = self._least(size, self.m - block * size), self._least(width, self.panels.outputs - panel * width)
+        with T.serial(0, here[0]) as row, T.serial(0, here[1]) as column:
+            at = [block * size + row, panel * width + column]
+            before = T.if_then_else(chunk == 0, T.float32(0), self.y[tuple(at)])
+            T.buffer_store(self.y, before + tile[row, column], at)
+
+    # Small parts.
+
+    def _sums(self, rows: int) -> list[list[Any]]:
+        """Zeros for `rows` × the panel's width: a buffer each, so that LLVM keeps each in a register."""
+        from tvm.script.ir_builder import tirx as T
+
+        sums = [[T.alloc_buffer((self.lanes,), "float32", scope="local") for _ in self.vectors] for _ in range(rows)]
+        for row in sums:
+            for vector in row:
+                store(vector, spread(T.float32(0), self.lanes), [0], self.lanes)
+        return sums
+
+    def _total(self, parts: list[Any]) -> Any:
+        values = [load(part, [0], self.lanes) for part in parts]
+        while len(values) > 1:
+            values = [sum(values[at + 1 : at + 2], values[at]) for at in range(0, len(values), 2)]
+        return values[0]
+
+    def _weights(self, panel: Any, k: Any, vector: int) -> Any:
+        value = load(self.packed, [panel, k, vector * self.lanes], self.lanes)
+        return to_float32(value, self.panels.dtype, self.lanes, self.panels.isa)
+
+    def _scales(self, panel: Any, vector: int) -> Any:
+        assert self.panels.scales is not None
+        value = load(self.scales, [panel * self.panels.width + vector * self.lanes], self.lanes)
+        return to_float32(value, self.panels.scales, self.lanes, self.panels.isa)
+
+    def _length(self, chunk: Any) -> Any:
+        if self.panels.inputs % self.chunk == 0:
+            return self.chunk
+        return self._least(self.chunk, self.panels.inputs - chunk * self.chunk)
+
+    def _row(self, rows: int, row: int) -> Any:
+        """A row that there is: some tiles have more rows than x."""
+        return row if rows <= 2 or row == 0 else self._least(row, self.m - 1)
+
+    def _least(self, left: Any, right: Any) -> Any:
+        from tvm.script.ir_builder import tirx as T
+
+        def wide(number: Any) -> Any:
+            return T.int64(number) if isinstance(number, int) else number
+
+        return T.min(wide(left), wide(right))

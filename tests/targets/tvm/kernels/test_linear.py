@@ -1,0 +1,160 @@
+"""Linears against float64 products in numpy, at every level of instructions that this machine has."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from passopt.ir.errors import ModelError
+from passopt.ir.evaluate import Evaluator
+from passopt.ir.expressions import DataType, Expression, Fill, Literal
+from passopt.targets.tvm.features import Cpu, level, missing_features
+from passopt.targets.tvm.kernels.linear import LinearPlan, plan_float, plan_int8
+from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
+
+pytest.importorskip("tvm")
+
+ROWS = (1, 2, 3, 6, 7, 17, 128)
+CPUS = {"avx512-vnni": "icelake-server", "avx2": "x86-64-v3", "plain": "x86-64"}
+STORED = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def cpu_of(name: str) -> Cpu:
+    """A CPU of exactly that level, which this machine has, or the test is skipped."""
+    missing = missing_features(level(name).features)
+    if missing:
+        pytest.skip(f"this machine has no {', '.join(missing)}")
+    return Cpu(CPUS[name], level(name))
+
+
+def values(expression: Expression) -> np.ndarray[Any, Any]:
+    with Evaluator() as evaluator:
+        return np.ascontiguousarray(evaluator.read(expression, tuple((0, length) for length in expression.shape)))
+
+
+def run(plan: LinearPlan, cpu: Cpu, outputs: int) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    kernel = compile_kernel(plan.function, cpu)
+    weights = [values(expression) for _, expression in plan.weights]
+
+    def call(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        y = np.full((len(x), outputs), np.nan, np.float32)
+        kernel(x, *weights, y)
+        return y
+
+    return call
+
+
+def check(plan: LinearPlan, cpu: Cpu, weight: np.ndarray[Any, Any]) -> None:
+    call, random = run(plan, cpu, len(weight)), np.random.default_rng(7)
+    for rows in ROWS:
+        x = random.standard_normal((rows, weight.shape[1]), np.float32)
+        expected = x.astype(np.float64) @ weight.astype(np.float64).T
+        np.testing.assert_allclose(call(x), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+SHAPES = [(192, 128), (180, 72), (3424, 192), (5, 1), (1, 5)]
+#: The last two exercise several chunks of inputs, the last of which is shorter.
+CASES = [(shape, "float32") for shape in SHAPES] + [((72, 517), dtype) for dtype in STORED] + [((40, 800), "float16")]
+
+
+@pytest.mark.parametrize("name", CPUS)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_float_weights(shape, dtype, name):
+    cpu = cpu_of(name)
+    weight = np.random.default_rng(1).standard_normal(shape).astype(STORED[dtype])
+    check(plan_float(Literal.of(weight), cpu.isa), cpu, weight)
+
+
+@pytest.mark.parametrize("name", CPUS)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_int8_weights(shape, dtype, name):
+    cpu = cpu_of(name)
+    random = np.random.default_rng(2)
+    codes = random.integers(-127, 128, shape).astype(np.int8)
+    scales = random.uniform(0.001, 0.02, shape[0]).astype(STORED[dtype])
+    plan = plan_int8(Literal.of(codes), Literal.of(scales), cpu.isa)
+    check(plan, cpu, codes * scales.astype(np.float64)[:, None])
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_every_finite_half_is_read_exactly(name):
+    cpu = cpu_of(name)
+    bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = bits[np.isfinite(bits)]
+    call = run(plan_float(Literal.of(finite[:, None]), cpu.isa), cpu, len(finite))
+    for rows in (1, 7):
+        np.testing.assert_array_equal(
+            call(np.ones((rows, 1), np.float32)), np.tile(finite.astype(np.float32), (rows, 1))
+        )
+
+
+@functools.cache
+def listing(kind: str, name: str) -> str:
+    shape = (512, 512)
+    codes, scales = Fill(DataType.INT8, shape, 1), Fill(DataType.FLOAT, shape[:1], 1)
+    isa = level(name)
+    plan = plan_int8(codes, scales, isa) if kind == "int8" else plan_float(Fill(DataType[kind], shape, 1), isa)
+    return assembly(plan.function, Cpu(CPUS[name], isa))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "instruction"),
+    [
+        ("FLOAT", "avx512-vnni", r"vfmadd231ps\t.*zmm"),
+        ("FLOAT16", "avx512-vnni", r"vcvtph2ps\t.*zmm"),
+        ("BFLOAT16", "avx512-vnni", r"vpmovzxwd\t.*zmm"),
+        ("int8", "avx512-vnni", r"vpmovsxbd\t.*zmm"),
+        ("FLOAT", "avx2", r"vfmadd231ps\t.*ymm"),
+        ("FLOAT16", "avx2", r"vcvtph2ps\t.*ymm"),
+        ("BFLOAT16", "avx2", r"vpmovzxwd\t.*ymm"),
+        ("int8", "avx2", r"vpmovsxbd\t.*ymm"),
+        ("FLOAT", "plain", r"mulps\t.*xmm"),
+    ],
+)
+def test_instructions(kind, name, instruction):
+    assert re.search(instruction, listing(kind, name))
+
+
+@pytest.mark.parametrize("kind", ["FLOAT16", "BFLOAT16", "int8"])
+def test_plain_code_calls_no_conversion_of_a_compiler_library(kind):
+    assert not re.search(r"call\w*\s+__(extend|gnu)", listing(kind, "plain"))
+
+
+def test_equal_names_mean_equal_functions():
+    import tvm
+
+    isa = level("avx2")
+    weights = [np.random.default_rng(seed).standard_normal((24, 40), np.float32) for seed in (1, 2)]
+    plans = [plan_float(Literal.of(weight), isa) for weight in weights]
+    assert plans[0].name == plans[1].name == "linear_float32_24_40"
+    tvm.ir.assert_structural_equal(plans[0].function, plans[1].function)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (Fill(DataType.DOUBLE, (8, 8), 1), "weight of a linear in DOUBLE"),
+        (Fill(DataType.FLOAT, (8,), 1), r"takes a matrix \[outputs, inputs\], not FLOAT\[8\]"),
+        (Fill(DataType.FLOAT, (8, 0), 1), r"not FLOAT\[8, 0\]"),
+    ],
+)
+def test_refused_float_weights(weight, message):
+    with pytest.raises(ModelError, match=message):
+        plan_float(weight, level("plain"))
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "message"),
+    [
+        (Fill(DataType.UINT8, (8, 4), 1), Fill(DataType.FLOAT, (8,), 1), "codes of a linear are int8, not UINT8"),
+        (Fill(DataType.INT8, (8, 4), 1), Fill(DataType.FLOAT, (4,), 1), r"take scales \[8\], one per row, not \[4\]"),
+        (Fill(DataType.INT8, (8, 4), 1), Fill(DataType.INT8, (8,), 1), "scales of a linear in INT8"),
+    ],
+)
+def test_refused_codes(codes, scales, message):
+    with pytest.raises(ModelError, match=message):
+        plan_int8(codes, scales, level("plain"))
