@@ -61,6 +61,13 @@ def local(*shape: int, dtype: str = "float32") -> Any:
     return T.alloc_buffer(shape, dtype, scope="local")
 
 
+def scratch(*shape: int) -> Any:
+    """Memory of the thread for fp32 numbers, for as long as the loop around it takes."""
+    from tvm.script.ir_builder import tirx as T
+
+    return T.alloc_buffer(shape, "float32", scope="global")
+
+
 def bind(value: Any) -> Any:
     """A name for `value`, which is then computed once."""
     from tvm.script.ir_builder import tirx as T
@@ -123,6 +130,10 @@ def to_float32(value: Any, dtype: str, lanes: int, isa: Isa) -> Any:
         return value
     if dtype == "float16" and "f16c" not in isa.features:
         return _half_by_bits(value, lanes)
+    if dtype == "bfloat16":
+        # Never a cast: bound to a name, TVM 0.27 makes it one of the bits as an integer.
+        bits = T.Cast(typed("uint32", lanes), T.reinterpret(typed("uint16", lanes), value))
+        return T.reinterpret(typed("float32", lanes), T.shift_left(bits, spread(T.uint32(16), lanes)))
     return T.Cast(typed("float32", lanes), value)
 
 
@@ -169,9 +180,13 @@ def fold_lanes(buffer: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> A
 
 def spans(length: int, width: int) -> Iterator[tuple[int, int]]:
     """(start, lanes) of what whole `width`s leave over of `length`: powers of two, widest first."""
-    start = length - length % width
-    while start < length:
-        lanes = 1 << ((length - start).bit_length() - 1)
+    return spans_between(length - length % width, length)
+
+
+def spans_between(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """(start, lanes) from `start` to `end`: powers of two, widest first."""
+    while start < end:
+        lanes = 1 << ((end - start).bit_length() - 1)
         yield start, lanes
         start += lanes
 
