@@ -20,9 +20,9 @@ from typing import Any
 
 from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType, Source, SourceFile
+from passopt.ir.safetensors_header import read_header
 
 _HEADER_BYTES = 64 << 10
-_MAX_SAFETENSORS_HEADER = 100 << 20
 
 _SAFETENSORS_DTYPES = {
     "F64": DataType.DOUBLE,
@@ -83,24 +83,10 @@ def check_unchanged(file: SourceFile) -> None:
             )
 
 
-def safetensors_header(path: Path) -> bytes:
-    """The header's length (8 bytes) and the header; the tensors follow. Raises ModelError if the file is shorter."""
-    try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 0 < length <= min(_MAX_SAFETENSORS_HEADER, size - 8):
-                raise ModelError(f"{path}: not a safetensors file, or truncated (header of {length} bytes)")
-            return prefix + stream.read(length)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-
-
 def safetensors_sources(path: Path) -> dict[str, Source]:
     """The tensors of a safetensors file by name. Raises ModelError if the header does not describe the file."""
     file = identify(path)
-    text = safetensors_header(path)
+    text = read_header(path)
     try:
         header = json.loads(text[8:])
     except ValueError as error:

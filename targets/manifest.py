@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import blake3
 import onnx_ir
 
 from passopt.ir.builder import MICROSOFT
@@ -69,12 +68,6 @@ class Manifest:
 
     def text(self) -> str:
         return json.dumps({"manifest": _VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
-
-
-def root_digest(digests: Mapping[str, str]) -> str:
-    """blake3 over `name digest` lines, sorted: equal exactly if names and bytes of all tensors are equal."""
-    lines = (f"{name} {digest}\n" for name, digest in sorted(digests.items()))
-    return str(blake3.blake3("".join(lines).encode()).hexdigest())
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -22,6 +22,7 @@ from passopt.ir.evaluate import CHUNK_BYTES, Evaluator
 from passopt.ir.files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
 from passopt.ir.layout import plan_layout, write_safetensors
 from passopt.ir.staging import staged_directory
+from passopt.targets.digests import root_digest
 from passopt.targets.manifest import (
     MANIFEST_NAME,
     NO_DIGEST,
@@ -29,7 +30,6 @@ from passopt.targets.manifest import (
     RankFiles,
     rank_folders,
     refuse_single_rank,
-    root_digest,
     schedule_of,
 )
 

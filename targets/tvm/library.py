@@ -17,14 +17,16 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import blake3
 
 from passopt.ir.errors import ModelError
-from passopt.ir.files import WEIGHTS_NAME
-from passopt.ir.sources import safetensors_header
-from passopt.targets.manifest import root_digest
+from passopt.ir.safetensors_header import read_header
+from passopt.targets.digests import root_digest
 
 LIBRARY_NAME = "library.json"
 CODE_NAME = "lib.so"
 #: Cached positions per block of keys: the layout of an in-place cache, and what a capacity is rounded up to.
 BLOCK = 16
+
+#: What a function may take besides the past; input_ids always.
+INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 CacheDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
 _CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -58,7 +60,7 @@ class WeightsFile:
     @classmethod
     def of(cls, path: Path, tensors: Mapping[str, str]) -> WeightsFile:
         """The entry of a file as it lies on disk; `tensors` is what `write_safetensors` returned."""
-        header = str(blake3.blake3(safetensors_header(path)).hexdigest())
+        header = str(blake3.blake3(read_header(path)).hexdigest())
         return cls(path.name, path.stat().st_size, header, root_digest(tensors), tensors)
 
 
@@ -98,7 +100,7 @@ class Logits:
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """One compiled model. The function takes `inputs`, in place caches `past` as a shape, caches, `parameters`.
+    """One compiled model. The function takes `inputs`, the number of cached positions as a shape, caches, `parameters`.
 
     `passopt` is the version that wrote it, `features` (LLVM's names) must be there at load, `passes` is the resolved
     pipeline; `max_positions` is None where the model has no bound.
@@ -176,17 +178,17 @@ def _check(entry: Library | RankFolders) -> None:
     for file in (entry.library.file, entry.weights.file):
         _demand(_is_name(file), f"file {file!r} is not beside {LIBRARY_NAME}")
     unknown = [name for name in entry.parameters if name not in entry.weights.tensors]
-    _demand(not unknown, f"parameter {unknown[0] if unknown else ''!r} is not among the tensors of {WEIGHTS_NAME}")
+    _demand(not unknown, f"parameter {unknown[0] if unknown else ''!r} is not among the tensors")
     _demand(entry.weights.root == root_digest(entry.weights.tensors), "the root digest is not that of the tensors")
     sizes = dataclasses.asdict(entry.cache) | {"vocab": entry.logits.vocab, "max_positions": entry.max_positions or 1}
     for name, size in sizes.items():
         _demand(not isinstance(size, int) or size > 0, f"{name} is {size}")
-    _demand(entry.inputs[:2] == ("input_ids", "attention_mask"), f"inputs are {list(entry.inputs)}")
-    _demand(entry.inputs[2:] in ((), ("position_ids",)), f"inputs are {list(entry.inputs)}")
+    known = entry.inputs and len(set(entry.inputs)) == len(entry.inputs) and set(entry.inputs) <= set(INPUTS)
+    _demand(known and "input_ids" in entry.inputs, f"inputs are {list(entry.inputs)}, expected some of {list(INPUTS)}")
     _demand(0 <= entry.rank < entry.degree, f"rank {entry.rank} of {entry.degree}")
 
 
-def _demand(holds: bool, complaint: str) -> None:
+def _demand(holds: object, complaint: str) -> None:
     if not holds:
         raise ValueError(complaint)
 

@@ -20,7 +20,8 @@ from passopt.ir.files import file_weights, load_model
 from passopt.ir.sources import safetensors_sources
 from passopt.ir.weights import LazyWeight
 from passopt.targets import onnx_files
-from passopt.targets.manifest import read_manifest, root_digest, schedule_of
+from passopt.targets.digests import root_digest
+from passopt.targets.manifest import read_manifest, schedule_of
 from passopt.targets.onnx_files import OutputReport, plan_output, write_output, write_reference_output
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError
-from passopt.targets.manifest import root_digest
+from passopt.targets.digests import root_digest
 from passopt.targets.tvm.library import (
     CacheLayout,
     CodeFile,
@@ -77,7 +77,8 @@ def test_bytes_of_the_cache_are_those_of_whole_blocks():
         ("rank", 1, "rank 1 of 1"),
         ("max_positions", "many", "max_positions is 'many'"),
         ("max_positions", -3, "max_positions is -3"),
-        ("inputs", ["attention_mask", "input_ids"], "inputs are"),
+        ("inputs", ["attention_mask", "position_ids"], "inputs are"),
+        ("inputs", ["input_ids", "input_ids"], "inputs are"),
         ("inputs", ["input_ids", "attention_mask", "pixels"], "inputs are"),
         ("parameters", ["embed", "tail"], "parameter 'tail'"),
         ("library.file", "../lib.so", "not beside"),

@@ -1,0 +1,284 @@
+"""The engine: a compiled folder of one rank, loaded, with its key/value caches.
+
+Everything that can be refused (CPU, digests, lengths) is refused before anything of the library runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import blake3
+import numpy as np
+import numpy.typing as npt
+
+from passopt.ir.errors import ModelError, UsageError
+from passopt.targets.tvm import vm
+from passopt.targets.tvm.features import missing_features
+from passopt.targets.tvm.library import CacheLayout, Library, RankFolders, read_library
+from passopt.targets.tvm.threads import count_cores
+from passopt.targets.tvm.weights_map import WeightsMap
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+_CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Engine:
+    """A loaded model. `batch` sequences advance together; column `past` is the next one to be written.
+
+    `capacity` is the most columns that the caches hold; `cache_bytes` what they take at that length.
+    """
+
+    def __init__(self, library: Library, machine: vm.VirtualMachine, parameters: Sequence[Any]) -> None:
+        """Use `Engine.load`."""
+        self.library = library
+        self._machine = machine
+        self._parameters = tuple(parameters)
+        self._past: _Past
+        self.batch = 0
+        self.capacity = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        batch: int = 1,
+        capacity: int | None = None,
+        threads: int | None = None,
+        verify_weights: bool = False,
+    ) -> Engine:
+        """Load the library in `folder` and make room for `batch` sequences of `capacity` columns.
+
+        `capacity` defaults to the model's positions, `threads` to the cores. Weights are hashed on the first load of a
+        file, and with `verify_weights`. Raises ModelError (damaged or incomplete folder, another CPU), UsageError.
+        """
+        threads = count_cores() if threads is None else threads
+        if threads < 1:
+            raise UsageError(f"{threads} threads: at least one is needed")
+        library = read_library(folder)
+        if isinstance(library, RankFolders):
+            raise ModelError(
+                f"{folder}: holds one library per rank; a single engine loads one without tensor parallelism"
+            )
+        if library.degree > 1:
+            raise ModelError(f"{folder}: is rank {library.rank} of {library.degree}; alone it is no whole model")
+        _check_cpu(folder, library)
+        _check_code(folder / library.library.file, library)
+        weights = WeightsMap(folder / library.weights.file, library.weights)
+        if verify_weights or not weights.is_stamped():
+            weights.verify(threads)
+            weights.stamp()
+        machine = vm.VirtualMachine(folder / library.library.file, library.function, threads)
+        engine = cls(library, machine, weights.tensors(library.parameters))
+        engine.allocate(batch, capacity)
+        return engine
+
+    @property
+    def past(self) -> int:
+        """Columns in the caches."""
+        return self._past.columns
+
+    @property
+    def vocab(self) -> int:
+        return self.library.logits.vocab
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.library.max_positions
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model reads `positions`; otherwise a column's number is its position."""
+        return "position_ids" in self.library.inputs
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches at `capacity`: 2 · layers · batch · kv_heads · capacity · head_dim · size."""
+        return self.library.cache.nbytes(self.batch, self.capacity)
+
+    def allocate(self, batch: int, capacity: int | None = None) -> None:
+        """Forget everything and make room for other sequences. Raises UsageError."""
+        capacity = self.max_positions if capacity is None else capacity
+        if capacity is None:
+            raise UsageError("the model sets no bound to positions: say how many the caches shall hold (capacity)")
+        if batch < 1 or capacity < 1:
+            raise UsageError(f"room for {batch} sequences of {capacity} columns: both must be at least 1")
+        layout = self.library.cache
+        kind = _InPlace if layout.kind == "in-place" else _Functional
+        self._past = kind(layout, batch, capacity)
+        self.batch, self.capacity = batch, layout.rounded(capacity)
+
+    def reset(self) -> None:
+        """Forget all columns; the room stays."""
+        self.truncate(0)
+
+    def truncate(self, columns: int) -> None:
+        """Forget all columns but the first `columns`. Raises UsageError if there are fewer."""
+        if not 0 <= columns <= self.past:
+            raise UsageError(f"cannot keep {columns} columns of {self.past}")
+        self._past.truncate(columns)
+
+    def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike, positions: npt.ArrayLike | None = None) -> Logits:
+        """Append `ids` [batch, seq] and return logits [batch, seq, vocab], or [batch, 1, vocab] of the last column.
+
+        `mask` [batch, past + seq] is 1 where a column counts. `positions` [batch, seq] are read by models that take
+        them; by default the number of counting columns to the left. Raises UsageError before anything runs.
+        """
+        columns = _whole_numbers("ids", ids)
+        self._check_ids(columns)
+        seq = columns.shape[1]
+        seen = _whole_numbers("mask", mask)
+        if seen.shape != (self.batch, self.past + seq):
+            raise UsageError(
+                f"mask has shape {list(seen.shape)}, expected {[self.batch, self.past + seq]} (past + seq)"
+            )
+        arguments = {"input_ids": columns, "attention_mask": seen}
+        if self.takes_positions:
+            arguments["position_ids"] = self._checked_positions(seen, seq, positions)
+        inputs = [vm.tensor(arguments[name]) for name in self.library.inputs]
+        past = vm.runtime().Shape((self.past,))
+        result = self._machine(*inputs, past, *self._past.tensors, *self._parameters)
+        logits = self._past.take(result, seq)
+        if seq > 1:
+            self._machine.release_buffers()
+        return logits
+
+    def _check_ids(self, ids: Ids) -> None:
+        if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] < 1:
+            raise UsageError(f"ids have shape {list(ids.shape)}, expected [{self.batch}, at least 1]: input is empty")
+        if ids.min() < 0 or ids.max() >= self.vocab:
+            bad = next(int(number) for number in ids.flat if not 0 <= number < self.vocab)
+            raise UsageError(f"token id {bad} is outside of the vocabulary (0 to {self.vocab - 1})")
+        wanted = self.past + ids.shape[1]
+        if wanted > self.capacity:
+            raise UsageError(
+                f"{ids.shape[1]} columns after {self.past} make {wanted}; the caches hold {self.capacity}. "
+                f"Ask for a larger capacity, or shorten the input."
+            )
+        if self.max_positions is not None and not self.takes_positions and wanted > self.max_positions:
+            raise UsageError(f"{wanted} columns: the model has {self.max_positions} positions. Shorten the input.")
+
+    def _checked_positions(self, mask: Ids, seq: int, positions: npt.ArrayLike | None) -> Ids:
+        if positions is None:
+            found = np.maximum(np.cumsum(mask, axis=1)[:, -seq:] - 1, 0)
+        else:
+            found = _whole_numbers("positions", positions)
+        if found.shape != (self.batch, seq):
+            raise UsageError(f"positions have shape {list(found.shape)}, expected {[self.batch, seq]}")
+        last = int(found.max())
+        if found.min() < 0 or (self.max_positions is not None and last >= self.max_positions):
+            raise UsageError(
+                f"position {last if found.min() >= 0 else int(found.min())}: the model has {self.max_positions} "
+                f"positions, counted from 0. Shorten the input."
+            )
+        return found
+
+
+class _Past(Protocol):
+    """The cached columns: tensors that the function takes for them, and what it gives back."""
+
+    columns: int
+    tensors: list[Any]
+
+    def take(self, result: Any, seq: int) -> Logits: ...
+
+    def truncate(self, columns: int) -> None: ...
+
+
+class _InPlace:
+    """Tensors of full capacity that the function writes into."""
+
+    def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
+        dtype = _CACHE_DTYPES[layout.dtype]
+        blocks = layout.rounded(capacity) // layout.block
+        key = (batch, layout.kv_heads, blocks, layout.head_dim, layout.block)
+        value = (batch, layout.kv_heads, blocks * layout.block, layout.head_dim)
+        try:
+            self.tensors = [vm.zeros(shape, dtype) for _ in range(layout.layers) for shape in (key, value)]
+        except (OSError, OverflowError, MemoryError, ValueError) as error:
+            raise _no_room(layout, batch, capacity) from error
+        self.columns = 0
+
+    def take(self, result: Any, seq: int) -> Logits:
+        self.columns += seq
+        return _as_logits(result)
+
+    def truncate(self, columns: int) -> None:
+        self.columns = columns
+
+
+class _Functional:
+    """Tensors that grow with every call: past in, present out."""
+
+    def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
+        del capacity
+        self._dtype = _CACHE_DTYPES[layout.dtype]
+        self._shape = (batch, layout.kv_heads, 0, layout.head_dim)
+        self.tensors = [vm.zeros(self._shape, self._dtype) for _ in range(2 * layout.layers)]
+        self.columns = 0
+
+    def take(self, result: Any, seq: int) -> Logits:
+        self.tensors = [result[index + 1] for index in range(len(self.tensors))]
+        self.columns += seq
+        return _as_logits(result[0])
+
+    def truncate(self, columns: int) -> None:
+        self.tensors = [self._cut(tensor, columns) for tensor in self.tensors]
+        self.columns = columns
+
+    def _cut(self, tensor: Any, columns: int) -> Any:
+        """A copy of the first columns. The dtype may be one that numpy does not know: its bits are copied."""
+        batch, heads, _, width = self._shape
+        kept = vm.zeros((batch, heads, columns, width), self._dtype)
+        if columns:
+            np.copyto(_bits(kept), _bits(tensor)[:, :, :columns])
+        return kept
+
+
+def _bits(tensor: Any) -> npt.NDArray[Any]:
+    """The numbers of a tensor as unsigned integers of their size; no copy."""
+    name = f"uint{tensor.dtype.itemsize * 8}"
+    return np.asarray(np.from_dlpack(vm.reinterpret(tensor, tensor.shape, name)))
+
+
+def _as_logits(tensor: Any) -> Logits:
+    return np.asarray(np.from_dlpack(tensor))
+
+
+def _no_room(layout: CacheLayout, batch: int, capacity: int) -> UsageError:
+    return UsageError(
+        f"no memory for caches of {layout.nbytes(batch, capacity):,} bytes ({batch} sequences of {capacity} columns); "
+        f"ask for a smaller capacity"
+    )
+
+
+def _whole_numbers(what: str, numbers: npt.ArrayLike) -> Ids:
+    array = np.asarray(numbers)
+    if array.size and array.dtype.kind not in "iub":
+        raise UsageError(f"{what} are {array.dtype}, expected whole numbers")
+    return array.astype(np.int64)
+
+
+def _check_cpu(folder: Path, library: Library) -> None:
+    missing = missing_features(library.features)
+    if missing:
+        raise ModelError(
+            f"{folder}: was compiled for {library.mcpu} ({library.isa}) and needs {', '.join(missing)}, which this CPU "
+            f"lacks. Compile the model on this machine, or with --mcpu for a CPU that has no more than this one."
+        )
+
+
+def _check_code(path: Path, library: Library) -> None:
+    try:
+        digest = blake3.blake3(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}. Compile the model again.") from error
+    if digest != library.library.blake3:
+        raise ModelError(
+            f"{path}: is not the library that was compiled (blake3 {digest[:16]}…, expected "
+            f"{library.library.blake3[:16]}…). Restore the file, or compile the model again."
+        )

@@ -1,0 +1,288 @@
+"""The engine on a library made by hand: what it computes, what it keeps, and what it refuses before anything runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from passopt.ir.errors import ModelError, UsageError
+from passopt.targets.tvm.runtime import Engine
+
+IDS = np.array([[3, 1, 4, 1, 5], [0, 0, 9, 2, 6]])
+MASK = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+POSITIONS = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])
+
+
+@pytest.fixture(scope="module")
+def tiny(make_tiny_library):
+    return make_tiny_library()
+
+
+@pytest.fixture
+def folder(tiny, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny.folder, tmp_path / "library", ignore=shutil.ignore_patterns("*.verified")))
+
+
+def edit(folder: Path, **changes: object) -> None:
+    body = json.loads((folder / "library.json").read_text()) | changes
+    (folder / "library.json").write_text(json.dumps(body))
+
+
+@pytest.mark.parametrize("kind", ["in-place", "functional"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_steps_of_any_size_give_the_same_logits(make_tiny_library, kind: str, dtype: str):
+    tiny = make_tiny_library(kind, dtype)
+    engine = Engine.load(tiny.folder, batch=2, capacity=20)
+    for sizes in ([5], [2, 3], [1, 1, 1, 1, 1]):
+        engine.reset()
+        done = 0
+        for size in sizes:
+            end = done + size
+            logits = engine.forward(IDS[:, done:end], MASK[:, :end])
+            expected = tiny.logits(IDS[:, :end], MASK[:, :end], POSITIONS[:, done:end])
+            np.testing.assert_array_equal(logits, expected)
+            done = end
+            assert engine.past == done
+
+
+@pytest.mark.parametrize("kind", ["in-place", "functional"])
+def test_truncated_columns_are_forgotten(make_tiny_library, kind: str):
+    tiny = make_tiny_library(kind, "bf16")
+    engine = Engine.load(tiny.folder, batch=2, capacity=20)
+    engine.forward(IDS, MASK)
+    engine.truncate(2)
+    other = np.array([[7, 7], [8, 8]])
+    logits = engine.forward(other, np.ones((2, 4)).astype(int))
+    kept = np.concatenate([IDS[:, :2], other], axis=1)
+    np.testing.assert_array_equal(logits, tiny.logits(kept, np.ones((2, 4)), [[2, 3], [2, 3]]))
+    with pytest.raises(UsageError, match="cannot keep 5 columns of 4"):
+        engine.truncate(5)
+
+
+def test_a_model_without_positions_gets_none(make_tiny_library):
+    tiny = make_tiny_library(positions=False)
+    engine = Engine.load(tiny.folder, batch=2)
+    np.testing.assert_array_equal(engine.forward(IDS, MASK), tiny.logits(IDS, MASK, np.zeros_like(IDS)))
+    assert not engine.takes_positions
+    with pytest.raises(UsageError, match="hold 48"):
+        engine.forward(np.ones((2, 44), int), np.ones((2, 49), int))
+    with pytest.raises(UsageError, match="41 columns: the model has 40 positions"):
+        engine.forward(np.ones((2, 36), int), np.ones((2, 41), int))
+
+
+def test_other_sequences_get_other_room(tiny):
+    engine = Engine.load(tiny.folder, batch=2, capacity=5)
+    engine.forward(IDS, MASK)
+    engine.allocate(1, 33)
+    assert (engine.past, engine.batch, engine.capacity) == (0, 1, 48)
+    np.testing.assert_array_equal(engine.forward([[3]], [[1]]), tiny.logits([[3]], [[1]], [[0]]))
+
+
+def test_caches_take_the_bytes_of_the_arithmetic(tiny):
+    engine = Engine.load(tiny.folder, batch=3, capacity=33)
+    held = sum(np.prod(tensor.shape) * tensor.dtype.itemsize for tensor in engine._past.tensors)
+    assert engine.cache_bytes == held == 2 * 1 * 3 * 1 * 48 * 6 * 4
+
+
+def test_capacity_defaults_to_the_positions_of_the_model(tiny):
+    assert Engine.load(tiny.folder).capacity == 48
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "positions", "says"),
+    [
+        (np.zeros((1, 0), int), [[]], None, r"ids have shape \[1, 0\]"),
+        ([[1], [2]], [[1], [1]], None, r"ids have shape \[2, 1\], expected \[1"),
+        ([1], [1], None, r"ids have shape \[1\]"),
+        ([[1.5]], [[1]], None, "ids are float64, expected whole numbers"),
+        ([[4, 11]], [[1, 1]], None, r"token id 11 is outside of the vocabulary \(0 to 10\)"),
+        ([[-1]], [[1]], None, "token id -1"),
+        ([[1, 2]], [[1]], None, r"mask has shape \[1, 1\], expected \[1, 2\]"),
+        ([[1, 2]], [[1, 1]], [[1]], r"positions have shape \[1, 1\]"),
+        ([[1]], [[1]], [[40]], "position 40: the model has 40"),
+        ([[1]], [[1]], [[-2]], "position -2"),
+        ([[1] * 17], [[1] * 17], None, "17 columns after 0 make 17; the caches hold 16"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_runs(tiny, ids, mask, positions, says: str):
+    engine = Engine.load(tiny.folder, capacity=16)
+    with pytest.raises(UsageError, match=says):
+        engine.forward(ids, mask, positions)
+    assert engine.past == 0
+
+
+def test_a_step_beyond_the_capacity_leaves_the_engine_as_it_was(tiny):
+    engine = Engine.load(tiny.folder, capacity=16)
+    engine.forward([[1] * 15], [[1] * 15])
+    engine.forward([[2]], [[1] * 16])
+    with pytest.raises(UsageError, match="1 columns after 16 make 17; the caches hold 16"):
+        engine.forward([[3]], [[1] * 17])
+    assert engine.past == 16
+
+
+def test_a_prompt_longer_than_the_model_is_refused(tiny):
+    engine = Engine.load(tiny.folder, capacity=64)
+    with pytest.raises(UsageError, match="position 40: the model has 40 positions"):
+        engine.forward([[1] * 41], [[1] * 41])
+
+
+@pytest.mark.parametrize(("batch", "capacity"), [(0, 5), (1, 0)])
+def test_no_room_is_refused(tiny, batch: int, capacity: int):
+    with pytest.raises(UsageError, match="at least 1"):
+        Engine.load(tiny.folder, batch=batch, capacity=capacity)
+
+
+def test_caches_larger_than_the_address_space_are_refused(tiny):
+    with pytest.raises(UsageError, match="smaller capacity"):
+        Engine.load(tiny.folder, batch=1 << 20, capacity=1 << 40)
+
+
+def test_another_cpu_is_refused(folder: Path):
+    edit(folder, features=["avx2", "made-up"], mcpu="icelake-server", isa="avx512-vnni")
+    with pytest.raises(ModelError) as caught:
+        Engine.load(folder)
+    assert "icelake-server (avx512-vnni) and needs made-up" in str(caught.value)
+    assert "--mcpu" in str(caught.value)
+
+
+def test_a_damaged_library_is_refused(folder: Path):
+    code = bytearray((folder / "lib.so").read_bytes())
+    code[len(code) // 2] ^= 1
+    (folder / "lib.so").write_bytes(code)
+    with pytest.raises(ModelError, match=r"lib\.so: is not the library that was compiled"):
+        Engine.load(folder)
+
+
+@pytest.mark.parametrize("name", ["lib.so", "weights.safetensors", "library.json"])
+def test_a_truncated_or_missing_file_is_refused(folder: Path, name: str):
+    content = (folder / name).read_bytes()
+    for kept in (len(content) - 1, len(content) // 2, 9, 0):
+        (folder / name).write_bytes(content[:kept])
+        if name == "library.json" and kept == len(content) - 1:
+            continue  # the last newline
+        with pytest.raises(ModelError, match=name):
+            Engine.load(folder)
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=name):
+        Engine.load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF" + bytes(64)])
+def test_a_file_that_is_no_library_is_refused(folder: Path, content: bytes):
+    import blake3
+
+    (folder / "lib.so").write_bytes(content)
+    edit(folder, library={"file": "lib.so", "blake3": blake3.blake3(content).hexdigest()})
+    with pytest.raises(ModelError, match=r"lib\.so: cannot be loaded"):
+        Engine.load(folder)
+
+
+def test_a_library_without_the_function_is_refused(folder: Path):
+    edit(folder, function="other")
+    with pytest.raises(ModelError, match=r"lib\.so: cannot be loaded"):
+        Engine.load(folder)
+
+
+def test_one_rank_is_refused(folder: Path):
+    edit(folder, rank=1, degree=2)
+    with pytest.raises(ModelError, match="rank 1 of 2"):
+        Engine.load(folder)
+
+
+def test_a_damaged_weight_is_refused_by_name_and_never_stamped(folder: Path):
+    data = bytearray((folder / "weights.safetensors").read_bytes())
+    data[-1 - 32] ^= 1  # the last tensor takes 264 bytes of 320
+    data[-70] ^= 1
+    (folder / "weights.safetensors").write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="tensor 'head' is damaged"):
+            Engine.load(folder)
+    assert not (folder / "weights.safetensors.verified").exists()
+
+
+def test_a_damaged_header_is_refused(folder: Path):
+    data = (folder / "weights.safetensors").read_bytes().replace(b"[11,6]", b"[6,11]")
+    (folder / "weights.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match="header"):
+        Engine.load(folder)
+
+
+def test_weights_are_hashed_once_per_file(folder: Path, monkeypatch):
+    from passopt.targets.tvm.weights_map import WeightsMap
+
+    hashed = []
+    verify = WeightsMap.verify
+    monkeypatch.setattr(WeightsMap, "verify", lambda self, threads: (hashed.append(1), verify(self, threads)))
+    Engine.load(folder)
+    Engine.load(folder)
+    assert len(hashed) == 1
+    Engine.load(folder, verify_weights=True)
+    assert len(hashed) == 2
+    weights = folder / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-70] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match="damaged"):
+        Engine.load(folder)
+
+
+def test_a_folder_that_cannot_be_written_to_loads(folder: Path, monkeypatch):
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError()))
+    Engine.load(folder)
+    assert not (folder / "weights.safetensors.verified").exists()
+
+
+def test_weights_are_mapped_and_stay_mapped(tiny):
+    engine = Engine.load(tiny.folder)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tiny.folder) in line]
+    assert any(line.split()[1] == "r--s" and line.endswith("weights.safetensors") for line in mapped)
+    import gc
+
+    gc.collect()
+    np.testing.assert_array_equal(engine.forward([[3]], [[1]]), tiny.logits([[3]], [[1]], [[0]]))
+
+
+@pytest.mark.parametrize("threads", range(1, 1 + min(4, len(os.sched_getaffinity(0)))))
+def test_threads_are_an_argument(tiny, threads: int):
+    before = {os.sched_getaffinity(int(task)) == os.sched_getaffinity(0) for task in os.listdir("/proc/self/task")}
+    engine = Engine.load(tiny.folder, threads=threads)
+    from passopt.targets.tvm import vm
+
+    count = engine._machine._caller.submit(vm.runtime().get_global_func("runtime.NumThreads")).result()
+    assert count == threads
+    affinity = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+    assert before == {True}
+    assert all(item == os.sched_getaffinity(0) for item in affinity)
+
+
+def test_no_thread_and_more_threads_than_processors_are_refused(tiny):
+    with pytest.raises(UsageError, match="0 threads"):
+        Engine.load(tiny.folder, threads=0)
+    processors = len(os.sched_getaffinity(0))
+    with pytest.raises(UsageError, match=f"on {processors} processors"):
+        Engine.load(tiny.folder, threads=processors + 1)
+
+
+def test_a_fresh_process_needs_neither_torch_nor_onnx_nor_the_compiler(tiny):
+    code = f"""
+import sys
+blocked = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "tvm", "ml_dtypes")
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ImportError(f"{{name}} is blocked")
+sys.meta_path.insert(0, Blocker())
+from pathlib import Path
+from passopt.targets.tvm.runtime import Engine
+engine = Engine.load(Path({str(tiny.folder)!r}))
+print(engine.forward([[3, 1]], [[1, 1]]).shape)
+print([name for name in blocked if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["(1, 2, 11)", "[]"]
