@@ -42,12 +42,19 @@ LEVELS = (
 
 #: LLVM's names that /proc/cpuinfo spells in another way.
 _KERNEL_SPELLING = {
-    "avx512vnni": "avx512_vnni",
-    "avx512bf16": "avx512_bf16",
-    "avxvnni": "avx_vnni",
+    "sse3": "pni",
     "sse4.1": "sse4_1",
     "sse4.2": "sse4_2",
-    "sse3": "pni",
+    "bmi": "bmi1",
+    "lzcnt": "abm",
+    "avxvnni": "avx_vnni",
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avx512vp2intersect": "avx512_vp2intersect",
 }
 
 
@@ -93,6 +100,21 @@ def llvm_features(mcpu: str) -> frozenset[str]:
 
     found = codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mcpu": mcpu}))
     return frozenset(str(item) for item in found)
+
+
+#: Features of LLVM that mean instructions which its code generator may choose by itself.
+_INSTRUCTIONS = (
+    *("sse3", "ssse3", "sse4.1", "sse4.2", "sse4a", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt"),
+    *("movbe", "gfni", "avxvnni", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni"),
+    *("avx512bf16", "avx512fp16", "avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq"),
+    "avx512vp2intersect",
+)
+
+
+def required_features(mcpu: str) -> tuple[str, ...]:
+    """What a machine must have to run code that was generated for `mcpu`, in LLVM's names."""
+    found = llvm_features(mcpu)
+    return tuple(name for name in _INSTRUCTIONS if name in found)
 
 
 def missing_features(required: tuple[str, ...]) -> tuple[str, ...]:

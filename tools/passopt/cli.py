@@ -19,6 +19,9 @@ from passopt.ir.errors import PassoptError, UsageError
 
 _INTERRUPTED = 128 + signal.SIGINT
 
+#: Which extra brings a package that is missing.
+_EXTRAS = {"onnx_graphsurgeon": "guests", "onnxsim": "guests", "tvm": "run", "tvm_ffi": "run", "tokenizers": "run"}
+
 _DESCRIPTION = "Ordered graph passes for ONNX graphs of language models."
 _EPILOG = """examples:
   passopt export Baichuan2-13B-Chat -o baichuan2 --trust-remote-code
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("interrupted; nothing half-written was kept")
         return _INTERRUPTED
     except ModuleNotFoundError as error:
-        extra = "guests" if error.name in {"onnx_graphsurgeon", "onnxsim"} else "export"
+        extra = _EXTRAS.get(str(error.name), "export")
         say(f"needs {error.name}, which is not installed; pip install 'passopt[{extra}]' brings it")
         return UsageError.exit_code
     except BrokenPipeError:
@@ -68,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=summary, description=summary, epilog=f"example:\n  {example}", formatter_class=raw
         )
-        command.set_defaults(module=module, function={"print": "print_"}.get(name, name.replace("-", "_")))
+        command.set_defaults(module=module, function=_FUNCTIONS.get(name, name.replace("-", "_")))
         return command
 
     _add_export(add)
@@ -77,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_looking(add)
     _add_why(add)
     _add_replay(add)
+    _add_compile(add)
     return parser
+
+
+#: Commands whose names are Python's own.
+_FUNCTIONS = {"print": "print_", "compile": "compile_"}
 
 
 def _positive(text: str) -> int:
@@ -234,6 +242,23 @@ def _add_replay(add: Any) -> None:
         "passopt replay model.int8.reproducer",
     )
     command.add_argument("directory", metavar="DIR", help="what passopt run left where a pass failed")
+
+
+def _add_compile(add: Any) -> None:
+    command = add(
+        "compile",
+        "compile",
+        "Compile a fused model, or the models of all ranks, to native code, weights laid out for its kernels.",
+        "passopt compile model.onnx --passes baichuan2,slice-last-token,int8 -o compiled",
+    )
+    command.add_argument("model", metavar="MODEL", help="model.onnx, its folder, or a folder of ranks")
+    command.add_argument("-o", "--output", metavar="DIR", required=True, help="new folder for code and weights")
+    command.add_argument("--passes", metavar="PIPELINE", help="run these first, in memory")
+    command.add_argument("--target", choices=["llvm", "cuda"], default="llvm", help="default: %(default)s")
+    command.add_argument("--mcpu", default="native", help="LLVM's name of a CPU (default: this machine's)")
+    command.add_argument("--allow-fallback", action="store_true", help="where there is no native kernel, TVM's own")
+    command.add_argument("--print-after", metavar="STEP", nargs="?", const="", action="append", help="all, if no STEP")
+    command.add_argument("--json", action="store_true", help="the report as JSON")
 
 
 def _add_why(add: Any) -> None:

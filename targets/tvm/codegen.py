@@ -1,0 +1,206 @@
+"""A model to a compiled folder: lowered, built by TVM, weights laid out for its kernels; whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+
+from passopt.ir.contract import LOGITS, decoder_of, degree_of
+from passopt.ir.errors import ModelError
+from passopt.ir.evaluate import CHUNK_BYTES, Evaluator
+from passopt.ir.expressions import Expression
+from passopt.ir.files import WEIGHTS_NAME
+from passopt.ir.layout import plan_layout, write_safetensors
+from passopt.ir.staging import staged_directory
+from passopt.ir.weights import small_constant
+from passopt.targets.manifest import rank_folders
+from passopt.targets.onnx_files import COMPANIONS
+from passopt.targets.tvm.features import Cpu, required_features
+from passopt.targets.tvm.library import (
+    CODE_NAME,
+    CacheLayout,
+    CodeFile,
+    Library,
+    Logits,
+    RankFolders,
+    WeightsFile,
+)
+from passopt.targets.tvm.lowering.graph import MAIN, Lowered, lower
+from passopt.targets.tvm.pipeline import run_steps
+
+_DTYPES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
+#: What config files call the longest sequence.
+_LENGTH_KEYS = ("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileFacts:
+    """What a compiled folder says of where it comes from: passopt's version, the pipeline, the folder of companions."""
+
+    version: str
+    passes: str
+    companions: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileReport:
+    """What was compiled: kernels by name with their number, fallbacks, bytes of weights per rank."""
+
+    lowered: Lowered
+    library: Library
+    weight_bytes: int
+    degree: int
+
+
+def compile_models(
+    models: Sequence[onnx_ir.Model],
+    directory: Path,
+    cpu: Cpu,
+    facts: CompileFacts,
+    *,
+    allow_fallback: bool = False,
+    on_step: Callable[[str, Any], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> CompileReport:
+    """Compile a model, an SPMD model, or the models of all ranks, to the new folder `directory`.
+
+    Ranks share one library: what differs between them is a parameter. Memory does not grow with the weights: they are
+    laid out chunk by chunk. Raises ModelError (no native kernel, with every node), UsageError (output exists).
+    """
+    degree = max(len(models), degree_of(models[0]))
+    lowered, *others = _lowered(models, cpu, allow_fallback=allow_fallback)
+    weights = [_weights(item) for item in ([lowered, *others] if others else [lowered] * degree)]
+    needed = sum(plan_layout(item).nbytes for item in weights)
+    with staged_directory(directory, needed) as staged:
+        code = staged / CODE_NAME
+        build(lowered, cpu, code, on_step)
+        folders = rank_folders(degree)
+        for rank, (folder, expressions) in enumerate(zip(folders, weights, strict=True)):
+            target = staged / folder
+            target.mkdir(exist_ok=True)
+            if degree > 1:
+                shutil.copyfile(code, target / CODE_NAME)
+            with Evaluator(rank if len(models) == 1 else 0, chunk_bytes) as evaluator:
+                digests = write_safetensors(target / WEIGHTS_NAME, expressions, evaluator, progress)
+            library = _library(models[0], lowered, cpu, facts, target, digests, rank, degree)
+            library.write(target)
+        if degree > 1:
+            code.unlink()
+            RankFolders(degree, tuple(folders)).write(staged)
+        _copy_companions(facts.companions, staged)
+    return CompileReport(lowered, library, needed // degree, degree)
+
+
+def weight_bytes(lowered: Lowered) -> int:
+    """The exact size of the weights file of one rank."""
+    return plan_layout(_weights(lowered)).nbytes
+
+
+def build(lowered: Lowered, cpu: Cpu, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:
+    """Run the steps, generate code, link it to `path`."""
+    from tvm import relax
+
+    target = cpu.target()
+    module = run_steps(lowered.module, target, on_step)
+    executable = relax.build(module, target, relax_pipeline=None)
+    executable.export_library(str(path))
+
+
+def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
+    """Small constants that are not the same on all ranks, such as the first row of a vocabulary shard."""
+    if len(models) == 1:
+        return frozenset()
+    found = set()
+    for name, value in models[0].graph.initializers.items():
+        first = small_constant(value)
+        if first is None:
+            continue
+        for model in models[1:]:
+            other = small_constant(model.graph.initializers[name])
+            if other is None or other.tobytes() != first.tobytes():
+                found.add(name)
+    return frozenset(found)
+
+
+def _lowered(models: Sequence[onnx_ir.Model], cpu: Cpu, *, allow_fallback: bool) -> list[Lowered]:
+    """Every model lowered; the first one's code serves all, which is checked, not assumed."""
+    from tvm import ir
+
+    per_rank = _differing(models)
+    found = [lower(model, cpu, allow_fallback=allow_fallback, per_rank=per_rank) for model in models]
+    for rank, item in enumerate(found):
+        if rank and not ir.structural_equal(found[0].module, item.module, map_free_vars=True):
+            raise ModelError(f"rank {rank} computes something else than rank 0: the folders are of different runs")
+    return found
+
+
+def _weights(lowered: Lowered) -> dict[str, Expression]:
+    return {item.name: item.expression for item in lowered.parameters}
+
+
+def _library(
+    model: onnx_ir.Model,
+    lowered: Lowered,
+    cpu: Cpu,
+    facts: CompileFacts,
+    folder: Path,
+    digests: Mapping[str, str],
+    rank: int,
+    degree: int,
+) -> Library:
+    decoder = decoder_of(model)
+    kind = "in-place" if lowered.in_place else "functional"
+    dtype = _DTYPES[decoder.cache_dtype.name]
+    return Library(
+        passopt=facts.version,
+        target="llvm",
+        mcpu=cpu.mcpu,
+        isa=cpu.isa.name,
+        features=required_features(cpu.mcpu),
+        library=CodeFile.of(folder / CODE_NAME),
+        weights=WeightsFile.of(folder / WEIGHTS_NAME, digests),
+        function=MAIN,
+        inputs=lowered.inputs,
+        parameters=tuple(item.name for item in lowered.parameters),
+        cache=CacheLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, dtype, kind=kind),  # type: ignore[arg-type]
+        logits=_logits(model),
+        max_positions=max_positions(model, facts.companions),
+        rank=rank,
+        degree=degree,
+        passes=facts.passes,
+    )
+
+
+def _logits(model: onnx_ir.Model) -> Logits:
+    value = next(item for item in model.graph.outputs if item.name == LOGITS)
+    if value.shape is None or len(value.shape) != 3 or not isinstance(value.shape[2], int):
+        raise ModelError(f"output {LOGITS} has shape {value.shape}, expected [batch, seq, vocab] with a known vocab")
+    return Logits("last" if value.shape[1] == 1 else "all", value.shape[2])
+
+
+def max_positions(model: onnx_ir.Model, companions: Path | None) -> int | None:
+    """The longest sequence: of the rotary tables, which must not be read beyond their end, and of config.json."""
+    found = []
+    for node in model.graph:
+        if node.op_type == "RotaryEmbedding" and len(node.inputs) > 3 and node.inputs[1] is not None:
+            shape = node.inputs[1].shape
+            if shape is not None and isinstance(shape[0], int):
+                found.append(shape[0])
+    path = companions / "config.json" if companions is not None else None
+    if path is not None and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found += [int(config[key]) for key in _LENGTH_KEYS if isinstance(config.get(key), int)]
+    return min(found, default=None)
+
+
+def _copy_companions(source: Path | None, target: Path) -> None:
+    for name in COMPANIONS if source is not None else ():
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

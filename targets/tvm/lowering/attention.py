@@ -1,0 +1,188 @@
+"""Attention with the cache in place: new keys and values are written into it, one kernel reads it back.
+
+Without a cache in place (a fallback that the user allows) the cache is joined at every step and small operators do the
+rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
+from passopt.targets.tvm.kernels.attention import attention
+from passopt.targets.tvm.kernels.cache import append_cache
+from passopt.targets.tvm.kernels.mask_extents import QUERY_BLOCK, mask_extents
+from passopt.targets.tvm.lowering.registry import attribute, lowers
+from passopt.targets.tvm.lowering.values import CacheSlot, Length, Tvm, Unsupported, Values
+
+ATTENTION = "Attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionParts:
+    """The operands of a fused attention of either kind; [b, h, s, d] each."""
+
+    query: onnx_ir.Value
+    key: onnx_ir.Value
+    value: onnx_ir.Value
+    mask: onnx_ir.Value | None
+    past_key: onnx_ir.Value | None
+    past_value: onnx_ir.Value | None
+    slopes: onnx_ir.Value | None
+    positions: onnx_ir.Value | None
+
+
+def find_attention(node: onnx_ir.Node) -> AttentionParts | None:
+    """What a fused attention reads; None for any other node."""
+    given = [*node.inputs, *[None] * (8 - len(node.inputs))]
+    query, key, value = given[:3]
+    if query is None or key is None or value is None:
+        return None
+    if (node.domain, node.op_type) == ("", ATTENTION):
+        return AttentionParts(query, key, value, given[3], given[4], given[5], None, None)
+    if node.domain == DOMAIN and node.op_type in {ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE}:
+        return AttentionParts(query, key, value, given[5], given[6], given[7], given[3], given[4])
+    return None
+
+
+@lowers(ATTENTION)
+@lowers(ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, domain=DOMAIN)
+def fused_attention(at: Values, node: onnx_ir.Node) -> None:
+    parts = find_attention(node)
+    if parts is None or any(value.shape is None or len(value.shape) != 4 for value in (parts.query, parts.key)):
+        raise Unsupported("attention of other than four axes")
+    if attribute(node, "qk_matmul_output_mode", 0) or len(node.outputs) > 3:
+        raise Unsupported("attention that gives its scores")
+    slot = at.cache.slots.get(parts.past_key) if at.cache is not None and parts.past_key is not None else None
+    if slot is None:
+        joined_attention(at, node, parts)
+        return
+    in_place_attention(at, node, parts, slot)
+
+
+def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, slot: CacheSlot) -> None:
+    """Append to the cache, then attend over it. `present` outputs are the cache itself: nobody may read them."""
+    from tvm import relax
+
+    assert at.cache is not None
+    query, isa, past = at.heads(parts.query), at.cpu.isa, at.cache.past
+    dims = at.shape_of(query)
+    heads, width = dims[2], dims[3]
+    kv_heads = at.shape_of(slot.key)[1]
+    append = at.function(
+        f"append_cache_{kv_heads}_{width}_{slot.dtype}", lambda: append_cache(kv_heads, width, slot.dtype, isa)
+    )
+    new = [at.heads(parts.key), at.heads(parts.value)]
+    cache = at.emit(
+        relax.op.call_tir_inplace(
+            append, [*new, slot.key, slot.value, past], inplace_indices=[2, 3], out_ty=[slot.key.ty, slot.value.ty]
+        )
+    )
+    mask = _mask(at, node, parts.mask, dims[1], past + dims[1])
+    extents = at.once(("extents", mask), lambda: _extents(at, mask))
+    scale = _scale(node, width)
+    softcap = float(attribute(node, "softcap", 0.0))
+    bias = [] if parts.slopes is None else [_slopes(at, parts.slopes, heads), at.tensor(parts.positions)]
+    name = f"attention_{heads}_{kv_heads}_{width}_{slot.dtype}_{scale:.9g}" + ("_alibi" if bias else "")
+    name = (name + (f"_cap{softcap:g}" if softcap else "")).replace(".", "_").replace("-", "_")
+    alibi = bool(bias)
+    arguments = [query, at.emit(cache[0]), at.emit(cache[1]), mask, extents, *bias]
+
+    def make() -> Tvm:
+        return attention(heads, kv_heads, width, scale, slot.dtype, isa, alibi, softcap)
+
+    at.set_heads(node.outputs[0], at.call(name, make, arguments, dims))
+    at.note(f"attention: {name}")
+
+
+def _scale(node: onnx_ir.Node, width: int) -> float:
+    found = attribute(node, "scale", None)
+    return float(found) if found is not None else width**-0.5
+
+
+def _slopes(at: Values, slopes: onnx_ir.Value, heads: int) -> Tvm:
+    from tvm import relax
+
+    return at.once(("slopes", slopes), lambda: at.emit(relax.op.reshape(at.tensor(slopes), [heads])))
+
+
+def _extents(at: Values, mask: Tvm) -> Tvm:
+    from tvm import relax
+
+    dims, isa = at.shape_of(mask), at.cpu.isa
+    blocks = (dims[2] + QUERY_BLOCK - 1) // QUERY_BLOCK
+    if dims[1] != 1:
+        raise Unsupported("a mask per head")
+    kind = relax.TensorType([dims[0], blocks, 2], "int32")
+    return at.call_typed("mask_extents", lambda: mask_extents(isa), [mask], kind)
+
+
+def _mask(at: Values, node: onnx_ir.Node, mask: onnx_ir.Value | None, rows: Length, columns: Length) -> Tvm:
+    """[1 or b, 1 or h, s, t] to add to the scores, one for all layers that share it."""
+    causal = bool(attribute(node, "is_causal", 0))
+    given = None if mask is None else at.tensor(mask)
+    return at.once(("mask", given, causal), lambda: _additive(at, given, causal, rows, columns))
+
+
+def _additive(at: Values, given: Tvm, causal: bool, rows: Length, columns: Length) -> Tvm:
+    from tvm import relax
+
+    found = None
+    if given is not None:
+        found = given
+        if str(given.ty.dtype) == "bool":
+            found = _masked(at, given)
+        dims = at.shape_of(found)
+        found = at.emit(relax.op.reshape(found, [*[1] * (4 - len(dims)), *dims])) if len(dims) < 4 else found
+        dims = at.shape_of(found)
+        if isinstance(dims[2], int) and dims[2] == 1 and not at.equal(rows, 1):
+            found = at.emit(relax.op.broadcast_to(found, [*dims[:2], rows, columns]))
+    if causal:
+        past = columns - rows
+        own = at.emit(relax.op.expand_dims(at.emit(relax.op.arange(past, past + rows, 1, "int64")), [1]))
+        seen = at.emit(relax.op.less_equal(at.emit(relax.op.arange(0, columns, 1, "int64")), own))
+        bias = at.emit(relax.op.reshape(_masked(at, seen), [1, 1, rows, columns]))
+        found = bias if found is None else at.emit(relax.op.add(found, bias))
+    return found if found is not None else at.emit(relax.op.zeros([1, 1, rows, columns], "float32"))
+
+
+def _masked(at: Values, seen: Tvm) -> Tvm:
+    from tvm import relax
+
+    zero, hidden = at.literal(np.zeros((), np.float32)), at.literal(np.full((), -np.inf, np.float32))
+    return at.emit(relax.op.where(seen, zero, hidden))
+
+
+def joined_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts) -> None:
+    """The same by small operators, with the cache joined to what is new; slow, and only where the user allows it."""
+    from tvm import relax
+
+    op = relax.op
+    query, key, value = (at.tensor(item) for item in (parts.query, parts.key, parts.value))
+    for position, past in ((1, parts.past_key), (2, parts.past_value)):
+        if past is None:
+            continue
+        joined = at.emit(op.concat([at.tensor(past), key if position == 1 else value], 2))
+        at.set(node.outputs[position], joined)
+        key, value = (joined, value) if position == 1 else (key, joined)
+    dims = at.shape_of(query)
+    groups = dims[1] // at.shape_of(key)[1]
+    if groups > 1:
+        key, value = (at.emit(op.repeat(item, groups, 1)) for item in (key, value))
+    scale = at.literal(np.asarray(_scale(node, dims[3]), np.float32))
+    scores = at.emit(op.multiply(at.emit(op.matmul(query, at.emit(op.permute_dims(key, [0, 1, 3, 2])))), scale))
+    softcap = float(attribute(node, "softcap", 0.0))
+    if softcap:
+        cap = at.literal(np.asarray(softcap, np.float32))
+        scores = at.emit(op.multiply(at.emit(op.tanh(at.emit(op.divide(scores, cap)))), cap))
+    columns = at.shape_of(key)[2]
+    if parts.slopes is not None:
+        places = at.emit(op.expand_dims(at.tensor(parts.positions), [1, 2]))
+        slopes = at.emit(op.reshape(at.tensor(parts.slopes), [1, dims[1], 1, 1]))
+        scores = at.emit(op.add(scores, at.emit(op.multiply(slopes, places))))
+    scores = at.emit(op.add(scores, _mask(at, node, parts.mask, dims[2], columns)))
+    weights = at.emit(op.nn.softmax(scores, -1))
+    at.set(node.outputs[0], op.matmul(weights, value))

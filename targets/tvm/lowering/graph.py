@@ -1,0 +1,258 @@
+"""A whole graph to one Relax function.
+
+Patterns (linears, SwiGLU) are found first and cover the nodes inside them; what the outputs then still need is lowered
+in graph order, and nothing else. Whatever has no native kernel is collected and reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import onnx_ir
+
+from passopt.ir.contract import LOGITS, find_decoder
+from passopt.ir.errors import ModelError
+from passopt.ir.linears import find_linear
+from passopt.ir.shapes import complete_types
+from passopt.targets.tvm.features import Cpu
+from passopt.targets.tvm.kernels.cache import BLOCK
+from passopt.targets.tvm.lowering import attention, elementwise, movement, norms, reductions  # noqa: F401  (they register)
+from passopt.targets.tvm.lowering.importer import import_node
+from passopt.targets.tvm.lowering.linears import lower_linear, lower_product
+from passopt.targets.tvm.lowering.registry import CONVERTERS
+from passopt.targets.tvm.lowering.values import Cache, CacheSlot, Parameter, Tvm, Unsupported, Values, dtype_name
+
+#: The function of the library.
+MAIN = "main"
+
+_PAST = re.compile(r"past\.(\d+)\.(key|value)\Z")
+_STORED = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """A node without a native kernel, and why."""
+
+    node: str
+    op_type: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"node {self.node!r} ({self.op_type}): {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A Relax module with function `main`, and how to call it.
+
+    `inputs` are those of the graph that are no cache, in order; then come the number of cached positions (a shape) and
+    the cache, then `parameters`. With `in_place` the cache is [b, h, blocks, d, 16] and [b, h, blocks·16, d] per layer,
+    written in place, and the function gives the logits; otherwise it is past [b, h, p, d] and present comes back.
+    """
+
+    module: Tvm
+    inputs: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    in_place: bool
+    kernels: dict[str, int]
+    fallbacks: tuple[Missing, ...]
+    imported: tuple[Missing, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selection:
+    """A pattern that stands for its last node: what it reads, and how it is lowered."""
+
+    reads: tuple[onnx_ir.Value | None, ...]
+    lower: Callable[[Values], None]
+
+
+def lower(
+    model: onnx_ir.Model, cpu: Cpu, *, allow_fallback: bool = False, per_rank: frozenset[str] = frozenset()
+) -> Lowered:
+    """Lower a decoder with cache; `per_rank` names constants that become parameters, since ranks differ in them.
+
+    Raises ModelError that names every node without a native kernel.
+    """
+    from tvm import relax
+
+    if find_decoder(model) is None:
+        raise ModelError(
+            "not a decoder with input_ids and past.N.key/value [batch, heads, past, width]; export with --phase merged"
+        )
+    complete_types(model)
+    builder = relax.BlockBuilder()
+    return _Lowering(model, Values(builder, cpu, per_rank), allow_fallback=allow_fallback).run()
+
+
+class _Lowering:
+    def __init__(self, model: onnx_ir.Model, at: Values, *, allow_fallback: bool) -> None:
+        self.model = model
+        self.at = at
+        self.allow_fallback = allow_fallback
+        self.missing: list[Missing] = []
+        self.imported: list[Missing] = []
+        self.opset = int(model.graph.opset_imports.get("", 0))
+
+    def run(self) -> Lowered:
+        unfused = _not_in_place(self.model)
+        self.missing += unfused
+        in_place = not unfused
+        inputs, leading = self._inputs(in_place=in_place)
+        wanted = [value for value in self.model.graph.outputs if value.name == LOGITS or not in_place]
+        selections = {node: found for node in self.model.graph if (found := self._select(node)) is not None}
+        nodes = needed_nodes(self.model, wanted, selections)
+        builder = self.at.builder
+        with builder.function(MAIN):
+            with builder.dataflow():
+                for node in nodes:
+                    self._lower(node, selections.get(node))
+                self._refuse()
+                outputs = [builder.emit_output(self.at.tensor(value)) for value in wanted]
+            parameters = tuple(self.at.parameters.values())
+            variables = [*leading, *(item.variable for item in parameters)]
+            builder.emit_func_output(outputs[0] if in_place else outputs, params=variables)
+        module = builder.get()
+        module[MAIN] = module[MAIN].with_attr("num_input", len(leading))
+        missing, imported = tuple(self.missing), tuple(self.imported)
+        return Lowered(module, inputs, parameters, in_place, self.at.notes, missing, imported)
+
+    def _inputs(self, *, in_place: bool) -> tuple[tuple[str, ...], list[Tvm]]:
+        """The names of plain inputs; the variables of all: plain ones, the number of cached positions, the cache."""
+        from tvm import relax
+
+        plain, caches = [], []
+        slots: dict[onnx_ir.Value, CacheSlot] = {}
+        past = self.at.symbol("past")
+        values = {str(value.name): value for value in self.model.graph.inputs}
+        for name, value in values.items():
+            if _PAST.match(name) is None:
+                plain.append((name, self._input(name, value)))
+        for name, value in values.items():
+            match = _PAST.match(name)
+            if match is None or match[2] == "value":
+                continue
+            partner = values[f"past.{match[1]}.value"]
+            if in_place:
+                slots[value] = self._slot(int(match[1]), value, partner)
+                caches += [slots[value].key, slots[value].value]
+                self._state_past_shape(value, partner)
+            else:
+                caches += [self._input(name, value), self._input(str(partner.name), partner)]
+        count = relax.Var("past", relax.ShapeType([past]))
+        if in_place:
+            self.at.cache = Cache(slots, past)
+        return tuple(name for name, _ in plain), [*(variable for _, variable in plain), count, *caches]
+
+    def _dims(self, value: onnx_ir.Value) -> list[Any]:
+        shape = value.shape
+        assert shape is not None, f"{value.name} has no shape"
+        return [dim if isinstance(dim, int) else self.at.symbol(str(dim.value)) for dim in shape.dims]
+
+    def _input(self, name: str, value: onnx_ir.Value) -> Tvm:
+        from tvm import relax
+
+        if value.dtype is None:
+            raise ModelError(f"input {name!r} has no dtype")
+        stored = _STORED.get(value.dtype.name) or dtype_name(value.dtype)
+        variable = relax.Var(name.replace(".", "_"), relax.TensorType(self._dims(value), stored))
+        self.at.defer(value, lambda: self.at.widened(variable))
+        return variable
+
+    def _slot(self, layer: int, key: onnx_ir.Value, value: onnx_ir.Value) -> CacheSlot:
+        from tvm import relax
+
+        assert key.dtype is not None
+        stored, blocks = _STORED[key.dtype.name], self.at.symbol("blocks")
+        batch, heads, _, width = self._dims(key)
+        kinds = [[batch, heads, blocks, width, BLOCK], [batch, heads, blocks * BLOCK, self._dims(value)[3]]]
+        names = (f"cache_{layer}_key", f"cache_{layer}_value")
+        pair = [relax.Var(name, relax.TensorType(dims, stored)) for name, dims in zip(names, kinds, strict=True)]
+        return CacheSlot(pair[0], pair[1], stored)
+
+    def _state_past_shape(self, *values: onnx_ir.Value) -> None:
+        """The graph may ask how long the past is: that is known, though there is no such tensor."""
+        for value in values:
+            self.at.state_shape(value, self._dims(value))
+
+    def _select(self, node: onnx_ir.Node) -> _Selection | None:
+        linear = find_linear(node)
+        if linear is not None:
+            return _Selection((linear.input, linear.bias), lambda at: lower_linear(at, linear))
+        gate = norms.find_swiglu(node)
+        if gate is not None:
+            return _Selection(gate, lambda at: norms.lower_swiglu(at, *gate, node.outputs[0]))
+        return None
+
+    def _lower(self, node: onnx_ir.Node, selection: _Selection | None) -> None:
+        try:
+            if selection is not None:
+                selection.lower(self.at)
+            elif node.op_type == "MatMul" and not node.domain:
+                lower_product(self.at, node)
+            elif (node.domain, node.op_type) in CONVERTERS:
+                CONVERTERS[node.domain, node.op_type](self.at, node)
+            else:
+                self._import(node, f"passopt has no lowering of {node.domain or 'this'} operator")
+        except Unsupported as error:
+            self._fall_back(node, str(error))
+
+    def _import(self, node: onnx_ir.Node, reason: str) -> None:
+        import_node(self.at, node, self.opset)
+        self.imported.append(Missing(str(node.name), node.op_type, reason))
+
+    def _fall_back(self, node: onnx_ir.Node, reason: str) -> None:
+        """TVM's own importer, if the user allows it; otherwise go on, to report everything at once."""
+        self.missing.append(Missing(str(node.name), node.op_type, reason))
+        if self.allow_fallback:
+            try:
+                import_node(self.at, node, self.opset)
+            except Unsupported as error:
+                raise ModelError(f"{self.missing[-1]}; TVM's own importer failed too: {error}") from error
+            return
+        self._refuse()
+
+    def _refuse(self) -> None:
+        if not self.missing or self.allow_fallback:
+            return
+        shown = "\n".join(f"  {item}" for item in self.missing[:12])
+        more = f"\n  and {len(self.missing) - 12} more" if len(self.missing) > 12 else ""
+        raise ModelError(
+            f"no native kernel for:\n{shown}{more}\n"
+            "Fuse first: passopt run MODEL --passes baichuan2 (or fuse); `passopt why fuse-attention MODEL` says what "
+            "kept it from matching. --allow-fallback compiles anyway, slowly, and without the cache in place."
+        )
+
+
+def _not_in_place(model: onnx_ir.Model) -> list[Missing]:
+    """Readers of the cache that are no fused attention: with any of them, no cache can be kept in place."""
+    found = []
+    for value in model.graph.inputs:
+        if _PAST.match(str(value.name)) is None:
+            continue
+        for node, index in value.uses():
+            parts = attention.find_attention(node)
+            is_past = parts is not None and value in (parts.past_key, parts.past_value)
+            if not is_past and node.op_type != "Shape":
+                reason = f"reads {value.name} (input {index}), which only a fused attention can keep in place"
+                found.append(Missing(str(node.name), node.op_type, reason))
+    return found
+
+
+def needed_nodes(
+    model: onnx_ir.Model, wanted: Iterable[onnx_ir.Value], selections: dict[onnx_ir.Node, _Selection]
+) -> list[onnx_ir.Node]:
+    """The nodes that `wanted` depends on, in graph order; a selection's inner nodes only if others read them."""
+    found: set[onnx_ir.Node] = set()
+    waiting = [value.producer() for value in wanted]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        reads = selections[node].reads if node in selections else tuple(node.inputs)
+        waiting += [value.producer() for value in reads if value is not None]
+    return [node for node in model.graph if node in found]

@@ -1,0 +1,31 @@
+"""Which function lowers which operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import onnx_ir
+
+from passopt.targets.tvm.lowering.values import Values
+
+Converter: TypeAlias = Callable[[Values, onnx_ir.Node], None]
+
+CONVERTERS: dict[tuple[str, str], Converter] = {}
+
+
+def lowers(*op_types: str, domain: str = "") -> Callable[[Converter], Converter]:
+    """Register the decorated function for operators of `domain`."""
+
+    def register(function: Converter) -> Converter:
+        for op_type in op_types:
+            CONVERTERS[domain, op_type] = function
+        return function
+
+    return register
+
+
+def attribute(node: onnx_ir.Node, name: str, default: Any) -> Any:
+    """The value of an attribute, or `default`."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value

@@ -1,0 +1,64 @@
+"""The Relax passes between lowering and code, in the open: named steps, in this order, printable after each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from passopt.ir.errors import UsageError
+
+Tvm = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A named Relax pass; `make` gives it."""
+
+    name: str
+    summary: str
+    make: Callable[[], Tvm]
+
+
+def steps() -> tuple[Step, ...]:
+    """All steps in order."""
+    from tvm.relax import backend, transform
+
+    return (
+        Step("dispatch-scan", "cumulative sums to TIR", backend.DispatchSortScan),
+        Step("legalize", "small operators to TIR; kernels are TIR already", transform.LegalizeOps),
+        Step("annotate-patterns", "which TIR functions may be fused", transform.AnnotateTIROpPattern),
+        Step("fold-constants", "small constants only: weights are parameters", transform.FoldConstant),
+        Step("fuse-ops", "group small operators", transform.FuseOps),
+        Step("fuse-tir", "each group one TIR function; equal ones are shared by all layers", transform.FuseTIR),
+        Step("dead-code", "functions and values that nothing reads", transform.DeadCodeElimination),
+        Step("view-reshapes", "reshapes become views", transform.RewriteDataflowReshape),
+        Step("leave-dataflow", "plain bindings from here on", transform.ToNonDataflow),
+        Step("drop-purity", "calls may write from here on", transform.RemovePurityChecking),
+        Step("allocate", "call_tir becomes a call on allocated memory", transform.CallTIRRewrite),
+        Step("plan-memory", "memory is used again", transform.StaticPlanBlockMemory),
+        Step("lower-allocations", "allocations as the runtime knows them", transform.LowerAllocTensor),
+        Step("free-early", "memory is released after its last use", transform.KillAfterLastUse),
+        Step("lower-builtins", "calls of the runtime", transform.LowerRuntimeBuiltin),
+        Step("compute-lengths", "arithmetic over lengths to functions", transform.ComputePrimValue),
+        Step("lower-shapes", "lengths are read off the inputs and checked", transform.VMShapeLower),
+        Step("name-symbols", "every function its name in the library", transform.AttachGlobalSymbol),
+    )
+
+
+def run_steps(module: Tvm, target: Tvm, on_step: Callable[[str, Tvm], None] | None = None) -> Tvm:
+    """The module after all steps; `on_step` gets each step's name and the module after it."""
+    with target:
+        for step in steps():
+            module = step.make()(module)
+            if on_step is not None:
+                on_step(step.name, module)
+    return module
+
+
+def check_step_names(names: list[str]) -> None:
+    """Raises UsageError with the names there are."""
+    known = [step.name for step in steps()]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no step {name!r}; the steps are {', '.join(known)}")

@@ -1,0 +1,280 @@
+"""Each operator lowered, compiled and run against onnxruntime, with symbolic lengths and unequal dimensions."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from passopt.ir.errors import ModelError
+from passopt.ir.files import load_model
+from passopt.targets.tvm.features import find_cpu
+from passopt.targets.tvm.lowering.graph import lower
+from passopt.targets.tvm.pipeline import run_steps, steps
+
+relax = pytest.importorskip("tvm.relax")
+
+HEADER = """
+<ir_version: 10, opset_import: ["" : 23]>
+model (
+   int64[batch,seq] input_ids, int64[batch,"past+seq"] attention_mask,
+   float[batch,2,past,3] "past.0.key", float[batch,2,past,3] "past.0.value"
+) => (float[a,b,c] logits)
+<float[7,6] table = {TABLE}, float[7,6] other = {WEIGHT}, EXTRA> {
+   x = Gather (table, input_ids)
+   y = Gather (other, input_ids)
+BODY
+}"""
+
+
+def model_text(body: str, extra: str = "") -> str:
+    rng = np.random.default_rng(3)
+
+    def numbers(count: int) -> str:
+        return ", ".join(f"{item:.4f}" for item in rng.standard_normal(count))
+
+    text = HEADER.replace("TABLE", numbers(42)).replace("WEIGHT", numbers(42)).replace("BODY", body)
+    return text.replace("EXTRA", extra) if extra else text.replace(", EXTRA", "")
+
+
+@pytest.fixture
+def both(tmp_path):
+    """Logits of the lowered function and of onnxruntime, for a past of 4 positions and 5 new ones of 3 sequences."""
+
+    def run(body, extra="", *, allow_fallback=False):
+        path = tmp_path / "model.onnxtxt"
+        path.write_text(model_text(body, extra))
+        model = load_model(path)
+        proto = onnx.parser.parse_model(path.read_text())
+        cpu = find_cpu()
+        lowered = lower(model, cpu, allow_fallback=allow_fallback)
+        return _compiled(lowered, cpu), _reference(proto)
+
+    return run
+
+
+RNG = np.random.default_rng(5)
+IDS = RNG.integers(0, 7, (3, 5))
+MASK = np.ones((3, 9), np.int64)
+PAST = RNG.standard_normal((2, 3, 2, 4, 3)).astype(np.float32)
+
+
+def _reference(proto):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # or it quantises the input too
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    feeds = {"input_ids": IDS, "attention_mask": MASK, "past.0.key": PAST[0], "past.0.value": PAST[1]}
+    return session.run(["logits"], feeds)[0]
+
+
+def _compiled(lowered, cpu):
+    import tvm
+
+    from passopt.ir.evaluate import Evaluator
+
+    target = cpu.target()
+    executable = relax.build(run_steps(lowered.module, target), target, relax_pipeline=None)
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    tensor = tvm.runtime.tensor
+    with Evaluator() as evaluator:
+        weights = [tensor(evaluator.array(item.expression)) for item in lowered.parameters]
+    if lowered.in_place:
+        keys, values = np.zeros((3, 2, 16, 3), np.float32), np.zeros((3, 2, 16, 3), np.float32)
+        keys[:, :, :4], values[:, :, :4] = PAST
+        caches = [tensor(np.ascontiguousarray(keys.reshape(3, 2, 1, 16, 3).swapaxes(3, 4))), tensor(values)]
+    else:
+        caches = [tensor(PAST[0]), tensor(PAST[1])]
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    found = machine["main"](
+        *(tensor(inputs[name]) for name in lowered.inputs), tvm.runtime.ShapeTuple([4]), *caches, *weights
+    )
+    return (found if lowered.in_place else found[0]).numpy()
+
+
+OPERATORS = {
+    "plain": (
+        "logits = Add (y, x)",
+        "",
+    ),
+    "arithmetic": (
+        "a = Mul (y, x)\n b = Sub (a, y)\n c = Div (b, two)\n logits = Pow (c, two)",
+        "float two = {2.0}",
+    ),
+    "functions": (
+        "a = Tanh (y)\n b = Exp (a)\n c = Sqrt (b)\n d = Erf (c)\n e = Sin (d)\n logits = Neg (e)",
+        "",
+    ),
+    "relu and reciprocal": (
+        "a = Abs (y)\n b = Relu (a)\n c = Add (b, one)\n logits = Reciprocal (c)",
+        "float one = {1}",
+    ),
+    "silu": (
+        "a = Sigmoid (y)\n logits = Mul (y, a)",
+        "",
+    ),
+    "swiglu": (
+        "a = Sigmoid (y)\n b = Mul (a, y)\n logits = Mul (x, b)",
+        "",
+    ),
+    "gelu": (
+        'a = Gelu (y)\n logits = Gelu <approximate = "tanh"> (a)',
+        "",
+    ),
+    "clip": (
+        "logits = Clip (y, low, high)",
+        "float low = {-0.2}, float high = {0.3}",
+    ),
+    "where of a comparison": (
+        "a = Less (y, x)\n logits = Where (a, x, y)",
+        "",
+    ),
+    "integers by length": (
+        'p = Shape ("past.0.key")\n q9 = Gather (p, two)\n s = Shape (input_ids)\n'
+        " n = Gather (s, one)\nt = Add (q9, n)\n r = Range (q9, t, one)\n f = Cast <to = 1> (r)\n"
+        " g = Unsqueeze (f, axes)\n logits = Add (y, g)",
+        "int64 one = {1}, int64 two = {2}, int64[2] axes = {0, 2}",
+    ),
+    "expand to lengths": (
+        "s = Shape (input_ids)\n t = Concat <axis = 0> (s, six)\n z = Expand (zero, t)\n logits = Add (y, z)",
+        "int64[1] six = {6}, float[1,1,1] zero = {0.5}",
+    ),
+    "split and join": (
+        "a, b = Split <axis = -1> (y, widths)\n logits = Concat <axis = -1> (b, a, a)",
+        "int64[2] widths = {1, 5}",
+    ),
+    "slice from the end": (
+        "a = Slice (y, from, to, axes)\n logits = Mul (a, a)",
+        "int64[1] from = {-4}, int64[1] to = {-1}, int64[1] axes = {2}",
+    ),
+    "last position": (
+        "a = Slice (y, from, to, axes)\n logits = Mul (a, a)",
+        "int64[1] from = {-1}, int64[1] to = {9223372036854775807}, int64[1] axes = {1}",
+    ),
+    "gather backwards": (
+        "a = Gather <axis = 2> (y, places)\n logits = Neg (a)",
+        "int64[2] places = {-2, 0}",
+    ),
+    "gather one": (
+        "a = Gather <axis = 2> (y, last)\n b = Unsqueeze (a, axes)\n logits = Add (b, y)",
+        "int64 last = {-1}, int64[1] axes = {2}",
+    ),
+    "gather by indices": (
+        "a = GatherND (y, places)\n b = Unsqueeze (a, axes)\n logits = Add (b, y)",
+        "int64[1,1] places = {-1}, int64[1] axes = {0}",
+    ),
+    "triangle": (
+        "a = Trilu <upper = 0> (y, k)\n logits = Neg (a)",
+        "int64 k = {1}",
+    ),
+    "reductions": (
+        "a = ReduceMean (y, axes)\n b = ReduceMax (y, axes)\n c = Add (a, b)\n logits = Sub (y, c)",
+        "int64[1] axes = {-1}",
+    ),
+    "l2": (
+        "a = ReduceL2 (y, axes)\n logits = Div (y, a)",
+        "int64[1] axes = {2}",
+    ),
+    "running sum": (
+        "logits = CumSum (y, axis)",
+        "int64 axis = {1}",
+    ),
+    "layer norm": (
+        "logits = LayerNormalization (y, g, h)",
+        "float[6] g = {1, 2, 3, 4, 5, 6}, float[6] h = {6, 5, 4, 3, 2, 1}",
+    ),
+    "rms norm": (
+        "logits = RMSNormalization <epsilon = 0.01> (y, g)",
+        "float[6] g = {1, 2, 3, 4, 5, 6}",
+    ),
+    "softmax": (
+        "logits = Softmax (y)",
+        "",
+    ),
+    "flatten": (
+        "a = Flatten <axis = 2> (y)\n s = Shape (x)\n b = Reshape (a, s)\n logits = Add (b, x)",
+        "",
+    ),
+    "infinities": (
+        "a = IsInf (y)\n b = IsNaN (y)\n c = Or (a, b)\n d = Not (c)\n e = Cast <to = 1> (d)\n logits = Mul (e, y)",
+        "",
+    ),
+    "outer product": (
+        "a = Unsqueeze (input_ids, two)\n b = Cast <to = 1> (a)\n c = MatMul (b, row)\n logits = Add (c, y)",
+        "int64[1] two = {2}, float[1,6] row = {1, 2, 3, 4, 5, 6}",
+    ),
+    "gemm with bias": (
+        "a = Reshape (y, flat)\n b = Gemm <transB = 1> (a, w2, bias)\n logits = Reshape (b, shape)",
+        "int64[2] flat = {-1, 6}, float[2,6] w2 = {1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1}, "
+        "float[2] bias = {1, 2}, int64[3] shape = {3, -1, 2}",
+    ),
+    "int8 linear": (
+        "w3 = DequantizeLinear <axis = 0> (q8, s8)\n t = Transpose <perm = [1,0]> (w3)\n logits = MatMul (y, t)",
+        "int8[2,6] q8 = {1, -2, 3, -4, 5, -6, 127, -127, 4, 3, 2, 1}, float[2] s8 = {0.5, 0.25}",
+    ),
+    "embedding of codes": (
+        "e = DequantizeLinear <axis = 0> (q8, s8)\n g = Gather (e, input_ids)\n logits = Add (g, y)",
+        "int8[7,6] q8 = {-20, -19, -18, -17, -16, -15, -14, -13, -12, -11, -10, -9, -8, -7, -6, -5, -4, "
+        "-3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21}, "
+        "float[7] s8 = {1, 2, 3, 4, 5, 6, 7}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_equals_onnxruntime(both, name):
+    found, expected = both(*OPERATORS[name])
+    assert found.shape == expected.shape
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_computed_product_is_refused_with_its_name(both):
+    body = "t = Transpose <perm = [0,2,1]> (x)\n s = MatMul (y, t)\n logits = Softmax (s)"
+    with pytest.raises(ModelError, match=r"(?s)MatMul\): both sides are computed.*--allow-fallback"):
+        both(body)
+
+
+def test_computed_product_falls_back_if_allowed(both):
+    body = "t = Transpose <perm = [0,2,1]> (x)\n s = MatMul (y, t)\n logits = Softmax (s)"
+    found, expected = both(body, allow_fallback=True)
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cache_read_outside_of_attention_is_no_cache_in_place(both):
+    body = 'k = ReduceMean ("past.0.key", axes)\n logits = Add (y, k)'
+    extra = "int64[4] axes = {0, 1, 2, 3}"
+    body = body.replace("logits = Add (y, k)", "j = Reshape (k, one)\n logits = Add (y, j)")
+    extra += ", int64[3] one = {1, 1, 1}"
+    with pytest.raises(ModelError, match=r"reads past\.0\.key .*only a fused attention"):
+        both(body, extra)
+    found, expected = both(body, extra, allow_fallback=True)
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weight_that_is_computed_names_the_pass(both, tmp_path):
+    body = "n = ReduceL2 (big, axes)\n d = Div (big, n)\n t = Transpose <perm = [1,0]> (d)\n logits = MatMul (y, t)"
+    values = ", ".join(str(i % 7 + 1) for i in range(60 * 6))
+    with pytest.raises(ModelError, match="computed anew at every step; run fold-norm-head"):
+        both(body, f"int64[1] axes = {{1}}, float[60,6] big = {{{values}}}")
+
+
+def test_codes_are_never_turned_back_into_floats(both):
+    body = "w3 = DequantizeLinear <axis = 0> (q8, s8)\n logits = Add (y, w3)"
+    with pytest.raises(ModelError, match="turned back into floats"):
+        both(body, "int8[1,6] q8 = {1, -2, 3, -4, 5, -6}, float[1] s8 = {0.5}")
+
+
+def test_graph_without_cache_is_refused(tmp_path):
+    path = tmp_path / "model.onnxtxt"
+    path.write_text('<ir_version: 10, opset_import: ["" : 21]> g (float[2,3] x) => (float[2,3] y) { y = Neg (x) }')
+    with pytest.raises(ModelError, match="not a decoder"):
+        lower(load_model(path), find_cpu())
+
+
+def test_every_step_is_shown_by_name(tmp_path):
+    path = tmp_path / "model.onnxtxt"
+    path.write_text(model_text("logits = Add (y, x)"))
+    cpu, seen = find_cpu(), []
+    run_steps(lower(load_model(path), cpu).module, cpu.target(), lambda name, module: seen.append(name))
+    assert seen == [step.name for step in steps()]
