@@ -192,6 +192,40 @@ def quantized_rows_of(data: onnx_ir.Value) -> QuantizedRows | None:
     return None
 
 
+def linears_of_rows(rows: QuantizedRows) -> list[Linear]:
+    """The linears that multiply these rows."""
+    sums = [use.node for use in rows.codes.uses() if use.node.op_type == "MatMulInteger" and use.idx == 0]
+    return [linear for node in sums if (linear := linear_of_sums(node)) is not None]
+
+
+def linear_of_sums(node: onnx_ir.Node) -> Linear | None:
+    """The linear with dynamic activations that this MatMulInteger is the integer product of; None if it is of none."""
+    if node.op_type != "MatMulInteger" or node.domain:
+        return None
+    for cast in node.outputs[0].consumers():
+        for product in cast.outputs[0].consumers():
+            for last in product.outputs[0].consumers():
+                found = find_dynamic_linear(last)
+                if found is not None and node in found.nodes:
+                    return found
+    return None
+
+
+def reads_codes(node: onnx_ir.Node, index: int) -> bool:
+    """True if input `index` is the codes of a weight, dequantised or multiplied as integers."""
+    if node.op_type == "Transpose":
+        return any(reads_codes(use.node, use.idx) for use in node.outputs[0].uses() if use.node.op_type != "Transpose")
+    return (node.op_type, index) in {("DequantizeLinear", 0), ("MatMulInteger", 1)} and not node.domain
+
+
+def reads_scales(node: onnx_ir.Node, index: int) -> bool:
+    """True if input `index` is the scales of a weight's codes, dequantised or multiplied as integers."""
+    if node.op_type == "DequantizeLinear":
+        return index == 1
+    linear = find_dynamic_linear(node)
+    return linear is not None and linear.scales is node.inputs[index]
+
+
 def _weight(operand: onnx_ir.Value | None, *, turned: bool) -> LinearWeight | None:
     """The constant behind a right operand, [k, n], or [n, k] if it is `turned`."""
     nodes: list[onnx_ir.Node] = []

@@ -21,6 +21,7 @@ from passopt.ir.errors import VerifyError
 from passopt.ir.evaluate import CHUNK_BYTES, Evaluator
 from passopt.ir.files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
 from passopt.ir.layout import plan_layout, write_safetensors
+from passopt.ir.linears import reads_codes, reads_scales
 from passopt.ir.staging import staged_directory
 from passopt.targets.digests import root_digest
 from passopt.targets.manifest import (
@@ -235,10 +236,10 @@ def _unpadded(weight: ex.Expression) -> ex.Expression:
 
 def _kind(value: onnx_ir.Value, weight: ex.Expression) -> str:
     """By what reads the weight, so that codes are told also where they come from a file."""
-    read_as = {index for node, index in value.uses() if node.op_type == "DequantizeLinear"}
     parts = {type(part) for part in weight.walk()}
-    if 0 in read_as or ex.QuantizeCodes in parts:
+    uses = [(use.node, use.idx) for use in value.uses()]
+    if ex.QuantizeCodes in parts or any(reads_codes(node, index) for node, index in uses):
         return "codes"
-    if 1 in read_as or ex.QuantizeScales in parts:
+    if ex.QuantizeScales in parts or any(reads_scales(node, index) for node, index in uses):
         return "scales"
     return "other" if any(True for _ in weight.sources()) else "constants"

@@ -19,6 +19,7 @@ from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType, Literal
 from passopt.ir.text import parse_model
 from passopt.ir.weights import LazyWeight
+from passopt.passes.quantize_activations import QuantizeActivations
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import join_ranks, rank_models
 from passopt.testing.checkpoints import ROTARY, evaluation_text, make_checkpoint
@@ -35,7 +36,7 @@ from passopt.verification_scenarios import (
     surprise,
     text_windows,
 )
-from passopt.verification_twins import dequantised_twin
+from passopt.verification_twins import dequantised_twin, has_dynamic_activations
 
 FP16, BF16 = DataType.FLOAT16, DataType.BFLOAT16
 TOKENS = tuple(int(token) for token in np.random.default_rng(3).integers(0, 34, 100))
@@ -106,6 +107,46 @@ def test_int8_is_compared_twice(options: VerifyOptions, degree: int, dtype: Data
     assert worst[NUMPY_TWIN] < (2e-3 if dtype == FP16 else 2e-6)
     assert 1e-3 < worst[ORIGINAL] < 1e-1
     assert any(row.output == "perplexity" and row.error > 0 for row in report.rows)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [DataType.FLOAT, FP16, BF16])
+def test_dynamic_activations_are_compared_twice(options: VerifyOptions, dtype: DataType) -> None:
+    candidate = tiny_decoder(DecoderSpec(dtype=dtype, quantized=True))
+    assert QuantizeActivations().run(candidate).modified
+    report = verify(tiny_decoder(DecoderSpec(dtype=dtype)), candidate, options=options)
+    assert report.ok, report.to_text()
+    assert any(note.startswith("int8 activations: outputs within 1e-01") for note in report.notes)
+    outputs = [row for row in report.rows if row.output not in {"perplexity", "top-1"}]
+    worst = {
+        kind: max(row.error for row in outputs if row.comparison.startswith(kind)) for kind in (NUMPY_TWIN, ORIGINAL)
+    }
+    assert worst[NUMPY_TWIN] < worst[ORIGINAL] / 2
+    assert 1e-3 < worst[ORIGINAL] < 1e-1
+
+
+def test_a_wrong_code_of_a_dynamic_linear_is_found() -> None:
+    """The twin is made of the graph's own codes, so that a wrong code shows against the original only."""
+    model = tiny_decoder(DecoderSpec(quantized=True))
+    QuantizeActivations().run(model)
+    name = "model.layers.0.mlp.down_proj.weight.codes"
+    codes = np.array(model.graph.initializers[name].const_value.numpy())  # type: ignore[union-attr]
+    codes[0] *= -1
+    model.graph.initializers[name].const_value = LazyWeight(Literal.of(codes), name)
+    report = verify(tiny_decoder(), model, options=WHOLE)
+    assert failed(report)
+    assert {row.comparison for row in report.rows if not row.ok} == {ORIGINAL}
+
+
+def test_twin_of_a_dynamic_linear_multiplies_numbers(tmp_path: Path) -> None:
+    model = tiny_decoder(DecoderSpec(quantized=True))
+    QuantizeActivations().run(model)
+    assert has_dynamic_activations(model)
+    twin = dequantised_twin(model, tmp_path)
+    kinds = {node.op_type for node in twin.graph}
+    assert not {"MatMulInteger", "DequantizeLinear"} & kinds
+    assert "Round" in kinds
+    assert not any(value.dtype == DataType.INT8 for value in twin.graph.initializers.values())
 
 
 def test_two_int8_models_are_held_to_the_tight_tolerance() -> None:

@@ -17,6 +17,7 @@ from passopt.ir.expressions import SCALE_OF_ZEROS, Expression, Literal, Quantize
 from passopt.ir.shapes import DimOf, dimensions, elements
 from passopt.ir.weights import LazyWeight, expression_of, small_constant
 from passopt.passes.sharding.axes import ndim_of
+from passopt.passes.sharding.dynamic import scale_uses
 from passopt.passes.sharding.lengths import piece_of_target
 from passopt.passes.sharding.propagate import Propagation, Use, describe
 from passopt.passes.sharding.spec import Product, Sharded, VocabMasked, local_length, padded_units
@@ -39,6 +40,7 @@ class Materializer:
         self.degree = degree
         self.editor = editor
         self._kv_heads = _kv_heads(state)
+        self._scale_uses = scale_uses(state)  # while the graph still has the shapes of the whole
         self._owned: dict[VocabMasked, tuple[onnx_ir.Value, onnx_ir.Value]] = {}
 
     def run(self) -> Materialized:
@@ -97,9 +99,7 @@ class Materializer:
         assert expression is not None
         padded = padded_units(spec.units, self.degree)
         length = expression.shape[spec.axis] // spec.units * padded
-        is_scale = isinstance(expression, QuantizeScales) or any(
-            use.node.op_type == "DequantizeLinear" and use.index == 1 for use in uses
-        )
+        is_scale = isinstance(expression, QuantizeScales) or not self._scale_uses.isdisjoint(uses)
         filler = SCALE_OF_ZEROS if is_scale else 0.0
         segments = spec.fixed_segments
         return expression.pad(spec.axis, length, segments, filler).shard(spec.axis, self.degree, segments)

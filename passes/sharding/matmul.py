@@ -17,14 +17,15 @@ def matmul_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
     if isinstance(left, LocalDims) or isinstance(right, LocalDims):
         raise Conflict("computes with the length of a sharded axis")
     if is_weight_side(node.inputs[1]) and ndim_of(node.inputs[1]) == 2:
-        return _linear(state, node, left)
+        return linear_forward(state, node, node.outputs[0], node.outputs[0])
     if isinstance(left, Replicated) and isinstance(right, Replicated):
         return REPLICATED
     return _product(state, node, left, right)
 
 
-def _linear(state: Propagation, node: onnx_ir.Node, data: Spec) -> Spec:
-    """A weight on the right, [in, out] as MatMul sees it."""
+def linear_forward(state: Propagation, node: onnx_ir.Node, output: onnx_ir.Value, reduced: onnx_ir.Value) -> Spec:
+    """A product with a weight on the right, [in, out]. `output` is the linear's; partial sums meet in `reduced`."""
+    data = state.spec(node, 0)
     last = ndim_of(node.inputs[0]) - 1
     if isinstance(data, Sharded):
         if data.axis != last:
@@ -32,23 +33,22 @@ def _linear(state: Propagation, node: onnx_ir.Node, data: Spec) -> Spec:
             state.demand_whole(node, 1, data.at(-1))
             return data
         state.demand(node, 1, data.at(0))
-        state.reduce(node.outputs[0])
+        state.reduce(reduced)
         return REPLICATED
-    seed = _seed(state, node)
+    seed = _seed(state, node, output)
     if seed is None:
         return REPLICATED
     state.demand(node, 1, seed)
     return seed.at(ndim_of(node.outputs[0]) - 1)
 
 
-def _seed(state: Propagation, node: onnx_ir.Node, channels: int = 1) -> Sharded | None:
-    """Column parallelism of a linear whose input is replicated: its layout follows from how its output is used.
+def _seed(state: Propagation, node: onnx_ir.Node, output: onnx_ir.Value, channels: int = 1) -> Sharded | None:
+    """Column parallelism of a linear whose input is replicated: its layout follows from how `output` is used.
 
     `channels` is the weight's axis of output channels. A layout of one unit, such as the key that all query heads
     share, stays whole on every rank.
     """
     if node not in state.seeds:
-        output = node.outputs[0]
         width = products(node.inputs[1])[channels]
         if width is None or width.symbols:
             raise Conflict("the number of output channels is unknown")
@@ -77,7 +77,7 @@ def gemm_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
         state.demand_whole(node, 1, rows.at(-1))
         _demand_bias(state, node, rows)
         return rows
-    seed = _seed(state, node, channels)
+    seed = _seed(state, node, node.outputs[0], channels)
     if seed is None:
         return REPLICATED
     state.demand(node, 1, seed)

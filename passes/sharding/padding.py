@@ -14,6 +14,7 @@ import onnx_ir
 from passopt.ir.errors import PassError
 from passopt.ir.expressions import QuantizeScales
 from passopt.ir.weights import expression_of, small_constant
+from passopt.passes.sharding.dynamic import scale_uses
 from passopt.passes.sharding.propagate import Propagation, describe, is_constant, is_weight_side
 from passopt.passes.sharding.spec import Sharded
 
@@ -49,7 +50,7 @@ _BOUNDED = frozenset(
 #: Zero only if all inputs are: one that is replicated puts its own elements next to the padding.
 _JOINING = frozenset({"Add", "Sub", "Max", "Min", "Sum", "Where", "Concat"})
 _WIDE = frozenset({onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE})
-_PRODUCTS = frozenset({"Mul", "MatMul"})
+_PRODUCTS = frozenset({"Mul", "MatMul", "MatMulInteger"})
 #: What squares, or grows faster, may overflow; of zero it is zero, or one.
 _OF_ZERO = {
     "ReduceL2": Padded.ZERO,
@@ -71,15 +72,11 @@ class PaddingCheck:
         self._padded: dict[onnx_ir.Value, Padded] = {}
         self._origin: dict[onnx_ir.Value, onnx_ir.Node] = {}
         # Padded scales are not zero, wherever else the same constant is used.
-        self._scales = {
-            use.node.inputs[use.index]
-            for use in state.constant_uses
-            if use.node.op_type == "DequantizeLinear" and use.index == 1
-        }
+        self._scales = {use.node.inputs[use.index] for use in scale_uses(state)}
 
     def run(self) -> None:
         for node in self.state.model.graph:
-            if any(value in self.state.partial for value in node.outputs):
+            if node.op_type == "MatMulInteger" or any(value in self.state.partial for value in node.outputs):
                 self._check_contraction(node)
             for value in node.outputs:
                 if self._is_padded(self.state.specs.get(value)):

@@ -26,6 +26,7 @@ from passopt.passes.sharding.axes import (
     source_axis,
 )
 from passopt.passes.sharding.captures import check_captures
+from passopt.passes.sharding.dynamic import integer_matmul_forward, reduces_local_rows
 from passopt.passes.sharding.fused import FUSED_BACKWARD, FUSED_FORWARD
 from passopt.passes.sharding.lengths import READS_LOCAL_DIMS, SHAPE_ARITHMETIC, local_dims
 from passopt.passes.sharding.matmul import gemm_forward, matmul_backward, matmul_forward
@@ -282,6 +283,8 @@ def _reduction(state: Propagation, node: onnx_ir.Node) -> Spec:
         return REPLICATED
     ndim = ndim_of(node.inputs[0])
     axes = constant_axes(node, 1, ndim)
+    if axes == [spec.axis] and reduces_local_rows(node):
+        return REPLICATED
     if axes is None or spec.axis in axes:
         raise Conflict(f"reduces over axis {spec.axis}, which is {spec}")
     keeps = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
@@ -318,7 +321,7 @@ def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded
 
 
 #: Of replicated inputs these may make sharded outputs: by a weight's shard, or by what repeats to one rank's length.
-_SEEDING = frozenset({"MatMul", "Gemm", "Gather", "Expand"})
+_SEEDING = frozenset({"MatMul", "MatMulInteger", "Gemm", "Gather", "Expand"})
 _FORWARD: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_REDUCTIONS, _reduction),
@@ -333,6 +336,7 @@ _FORWARD: dict[str, Rule] = {
     "Expand": expand_forward,
     "Shape": local_dims,
     "MatMul": matmul_forward,
+    "MatMulInteger": integer_matmul_forward,
     "Gemm": gemm_forward,
     "DequantizeLinear": _dequantize,
     **FUSED_FORWARD,
@@ -344,7 +348,7 @@ _BACKWARD: dict[str, Backward] = {
     "Concat": _concat_backward,
     "Reshape": reshape_backward,
     "Expand": expand_backward,
-    "MatMul": matmul_backward,
+    **dict.fromkeys(("MatMul", "MatMulInteger"), matmul_backward),
     "DequantizeLinear": _dequantize_backward,
     **FUSED_BACKWARD,
 }

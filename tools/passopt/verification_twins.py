@@ -1,5 +1,7 @@
 """Twins of quantised graphs: weights dequantised by plain numpy, to check the int8 graph against its own codes.
 
+Where activations are quantised as well, the twin multiplies the same rows of codes, as numbers, in fp32.
+
 Deliberately apart from the quantiser: only the codes and scales that the graph holds are used.
 """
 
@@ -11,9 +13,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
+from passopt.ir.editing import Editor
 from passopt.ir.errors import ModelError
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import Expression
+from passopt.ir.linears import Linear, find_dynamic_linear
 from passopt.ir.sources import external_source
 from passopt.ir.weights import LazyWeight, expression_of
 
@@ -35,8 +39,17 @@ def dequantised_weights(model: onnx_ir.Model) -> list[onnx_ir.Node]:
     ]
 
 
+def dynamic_linears(model: onnx_ir.Model) -> list[Linear]:
+    """The linears whose activations are quantised while the graph runs."""
+    return [linear for node in model.graph if (linear := find_dynamic_linear(node)) is not None]
+
+
 def is_quantized(model: onnx_ir.Model) -> bool:
-    return bool(dequantised_weights(model))
+    return bool(dequantised_weights(model)) or has_dynamic_activations(model)
+
+
+def has_dynamic_activations(model: onnx_ir.Model) -> bool:
+    return any(find_dynamic_linear(node) is not None for node in model.graph)
 
 
 def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
@@ -46,6 +59,9 @@ def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
     """
     twin = model.clone()
     graph = twin.graph
+    editor = Editor(twin, "twin")
+    for linear in dynamic_linears(twin):
+        _multiply_numbers(editor, linear)
     for index, node in enumerate(dequantised_weights(twin)):
         output = node.outputs[0]
         name = f"{output.name}.dequantised"
@@ -64,6 +80,19 @@ def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
             if weight.name and weight.is_initializer() and not weight.uses():
                 del graph.initializers[weight.name]
     return twin
+
+
+def _multiply_numbers(editor: Editor, linear: Linear) -> None:
+    """``Mul(MatMul(Cast<fp32>(codes), Transpose(DequantizeLinear(w.codes, w.scales))), scale)`` instead of integers."""
+    rows, weight, output = linear.rows, linear.weight, linear.output
+    assert rows is not None
+    last = output.producer()
+    assert last is not None
+    builder = editor.builder(f"{output.name}.numbers")
+    matrix = builder.DequantizeLinear(weight.value, weight.scales, axis=0 if weight.transposed else 1)
+    turned = builder.Transpose(matrix, perm=[1, 0]) if weight.transposed else matrix
+    numbers = builder.MatMul(builder.Cast(rows.codes, to=onnx_ir.DataType.FLOAT.value), turned)
+    editor.replace({output: builder.Mul(numbers, rows.scales)}, builder.built, [last])
 
 
 def _write(node: onnx_ir.Node, path: Path, name: str) -> Expression:
