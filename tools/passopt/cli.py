@@ -19,8 +19,15 @@ from passopt.ir.errors import PassoptError, UsageError
 
 _INTERRUPTED = 128 + signal.SIGINT
 
-#: Which extra brings a package that is missing.
-_EXTRAS = {"onnx_graphsurgeon": "guests", "onnxsim": "guests", "tvm": "run", "tvm_ffi": "run", "tokenizers": "run"}
+#: Which extra brings a package; `export` brings all others.
+_EXTRAS = {
+    "onnx_graphsurgeon": "guests",
+    "onnxsim": "guests",
+    "sentencepiece": "run",
+    "tokenizers": "run",
+    "tvm": "run",
+    "tvm_ffi": "run",
+}
 
 _DESCRIPTION = "Ordered graph passes for ONNX graphs of language models."
 _EPILOG = """examples:
@@ -81,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_why(add)
     _add_replay(add)
     _add_compile(add)
+    _add_generate(add)
     return parser
 
 
@@ -277,6 +285,47 @@ def _add_why(add: Any) -> None:
         "--limit", type=_count, default=4, metavar="K", help="kinds shown, 0 all (default: %(default)s)"
     )
     command.add_argument("--json", action="store_true", help="everything, as JSON")
+
+
+_GENERATE_EXAMPLES = """passopt generate baichuan2.lib --prompt 'The lexical structure of' --max-new-tokens 64 --stream
+  passopt generate baichuan2.lib --chat --prompt 'What is a compiler?' --temperature 0.3 --seed 1
+  passopt generate baichuan2.lib --prompt-file questions.txt --chat --greedy --json
+  echo '5 17 203' | passopt generate baichuan2.lib --ids"""
+
+
+def _add_generate(add: Any) -> None:
+    command = add(
+        "generate",
+        "generate",
+        "Continue prompts by a compiled model. Text on stdout; tokens/s, time to first token and memory on stderr.",
+        _GENERATE_EXAMPLES,
+    )
+    command.add_argument("directory", metavar="DIR", help="what passopt compile has written")
+    command.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated; default: stdin")
+    command.add_argument("--prompt-file", metavar="FILE", help="one prompt per line")
+    command.add_argument("--messages", metavar="FILE", help='a conversation: JSON list of {"role": …, "content": …}')
+    command.add_argument("--chat", action="store_true", help="prompts are questions, in the model's chat format")
+    command.add_argument("--system", metavar="TEXT", help="with --chat: what the system says first")
+    command.add_argument(
+        "--ids", action="store_true", help="token ids, separated by spaces, instead of text: in and out"
+    )
+    command.add_argument("--max-new-tokens", type=_positive, metavar="N", help=_DEFAULT_HELP)
+    command.add_argument("--greedy", action="store_true", help="always the most likely token")
+    command.add_argument("--temperature", type=float, metavar="T", help="sample; smaller is closer to greedy")
+    command.add_argument("--top-k", type=_count, metavar="K", help="sample from the K most likely tokens; 0: all")
+    command.add_argument("--top-p", type=float, metavar="P", help="sample from those that together have probability P")
+    command.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: less of what was said already")
+    command.add_argument("--seed", type=int, metavar="N", help="sample, the same every time")
+    command.add_argument("--stream", action="store_true", help="print while tokens come")
+    command.add_argument("--threads", type=_positive, metavar="N", help="default: the cores of this machine")
+    command.add_argument("--capacity", type=_positive, metavar="N", help="columns of the cache; default: as needed")
+    command.add_argument(
+        "--verify-weights", action="store_true", help="hash all weights again (default: once per file)"
+    )
+    command.add_argument("--json", action="store_true", help="ids, text and figures as JSON")
+
+
+_DEFAULT_HELP = "default: generation_config.json's, as for all of sampling; without one 256, greedy"
 
 
 if __name__ == "__main__":

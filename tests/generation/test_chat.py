@@ -1,0 +1,144 @@
+"""Baichuan's conversations as ids, and chat templates."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from passopt.generation.chat import Message, baichuan_ids, chat_ids
+from passopt.generation.sampling import Sampling
+from passopt.generation.settings import Settings, read_settings
+from passopt.ir.errors import ModelError, UsageError
+
+USER, ASSISTANT = 195, 196
+
+
+def encode(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def ids(*turns: str, room: int | None = None) -> str:
+    """Roles by their first letter; `<` and `>` for the role tokens of user and assistant."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [Message(roles[turn[0]], turn[1:]) for turn in turns]
+    found = baichuan_ids(messages, encode, user=USER, assistant=ASSISTANT, room=room)
+    return "".join({USER: "<", ASSISTANT: ">"}.get(index, chr(index)) for index in found)
+
+
+@pytest.mark.parametrize(
+    ("turns", "room", "expected"),
+    [
+        (("uhello",), None, "<hello>"),
+        (("sbe", "uhi"), None, "be<hi>"),
+        (("ua", "ab", "uc"), None, "<a>b<c>"),
+        (("ua", "ab"), None, "<a>b"),
+        (("ab", "uc"), None, ">b<c>"),
+        (("ua", "ub"), None, "<a<b>"),
+        # Rounds take 4, 4 and 2: the oldest ones go first, whole.
+        (("ua", "ab", "uc", "ad", "ue"), 10, "<a>b<c>d<e>"[-10:]),
+        (("uab", "ac", "ude", "af", "ug"), 12, "<ab>c<de>f<g>"[1:]),
+        (("uab", "ac", "ude", "af", "ug"), 8, "<de>f<g>"),
+        (("uab", "ac", "ude", "af", "ug"), 7, "de>f<g>"),
+        (("uab", "ac", "ude", "af", "ug"), 6, "<g>"),
+        (("sxy", "uab", "ac", "ug"), 8, "xy<g>"),
+        (("sxy", "uab", "ac", "ug"), 9, "xy<ab>c<g>"[-9:]),
+        # The last round stays however long it is; then the begin of everything goes.
+        (("sxy", "uabcdef"), 5, "cdef>"),
+        (("sxyz", "ua"), 2, "a>"),
+    ],
+)
+def test_rounds_that_fit_are_kept(turns, room, expected):
+    assert ids(*turns, room=room) == expected
+
+
+def test_no_room_is_refused():
+    with pytest.raises(UsageError, match="no room"):
+        ids("ua", room=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+class Letters:
+    def encode(self, text: str) -> list[int]:
+        return [0, *encode(text)]
+
+    def encode_template(self, text: str) -> list[int]:
+        return encode(text)
+
+    def decode(self, ids) -> str:
+        return "".join(map(chr, ids))
+
+
+def settings(**changes) -> Settings:
+    fields = {"bos": 1, "eos": frozenset({2}), "pad": 0, "user": None, "assistant": None} | changes
+    return Settings(Sampling(), 9, **fields)
+
+
+def test_role_tokens_mean_the_format_of_baichuan(folder: Path):
+    found = chat_ids([Message("user", "a")], folder, Letters(), settings(user=USER, assistant=ASSISTANT), 9)
+    assert found == [USER, 0, ord("a"), ASSISTANT]
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}\n"
+    "    {% if message.role == 'assistant' and loop.first %}{{ raise_exception('starts') }}{% endif %}\n"
+    "[{{ message['role'] }}]{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("place", ["string", "named", "file"])
+def test_a_template_is_rendered(folder: Path, place: str):
+    config: dict = {"bos_token": {"content": "<s>"}}
+    if place == "file":
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+    else:
+        named = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+        config["chat_template"] = TEMPLATE if place == "string" else named
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    turns = [Message("system", "be"), Message("user", "hi")]
+    text = Letters().decode(chat_ids(turns, folder, Letters(), settings(), None))
+    assert "".join(text.split()) == "<s>[system]be[user]hi[assistant]"
+    with pytest.raises(ModelError, match="starts"):
+        chat_ids([Message("assistant", "x"), Message("user", "y")], folder, Letters(), settings(), None)
+
+
+def test_a_template_cannot_reach_out(folder: Path):
+    config = {"chat_template": "{{ messages.__class__.__mro__ }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="template fails"):
+        chat_ids([Message("user", "y")], folder, Letters(), settings(), None)
+
+
+def test_a_model_without_a_format_is_told(folder: Path):
+    with pytest.raises(ModelError, match="no chat format"):
+        chat_ids([Message("user", "y")], folder, Letters(), settings(), None)
+
+
+def test_a_conversation_needs_a_user_and_one_system_text_at_its_begin(folder: Path):
+    with pytest.raises(UsageError, match="no message of a user"):
+        chat_ids([Message("system", "y")], folder, Letters(), settings(), None)
+    with pytest.raises(UsageError, match="message 1 is of the system"):
+        chat_ids([Message("user", "y"), Message("system", "x")], folder, Letters(), settings(), None)
+    with pytest.raises(UsageError, match="role 'tool'"):
+        Message("tool", "x")
+
+
+def test_settings_are_read_in_order(folder: Path):
+    assert read_settings(folder).sampling == Sampling()
+    (folder / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 5}')
+    assert (read_settings(folder).eos, read_settings(folder).pad) == (frozenset({2}), 5)
+    own = {"eos_token_id": [2, 7], "user_token_id": 3, "assistant_token_id": 4, "do_sample": True, "temperature": 0.3}
+    (folder / "generation_config.json").write_text(json.dumps(own | {"top_k": 5, "max_new_tokens": 33}))
+    found = read_settings(folder)
+    assert found.sampling == Sampling(do_sample=True, temperature=0.3, top_k=5)
+    assert (found.eos, found.user, found.assistant, found.max_new_tokens) == (frozenset({2, 7}), 3, 4, 33)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"top_k": "many"}'])
+def test_damaged_settings_are_told(folder: Path, text: str):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        read_settings(folder)

@@ -1,0 +1,133 @@
+"""Both kinds of tokenizer, and text that arrives token by token."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from passopt.generation.tokenizer import TextStream, load_tokenizer
+from passopt.ir.errors import ModelError
+from passopt.testing.checkpoints import ROTARY, make_checkpoint
+
+TEXTS = ["The lexical structure", "  two  spaces\n\tand 12.5", "你好，世界 🦜!", "naïve—€", "</s> <unk>", ""]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tokenizer") / "checkpoint", ROTARY, weights=False)
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory) -> Path:
+    """A byte-level tokenizer.json without merges, with a template that adds <s>."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {piece: index + 2 for index, piece in enumerate(alphabet)}
+    model = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    model.add_special_tokens(["<s>", "</s>"])
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder = tmp_path_factory.mktemp("fast")
+    model.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(params=["checkpoint", "fast"])
+def tokenizer(request):
+    return load_tokenizer(request.getfixturevalue(request.param))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back(tokenizer, text: str):
+    assert tokenizer.decode(tokenizer.encode_template(text.replace("<", "("))) == text.replace("<", "(")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_those_of_the_pieces_that_the_stock_code_takes(checkpoint: Path, text: str):
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint / "tokenizer.model"))
+    pieces = model.encode(text, out_type=str)
+    assert load_tokenizer(checkpoint).encode(text) == [model.piece_to_id(piece) for piece in pieces]
+
+
+def test_text_is_never_a_control_token_unless_a_template_wrote_it(checkpoint: Path):
+    tokenizer = load_tokenizer(checkpoint)
+    assert 2 not in tokenizer.encode("a</s>b")
+    assert tokenizer.encode_template("<s>a</s>b") == [1, *tokenizer.encode("a"), 2, *tokenizer.encode("b")]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streamed_text_is_whole_characters_and_in_total_the_same(tokenizer, text: str):
+    ids = tokenizer.encode(text)
+    stream = TextStream(tokenizer)
+    pieces = [stream.put(token) for token in ids]
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert "".join(pieces) + stream.end() == tokenizer.decode(ids)
+    if text.isascii() and text.replace(" ", ""):
+        assert sum(map(bool, pieces)) > 1
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_bytes_that_are_no_character_come_at_the_end_or_when_sure(tokenizer, cut: int):
+    (*whole,) = tokenizer.encode_template("é🦜世a")
+    for ids in (whole[:cut], whole[cut:], [*whole[:cut], *whole], whole[::-1]):
+        stream = TextStream(tokenizer)
+        assert "".join([stream.put(token) for token in ids]) + stream.end() == tokenizer.decode(ids)
+
+
+def test_a_character_comes_as_soon_as_it_is_whole(fast: Path):
+    tokenizer = load_tokenizer(fast)
+    stream = TextStream(tokenizer)
+    assert [stream.put(token) for token in tokenizer.encode_template("世é!")] == ["", "", "世", "", "é", "!"]
+
+
+def test_a_long_text_is_streamed_exactly(checkpoint: Path):
+    from passopt.testing.checkpoints import evaluation_text
+
+    tokenizer = load_tokenizer(checkpoint)
+    text = evaluation_text()[:4000]
+    stream = TextStream(tokenizer)
+    assert "".join([stream.put(token) for token in tokenizer.encode(text)]) + stream.end() == text
+
+
+def test_ids_that_only_pad_the_vocabulary_are_no_text(tokenizer):
+    assert tokenizer.decode([10**6, *tokenizer.encode_template("ab"), 10**6]) == "ab"
+
+
+@pytest.mark.parametrize(("begin", "end"), [(True, False), (False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("kind", ["checkpoint", "fast"])
+def test_tokens_at_begin_and_end_are_as_configured(request, tmp_path: Path, kind: str, begin: bool, end: bool):
+    folder = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "copy"))
+    plain = load_tokenizer(folder).encode_template("ab")
+    config = {"add_bos_token": begin, "add_eos_token": end, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    first, last = (1, 2) if kind == "checkpoint" else (0, 1)
+    assert load_tokenizer(folder).encode("ab") == [first] * begin + plain + [last] * end
+
+
+def test_the_post_processor_decides_where_nothing_is_configured(fast: Path):
+    assert load_tokenizer(fast).encode("a")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_a_damaged_file_is_told(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(b"nonsense")
+    with pytest.raises(ModelError, match=name):
+        load_tokenizer(tmp_path)
+
+
+def test_no_tokenizer_is_told(tmp_path: Path):
+    with pytest.raises(ModelError, match="--ids"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_begin_token_that_there_is_not_is_told(fast: Path, tmp_path: Path):
+    shutil.copyfile(fast / "tokenizer.json", tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<none>"}')
+    with pytest.raises(ModelError, match="<none>"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,133 @@
+"""Conversations as token ids: Baichuan's format of role tokens, or the chat template that a model brings along."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from passopt.generation.settings import Settings, read_json
+from passopt.generation.tokenizer import CONFIG_NAME, Tokenizer, token_text
+from passopt.ir.errors import ModelError, UsageError
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+TEMPLATE_NAME = "chat_template.jinja"
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in (SYSTEM, USER, ASSISTANT):
+            raise UsageError(f"a message has the role {self.role!r}, expected {SYSTEM}, {USER} or {ASSISTANT}")
+
+
+def chat_ids(
+    messages: Sequence[Message], folder: Path, tokenizer: Tokenizer, settings: Settings, room: int | None
+) -> list[int]:
+    """The prompt that lets the assistant answer, in the format of the model in `folder`.
+
+    `room` is the most tokens that a prompt may have; only Baichuan's format says what to leave out. Raises ModelError
+    if the model has no format, UsageError if the conversation is none.
+    """
+    _check(messages)
+    if settings.user is not None and settings.assistant is not None:
+        return baichuan_ids(messages, tokenizer.encode, user=settings.user, assistant=settings.assistant, room=room)
+    return tokenizer.encode_template(_rendered(messages, folder))
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not any(message.role == USER for message in messages):
+        raise UsageError("the conversation has no message of a user")
+    for index, message in enumerate(messages):
+        if index and message.role == SYSTEM:
+            raise UsageError(f"message {index} is of the system; only the first one may be")
+
+
+def baichuan_ids(
+    messages: Sequence[Message],
+    encode: Callable[[str], list[int]],
+    *,
+    user: int,
+    assistant: int,
+    room: int | None = None,
+) -> list[int]:
+    """System text, then every message after the token of its role, then the token that begins the answer.
+
+    A round begins with each user message. The newest rounds that fit in `room` beside the system text are kept whole;
+    the last one always, and where that is too long, the end of everything.
+    """
+    if room is not None and room < 1:
+        raise UsageError("no room for a prompt: ask for fewer new tokens than the model has positions")
+    first = encode(messages[0].content) if messages[0].role == SYSTEM else []
+    budget = None if room is None else room - len(first)
+    history: list[int] = []
+    for turns in reversed(_rounds(messages)):
+        ids = [index for turn in turns for index in (user if turn.role == USER else assistant, *encode(turn.content))]
+        if history and budget is not None and len(ids) + len(history) > budget:
+            break
+        history = ids + history
+        if budget is not None and len(history) >= budget:
+            break
+    ids = first + history
+    if messages[-1].role != ASSISTANT:
+        ids.append(assistant)
+    return ids if room is None else ids[-room:]
+
+
+def _rounds(messages: Sequence[Message]) -> list[list[Message]]:
+    rounds: list[list[Message]] = []
+    for message in messages:
+        if message.role == SYSTEM:
+            continue
+        if message.role == USER or not rounds:
+            rounds.append([])
+        rounds[-1].append(message)
+    return rounds
+
+
+def _rendered(messages: Sequence[Message], folder: Path) -> str:
+    config = read_json(folder / CONFIG_NAME)
+    source = _template(folder, config)
+    try:
+        import jinja2
+        import jinja2.sandbox
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "this model's chat template needs jinja2: pip install jinja2, or prompt without chat"
+        ) from error
+
+    def complain(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = complain
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+    tokens = {role: text for role in roles if (text := token_text(config, role)) is not None}
+    answer = messages[-1].role != ASSISTANT
+    try:
+        template = environment.from_string(source)
+        turns = [dataclasses.asdict(message) for message in messages]
+        return template.render(messages=turns, add_generation_prompt=answer, **tokens)
+    except jinja2.TemplateError as error:
+        raise ModelError(f"{folder}: its chat template fails: {error}") from error
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str:
+    beside = folder / TEMPLATE_NAME
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+    if not isinstance(found, str):
+        raise ModelError(
+            f"{folder}: has no chat format: generation_config.json names no user_token_id and assistant_token_id, "
+            f"{CONFIG_NAME} has no chat_template. Prompt without --chat."
+        )
+    return found

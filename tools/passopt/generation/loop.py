@@ -1,0 +1,170 @@
+"""Prompts in, tokens out: padding on the left, prefill in chunks, then a token per row and step until all ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from passopt.generation.engine import Engine
+from passopt.generation.sampling import Sampler, Sampling
+from passopt.ir.errors import UsageError
+
+#: Columns per call at prefill: logits of all of them are in memory at once, and an interrupt waits for one call.
+CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What became of one prompt: `ids` without the end token. `end`: it came, or the tokens or positions ran out."""
+
+    ids: tuple[int, ...]
+    end: Literal["eos", "length", "positions"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """All rows. Times in seconds from the first call of the engine; `new_tokens` counts end tokens too."""
+
+    rows: tuple[Row, ...]
+    prompt_tokens: int
+    new_tokens: int
+    first_token: float
+    total: float
+    cache_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all rows together, after the first token of each; None if there is none after it."""
+        after = self.new_tokens - len(self.rows)
+        spent = self.total - self.first_token
+        return after / spent if after > 0 and spent > 0 else None
+
+
+def generate(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    eos: frozenset[int] = frozenset(),
+    pad: int = 0,
+    capacity: int | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    on_end: Callable[[int], None] | None = None,
+) -> Generation:
+    """Continue every prompt by at most `max_new_tokens`, until a token of `eos`.
+
+    `on_token` gets row and token as they come (no end tokens), `on_end` the row once, after its last token. `capacity`
+    in columns defaults to what is needed. Raises UsageError for empty or over-long prompts, before anything runs.
+    """
+    width = _checked_width(engine, prompts, max_new_tokens)
+    steps = max_new_tokens
+    if engine.max_positions is not None:
+        # The last token is not fed: one more than there are positions left.
+        steps = min(steps, engine.max_positions - width + 1)
+    needed = width + steps - 1
+    if capacity is not None and capacity < needed:
+        raise UsageError(
+            f"{width} prompt tokens and {steps} new ones take {needed} columns of the cache, --capacity is {capacity}. "
+            f"Raise it, or ask for fewer new tokens."
+        )
+    engine.allocate(len(prompts), capacity or needed)
+    run = _Run(engine, prompts, sampling, width, eos, pad, on_token, on_end)
+    return run.result(steps, "length" if steps == max_new_tokens else "positions")
+
+
+def _checked_width(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    if not prompts:
+        raise UsageError("there is no prompt")
+    if max_new_tokens < 1:
+        raise UsageError(f"{max_new_tokens} new tokens: at least one is needed")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise UsageError(f"prompt {number} is empty: there is no token to continue from")
+        if engine.max_positions is not None and len(prompt) > engine.max_positions:
+            raise UsageError(
+                f"prompt {number} has {len(prompt)} tokens, the model {engine.max_positions} positions; shorten it"
+            )
+        bad = next((index for index in prompt if not 0 <= index < engine.vocab), None)
+        if bad is not None:
+            raise UsageError(f"prompt {number}: token id {bad} is outside of the vocabulary (0 to {engine.vocab - 1})")
+    return max(map(len, prompts))
+
+
+class _Run:
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        width: int,
+        eos: frozenset[int],
+        pad: int,
+        on_token: Callable[[int, int], None] | None,
+        on_end: Callable[[int], None] | None,
+    ) -> None:
+        self.engine = engine
+        self.ids = np.full((len(prompts), width), pad, np.int64)
+        self.mask = np.zeros((len(prompts), width), np.int64)
+        for row, prompt in enumerate(prompts):
+            self.ids[row, width - len(prompt) :] = prompt
+            self.mask[row, width - len(prompt) :] = 1
+        self.sampler = Sampler(sampling, prompts, engine.vocab)
+        self.eos, self.pad = eos, pad
+        self.on_token, self.on_end = on_token, on_end
+        self.found: list[list[int]] = [[] for _ in prompts]
+        self.ended = [False] * len(prompts)
+        self.count = 0
+
+    def result(self, steps: int, otherwise: Literal["length", "positions"]) -> Generation:
+        start = time.perf_counter()
+        tokens = self._choose(self._prefill())
+        first = time.perf_counter() - start
+        for _ in range(steps - 1):
+            if all(self.ended):
+                break
+            self.mask = np.pad(self.mask, ((0, 0), (0, 1)), constant_values=1)
+            tokens = self._choose(self.engine.forward(tokens[:, None], self.mask)[:, -1])
+        total = time.perf_counter() - start
+        for row, ended in enumerate(self.ended):
+            if not ended and self.on_end:
+                self.on_end(row)
+        ends: list[Literal["eos", "length", "positions"]] = ["eos" if ended else otherwise for ended in self.ended]
+        rows = tuple(Row(tuple(ids), end) for ids, end in zip(self.found, ends, strict=True))
+        return Generation(
+            rows, int(self.mask[:, : self.ids.shape[1]].sum()), self.count, first, total, self.engine.cache_bytes
+        )
+
+    def _prefill(self) -> npt.NDArray[np.float32]:
+        width = self.ids.shape[1]
+        for begin in range(0, width, CHUNK):
+            stop = min(begin + CHUNK, width)
+            logits = self.engine.forward(self.ids[:, begin:stop], self.mask[:, :stop])
+        return logits[:, -1]
+
+    def _choose(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """The next token of every row; rows that have ended go on with padding, which nobody reads."""
+        tokens = np.full(len(self.found), self.pad, np.int64)
+        for row, ended in enumerate(self.ended):
+            if ended:
+                continue
+            token = self.sampler.choose(row, logits[row])
+            tokens[row] = token
+            self.count += 1
+            self._take(row, token)
+        return tokens
+
+    def _take(self, row: int, token: int) -> None:
+        if token in self.eos:
+            self.ended[row] = True
+            if self.on_end:
+                self.on_end(row)
+            return
+        self.found[row].append(token)
+        if self.on_token:
+            self.on_token(row, token)

@@ -1,0 +1,76 @@
+"""What a model's own files say about generation: generation_config.json, then config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from passopt.generation.sampling import Sampling
+from passopt.ir.errors import ModelError
+
+#: Where nothing says how many tokens to generate.
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Defaults of a model. `user` and `assistant` are the ids that begin a turn in Baichuan's chat format."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    bos: int | None
+    eos: frozenset[int]
+    pad: int
+    user: int | None
+    assistant: int | None
+
+
+def read_settings(folder: Path) -> Settings:
+    """Raises ModelError if a file is there and damaged; what no file says is greedy."""
+    own = read_json(folder / "generation_config.json")
+    config = read_json(folder / "config.json")
+
+    def number(key: str) -> int | None:
+        value = own.get(key, config.get(key))
+        return value if isinstance(value, int) else None
+
+    eos = own.get("eos_token_id", config.get("eos_token_id"))
+    ends = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    try:
+        sampling = Sampling(
+            do_sample=bool(own.get("do_sample", False)),
+            temperature=float(own.get("temperature") or 1.0),
+            top_k=int(own.get("top_k", 50) or 0),
+            top_p=float(own.get("top_p") or 1.0),
+            repetition_penalty=float(own.get("repetition_penalty") or 1.0),
+        )
+        longest = int(own.get("max_new_tokens") or DEFAULT_NEW_TOKENS)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder / 'generation_config.json'}: is damaged: {error}") from error
+    pad = number("pad_token_id")
+    return Settings(
+        sampling=sampling,
+        max_new_tokens=longest,
+        bos=number("bos_token_id"),
+        eos=ends,
+        pad=pad if pad is not None else min(ends, default=0),
+        user=number("user_token_id"),
+        assistant=number("assistant_token_id"),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no file. Raises ModelError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: is {type(found).__name__} instead of an object")
+    return found

@@ -1,0 +1,149 @@
+"""Text to token ids and back, by tokenizer.json (tokenizers) or tokenizer.model (sentencepiece).
+
+Text never becomes a control token: `</s>` in a prompt is four characters, unless the model's chat template wrote it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from passopt.generation.settings import read_json
+from passopt.ir.errors import ModelError
+
+FAST_NAME = "tokenizer.json"
+MODEL_NAME = "tokenizer.model"
+CONFIG_NAME = "tokenizer_config.json"
+#: What decoders write for bytes that are no UTF-8, or not yet.
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+#: The most bytes of a character that is not finished.
+_UNFINISHED = 3
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str) -> list[int]:
+        """With the tokens that the model's configuration wants at begin and end."""
+
+    def encode_template(self, text: str) -> list[int]:
+        """What a chat template wrote: control tokens are recognised, none is added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Control tokens, and ids that only pad the vocabulary, are left out."""
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in `folder`. Raises ModelError if there is none, or if it is damaged."""
+    config = read_json(folder / CONFIG_NAME)
+    if (folder / FAST_NAME).is_file():
+        return _Fast(folder / FAST_NAME, config)
+    if (folder / MODEL_NAME).is_file():
+        return _SentencePiece(folder / MODEL_NAME, config)
+    raise ModelError(f"{folder}: has no {MODEL_NAME} and no {FAST_NAME}; put one there, or give token ids (--ids)")
+
+
+def token_text(config: dict[str, Any], role: str) -> str | None:
+    """The text of `bos_token` and such, which is written in two ways."""
+    entry = config.get(role)
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
+
+
+class _SentencePiece:
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ModelError(f"{path}: is not a sentencepiece model: {error}") from error
+        self._size = int(self._model.get_piece_size())
+        self._begin = [self._model.bos_id()] if config.get("add_bos_token", True) else []
+        self._end = [self._model.eos_id()] if config.get("add_eos_token", False) else []
+
+    def encode(self, text: str) -> list[int]:
+        return [*self._begin, *self._model.encode(text), *self._end]
+
+    def encode_template(self, text: str) -> list[int]:
+        pieces = [self._model.id_to_piece(index) for index in range(self._size) if self._model.is_control(index)]
+        ids: list[int] = []
+        for control, part in _split(text, pieces):
+            ids += [self._model.piece_to_id(part)] if control else self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._model.decode([int(index) for index in ids if 0 <= index < self._size]))
+
+
+def _split(text: str, words: Sequence[str]) -> list[tuple[bool, str]]:
+    """`text` in order as (is one of `words`, part); no empty parts."""
+    if not words:
+        return [(False, text)] if text else []
+    parts = re.split("(" + "|".join(map(re.escape, words)) + ")", text)
+    return [(index % 2 == 1, part) for index, part in enumerate(parts) if part]
+
+
+class _Fast:
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more precise
+            raise ModelError(f"{path}: is not a tokenizer: {error}") from error
+        self._template = "add_bos_token" not in config
+        self._begin = self._special(path, config, "bos_token") if config.get("add_bos_token") else []
+        self._end = self._special(path, config, "eos_token") if config.get("add_eos_token") else []
+
+    def _special(self, path: Path, config: dict[str, Any], role: str) -> list[int]:
+        text = token_text(config, role)
+        index = None if text is None else self._model.token_to_id(text)
+        if index is None:
+            raise ModelError(f"{path}: {CONFIG_NAME} adds {role}, which is {text!r}: not in the vocabulary")
+        return [index]
+
+    def encode(self, text: str) -> list[int]:
+        # Without the two switches of older configurations, the file's own post-processor knows what to add.
+        found: list[int] = self._model.encode(text, add_special_tokens=self._template).ids
+        return [*self._begin, *found, *self._end]
+
+    def encode_template(self, text: str) -> list[int]:
+        found: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        size = self._model.get_vocab_size()
+        return str(self._model.decode([int(index) for index in ids if 0 <= index < size], skip_special_tokens=True))
+
+
+class TextStream:
+    """Text as its tokens arrive: only whole characters, and in total what decoding all tokens at once gives."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        #: What is decoded again with every token, since text depends on what is before it; its text so far was given.
+        self._window: list[int] = []
+        self._given = 0
+
+    def put(self, token: int) -> str:
+        """The text that `token` completes, often all of its own."""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        whole = len(text.rstrip(_REPLACEMENT))
+        # An unfinished character is at most three bytes long: what is before those stays as it is.
+        new = self._advance(text, max(whole, len(text) - _UNFINISHED))
+        alone = self._tokenizer.decode([token])
+        if whole == len(text) and alone and _REPLACEMENT not in alone:
+            self._window, self._given = [token], len(alone)
+        return new
+
+    def end(self) -> str:
+        """What is left: bytes that never became a character."""
+        text = self._tokenizer.decode(self._window)
+        return self._advance(text, len(text))
+
+    def _advance(self, text: str, stop: int) -> str:
+        new = text[self._given : stop]
+        self._given = max(self._given, stop)
+        return new
