@@ -16,7 +16,6 @@ from passopt.testing.checkpoints import ROTARY, make_checkpoint
 def folder(tmp_path: Path, monkeypatch, make_engine) -> Path:
     """A checkpoint's companions; the engine has its vocabulary. Texts of these tokens are legible."""
     make_checkpoint(tmp_path / "model", ROTARY, weights=False)
-    made = []
 
     class Engine(make_engine):
         vocab = 520
@@ -28,10 +27,10 @@ def folder(tmp_path: Path, monkeypatch, make_engine) -> Path:
             return logits
 
     def open_engine(folder, *, threads=None, verify_weights=False):
-        made.append((folder, threads, verify_weights))
         return Engine(128)
 
     monkeypatch.setattr("passopt.commands.generate.open_engine", open_engine)
+    monkeypatch.setattr("passopt.commands.generate.check_folder", lambda folder: None)
     return tmp_path / "model"
 
 
@@ -153,8 +152,9 @@ def test_messages_that_are_none_are_told(folder: Path, capsys, tmp_path: Path):
 
 def test_a_folder_that_was_not_compiled_is_told(tmp_path: Path, capsys):
     make_checkpoint(tmp_path / "model", ROTARY, weights=False)
-    assert main(["generate", str(tmp_path / "model"), "--prompt", "a"]) == 2
-    assert "passopt compile" in capsys.readouterr().err
+    for folder in ("model", "nothing"):
+        assert main(["generate", str(tmp_path / folder), "--prompt", "a"]) == 2
+        assert "passopt compile" in capsys.readouterr().err
 
 
 def test_a_folder_of_ranks_is_told(tmp_path: Path, capsys):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from passopt.generation.chat import Message, chat_ids
-from passopt.generation.engine import Engine, open_engine
+from passopt.generation.engine import Engine, check_folder, open_engine
 from passopt.generation.loop import Generation
 from passopt.generation.loop import generate as run
 from passopt.generation.sampling import Sampling
@@ -23,6 +23,7 @@ def generate(options: argparse.Namespace) -> int:
     """Everything that can be wrong with the prompts is told before the weights are loaded."""
     folder = Path(options.directory)
     _check_sources(options)
+    check_folder(folder)
     settings = read_settings(folder)
     sampling = _sampling(options, settings.sampling)
     tokenizer = None if options.ids else load_tokenizer(folder)

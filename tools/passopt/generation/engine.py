@@ -37,13 +37,18 @@ class Engine(Protocol):
         """Append `ids` [batch, seq] under `mask` [batch, past + seq]; logits [batch, seq or 1, vocab]."""
 
 
-def open_engine(folder: Path, *, threads: int | None = None, verify_weights: bool = False) -> Engine:
-    """The engine for `folder`, with room for one column; `allocate` makes more. Raises ModelError, UsageError."""
+def check_folder(folder: Path) -> None:
+    """Raise ModelError unless `folder` was compiled, and for a kind that there is an engine for."""
     found = read_library(folder)
     if isinstance(found, RankFolders):
         raise ModelError(
             f"{folder}: holds {found.degree} ranks, which do not run together yet; compile the model without tp"
         )
+
+
+def open_engine(folder: Path, *, threads: int | None = None, verify_weights: bool = False) -> Engine:
+    """The engine for `folder`, with room for one column; `allocate` makes more. Raises ModelError, UsageError."""
+    check_folder(folder)
     from passopt.targets.tvm import runtime
 
     return runtime.Engine.load(folder, capacity=1, threads=threads, verify_weights=verify_weights)
