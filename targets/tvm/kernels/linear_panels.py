@@ -23,6 +23,12 @@ from passopt.targets.tvm.kernels.emit import (
 
 #: Inputs per chunk: a panel's chunk in fp32 and a block of rows fit the L1 cache.
 CHUNK = 256
+#: Panels that a thread takes at a time, and blocks of rows that it takes over all of them: these fit the L2 cache.
+PANELS_PER_GROUP = 8
+BLOCKS_PER_SPAN = 32
+FEW_BLOCKS = 4
+LINE_BYTES = 64
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 #: A smaller weight is not worth waking threads for.
 PARALLEL_WEIGHTS = 1 << 16
 
@@ -51,6 +57,11 @@ class Panels:
     @property
     def count(self) -> int:
         return -(-self.outputs // self.width)
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """How many rows a tile may have: few rows need not cost as much as many."""
+        return (*(rows for rows in (1, 2, 4, 8) if rows < self.rows), self.rows)
 
     @property
     def vectors(self) -> int:
@@ -86,6 +97,7 @@ class _Linear:
         self.panels, self.m = panels, m
         # Only the last index of an access may be a vector: the axis of length 1 goes.
         self.packed = T.decl_buffer(packed.shape[:3], panels.dtype, data=packed.data)
+        self.flat = T.decl_buffer((panels.count * panels.inputs * panels.width,), panels.dtype, data=packed.data)
         self.x, self.scales, self.y = x, scales, y
         self.lanes = panels.isa.lanes
         self.vectors = range(panels.vectors)
@@ -94,7 +106,7 @@ class _Linear:
         self.chunks = -(-panels.inputs // self.chunk)
 
     def emit(self) -> None:
-        self._emit_for([rows for rows in (1, 2, 4) if rows < self.panels.rows] + [self.panels.rows])
+        self._emit_for(list(self.panels.tiles))
 
     def _emit_for(self, sizes: list[int]) -> None:
         from tvm.script.ir_builder import tirx as T
@@ -111,6 +123,7 @@ class _Linear:
     def _loop(self, extent: Any) -> Any:
         from tvm.script.ir_builder import tirx as T
 
+        extent = T.int64(extent) if isinstance(extent, int) else extent
         if self.panels.outputs * self.panels.inputs < PARALLEL_WEIGHTS:
             return T.serial(0, extent)
         return T.parallel(0, extent)
@@ -182,17 +195,57 @@ class _Linear:
             self._copy_block(copied, block)
         # Few blocks: panels one after the other, as they lie in memory. Many: several, for which a chunk of rows stays
         # in the L2 cache.
-        group = T.if_then_else(blocks > 4, T.int64(8), T.int64(1))
+        group = T.if_then_else(blocks > FEW_BLOCKS, T.int64(PANELS_PER_GROUP), T.int64(1))
         with self._loop((self.panels.count + group - 1) // group) as index:
-            stored_wide = self.panels.dtype == "float32"
-            wide = None if stored_wide else T.alloc_buffer((self.chunk, self.panels.width), "float32")
-            here = self._least(group, self.panels.count - index * group)
-            with T.serial(0, self.chunks) as chunk, T.serial(0, here) as within:
-                panel = index * group + within
+            wide = None if self.panels.dtype == "float32" else self._scratch()
+            first, here = index * group, self._least(group, self.panels.count - index * group)
+            spans = (blocks + (BLOCKS_PER_SPAN - 1)) // BLOCKS_PER_SPAN
+            with T.serial(0, self.chunks) as chunk, T.serial(0, spans) as span, T.serial(0, here) as within:
+                panel = first + within
                 if wide is not None:
                     self._widen(wide, panel, chunk)
-                with T.serial(0, blocks) as block:
-                    self._tile(copied, wide, panel, chunk, block)
+                last = within + 1 == here
+                following = T.if_then_else(last, first, panel + 1), T.if_then_else(last, chunk + 1, chunk)
+                with T.serial(0, self._least(BLOCKS_PER_SPAN, blocks - span * BLOCKS_PER_SPAN)) as step:
+                    block = span * BLOCKS_PER_SPAN + step
+                    self._prefetch(*following, block, blocks)
+                    self._block(copied, wide, panel, chunk, block)
+
+    def _scratch(self) -> Any:
+        from tvm.script.ir_builder import tirx as T
+
+        return T.alloc_buffer((self.chunk, self.panels.width), "float32")
+
+    def _prefetch(self, panel: Any, chunk: Any, block: Any, blocks: Any) -> None:
+        """Ask for this block's part of the chunk that comes next, so that its first block does not wait for memory."""
+        from tvm.script.ir_builder import tirx as T
+
+        size = ITEM_BYTES[self.panels.dtype]
+        lines = -(-self.chunk * self.panels.width * size // LINE_BYTES)
+        # The CPU itself reads ahead where panels are read in the order of memory.
+        share = T.if_then_else(blocks > FEW_BLOCKS, (blocks + (lines - 1)) // blocks, T.int64(0))
+        start = (panel * self.panels.inputs + chunk * self.chunk) * self.panels.width
+        with T.serial(0, share) as line:
+            at = start + (block * share + line) * (LINE_BYTES // size)
+            read, keep_in_l2, data = T.int32(0), T.int32(2), T.int32(1)
+            address = T.address_of(self.flat[at])
+            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, keep_in_l2, data))
+
+    def _block(self, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any) -> None:
+        """One tile, of no more rows than are left."""
+        from tvm.script.ir_builder import tirx as T
+
+        def tile(sizes: list[int]) -> None:
+            if len(sizes) == 1:
+                self._tile(sizes[0], copied, wide, panel, chunk, block)
+                return
+            with T.If(self.m - block * self.panels.rows > sizes[1]):
+                with T.Then():
+                    self._tile(sizes[0], copied, wide, panel, chunk, block)
+                with T.Else():
+                    tile(sizes[1:])
+
+        tile([size for size in reversed(self.panels.tiles) if size > 1])
 
     def _copy_block(self, copied: Any, block: Any) -> None:
         from tvm.script.ir_builder import tirx as T
@@ -213,10 +266,9 @@ class _Linear:
                     value = value * self._scales(panel, vector)
                 store(wide, value, [k, vector * self.lanes], self.lanes)
 
-    def _tile(self, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any) -> None:
+    def _tile(self, size: int, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any) -> None:
         from tvm.script.ir_builder import tirx as T
 
-        size = self.panels.rows
         sums = self._sums(size)
         with T.serial(0, self._length(chunk)) as k:
             if wide is None:
@@ -229,7 +281,7 @@ class _Linear:
                     into = sums[row][vector]
                     store(into, load(into, [0], self.lanes) + value * weights[vector], [0], self.lanes)
         width, outputs = self.panels.width, self.panels.outputs
-        whole = T.And(block * size + size <= self.m, panel * width + width <= outputs)
+        whole = T.And(block * self.panels.rows + size <= self.m, panel * width + width <= outputs)
         with T.If(whole):
             with T.Then():
                 self._add_whole_tile(sums, panel, chunk, block)
@@ -241,7 +293,7 @@ class _Linear:
 
         for first in (True, False):
             with T.If(chunk == 0 if first else chunk > 0), T.Then():
-                for row in range(self.panels.rows):
+                for row in range(len(sums)):
                     for vector in self.vectors:
                         at = [block * self.panels.rows + row, panel * self.panels.width + vector * self.lanes]
                         value = load(sums[row][vector], [0], self.lanes)
@@ -250,14 +302,15 @@ class _Linear:
     def _add_part_of_tile(self, sums: Any, panel: Any, chunk: Any, block: Any) -> None:
         from tvm.script.ir_builder import tirx as T
 
-        size, width = self.panels.rows, self.panels.width
+        size, width = len(sums), self.panels.width
         tile = T.alloc_buffer((size, width), "float32", scope="local")
         for row in range(size):
             for vector in self.vectors:
                 store(tile, load(sums[row][vector], [0], self.lanes), [row, vector * self.lanes], self.lanes)
-        here = self._least(size, self.m - block * size), self._least(width, self.panels.outputs - panel * width)
+        above = block * self.panels.rows
+        here = self._least(size, self.m - above), self._least(width, self.panels.outputs - panel * width)
         with T.serial(0, here[0]) as row, T.serial(0, here[1]) as column:
-            at = [block * size + row, panel * width + column]
+            at = [above + row, panel * width + column]
             before = T.if_then_else(chunk == 0, T.float32(0), self.y[tuple(at)])
             T.buffer_store(self.y, before + tile[row, column], at)
 
