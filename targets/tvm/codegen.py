@@ -131,12 +131,12 @@ def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
 
 def _lowered(models: Sequence[onnx_ir.Model], cpu: Cpu, *, allow_fallback: bool) -> list[Lowered]:
     """Every model lowered; the first one's code serves all, which is checked, not assumed."""
-    from tvm import ir
+    from tvm_ffi import structural_equal
 
     per_rank = _differing(models)
     found = [lower(model, cpu, allow_fallback=allow_fallback, per_rank=per_rank) for model in models]
     for rank, item in enumerate(found):
-        if rank and not ir.structural_equal(found[0].module, item.module, map_free_vars=True):
+        if rank and not structural_equal(found[0].module, item.module, map_free_vars=True):
             raise ModelError(f"rank {rank} computes something else than rank 0: the folders are of different runs")
     return found
 

@@ -50,11 +50,13 @@ class Engine:
         capacity: int | None = None,
         threads: int | None = None,
         verify_weights: bool = False,
+        alone: bool = True,
     ) -> Engine:
         """Load the library in `folder` and make room for `batch` sequences of `capacity` columns.
 
         `capacity` defaults to the model's positions, `threads` to the cores. Weights are hashed on the first load of a
-        file, and with `verify_weights`. Raises ModelError (damaged or incomplete folder, another CPU), UsageError.
+        file, and with `verify_weights`. A rank, which is not `alone`, calls collectives that are registered before.
+        Raises ModelError (damaged or incomplete folder, another CPU), UsageError.
         """
         threads = count_cores() if threads is None else threads
         if threads < 1:
@@ -64,7 +66,7 @@ class Engine:
             raise ModelError(
                 f"{folder}: holds one library per rank; a single engine loads one without tensor parallelism"
             )
-        if library.degree > 1:
+        if library.degree > 1 and alone:
             raise ModelError(f"{folder}: is rank {library.rank} of {library.degree}; alone it is no whole model")
         _check_cpu(folder, library)
         _check_code(folder / library.library.file, library)

@@ -157,8 +157,8 @@ def test_a_folder_that_was_not_compiled_is_told(tmp_path: Path, capsys):
         assert "passopt compile" in capsys.readouterr().err
 
 
-def test_a_folder_of_ranks_is_told(tmp_path: Path, capsys):
+def test_a_rank_that_is_not_there_is_told(tmp_path: Path, capsys):
     make_checkpoint(tmp_path / "model", ROTARY, weights=False)
     (tmp_path / "model" / "library.json").write_text('{"version": 1, "degree": 2, "ranks": ["rank0", "rank1"]}')
     assert main(["generate", str(tmp_path / "model"), "--prompt", "a"]) == 2
-    assert "2 ranks" in capsys.readouterr().err
+    assert "rank0: has no library.json" in capsys.readouterr().err

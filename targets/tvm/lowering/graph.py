@@ -19,7 +19,7 @@ from passopt.ir.linears import find_linear
 from passopt.ir.shapes import complete_types
 from passopt.targets.tvm.features import Cpu
 from passopt.targets.tvm.kernels.cache import BLOCK
-from passopt.targets.tvm.lowering import attention, elementwise, movement, norms, reductions  # noqa: F401  (they register)
+from passopt.targets.tvm.lowering import attention, collectives, elementwise, movement, norms, reductions  # noqa: F401  (they register)
 from passopt.targets.tvm.lowering.importer import import_node
 from passopt.targets.tvm.lowering.linears import lower_linear, lower_product
 from passopt.targets.tvm.lowering.registry import CONVERTERS

@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from passopt.ir.errors import ModelError
 from passopt.targets.tvm.library import RankFolders, read_library
 
 
@@ -38,17 +37,18 @@ class Engine(Protocol):
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ModelError unless `folder` was compiled, and for a kind that there is an engine for."""
+    """Raise ModelError unless `folder` was compiled; a folder of ranks, unless each of them was."""
     found = read_library(folder)
-    if isinstance(found, RankFolders):
-        raise ModelError(
-            f"{folder}: holds {found.degree} ranks, which do not run together yet; compile the model without tp"
-        )
+    for name in found.ranks if isinstance(found, RankFolders) else ():
+        read_library(folder / name)
 
 
 def open_engine(folder: Path, *, threads: int | None = None, verify_weights: bool = False) -> Engine:
     """The engine for `folder`, with room for one column; `allocate` makes more. Raises ModelError, UsageError."""
-    check_folder(folder)
+    if isinstance(read_library(folder), RankFolders):
+        from passopt.targets.tvm import ranks
+
+        return ranks.RankEngine.load(folder, capacity=1, threads=threads, verify_weights=verify_weights)
     from passopt.targets.tvm import runtime
 
     return runtime.Engine.load(folder, capacity=1, threads=threads, verify_weights=verify_weights)
