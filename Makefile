@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stock full-size why-docs bench-rewrite drift clean
+.PHONY: demo test check stock full-size why-docs bench-rewrite bench-tvm drift clean
 
 demo: $(INSTALLED)  ## the main job end to end on two tiny models
 	$(BIN)/python tools/demo.py
@@ -29,6 +29,9 @@ why-docs: $(INSTALLED)  ## docs/why.md, from what `passopt why` prints
 
 bench-rewrite: $(INSTALLED)  ## speed of rewriting against other tools, to docs/bench-rewrite.md
 	$(BIN)/python tools/bench_rewrite.py
+
+bench-tvm: $(INSTALLED)  ## speed of compiled models against other runtimes, to docs/bench-tvm.md; BENCH=--quick
+	$(BIN)/python tools/bench_tvm.py $(BENCH)
 
 drift: $(INSTALLED)  ## what the fusions find, families × exporters, to docs/drift.md; fails on any miss
 	$(BIN)/python tools/drift.py --write docs/drift.md
