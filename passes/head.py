@@ -5,19 +5,23 @@ from __future__ import annotations
 import onnx_ir
 
 from passopt.ir.contract import LOGITS
+from passopt.ir.linears import find_dynamic_linear
 
 #: Operators that keep a position's logits a position's logits.
 _AFTER_HEAD = frozenset({"Add", "Cast", "Identity", "AllGather", "Slice", "Mul", "Div", "Tanh"})
 
 
 def head_path(model: onnx_ir.Model) -> list[onnx_ir.Node]:
-    """The nodes from the head's MatMul or Gemm to the logits, in order; empty if the graph has no such head."""
+    """The nodes from the head's MatMul or Gemm to the logits, in order; empty if the graph has no such head.
+
+    Of a head with dynamic activations, the first node is the last Mul, which stands for the whole linear.
+    """
     outputs = {value.name: value for value in model.graph.outputs}
     value: onnx_ir.Value | None = outputs.get(LOGITS)
     path: list[onnx_ir.Node] = []
     while value is not None and (node := value.producer()) is not None:
         path.append(node)
-        if node.op_type in {"MatMul", "Gemm"}:
+        if node.op_type in {"MatMul", "Gemm"} or find_dynamic_linear(node) is not None:
             return path[::-1]
         if node.op_type not in _AFTER_HEAD:
             return []

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import onnx_ir
 
 from passopt.ir.editing import Editor
+from passopt.ir.linears import Linear, find_dynamic_linear
 from passopt.ir.shapes import complete_types
 from passopt.ir.weights import constant_tensor, small_constant
 from passopt.passes.base import Pass, PassResult
@@ -34,21 +35,26 @@ class SliceLastToken(Pass):
         path = head_path(model)
         if not path:
             return _declined("no head: the logits do not come from a linear")
-        head, hidden = path[0], path[0].inputs[0]
+        linear = find_dynamic_linear(path[0])
+        inside = _along_positions(linear) if linear is not None else path[:1]
+        hidden = path[0].inputs[0] if linear is None else linear.input
         if hidden is None or hidden.shape is None or len(hidden.shape) != 3:
             return _declined("the head's input is not [batch, seq, hidden]")
         if hidden.shape[1] == 1:
             return _declined("the head sees one position already")
-        reason = _other_reader(path) or _other_operand(path)
+        reason = _other_reader(path) or _reader_outside(inside) or _other_operand(path)
         if reason:
             return _declined(reason)
         editor = Editor(model, self.name)
         builder = editor.builder(f"{hidden.name}.last")
         last = builder.Slice(hidden, [-1], [_END], [1])
         last.shape = onnx_ir.Shape([hidden.shape[0], 1, hidden.shape[2]])
-        editor.insert(builder.built, head, [head])
-        head.replace_input_with(0, last)
-        for node in path:
+        editor.insert(builder.built, inside[0], [inside[0]])
+        for node in inside:
+            for index, value in enumerate(node.inputs):
+                if value is hidden:
+                    node.replace_input_with(index, last)
+        for node in (*inside, *path[1:]):
             value = node.outputs[0]
             if value.shape is not None:
                 value.shape = onnx_ir.Shape([value.shape[0], 1, *value.shape.dims[2:]])
@@ -60,6 +66,20 @@ def _other_reader(path: Sequence[onnx_ir.Node]) -> str | None:
     for node, after in itertools.zip_longest(path, path[1:]):
         value = node.outputs[0]
         if any(user is not after for user in value.consumers()) or value.is_graph_output() != (after is None):
+            return f"{value.name} is used for more than the logits"
+    return None
+
+
+def _along_positions(linear: Linear) -> list[onnx_ir.Node]:
+    """What a linear with dynamic activations computes position by position: all but its weight."""
+    return [node for node in linear.nodes if node not in linear.weight.nodes]
+
+
+def _reader_outside(inside: Sequence[onnx_ir.Node]) -> str | None:
+    """Rows that another linear multiplies as well must stay whole."""
+    for node in inside[:-1]:
+        value = node.outputs[0]
+        if value.is_graph_output() or any(user not in inside for user in value.consumers()):
             return f"{value.name} is used for more than the logits"
     return None
 

@@ -6,6 +6,8 @@ import numpy as np
 import onnx_ir
 import pytest
 
+from passopt.passes.quantize_activations import QuantizeActivations
+from passopt.passes.quantize_weights import QuantizeWeights
 from passopt.passes.shard import Shard
 from passopt.passes.slice_last_token import SliceLastToken
 from passopt.targets.onnxruntime_session import Session
@@ -164,3 +166,44 @@ def test_types_that_the_model_does_not_state_are_found():
     assert SliceLastToken().run(model).modified
     assert isinstance(model.graph.outputs[0].shape[1], int)
     assert model.graph.outputs[0].dtype == onnx_ir.DataType.FLOAT
+
+
+def dynamic_head(text=HEAD):
+    model = read_model(HEADER + text)
+    QuantizeWeights(head=True).run(model)
+    assert QuantizeActivations().run(model).modified
+    return model
+
+
+def test_a_head_with_dynamic_activations_quantises_the_last_position_only():
+    model = dynamic_head()
+    changed, result = check(SliceLastToken(), model, lengths=ONE)
+    assert result.matches == 1, result.declines
+    feeds = random_feeds(model, {"batch": 2, "seq": 5})
+    before, after = Session(model).run(feeds), Session(changed).run(feeds)
+    assert after["logits"].shape == (2, 1, 5)
+    assert np.allclose(after["logits"], before["logits"][:, -1:], rtol=1e-6)
+    rows = next(node for node in changed.graph if node.op_type == "MatMulInteger").inputs[0]
+    assert str(rows.shape) == "[batch,1,6]"
+
+
+def test_the_orders_of_slicing_and_quantising_the_head_give_one_graph():
+    sliced_first = read_model(HEADER + HEAD)
+    SliceLastToken().run(sliced_first)
+    QuantizeWeights(head=True).run(sliced_first)
+    QuantizeActivations().run(sliced_first)
+    last = dynamic_head()
+    SliceLastToken().run(last)
+    feeds = random_feeds(last, {"batch": 2, "seq": 5})
+    assert np.array_equal(Session(last).run(feeds)["logits"], Session(sliced_first).run(feeds)["logits"])
+    assert [node.op_type for node in last.graph] == [node.op_type for node in sliced_first.graph]
+
+
+def test_declines_rows_that_another_linear_multiplies():
+    text = HEAD.replace("seq,5] logits)", "seq,5] logits, float[batch,seq,4] n)").replace(
+        "m = MatMul", "n = MatMul(h, v) m = MatMul"
+    )
+    model = dynamic_head(text.replace("float[5] b", "float[6,4] v = random, float[5] b"))
+    _, result = check(SliceLastToken(), model, lengths=ONE)
+    (reason,) = result.declines
+    assert reason == "h.where is used for more than the logits"
