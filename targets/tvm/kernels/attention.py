@@ -157,13 +157,9 @@ class _Attention:
         tiles, lanes = self.tiles, self.tiles.isa.lanes
         vectors = max(tiles.vectors_for(rows, TILE // lanes), BLOCK // lanes)
         positions = vectors * lanes
-        last_block = self.keys.shape[2] - 1
         with T.serial(0, (width + positions - 1) // positions) as part:
-            # The last blocks may lie behind the cache's end: any block will do for them, since they get no weight.
-            numbers = [
-                emit.bind(T.min((column + part * positions) // BLOCK + block, last_block))
-                for block in range(positions // BLOCK)
-            ]
+            start_block = (column + part * positions) // BLOCK
+            numbers = [self._key_block(start_block + block) for block in range(positions // BLOCK)]
 
             def key(j: int, channel: Any) -> Any:
                 at = [item, kv_head, numbers[j * lanes // BLOCK], channel, j * lanes % BLOCK]
@@ -186,7 +182,7 @@ class _Attention:
         sets = emit.bind((used + tiles.rows - 1) // tiles.rows)
 
         state = RowState.allocate(tiles.query_rows, tiles)
-        new_keys = emit.scratch(TILE // BLOCK, tiles.head_dim, BLOCK)
+        new_keys = None if self.keys.dtype == "float32" else emit.scratch(TILE // BLOCK, tiles.head_dim, BLOCK)
         new_values = emit.scratch(tiles.channels // unit, TILE, unit)
 
         def place(row: Any) -> tuple[Any, Any]:
@@ -199,16 +195,14 @@ class _Attention:
         with T.serial(0, (last - first + TILE - 1) // TILE) as tile:
             column = emit.bind(first + tile * TILE)
             units = emit.bind((T.min(TILE, last - column) + unit - 1) // unit)
-            self._copy_keys(new_keys, item, kv_head, column, units)
+            self._fetch_mask(item, position, kv_head * group, column)
+            if new_keys is not None:
+                self._copy_keys(new_keys, item, kv_head, column, units)
             self._copy_values(new_values, item, kv_head, column, units)
-            with T.serial(0, units) as part, T.serial(0, sets) as set_:
-                lanes = tiles.isa.lanes
-
-                def key(j: int, channel: Any, part: Any = part) -> Any:
-                    at = [part * (unit // BLOCK) + j * lanes // BLOCK, channel, j * lanes % BLOCK]
-                    return emit.load(new_keys, at, lanes)
-
-                emit_scores(state, set_ * tiles.rows, tiles.rows, part * unit, tiles.vectors, key, tiles)
+            with T.serial(0, units) as part:
+                key = self._keys_of(new_keys, item, kv_head, column, part)
+                with T.serial(0, sets) as set_:
+                    emit_scores(state, set_ * tiles.rows, tiles.rows, part * unit, tiles.vectors, key, tiles)
             with T.serial(0, sets * tiles.rows) as row:
                 self._softmax(state, row, item, *place(row), column, units)
             with T.serial(0, tiles.channels // unit) as chunk, T.serial(0, sets) as set_:
@@ -221,12 +215,45 @@ class _Attention:
         with T.serial(0, used) as row:
             self._finish_row(state, row, item, *place(row))
 
+    def _keys_of(self, copy: Any, item: Any, kv_head: Any, column: Any, part: Any) -> Any:
+        """Vector j of a unit of keys: from the tile's copy, or from the cache if it is in fp32 and needs none."""
+        lanes, count = self.tiles.isa.lanes, self.tiles.unit // BLOCK
+        numbers = [part * count + block for block in range(count)]
+        if copy is None:
+            numbers = [self._key_block(column // BLOCK + number) for number in numbers]
+
+        def key(j: int, channel: Any) -> Any:
+            at = [numbers[j * lanes // BLOCK], channel, j * lanes % BLOCK]
+            return emit.load(self.keys, [item, kv_head, *at], lanes) if copy is None else emit.load(copy, at, lanes)
+
+        return key
+
+    def _key_block(self, number: Any) -> Any:
+        """A tile's last blocks may lie behind the cache's end: any block will do for them, as they get no weight."""
+        from tvm.script.ir_builder import tirx as T
+
+        return emit.bind(T.min(number, self.keys.shape[2] - 1))
+
+    def _fetch_mask(self, item: Any, position: Any, head: Any, column: Any) -> None:
+        """Asks for a tile of the mask ahead of its use: short pieces of long rows, which no hardware foresees."""
+        from tvm.script.ir_builder import tirx as T
+
+        mask_item = emit.bind(T.min(item, self.mask.shape[0] - 1))
+        mask_head = emit.bind(T.min(head, self.mask.shape[1] - 1))
+        with T.serial(0, self.tiles.query_positions) as row, T.unroll(TILE // emit.CACHE_LINE) as line:
+            at = (
+                mask_item,
+                mask_head,
+                T.min(position + row, self.length - 1),
+                T.min(column + line * emit.CACHE_LINE, self.columns - 1),
+            )
+            emit.prefetch(self.mask, at)
+
     def _copy_keys(self, copy: Any, item: Any, kv_head: Any, column: Any, units: Any) -> None:
         from tvm.script.ir_builder import tirx as T
 
-        last_block = self.keys.shape[2] - 1
         with T.serial(0, units * (self.tiles.unit // BLOCK)) as block:
-            number = emit.bind(T.min(column // BLOCK + block, last_block))
+            number = self._key_block(column // BLOCK + block)
             with T.serial(0, self.tiles.head_dim) as channel:
                 key = emit.load_float32(self.keys, [item, kv_head, number, channel, 0], BLOCK, self.tiles.isa)
                 emit.store(copy, key, [block, channel, 0], BLOCK)

@@ -16,7 +16,7 @@ from passopt.targets.tvm.kernels.cache import BLOCK
 from passopt.targets.tvm.kernels.mask_extents import QUERY_BLOCK
 
 #: Positions per tile, after which the softmax of a row is brought up to date.
-TILE = 64
+TILE = 128
 
 #: Where the running maximum of a row starts: finite, so that no difference is NaN.
 LOWEST = -3.4028234663852886e38
@@ -172,9 +172,7 @@ def emit_softmax(
     emit.store(total, emit.spread(0.0, unit), [0], unit)
 
     def finish(start: Any, width: int) -> None:
-        score = emit.bind(bias(emit.load(scores, [row, start], width), column + start, width))
-        emit.store(scores, score, [row, start], width)
-        emit.store(best, T.max(emit.load(best, [0], width), score), [0], width)
+        emit.store(scores, bias(emit.load(scores, [row, start], width), column + start, width), [row, start], width)
 
     with T.serial(0, units) as index:
         start = emit.bind(index * unit)
@@ -186,6 +184,7 @@ def emit_softmax(
                     finish(start + rest, 1)
                 with T.Else():
                     T.buffer_store(scores, T.float32(float("-inf")), [row, start + rest])
+        emit.store(best, T.max(emit.load(best, [0], unit), emit.load(scores, [row, start], unit)), [0], unit)
 
     before = emit.bind(state.largest[row])
     largest = emit.bind(T.max(before, emit.fold_lanes(best, unit, T.max)))

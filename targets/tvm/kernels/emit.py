@@ -17,6 +17,9 @@ FUNCTION_ATTRIBUTES = {"tirx.noalias": True, "op_pattern": 8}
 #: Below this many numbers a loop runs on the calling thread: waking the others costs more than they save.
 SMALL_WORK = 1 << 16
 
+#: fp32 numbers per cache line.
+CACHE_LINE = 16
+
 #: `exp` is exact between these two, where e^x is a normal number of fp32.
 LOWEST_EXPONENT = -87.33
 HIGHEST_EXPONENT = 88.37
@@ -107,6 +110,14 @@ def store_float32(buffer: Any, value: Any, indices: Sequence[Any], lanes: int) -
 
     rounded = value if buffer.dtype == "float32" else T.Cast(typed(buffer.dtype, lanes), value)
     store(buffer, rounded, indices, lanes)
+
+
+def prefetch(buffer: Any, indices: Sequence[Any]) -> None:
+    """Asks for the cache line of an element, to be read soon and often."""
+    from tvm.script.ir_builder import tirx as T
+
+    address = T.address_of(buffer[tuple(indices)])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
 
 
 def typed(dtype: Any, lanes: int) -> str:
