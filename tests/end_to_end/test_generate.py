@@ -33,7 +33,7 @@ class Compiled:
 
 
 def compiled(root: Path, exported: Path, name: str, passes: str = PASSES) -> Compiled:
-    folder = root / f"{name}.compiled-{passes.replace(',', '-')}"
+    folder = root / f"{exported.name}.compiled-{passes.replace(',', '-')}"
     assert main(["compile", str(exported), "--passes", passes, "-o", str(folder)]) == 0
     return Compiled(root / name, folder)
 
@@ -159,6 +159,17 @@ def test_int8_and_the_logits_of_the_last_position_only(root: Path, rotary: Path,
     assert len(text.split()) > 5
     prompts = encoded(model, *PROMPTS)
     assert ids_of(model, prompts, 20) == [ids_of(model, [prompt], 20)[0] for prompt in prompts]
+
+
+def test_an_fp16_cache_in_place_and_one_that_grows_give_the_same(root: Path, alibi_fp16: Path):
+    in_place = compiled(root, alibi_fp16, "alibi")
+    folder = root / "alibi.grows"
+    command = ["compile", str(alibi_fp16), "--passes", "fold-norm-head", "--allow-fallback", "-o", str(folder)]
+    assert main(command) == 0
+    kinds = [json.loads((item / "library.json").read_text())["cache"] for item in (in_place.folder, folder)]
+    assert [(kind["kind"], kind["dtype"]) for kind in kinds] == [("in-place", "fp16"), ("functional", "fp16")]
+    prompts = encoded(in_place, *PROMPTS)
+    assert ids_of(in_place, prompts, 20) == ids_of(Compiled(root / "alibi", folder), prompts, 20)
 
 
 def test_a_fresh_process_needs_neither_torch_nor_transformers_nor_onnx(model: Compiled):

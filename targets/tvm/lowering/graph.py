@@ -111,7 +111,7 @@ class _Lowering:
                 for node in nodes:
                     self._lower(node, selections.get(node))
                 self._refuse()
-                outputs = [builder.emit_output(self.at.tensor(value)) for value in wanted]
+                outputs = [builder.emit_output(self._output(value)) for value in wanted]
             parameters = tuple(self.at.parameters.values())
             variables = [*leading, *(item.variable for item in parameters)]
             builder.emit_func_output(outputs[0] if in_place else outputs, params=variables)
@@ -161,6 +161,14 @@ class _Lowering:
         variable = relax.Var(name.replace(".", "_"), relax.TensorType(self._dims(value), stored))
         self.at.defer(value, lambda: self.at.widened(variable))
         return variable
+
+    def _output(self, value: onnx_ir.Value) -> Tvm:
+        """The present comes back as it is stored: it is the past of the next call. Logits stay fp32."""
+        from tvm import relax
+
+        tensor = self.at.tensor(value)
+        stored = None if value.dtype is None or value.name == LOGITS else _STORED.get(value.dtype.name)
+        return tensor if stored in (None, str(tensor.ty.dtype)) else self.at.emit(relax.op.astype(tensor, stored))
 
     def _slot(self, layer: int, key: onnx_ir.Value, value: onnx_ir.Value) -> CacheSlot:
         from tvm import relax
