@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import ml_dtypes
@@ -15,11 +16,11 @@ import pytest
 from passopt.ir.alibi import alibi_slopes
 from passopt.ir.errors import ModelError
 from passopt.ir.functions import ALIBI_ATTENTION, DOMAIN, local_function
-from passopt.targets.tvm.features import level
+from passopt.targets.tvm.features import Cpu, level
 from passopt.targets.tvm.kernels.attention import attention
 from passopt.targets.tvm.kernels.cache import BLOCK
 from passopt.targets.tvm.kernels.mask_extents import QUERY_BLOCK, mask_extents
-from passopt.targets.tvm.kernels.standalone import compile_kernel
+from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
 
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LOWEST = float(np.finfo(np.float32).min)
@@ -227,6 +228,18 @@ def test_equals_the_body_of_alibi_attention(cpu):
             feeds = dict(zip(names, [q, *new, slopes[:, None, None], positions, mask, *old], strict=True))
             expected = run.run(None, feeds)[0].swapaxes(1, 2)
             check(kernel(query, key, value, mask, slopes, positions), expected, 1e-2 if hidden == -65504 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "mcpu", "register"), [("avx512-vnni", "icelake-server", "zmm"), ("avx2", "x86-64-v3", "ymm")]
+)
+def test_instructions(name, mcpu, register):
+    """Checked on any machine: sums in registers of full width, halves widened by the CPU's own instruction."""
+    pytest.importorskip("tvm")
+    text = assembly(attention(4, 2, 64, 0.125, "float16", level(name), False), Cpu(mcpu, level(name)))
+    assert re.search(rf"vfmadd231ps\t.*%{register}", text)
+    assert re.search(rf"vcvtph2ps\t.*%{register}", text)
+    assert "prefetcht0" in text
 
 
 def test_heads_that_do_not_divide():
