@@ -122,6 +122,8 @@ class Library:
     rank: int
     degree: int
     passes: str
+    #: What is int8: nothing, weights, or activations too.
+    quantized: Literal["none", "weights", "dynamic"] = "none"
 
     def text(self) -> str:
         return _text(self)

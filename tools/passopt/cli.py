@@ -197,7 +197,9 @@ def _add_verify(add: Any) -> None:
         "passopt verify model.onnx model.tp2.int8 --text corpus.txt",
     )
     command.add_argument("reference", metavar="A", help="the original: model.onnx or a folder")
-    command.add_argument("candidate", metavar="B", help="the result: model.onnx, a folder, or a folder of ranks")
+    command.add_argument(
+        "candidate", metavar="B", help="the result: model.onnx, a folder, a folder of ranks, or a compiled folder"
+    )
     command.add_argument("--text", metavar="FILE", help="also compare perplexity on this text")
     command.add_argument("--tokenizer", metavar="FILE", help="default: tokenizer.model beside A")
     command.add_argument("--max-tokens", type=_positive, default=2048, help="of the text (default: %(default)s)")

@@ -132,6 +132,11 @@ def runnable(model: onnx_ir.Model, role: str, notes: list[str], heads: int | Non
 _WAS_BF16 = "passopt.was_bf16"
 
 
+def is_bf16_twin(model: onnx_ir.Model) -> bool:
+    """Whether `runnable` made this model of one in bf16."""
+    return _WAS_BF16 in model.metadata_props
+
+
 def _is_bf16(model: onnx_ir.Model) -> bool:
     values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
     return any(value.dtype == DataType.BFLOAT16 for value in values)
@@ -143,7 +148,7 @@ def _kind(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> str:
         return "int8 activations"
     if is_quantized(candidate) and not is_quantized(reference):
         return "int8"
-    bf16 = [_WAS_BF16 in model.metadata_props for model in (reference, candidate)]
+    bf16 = [is_bf16_twin(model) for model in (reference, candidate)]
     if any(bf16):
         return "bf16" if all(bf16) else "bf16 and wider"
     dtypes = {decoder_of(model).cache_dtype for model in (reference, candidate)}
@@ -198,19 +203,20 @@ def _verify_whole(
     if is_quantized(candidate):
         with tempfile.TemporaryDirectory(prefix="passopt-twin-", dir=options.scratch) as folder:
             twin = observe(dequantised_twin(candidate, Path(folder)), scenarios, session)
-        rows += _compare_all(NUMPY_TWIN, scenarios, twin, found, _twin_tolerance(candidate))
+        rows += compare_all(NUMPY_TWIN, scenarios, twin, found, _twin_tolerance(candidate))
     expected = observe(reference, scenarios, session)
-    rows += _compare_all(ORIGINAL, scenarios, expected, found, tolerance)
+    rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance)
     return VerifyReport(tuple(rows))
 
 
-def _compare_all(
+def compare_all(
     comparison: str,
     scenarios: Sequence[Scenario],
     expected: Sequence[Observation],
     found: Sequence[Observation],
     tolerance: Tolerance,
 ) -> list[Row]:
+    """Rows for all outputs of all scenarios, and one for the perplexity of the text."""
     rows: list[Row] = []
     for scenario, one, other in zip(scenarios, expected, found, strict=True):
         if not scenario.scored:
@@ -241,7 +247,7 @@ def _verify_layerwise(
         Label(f"{NUMPY_TWIN}, layer by layer", own.outputs),
         options.scratch,
     )
-    rows = result.rows + _compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance)
+    rows = result.rows + compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance)
     return VerifyReport(tuple(rows))
 
 

@@ -1,4 +1,4 @@
-"""`passopt verify`: two models side by side in onnxruntime."""
+"""`passopt verify`: two models side by side in onnxruntime, or a model and what was compiled of it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 from passopt.ir.errors import CheckError, UsageError
 from passopt.targets.simulate import load_any
+from passopt.targets.tvm.library import LIBRARY_NAME
 from passopt.verification import VerifyOptions
 from passopt.verification import verify as compare
+from passopt.verification_report import VerifyReport
 from passopt.verification_scenarios import TOKENIZER_NAME, read_tokens
 
 
@@ -23,11 +25,22 @@ def verify(options: argparse.Namespace) -> int:
         tokens=tokens,
         layerwise=options.layerwise,
     )
-    report = compare(load_any(options.reference), load_any(options.candidate), options=settings)
+    report = _report(options, settings)
     print(json.dumps(report.to_json(), indent=2) if options.json else report.to_text())
     if not report.ok:
         raise CheckError(f"{options.candidate} is not equivalent to {options.reference} within the tolerances above")
     return 0
+
+
+def _report(options: argparse.Namespace, settings: VerifyOptions) -> VerifyReport:
+    reference, candidate = load_any(options.reference), Path(options.candidate)
+    if not (candidate / LIBRARY_NAME).is_file():
+        return compare(reference, load_any(options.candidate), options=settings)
+    if settings.layerwise:
+        raise UsageError("--layerwise: a compiled library runs as a whole; compare it without")
+    from passopt.verification_compiled import verify_compiled
+
+    return verify_compiled(reference, candidate, settings)
 
 
 def _tokens(options: argparse.Namespace) -> tuple[int, ...]:

@@ -1,0 +1,110 @@
+"""Compiled libraries against the exported graph in onnxruntime: both families, every precision, prefill to decode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from passopt.cli import main
+from passopt.commands.compile import load
+from passopt.ir.errors import UsageError
+from passopt.targets.tvm.library import Library, read_library
+
+pytest.importorskip("tvm")
+
+READY = "baichuan2,fold-norm-head"
+
+
+def compiled(model: Path, output: Path, *options: str) -> Path:
+    assert main(["compile", str(model), "-o", str(output), *options]) == 0
+    return output
+
+
+def verified(reference: Path, output: Path, capsys, *options: str) -> dict[str, dict[str, float]]:
+    """The worst error per scenario of `passopt verify`, which must pass."""
+    capsys.readouterr()
+    assert main(["verify", str(reference), str(output), "--json", *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    return {row["scenario"]: row for row in report["rows"]}
+
+
+def test_fp32_equals_onnxruntime(family: Path, tmp_path: Path, capsys):
+    output = compiled(family, tmp_path / "out", "--passes", READY)
+    rows = verified(family, output, capsys, "--tolerance", "1e-4")
+    assert {"decode with cache", "chunked prefill", "left padding, then decode"} <= rows.keys()
+
+
+def test_fp16_has_fp16_weights_and_cache(alibi_fp16: Path, tmp_path: Path, capsys):
+    output = compiled(alibi_fp16, tmp_path / "out", "--passes", READY)
+    library = read_library(output)
+    assert isinstance(library, Library)
+    assert library.cache.dtype == "fp16"
+    verified(alibi_fp16, output, capsys, "--tolerance", "2e-2")
+
+
+def test_int8_weights_equal_the_dequantised_graph(family: Path, tmp_path: Path, capsys):
+    graph = tmp_path / "int8"
+    assert main(["run", str(family), "--passes", "baichuan2,int8{embedding=true,head=true}", "-o", str(graph)]) == 0
+    output = compiled(graph, tmp_path / "out")
+    verified(graph, output, capsys, "--tolerance", "1e-4")
+    library = read_library(output)
+    assert isinstance(library, Library)
+    assert library.quantized == "weights"
+
+
+def test_library_of_the_last_position(family: Path, tmp_path: Path, capsys):
+    output = compiled(family, tmp_path / "out", "--passes", f"{READY},slice-last-token")
+    verified(family, output, capsys, "--tolerance", "1e-4")
+
+
+@pytest.mark.parametrize("passes", ["int8{head=true}", "int8{activations=dynamic,head=true}"])
+def test_int8_keeps_the_perplexity_of_fp32(family: Path, root: Path, tmp_path: Path, capsys, passes: str):
+    output = compiled(family, tmp_path / "out", "--passes", f"baichuan2,{passes}")
+    rows = verified(family, output, capsys, "--text", str(root / "text.txt"), "--max-tokens", "2000")
+    assert rows["text"]["error"] < 0.01
+
+
+def test_graph_that_was_not_fused_is_refused(family: Path, tmp_path: Path, capsys):
+    assert main(["compile", str(family), "-o", str(tmp_path / "out"), "--passes", "fold-norm-head"]) == 2
+    message = capsys.readouterr().err
+    assert "no native kernel for" in message
+    assert "MatMul" in message
+    assert "baichuan2" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_fallback_runs_without_a_cache_in_place_and_says_so(family: Path, tmp_path: Path, capsys):
+    output = compiled(family, tmp_path / "out", "--passes", "fold-norm-head", "--allow-fallback")
+    assert "fallback: node" in capsys.readouterr().err
+    library = read_library(output)
+    assert isinstance(library, Library)
+    assert library.cache.kind == "functional"
+    verified(family, output, capsys, "--tolerance", "1e-4")
+
+
+def test_report_lists_kernels(family: Path, tmp_path: Path, capsys):
+    compiled(family, tmp_path / "out", "--passes", READY, "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["fallbacks"] == []
+    assert any(name.startswith("attention:") for name in report["kernels"])
+
+
+def test_steps_can_be_printed(family: Path, tmp_path: Path, capsys):
+    compiled(family, tmp_path / "out", "--passes", READY, "--print-after", "legalize")
+    assert capsys.readouterr().err.count("// after legalize") == 1
+    assert main(["compile", str(family), "-o", str(tmp_path / "other"), "--print-after", "legalise"]) == 2
+    assert "the steps are dispatch-scan, legalize" in capsys.readouterr().err
+
+
+def test_unknown_cpu_is_named(family: Path, tmp_path: Path, capsys):
+    assert main(["compile", str(family), "-o", str(tmp_path / "out"), "--mcpu", "z80"]) == 2
+    assert "LLVM knows no CPU 'z80'" in capsys.readouterr().err
+
+
+def test_passes_do_not_run_over_ranks(family: Path, tmp_path: Path):
+    ranks = tmp_path / "ranks"
+    assert main(["run", str(family), "--passes", f"{READY},tp", "-o", str(ranks)]) == 0
+    with pytest.raises(UsageError, match="before they come apart"):
+        load(ranks, "int8")

@@ -1,0 +1,122 @@
+"""Check a compiled folder against a graph: the same scenarios, the graph in onnxruntime, the library by its engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir
+
+from passopt.generation.engine import open_engine
+from passopt.ir.contract import decoder_of
+from passopt.ir.errors import ModelError
+from passopt.ir.expressions import DataType
+from passopt.targets.onnxruntime_session import Session
+from passopt.targets.tvm.library import Library, RankFolders, read_library
+from passopt.verification import ORIGINAL, TOLERANCES, Tolerance, VerifyOptions, compare_all, is_bf16_twin, runnable
+from passopt.verification_report import PERPLEXITY, VerifyReport
+from passopt.verification_scenarios import (
+    Observation,
+    Scenario,
+    make_scenarios,
+    observe,
+    positions_of,
+    surprise,
+    text_windows,
+    vocabulary_of,
+)
+from passopt.verification_twins import has_dynamic_activations, is_quantized
+
+#: A library sums in another order than onnxruntime, and fuses what it does not; int8 weights are the same numbers.
+COMPILED = Tolerance(outputs=1e-4, perplexity=1e-4)
+
+
+def verify_compiled(reference: onnx_ir.Model, folder: Path, options: VerifyOptions) -> VerifyReport:
+    """Run both and compare logits and perplexity; the cache of a library is its own affair.
+
+    Raises ModelError for graphs that are no decoders, folders that cannot be loaded, models of other sizes.
+    """
+    notes: list[str] = []
+    reference = runnable(reference, "reference", notes)
+    library = _first(folder)
+    _check_sizes(reference, library)
+    kind, tolerance = _tolerance(reference, library)
+    if options.tolerance is not None:
+        tolerance = Tolerance(options.tolerance, tolerance.perplexity)
+    scenarios = _scenarios(reference, library, options, notes)
+    notes.append(f"compiled for {library.mcpu} ({library.isa}), {kind}: outputs within {tolerance.outputs:.0e}")
+    found = observe_compiled(folder, scenarios, options.threads)
+    session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
+    rows = compare_all(ORIGINAL, scenarios, _without_cache(observe(reference, scenarios, session)), found, tolerance)
+    if options.tokens and not any(row.output == PERPLEXITY for row in rows):
+        notes.append("text: no perplexity, since a model gives logits of the last position only")
+    return VerifyReport(tuple(rows), tuple(notes))
+
+
+def observe_compiled(folder: Path, scenarios: Sequence[Scenario], threads: int) -> list[Observation]:
+    """Run a library through all scenarios, each with an empty cache of just the room that it needs."""
+    found = []
+    engine = open_engine(folder, threads=threads)
+    for scenario in scenarios:
+        batch, room = scenario.steps[0].input_ids.shape[0], scenario.steps[-1].attention_mask.shape[1]
+        engine.allocate(batch, room)
+        observation = Observation()
+        for step in scenario.steps:
+            logits = engine.forward(step.input_ids, step.attention_mask)
+            if scenario.scored:
+                observation.surprise = surprise(logits, step, scenario.scored)
+            else:
+                observation.logits.append(logits)
+        found.append(observation)
+    return found
+
+
+def _first(folder: Path) -> Library:
+    found = read_library(folder)
+    if isinstance(found, RankFolders):
+        found = read_library(folder / found.ranks[0])
+    if isinstance(found, RankFolders):
+        raise ModelError(f"{folder}: ranks within ranks")
+    return found
+
+
+def _check_sizes(reference: onnx_ir.Model, library: Library) -> None:
+    decoder = decoder_of(reference)
+    pairs = [
+        ("layers", decoder.layers, library.cache.layers),
+        ("head_dim", decoder.head_dim, library.cache.head_dim),
+        ("logits", vocabulary_of(reference), library.logits.vocab),
+    ]
+    for what, expected, found in pairs:
+        if expected != found:
+            raise ModelError(f"the library has {what} {found}, the reference {expected}: not the same model")
+
+
+def _tolerance(reference: onnx_ir.Model, library: Library) -> tuple[str, Tolerance]:
+    """By the less precise of the two."""
+    if library.quantized == "dynamic" or has_dynamic_activations(reference):
+        return "int8 activations", TOLERANCES["int8 activations"]
+    if library.quantized == "weights" and not is_quantized(reference):
+        return "int8", TOLERANCES["int8"]
+    if is_bf16_twin(reference) or library.cache.dtype == "bf16":
+        return "bf16", TOLERANCES["bf16 and wider"]
+    if decoder_of(reference).cache_dtype == DataType.FLOAT16 or library.cache.dtype == "fp16":
+        return "fp16", TOLERANCES["fp16"]
+    return "fp32", COMPILED
+
+
+def _scenarios(reference: onnx_ir.Model, library: Library, options: VerifyOptions, notes: list[str]) -> list[Scenario]:
+    limits = [limit for limit in (options.max_positions, positions_of(reference), library.max_positions) if limit]
+    limit = min(limits, default=1 << 20)
+    scenarios = make_scenarios(library.logits.vocab, limit, options.lengths, options.seed)
+    if not options.tokens:
+        return scenarios
+    window = min(options.window, limit)
+    stride = min(options.stride, max(1, window // 2))
+    notes.append(f"text: {len(options.tokens)} tokens in windows of {window}, {stride} apart")
+    return scenarios + text_windows(options.tokens, window, stride)
+
+
+def _without_cache(observations: Sequence[Observation]) -> list[Observation]:
+    return [Observation(item.logits, {}, item.surprise) for item in observations]
