@@ -21,7 +21,13 @@ from passopt.targets.tvm.features import Cpu
 from passopt.targets.tvm.kernels.cache import BLOCK
 from passopt.targets.tvm.lowering import attention, collectives, elementwise, movement, norms, reductions  # noqa: F401  (they register)
 from passopt.targets.tvm.lowering.importer import import_node
-from passopt.targets.tvm.lowering.linears import lower_linear, lower_product
+from passopt.targets.tvm.lowering.linears import (
+    BOTH_COMPUTED,
+    WEIGHT_IS_COMPUTED,
+    is_computed_weight,
+    lower_linear,
+    lower_product,
+)
 from passopt.targets.tvm.lowering.registry import CONVERTERS
 from passopt.targets.tvm.lowering.values import Cache, CacheSlot, Parameter, Tvm, Unsupported, Values, dtype_name
 
@@ -98,6 +104,8 @@ class _Lowering:
         self.opset = int(model.graph.opset_imports.get("", 0))
 
     def run(self) -> Lowered:
+        from tvm import relax
+
         unfused = _not_in_place(self.model)
         self.missing += unfused
         in_place = not unfused
@@ -105,16 +113,23 @@ class _Lowering:
         wanted = [value for value in self.model.graph.outputs if value.name == LOGITS or not in_place]
         selections = {node: found for node in self.model.graph if (found := self._select(node)) is not None}
         nodes = needed_nodes(self.model, wanted, selections)
+        if not self.allow_fallback:
+            self.missing += [item for node in nodes if node not in selections and (item := _computed_product(node))]
+            self._refuse()
         builder = self.at.builder
         with builder.function(MAIN):
             with builder.dataflow():
                 for node in nodes:
-                    self._lower(node, selections.get(node))
-                self._refuse()
-                outputs = [builder.emit_output(self._output(value)) for value in wanted]
+                    if not self._lower(node, selections.get(node)):
+                        break
+                # A function left open would make TVM complain on stderr: it is closed, then thrown away.
+                refused = bool(self.missing) and not self.allow_fallback
+                given = [relax.const(0)] if refused else [self._output(value) for value in wanted]
+                outputs = [builder.emit_output(item) for item in given]
             parameters = tuple(self.at.parameters.values())
             variables = [*leading, *(item.variable for item in parameters)]
-            builder.emit_func_output(outputs[0] if in_place else outputs, params=variables)
+            builder.emit_func_output(outputs[0] if in_place or refused else outputs, params=variables)
+        self._refuse()
         module = builder.get()
         module[MAIN] = module[MAIN].with_attr("num_input", len(leading))
         missing, imported = tuple(self.missing), tuple(self.imported)
@@ -195,7 +210,8 @@ class _Lowering:
             return _Selection(gate, lambda at: norms.lower_swiglu(at, *gate, node.outputs[0]))
         return None
 
-    def _lower(self, node: onnx_ir.Node, selection: _Selection | None) -> None:
+    def _lower(self, node: onnx_ir.Node, selection: _Selection | None) -> bool:
+        """False if the node has no native kernel and no fallback is allowed."""
         try:
             if selection is not None:
                 selection.lower(self.at)
@@ -206,22 +222,23 @@ class _Lowering:
             else:
                 self._import(node, f"passopt has no lowering of {node.domain or 'this'} operator")
         except Unsupported as error:
-            self._fall_back(node, str(error))
+            return self._fall_back(node, str(error))
+        return True
 
     def _import(self, node: onnx_ir.Node, reason: str) -> None:
         import_node(self.at, node, self.opset)
         self.imported.append(Missing(str(node.name), node.op_type, reason))
 
-    def _fall_back(self, node: onnx_ir.Node, reason: str) -> None:
-        """TVM's own importer, if the user allows it; otherwise go on, to report everything at once."""
+    def _fall_back(self, node: onnx_ir.Node, reason: str) -> bool:
+        """TVM's own importer, if the user allows it."""
         self.missing.append(Missing(str(node.name), node.op_type, reason))
-        if self.allow_fallback:
-            try:
-                import_node(self.at, node, self.opset)
-            except Unsupported as error:
-                raise ModelError(f"{self.missing[-1]}; TVM's own importer failed too: {error}") from error
-            return
-        self._refuse()
+        if not self.allow_fallback:
+            return False
+        try:
+            import_node(self.at, node, self.opset)
+        except Unsupported as error:
+            raise ModelError(f"{self.missing[-1]}; TVM's own importer failed too: {error}") from error
+        return True
 
     def _refuse(self) -> None:
         if not self.missing or self.allow_fallback:
@@ -230,9 +247,18 @@ class _Lowering:
         more = f"\n  and {len(self.missing) - 12} more" if len(self.missing) > 12 else ""
         raise ModelError(
             f"no native kernel for:\n{shown}{more}\n"
-            "Fuse first: passopt run MODEL --passes baichuan2 (or fuse); `passopt why fuse-attention MODEL` says what "
-            "kept it from matching. --allow-fallback compiles anyway, slowly, and without the cache in place."
+            "Try passopt compile MODEL --passes baichuan2,fold-norm-head (or fuse). `passopt why fuse-attention MODEL` "
+            "says what kept it from matching. --allow-fallback compiles anyway, slowly, and without a cache in place."
         )
+
+
+def _computed_product(node: onnx_ir.Node) -> Missing | None:
+    """A MatMul that is neither a linear nor an outer product, as far as its shapes tell."""
+    first = node.inputs[0] if node.op_type == "MatMul" and not node.domain else None
+    if first is None or first.shape is None or not len(first.shape) or first.shape[-1] == 1:
+        return None
+    reason = WEIGHT_IS_COMPUTED if is_computed_weight(node.inputs[1]) else BOTH_COMPUTED
+    return Missing(str(node.name), node.op_type, reason)
 
 
 def _not_in_place(model: onnx_ir.Model) -> list[Missing]:

@@ -13,6 +13,9 @@ from passopt.targets.tvm.lowering.values import Length, Tvm, Unsupported, Values
 
 #: Values behind a weight that is computed; what lies deeper is no weight.
 _LONGEST_COMPUTATION = 24
+#: Why a MatMul is no linear.
+WEIGHT_IS_COMPUTED = "its weight is computed anew at every step; run fold-norm-head before"
+BOTH_COMPUTED = "both sides are computed: attention that was not fused"
 
 
 def lower_linear(at: Values, linear: Linear) -> None:
@@ -76,17 +79,17 @@ def lower_product(at: Values, node: onnx_ir.Node) -> None:
     """A MatMul of two computed values. Only an outer product is lowered natively: it is a multiplication."""
     from tvm import relax
 
-    if _is_computed_weight(node.inputs[1]):
-        raise Unsupported("its weight is computed anew at every step; run fold-norm-head before")
+    if is_computed_weight(node.inputs[1]):
+        raise Unsupported(WEIGHT_IS_COMPUTED)
     first, second = (at.tensor(value) for value in node.inputs)
     inner = at.shape_of(first)[-1]
     if isinstance(inner, int) and inner == 1:
         at.set(node.outputs[0], relax.op.multiply(first, second))
         return
-    raise Unsupported("both sides are computed: attention that was not fused")
+    raise Unsupported(BOTH_COMPUTED)
 
 
-def _is_computed_weight(value: onnx_ir.Value | None) -> bool:
+def is_computed_weight(value: onnx_ir.Value | None) -> bool:
     """Arithmetic over checkpoint weights alone, such as a head that normalises its rows."""
     seen, waiting, weights = set(), [value], 0
     while waiting:
