@@ -21,9 +21,10 @@ from passopt.ir.staging import staged_directory
 from passopt.ir.weights import small_constant
 from passopt.targets.manifest import rank_folders
 from passopt.targets.onnx_files import COMPANIONS
-from passopt.targets.tvm.features import Cpu, required_features
+from passopt.targets.tvm.features import Gpu, Machine, required_features
 from passopt.targets.tvm.library import (
     CODE_NAME,
+    SOURCE_NAME,
     CacheLayout,
     CodeFile,
     Library,
@@ -61,7 +62,7 @@ class CompileReport:
 def compile_models(
     models: Sequence[onnx_ir.Model],
     directory: Path,
-    cpu: Cpu,
+    cpu: Machine,
     facts: CompileFacts,
     *,
     allow_fallback: bool = False,
@@ -75,6 +76,8 @@ def compile_models(
     laid out chunk by chunk. Raises ModelError (no native kernel, with every node), UsageError (output exists).
     """
     degree = max(len(models), degree_of(models[0]))
+    if degree > 1 and isinstance(cpu, Gpu):
+        raise ModelError(f"{degree} ranks: collectives have no form on a GPU yet; compile one rank, or for llvm")
     lowered, *others = _lowered(models, cpu, allow_fallback=allow_fallback)
     weights = [_weights(item) for item in ([lowered, *others] if others else [lowered] * degree)]
     needed = sum(plan_layout(item).nbytes for item in weights)
@@ -103,14 +106,27 @@ def weight_bytes(lowered: Lowered) -> int:
     return plan_layout(_weights(lowered)).nbytes
 
 
-def build(lowered: Lowered, cpu: Cpu, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:
-    """Run the steps, generate code, link it to `path`."""
+def build(lowered: Lowered, cpu: Machine, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:
+    """Run the steps, generate code, link it to `path`; for a GPU, write the source of its kernels beside it."""
     from tvm import relax
 
     target = cpu.target()
     module = run_steps(lowered.module, target, on_step)
-    executable = relax.build(module, target, relax_pipeline=None)
-    executable.export_library(str(path))
+    try:
+        executable = relax.build(module, target, relax_pipeline=None)
+        executable.export_library(str(path))
+    except (RuntimeError, ValueError) as error:
+        if not isinstance(cpu, Gpu):
+            raise
+        raise ModelError(f"TVM builds no library for cuda ({cpu.arch}) of this model: {error}") from error
+    if isinstance(cpu, Gpu):
+        path.with_name(SOURCE_NAME).write_text(_source(executable.mod), encoding="utf-8")
+
+
+def _source(module: Any) -> str:
+    """The CUDA source of all kernels of a built library."""
+    found = [_source(item) for item in module.imports]
+    return "\n".join([str(module.inspect_source()), *found] if module.kind == "cuda" else found)
 
 
 def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
@@ -129,7 +145,7 @@ def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _lowered(models: Sequence[onnx_ir.Model], cpu: Cpu, *, allow_fallback: bool) -> list[Lowered]:
+def _lowered(models: Sequence[onnx_ir.Model], cpu: Machine, *, allow_fallback: bool) -> list[Lowered]:
     """Every model lowered; the first one's code serves all, which is checked, not assumed."""
     from tvm_ffi import structural_equal
 
@@ -148,7 +164,7 @@ def _weights(lowered: Lowered) -> dict[str, Expression]:
 def _library(
     model: onnx_ir.Model,
     lowered: Lowered,
-    cpu: Cpu,
+    cpu: Machine,
     facts: CompileFacts,
     folder: Path,
     digests: Mapping[str, str],
@@ -160,9 +176,9 @@ def _library(
     dtype = _DTYPES[decoder.cache_dtype.name]
     return Library(
         passopt=facts.version,
-        target="llvm",
+        target="cuda" if isinstance(cpu, Gpu) else "llvm",
         mcpu=cpu.mcpu,
-        isa=cpu.isa.name,
+        isa=cpu.arch if isinstance(cpu, Gpu) else cpu.isa.name,
         features=required_features(cpu.mcpu),
         library=CodeFile.of(folder / CODE_NAME),
         weights=WeightsFile.of(folder / WEIGHTS_NAME, digests),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from passopt.ir.errors import ModelError
+from passopt.ir.errors import ModelError, UsageError
 
 CPU_INFO = Path("/proc/cpuinfo")
+GPU_LEVEL = "cuda"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Isa:
     def has_byte_dot(self) -> bool:
         """u8 · s8 dot products of four, summed in int32 without saturation (AVX512-VNNI)."""
         return "avx512vnni" in self.features
+
+    @property
+    def is_gpu(self) -> bool:
+        """Work items are threads of a grid; there are no vectors."""
+        return self.name == GPU_LEVEL
 
 
 #: Best first; the last one runs everywhere.
@@ -70,6 +77,40 @@ class Cpu:
         from tvm.target import Target
 
         return Target({"kind": "llvm", "mcpu": self.mcpu})
+
+
+#: What a thread of a GPU does: numbers one by one, few of them, so that many threads fit.
+GPU_ISA = Isa(GPU_LEVEL, 1, 16, ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """As `Cpu`, for a GPU of CUDA's architecture `arch` (such as sm_80) in a machine with the CPU `host`."""
+
+    arch: str
+    host: Cpu
+    isa: Isa = GPU_ISA
+
+    @property
+    def mcpu(self) -> str:
+        """Of the host, whose code launches the kernels."""
+        return self.host.mcpu
+
+    def target(self) -> Any:
+        from tvm.target import Target
+
+        return Target({"kind": "cuda", "arch": self.arch}, host=self.host.target())
+
+
+#: What code is generated for.
+Machine: TypeAlias = Cpu | Gpu
+
+
+def find_gpu(arch: str, host: Cpu) -> Gpu:
+    """A GPU. Raises UsageError if `arch` is not how CUDA spells one."""
+    if re.fullmatch(r"sm_[1-9][0-9]{1,2}[a-z]?", arch) is None:
+        raise UsageError(f"{arch!r} is no architecture of CUDA; expected one such as sm_80 or sm_90a")
+    return Gpu(arch, host)
 
 
 def level(name: str) -> Isa:

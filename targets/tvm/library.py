@@ -22,6 +22,8 @@ from passopt.targets.digests import root_digest
 
 LIBRARY_NAME = "library.json"
 CODE_NAME = "lib.so"
+#: The kernels of a library for cuda, to be read.
+SOURCE_NAME = "lib.cu"
 #: Cached positions per block of keys: the layout of an in-place cache, and what a capacity is rounded up to.
 BLOCK = 16
 
@@ -102,8 +104,9 @@ class Logits:
 class Library:
     """One compiled model. The function takes `inputs`, the number of cached positions as a shape, caches, `parameters`.
 
-    `passopt` is the version that wrote it, `features` (LLVM's names) must be there at load, `passes` is the resolved
-    pipeline; `max_positions` is None where the model has no bound.
+    `passopt` is the version that wrote it, `isa` the level of its kernels (for cuda the architecture; `mcpu` is of the
+    host), `features` (LLVM's names) must be there at load, `passes` is the resolved pipeline; `max_positions` is None
+    where the model has no bound.
     """
 
     passopt: str

@@ -20,17 +20,20 @@ class Step:
     make: Callable[[], Tvm]
 
 
-def steps() -> tuple[Step, ...]:
-    """All steps in order."""
+def steps(kind: str = "llvm") -> tuple[Step, ...]:
+    """All steps for a kind of target (llvm or cuda) in order."""
     from tvm.relax import backend, transform
 
+    gpu = kind == "cuda"
     return (
+        *((Step("bind-threads", "kernels as grids of threads", _bind_threads),) if gpu else ()),
         Step("dispatch-scan", "cumulative sums to TIR", backend.DispatchSortScan),
         Step("legalize", "small operators to TIR; kernels are TIR already", transform.LegalizeOps),
         Step("annotate-patterns", "which TIR functions may be fused", transform.AnnotateTIROpPattern),
         Step("fold-constants", "small constants only: weights are parameters", transform.FoldConstant),
         Step("fuse-ops", "group small operators", transform.FuseOps),
         Step("fuse-tir", "each group one TIR function; equal ones are shared by all layers", transform.FuseTIR),
+        *((Step("schedule-small", "TVM's own grids for small operators", _schedule_small),) if gpu else ()),
         Step("dead-code", "functions and values that nothing reads", transform.DeadCodeElimination),
         Step("view-reshapes", "reshapes become views", transform.RewriteDataflowReshape),
         Step("leave-dataflow", "plain bindings from here on", transform.ToNonDataflow),
@@ -46,19 +49,44 @@ def steps() -> tuple[Step, ...]:
     )
 
 
+def _bind_threads() -> Tvm:
+    """So early that there are no functions but the kernels."""
+    import tvm
+    from tvm import tirx
+
+    from passopt.targets.tvm.gpu import bind_threads
+
+    def bind(module: Tvm, _: Tvm) -> Tvm:
+        changed = {
+            name: bind_threads(function, str(name.name_hint))
+            for name, function in module.functions_items()
+            if isinstance(function, tirx.PrimFunc)
+        }
+        module.update(tvm.IRModule(changed))
+        return module
+
+    return tvm.transform.module_pass(bind, opt_level=0, name="bind-threads")
+
+
+def _schedule_small() -> Tvm:
+    from tvm.s_tir import dlight
+
+    return dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())
+
+
 def run_steps(module: Tvm, target: Tvm, on_step: Callable[[str, Tvm], None] | None = None) -> Tvm:
     """The module after all steps; `on_step` gets each step's name and the module after it."""
     with target:
-        for step in steps():
+        for step in steps(str(target.kind.name)):
             module = step.make()(module)
             if on_step is not None:
                 on_step(step.name, module)
     return module
 
 
-def check_step_names(names: list[str]) -> None:
+def check_step_names(names: list[str], kind: str = "llvm") -> None:
     """Raises UsageError with the names there are."""
-    known = [step.name for step in steps()]
+    known = [step.name for step in steps(kind)]
     for name in names:
         if name not in known:
             raise UsageError(f"no step {name!r}; the steps are {', '.join(known)}")

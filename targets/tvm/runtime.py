@@ -68,6 +68,7 @@ class Engine:
             )
         if library.degree > 1 and alone:
             raise ModelError(f"{folder}: is rank {library.rank} of {library.degree}; alone it is no whole model")
+        _check_target(folder, library)
         _check_cpu(folder, library)
         _check_code(folder / library.library.file, library)
         weights = WeightsMap(folder / library.weights.file, library.weights)
@@ -263,6 +264,14 @@ def _whole_numbers(what: str, numbers: npt.ArrayLike) -> Ids:
     if array.size and array.dtype.kind not in "iub":
         raise UsageError(f"{what} are {array.dtype}, expected whole numbers")
     return array.astype(np.int64)
+
+
+def _check_target(folder: Path, library: Library) -> None:
+    if library.target != "llvm":
+        raise ModelError(
+            f"{folder}: was compiled for {library.target} ({library.isa}), which was never run on a GPU: this "
+            f"release loads libraries for llvm. Compile the model without --target {library.target} to run it."
+        )
 
 
 def _check_cpu(folder: Path, library: Library) -> None:

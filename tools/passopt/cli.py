@@ -265,6 +265,7 @@ def _add_compile(add: Any) -> None:
     command.add_argument("-o", "--output", metavar="DIR", required=True, help="new folder for code and weights")
     command.add_argument("--passes", metavar="PIPELINE", help="run these first, in memory")
     command.add_argument("--target", choices=["llvm", "cuda"], default="llvm", help="default: %(default)s")
+    command.add_argument("--arch", default="sm_80", help="of a GPU, for cuda (default: %(default)s)")
     command.add_argument("--mcpu", default="native", help="LLVM's name of a CPU (default: this machine's)")
     command.add_argument("--allow-fallback", action="store_true", help="where there is no native kernel, TVM's own")
     command.add_argument("--print-after", metavar="STEP", nargs="?", const="", action="append", help="all, if no STEP")

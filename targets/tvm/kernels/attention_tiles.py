@@ -22,7 +22,7 @@ TILE = 128
 LOWEST = -3.4028234663852886e38
 
 #: (vectors per row, rows) computed at once by the registers of a level; each row takes its vectors, and so do the keys.
-_REGISTER_TILES = {"avx512-vnni": (2, 12), "avx2": (2, 6), "plain": (4, 3)}
+_REGISTER_TILES = {"avx512-vnni": (2, 12), "avx2": (2, 6), "plain": (4, 3), "cuda": (16, 1)}
 
 
 @dataclasses.dataclass(frozen=True)

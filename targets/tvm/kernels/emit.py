@@ -139,7 +139,7 @@ def to_float32(value: Any, dtype: str, lanes: int, isa: Isa) -> Any:
 
     if dtype == "float32":
         return value
-    if dtype == "float16" and "f16c" not in isa.features:
+    if dtype == "float16" and "f16c" not in isa.features and not isa.is_gpu:
         return _half_by_bits(value, lanes)
     if dtype == "bfloat16":
         # Never a cast: bound to a name, TVM 0.27 makes it one of the bits as an integer.

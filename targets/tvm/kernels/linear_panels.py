@@ -124,7 +124,7 @@ class _Linear:
         from tvm.script.ir_builder import tirx as T
 
         extent = T.int64(extent) if isinstance(extent, int) else extent
-        if self.panels.outputs * self.panels.inputs < PARALLEL_WEIGHTS:
+        if self.panels.outputs * self.panels.inputs < PARALLEL_WEIGHTS and not self.panels.isa.is_gpu:
             return T.serial(0, extent)
         return T.parallel(0, extent)
 

@@ -55,6 +55,8 @@ class ByteKernel:
 def byte_kernel(isa: Isa) -> ByteKernel:
     if isa.has_byte_dot:
         return ByteKernel(16, 4, 4, 6, 6, "int8", _dot_vnni)
+    if isa.is_gpu:
+        return ByteKernel(4, 4, 1, 2, 2, "int8", _dot_numbers)
     if isa.name == "avx2":
         return ByteKernel(8, 2, 2, 6, 4, "int16", _dot_avx2)
     return ByteKernel(4, 2, 2, 4, 4, "int16", _dot_plain)
@@ -333,9 +335,13 @@ class _Emitter:
 
     def _broadcast(self, row: Any, group: Any) -> Any:
         """One group of a row's codes, in all lanes."""
+        from tvm import tirx
         from tvm.script.ir_builder import tirx as T
 
         kernel, dtype = self.kernel, self.layout.dtype
+        if kernel.dot is _dot_numbers:
+            read = self.codes.vload([row, group * kernel.group], f"{dtype}x{kernel.group}")
+            return tirx.Shuffle([read] * kernel.lanes, list(range(kernel.group * kernel.lanes)))
         word = T.reinterpret("int32", self.codes.vload([row, group * kernel.group], f"{dtype}x{kernel.group}"))
         return T.bind(T.reinterpret(f"{dtype}x{kernel.lanes * kernel.group}", T.broadcast(word, kernel.lanes)))
 
@@ -412,6 +418,11 @@ def _dot_avx2(sums: Any, codes: Any, weights: Any) -> Any:
 def _dot_plain(sums: Any, codes: Any, weights: Any) -> Any:
     """The same in plain operations; LLVM finds SSE2's pmaddwd in them."""
     return dot_of_operations(sums, codes, weights, lanes=4, group=2)
+
+
+def _dot_numbers(sums: Any, codes: Any, weights: Any) -> Any:
+    """For a GPU, whose lanes come apart into numbers: no word holds several codes."""
+    return dot_of_operations(sums, codes, weights, lanes=4, group=4)
 
 
 def dot_of_operations(sums: Any, codes: Any, weights: Any, lanes: int, group: int) -> Any:

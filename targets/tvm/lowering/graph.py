@@ -17,7 +17,7 @@ from passopt.ir.contract import LOGITS, find_decoder
 from passopt.ir.errors import ModelError
 from passopt.ir.linears import find_linear
 from passopt.ir.shapes import complete_types
-from passopt.targets.tvm.features import Cpu
+from passopt.targets.tvm.features import Machine
 from passopt.targets.tvm.kernels.cache import BLOCK
 from passopt.targets.tvm.lowering import attention, collectives, elementwise, movement, norms, reductions  # noqa: F401  (they register)
 from passopt.targets.tvm.lowering.importer import import_node
@@ -77,7 +77,7 @@ class _Selection:
 
 
 def lower(
-    model: onnx_ir.Model, cpu: Cpu, *, allow_fallback: bool = False, per_rank: frozenset[str] = frozenset()
+    model: onnx_ir.Model, cpu: Machine, *, allow_fallback: bool = False, per_rank: frozenset[str] = frozenset()
 ) -> Lowered:
     """Lower a decoder with cache; `per_rank` names constants that become parameters, since ranks differ in them.
 

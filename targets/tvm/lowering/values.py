@@ -17,7 +17,7 @@ import onnx_ir
 from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType, Expression
 from passopt.ir.weights import expression_of, small_constant
-from passopt.targets.tvm.features import Cpu
+from passopt.targets.tvm.features import Machine
 
 #: A Relax or TIR object; tvm carries no types.
 Tvm: TypeAlias = Any
@@ -93,7 +93,7 @@ def dtype_name(dtype: DataType) -> str:
 class Values:
     """The state of one lowering; converters take it as `at`."""
 
-    def __init__(self, builder: Tvm, cpu: Cpu, per_rank: frozenset[str] = frozenset()) -> None:
+    def __init__(self, builder: Tvm, cpu: Machine, per_rank: frozenset[str] = frozenset()) -> None:
         from tvm.sym import Analyzer
 
         self.builder = builder

@@ -35,15 +35,16 @@ class Source:
 def compile_(options: argparse.Namespace) -> int:
     """Load, optionally transform, compile, report."""
     from passopt.targets.tvm.codegen import CompileFacts, CompileReport, compile_models
-    from passopt.targets.tvm.features import find_cpu
+    from passopt.targets.tvm.features import find_cpu, find_gpu
     from passopt.targets.tvm.pipeline import check_step_names
 
     output = Path(options.output)
     if output.exists():
         raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
     shown = [name for name in options.print_after or [] if name]
-    check_step_names(shown)
-    cpu = find_cpu(options.mcpu)
+    check_step_names(shown, options.target)
+    host = find_cpu(options.mcpu)
+    machine = find_gpu(options.arch, host) if options.target == "cuda" else host
     source = load(Path(options.model), options.passes)
 
     def on_step(name: str, module: Any) -> None:
@@ -55,7 +56,7 @@ def compile_(options: argparse.Namespace) -> int:
         report: CompileReport = compile_models(
             source.models,
             output,
-            cpu,
+            machine,
             CompileFacts(__version__, source.passes, source.folder),
             allow_fallback=options.allow_fallback,
             on_step=on_step,
@@ -104,6 +105,7 @@ def _print(report: Any, output: Path, *, as_json: bool) -> None:
     if as_json:
         body = {
             "output": str(output),
+            "target": library.target,
             "mcpu": library.mcpu,
             "isa": library.isa,
             "kernels": report.lowered.kernels,
@@ -122,6 +124,8 @@ def _print(report: Any, output: Path, *, as_json: bool) -> None:
     print(f"cache: {cache.nbytes(1, cache.block) // cache.block:,} bytes per position, {cache.kind}, {cache.dtype}")
     if library.logits.positions == "all":
         print("logits of every position are computed; slice-last-token makes generation cheaper")
+    if library.target == "cuda":
+        print("for cuda kernels are compiled only: nothing of them has run on a GPU, and no command loads them")
     print(f"→ {output}")
 
 
