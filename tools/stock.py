@@ -1,4 +1,4 @@
-"""Export, verify, tp and int8 on real stock remote code, with tiny random weights around it.
+"""Export, verify, tp, int8 and compiled libraries on real stock remote code, with tiny random weights around it.
 
     python tools/stock.py DIR       DIR holds modeling_baichuan.py, or one such folder per model
 
@@ -31,6 +31,9 @@ PIPELINES = (
     "baichuan2,tp{degree=4,pad=true}",
     "baichuan2,tp,int8",
 )
+#: Compiled of the exported model after these passes, and of the folder of ranks that the pipeline made.
+COMPILED = ("baichuan2,fold-norm-head", "baichuan2,int8{activations=dynamic,head=true}")
+COMPILED_RANKS = "baichuan2,tp{degree=4,pad=true}"
 
 
 def stock_folders(root: Path) -> list[Path]:
@@ -70,6 +73,12 @@ def passopt(folder: Path, *arguments: str) -> None:
         raise SystemExit(f"stock: passopt {arguments[0]} failed with exit code {done.returncode}")
 
 
+def compiled(root: Path, reference: str, model: str, output: str, *options: str) -> None:
+    """Compile, and verify the library against the exported model."""
+    passopt(root, "compile", model, "-o", output, *options)
+    passopt(root, "verify", reference, output)
+
+
 def check(stock: Path, root: Path) -> None:
     """One stock model through export and every pipeline, each verified."""
     name = f"{stock.name}-small"
@@ -82,6 +91,10 @@ def check(stock: Path, root: Path) -> None:
             output = f"{name}-{dtype}-{PIPELINES.index(pipeline)}"
             passopt(root, "run", model, "--passes", pipeline, "-o", output)
             passopt(root, "verify", model, output)
+            if pipeline == COMPILED_RANKS:
+                compiled(root, model, output, f"{output}-compiled")
+        for passes in COMPILED:
+            compiled(root, model, model, f"{name}-{dtype}-compiled-{COMPILED.index(passes)}", "--passes", passes)
 
 
 def main() -> None:
