@@ -16,7 +16,7 @@ from passopt.targets.tvm.kernels.attention import attention
 from passopt.targets.tvm.kernels.cache import append_cache
 from passopt.targets.tvm.kernels.mask_extents import QUERY_BLOCK, mask_extents
 from passopt.targets.tvm.lowering.registry import attribute, lowers
-from passopt.targets.tvm.lowering.values import CacheSlot, Length, Tvm, Unsupported, Values
+from passopt.targets.tvm.lowering.values import CacheSlot, Length, Tvm, Unsupported, Values, product
 
 ATTENTION = "Attention"
 
@@ -52,9 +52,7 @@ def find_attention(node: onnx_ir.Node) -> AttentionParts | None:
 @lowers(ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, domain=DOMAIN)
 def fused_attention(at: Values, node: onnx_ir.Node) -> None:
     parts = find_attention(node)
-    if parts is None or any(value.shape is None or len(value.shape) != 4 for value in (parts.query, parts.key)):
-        raise Unsupported("attention of other than four axes")
-    if attribute(node, "qk_matmul_output_mode", 0) or len(node.outputs) > 3:
+    if parts is None or len(node.outputs) > 3:
         raise Unsupported("attention that gives its scores")
     slot = at.cache.slots.get(parts.past_key) if at.cache is not None and parts.past_key is not None else None
     if slot is None:
@@ -63,19 +61,30 @@ def fused_attention(at: Values, node: onnx_ir.Node) -> None:
     in_place_attention(at, node, parts, slot)
 
 
+def in_place_refusal(node: onnx_ir.Node) -> str | None:
+    """Why a fused attention cannot keep its cache in place, None if it can."""
+    parts = find_attention(node)
+    if parts is None or len(node.outputs) > 3:
+        return "attention that gives its scores"
+    shape = parts.mask.shape if parts.mask is not None else None
+    if shape is not None and len(shape) == 4 and shape[1] != 1:
+        return f"its mask has shape {shape}: the kernel takes one for all heads"
+    return None
+
+
 def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, slot: CacheSlot) -> None:
     """Append to the cache, then attend over it. `present` outputs are the cache itself: nobody may read them."""
     from tvm import relax
 
     assert at.cache is not None
-    query, isa, past = at.heads(parts.query), at.cpu.isa, at.cache.past
+    query, isa, past = _by_position(at, parts.query, node, "q_num_heads"), at.cpu.isa, at.cache.past
     dims = at.shape_of(query)
     heads, width = dims[2], dims[3]
     kv_heads = at.shape_of(slot.key)[1]
     append = at.function(
         f"append_cache_{kv_heads}_{width}_{slot.dtype}", lambda: append_cache(kv_heads, width, slot.dtype, isa)
     )
-    new = [at.heads(parts.key), at.heads(parts.value)]
+    new = [_by_position(at, value, node, "kv_num_heads") for value in (parts.key, parts.value)]
     cache = at.emit(
         relax.op.call_tir_inplace(
             append, [*new, slot.key, slot.value, past], inplace_indices=[2, 3], out_ty=[slot.key.ty, slot.value.ty]
@@ -94,8 +103,34 @@ def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, sl
     def make() -> Tvm:
         return attention(heads, kv_heads, width, scale, slot.dtype, isa, alibi, softcap)
 
-    at.set_heads(node.outputs[0], at.call(name, make, arguments, dims))
+    _set_result(at, node, parts, at.call(name, make, arguments, dims))
     at.note(f"attention: {name}")
+
+
+def _by_position(at: Values, value: onnx_ir.Value, node: onnx_ir.Node, heads: str) -> Tvm:
+    """[b, s, h, d] of [b, h, s, d], or of [b, s, h·d] with the number of heads in an attribute."""
+    from tvm import relax
+
+    if at.has_heads(value) or len(at.shape(value)) == 4:
+        return at.heads(value)
+    count, dims = attribute(node, heads, 0), at.shape(value)
+    if len(dims) != 3 or not count or not isinstance(dims[2], int):
+        raise Unsupported(f"attention over {len(dims)} axes with {heads} {count}")
+    return at.once(
+        ("by position", value),
+        lambda: at.emit(relax.op.reshape(at.tensor(value), [*dims[:2], count, dims[2] // count])),
+    )
+
+
+def _set_result(at: Values, node: onnx_ir.Node, parts: AttentionParts, result: Tvm) -> None:
+    """[b, s, h, d] as the output's own shape."""
+    from tvm import relax
+
+    if at.has_heads(parts.query) or len(at.shape(parts.query)) == 4:
+        at.set_heads(node.outputs[0], result)
+        return
+    dims = at.shape_of(result)
+    at.set(node.outputs[0], relax.op.reshape(result, [*dims[:2], product(dims[2:])]))
 
 
 def _scale(node: onnx_ir.Node, width: int) -> float:
@@ -138,7 +173,10 @@ def _additive(at: Values, given: Tvm, causal: bool, rows: Length, columns: Lengt
         dims = at.shape_of(found)
         found = at.emit(relax.op.reshape(found, [*[1] * (4 - len(dims)), *dims])) if len(dims) < 4 else found
         dims = at.shape_of(found)
-        if isinstance(dims[2], int) and dims[2] == 1 and not at.equal(rows, 1):
+        for length, wanted in ((dims[2], rows), (dims[3], columns)):
+            if not at.equal(length, wanted) and not (isinstance(length, int) and length == 1):
+                raise Unsupported(f"a mask [.., {dims[2]}, {dims[3]}] over scores [.., {rows}, {columns}]")
+        if not at.equal(dims[2], rows) or not at.equal(dims[3], columns):
             found = at.emit(relax.op.broadcast_to(found, [*dims[:2], rows, columns]))
     if causal:
         past = columns - rows
@@ -161,7 +199,11 @@ def joined_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts) -> N
     from tvm import relax
 
     op = relax.op
-    query, key, value = (at.tensor(item) for item in (parts.query, parts.key, parts.value))
+    names = ("q_num_heads", "kv_num_heads", "kv_num_heads")
+    query, key, value = (
+        at.emit(op.permute_dims(_by_position(at, item, node, name), [0, 2, 1, 3]))
+        for item, name in zip((parts.query, parts.key, parts.value), names, strict=True)
+    )
     for position, past in ((1, parts.past_key), (2, parts.past_value)):
         if past is None:
             continue
@@ -185,4 +227,5 @@ def joined_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts) -> N
         scores = at.emit(op.add(scores, at.emit(op.multiply(slopes, places))))
     scores = at.emit(op.add(scores, _mask(at, node, parts.mask, dims[2], columns)))
     weights = at.emit(op.nn.softmax(scores, -1))
-    at.set(node.outputs[0], op.matmul(weights, value))
+    result = at.emit(op.matmul(weights, value))
+    _set_result(at, node, parts, at.emit(op.permute_dims(result, [0, 2, 1, 3])))

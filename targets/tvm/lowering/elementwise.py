@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.targets.tvm.lowering.registry import attribute, lowers
-from passopt.targets.tvm.lowering.values import Length, Numbers, Unsupported, Values, dtype_name
+from passopt.targets.tvm.lowering.values import Delegated, Length, Numbers, Values, dtype_name
 
 
 def _relax_names() -> dict[str, str]:
@@ -71,7 +71,7 @@ def binary(at: Values, node: onnx_ir.Node) -> None:
         return
     first, second = (at.tensor(value) for value in node.inputs)
     if node.op_type == "Div" and str(first.ty.dtype).startswith("int"):
-        raise Unsupported("division of integers that are no lengths")
+        raise Delegated("integers are divided as TVM's importer does it")
     if node.op_type == "Pow" and first.ty.dtype != second.ty.dtype:
         second = at.emit(relax.op.astype(second, str(first.ty.dtype)))
     at.set(node.outputs[0], getattr(relax.op, _RELAX[node.op_type])(first, second))
@@ -176,7 +176,18 @@ def cast(at: Values, node: onnx_ir.Node) -> None:
     at.set(node.outputs[0], found if str(found.ty.dtype) == target else relax.op.astype(found, target))
 
 
-@lowers("CastLike", "Identity", "Dropout")
+@lowers("CastLike")
+def cast_like(at: Values, node: onnx_ir.Node) -> None:
+    from tvm import relax
+
+    found, kind = at.tensor(node.inputs[0]), str(at.tensor(node.inputs[1]).ty.dtype)
+    if kind == "bool" and str(found.ty.dtype) != "bool":
+        at.set(node.outputs[0], relax.op.not_equal(found, at.literal(np.zeros((), str(found.ty.dtype)))))
+        return
+    at.set(node.outputs[0], found if str(found.ty.dtype) == kind else relax.op.astype(found, kind))
+
+
+@lowers("Identity", "Dropout")
 def same(at: Values, node: onnx_ir.Node) -> None:
     numbers = at.numbers(node.inputs[0])
     if numbers is not None:
@@ -185,7 +196,7 @@ def same(at: Values, node: onnx_ir.Node) -> None:
     at.set(node.outputs[0], at.tensor(node.inputs[0]))
 
 
-@lowers("Reciprocal", "Relu", "Softplus", "Clip", "Gelu", "Swish", "HardSwish", "Mod")
+@lowers("Reciprocal", "Relu", "Clip", "Gelu", "Swish")
 def derived(at: Values, node: onnx_ir.Node) -> None:
     from tvm import relax
 
@@ -205,8 +216,6 @@ def derived(at: Values, node: onnx_ir.Node) -> None:
     elif node.op_type == "Gelu":
         tanh = attribute(node, "approximate", "none") == "tanh"
         at.set(node.outputs[0], relax.op.nn.gelu_tanh(found) if tanh else relax.op.nn.gelu(found))
-    elif node.op_type == "Swish":
+    else:
         scaled = at.emit(relax.op.multiply(found, number(attribute(node, "alpha", 1.0))))
         at.set(node.outputs[0], relax.op.multiply(found, at.emit(relax.op.sigmoid(scaled))))
-    else:
-        raise Unsupported("no lowering")

@@ -29,11 +29,24 @@ from passopt.targets.tvm.lowering.linears import (
     lower_product,
 )
 from passopt.targets.tvm.lowering.registry import CONVERTERS
-from passopt.targets.tvm.lowering.values import Cache, CacheSlot, Parameter, Tvm, Unsupported, Values, dtype_name
+from passopt.targets.tvm.lowering.values import (
+    Cache,
+    CacheSlot,
+    Delegated,
+    Parameter,
+    Tvm,
+    Unsupported,
+    Values,
+    dtype_name,
+)
 
 #: The function of the library.
 MAIN = "main"
 
+#: Operators that multiply matrices: never by TVM's own importer, unless the user allows it.
+_LINEARS = frozenset(
+    {"Conv", "ConvTranspose", "Einsum", "Gemm", "GRU", "LSTM", "MatMulInteger", "QLinearMatMul", "RNN", "ConvInteger"}
+)
 _PAST = re.compile(r"past\.(\d+)\.(key|value)\Z")
 _STORED = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
@@ -219,8 +232,12 @@ class _Lowering:
                 lower_product(self.at, node)
             elif (node.domain, node.op_type) in CONVERTERS:
                 CONVERTERS[node.domain, node.op_type](self.at, node)
+            elif node.op_type in _LINEARS:
+                raise Unsupported("a linear without a native kernel")
             else:
-                self._import(node, f"passopt has no lowering of {node.domain or 'this'} operator")
+                self._import(node, "a small operator")
+        except Delegated as reason:
+            self._import(node, str(reason))
         except Unsupported as error:
             return self._fall_back(node, str(error))
         return True
@@ -270,7 +287,10 @@ def _not_in_place(model: onnx_ir.Model) -> list[Missing]:
         for node, index in value.uses():
             parts = attention.find_attention(node)
             is_past = parts is not None and value in (parts.past_key, parts.past_value)
-            if not is_past and node.op_type != "Shape":
+            refusal = attention.in_place_refusal(node) if is_past else None
+            if refusal is not None:
+                found.append(Missing(str(node.name), node.op_type, refusal))
+            elif not is_past and node.op_type != "Shape":
                 reason = f"reads {value.name} (input {index}), which only a fused attention can keep in place"
                 found.append(Missing(str(node.name), node.op_type, reason))
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx_ir
 
 from passopt.targets.tvm.lowering.values import Tvm, Unsupported, Values
@@ -41,6 +40,6 @@ def _attributes(node: onnx_ir.Node) -> dict[str, Any]:
         found[name] = value.numpy() if hasattr(value, "numpy") else value
         if isinstance(value, tuple | list):
             found[name] = list(value)
-        elif isinstance(value, np.ndarray):
-            found[name] = value
+        elif isinstance(value, str):
+            found[name] = value.encode()  # as protobuf gives it
     return found

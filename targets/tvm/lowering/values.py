@@ -42,6 +42,10 @@ class Unsupported(Exception):
     """A node that has no lowering: what is wrong with it, in words that follow "node 'x' (Op): "."""
 
 
+class Delegated(Exception):
+    """A node that TVM's own importer lowers as well as we would, and why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Numbers:
     """An int64 scalar (`scalar`) or vector whose elements are known as arithmetic over lengths."""

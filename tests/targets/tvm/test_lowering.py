@@ -94,6 +94,15 @@ def _compiled(lowered, cpu):
 
 
 OPERATORS = {
+    "cast like another": (
+        "i = Cast <to = 7> (x)\n a = CastLike (y, i)\n b = CastLike (a, y)\n logits = Add (b, x)",
+        "",
+    ),
+    "by the importer": ("a = Softplus (y)\n b = HardSwish (a)\n logits = Add (a, b)", ""),
+    "integers divided": (
+        "a = Div (input_ids, two)\n b = Cast <to = 1> (a)\n c = Unsqueeze (b, axes)\n logits = Add (y, c)",
+        "int64 two = {2}, int64[1] axes = {2}",
+    ),
     "plain": (
         "logits = Add (y, x)",
         "",
@@ -257,6 +266,57 @@ def test_weight_that_is_computed_names_the_pass(both, tmp_path):
     values = ", ".join(str(i % 7 + 1) for i in range(60 * 6))
     with pytest.raises(ModelError, match="computed anew at every step; run fold-norm-head"):
         both(body, f"int64[1] axes = {{1}}, float[60,6] big = {{{values}}}")
+
+
+LINEARS = {
+    "Gemm": "f = Flatten <axis = 2> (y)\n a = Gemm <alpha = 2.0> (f, square)\n s = Shape (y)\n logits = Reshape (a, s)",
+    "Einsum": 'logits = Einsum <equation = "bsk,kn->bsn"> (y, square)',
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_linear_of_another_spelling_is_refused(both, name):
+    extra = "float[6,6] square = {" + ", ".join(str(i % 5 - 2) for i in range(36)) + "}"
+    with pytest.raises(ModelError, match=rf"\({name}\): a linear without a native kernel"):
+        both(LINEARS[name], extra)
+    found, expected = both(LINEARS[name], extra, allow_fallback=True)
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+QKV = "h = Reshape (y, shape)\n q = Transpose <perm = [0,2,1,3]> (h)\n"
+ATTENTION = 'a, pk, pv = Attention (q, q, q, MASK, "past.0.key", "past.0.value")\n'
+MERGE = "t = Transpose <perm = [0,2,1,3]> (a)\n s = Shape (y)\n logits = Reshape (t, s)"
+SHAPE = "int64[4] shape = {0, 0, 2, 3}"
+
+
+def test_attention_of_three_axes(both):
+    body = 'logits, pk, pv = Attention <q_num_heads = 2, kv_num_heads = 2> (y, x, y, , "past.0.key", "past.0.value")'
+    found, expected = both(body)
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mask_per_head_is_no_cache_in_place(both):
+    body = QKV + ATTENTION.replace("MASK", "mask") + MERGE
+    extra = SHAPE + ", float[1,2,5,9] mask = {" + ", ".join(str(i % 7 / 4) for i in range(90)) + "}"
+    with pytest.raises(ModelError, match=r"its mask has shape \[1,2,5,9\]"):
+        both(body, extra)
+
+
+def test_mask_of_another_width_is_refused(both):
+    body = QKV + ATTENTION.replace("MASK", "mask") + MERGE
+    with pytest.raises(ModelError, match=r"a mask \[\.\., 5, 8\] over scores"):
+        both(body, SHAPE + ", float[1,1,5,8] mask = {" + ", ".join(["0"] * 40) + "}")
+
+
+def test_boolean_mask(both):
+    body = (
+        'n = Shape (attention_mask)\n s0 = Shape (input_ids)\n one = Gather (n, i1)\n r = Range (i0, one, i1)\n'
+        "m = Less (r, six)\n k = Unsqueeze (m, front)\n" + QKV + ATTENTION.replace("MASK", "big") + MERGE
+    ).replace(QKV, "w0 = Gather (s0, i1)\n w1 = Unsqueeze (w0, i00)\n e1 = Unsqueeze (one, i00)\n"
+              "t0 = Concat <axis = 0> (w1, e1)\n big = Expand (k, t0)\n" + QKV)  # fmt: skip
+    extra = SHAPE + ", int64 i0 = {0}, int64 i1 = {1}, int64 six = {6}, int64[1] front = {0}, int64[1] i00 = {0}"
+    found, expected = both(body, extra)
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_codes_are_never_turned_back_into_floats(both):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import sys
@@ -120,6 +121,8 @@ def _print(report: Any, output: Path, *, as_json: bool) -> None:
     print(f"{library.mcpu} ({library.isa}), weights {report.weight_bytes:,} bytes" + _per_rank(report.degree))
     for name, count in sorted(report.lowered.kernels.items()):
         print(f"{count:6}  {name}")
+    for name, count in sorted(collections.Counter(item.op_type for item in report.lowered.imported).items()):
+        print(f"{count:6}  small operator by TVM's importer: {name}")
     cache = library.cache
     print(f"cache: {cache.nbytes(1, cache.block) // cache.block:,} bytes per position, {cache.kind}, {cache.dtype}")
     if library.logits.positions == "all":
