@@ -120,6 +120,21 @@ def prefetch(buffer: Any, indices: Sequence[Any]) -> None:
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
 
 
+#: Bytes from a weight that is used to the one that is asked for. What the CPU itself reads ahead ends with the page of
+#: 4 KiB; half a page hides the wait for memory at the next one.
+AHEAD_BYTES = 2048
+
+
+def prefetch_ahead(weights: Any, position: Any, count: int, item_bytes: int) -> None:
+    """Asks for what lies `AHEAD_BYTES` behind elements `position` to `position + count` of a flat buffer.
+
+    Nothing is read, so it may lie behind the buffer's end.
+    """
+    line = 4 * CACHE_LINE // item_bytes
+    for start in range(0, count, line):
+        prefetch(weights, [position + AHEAD_BYTES // item_bytes + start])
+
+
 def typed(dtype: Any, lanes: int) -> str:
     """The name of a vector's type."""
     return str(dtype) if lanes == 1 else f"{dtype}x{lanes}"

@@ -14,6 +14,7 @@ from passopt.targets.tvm.kernels.emit import (
     FUNCTION_ATTRIBUTES,
     argument,
     load,
+    prefetch_ahead,
     root_block,
     spread,
     store,
@@ -139,6 +140,10 @@ class _Linear:
         with self._loop(self.panels.count) as panel:
             sums = [self._sums(rows) for _ in range(copies)]
             with T.serial(0, inputs // copies) as step:
+                # One row of int8 waits for memory most; with more rows the arithmetic is what takes long.
+                if rows == 1 and self.panels.dtype == "int8":
+                    first = (panel * inputs + step * copies) * self.panels.width
+                    prefetch_ahead(self.flat, first, copies * self.panels.width, item_bytes=1)
                 for copy, part in enumerate(sums):
                     self._add_products(part, rows, panel, step * copies + copy)
             for rest in range(inputs // copies * copies, inputs):
