@@ -156,11 +156,15 @@ def read_library(directory: Path) -> Library | RankFolders:
         raise ModelError(f"{directory}: has no {LIBRARY_NAME}; name a folder that `passopt compile` has written")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        version = body.pop("version")
+        digest = body.pop("digest", None)
+        version = body["version"]
         if version != _VERSION:
             raise ModelError(f"{path}: version {version}, this passopt reads {_VERSION}; compile the model again")
+        content = _digest(body)
+        del body["version"]
         found = _decoded(RankFolders, body) if "ranks" in body else _decoded(Library, body)
         _check(found)
+        _demand(digest == content, "its digest is not that of its content")
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -170,7 +174,13 @@ def read_library(directory: Path) -> Library | RankFolders:
 
 def _text(entry: Library | RankFolders) -> str:
     _check(entry)
-    return json.dumps({"version": _VERSION, **dataclasses.asdict(entry)}, indent=1) + "\n"
+    body = {"version": _VERSION, **dataclasses.asdict(entry)}
+    return json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n"
+
+
+def _digest(body: Mapping[str, object]) -> str:
+    """Of the whole description: lib.so would run on inputs in another order without a word."""
+    return str(blake3.blake3(json.dumps(body, sort_keys=True).encode()).hexdigest())
 
 
 def _check(entry: Library | RankFolders) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from passopt.cli import main
 from passopt.generation.tokenizer import load_tokenizer
+from passopt.targets.tvm.library import RankFolders
 from passopt.testing.checkpoints import ROTARY, make_checkpoint
 
 
@@ -159,6 +160,6 @@ def test_a_folder_that_was_not_compiled_is_told(tmp_path: Path, capsys):
 
 def test_a_rank_that_is_not_there_is_told(tmp_path: Path, capsys):
     make_checkpoint(tmp_path / "model", ROTARY, weights=False)
-    (tmp_path / "model" / "library.json").write_text('{"version": 1, "degree": 2, "ranks": ["rank0", "rank1"]}')
+    RankFolders(2, ("rank0", "rank1")).write(tmp_path / "model")
     assert main(["generate", str(tmp_path / "model"), "--prompt", "a"]) == 2
     assert "rank0: has no library.json" in capsys.readouterr().err

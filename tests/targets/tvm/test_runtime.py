@@ -1,16 +1,18 @@
 """The engine on a library made by hand: what it computes, what it keeps, and what it refuses before anything runs."""
 
-import json
+import dataclasses
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError, UsageError
+from passopt.targets.tvm.library import CodeFile, Library, read_library
 from passopt.targets.tvm.runtime import Engine
 
 IDS = np.array([[3, 1, 4, 1, 5], [0, 0, 9, 2, 6]])
@@ -29,9 +31,10 @@ def folder(tiny, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny.folder, tmp_path / "library", ignore=shutil.ignore_patterns("*.verified")))
 
 
-def edit(folder: Path, **changes: object) -> None:
-    body = json.loads((folder / "library.json").read_text()) | changes
-    (folder / "library.json").write_text(json.dumps(body))
+def edit(folder: Path, **changes: Any) -> None:
+    library = read_library(folder)
+    assert isinstance(library, Library)
+    dataclasses.replace(library, **changes).write(folder)
 
 
 @pytest.mark.parametrize("kind", ["in-place", "functional"])
@@ -144,7 +147,7 @@ def test_caches_larger_than_the_address_space_are_refused(tiny):
 
 
 def test_another_cpu_is_refused(folder: Path):
-    edit(folder, features=["avx2", "made-up"], mcpu="icelake-server", isa="avx512-vnni")
+    edit(folder, features=("avx2", "made-up"), mcpu="icelake-server", isa="avx512-vnni")
     with pytest.raises(ModelError) as caught:
         Engine.load(folder)
     assert "icelake-server (avx512-vnni) and needs made-up" in str(caught.value)
@@ -178,7 +181,7 @@ def test_a_file_that_is_no_library_is_refused(folder: Path, content: bytes):
     import blake3
 
     (folder / "lib.so").write_bytes(content)
-    edit(folder, library={"file": "lib.so", "blake3": blake3.blake3(content).hexdigest()})
+    edit(folder, library=CodeFile("lib.so", blake3.blake3(content).hexdigest()))
     with pytest.raises(ModelError, match=r"lib\.so: cannot be loaded"):
         Engine.load(folder)
 
