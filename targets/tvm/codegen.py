@@ -116,9 +116,8 @@ def build(lowered: Lowered, cpu: Machine, path: Path, on_step: Callable[[str, An
         executable = relax.build(module, target, relax_pipeline=None)
         executable.export_library(str(path))
     except (RuntimeError, ValueError) as error:
-        if not isinstance(cpu, Gpu):
-            raise
-        raise ModelError(f"TVM builds no library for cuda ({cpu.arch}) of this model: {error}") from error
+        what = f"cuda ({cpu.arch})" if isinstance(cpu, Gpu) else cpu.mcpu
+        raise ModelError(f"TVM builds no library for {what} of this model: {error}") from error
     if isinstance(cpu, Gpu):
         path.with_name(SOURCE_NAME).write_text(_source(executable.mod), encoding="utf-8")
 

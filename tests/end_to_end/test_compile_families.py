@@ -1,4 +1,4 @@
-"""Other decoders than Baichuan2: grouped queries, one shared key head, biases, ALiBi that counts by the mask."""
+"""Other decoders than Baichuan2: grouped queries, one key head, soft caps, biases, ALiBi that counts by the mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("tvm")
 pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon-mqa", "bloom", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "falcon-mqa", "bloom", "gpt2", "gemma2"])
 def test_family_equals_onnxruntime(tmp_path: Path, capsys, name: str):
     make_family_checkpoint(tmp_path / "checkpoint", name)
     model = tmp_path / "model"

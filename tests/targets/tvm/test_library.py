@@ -135,6 +135,6 @@ def test_a_library_that_could_not_be_read_is_not_written(library: Library, tmp_p
 def test_another_description_of_the_same_code_is_refused(library: Library, tmp_path: Path):
     library.write(tmp_path)
     path = tmp_path / "library.json"
-    path.write_text(path.read_text().replace('"max_positions": ', '"max_positions": 1'))
+    path.write_text(path.read_text().replace('"mcpu": "', '"mcpu": "x'))
     with pytest.raises(ModelError, match="its digest is not that of its content"):
         read_library(tmp_path)

@@ -37,7 +37,7 @@ def compile_(options: argparse.Namespace) -> int:
     """Load, optionally transform, compile, report."""
     from passopt.targets.tvm.codegen import CompileFacts, CompileReport, compile_models
     from passopt.targets.tvm.features import find_cpu, find_gpu
-    from passopt.targets.tvm.pipeline import check_step_names
+    from passopt.targets.tvm.pipeline import SKIPPED, check_step_names
 
     output = Path(options.output)
     if output.exists():
@@ -49,6 +49,10 @@ def compile_(options: argparse.Namespace) -> int:
     source = load(Path(options.model), options.passes)
 
     def on_step(name: str, module: Any) -> None:
+        if name == SKIPPED:
+            print(
+                "passopt compile: TVM cannot fuse the small operators of this model; they stay apart", file=sys.stderr
+            )
         if options.print_after is not None and (not shown or name in shown):
             print(f"// after {name}\n{module.script()}", file=sys.stderr)
 
