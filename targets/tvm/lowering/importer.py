@@ -26,7 +26,10 @@ def import_node(at: Values, node: onnx_ir.Node, opset: int) -> None:
         raise Unsupported(f"TVM's importer: {type(error).__name__}: {str(error).strip().splitlines()[-1]}") from error
     results = [result[index] for index in range(len(node.outputs))] if len(node.outputs) > 1 else [result]
     for value, item in zip(node.outputs, results, strict=True):
-        at.set(value, at.widened(at.emit(item)))
+        found = at.emit(item)
+        if not hasattr(found.ty, "dtype"):
+            raise Unsupported(f"TVM's importer makes a {type(found.ty).__name__} of it, no tensor")
+        at.set(value, at.widened(found))
 
 
 def _input(at: Values, value: onnx_ir.Value | None) -> Tvm:

@@ -193,6 +193,32 @@ def split(at: Values, node: onnx_ir.Node) -> None:
         start = at.simplified(start + width)
 
 
+@lowers("SplitToSequence")
+def split_to_sequence(at: Values, node: onnx_ir.Node) -> None:
+    from tvm import relax
+
+    found, axis = at.tensor(node.inputs[0]), attribute(node, "axis", 0)
+    dims, given = at.shape_of(found), at.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    axis %= len(dims)
+    if given is None or not isinstance(dims[axis], int):
+        raise Unsupported("a sequence of parts whose widths are not known")
+    whole, width = dims[axis], int(given.reshape(-1)[0])
+    widths = given.tolist() if given.ndim else [min(width, whole - start) for start in range(0, whole, width)]
+    ends = np.cumsum(widths).tolist()
+    at.sequences[node.outputs[0]] = [
+        at.emit(relax.op.strided_slice(found, [axis], [end - width], [end], [1], assume_inbound=True))
+        for end, width in zip(ends, widths, strict=True)
+    ]
+
+
+@lowers("SequenceAt")
+def sequence_at(at: Values, node: onnx_ir.Node) -> None:
+    sequence, place = at.sequences.get(node.inputs[0]) if node.inputs[0] else None, at.constant(node.inputs[1])
+    if sequence is None or place is None or not -len(sequence) <= int(place) < len(sequence):
+        raise Unsupported("an element of a sequence that is not known")
+    at.set(node.outputs[0], sequence[int(place)])
+
+
 @lowers("Slice")
 def slice_(at: Values, node: onnx_ir.Node) -> None:
     from tvm import relax

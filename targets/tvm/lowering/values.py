@@ -113,6 +113,8 @@ class Values:
         self._deferred: dict[onnx_ir.Value, Callable[[], Tvm]] = {}
         self._functions: dict[str, Tvm] = {}
         self._heads: dict[onnx_ir.Value, Tvm] = {}
+        #: Sequences of tensors, as some exports split into.
+        self.sequences: dict[onnx_ir.Value, list[Tvm]] = {}
         self._stated: dict[onnx_ir.Value, list[Length]] = {}
         #: How the cache is kept; set by whoever lowers a graph with one.
         self.cache: Cache | None = None

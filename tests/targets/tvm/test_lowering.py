@@ -98,6 +98,11 @@ OPERATORS = {
         "i = Cast <to = 7> (x)\n a = CastLike (y, i)\n b = CastLike (a, y)\n logits = Add (b, x)",
         "",
     ),
+    "sequence": (
+        "p = SplitToSequence <axis = 2> (y, two)\n a = SequenceAt (p, last)\n b = SequenceAt (p, first)\n"
+        "logits = Concat <axis = 2> (a, b)",
+        "int64 two = {4}, int64 last = {-1}, int64 first = {0}",
+    ),
     "by the importer": ("a = Softplus (y)\n b = HardSwish (a)\n logits = Add (a, b)", ""),
     "integers divided": (
         "a = Div (input_ids, two)\n b = Cast <to = 1> (a)\n c = Unsqueeze (b, axes)\n logits = Add (y, c)",
