@@ -31,6 +31,8 @@ PEERS = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
 TIMEOUT = 900
 #: Share of the machine that others may use while a candidate runs; beyond it is launched again.
 DISTURBED = 0.1
+#: Seconds.
+PATIENCE = 45.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +194,9 @@ class Bench:
         for variant in self._variants(candidate, plan):
             job = {**model, "seconds": plan.seconds, **variant}
             others: list[float] = []
-            while not others or (others[-1] > DISTURBED and len(others) <= self.options.retries):
+            spent = 0.0
+            # A launch that takes long is not repeated: it has averaged over its own disturbance.
+            while not others or (others[-1] > DISTURBED and len(others) <= self.options.retries and spent < PATIENCE):
                 watch = Watch()
                 try:
                     result = self.call("measure", candidate, job)
@@ -200,6 +204,7 @@ class Bench:
                     self._failed(label, candidate, str(failure))
                     return
                 others.append(watch.others())
+                spent = watch.seconds()
                 measured = self.run.of(label, candidate.name)
                 measured.add(result, shape)
                 line = f"{label}: {candidate.name}: {measured.line(result, shape)}"
