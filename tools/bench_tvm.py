@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -287,6 +288,8 @@ class Failure(Exception):
 
 def main() -> None:
     options = parser().parse_args()
+    # Asked to stop, it still removes its models: they are tens of gigabytes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     work = Path(options.work) if options.work else Path(tempfile.mkdtemp(prefix="passopt-bench-tvm-"))
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, Path(options.peers), options)
