@@ -77,3 +77,25 @@ def decoder_of(model: onnx_ir.Model) -> Decoder:
 def degree_of(model: onnx_ir.Model) -> int:
     """The tensor-parallel degree; 1 for a model that is not sharded."""
     return int(model.metadata_props.get(DEGREE, "1"))
+
+
+def positions_of(model: onnx_ir.Model) -> int | None:
+    """How many positions the model's tables hold: of rotary angles, learned positions or a baked ALiBi mask."""
+    tables = model.graph.initializers.items()
+    found: list[tuple[onnx_ir.Value | None, int]] = [
+        (value, -2) for name, value in tables if name.startswith("rotary.") or name == "alibi.future_mask"
+    ]
+    positions = next((value for value in model.graph.inputs if value.name == POSITION_IDS), None)
+    for node, index in positions.uses() if positions is not None else ():
+        if node.op_type == "Gather" and index == 1:
+            found.append((node.inputs[0], 0))
+        if node.op_type == "RotaryEmbedding" and index == 3:
+            found += [(table, 0) for table in node.inputs[1:3]]
+    lengths = [_length(table, axis) for table, axis in found if table is not None and table.is_initializer()]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def _length(table: onnx_ir.Value, axis: int) -> int | None:
+    dims = list(table.shape or ())
+    length = dims[axis] if len(dims) >= max(-axis, 1) else None
+    return length if isinstance(length, int) else None

@@ -113,7 +113,7 @@ def plan_output(
 ) -> OutputPlan:
     """What `write_output` with the same arguments would write. Reads no weight."""
     draft = _Draft(model, version, pipeline, source)
-    files = {path.name: path.stat().st_size for path in _companions(companions)}
+    files = {path.name: path.stat().st_size for path in companions_in(companions)}
     files[MANIFEST_NAME] = len(draft.manifest(draft.no_digests()).text())
     for folder, graph in zip(draft.folders, draft.graphs, strict=True):
         files[_inside(folder, MODEL_NAME)] = len(graph)
@@ -143,7 +143,7 @@ def write_output(
     digests: list[dict[str, str]] = []
     overflows: dict[str, int] = {}
     with staged_directory(directory, plan.nbytes) as staged:
-        for path in _companions(companions):
+        for path in companions_in(companions):
             shutil.copyfile(path, staged / path.name)
         for rank, folder in enumerate(draft.folders):
             (staged / folder).mkdir(exist_ok=True)
@@ -170,7 +170,7 @@ def write_reference_output(
     """Write model.onnx, weights.plan.json and a manifest without digests; no weight is copied, shards stay shards."""
     manifest = _Draft(model, version, pipeline, source).manifest([])
     with staged_directory(directory) as staged:
-        for path in _companions(companions):
+        for path in companions_in(companions):
             shutil.copyfile(path, staged / path.name)
         save_reference(model, staged)
         (staged / MANIFEST_NAME).write_text(manifest.text(), encoding="utf-8")
@@ -212,7 +212,8 @@ def _inside(folder: str, name: str) -> str:
     return name if folder == "." else f"{folder}/{name}"
 
 
-def _companions(folder: Path | None) -> list[Path]:
+def companions_in(folder: Path | None) -> list[Path]:
+    """The tokenizer and configuration files that lie in `folder`."""
     if folder is None:
         return []
     return [folder / name for name in COMPANIONS if (folder / name).is_file()]

@@ -14,6 +14,7 @@ import onnx_ir
 import pytest
 
 from passopt import verification_head
+from passopt.ir.contract import positions_of
 from passopt.ir.editing import Editor
 from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType, Literal
@@ -31,7 +32,6 @@ from passopt.verification_scenarios import (
     Step,
     make_scenarios,
     perplexity,
-    positions_of,
     read_tokens,
     surprise,
     text_windows,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import onnx_ir
 
-from passopt.ir.contract import LOGITS, decoder_of, degree_of
+from passopt.ir.contract import LOGITS, decoder_of, degree_of, positions_of
 from passopt.ir.errors import ModelError
 from passopt.ir.evaluate import CHUNK_BYTES, Evaluator
 from passopt.ir.expressions import Expression
@@ -20,7 +20,7 @@ from passopt.ir.layout import plan_layout, write_safetensors
 from passopt.ir.staging import staged_directory
 from passopt.ir.weights import small_constant
 from passopt.targets.manifest import rank_folders
-from passopt.targets.onnx_files import COMPANIONS
+from passopt.targets.onnx_files import companions_in
 from passopt.targets.tvm.features import Gpu, Machine, required_features
 from passopt.targets.tvm.library import (
     CODE_NAME,
@@ -97,13 +97,9 @@ def compile_models(
         if degree > 1:
             code.unlink()
             RankFolders(degree, tuple(folders)).write(staged)
-        _copy_companions(facts.companions, staged)
+        for path in companions_in(facts.companions):
+            shutil.copyfile(path, staged / path.name)
     return CompileReport(lowered, library, needed // degree, degree)
-
-
-def weight_bytes(lowered: Lowered) -> int:
-    """The exact size of the weights file of one rank."""
-    return plan_layout(_weights(lowered)).nbytes
 
 
 def build(lowered: Lowered, cpu: Machine, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:
@@ -208,21 +204,11 @@ def _logits(model: onnx_ir.Model) -> Logits:
 
 
 def max_positions(model: onnx_ir.Model, companions: Path | None) -> int | None:
-    """The longest sequence: of the rotary tables, which must not be read beyond their end, and of config.json."""
-    found = []
-    for node in model.graph:
-        if node.op_type == "RotaryEmbedding" and len(node.inputs) > 3 and node.inputs[1] is not None:
-            shape = node.inputs[1].shape
-            if shape is not None and isinstance(shape[0], int):
-                found.append(shape[0])
+    """The longest sequence: of the model's tables, which must not be read beyond their end, and of config.json."""
+    table = positions_of(model)
+    found = [] if table is None else [table]
     path = companions / "config.json" if companions is not None else None
     if path is not None and path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
         found += [int(config[key]) for key in _LENGTH_KEYS if isinstance(config.get(key), int)]
     return min(found, default=None)
-
-
-def _copy_companions(source: Path | None, target: Path) -> None:
-    for name in COMPANIONS if source is not None else ():
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

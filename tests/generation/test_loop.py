@@ -5,7 +5,7 @@ import pytest
 
 from passopt.generation.loop import CHUNK, generate
 from passopt.generation.sampling import Sampling
-from passopt.ir.errors import UsageError
+from passopt.ir.errors import ModelError, UsageError
 
 GREEDY = Sampling()
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5]]
@@ -132,3 +132,22 @@ def test_refused_before_anything_runs(make_engine, prompts, options, says):
     with pytest.raises(UsageError, match=says):
         run(engine, prompts, **options)
     assert engine.calls == []
+
+
+def test_pad_outside_of_the_vocabulary_is_never_fed(make_engine):
+    expected = run(make_engine()).rows
+    assert run(make_engine(), pad=1 << 20).rows == expected
+
+
+def test_logits_that_are_no_numbers_are_told(make_engine, monkeypatch):
+    engine = make_engine()
+    whole = engine.forward
+
+    def broken(ids, mask):
+        logits = whole(ids, mask)
+        logits[1, -1, 3] = np.nan
+        return logits
+
+    monkeypatch.setattr(engine, "forward", broken)
+    with pytest.raises(ModelError, match="prompt 2: the logits of token 1 are not finite"):
+        run(engine)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir
 
-from passopt.ir.contract import decoder_of, degree_of
+from passopt.ir.contract import decoder_of, degree_of, positions_of
 from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType
 from passopt.targets.manifest import is_collective
@@ -28,7 +28,6 @@ from passopt.verification_scenarios import (
     make_scenarios,
     observe,
     perplexity,
-    positions_of,
     text_windows,
     vocabulary_of,
 )
@@ -101,7 +100,8 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
     _check_interfaces(reference, candidate)
     kind = _kind(reference, candidate)
     tolerance = _tolerance(TOLERANCES[kind], options)
-    scenarios = _scenarios(reference, candidate, options, notes)
+    limits = positions_of(reference), positions_of(candidate)
+    scenarios = scenarios_within(limits, vocabulary_of(reference), options, notes)
     notes.append(f"{kind}: outputs within {tolerance.outputs:.0e}, perplexity within {tolerance.perplexity:.0e}")
     run = _verify_layerwise if options.layerwise else _verify_whole
     report = run(reference, candidate, scenarios, tolerance, options)
@@ -175,12 +175,12 @@ def _check_interfaces(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Non
         )
 
 
-def _scenarios(
-    reference: onnx_ir.Model, candidate: onnx_ir.Model, options: VerifyOptions, notes: list[str]
+def scenarios_within(
+    limits: Iterable[int | None], vocab: int, options: VerifyOptions, notes: list[str]
 ) -> list[Scenario]:
-    limits = [options.max_positions, positions_of(reference), positions_of(candidate)]
-    limit = min((limit for limit in limits if limit is not None), default=_UNLIMITED)
-    scenarios = make_scenarios(vocabulary_of(reference), limit, options.lengths, options.seed)
+    """What fits into all limits that are known: seeded inputs, and windows of a text if there is one."""
+    limit = min((limit for limit in (options.max_positions, *limits) if limit is not None), default=_UNLIMITED)
+    scenarios = make_scenarios(vocab, limit, options.lengths, options.seed)
     if not options.tokens:
         return scenarios
     window = min(options.window, limit)

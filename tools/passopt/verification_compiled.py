@@ -9,21 +9,27 @@ from pathlib import Path
 import onnx_ir
 
 from passopt.generation.engine import open_engine
-from passopt.ir.contract import decoder_of
+from passopt.ir.contract import decoder_of, positions_of
 from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.tvm.library import Library, RankFolders, read_library
-from passopt.verification import ORIGINAL, TOLERANCES, Tolerance, VerifyOptions, compare_all, is_bf16_twin, runnable
+from passopt.verification import (
+    ORIGINAL,
+    TOLERANCES,
+    Tolerance,
+    VerifyOptions,
+    compare_all,
+    is_bf16_twin,
+    runnable,
+    scenarios_within,
+)
 from passopt.verification_report import PERPLEXITY, VerifyReport
 from passopt.verification_scenarios import (
     Observation,
     Scenario,
-    make_scenarios,
     observe,
-    positions_of,
     surprise,
-    text_windows,
     vocabulary_of,
 )
 from passopt.verification_twins import has_dynamic_activations, is_quantized
@@ -44,7 +50,8 @@ def verify_compiled(reference: onnx_ir.Model, folder: Path, options: VerifyOptio
     kind, tolerance = _tolerance(reference, library)
     if options.tolerance is not None:
         tolerance = Tolerance(options.tolerance, tolerance.perplexity)
-    scenarios = _scenarios(reference, library, options, notes)
+    limits = positions_of(reference), library.max_positions
+    scenarios = scenarios_within(limits, library.logits.vocab, options, notes)
     notes.append(f"compiled for {library.mcpu} ({library.isa}), {kind}: outputs within {tolerance.outputs:.0e}")
     found = observe_compiled(folder, scenarios, options.threads)
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
@@ -104,18 +111,6 @@ def _tolerance(reference: onnx_ir.Model, library: Library) -> tuple[str, Toleran
     if decoder_of(reference).cache_dtype == DataType.FLOAT16 or library.cache.dtype == "fp16":
         return "fp16", TOLERANCES["fp16"]
     return "fp32", COMPILED
-
-
-def _scenarios(reference: onnx_ir.Model, library: Library, options: VerifyOptions, notes: list[str]) -> list[Scenario]:
-    limits = [limit for limit in (options.max_positions, positions_of(reference), library.max_positions) if limit]
-    limit = min(limits, default=1 << 20)
-    scenarios = make_scenarios(library.logits.vocab, limit, options.lengths, options.seed)
-    if not options.tokens:
-        return scenarios
-    window = min(options.window, limit)
-    stride = min(options.stride, max(1, window // 2))
-    notes.append(f"text: {len(options.tokens)} tokens in windows of {window}, {stride} apart")
-    return scenarios + text_windows(options.tokens, window, stride)
 
 
 def _without_cache(observations: Sequence[Observation]) -> list[Observation]:

@@ -198,18 +198,3 @@ def vocabulary_of(model: onnx_ir.Model) -> int:
     if not isinstance(size, int):
         raise ModelError(f"output {LOGITS!r} has no known vocabulary size; expected [batch, seq, vocab]")
     return size
-
-
-def positions_of(model: onnx_ir.Model) -> int | None:
-    """How many positions the model's tables hold: of rotary angles, learned positions or a baked ALiBi mask."""
-    tables = []
-    for name, value in model.graph.initializers.items():
-        if name.startswith("rotary.") or name == "alibi.future_mask":
-            tables.append(value)
-    positions = next((value for value in model.graph.inputs if value.name == POSITION_IDS), None)
-    for node, index in positions.uses() if positions is not None else ():
-        table = node.inputs[0]
-        if node.op_type == "Gather" and index == 1 and table is not None and table.is_initializer():
-            tables.append(table)
-    lengths = [max((dim for dim in table.shape or () if isinstance(dim, int)), default=0) for table in tables]
-    return min((length for length in lengths if length), default=None)

@@ -37,9 +37,11 @@ from passopt.targets.tvm.lowering.values import (
     Tvm,
     Unsupported,
     Values,
-    dtype_name,
+    stored_name,
 )
 
+#: Softmax and the axes of Squeeze and ReduceSum are read as they are since.
+OLDEST_OPSET = 13
 #: The function of the library.
 MAIN = "main"
 
@@ -48,7 +50,6 @@ _LINEARS = frozenset(
     {"Conv", "ConvTranspose", "Einsum", "Gemm", "GRU", "LSTM", "MatMulInteger", "QLinearMatMul", "RNN", "ConvInteger"}
 )
 _PAST = re.compile(r"past\.(\d+)\.(key|value)\Z")
-_STORED = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,9 @@ def lower(
         raise ModelError(
             "not a decoder with input_ids and past.N.key/value [batch, heads, past, width]; export with --phase merged"
         )
+    opset = int(model.graph.opset_imports.get("", 0))
+    if opset < OLDEST_OPSET:
+        raise ModelError(f"opset {opset}: operators mean something else before {OLDEST_OPSET}; run legalize before")
     complete_types(model)
     builder = relax.BlockBuilder()
     return _Lowering(model, Values(builder, cpu, per_rank), allow_fallback=allow_fallback).run()
@@ -185,7 +189,7 @@ class _Lowering:
 
         if value.dtype is None:
             raise ModelError(f"input {name!r} has no dtype")
-        stored = _STORED.get(value.dtype.name) or dtype_name(value.dtype)
+        stored = stored_name(value.dtype)
         variable = relax.Var(name.replace(".", "_"), relax.TensorType(self._dims(value), stored))
         self.at.defer(value, lambda: self.at.widened(variable))
         return variable
@@ -195,14 +199,14 @@ class _Lowering:
         from tvm import relax
 
         tensor = self.at.tensor(value)
-        stored = None if value.dtype is None or value.name == LOGITS else _STORED.get(value.dtype.name)
+        stored = None if value.dtype is None or value.name == LOGITS else stored_name(value.dtype)
         return tensor if stored in (None, str(tensor.ty.dtype)) else self.at.emit(relax.op.astype(tensor, stored))
 
     def _slot(self, layer: int, key: onnx_ir.Value, value: onnx_ir.Value) -> CacheSlot:
         from tvm import relax
 
         assert key.dtype is not None
-        stored, blocks = _STORED[key.dtype.name], self.at.symbol("blocks")
+        stored, blocks = stored_name(key.dtype), self.at.symbol("blocks")
         batch, heads, _, width = self._dims(key)
         kinds = [[batch, heads, blocks, width, BLOCK], [batch, heads, blocks * BLOCK, self._dims(value)[3]]]
         names = (f"cache_{layer}_key", f"cache_{layer}_value")

@@ -94,6 +94,13 @@ def dtype_name(dtype: DataType) -> str:
     return _NAMES[dtype]
 
 
+def stored_name(dtype: DataType) -> str:
+    """Relax's name of the dtype that weights, inputs and caches lie in. Raises Unsupported."""
+    if dtype not in _STORED:
+        raise Unsupported(f"dtype {dtype.name} has no lowering")
+    return _STORED[dtype]
+
+
 class Values:
     """The state of one lowering; converters take it as `at`."""
 
@@ -295,7 +302,7 @@ class Values:
             if known.expression != expression:
                 raise ModelError(f"weight {name!r} would mean two things; rename one of them")
             return known.variable
-        variable = relax.Var(name.replace(".", "_"), relax.TensorType(expression.shape, _STORED[expression.dtype]))
+        variable = relax.Var(name.replace(".", "_"), relax.TensorType(expression.shape, stored_name(expression.dtype)))
         self.parameters[name] = Parameter(name, expression, variable)
         return variable
 

@@ -343,3 +343,10 @@ def test_every_step_is_shown_by_name(tmp_path):
     cpu, seen = find_cpu(), []
     run_steps(lower(load_model(path), cpu).module, cpu.target(), lambda name, module: seen.append(name))
     assert seen == [step.name for step in steps()]
+
+
+def test_old_opsets_are_refused(tmp_path):
+    path = tmp_path / "model.onnxtxt"
+    path.write_text(model_text("logits = Add (y, x)").replace('"" : 23', '"" : 12'))
+    with pytest.raises(ModelError, match="opset 12: .*run legalize before"):
+        lower(load_model(path), find_cpu())

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from passopt.generation.engine import Engine
 from passopt.generation.sampling import Sampler, Sampling
-from passopt.ir.errors import UsageError
+from passopt.ir.errors import ModelError, UsageError
 
 #: Columns per call at prefill: logits of all of them are in memory at once, and an interrupt waits for one call.
 CHUNK = 512
@@ -109,13 +109,15 @@ class _Run:
         on_end: Callable[[int], None] | None,
     ) -> None:
         self.engine = engine
-        self.ids = np.full((len(prompts), width), pad, np.int64)
+        # A pad token may lie outside of the vocabulary; nobody reads it.
+        self.pad = pad if 0 <= pad < engine.vocab else 0
+        self.ids = np.full((len(prompts), width), self.pad, np.int64)
         self.mask = np.zeros((len(prompts), width), np.int64)
         for row, prompt in enumerate(prompts):
             self.ids[row, width - len(prompt) :] = prompt
             self.mask[row, width - len(prompt) :] = 1
         self.sampler = Sampler(sampling, prompts, engine.vocab)
-        self.eos, self.pad = eos, pad
+        self.eos = eos
         self.on_token, self.on_end = on_token, on_end
         self.found: list[list[int]] = [[] for _ in prompts]
         self.ended = [False] * len(prompts)
@@ -153,6 +155,8 @@ class _Run:
         for row, ended in enumerate(self.ended):
             if ended:
                 continue
+            if np.isnan(logits[row]).any() or not np.isfinite(logits[row]).any():
+                raise ModelError(f"prompt {row + 1}: the logits of token {len(self.found[row]) + 1} are not finite")
             token = self.sampler.choose(row, logits[row])
             tokens[row] = token
             self.count += 1
