@@ -109,28 +109,23 @@ def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, sl
 
 def _by_position(at: Values, value: onnx_ir.Value, node: onnx_ir.Node, heads: str) -> Tvm:
     """[b, s, h, d] of [b, h, s, d], or of [b, s, h·d] with the number of heads in an attribute."""
-    from tvm import relax
 
     if at.has_heads(value) or len(at.shape(value)) == 4:
         return at.heads(value)
     count, dims = attribute(node, heads, 0), at.shape(value)
     if len(dims) != 3 or not count or not isinstance(dims[2], int):
         raise Unsupported(f"attention over {len(dims)} axes with {heads} {count}")
-    return at.once(
-        ("by position", value),
-        lambda: at.emit(relax.op.reshape(at.tensor(value), [*dims[:2], count, dims[2] // count])),
-    )
+    return at.view(at.tensor(value), [*dims[:2], count, dims[2] // count])
 
 
 def _set_result(at: Values, node: onnx_ir.Node, parts: AttentionParts, result: Tvm) -> None:
     """[b, s, h, d] as the output's own shape."""
-    from tvm import relax
 
     if at.has_heads(parts.query) or len(at.shape(parts.query)) == 4:
         at.set_heads(node.outputs[0], result)
         return
     dims = at.shape_of(result)
-    at.set(node.outputs[0], relax.op.reshape(result, [*dims[:2], product(dims[2:])]))
+    at.set(node.outputs[0], at.view(result, [*dims[:2], product(dims[2:])]))
 
 
 def _scale(node: onnx_ir.Node, width: int) -> float:
@@ -139,9 +134,8 @@ def _scale(node: onnx_ir.Node, width: int) -> float:
 
 
 def _slopes(at: Values, slopes: onnx_ir.Value, heads: int) -> Tvm:
-    from tvm import relax
 
-    return at.once(("slopes", slopes), lambda: at.emit(relax.op.reshape(at.tensor(slopes), [heads])))
+    return at.view(at.tensor(slopes), [heads])
 
 
 def _extents(at: Values, mask: Tvm) -> Tvm:
@@ -171,7 +165,7 @@ def _additive(at: Values, given: Tvm, causal: bool, rows: Length, columns: Lengt
         if str(given.ty.dtype) == "bool":
             found = _masked(at, given)
         dims = at.shape_of(found)
-        found = at.emit(relax.op.reshape(found, [*[1] * (4 - len(dims)), *dims])) if len(dims) < 4 else found
+        found = at.view(found, [*[1] * (4 - len(dims)), *dims])
         dims = at.shape_of(found)
         for length, wanted in ((dims[2], rows), (dims[3], columns)):
             if not at.equal(length, wanted) and not (isinstance(length, int) and length == 1):

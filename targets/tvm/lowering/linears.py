@@ -27,13 +27,12 @@ def lower_linear(at: Values, linear: Linear) -> None:
     dims = at.shape_of(found)
     rows = at.simplified(product(dims[:-1]))
     weights = [_weight(at, linear, suffix, position, plan) for position, suffix in enumerate(_suffixes(plan))]
-    flat = found if len(dims) == 2 else at.emit(relax.op.reshape(found, [rows, dims[-1]]))
+    flat = at.view(found, [rows, dims[-1]])
     data = [flat] if linear.rows is None else _quantized(at, flat, rows, dims[-1])
     channels = linear.weight.expression().shape[0]
     result = at.call(plan.name, lambda: plan.function, [*data, *weights], [rows, channels])
     at.note(f"linear: {plan.name}")
-    if len(dims) != 2:
-        result = at.emit(relax.op.reshape(result, [*dims[:-1], channels]))
+    result = at.view(result, [*dims[:-1], channels])
     if linear.bias is not None:
         result = at.emit(relax.op.add(result, at.tensor(linear.bias)))
     at.set(linear.output, result)

@@ -29,7 +29,6 @@ def size(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Squeeze", "Unsqueeze")
 def squeeze(at: Values, node: onnx_ir.Node) -> None:
-    from tvm import relax
 
     axes = given_axes(at, node, 1)
     numbers = at.numbers(node.inputs[0])
@@ -37,10 +36,18 @@ def squeeze(at: Values, node: onnx_ir.Node) -> None:
         at.set_numbers(node.outputs[0], numbers.items, scalar=node.op_type == "Squeeze" and len(numbers.items) == 1)
         return
     found = at.tensor(node.inputs[0])
+    dims = at.shape_of(found)
     if node.op_type == "Squeeze":
-        at.set(node.outputs[0], relax.op.squeeze(found, list(axes) if axes else None))
+        gone = (
+            {axis % len(dims) for axis in axes}
+            if axes
+            else {place for place, dim in enumerate(dims) if isinstance(dim, int) and dim == 1}
+        )
+        at.set(node.outputs[0], at.view(found, [dim for place, dim in enumerate(dims) if place not in gone]))
         return
-    at.set(node.outputs[0], relax.op.expand_dims(found, list(axes or ())))
+    rank = len(dims) + len(axes or ())
+    new, old = {axis % rank for axis in axes or ()}, iter(dims)
+    at.set(node.outputs[0], at.view(found, [1 if place in new else next(old) for place in range(rank)]))
 
 
 def given_axes(at: Values, node: onnx_ir.Node, position: int) -> tuple[int, ...] | None:
@@ -58,7 +65,6 @@ def given_axes(at: Values, node: onnx_ir.Node, position: int) -> tuple[int, ...]
 
 @lowers("Reshape", "Flatten")
 def reshape(at: Values, node: onnx_ir.Node) -> None:
-    from tvm import relax
 
     numbers = at.numbers(node.inputs[0])
     if node.op_type == "Reshape":
@@ -71,7 +77,7 @@ def reshape(at: Values, node: onnx_ir.Node) -> None:
     if node.op_type == "Flatten":
         axis = attribute(node, "axis", 1)
         target = (product(before[:axis]), product(before[axis:]))
-    at.set(node.outputs[0], relax.op.reshape(found, resolved(at, before, target, attribute(node, "allowzero", 0) == 1)))
+    at.set(node.outputs[0], at.view(found, resolved(at, before, target, attribute(node, "allowzero", 0) == 1)))
 
 
 def resolved(at: Values, before: Sequence[Length], target: Sequence[Length], keeps_zero: bool) -> list[Length]:

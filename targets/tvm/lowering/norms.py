@@ -13,7 +13,6 @@ from passopt.targets.tvm.lowering.values import Tvm, Unsupported, Values, produc
 
 @lowers("RMSNormalization")
 def rms_normalization(at: Values, node: onnx_ir.Node) -> None:
-    from tvm import relax
 
     found, weight = at.tensor(node.inputs[0]), at.stored(node.inputs[1])
     dims, isa = at.shape_of(found), at.cpu.isa
@@ -24,10 +23,10 @@ def rms_normalization(at: Values, node: onnx_ir.Node) -> None:
         raise Unsupported("a norm whose weight is no vector")
     epsilon = attribute(node, "epsilon", 1e-5)
     rows = at.simplified(product(dims[:-1]))
-    flat = found if len(dims) == 2 else at.emit(relax.op.reshape(found, [rows, width]))
+    flat = at.view(found, [rows, width])
     name = f"rms_norm_{width}_{dtype}_{epsilon:g}".replace("-", "_").replace(".", "_")
     result = at.call(name, lambda: rms_norm(width, dtype, epsilon, isa), [flat, weight], [rows, width])
-    at.set(node.outputs[0], result if len(dims) == 2 else relax.op.reshape(result, dims))
+    at.set(node.outputs[0], at.view(result, dims))
 
 
 @lowers("RotaryEmbedding")
@@ -88,12 +87,11 @@ def _silu_of(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
 
 
 def lower_swiglu(at: Values, gate: onnx_ir.Value, up: onnx_ir.Value, output: onnx_ir.Value) -> None:
-    from tvm import relax
 
     first, second = at.tensor(gate), at.tensor(up)
     dims, isa = at.shape_of(first), at.cpu.isa
     width = dims[-1]
     rows = at.simplified(product(dims[:-1]))
-    flat = [item if len(dims) == 2 else at.emit(relax.op.reshape(item, [rows, width])) for item in (first, second)]
+    flat = [at.view(item, [rows, width]) for item in (first, second)]
     result = at.call(f"swiglu_{width}", lambda: swiglu(width, isa), flat, [rows, width])
-    at.set(output, result if len(dims) == 2 else relax.op.reshape(result, dims))
+    at.set(output, at.view(result, dims))

@@ -116,6 +116,7 @@ class Values:
         self.analyzer = Analyzer()
         self._tensors: dict[onnx_ir.Value, Tvm] = {}
         self._numbers: dict[onnx_ir.Value, Numbers] = {}
+        self._viewed: dict[Tvm, Tvm] = {}
         self._made: dict[tuple[object, ...], Tvm] = {}
         self._deferred: dict[onnx_ir.Value, Callable[[], Tvm]] = {}
         self._functions: dict[str, Tvm] = {}
@@ -267,6 +268,19 @@ class Values:
 
     def emit(self, expression: Tvm) -> Tvm:
         return self.builder.emit(expression)
+
+    def view(self, tensor: Tvm, dims: Sequence[Length]) -> Tvm:
+        """The tensor in another shape: never a copy, and a view of a view is one of the tensor behind it."""
+        from tvm import relax
+
+        base = self._viewed.get(tensor, tensor)
+        now = self.shape_of(base)
+        if len(now) == len(dims) and all(self.equal(one, other) for one, other in zip(now, dims, strict=True)):
+            return base
+        shape = tuple(self.simplified(dim) for dim in dims)
+        found = self.once(("view", base, str(shape)), lambda: self.emit(relax.op.reshape(base, list(shape))))
+        self._viewed[found] = base
+        return found
 
     def once(self, key: tuple[object, ...], make: Callable[[], Tvm]) -> Tvm:
         """The result of `make`, shared by all that ask with the same key, such as layers that share a mask."""
