@@ -104,7 +104,7 @@ def test_the_model_file_is_not_touched(why, graph):
     [
         (["inject-norm-head-biass"], "unknown pass 'inject-norm-head-biass'; did you mean 'inject-norm-head-bias'"),
         (["int8"], "int8 is a pipeline; choose one of its passes with --in int8: fold-norm-head, quantize-weights, "
-         "dead-code"),
+         "quantize-activations, dead-code"),
         (["cse,dead-code"], "'cse,dead-code' is a pipeline; why explains one pass, the others go into --after"),
         (["cse", "--in", "int8"], "--in: unknown pass of int8 'cse'"),
         (["cse,dead-code", "--in", "int8"], "'cse,dead-code' is a pipeline; why explains one pass"),
