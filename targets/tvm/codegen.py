@@ -21,7 +21,7 @@ from passopt.ir.staging import staged_directory
 from passopt.ir.weights import small_constant
 from passopt.targets.manifest import rank_folders
 from passopt.targets.onnx_files import companions_in
-from passopt.targets.tvm.features import Gpu, Machine, required_features
+from passopt.targets.tvm.features import Gpu, Machine
 from passopt.targets.tvm.library import (
     CODE_NAME,
     SOURCE_NAME,
@@ -174,7 +174,7 @@ def _library(
         target="cuda" if isinstance(cpu, Gpu) else "llvm",
         mcpu=cpu.mcpu,
         isa=cpu.arch if isinstance(cpu, Gpu) else cpu.isa.name,
-        features=required_features(cpu.mcpu),
+        features=cpu.required_features(),
         library=CodeFile.of(folder / CODE_NAME),
         weights=WeightsFile.of(folder / WEIGHTS_NAME, digests),
         function=MAIN,

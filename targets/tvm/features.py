@@ -67,16 +67,29 @@ _KERNEL_SPELLING = {
 
 @dataclasses.dataclass(frozen=True)
 class Cpu:
-    """What code is generated for: LLVM's name of the CPU, and the level of the kernels."""
+    """What code is generated for: LLVM's name of the CPU, and the level of the kernels.
+
+    `without` are features that CPUs of this name have and this one does not, as virtual machines often hide some.
+    """
 
     mcpu: str
     isa: Isa
+    without: tuple[str, ...] = ()
 
     def target(self) -> Any:
         """The TVM target. A name is always given: fp16 with a bare `llvm` hangs LLVM's code generator."""
-        from tvm.target import Target
+        return _target(self.mcpu, self.without)
 
-        return Target({"kind": "llvm", "mcpu": self.mcpu})
+    def required_features(self) -> tuple[str, ...]:
+        """What a machine must have to run code that was generated for this CPU, in LLVM's names."""
+        found = llvm_features(self.mcpu, self.without)
+        return tuple(name for name in _INSTRUCTIONS if name in found)
+
+
+def _target(mcpu: str, without: tuple[str, ...] = ()) -> Any:
+    from tvm.target import Target
+
+    return Target({"kind": "llvm", "mcpu": mcpu, "mattr": [f"-{name}" for name in without]})
 
 
 #: What a thread of a GPU does: numbers one by one, few of them, so that many threads fit.
@@ -95,6 +108,10 @@ class Gpu:
     def mcpu(self) -> str:
         """Of the host, whose code launches the kernels."""
         return self.host.mcpu
+
+    def required_features(self) -> tuple[str, ...]:
+        """Of the host."""
+        return self.host.required_features()
 
     def target(self) -> Any:
         from tvm.target import Target
@@ -128,19 +145,20 @@ def find_cpu(mcpu: str = "native") -> Cpu:
     name = str(codegen.llvm_get_system_cpu()) if mcpu == "native" else mcpu
     if name not in [str(item) for item in codegen.llvm_get_cpu_archlist(Target("llvm"))]:
         raise ModelError(f"LLVM knows no CPU {name!r}; `native` is this machine's, x86-64-v3 any with AVX2")
-    return Cpu(name, best_level(llvm_features(name)))
+    # LLVM names a machine by its model, whatever a hypervisor hides of it.
+    without = missing_features(Cpu(name, LEVELS[-1]).required_features()) if mcpu == "native" else ()
+    return Cpu(name, best_level(llvm_features(name, without)), without)
 
 
 def best_level(features: frozenset[str]) -> Isa:
     return next(isa for isa in LEVELS if features.issuperset(isa.features))
 
 
-def llvm_features(mcpu: str) -> frozenset[str]:
-    """The features that LLVM may use for `mcpu`, in LLVM's names."""
-    from tvm.target import Target, codegen
+def llvm_features(mcpu: str, without: tuple[str, ...] = ()) -> frozenset[str]:
+    """The features that LLVM may use for `mcpu` but for `without`, in LLVM's names."""
+    from tvm.target import codegen
 
-    found = codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mcpu": mcpu}))
-    return frozenset(str(item) for item in found)
+    return frozenset(str(item) for item in codegen.llvm_get_cpu_features(_target(mcpu, without)))
 
 
 #: Features of LLVM that mean instructions which its code generator may choose by itself.
@@ -150,12 +168,6 @@ _INSTRUCTIONS = (
     *("avx512bf16", "avx512fp16", "avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq"),
     "avx512vp2intersect",
 )
-
-
-def required_features(mcpu: str) -> tuple[str, ...]:
-    """What a machine must have to run code that was generated for `mcpu`, in LLVM's names."""
-    found = llvm_features(mcpu)
-    return tuple(name for name in _INSTRUCTIONS if name in found)
 
 
 def missing_features(required: tuple[str, ...]) -> tuple[str, ...]:
