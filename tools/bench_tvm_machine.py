@@ -93,19 +93,20 @@ def integer_steps(isa: Isa) -> list[tuple[int, Step]]:
     from tvm.script.ir_builder import tirx as T
 
     lanes = isa.lanes
-    vector, half = f"int32x{lanes}", f"int16x{2 * lanes}"
+    vector, half, bytes_ = f"int32x{lanes}", f"int16x{2 * lanes}", f"int8x{4 * lanes}"
 
     def call(dtype: str, name: str, *operands: Any) -> Any:
         return T.call_llvm_pure_intrin(dtype, f"llvm.x86.{name}", *operands)
 
     def byte_dot(total: Any, left: Any, right: Any) -> Any:
-        return call(vector, "avx512.vpdpbusd.512", total, T.reinterpret(vector, left), T.reinterpret(vector, right))
+        operands = (T.reinterpret(bytes_, item) for item in (left, right))
+        return call(vector, "avx512.vpdpbusd.512", total, *operands)
 
     def words(total: Any, left: Any, right: Any) -> Any:
         return total + call(vector, "avx2.pmadd.wd", T.reinterpret(half, total), T.reinterpret(half, right))
 
     def saturating_bytes(total: Any, left: Any, right: Any) -> Any:
-        unsigned, signed = (T.reinterpret(f"int8x{4 * lanes}", item) for item in (total, right))
+        unsigned, signed = (T.reinterpret(bytes_, item) for item in (total, right))
         pairs = call(half, "avx2.pmadd.ub.sw", unsigned, signed)
         return total + call(vector, "avx2.pmadd.wd", pairs, T.reinterpret(half, left))
 

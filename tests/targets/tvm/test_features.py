@@ -21,7 +21,8 @@ def test_what_a_hypervisor_hides_is_not_generated(monkeypatch: pytest.MonkeyPatc
     left = host_flags() - {hidden}
     monkeypatch.setattr(features, "host_flags", lambda: left)
     cpu = find_cpu()
-    assert hidden in cpu.without and hidden not in cpu.required_features()
+    assert hidden in cpu.without
+    assert hidden not in cpu.required_features()
     assert cpu.isa.name == "plain"
     assert missing_features(cpu.required_features()) == ()
     assert f"-{hidden}" in [str(item) for item in cpu.target().attrs["mattr"]]
