@@ -111,17 +111,18 @@ def emit_scores(
     from tvm.script.ir_builder import tirx as T
 
     lanes = tiles.isa.lanes
-    sums = emit.local(rows * vectors * lanes)
-    places = [(i, j, (i * vectors + j) * lanes) for i in range(rows) for j in range(vectors)]
-    for _, _, at in places:
-        emit.store(sums, emit.spread(0.0, lanes), [at], lanes)
+    sums = [[emit.local(lanes) for _ in range(vectors)] for _ in range(rows)]
+    places = [(i, j) for i in range(rows) for j in range(vectors)]
+    for i, j in places:
+        emit.store(sums[i][j], emit.spread(0.0, lanes), [0], lanes)
     with T.serial(0, tiles.head_dim) as channel:
         keys = [emit.bind(key(j, channel)) for j in range(vectors)]
         queries = [emit.bind(emit.spread(state.queries[first + i, channel], lanes)) for i in range(rows)]
-        for i, j, at in places:
-            emit.store(sums, emit.load(sums, [at], lanes) + queries[i] * keys[j], [at], lanes)
-    for i, j, at in places:
-        emit.store(state.scores, emit.load(sums, [at], lanes), [first + i, start + j * lanes], lanes)
+        for i, j in places:
+            total = emit.load(sums[i][j], [0], lanes) + queries[i] * keys[j]
+            emit.store(sums[i][j], total, [0], lanes)
+    for i, j in places:
+        emit.store(state.scores, emit.load(sums[i][j], [0], lanes), [first + i, start + j * lanes], lanes)
 
 
 def emit_outputs(

@@ -17,8 +17,9 @@ FUNCTION_ATTRIBUTES = {"tirx.noalias": True, "op_pattern": 8}
 #: Below this many numbers a loop runs on the calling thread: waking the others costs more than they save.
 SMALL_WORK = 1 << 16
 
+LINE_BYTES = 64
 #: fp32 numbers per cache line.
-CACHE_LINE = 16
+CACHE_LINE = LINE_BYTES // 4
 
 #: `exp` is exact between these two, where e^x is a normal number of fp32.
 LOWEST_EXPONENT = -87.33
@@ -58,10 +59,14 @@ def root_block() -> Iterator[None]:
 
 
 def local(*shape: int, dtype: str = "float32") -> Any:
-    """A small buffer: registers, if every index into it is known once the code is unrolled."""
+    """A buffer below 1 KiB: registers, if every index into it is known once the code is unrolled.
+
+    For TVM 0.27 a small "global" buffer lies on the stack, which LLVM turns into registers. A "local" one is memory of
+    its own, in registers only within a loop that does nothing else with memory: a prefetch makes it spill.
+    """
     from tvm.script.ir_builder import tirx as T
 
-    return T.alloc_buffer(shape, dtype, scope="local")
+    return T.alloc_buffer(shape, dtype, scope="global")
 
 
 def scratch(*shape: int) -> Any:
@@ -112,27 +117,29 @@ def store_float32(buffer: Any, value: Any, indices: Sequence[Any], lanes: int) -
     store(buffer, rounded, indices, lanes)
 
 
-def prefetch(buffer: Any, indices: Sequence[Any]) -> None:
-    """Asks for the cache line of an element, to be read soon and often."""
+#: Which cache a prefetched line goes to, as LLVM numbers them.
+L1, L2 = 3, 2
+
+
+def prefetch(buffer: Any, indices: Sequence[Any], locality: int = L1) -> None:
+    """Asks for the cache line of an element, to be read soon. Nothing is read: it may lie behind the buffer's end."""
     from tvm.script.ir_builder import tirx as T
 
     address = T.address_of(buffer[tuple(indices)])
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
+    read, data = T.int32(0), T.int32(1)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, T.int32(locality), data))
 
 
 #: Bytes from a weight that is used to the one that is asked for. What the CPU itself reads ahead ends with the page of
-#: 4 KiB; half a page hides the wait for memory at the next one.
-AHEAD_BYTES = 2048
+#: 4 KiB; it takes about as many bytes to hide the wait for memory at the next one.
+AHEAD_BYTES = 4096
 
 
 def prefetch_ahead(weights: Any, position: Any, count: int, item_bytes: int) -> None:
-    """Asks for what lies `AHEAD_BYTES` behind elements `position` to `position + count` of a flat buffer.
-
-    Nothing is read, so it may lie behind the buffer's end.
-    """
-    line = 4 * CACHE_LINE // item_bytes
+    """Asks for what lies `AHEAD_BYTES` behind elements `position` to `position + count` of a flat buffer."""
+    line = LINE_BYTES // item_bytes
     for start in range(0, count, line):
-        prefetch(weights, [position + AHEAD_BYTES // item_bytes + start])
+        prefetch(weights, [position + AHEAD_BYTES // item_bytes + start], L2)
 
 
 def typed(dtype: Any, lanes: int) -> str:

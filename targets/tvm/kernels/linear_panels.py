@@ -7,6 +7,7 @@ with a chunk of K at a time over a panel's chunk, which is turned to fp32 first 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 from passopt.targets.tvm.features import Isa
@@ -14,6 +15,7 @@ from passopt.targets.tvm.kernels.emit import (
     FUNCTION_ATTRIBUTES,
     argument,
     load,
+    local,
     prefetch_ahead,
     root_block,
     spread,
@@ -21,14 +23,16 @@ from passopt.targets.tvm.kernels.emit import (
     symbol,
     to_float32,
 )
+from passopt.targets.tvm.kernels.next_panel import NextPanel, share_out
 
-#: Inputs per chunk: a panel's chunk in fp32 and a block of rows fit the L1 cache.
+#: Inputs per chunk. A panel's chunk in fp32 and a block of rows fit the L1 cache; or the L2 cache, where a tile of the
+#: registers takes so long that its weights come from there in time.
 CHUNK = 256
+LONG_CHUNK = 1024
 #: Panels that a thread takes at a time, and blocks of rows that it takes over all of them: these fit the L2 cache.
-PANELS_PER_GROUP = 8
+PANELS_PER_GROUP = 4
 BLOCKS_PER_SPAN = 32
 FEW_BLOCKS = 4
-LINE_BYTES = 64
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 #: A smaller weight is not worth waking threads for.
 PARALLEL_WEIGHTS = 1 << 16
@@ -51,7 +55,7 @@ class Panels:
 
     @classmethod
     def of(cls, outputs: int, inputs: int, dtype: str, isa: Isa, scales: str | None = None) -> Panels:
-        vectors = 2
+        vectors = 4 if isa.registers > 16 else 2
         rows = (isa.registers - 2 * vectors) // vectors
         return cls(outputs, inputs, dtype, scales, isa, vectors * isa.lanes, rows)
 
@@ -102,7 +106,7 @@ class _Linear:
         self.x, self.scales, self.y = x, scales, y
         self.lanes = panels.isa.lanes
         self.vectors = range(panels.vectors)
-        chunks = -(-panels.inputs // CHUNK)
+        chunks = -(-panels.inputs // (LONG_CHUNK if panels.isa.registers > 16 else CHUNK))
         self.chunk = -(-panels.inputs // chunks)
         self.chunks = -(-panels.inputs // self.chunk)
 
@@ -140,10 +144,8 @@ class _Linear:
         with self._loop(self.panels.count) as panel:
             sums = [self._sums(rows) for _ in range(copies)]
             with T.serial(0, inputs // copies) as step:
-                # One row of int8 waits for memory most; with more rows the arithmetic is what takes long.
-                if rows == 1 and self.panels.dtype == "int8":
-                    first = (panel * inputs + step * copies) * self.panels.width
-                    prefetch_ahead(self.flat, first, copies * self.panels.width, item_bytes=1)
+                first = (panel * inputs + step * copies) * self.panels.width
+                prefetch_ahead(self.flat, first, copies * self.panels.width, ITEM_BYTES[self.panels.dtype])
                 for copy, part in enumerate(sums):
                     self._add_products(part, rows, panel, step * copies + copy)
             for rest in range(inputs // copies * copies, inputs):
@@ -182,7 +184,7 @@ class _Linear:
             for vector, value in enumerate(values):
                 store(self.y, value, [row, panel * width + vector * self.lanes], self.lanes)
             return
-        line = T.alloc_buffer((width,), "float32", scope="local")
+        line = local(width)
         for vector, value in enumerate(values):
             store(line, value, [vector * self.lanes], self.lanes)
         with T.serial(0, self._least(width, outputs - panel * width)) as column:
@@ -210,43 +212,40 @@ class _Linear:
                 if wide is not None:
                     self._widen(wide, panel, chunk)
                 last = within + 1 == here
-                following = T.if_then_else(last, first, panel + 1), T.if_then_else(last, chunk + 1, chunk)
-                with T.serial(0, self._least(BLOCKS_PER_SPAN, blocks - span * BLOCKS_PER_SPAN)) as step:
-                    block = span * BLOCKS_PER_SPAN + step
-                    self._prefetch(*following, block, blocks)
-                    self._block(copied, wide, panel, chunk, block)
+                next_panel = T.if_then_else(T.And(last, chunk + 1 < self.chunks), first, panel + 1)
+                next_chunk = T.if_then_else(last, T.if_then_else(chunk + 1 < self.chunks, chunk + 1, 0), chunk)
+                start = T.bind((next_panel * self.panels.inputs + next_chunk * self.chunk) * self.panels.width)
+                first_block = T.bind(span * BLOCKS_PER_SPAN)
+                count = T.bind(self._least(BLOCKS_PER_SPAN, blocks - first_block))
+                place = copied, wide, panel, chunk
+                share_out(count, partial(self._blocks, place, first_block, count, start))
+
+    def _blocks(self, place: tuple[Any, ...], first: Any, count: Any, following: Any, shares: int) -> None:
+        """All blocks of a span; each asks for its share of the panel that starts at element `following`."""
+        from tvm.script.ir_builder import tirx as T
+
+        item_bytes = ITEM_BYTES[self.panels.dtype]
+        *_, chunk = place
+        panel = NextPanel(self.flat, following, self._length(chunk), self.panels.width * item_bytes, item_bytes)
+        with T.serial(0, count) as index:
+            self._block(*place, first + index, partial(panel.each_step, index, shares))
 
     def _scratch(self) -> Any:
         from tvm.script.ir_builder import tirx as T
 
         return T.alloc_buffer((self.chunk, self.panels.width), "float32")
 
-    def _prefetch(self, panel: Any, chunk: Any, block: Any, blocks: Any) -> None:
-        """Ask for this block's part of the chunk that comes next, so that its first block does not wait for memory."""
-        from tvm.script.ir_builder import tirx as T
-
-        size = ITEM_BYTES[self.panels.dtype]
-        lines = -(-self.chunk * self.panels.width * size // LINE_BYTES)
-        # The CPU itself reads ahead where panels are read in the order of memory.
-        share = T.if_then_else(blocks > FEW_BLOCKS, (blocks + (lines - 1)) // blocks, T.int64(0))
-        start = (panel * self.panels.inputs + chunk * self.chunk) * self.panels.width
-        with T.serial(0, share) as line:
-            at = start + (block * share + line) * (LINE_BYTES // size)
-            read, keep_in_l2, data = T.int32(0), T.int32(2), T.int32(1)
-            address = T.address_of(self.flat[at])
-            T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, keep_in_l2, data))
-
-    def _block(self, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any) -> None:
+    def _block(self, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any, steps: Any) -> None:
         """One tile, of no more rows than are left."""
         from tvm.script.ir_builder import tirx as T
 
         def tile(sizes: list[int]) -> None:
             if len(sizes) == 1:
-                self._tile(sizes[0], copied, wide, panel, chunk, block)
+                self._tile(sizes[0], copied, wide, panel, chunk, block, steps)
                 return
             with T.If(self.m - block * self.panels.rows > sizes[1]):
                 with T.Then():
-                    self._tile(sizes[0], copied, wide, panel, chunk, block)
+                    self._tile(sizes[0], copied, wide, panel, chunk, block, steps)
                 with T.Else():
                     tile(sizes[1:])
 
@@ -271,11 +270,12 @@ class _Linear:
                     value = value * self._scales(panel, vector)
                 store(wide, value, [k, vector * self.lanes], self.lanes)
 
-    def _tile(self, size: int, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any) -> None:
+    def _tile(self, size: int, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any, steps: Any) -> None:
         from tvm.script.ir_builder import tirx as T
 
         sums = self._sums(size)
-        with T.serial(0, self._length(chunk)) as k:
+
+        def step(k: Any) -> None:
             if wide is None:
                 weights = [self._weights(panel, chunk * self.chunk + k, vector) for vector in self.vectors]
             else:
@@ -285,6 +285,8 @@ class _Linear:
                 for vector in self.vectors:
                     into = sums[row][vector]
                     store(into, load(into, [0], self.lanes) + value * weights[vector], [0], self.lanes)
+
+        steps(step)
         width, outputs = self.panels.width, self.panels.outputs
         whole = T.And(block * self.panels.rows + size <= self.m, panel * width + width <= outputs)
         with T.If(whole):
@@ -308,7 +310,7 @@ class _Linear:
         from tvm.script.ir_builder import tirx as T
 
         size, width = len(sums), self.panels.width
-        tile = T.alloc_buffer((size, width), "float32", scope="local")
+        tile = T.alloc_buffer((size, width), "float32")
         for row in range(size):
             for vector in self.vectors:
                 store(tile, load(sums[row][vector], [0], self.lanes), [row, vector * self.lanes], self.lanes)
@@ -325,7 +327,7 @@ class _Linear:
         """Zeros for `rows` × the panel's width: a buffer each, so that LLVM keeps each in a register."""
         from tvm.script.ir_builder import tirx as T
 
-        sums = [[T.alloc_buffer((self.lanes,), "float32", scope="local") for _ in self.vectors] for _ in range(rows)]
+        sums = [[local(self.lanes) for _ in self.vectors] for _ in range(rows)]
         for row in sums:
             for vector in row:
                 store(vector, spread(T.float32(0), self.lanes), [0], self.lanes)

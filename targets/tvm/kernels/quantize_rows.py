@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from passopt.targets.tvm.features import Isa
+from passopt.targets.tvm.kernels.emit import local
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -113,7 +114,7 @@ def _absmax_bits(x: Any, row: Any, k: int, lanes: int) -> Any:
 
     registers = 4  # as many chains hide the latency of a maximum
     step = registers * lanes
-    most = T.alloc_buffer((step,), "int32", scope="local")
+    most = local(step, dtype="int32")
 
     def fold(start: Any, register: int, count: int) -> None:
         bits = T.reinterpret(_type("int32", count), x[row, _ramp(start, count)])

@@ -9,7 +9,8 @@ import pytest
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import Literal
 from passopt.targets.tvm.features import LEVELS, Cpu, Isa, level, missing_features
-from passopt.targets.tvm.kernels.linear_w8a8 import byte_kernel, dot_of_operations, linear_w8a8, plan_w8a8
+from passopt.targets.tvm.kernels.byte_dot import byte_kernel, dot_of_operations
+from passopt.targets.tvm.kernels.linear_w8a8 import linear_w8a8, plan_w8a8
 from passopt.targets.tvm.kernels.quantize_rows import codes_layout
 from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
 
