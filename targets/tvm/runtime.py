@@ -38,6 +38,8 @@ class Engine:
         self._machine = machine
         self._parameters = tuple(parameters)
         self._past: _Past
+        #: Length of the calls whose intermediate results still have memory.
+        self._buffers_of = 1
         self.batch = 0
         self.capacity = 0
 
@@ -143,12 +145,16 @@ class Engine:
         if self.takes_positions:
             arguments["position_ids"] = self._checked_positions(seen, seq, positions)
         inputs = [vm.tensor(arguments[name]) for name in self.library.inputs]
+        self._release_unless(seq)
         past = vm.runtime().Shape((self.past,))
         result = self._machine(*inputs, past, *self._past.tensors, *self._parameters)
-        logits = self._past.take(result, seq)
-        if seq > 1:
+        return self._past.take(result, seq)
+
+    def _release_unless(self, seq: int) -> None:
+        """Intermediate results of a prefill keep their memory for the next one of the same length, not for decoding."""
+        if self._buffers_of not in (1, seq):
             self._machine.release_buffers()
-        return logits
+        self._buffers_of = seq
 
     def _check_ids(self, ids: Ids) -> None:
         if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] < 1:

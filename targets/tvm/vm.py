@@ -43,7 +43,7 @@ class VirtualMachine:
         return self._caller.submit(self._call, *arguments).result()
 
     def release_buffers(self) -> None:
-        """Give back the memory that the machine keeps for intermediate results: sizes of a prefill do not recur."""
+        """Give back the memory that the machine keeps for intermediate results: other lengths take other sizes."""
         self._caller.submit(runtime().get_global_func("vm.builtin.memory_manager.clear")).result()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 from passopt.targets.tvm.kernels.byte_dot import ByteKernel, dot_of_numbers
@@ -60,6 +59,8 @@ class Operands:
     rows: Any
     codes: Any
     packed: Any
+    #: The packed weights in the order of memory.
+    flat: Any
 
     @property
     def groups(self) -> int:
@@ -71,19 +72,10 @@ class Operands:
         steps = -(-self.groups * self.kernel.group // self.kernel.depth)
         return -(-self.groups // steps // STRIDE) * STRIDE
 
-    @functools.cached_property
-    def _bytes(self) -> Any:
-        """The packed weights in the order of memory."""
-        from tvm.script.ir_builder import tirx as T
-
-        blocks = int(self.packed.shape[0])
-        size = blocks * self.groups * self.kernel.columns * self.kernel.group
-        return T.decl_buffer((size,), "int8", data=self.packed.data)
-
     def panel_from(self, group: Any, count: Any) -> NextPanel:
         """`count` groups of a block from `group` on, counted over all blocks."""
         width = self.kernel.columns * self.kernel.group
-        return NextPanel(self._bytes, group * width, count, width, item_bytes=1)
+        return NextPanel(self.flat, group * width, count, width, item_bytes=1)
 
     def weights(self, block: Any, group: Any, vector: int) -> Any:
         """Of `lanes` outputs and one group, as the dot product takes them."""

@@ -83,6 +83,15 @@ def bind(value: Any) -> Any:
     return T.Bind(value)
 
 
+def opaque(number: Any) -> Any:
+    """A name for the int64 `number` that TVM's analyzer cannot look behind: over long conditions it takes minutes."""
+    from tvm.script.ir_builder import tirx as T
+
+    held = local(1, dtype="int64")
+    T.buffer_store(held, number, [0])
+    return T.Bind(held[0])
+
+
 def span(start: Any, lanes: int, stride: int = 1) -> Any:
     """The index of `lanes` elements from `start`."""
     from tvm.script.ir_builder import tirx as T

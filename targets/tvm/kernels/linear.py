@@ -11,7 +11,8 @@ from typing import Any
 from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType, Expression
 from passopt.targets.tvm.features import Isa
-from passopt.targets.tvm.kernels.linear_panels import Panels, linear
+from passopt.targets.tvm.kernels.linear_panels import linear
+from passopt.targets.tvm.kernels.panels import Panels
 
 #: What TVM and the kernels' names call the dtypes that a weight may be stored in.
 FLOAT_DTYPES = {DataType.FLOAT: "float32", DataType.FLOAT16: "float16", DataType.BFLOAT16: "bfloat16"}

@@ -7,15 +7,16 @@ with a chunk of K at a time over a panel's chunk, which is turned to fp32 first 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
-from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels.emit import (
     FUNCTION_ATTRIBUTES,
     argument,
     load,
     local,
+    opaque,
     prefetch_ahead,
     root_block,
     spread,
@@ -23,54 +24,13 @@ from passopt.targets.tvm.kernels.emit import (
     symbol,
     to_float32,
 )
-from passopt.targets.tvm.kernels.next_panel import NextPanel, share_out
+from passopt.targets.tvm.kernels.next_panel import NextPanel
+from passopt.targets.tvm.kernels.panels import ITEM_BYTES, Panels
 
-#: Inputs per chunk. A panel's chunk in fp32 and a block of rows fit the L1 cache; or the L2 cache, where a tile of the
-#: registers takes so long that its weights come from there in time.
-CHUNK = 256
-LONG_CHUNK = 1024
-#: Panels that a thread takes at a time, and blocks of rows that it takes over all of them: these fit the L2 cache.
-PANELS_PER_GROUP = 4
-BLOCKS_PER_SPAN = 32
+#: So many blocks of rows, and a thread takes one panel at a time: they lie in memory as they are read.
 FEW_BLOCKS = 4
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 #: A smaller weight is not worth waking threads for.
 PARALLEL_WEIGHTS = 1 << 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Panels:
-    """How the weights of one linear are stored, and the tile of results that the registers hold."""
-
-    outputs: int
-    inputs: int
-    dtype: str
-    #: The dtype of a scale per output, if the weights are codes.
-    scales: str | None
-    isa: Isa
-    #: Outputs of a panel, a few vectors.
-    width: int
-    #: Rows of x in a tile.
-    rows: int
-
-    @classmethod
-    def of(cls, outputs: int, inputs: int, dtype: str, isa: Isa, scales: str | None = None) -> Panels:
-        vectors = 4 if isa.registers > 16 else 2
-        rows = (isa.registers - 2 * vectors) // vectors
-        return cls(outputs, inputs, dtype, scales, isa, vectors * isa.lanes, rows)
-
-    @property
-    def count(self) -> int:
-        return -(-self.outputs // self.width)
-
-    @property
-    def tiles(self) -> tuple[int, ...]:
-        """How many rows a tile may have: few rows need not cost as much as many."""
-        return (*(rows for rows in (1, 2, 4, 8) if rows < self.rows), self.rows)
-
-    @property
-    def vectors(self) -> int:
-        return self.width // self.isa.lanes
 
 
 def linear(panels: Panels) -> Any:
@@ -93,6 +53,29 @@ def linear(panels: Panels) -> Any:
     return builder.get()
 
 
+#: Emits a body for every step of a chunk.
+Steps: TypeAlias = Callable[[Callable[[Any], None]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A block of rows: where its copied chunk starts in the flat buffer `copied`, and its number."""
+
+    copied: Any
+    start: Any
+    block: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A chunk of a panel, widened if it is not fp32, and the rows that pass over it."""
+
+    panel: Any
+    chunk: Any
+    wide: Any
+    rows: _Rows
+
+
 class _Linear:
     """Emits one kernel into the builder that is open."""
 
@@ -106,8 +89,8 @@ class _Linear:
         self.x, self.scales, self.y = x, scales, y
         self.lanes = panels.isa.lanes
         self.vectors = range(panels.vectors)
-        chunks = -(-panels.inputs // (LONG_CHUNK if panels.isa.registers > 16 else CHUNK))
-        self.chunk = -(-panels.inputs // chunks)
+        self.columns = range(0, panels.width, self.lanes)
+        self.chunk, self.span = panels.chunk, panels.blocks_per_span
         self.chunks = -(-panels.inputs // self.chunk)
 
     def emit(self) -> None:
@@ -196,69 +179,75 @@ class _Linear:
         from tvm.script.ir_builder import tirx as T
 
         size = self.panels.rows
-        blocks = (self.m + (size - 1)) // size
-        copied = T.alloc_buffer((self.chunks, blocks, self.chunk, size), "float32")
+        blocks = T.bind((self.m + (size - 1)) // size)
+        copied = T.alloc_buffer((self.chunks * blocks * self.chunk * size,), "float32")
         with self._loop(blocks) as block:
-            self._copy_block(copied, block)
+            self._copy_block(copied, blocks, block)
         # Few blocks: panels one after the other, as they lie in memory. Many: several, for which a chunk of rows stays
         # in the L2 cache.
-        group = T.if_then_else(blocks > FEW_BLOCKS, T.int64(PANELS_PER_GROUP), T.int64(1))
+        group = T.if_then_else(blocks > FEW_BLOCKS, T.int64(self.panels.per_group), T.int64(1))
         with self._loop((self.panels.count + group - 1) // group) as index:
             wide = None if self.panels.dtype == "float32" else self._scratch()
             first, here = index * group, self._least(group, self.panels.count - index * group)
-            spans = (blocks + (BLOCKS_PER_SPAN - 1)) // BLOCKS_PER_SPAN
+            spans = (blocks + (self.span - 1)) // self.span
             with T.serial(0, self.chunks) as chunk, T.serial(0, spans) as span, T.serial(0, here) as within:
-                panel = first + within
+                panel = opaque(first + within)
                 if wide is not None:
                     self._widen(wide, panel, chunk)
-                last = within + 1 == here
-                next_panel = T.if_then_else(T.And(last, chunk + 1 < self.chunks), first, panel + 1)
-                next_chunk = T.if_then_else(last, T.if_then_else(chunk + 1 < self.chunks, chunk + 1, 0), chunk)
-                start = T.bind((next_panel * self.panels.inputs + next_chunk * self.chunk) * self.panels.width)
-                first_block = T.bind(span * BLOCKS_PER_SPAN)
-                count = T.bind(self._least(BLOCKS_PER_SPAN, blocks - first_block))
-                place = copied, wide, panel, chunk
-                share_out(count, partial(self._blocks, place, first_block, count, start))
+                following = self._following(first, panel, chunk, within + 1 == here)
+                first_block = opaque(span * self.span)
+                count = opaque(self._least(self.span, blocks - first_block))
+                with T.serial(0, count) as step:
+                    block = opaque(first_block + step)
+                    rows = _Rows(copied, opaque(self._block_start(blocks, chunk, block)), block)
+                    self._block(_Place(panel, chunk, wide, rows), partial(following.each_step, step, count))
 
-    def _blocks(self, place: tuple[Any, ...], first: Any, count: Any, following: Any, shares: int) -> None:
-        """All blocks of a span; each asks for its share of the panel that starts at element `following`."""
+    def _following(self, first: Any, panel: Any, chunk: Any, last: Any) -> NextPanel:
+        """The chunk of a panel that comes after this one: of the next panel, or of the group's first one."""
         from tvm.script.ir_builder import tirx as T
 
+        more = chunk + 1 < self.chunks
+        next_panel = T.if_then_else(T.And(last, more), first, panel + 1)
+        next_chunk = T.if_then_else(last, T.if_then_else(more, chunk + 1, 0), chunk)
+        start = opaque((next_panel * self.panels.inputs + next_chunk * self.chunk) * self.panels.width)
         item_bytes = ITEM_BYTES[self.panels.dtype]
-        *_, chunk = place
-        panel = NextPanel(self.flat, following, self._length(chunk), self.panels.width * item_bytes, item_bytes)
-        with T.serial(0, count) as index:
-            self._block(*place, first + index, partial(panel.each_step, index, shares))
+        return NextPanel(self.flat, start, self._length(chunk), self.panels.width * item_bytes, item_bytes)
+
+    def _block_start(self, blocks: Any, chunk: Any, block: Any) -> Any:
+        """Where a block's copy of a chunk starts: [chunks, blocks, inputs of a chunk, rows of a block]."""
+        return (chunk * blocks + block) * (self.chunk * self.panels.rows)
 
     def _scratch(self) -> Any:
         from tvm.script.ir_builder import tirx as T
 
         return T.alloc_buffer((self.chunk, self.panels.width), "float32")
 
-    def _block(self, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any, steps: Any) -> None:
+    def _block(self, place: _Place, steps: Steps) -> None:
         """One tile, of no more rows than are left."""
         from tvm.script.ir_builder import tirx as T
 
         def tile(sizes: list[int]) -> None:
             if len(sizes) == 1:
-                self._tile(sizes[0], copied, wide, panel, chunk, block, steps)
+                self._tile(sizes[0], place, steps)
                 return
-            with T.If(self.m - block * self.panels.rows > sizes[1]):
+            with T.If(self.m - place.rows.block * self.panels.rows > sizes[1]):
                 with T.Then():
-                    self._tile(sizes[0], copied, wide, panel, chunk, block, steps)
+                    self._tile(sizes[0], place, steps)
                 with T.Else():
                     tile(sizes[1:])
 
         tile([size for size in reversed(self.panels.tiles) if size > 1])
 
-    def _copy_block(self, copied: Any, block: Any) -> None:
+    def _copy_block(self, copied: Any, blocks: Any, block: Any) -> None:
         from tvm.script.ir_builder import tirx as T
 
         size = self.panels.rows
-        with T.serial(0, self.chunks) as chunk, T.serial(0, self._length(chunk)) as k:
-            for row in range(size):
-                source = self.x[self._least(block * size + row, self.m - 1), chunk * self.chunk + k]
-                T.buffer_store(copied, source, [chunk, block, k, row])
+        with T.serial(0, self.chunks) as chunk:
+            start = T.bind(self._block_start(blocks, chunk, block))
+            with T.serial(0, self._length(chunk)) as k:
+                for row in range(size):
+                    source = self.x[self._least(block * size + row, self.m - 1), chunk * self.chunk + k]
+                    T.buffer_store(copied, source, [start + k * size + row])
 
     def _widen(self, wide: Any, panel: Any, chunk: Any) -> None:
         from tvm.script.ir_builder import tirx as T
@@ -266,27 +255,33 @@ class _Linear:
         with T.serial(0, self._length(chunk)) as k:
             for vector in self.vectors:
                 value = self._weights(panel, chunk * self.chunk + k, vector)
-                if self.scales is not None:
-                    value = value * self._scales(panel, vector)
                 store(wide, value, [k, vector * self.lanes], self.lanes)
 
-    def _tile(self, size: int, copied: Any, wide: Any, panel: Any, chunk: Any, block: Any, steps: Any) -> None:
+    def _tile(self, size: int, place: _Place, steps: Steps) -> None:
         from tvm.script.ir_builder import tirx as T
 
         sums = self._sums(size)
+        # One flat start each: LLVM takes minutes over many addresses of several axes.
+        start = opaque((place.panel * self.panels.inputs + place.chunk * self.chunk) * self.panels.width)
 
         def step(k: Any) -> None:
-            if wide is None:
-                weights = [self._weights(panel, chunk * self.chunk + k, vector) for vector in self.vectors]
+            if place.wide is None:
+                weights = [load(self.flat, [start + k * self.panels.width + at], self.lanes) for at in self.columns]
             else:
-                weights = [load(wide, [k, vector * self.lanes], self.lanes) for vector in self.vectors]
+                weights = [load(place.wide, [k, at], self.lanes) for at in self.columns]
             for row in range(size):
-                value = spread(copied[chunk, block, k, row], self.lanes)
+                value = spread(place.rows.copied[place.rows.start + k * self.panels.rows + row], self.lanes)
                 for vector in self.vectors:
                     into = sums[row][vector]
                     store(into, load(into, [0], self.lanes) + value * weights[vector], [0], self.lanes)
 
         steps(step)
+        if self.scales is not None:
+            for row in sums:
+                for vector in self.vectors:
+                    scaled = load(row[vector], [0], self.lanes) * self._scales(place.panel, vector)
+                    store(row[vector], scaled, [0], self.lanes)
+        panel, chunk, block = place.panel, place.chunk, place.rows.block
         width, outputs = self.panels.width, self.panels.outputs
         whole = T.And(block * self.panels.rows + size <= self.m, panel * width + width <= outputs)
         with T.If(whole):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from onnx_ir import DataType
@@ -18,9 +17,8 @@ from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels.byte_dot import ByteKernel, byte_kernel
 from passopt.targets.tvm.kernels.byte_pairs import Pairs
 from passopt.targets.tvm.kernels.byte_tiles import Operands, Panel, Tile, ramp, whole_groups
-from passopt.targets.tvm.kernels.emit import FUNCTION_ATTRIBUTES, argument, local, root_block, symbol
+from passopt.targets.tvm.kernels.emit import FUNCTION_ATTRIBUTES, argument, local, opaque, root_block, symbol
 from passopt.targets.tvm.kernels.linear import LinearPlan
-from passopt.targets.tvm.kernels.next_panel import share_out
 from passopt.targets.tvm.kernels.quantize_rows import CodesLayout, codes_layout
 
 #: Rows and columns of a chunk of work; int32 sums of a chunk are kept between panels.
@@ -62,8 +60,9 @@ def linear_w8a8(n: int, k: int, layout: CodesLayout, kernel: ByteKernel) -> Any:
         scales = argument("scales", (padded,))
         sums = argument("sums", (padded,), "int32") if layout.zero_point else None
         y = argument("y", (rows, n))
-        operands = Operands(k, layout, kernel, rows, codes, packed)
         with root_block():
+            flat = T.decl_buffer((groups * padded * kernel.group,), "int8", data=packed.data)
+            operands = Operands(k, layout, kernel, rows, codes, packed, flat)
             _Linear(operands, _Result(n, layout.zero_point, row_scales, scales, sums, y)).emit()
     return builder.get()
 
@@ -176,10 +175,10 @@ class _Linear:
         per_chunk = min(-(-_CHUNK_COLUMNS // kernel.columns), self.blocks)
         column_chunks = -(-self.blocks // per_chunk)
         with T.parallel(0, (operands.rows + _CHUNK_ROWS - 1) // _CHUNK_ROWS * column_chunks) as index:
-            first_row = T.bind(index // column_chunks * _CHUNK_ROWS)
-            first_block = T.bind(index % column_chunks * per_chunk)
-            row_count = T.bind(T.min(T.int64(_CHUNK_ROWS), operands.rows - first_row))
-            block_count = T.bind(T.min(T.int64(per_chunk), self.blocks - first_block))
+            first_row = opaque(index // column_chunks * _CHUNK_ROWS)
+            first_block = opaque(index % column_chunks * per_chunk)
+            row_count = opaque(T.min(T.int64(_CHUNK_ROWS), operands.rows - first_row))
+            block_count = opaque(T.min(T.int64(per_chunk), self.blocks - first_block))
             sums = T.alloc_buffer((per_chunk, _CHUNK_ROWS, kernel.columns), "int32", scope="global")
             chunk = _Chunk(first_row, row_count, first_block, block_count, sums)
             pairs = Pairs(operands, _CHUNK_ROWS, per_chunk) if kernel.paired else None
@@ -187,8 +186,8 @@ class _Linear:
                 pairs.take_rows(first_row, row_count)
             depth = operands.panel_groups
             with T.serial(0, -(-operands.groups // depth)) as step:
-                first = T.bind(step * depth)
-                count = T.bind(T.min(T.int64(depth), operands.groups - first))
+                first = opaque(step * depth)
+                count = opaque(T.min(T.int64(depth), operands.groups - first))
                 with T.serial(0, block_count) as block:
                     panel = Panel(step, block, first_block + block, first, count)
                     if pairs is not None:
@@ -198,22 +197,21 @@ class _Linear:
 
     def _tiles(self, chunk: _Chunk, panel: Panel, pairs: Pairs | None) -> None:
         """All rows of the chunk, a tile at a time; those of bytes also ask for the next panel."""
-        from tvm.script.ir_builder import tirx as T
 
         size = self.kernel.tile_rows
-        tiles = T.bind((chunk.row_count + size - 1) // size)
+        tiles = opaque((chunk.row_count + size - 1) // size)
         if pairs is not None:
             self._each_tile(chunk, panel, tiles, lambda _, tile, rows: pairs.multiply(tile, rows, panel))
             return
-        following = self.operands.panel_from(T.bind(self._following(chunk, panel)), panel.count)
+        following = self.operands.panel_from(opaque(self._following(chunk, panel)), panel.count)
 
-        def multiply(shares: int, index: Any, tile: Tile, rows: list[Any]) -> None:
+        def multiply(index: Any, tile: Tile, rows: list[Any]) -> None:
             def step(group: Any) -> None:
                 self.operands.multiply(tile, rows, panel.source, panel.first + group)
 
-            following.each_step(index, shares, step)
+            following.each_step(index, tiles, step)
 
-        share_out(tiles, lambda shares: self._each_tile(chunk, panel, tiles, partial(multiply, shares)))
+        self._each_tile(chunk, panel, tiles, multiply)
 
     def _each_tile(
         self, chunk: _Chunk, panel: Panel, tiles: Any, multiply: Callable[[Any, Tile, list[Any]], None]

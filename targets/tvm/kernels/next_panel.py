@@ -10,29 +10,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from passopt.targets.tvm.kernels.emit import L2, LINE_BYTES, prefetch
+from passopt.targets.tvm.kernels.emit import L2, LINE_BYTES, opaque, prefetch
 
 #: Steps between two requests.
 STRIDE = 4
 #: Among how many tiles the requests for a panel are shared out, if there are as many; two at least.
 SHARES = (8, 4, 2)
-
-
-def share_out(tiles: Any, body: Callable[[int], None]) -> None:
-    """`body(shares)` for the most shares that `tiles`, a number known when the kernel runs, have each a tile."""
-    from tvm.script.ir_builder import tirx as T
-
-    def most(shares: tuple[int, ...]) -> None:
-        if len(shares) == 1:
-            body(shares[0])
-            return
-        with T.If(tiles >= shares[0]):
-            with T.Then():
-                body(shares[0])
-            with T.Else():
-                most(shares[1:])
-
-    most(SHARES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +28,25 @@ class NextPanel:
     row_bytes: int
     item_bytes: int
 
-    def each_step(self, tile: Any, shares: int, body: Callable[[Any], None]) -> None:
-        """`body(step)` for all steps, with the requests of the tile of number `tile` among them."""
+    def each_step(self, tile: Any, tiles: Any, body: Callable[[Any], None]) -> None:
+        """`body(step)` for all steps, with the requests of tile number `tile` of `tiles` among them."""
         from tvm.script.ir_builder import tirx as T
 
         lines = STRIDE * max(1, self.row_bytes // LINE_BYTES)
-        requests = max(1, lines // shares)
-        shares = lines // requests
-        strides = T.bind(self.steps // STRIDE)
+        requests = T.int64(lines // SHARES[-1])
+        for shares in reversed(SHARES[:-1]):
+            requests = T.if_then_else(tiles >= shares, T.int64(max(1, lines // shares)), requests)
+        # Known when the kernel runs: code for each of the numbers would be three times as much, and no faster.
+        requests = opaque(requests)
+        strides = self.steps // STRIDE if isinstance(self.steps, int) else opaque(self.steps // STRIDE)
         line = LINE_BYTES // self.item_bytes
-        first = T.bind(self.start + tile % shares * (strides * (requests * line)))
+        first = opaque(self.start + tile % (lines // requests) * (strides * requests * line))
         with T.serial(0, strides) as stride:
-            for request in range(requests):
+            with T.serial(0, requests) as request:
                 prefetch(self.weights, [first + (stride * requests + request) * line], L2)
             for step in range(STRIDE):
                 body(stride * STRIDE + step)
+        if isinstance(self.steps, int) and self.steps % STRIDE == 0:
+            return
         with T.serial(0, self.steps - strides * STRIDE) as rest:
             body(strides * STRIDE + rest)

@@ -91,47 +91,45 @@ def test_fp16_scales_are_used_as_stored(build):
     np.testing.assert_array_equal(build(weights, scales)(codes, one), wanted)
 
 
-def inner_loops(text: str) -> list[list[str]]:
-    """The instructions of every loop that holds no other loop."""
-    lines = [line.strip() for line in text.splitlines()]
-    places = {line[:-1]: number for number, line in enumerate(lines) if line.endswith(":")}
-    loops = []
-    for number, line in enumerate(lines):
-        start = places.get(line.split()[-1], number) if line.startswith("j") else number
-        if start < number:
-            loops.append((start, number))
-    innermost = [loop for loop in loops if not any(loop != o and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)]
-    return [lines[start:stop] for start, stop in innermost]
+def products(text: str, name: str) -> list[list[str]]:
+    """From the first to the last instruction `name` of every run of instructions without a label that has several."""
+    runs, run = [], []
+    for line in [line.strip() for line in text.splitlines()] + [":"]:
+        if line.endswith(":"):
+            runs.append(run)
+            run = []
+        else:
+            run.append(line)
+    places = [(run, [at for at, line in enumerate(run) if line.startswith(name)]) for run in runs]
+    return [run[at[0] : at[-1] + 1] for run, at in places if len(at) > 3]
 
 
-def spills(loop: list[str]) -> list[str]:
-    """Vectors stored in the loop, or taken from the stack."""
-    return [line for line in loop if "mm" in line and ("(%rsp" in line or line.endswith(")"))]
+def spills(lines: list[str]) -> list[str]:
+    """Vectors that are stored, or taken from the stack."""
+    return [line for line in lines if "mm" in line and ("(%rsp" in line or line.endswith(")"))]
 
 
 @pytest.mark.parametrize("mcpu", ["icelake-server", "znver5"])
 def test_avx512_multiplies_bytes_in_registers(mcpu):
     isa: Isa = level("avx512-vnni")
     plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
-    loops = [loop for loop in inner_loops(assembly(plan.function, Cpu(mcpu, isa))) if "vpdpbusd" in " ".join(loop)]
-    assert loops
-    for loop in loops:
-        assert not spills(loop)
-        assert all("%zmm" in line for line in loop if line.startswith("vpdpbusd"))
+    runs = products(assembly(plan.function, Cpu(mcpu, isa)), "vpdpbusd")
+    # One to six rows, and tiles of many rows in three sizes.
+    assert len(runs) >= 7
+    for run in runs:
+        assert not spills(run)
+        assert all("%zmm" in line for line in run if line.startswith("vpdpbusd"))
 
 
 def test_avx2_keeps_its_sums_in_registers():
     isa = level("avx2")
     plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
-    # Loops that multiply codes broadcast from memory; others widen panels, and store them.
-    loops = [
-        loop
-        for loop in inner_loops(assembly(plan.function, Cpu("znver3", isa)))
-        if "vpmaddwd" in " ".join(loop) and "vpbroadcast" in " ".join(loop)
-    ]
-    assert len(loops) >= 5
-    for loop in loops:
-        assert not spills(loop)
+    runs = products(assembly(plan.function, Cpu("znver3", isa)), "vpmaddwd")
+    # Runs that multiply codes broadcast from memory; others widen panels, and store them.
+    runs = [run for run in runs if "vpbroadcast" in " ".join(run)]
+    assert len(runs) >= 5
+    for run in runs:
+        assert not spills(run)
 
 
 def test_plain_multiplies_pairs_as_sse2_has_them():
