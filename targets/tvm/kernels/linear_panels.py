@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from passopt.targets.tvm.kernels.emit import (
     FUNCTION_ATTRIBUTES,
     argument,
+    bind,
     load,
     local,
     opaque,
@@ -68,12 +69,16 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """A chunk of a panel, widened if it is not fp32, and the rows that pass over it."""
+    """A chunk of a panel, and the rows that pass over it.
+
+    A chunk that is not fp32 is widened by the first block, into `widen_to`, in passing; others read it as `wide`.
+    """
 
     panel: Any
     chunk: Any
-    wide: Any
     rows: _Rows
+    wide: Any = None
+    widen_to: Any = None
 
 
 class _Linear:
@@ -192,15 +197,26 @@ class _Linear:
             spans = (blocks + (self.span - 1)) // self.span
             with T.serial(0, self.chunks) as chunk, T.serial(0, spans) as span, T.serial(0, here) as within:
                 panel = opaque(first + within)
-                if wide is not None:
-                    self._widen(wide, panel, chunk)
                 following = self._following(first, panel, chunk, within + 1 == here)
                 first_block = opaque(span * self.span)
                 count = opaque(self._least(self.span, blocks - first_block))
                 with T.serial(0, count) as step:
                     block = opaque(first_block + step)
                     rows = _Rows(copied, opaque(self._block_start(blocks, chunk, block)), block)
-                    self._block(_Place(panel, chunk, wide, rows), partial(following.each_step, step, count))
+                    steps = partial(following.each_step, step, count)
+                    self._first_or_other_block(_Place(panel, chunk, rows, wide), steps, step)
+
+    def _first_or_other_block(self, place: _Place, steps: Steps, step: Any) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        if place.wide is None:
+            self._block(place, steps)
+            return
+        with T.If(step == 0):
+            with T.Then():
+                self._block(dataclasses.replace(place, wide=None, widen_to=place.wide), steps)
+            with T.Else():
+                self._block(place, steps)
 
     def _following(self, first: Any, panel: Any, chunk: Any, last: Any) -> NextPanel:
         """The chunk of a panel that comes after this one: of the next panel, or of the group's first one."""
@@ -249,14 +265,6 @@ class _Linear:
                     source = self.x[self._least(block * size + row, self.m - 1), chunk * self.chunk + k]
                     T.buffer_store(copied, source, [start + k * size + row])
 
-    def _widen(self, wide: Any, panel: Any, chunk: Any) -> None:
-        from tvm.script.ir_builder import tirx as T
-
-        with T.serial(0, self._length(chunk)) as k:
-            for vector in self.vectors:
-                value = self._weights(panel, chunk * self.chunk + k, vector)
-                store(wide, value, [k, vector * self.lanes], self.lanes)
-
     def _tile(self, size: int, place: _Place, steps: Steps) -> None:
         from tvm.script.ir_builder import tirx as T
 
@@ -265,10 +273,15 @@ class _Linear:
         start = opaque((place.panel * self.panels.inputs + place.chunk * self.chunk) * self.panels.width)
 
         def step(k: Any) -> None:
-            if place.wide is None:
-                weights = [load(self.flat, [start + k * self.panels.width + at], self.lanes) for at in self.columns]
-            else:
+            if place.wide is not None:
                 weights = [load(place.wide, [k, at], self.lanes) for at in self.columns]
+            else:
+                stored = [load(self.flat, [start + k * self.panels.width + at], self.lanes) for at in self.columns]
+                weights = [to_float32(value, self.panels.dtype, self.lanes, self.panels.isa) for value in stored]
+            if place.widen_to is not None:
+                weights = [bind(value) for value in weights]
+                for at, value in zip(self.columns, weights, strict=True):
+                    store(place.widen_to, value, [k, at], self.lanes)
             for row in range(size):
                 value = spread(place.rows.copied[place.rows.start + k * self.panels.rows + row], self.lanes)
                 for vector in self.vectors:
