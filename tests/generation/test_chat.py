@@ -137,7 +137,7 @@ def test_settings_are_read_in_order(folder: Path):
     assert (found.eos, found.user, found.assistant, found.max_new_tokens) == (frozenset({2, 7}), 3, 4, 33)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"top_k": "many"}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"top_k": "many"}', '{"top_p": 1.5}'])
 def test_damaged_settings_are_told(folder: Path, text: str):
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(ModelError, match=r"generation_config\.json"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from passopt.generation.sampling import Sampling
-from passopt.ir.errors import ModelError
+from passopt.ir.errors import ModelError, UsageError
 
 #: Where nothing says how many tokens to generate.
 DEFAULT_NEW_TOKENS = 256
@@ -49,6 +49,8 @@ def read_settings(folder: Path) -> Settings:
         longest = int(own.get("max_new_tokens") or DEFAULT_NEW_TOKENS)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'generation_config.json'}: is damaged: {error}") from error
+    except UsageError as error:
+        raise ModelError(f"{folder / 'generation_config.json'}: {error}") from error
     pad = number("pad_token_id")
     return Settings(
         sampling=sampling,
