@@ -174,10 +174,14 @@ class _Linear:
         kernel, operands = self.kernel, self.operands
         per_chunk = min(-(-_CHUNK_COLUMNS // kernel.columns), self.blocks)
         column_chunks = -(-self.blocks // per_chunk)
-        with T.parallel(0, (operands.rows + _CHUNK_ROWS - 1) // _CHUNK_ROWS * column_chunks) as index:
-            first_row = opaque(index // column_chunks * _CHUNK_ROWS)
+        # As many rows in each chunk as in the others, since every thread gets as many chunks.
+        row_chunks = T.bind((operands.rows + _CHUNK_ROWS - 1) // _CHUNK_ROWS)
+        tiles = (operands.rows + row_chunks * kernel.tile_rows - 1) // (row_chunks * kernel.tile_rows)
+        chunk_rows = T.bind(tiles * kernel.tile_rows)
+        with T.parallel(0, row_chunks * column_chunks) as index:
+            first_row = opaque(index // column_chunks * chunk_rows)
             first_block = opaque(index % column_chunks * per_chunk)
-            row_count = opaque(T.min(T.int64(_CHUNK_ROWS), operands.rows - first_row))
+            row_count = opaque(T.max(T.int64(0), T.min(chunk_rows, operands.rows - first_row)))
             block_count = opaque(T.min(T.int64(per_chunk), self.blocks - first_block))
             sums = T.alloc_buffer((per_chunk, _CHUNK_ROWS, kernel.columns), "int32", scope="global")
             chunk = _Chunk(first_row, row_count, first_block, block_count, sums)

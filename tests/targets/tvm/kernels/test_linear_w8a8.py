@@ -18,7 +18,7 @@ MCPU = {"avx512-vnni": "icelake-server", "avx2": "x86-64-v3", "plain": "x86-64"}
 #: The byte dot product written out in plain operations: layout, zero point and tiles of avx512-vnni on any machine.
 WRITTEN_OUT = "avx512-vnni, written out"
 SHAPES = ((16, 4), (180, 72), (72, 516), (130, 1030))
-ROWS = (1, 2, 3, 5, 7, 17, 130, 193)
+ROWS = (1, 2, 3, 5, 7, 17, 130, 193, 400)
 
 
 @pytest.fixture(params=[*(isa.name for isa in LEVELS), WRITTEN_OUT], scope="module")
