@@ -5,7 +5,7 @@ Everything that can be refused (CPU, digests, lengths) is refused before anythin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,9 @@ from passopt.targets.tvm.weights_map import WeightsMap
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+
+#: A longer prefill runs in parts: intermediate results stay in the caches of the CPU, and their memory is bounded.
+PREFILL_COLUMNS = 192
 
 _CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -141,14 +144,33 @@ class Engine:
             raise UsageError(
                 f"mask has shape {list(seen.shape)}, expected {[self.batch, self.past + seq]} (past + seq)"
             )
-        arguments = {"input_ids": columns, "attention_mask": seen}
-        if self.takes_positions:
-            arguments["position_ids"] = self._checked_positions(seen, seq, positions)
+        found = self._checked_positions(seen, seq, positions) if self.takes_positions else None
+        before = self.past
+        try:
+            logits = [self._forward(columns, seen, found, before, *part) for part in self._parts(seq)]
+        except BaseException:
+            self._past.truncate(before)
+            raise
+        if self.library.logits.positions == "last":
+            return logits[-1]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
+
+    def _parts(self, seq: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the parts that a prefill of `seq` columns runs in, about equal, the longest first."""
+        count = -(-seq // PREFILL_COLUMNS) if self.library.cache.kind == "in-place" else 1
+        longest = -(-seq // count)
+        return ((start, min(start + longest, seq)) for start in range(0, seq, longest))
+
+    def _forward(self, ids: Ids, mask: Ids, positions: Ids | None, past: int, start: int, stop: int) -> Logits:
+        """Columns `start` to `stop` of `ids`, which stand behind `past` columns and all before `start`."""
+        arguments = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, : past + stop]}
+        if positions is not None:
+            arguments["position_ids"] = positions[:, start:stop]
         inputs = [vm.tensor(arguments[name]) for name in self.library.inputs]
-        self._release_unless(seq)
-        past = vm.runtime().Shape((self.past,))
-        result = self._machine(*inputs, past, *self._past.tensors, *self._parameters)
-        return self._past.take(result, seq)
+        self._release_unless(stop - start)
+        shape = vm.runtime().Shape((self.past,))
+        result = self._machine(*inputs, shape, *self._past.tensors, *self._parameters)
+        return self._past.take(result, stop - start)
 
     def _release_unless(self, seq: int) -> None:
         """Intermediate results of a prefill keep their memory for the next one of the same length, not for decoding."""

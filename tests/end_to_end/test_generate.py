@@ -19,6 +19,7 @@ from passopt.generation.loop import generate
 from passopt.generation.sampling import Sampling
 from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.evaluate import Evaluator
+from passopt.targets.tvm.runtime import PREFILL_COLUMNS
 from passopt.testing.checkpoints import ALIBI, ROTARY, evaluation_text, make_checkpoint
 
 SPECS = {"rotary": ROTARY, "alibi": ALIBI}
@@ -124,6 +125,11 @@ def test_ids_near_position_4095_are_those_of_the_stock_code(long_model: Compiled
     found = ids_of(long_model, [prompt], 100)[0]
     assert len(found) == 7
     assert found == eager_ids(long_model.checkpoint, prompt, 7)
+
+
+def test_a_part_of_a_prefill_that_is_all_padding_changes_nothing(long_model: Compiled):
+    prompts = [[5 + index * 37 % 500 for index in range(2 * PREFILL_COLUMNS + 20)], [7, 8, 9]]
+    assert ids_of(long_model, prompts, 12) == [ids_of(long_model, [prompt], 12)[0] for prompt in prompts]
 
 
 def test_streamed_and_printed_text_are_the_same(model: Compiled, capsys):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError, UsageError
+from passopt.targets.tvm import runtime
 from passopt.targets.tvm.library import CodeFile, Library, read_library
 from passopt.targets.tvm.runtime import Engine
 
@@ -52,6 +53,38 @@ def test_steps_of_any_size_give_the_same_logits(make_tiny_library, kind: str, dt
             np.testing.assert_array_equal(logits, expected)
             done = end
             assert engine.past == done
+
+
+def test_a_long_prefill_runs_in_parts_of_about_the_same_length(make_tiny_library, monkeypatch: pytest.MonkeyPatch):
+    tiny = make_tiny_library()
+    engine = Engine.load(tiny.folder, batch=2, capacity=20)
+    lengths: list[int] = []
+    take = engine._past.take
+    monkeypatch.setattr(engine._past, "take", lambda result, seq: lengths.append(seq) or take(result, seq))
+    monkeypatch.setattr(runtime, "PREFILL_COLUMNS", 4)
+    # Every column of this model says what the last one of its part sees.
+    parts = [tiny.logits(IDS[:, :stop], MASK[:, :stop], POSITIONS[:, start:stop]) for start, stop in ((0, 3), (3, 5))]
+    np.testing.assert_array_equal(engine.forward(IDS, MASK), np.concatenate(parts, axis=1))
+    assert lengths == [3, 2]
+
+
+def test_a_part_that_fails_takes_back_those_before_it(make_tiny_library, monkeypatch: pytest.MonkeyPatch):
+    engine = Engine.load(make_tiny_library().folder, batch=2, capacity=20)
+    engine.forward(IDS[:, :1], MASK[:, :1])
+    machine = engine._machine
+    calls: list[int] = []
+
+    def fails_at_second(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no more memory")
+        return machine(*arguments)
+
+    monkeypatch.setattr(engine, "_machine", fails_at_second)
+    monkeypatch.setattr(runtime, "PREFILL_COLUMNS", 2)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        engine.forward(IDS[:, 1:], MASK)
+    assert engine.past == 1
 
 
 @pytest.mark.parametrize("kind", ["in-place", "functional"])
