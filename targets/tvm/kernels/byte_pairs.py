@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from passopt.targets.tvm.kernels.byte_tiles import Operands, Panel, Tile, ramp
-from passopt.targets.tvm.kernels.emit import local
+from passopt.targets.tvm.kernels.byte_tiles import Operands, Panel, Tile
+from passopt.targets.tvm.kernels.emit import fold_lanes, local, span
 
 
 class Pairs:
@@ -38,7 +38,7 @@ class Pairs:
         kernel, dtype = self.kernel, self.operands.layout.dtype
         width = kernel.lanes * kernel.group
         with T.serial(0, count) as row:
-            own, at = local(kernel.lanes, dtype="int32"), ramp(0, kernel.lanes)
+            own, at = local(kernel.lanes, dtype="int32"), span(0, kernel.lanes)
             T.buffer_store(own, T.broadcast(T.int32(0), kernel.lanes), [at])
             with T.serial(0, -(-self.operands.k // width)) as step:
                 codes = T.bind(self.operands.codes.vload([first + row, step * width], f"{dtype}x{width}"))
@@ -46,9 +46,7 @@ class Pairs:
                 halves = T.reinterpret(f"uint64x{width // 4}", codes)
                 moved = T.shift_right(halves, T.broadcast(T.uint64(32), width // 4))
                 T.buffer_store(own, kernel.dot(own[at], codes, T.reinterpret(f"{dtype}x{width}", moved)), [at])
-            total = own[0]
-            for lane in range(1, kernel.lanes):
-                total = total + own[lane]
+            total = fold_lanes(own, kernel.lanes, lambda one, other: one + other)
             T.buffer_store(self._row_excess, total, [row])
 
     def take_panel(self, panel: Panel) -> None:
@@ -65,7 +63,7 @@ class Pairs:
                     T.buffer_store(self._panel, part, [pair * 2 + half, self._part(vector)])
                 own.add(0, vector, low, high)
         for vector, value in enumerate(own.values(0)):
-            place = [panel.block, ramp(vector * kernel.lanes, kernel.lanes)]
+            place = [panel.block, span(vector * kernel.lanes, kernel.lanes)]
             with T.If(panel.step == 0):
                 with T.Then():
                     T.buffer_store(self._column_excess, value, place)
@@ -88,4 +86,4 @@ class Pairs:
 
     def _part(self, vector: int) -> Any:
         width = self.kernel.lanes * self.kernel.group
-        return ramp(vector * width, width)
+        return span(vector * width, width)

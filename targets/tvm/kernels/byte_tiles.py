@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from passopt.targets.tvm.kernels.byte_dot import ByteKernel, dot_of_numbers
-from passopt.targets.tvm.kernels.emit import local
+from passopt.targets.tvm.kernels.emit import local, span
 from passopt.targets.tvm.kernels.next_panel import STRIDE, NextPanel
 from passopt.targets.tvm.kernels.quantize_rows import CodesLayout
 
@@ -18,7 +18,7 @@ class Tile:
         from tvm.script.ir_builder import tirx as T
 
         self.kernel, self.count = kernel, count
-        self._at = ramp(0, kernel.lanes)
+        self._at = span(0, kernel.lanes)
         self._sums = [[local(kernel.lanes, dtype="int32") for _ in range(kernel.tile_vectors)] for _ in range(count)]
         for row in self._sums:
             for register in row:
@@ -110,10 +110,3 @@ class Operands:
 def whole_groups(k: int) -> int:
     """K with zeros up to whole groups of bytes and whole pairs of groups of int16."""
     return -(-k // 4) * 4
-
-
-def ramp(start: Any, lanes: int) -> Any:
-    """The index of `lanes` elements from `start`."""
-    from tvm.script.ir_builder import tirx as T
-
-    return T.ramp(start, 1, lanes)

@@ -1,7 +1,7 @@
 """y = x · Wᵀ in fp32, W packed in panels of some outputs that lie next to each other for every input: [N/w, K, w, 1].
 
-One layout for any number of rows. Few rows stream each panel once from memory. Many rows are copied into blocks, and go
-with a chunk of K at a time over a panel's chunk, which is turned to fp32 first and then read from the L1 cache.
+One layout for any number of rows. Few rows stream each panel once from memory. Many rows are copied into blocks, which
+go one by one over a panel's chunk of K; the first of them turns it to fp32 for the others.
 """
 
 from __future__ import annotations
@@ -269,7 +269,6 @@ class _Linear:
         from tvm.script.ir_builder import tirx as T
 
         sums = self._sums(size)
-        # One flat start each: LLVM takes minutes over many addresses of several axes.
         start = opaque((place.panel * self.panels.inputs + place.chunk * self.chunk) * self.panels.width)
 
         def step(k: Any) -> None:

@@ -16,8 +16,8 @@ from passopt.ir.expressions import Expression
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels.byte_dot import ByteKernel, byte_kernel
 from passopt.targets.tvm.kernels.byte_pairs import Pairs
-from passopt.targets.tvm.kernels.byte_tiles import Operands, Panel, Tile, ramp, whole_groups
-from passopt.targets.tvm.kernels.emit import FUNCTION_ATTRIBUTES, argument, local, opaque, root_block, symbol
+from passopt.targets.tvm.kernels.byte_tiles import Operands, Panel, Tile, whole_groups
+from passopt.targets.tvm.kernels.emit import FUNCTION_ATTRIBUTES, argument, local, opaque, root_block, span, symbol
 from passopt.targets.tvm.kernels.linear import LinearPlan
 from passopt.targets.tvm.kernels.quantize_rows import CodesLayout, codes_layout
 
@@ -86,7 +86,7 @@ class _Result:
         factor, width = self.row_scales[row], len(totals) * lanes
         for vector, total in enumerate(totals):
             column = block * width + vector * lanes
-            at = ramp(column, lanes)
+            at = span(column, lanes)
             if self.sums is not None:
                 total = total - self.sums[at] * T.broadcast(T.int32(self.zero_point), lanes)
             scaled = total.astype(f"float32x{lanes}") * T.broadcast(factor, lanes) * self.scales[at]
@@ -104,7 +104,7 @@ class _Result:
         from tvm.script.ir_builder import tirx as T
 
         spill = local(lanes)
-        T.buffer_store(spill, scaled, [ramp(0, lanes)])
+        T.buffer_store(spill, scaled, [span(0, lanes)])
         for lane in range(lanes):
             with T.If(column + lane < self.n), T.Then():
                 T.buffer_store(self.y, spill[lane], [row, column + lane])
@@ -264,7 +264,7 @@ class _Linear:
         def write(add: bool) -> None:
             for row in range(tile.count):
                 for vector, value in enumerate(tile.values(row)):
-                    place = [panel.block, index * self.kernel.tile_rows + row, ramp(vector * lanes, lanes)]
+                    place = [panel.block, index * self.kernel.tile_rows + row, span(vector * lanes, lanes)]
                     T.buffer_store(chunk.sums, chunk.sums[tuple(place)] + value if add else value, place)
 
         with T.If(panel.step == 0):
@@ -278,7 +278,7 @@ class _Linear:
 
         lanes = self.kernel.lanes
         with T.serial(0, chunk.row_count) as row, T.serial(0, chunk.block_count) as block:
-            parts = [ramp(vector * lanes, lanes) for vector in range(self.kernel.tile_vectors)]
+            parts = [span(vector * lanes, lanes) for vector in range(self.kernel.tile_vectors)]
             totals = [chunk.sums[block, row, part] for part in parts]
             if pairs is not None:
                 totals = [total - pairs.excess(row, block, part) for total, part in zip(totals, parts, strict=True)]

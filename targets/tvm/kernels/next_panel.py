@@ -32,8 +32,8 @@ class NextPanel:
         """`body(step)` for all steps, with the requests of tile number `tile` of `tiles` among them."""
         from tvm.script.ir_builder import tirx as T
 
-        lines = STRIDE * max(1, self.row_bytes // LINE_BYTES)
-        requests = T.int64(lines // SHARES[-1])
+        lines = max(1, STRIDE * self.row_bytes // LINE_BYTES)
+        requests = T.int64(max(1, lines // SHARES[-1]))
         for shares in reversed(SHARES[:-1]):
             requests = T.if_then_else(tiles >= shares, T.int64(max(1, lines // shares)), requests)
         # Known when the kernel runs: code for each of the numbers would be three times as much, and no faster.
