@@ -25,7 +25,6 @@ from passopt.frontends.naming import cache_names
 from passopt.frontends.options import ExportOptions, Phase
 from passopt.frontends.quiet import quiet
 from passopt.ir.errors import CheckError
-from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType
 from passopt.ir.files import MODEL_NAME, save_materialized
 from passopt.ir.sources import safetensors_sources
@@ -136,8 +135,7 @@ def _session(graph: onnx_ir.Model, scratch: Path) -> Any:
 
     directory = scratch / "graph"
     directory.mkdir()
-    with Evaluator() as evaluator:
-        save_materialized(graph, directory, evaluator)
+    save_materialized(graph, directory)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(directory / MODEL_NAME), options, providers=["CPUExecutionProvider"])

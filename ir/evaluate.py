@@ -15,14 +15,13 @@ import numpy as np
 
 from passopt.ir import expressions as ex
 from passopt.ir.errors import ModelError
+from passopt.ir.row_math import Array, cast_rows, normalize_rows, quantize_values, scales_of
 from passopt.ir.sources import check_unchanged
 
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Box: TypeAlias = tuple[tuple[int, int], ...]
 
 #: Bytes of fp32 working copy per chunk. A few chunks are alive at once, so peak memory is some multiples of this.
 CHUNK_BYTES = 32 << 20
-_SMALLEST_STEP = np.float32(127.5)
 
 
 @dataclasses.dataclass
@@ -30,6 +29,12 @@ class Report:
     """What happened while evaluating: per tensor, the finite values that became infinite in a narrower dtype."""
 
     overflows: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def count(self, cast: ex.Cast, lost: int) -> None:
+        """Note `lost` overflows of a cast, if it is one to fp16."""
+        if lost and cast.dtype == ex.DataType.FLOAT16:
+            name = ", ".join(source.name for source in cast.sources())
+            self.overflows[name] = self.overflows.get(name, 0) + lost
 
 
 class Evaluator:
@@ -152,13 +157,8 @@ class Evaluator:
 
     def _read_cast(self, cast: ex.Cast, box: Box) -> Array:
         values = self.read(cast.operand, box)
-        with np.errstate(over="ignore", invalid="ignore"):
-            result: Array = values.astype(cast.dtype.numpy())
-        if cast.dtype == ex.DataType.FLOAT16:
-            lost = int(np.count_nonzero(np.isinf(result)) - np.count_nonzero(np.isinf(values)))
-            if lost:
-                name = ", ".join(source.name for source in cast.sources())
-                self.report.overflows[name] = self.report.overflows.get(name, 0) + lost
+        result: Array = np.empty(values.shape, cast.dtype.numpy())
+        self.report.count(cast, cast_rows(values, cast.dtype, result))
         return result
 
     def _read_pad(self, padded: ex.Pad, box: Box) -> Array:
@@ -177,9 +177,9 @@ class Evaluator:
     def _read_normalized(self, norm: ex.NormalizeRows, box: Box) -> Array:
         def rows(start: int, stop: int) -> Array:
             wide = self._finite(norm.operand, start, stop)
-            length = np.sqrt(np.einsum("ij,ij->i", wide, wide, dtype=np.float32))
-            np.divide(wide, np.maximum(length, np.float32(norm.epsilon))[:, None], out=wide)
-            return wide.astype(norm.dtype.numpy())
+            result: Array = np.empty(wide.shape, norm.dtype.numpy())
+            normalize_rows(wide, None, norm.epsilon, result)
+            return result
 
         return self._full_rows(norm, box, rows)
 
@@ -219,11 +219,7 @@ class Evaluator:
         wide = np.array(self.read(weight, ((start, stop), *rest)), np.float32)
         if not np.isfinite(wide).all():
             bad = int(np.argmin(np.isfinite(wide).all(axis=tuple(range(1, wide.ndim)))))
-            names = ", ".join(sorted({source.name for source in weight.sources()})) or "a constant"
-            raise ModelError(
-                f"{names}: NaN or Inf in row {start + bad}; such a weight has no scale. Repair the checkpoint, or "
-                f"export it with --dtype fp32 if the values overflowed in fp16."
-            )
+            raise not_finite(weight, start + bad)
         return wide
 
     def _read_packed(self, packed: ex.Pack, box: Box) -> Array:
@@ -231,11 +227,8 @@ class Evaluator:
         height, width = packed.operand.shape
         (first, last), (left, right), *inside = box
         bounds = (first * rows, min(last * rows, height)), (left * columns, min(right * columns, width))
-        values = self.read(packed.operand, bounds)
-        missing = ((last - first) * rows - values.shape[0], (right - left) * columns - values.shape[1])
-        if any(missing):
-            values = np.pad(values, ((0, missing[0]), (0, missing[1])))
-        blocks = values.reshape(last - first, rows, right - left, columns).transpose(0, 2, 1, 3)
+        blocks: Array = np.empty((last - first, right - left, rows, columns), packed.dtype.numpy())
+        pack_blocks(self.read(packed.operand, bounds), blocks)
         return blocks[(slice(None), slice(None), *(slice(*item) for item in inside))]
 
     def _read_row_sums(self, sums: ex.RowSums, box: Box) -> Array:
@@ -256,35 +249,22 @@ class Evaluator:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=axis)
 
 
-def scales_of(absmax: Array, dtype: ex.DataType) -> Array:
-    """absmax/127 in `dtype`, one per channel.
-
-    A channel of zeros gets `SCALE_OF_ZEROS`. Where the rounded scale is so small (subnormal) that the largest value
-    would not fit in ±127 codes, it is the next representable number.
-    """
-    kind = dtype.numpy()
-    exact = absmax / np.float32(127)
-    scales: Array = exact.astype(kind)
-    short = absmax > scales.astype(np.float32) * _SMALLEST_STEP
-    if short.any():
-        scales[short] = _next_up(scales[short])
-    scales[absmax == 0] = ex.SCALE_OF_ZEROS
-    return scales
+def not_finite(weight: ex.Expression, row: int) -> ModelError:
+    """The error for a row that has no scale and no norm."""
+    names = ", ".join(sorted({source.name for source in weight.sources()})) or "a constant"
+    return ModelError(
+        f"{names}: NaN or Inf in row {row}; such a weight has no scale. Repair the checkpoint, or "
+        f"export it with --dtype fp32 if the values overflowed in fp16."
+    )
 
 
-def _next_up(values: Array) -> Array:
-    """The next larger number of the same floating type; the bits of positive floats are ordered like integers."""
-    bits = values.view(f"u{values.dtype.itemsize}") + 1
-    result: Array = bits.astype(f"u{values.dtype.itemsize}").view(values.dtype)
-    return result
-
-
-def quantize_values(values: Array, scales: Array) -> Array:
-    """round-half-even(values / scales as stored), clamped to ±127. `values` (fp32) is overwritten."""
-    np.divide(values, scales.astype(np.float32), out=values)
-    np.rint(values, out=values)
-    np.clip(values, -127, 127, out=values)
-    return values.astype(np.int8)
+def pack_blocks(values: Array, out: Array) -> None:
+    """A matrix into blocks `out` [row blocks, column blocks, rows, columns], with zeros where it ends before them."""
+    down, across, rows, columns = out.shape
+    missing = (down * rows - values.shape[0], across * columns - values.shape[1])
+    if any(missing):
+        values = np.pad(values, ((0, missing[0]), (0, missing[1])))
+    out[...] = values.reshape(down, rows, across, columns).transpose(0, 2, 1, 3)
 
 
 def _absmax(rows: Array) -> Array:

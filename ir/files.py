@@ -6,7 +6,7 @@ Data outside the model's folder is read only through a plan, never through `..`,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
@@ -16,10 +16,11 @@ from google.protobuf.message import DecodeError
 from passopt.ir import expressions as ex
 from passopt.ir.errors import ModelError
 from passopt.ir.evaluate import Evaluator
-from passopt.ir.layout import plan_layout, write_safetensors
+from passopt.ir.layout import plan_layout
 from passopt.ir.plan import PLAN_NAME, read_plan, write_plan
 from passopt.ir.shapes import complete_outputs
 from passopt.ir.sources import external_source
+from passopt.ir.streaming.engine import write_safetensors
 from passopt.ir.text_files import TEXT_SUFFIX, load_text_model
 from passopt.ir.weights import SMALL_BYTES, LazyWeight, expression_of
 
@@ -177,16 +178,11 @@ def model_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression], rank
         return _serialized(model)
 
 
-def save_materialized(
-    model: onnx_ir.Model,
-    directory: Path,
-    evaluator: Evaluator,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, str]:
-    """Write model.onnx and weights.safetensors into an existing folder; returns the digest of each weight."""
+def save_materialized(model: onnx_ir.Model, directory: Path, rank: int = 0) -> dict[str, str]:
+    """Write model.onnx and weights.safetensors of a rank into an existing folder; returns each weight's digest."""
     weights = file_weights(model)
-    (directory / MODEL_NAME).write_bytes(model_bytes(model, weights, evaluator.rank))
-    return write_safetensors(directory / WEIGHTS_NAME, weights, evaluator, progress)
+    (directory / MODEL_NAME).write_bytes(model_bytes(model, weights, rank))
+    return write_safetensors(directory / WEIGHTS_NAME, weights, rank)
 
 
 def save_reference(model: onnx_ir.Model, directory: Path) -> None:

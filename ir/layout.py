@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import struct
-from collections.abc import Callable, Mapping
-from pathlib import Path
-
-import blake3
-import numpy as np
+from collections.abc import Mapping
 
 from passopt.ir import expressions as ex
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
 from passopt.ir.sources import SAFETENSORS_NAMES
 
 ALIGNMENT = 64
@@ -34,7 +28,7 @@ class Layout:
 
 
 def plan_layout(weights: Mapping[str, ex.Expression]) -> Layout:
-    """The exact file that `write_safetensors` would write, without reading a byte of the weights."""
+    """The exact file that `passopt.ir.streaming` would write, without reading a byte of the weights."""
     entries: dict[str, dict[str, object]] = {}
     position = 0
 
@@ -57,33 +51,3 @@ def plan_layout(weights: Mapping[str, ex.Expression]) -> Layout:
     starts = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}  # type: ignore[index]
     offsets = {name: start for name, start in starts.items() if not name.startswith(_PADDING_PREFIX)}
     return Layout(header, offsets, len(header) + position)
-
-
-def write_safetensors(
-    path: Path,
-    weights: Mapping[str, ex.Expression],
-    evaluator: Evaluator,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, str]:
-    """Evaluate and write all weights, streamed; returns the blake3 digest of each tensor's bytes.
-
-    `progress` is called with the bytes written since the last call. Raises ModelError, OSError.
-    """
-    layout = plan_layout(weights)
-    digests = {}
-    with path.open("wb") as file:
-        file.write(layout.header)
-        for name, offset in layout.offsets.items():
-            file.write(b"\0" * (offset - file.tell()))
-            hasher = blake3.blake3()
-            for chunk in evaluator.chunks(weights[name]):
-                data = chunk.reshape(-1).view(np.uint8).data
-                hasher.update(data)
-                file.write(data)
-                if progress:
-                    progress(len(data))
-            digests[name] = hasher.hexdigest()
-        file.write(b"\0" * (layout.nbytes - file.tell()))
-        file.flush()
-        os.fsync(file.fileno())
-    return digests

@@ -6,9 +6,10 @@ streamed, or nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,11 +19,13 @@ import onnx_ir
 from passopt.ir import expressions as ex
 from passopt.ir.contract import degree_of
 from passopt.ir.errors import VerifyError
-from passopt.ir.evaluate import CHUNK_BYTES, Evaluator
 from passopt.ir.files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
-from passopt.ir.layout import plan_layout, write_safetensors
+from passopt.ir.layout import plan_layout
 from passopt.ir.linears import reads_codes, reads_scales
-from passopt.ir.staging import staged_directory
+from passopt.ir.staging import JOURNAL_NAME, resumable_directory, staged_directory
+from passopt.ir.streaming.budget import DEFAULT_STREAM, StreamOptions
+from passopt.ir.streaming.engine import StreamReport, write_weight_files
+from passopt.ir.streaming.schedule import WeightFile
 from passopt.targets.digests import root_digest
 from passopt.targets.manifest import (
     MANIFEST_NAME,
@@ -96,11 +99,11 @@ class OutputPlan:
 
 @dataclasses.dataclass(frozen=True)
 class OutputReport:
-    """What was written. `overflows` counts, per weight and over all ranks, finite values that fp16 made infinite."""
+    """What was written, and how: time, memory, and the finite values that fp16 made infinite."""
 
     plan: OutputPlan
     manifest: Manifest
-    overflows: Mapping[str, int]
+    stream: StreamReport
 
 
 def plan_output(
@@ -130,32 +133,31 @@ def write_output(
     source: Mapping[str, object],
     companions: Path | None = None,
     progress: Callable[[int], None] | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    stream: StreamOptions = DEFAULT_STREAM,
 ) -> OutputReport:
     """Write the whole output or nothing: `directory` must not exist, and the disk must hold the planned bytes.
 
     `version` is that of passopt; `source` says what the model was made of (plain JSON); tokenizer and configuration are
-    copied from the folder `companions`; `progress` gets the weight bytes written since its last call. Memory is some
-    multiples of `chunk_bytes`. Raises UsageError, ModelError.
+    copied from the folder `companions`; `progress` gets the weight bytes written since its last call. All ranks are
+    written in one pass over the source, within the memory of `stream`; what an interruption leaves is taken up again.
+    Raises UsageError, ModelError.
     """
     plan = plan_output(model, version=version, pipeline=pipeline, source=source, companions=companions)
     draft = _Draft(model, version, pipeline, source)
-    digests: list[dict[str, str]] = []
-    overflows: dict[str, int] = {}
-    with staged_directory(directory, plan.nbytes) as staged:
+    with resumable_directory(directory, plan.nbytes) as staged:
+        _keep_only(staged, {*plan.files, JOURNAL_NAME})
         for path in companions_in(companions):
             shutil.copyfile(path, staged / path.name)
-        for rank, folder in enumerate(draft.folders):
+        for folder, graph in zip(draft.folders, draft.graphs, strict=True):
             (staged / folder).mkdir(exist_ok=True)
-            (staged / folder / MODEL_NAME).write_bytes(draft.graphs[rank])
-            with Evaluator(rank, chunk_bytes) as evaluator:
-                weights = staged / folder / WEIGHTS_NAME
-                digests.append(write_safetensors(weights, draft.weights, evaluator, progress))
-            for name, count in evaluator.report.overflows.items():
-                overflows[name] = overflows.get(name, 0) + count
-        manifest = draft.manifest(digests)
+            (staged / folder / MODEL_NAME).write_bytes(graph)
+        files = [
+            WeightFile(staged / folder / WEIGHTS_NAME, draft.weights, rank) for rank, folder in enumerate(draft.folders)
+        ]
+        report = write_weight_files(files, stream, progress=progress, journal=staged / JOURNAL_NAME)
+        manifest = draft.manifest(report.digests)
         (staged / MANIFEST_NAME).write_text(manifest.text(), encoding="utf-8")
-    return OutputReport(plan, manifest, overflows)
+    return OutputReport(plan, manifest, report)
 
 
 def write_reference_output(
@@ -196,7 +198,7 @@ class _Draft:
     def no_digests(self) -> list[dict[str, str]]:
         return [dict.fromkeys(plan_layout(self.weights).offsets, NO_DIGEST) for _ in self.folders]
 
-    def manifest(self, digests: list[dict[str, str]]) -> Manifest:
+    def manifest(self, digests: Sequence[Mapping[str, str]]) -> Manifest:
         """With the digests of each rank's tensors; with none, the manifest of an output that only refers to weights."""
         if not digests:
             return self._outline
@@ -206,6 +208,16 @@ class _Draft:
         )
         root = root_digest({f"{rank.directory}/{name}": d for rank in ranks for name, d in rank.tensors.items()})
         return dataclasses.replace(self._outline, ranks=ranks, root=root)
+
+
+def _keep_only(folder: Path, names: Collection[str]) -> None:
+    """Remove what an interrupted run of another output left there."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+        elif str(path.relative_to(folder)) not in names:
+            path.unlink()
 
 
 def _inside(folder: str, name: str) -> str:

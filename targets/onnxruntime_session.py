@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
 from passopt.ir.files import MODEL_NAME, save_materialized
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -51,8 +50,8 @@ class Session:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if fold_qdq:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-        with tempfile.TemporaryDirectory(prefix="passopt-session-", dir=scratch) as folder, Evaluator() as evaluator:
-            save_materialized(model, Path(folder), evaluator)
+        with tempfile.TemporaryDirectory(prefix="passopt-session-", dir=scratch) as folder:
+            save_materialized(model, Path(folder))
             try:
                 self._session: Any = onnxruntime.InferenceSession(
                     str(Path(folder) / MODEL_NAME), options, providers=["CPUExecutionProvider"]

@@ -26,7 +26,6 @@ from passopt.frontends.huggingface import export_graph
 from passopt.frontends.options import ExportOptions
 from passopt.ir.contract import LOGITS
 from passopt.ir.errors import PassoptError
-from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType
 from passopt.ir.files import save_materialized
 from passopt.passes.manager import run_passes
@@ -101,8 +100,7 @@ def _save(model: onnx_ir.Model, directory: Path | None) -> None:
     if directory is None:
         return
     directory.mkdir(parents=True)
-    with Evaluator() as evaluator:
-        save_materialized(model, directory, evaluator)
+    save_materialized(model, directory)
 
 
 def _run(model: onnx_ir.Model, phase: str) -> list[dict[str, Array]]:

@@ -13,11 +13,13 @@ import onnx_ir
 
 from passopt.ir.contract import LOGITS, decoder_of, degree_of, positions_of
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import CHUNK_BYTES, Evaluator
 from passopt.ir.expressions import Expression
 from passopt.ir.files import WEIGHTS_NAME
-from passopt.ir.layout import plan_layout, write_safetensors
+from passopt.ir.layout import plan_layout
 from passopt.ir.staging import staged_directory
+from passopt.ir.streaming.budget import DEFAULT_STREAM, StreamOptions
+from passopt.ir.streaming.engine import StreamReport, write_weight_files
+from passopt.ir.streaming.schedule import WeightFile
 from passopt.ir.weights import small_constant
 from passopt.targets.manifest import rank_folders
 from passopt.targets.onnx_files import companions_in
@@ -57,6 +59,7 @@ class CompileReport:
     library: Library
     weight_bytes: int
     degree: int
+    stream: StreamReport
 
 
 def compile_models(
@@ -68,7 +71,7 @@ def compile_models(
     allow_fallback: bool = False,
     on_step: Callable[[str, Any], None] | None = None,
     progress: Callable[[int], None] | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    stream: StreamOptions = DEFAULT_STREAM,
 ) -> CompileReport:
     """Compile a model, an SPMD model, or the models of all ranks, to the new folder `directory`.
 
@@ -85,21 +88,24 @@ def compile_models(
         code = staged / CODE_NAME
         build(lowered, cpu, code, on_step)
         folders = rank_folders(degree)
+        files = []
         for rank, (folder, expressions) in enumerate(zip(folders, weights, strict=True)):
             target = staged / folder
             target.mkdir(exist_ok=True)
             if degree > 1:
                 shutil.copyfile(code, target / CODE_NAME)
-            with Evaluator(rank if len(models) == 1 else 0, chunk_bytes) as evaluator:
-                digests = write_safetensors(target / WEIGHTS_NAME, expressions, evaluator, progress)
-            library = _library(models[0], lowered, cpu, facts, target, digests, rank, degree)
-            library.write(target)
+            files.append(WeightFile(target / WEIGHTS_NAME, expressions, rank if len(models) == 1 else 0))
+        written = write_weight_files(files, stream, progress=progress)
+        for rank, folder in enumerate(folders):
+            digests = written.digests[rank]
+            library = _library(models[0], lowered, cpu, facts, staged / folder, digests, rank, degree)
+            library.write(staged / folder)
         if degree > 1:
             code.unlink()
             RankFolders(degree, tuple(folders)).write(staged)
         for path in companions_in(facts.companions):
             shutil.copyfile(path, staged / path.name)
-    return CompileReport(lowered, library, needed // degree, degree)
+    return CompileReport(lowered, library, needed // degree, degree, written)
 
 
 def build(lowered: Lowered, cpu: Machine, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:

@@ -243,7 +243,7 @@ def test_interrupt_leaves_nothing(model: Path, capsys, monkeypatch: pytest.Monke
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("passopt.targets.onnx_files.write_safetensors", interrupted)
+    monkeypatch.setattr("passopt.targets.onnx_files.write_weight_files", interrupted)
     fails(capsys, 130, *run(model, "tp"), says=("interrupted",))
     assert nothing_written(model)
 
@@ -254,11 +254,11 @@ def test_interrupt_by_signal_leaves_nothing(model: Path):
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
         "import passopt.targets.onnx_files as files\n"
-        "real = files.write_safetensors\n"
+        "real = files.write_weight_files\n"
         "def slow(*args, **kw):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    return real(*args, **kw)\n"
-        "files.write_safetensors = slow\n"
+        "files.write_weight_files = slow\n"
         "from passopt.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

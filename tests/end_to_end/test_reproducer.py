@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 
 from passopt.cli import main
-from passopt.ir.evaluate import Evaluator
 from passopt.ir.files import load_model, save_materialized
 from passopt.ir.text import print_model
 from passopt.passes import base
@@ -32,8 +31,7 @@ g (float[batch,seq,40] x, float[batch,seq,30] y) => (float[batch,seq,30] out) <f
 def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    with Evaluator() as evaluator:
-        save_materialized(read_model(TEXT), folder, evaluator)
+    save_materialized(read_model(TEXT), folder)
     return folder
 
 

@@ -210,8 +210,7 @@ def first_output(model: onnx_ir.Model, feeds: dict[str, Any], directory: Path) -
     import onnxruntime  # type: ignore[import-untyped]
 
     directory.mkdir()
-    with Evaluator() as evaluator:
-        save_materialized(model, directory, evaluator)
+    save_materialized(model, directory)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(directory / "model.onnx"), options, providers=["CPUExecutionProvider"])

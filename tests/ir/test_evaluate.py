@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
+from pathlib import Path
 
+import blake3
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,6 +15,11 @@ from passopt.ir import expressions as ex
 from passopt.ir.errors import ModelError
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType, Literal
+from passopt.ir.streaming import row_kernels
+from passopt.ir.streaming.budget import StreamOptions
+from passopt.ir.streaming.engine import write_weight_files
+from passopt.ir.streaming.row_kernels import RowKernels
+from passopt.ir.streaming.schedule import WeightFile
 
 #: One fp32 row of the test weights is wider than this, so every row is a chunk.
 TINY = 16
@@ -42,7 +50,23 @@ def evaluated(expression, rank=0, chunk_bytes=None):
         assert b"".join(box.tobytes() for box in boxes) == whole.tobytes()
         found.append(whole.tobytes())
     assert len(set(found)) == 1
+    assert streamed(expression, rank) == {whole.tobytes()}
     return whole
+
+
+def streamed(expression, rank):
+    """The bytes that the streaming engine writes, in the least memory and in plenty, by numpy and compiled."""
+    found = set()
+    for arena_bytes, kernels in itertools.product((0, 1 << 20), (RowKernels(), row_kernels.compiled_kernels())):
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("passopt.ir.streaming.engine.kernels_for", lambda _, kernels=kernels: kernels)
+            patch.setattr("passopt.ir.streaming.direct_io.DIRECT_FROM", 0 if arena_bytes else 1 << 60)
+            file = WeightFile(Path(folder) / "w", {"a": Literal.of(np.arange(5.0)), "w": expression}, rank)
+            report = write_weight_files([file], StreamOptions(arena_bytes=arena_bytes))
+            data = file.path.read_bytes()[file.layout.offsets["w"] :][: expression.nbytes]
+        assert report.digests[0]["w"] == blake3.blake3(data).hexdigest()
+        found.add(data)
+    return found
 
 
 @pytest.mark.parametrize("kind", [*KINDS, np.int64, np.int8, np.bool_])

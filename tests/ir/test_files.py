@@ -45,8 +45,7 @@ def model():
 
 def save(model, folder, rank=0):
     folder.mkdir()
-    with Evaluator(rank) as evaluator:
-        return save_materialized(model, folder, evaluator)
+    return save_materialized(model, folder, rank)
 
 
 def numbers(model, rank=0):

@@ -13,9 +13,11 @@ import pytest
 from safetensors import safe_open
 
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType, Expression, Literal
-from passopt.ir.layout import plan_layout, write_safetensors
+from passopt.ir.layout import plan_layout
+from passopt.ir.streaming.budget import StreamOptions
+from passopt.ir.streaming.engine import write_weight_files
+from passopt.ir.streaming.schedule import WeightFile
 
 
 def arrays():
@@ -32,12 +34,12 @@ def arrays():
     }
 
 
-def written(path, weights, chunk_bytes=16):
+def written(path, weights, arena_bytes=0):
     expressions = {name: Literal.of(array) for name, array in weights.items()}
     progress = []
-    with Evaluator(chunk_bytes=chunk_bytes) as evaluator:
-        digests = write_safetensors(path, expressions, evaluator, progress.append)
-    return plan_layout(expressions), digests, progress
+    options = StreamOptions(arena_bytes=arena_bytes)
+    report = write_weight_files([WeightFile(path, expressions)], options, progress=progress.append)
+    return plan_layout(expressions), report.digests[0], progress
 
 
 def test_the_library_reads_equal_bytes(tmp_path):
@@ -95,7 +97,7 @@ def test_the_plan_is_the_file(tmp_path):
 
 
 def test_digests_are_those_of_the_bytes_whatever_the_chunks(tmp_path):
-    _, digests, _ = written(tmp_path / "a", arrays(), 16)
+    _, digests, _ = written(tmp_path / "a", arrays(), 0)
     _, others, _ = written(tmp_path / "b", arrays(), 1 << 20)
     assert digests == others == {name: blake3.blake3(array.tobytes()).hexdigest() for name, array in arrays().items()}
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

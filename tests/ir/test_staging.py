@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from passopt.ir.errors import UsageError
-from passopt.ir.staging import staged_directory
+from passopt.ir.staging import JOURNAL_NAME, resumable_directory, staged_directory
 
 
 def everything(folder):
@@ -80,3 +83,72 @@ def test_a_folder_that_cannot_be_made_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="out: cannot be made"), staged_directory(tmp_path / "file" / "out"):
         pytest.fail("the block ran")
     assert everything(tmp_path) == ["file"]
+
+
+def begin(target, error=None, lines=2):
+    """A long write that comes as far as `lines` of its journal."""
+    with resumable_directory(target) as folder:
+        (folder / "data").write_text("half")
+        (folder / JOURNAL_NAME).write_text("line\n" * lines)
+        if error is not None:
+            raise error
+
+
+def test_a_long_write_appears_whole_and_without_its_journal(tmp_path):
+    begin(tmp_path / "deep" / "out")
+    assert everything(tmp_path) == ["deep", "deep/out", "deep/out/data"]
+    assert (tmp_path / "deep" / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_an_interruption_keeps_what_is_finished_and_says_how_to_go_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match=r"kept in .*/\.out\.partial: run the same command again"):
+        begin(tmp_path / "out", KeyboardInterrupt())
+    assert everything(tmp_path) == [".out.partial", ".out.partial/data", f".out.partial/{JOURNAL_NAME}"]
+    with resumable_directory(tmp_path / "out") as folder:
+        assert (folder / "data").read_text() == "half"
+    assert everything(tmp_path) == ["out", "out/data"]
+
+
+def test_an_interruption_before_anything_is_finished_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path / "out", KeyboardInterrupt(), lines=1)
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), UsageError("x"), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_error_leaves_nothing_of_a_long_write(tmp_path, error):
+    with pytest.raises(UsageError if isinstance(error, OSError) else type(error)):
+        begin(tmp_path / "out", error)
+    assert everything(tmp_path) == []
+
+
+def test_two_processes_cannot_write_one_output(tmp_path):
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from passopt.ir.staging import resumable_directory\n"
+        "with resumable_directory(Path(sys.argv[1])):\n"
+        "    print('go', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    pipe = subprocess.PIPE
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "out")], stdin=pipe, stdout=pipe, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "go\n"
+    with pytest.raises(UsageError, match="another passopt is writing it"):
+        begin(tmp_path / "out")
+    other.communicate("")
+    assert other.returncode == 0
+    assert everything(tmp_path) == ["out"]
+
+
+def test_what_an_interrupted_write_holds_already_needs_no_space(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path / "out", KeyboardInterrupt())
+    with (tmp_path / ".out.partial" / "data").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 1 << 20)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with resumable_directory(tmp_path / "out", 1 << 20):
+        pass
+    assert everything(tmp_path) == ["out", "out/data"]

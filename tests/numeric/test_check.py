@@ -8,7 +8,6 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import Literal
 from passopt.ir.files import load_model, save_materialized
 from passopt.ir.text import print_model
@@ -143,8 +142,7 @@ def stored(parsed, folder, text, weights):
     model = parsed(text)
     for name, array in weights.items():
         model.graph.initializers[name].const_value = LazyWeight(Literal.of(array), name)
-    with Evaluator() as evaluator:
-        save_materialized(model, folder, evaluator)
+    save_materialized(model, folder)
     return load_model(folder)
 
 

@@ -18,6 +18,7 @@ from passopt.ir.errors import ModelError, UsageError, VerifyError
 from passopt.ir.expressions import DataType
 from passopt.ir.files import file_weights, load_model
 from passopt.ir.sources import safetensors_sources
+from passopt.ir.streaming.budget import StreamOptions
 from passopt.ir.weights import LazyWeight
 from passopt.targets import onnx_files
 from passopt.targets.digests import root_digest
@@ -39,7 +40,13 @@ SPECS = [
 def write(model: onnx_ir.Model, directory: Path, companions: Path | None = None) -> OutputReport:
     source = {"model": "model.onnx", "root": "f" * 64}
     return write_output(
-        model, directory, version="0.1", pipeline="tp{degree=2}", source=source, companions=companions, chunk_bytes=512
+        model,
+        directory,
+        version="0.1",
+        pipeline="tp{degree=2}",
+        source=source,
+        companions=companions,
+        stream=StreamOptions(arena_bytes=0),
     )
 
 
@@ -163,26 +170,60 @@ def test_overflows_of_all_ranks_are_counted(tmp_path: Path) -> None:
     save_file({"w": huge}, tmp_path / "huge.safetensors")
     source = safetensors_sources(tmp_path / "huge.safetensors")["w"]
     value.const_value = LazyWeight(source.cast(DataType.FLOAT16).cast(DataType.FLOAT).shard(0, 2), value.name)
-    assert write(model, tmp_path / "out").overflows == {"w": 3}
+    assert write(model, tmp_path / "out").stream.overflows == {"w": 3}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError, OSError(28, "No space left on device")])
-def test_nothing_is_left_of_a_broken_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException]
-) -> None:
-    written: list[int] = []
+class Stopping:
+    """A progress that raises after so many calls."""
 
-    def stop(nbytes: int) -> None:
-        written.append(nbytes)
-        if len(written) > 30:
-            raise error
+    def __init__(self, calls: int, error: BaseException | type[BaseException]) -> None:
+        self.calls, self.error = calls, error
 
-    model = decoder(tmp_path, DecoderSpec(degree=2))
-    expected = UsageError if isinstance(error, OSError) else error
-    with pytest.raises(expected):  # type: ignore[arg-type]
-        write_output(model, tmp_path / "deep" / "out", version="1", pipeline="", source={}, progress=stop)
-    assert len(written) == 31
+    def __call__(self, nbytes: int) -> None:
+        self.calls -= 1
+        if self.calls < 0:
+            raise self.error
+
+
+def _write_until(folder: Path, progress: Stopping | None) -> OutputReport:
+    return write_output(
+        decoder(folder, DecoderSpec(degree=2)),
+        folder / "deep" / "out",
+        version="1",
+        pipeline="",
+        source={},
+        progress=progress,
+        stream=StreamOptions(workers=1, arena_bytes=0),
+    )
+
+
+@pytest.mark.parametrize("error", [ModelError, OSError(28, "No space left on device")])
+def test_nothing_is_left_of_a_broken_write(tmp_path: Path, error: BaseException | type[BaseException]) -> None:
+    with pytest.raises(UsageError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
+        _write_until(tmp_path, Stopping(10, error))
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_an_interrupted_write_is_taken_up_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
+        _write_until(tmp_path, Stopping(60, KeyboardInterrupt))
+    (partial,) = (tmp_path / "deep").iterdir()
+    assert partial.name == ".out.partial"
+    (partial / "rank7").mkdir()
+    (partial / "rank7" / "stray").write_text("of another output")
+    resumed = _write_until(tmp_path, None)
+    assert 0 < resumed.stream.resumed < resumed.stream.resumed + resumed.stream.written
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    shutil.move(tmp_path / "deep" / "out", tmp_path / "resumed")
+    whole = _write_until(tmp_path, None)
+    assert whole.stream.resumed == 0
+    assert resumed.manifest == whole.manifest
+    for path in whole.plan.files:
+        assert (tmp_path / "resumed" / path).read_bytes() == (tmp_path / "deep" / "out" / path).read_bytes()
+    found = {
+        str(path.relative_to(tmp_path / "resumed")) for path in (tmp_path / "resumed").rglob("*") if path.is_file()
+    }
+    assert found == set(whole.plan.files)
 
 
 def test_existing_output_is_refused(tmp_path: Path) -> None:
@@ -198,7 +239,7 @@ def test_a_full_disk_is_refused_before_the_first_byte(tmp_path: Path, monkeypatc
     plan = plan_output(model, version="0.1", pipeline="tp{degree=2}", source={"model": "model.onnx", "root": "f" * 64})
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, plan.nbytes - 1))
-    monkeypatch.setattr(onnx_files, "write_safetensors", lambda *_: pytest.fail("something was written"))
+    monkeypatch.setattr(onnx_files, "write_weight_files", lambda *_, **__: pytest.fail("something was written"))
     with pytest.raises(UsageError, match=f"needs {plan.nbytes:,} bytes"):
         write(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PassoptError as error:
         say(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        say("interrupted; nothing half-written was kept")
+    except KeyboardInterrupt as interrupt:
+        say(str(interrupt) or "interrupted; nothing half-written was kept")
         return _INTERRUPTED
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(str(error.name), "export")
@@ -110,6 +111,28 @@ def _count(text: str) -> int:
     return number
 
 
+_UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _size(text: str) -> int:
+    """Bytes of `1GiB`, `750MB`, `1073741824`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text}: not a size; write it like 1GiB, 750MB or 1073741824")
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is no memory at all")
+    return size
+
+
+def _add_streaming(command: Any) -> None:
+    """Options of commands that write weights."""
+    command.add_argument("--memory", type=_size, metavar="SIZE", help="of the whole process (default: 1GiB)")
+    command.add_argument(
+        "--workers", type=_positive, metavar="N", help="threads that write weights (default: two per core, at most 8)"
+    )
+
+
 def _tolerance(text: str) -> float:
     number = float(text)
     if not 0 <= number < float("inf"):
@@ -137,6 +160,7 @@ def _add_export(add: Any) -> None:
     command.add_argument("--weights", choices=["copy", "reference"], default="copy", help=_WEIGHTS_HELP)
     command.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own Python files")
     command.add_argument("--no-self-check", action="store_true", help="skip the comparison with eager torch")
+    _add_streaming(command)
 
     command = add(
         "materialize",
@@ -146,6 +170,7 @@ def _add_export(add: Any) -> None:
     )
     command.add_argument("model", metavar="DIR", help="folder with model.onnx and weights.plan.json")
     command.add_argument("-o", "--output", metavar="DIR", required=True, help="new folder")
+    _add_streaming(command)
 
 
 _OPSET_HELP = "18 to 23, default 21 (torchscript: ≤ 20); int8 of 16-bit weights needs 19"
@@ -186,6 +211,7 @@ def _add_run(add: Any) -> None:
     command.add_argument("--expect", metavar="PASS==N", action="append", default=[], help="exit 4 if it does not hold")
     command.add_argument("--reproducer", metavar="DIR", help="if a pass fails (default: beside the output)")
     command.add_argument("--dry-run", action="store_true", help="write nothing; print the exact bytes of the output")
+    _add_streaming(command)
     command.add_argument("--json", action="store_true", help="the result as JSON")
 
 
@@ -208,6 +234,7 @@ def _add_verify(add: Any) -> None:
     command.add_argument("--max-positions", type=_positive, help="default: the length of the rotary tables")
     command.add_argument("--layerwise", action="store_true", help="one decoder layer at a time, in little memory")
     command.add_argument("--json", action="store_true", help="the report as JSON")
+    _add_streaming(command)
 
 
 def _add_looking(add: Any) -> None:
@@ -270,6 +297,7 @@ def _add_compile(add: Any) -> None:
     command.add_argument("--allow-fallback", action="store_true", help="where there is no native kernel, TVM's own")
     command.add_argument("--print-after", metavar="STEP", nargs="?", const="", action="append", help="all, if no STEP")
     command.add_argument("--json", action="store_true", help="the report as JSON")
+    _add_streaming(command)
 
 
 def _add_why(add: Any) -> None:

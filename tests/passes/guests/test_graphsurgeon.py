@@ -39,8 +39,7 @@ PACKED = (
 def on_disk(tmp_path):
     """The packed model with its weight in a file, so that a read can be told from a reference."""
     model = read_model(PACKED)
-    with Evaluator() as evaluator:
-        save_materialized(model, tmp_path, evaluator)
+    save_materialized(model, tmp_path)
     return load_model(tmp_path)
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType, Literal
-from passopt.ir.layout import write_safetensors
+from passopt.ir.streaming.engine import write_safetensors
 from passopt.targets.tvm.features import find_cpu
 from passopt.targets.tvm.library import CacheLayout, CodeFile, Library, Logits, WeightsFile
 
@@ -50,8 +49,7 @@ def make_tiny_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         _build(folder / "lib.so", kind, DTYPES[dtype], positions=positions)
         arrays = {"embedding": embedding, "head": head}
         literals = {name: Literal(DataType.FLOAT, array.shape, array.tobytes()) for name, array in arrays.items()}
-        with Evaluator() as evaluator:
-            digests = write_safetensors(folder / "weights.safetensors", literals, evaluator)
+        digests = write_safetensors(folder / "weights.safetensors", literals)
         library = Library(
             passopt="0.1.0",
             target="llvm",

@@ -14,6 +14,7 @@ import onnx_ir
 
 from passopt import __version__
 from passopt.commands.progress import Progress
+from passopt.commands.writing import say_report, stream_options
 from passopt.ir.contract import degree_of
 from passopt.ir.errors import UsageError
 from passopt.ir.files import load_model, model_path
@@ -66,9 +67,11 @@ def compile_(options: argparse.Namespace) -> int:
             allow_fallback=options.allow_fallback,
             on_step=on_step,
             progress=progress,
+            stream=stream_options(options),
         )
     finally:
         progress.close()
+    say_report(report.stream, options.command)
     for item in report.lowered.fallbacks:
         print(f"passopt compile: fallback: {item}", file=sys.stderr)
     _print(report, output, as_json=options.json)

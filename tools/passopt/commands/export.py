@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir
 
 from passopt import __version__
-from passopt.commands.run import write_with_progress
+from passopt.commands.writing import write_with_progress
 from passopt.ir.contract import SELF_CHECK
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.expressions import DataType
@@ -78,7 +78,7 @@ def export(options: argparse.Namespace) -> int:
         if options.weights == "reference":
             write_reference_output(model, output, **facts)
         else:
-            write_with_progress(model, output, plan, facts)
+            write_with_progress(model, output, plan, facts, options)
     layers = sum((value.name or "").endswith(".key") for value in model.graph.outputs)
     print(f"{len(model.graph)} nodes, {layers} layers, {options.dtype}, opset {settings.target_opset}")
     print(f"self-check: {_verdict(model.metadata_props[SELF_CHECK])}")
@@ -103,7 +103,7 @@ def materialize(options: argparse.Namespace) -> int:
         pipeline = read_manifest(path.parent).pipeline
     facts = OutputFacts(version=__version__, pipeline=pipeline, source=source, companions=path.parent)
     plan = plan_output(model, **facts)
-    write_with_progress(model, Path(options.output), plan, facts)
+    write_with_progress(model, Path(options.output), plan, facts, options)
     print(plan.to_text())
     print(f"→ {options.output}")
     return 0

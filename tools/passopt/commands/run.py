@@ -12,11 +12,12 @@ from pathlib import Path
 import onnx_ir
 
 from passopt import __version__
-from passopt.commands.progress import Progress
+from passopt.commands.writing import write_with_progress
 from passopt.ir.contract import degree_of
 from passopt.ir.errors import ExpectationError, ModelError, PassoptError, UsageError
 from passopt.ir.files import load_model, model_path
 from passopt.ir.sources import identify
+from passopt.ir.streaming.engine import StreamReport
 from passopt.ir.text import print_model
 from passopt.passes.catalog import unknown_name
 from passopt.passes.expectations import parse_expectation
@@ -26,7 +27,7 @@ from passopt.passes.manager import Instrument, PassRecord, run_passes
 from passopt.passes.pipeline_spec import Resolved, Step, resolve
 from passopt.reproducer import Position, free_name, write_reproducer
 from passopt.targets.manifest import read_manifest
-from passopt.targets.onnx_files import OutputFacts, OutputPlan, plan_output, write_output, write_reference_output
+from passopt.targets.onnx_files import OutputFacts, OutputPlan, plan_output, write_reference_output
 
 #: What --stop-after adds to the name of the output.
 _UNTIL = "until-"
@@ -83,22 +84,12 @@ def run(options: argparse.Namespace) -> int:
     plan = plan_output(model, **facts)
     if options.dry_run:
         return _report(options, records, plan, None, model)
+    written = None
     if options.weights == "reference":
         write_reference_output(model, output, **facts)
     else:
-        write_with_progress(model, output, plan, facts)
-    return _report(options, records, plan, output, model)
-
-
-def write_with_progress(model: onnx_ir.Model, output: Path, plan: OutputPlan, facts: OutputFacts) -> None:
-    """`write_output` with a bar, and a warning for every tensor that overflowed fp16."""
-    progress = Progress(f"writing {output.name}", plan.nbytes)
-    try:
-        report = write_output(model, output, progress=progress, **facts)
-    finally:
-        progress.close()
-    for name, count in report.overflows.items():
-        print(f"warning: {name}: {count} values overflow fp16 and became infinite", file=sys.stderr)
+        written = write_with_progress(model, output, plan, facts, options)
+    return _report(options, records, plan, output, model, written)
 
 
 def _reproduce(
@@ -192,6 +183,7 @@ def _report(
     plan: OutputPlan,
     output: Path | None,
     model: onnx_ir.Model,
+    written: StreamReport | None = None,
 ) -> int:
     if options.json or options.stats == "json":
         body = {
@@ -199,6 +191,7 @@ def _report(
             "output": str(output) if output else None,
             "degree": degree_of(model),
             **plan.to_json(),
+            "stream": written.to_json() if written is not None else None,
         }
         print(json.dumps(body, indent=2))
         return 0

@@ -15,7 +15,6 @@ import onnx
 import onnx_ir
 
 from passopt.ir.contract import degree_of
-from passopt.ir.evaluate import Evaluator
 from passopt.ir.files import MODEL_NAME, save_materialized
 from passopt.ir.text import print_model
 from passopt.ir.text_files import read_model
@@ -64,8 +63,8 @@ def check(
 
 def check_onnx(model: onnx_ir.Model) -> None:
     """ONNX's own checker, on the model as it would be written for rank 0."""
-    with tempfile.TemporaryDirectory() as folder, Evaluator() as evaluator:
-        save_materialized(model, Path(folder), evaluator)
+    with tempfile.TemporaryDirectory() as folder:
+        save_materialized(model, Path(folder))
         onnx.checker.check_model(str(Path(folder) / MODEL_NAME), full_check=False)
 
 

@@ -1,0 +1,211 @@
+"""`ir.row_math` compiled by numba, bit for bit the same: 16-bit floats are widened, rounded and narrowed on their bits.
+
+Each loop over a row is simple enough for LLVM to vectorise; a row's fp32 copy stays in the nearest cache. Nothing here
+may be compiled with fast math: roundings are the point.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numba
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+#: Kinds of floats, as the kernels take them.
+FP32, FP16, BF16 = 0, 1, 2
+
+_LANES = 16
+_F32, _U32 = np.float32, np.uint32
+#: 1.5 · 2^23: after adding it, the lowest byte of the bits is the integer, rounded half to even.
+_ROUNDER = _F32(12582912.0)
+
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_compiled
+def absmax(bits: Array, out: Array) -> None:
+    """Largest magnitude per row, as bits: without their sign, floats are ordered like unsigned integers."""
+    mask = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+    lanes = np.zeros(64, bits.dtype)
+    rows, columns = bits.shape
+    whole = columns // 64 * 64
+    for i in range(rows):
+        for lane in range(64):
+            lanes[lane] = 0
+        for j in range(0, whole, 64):
+            for lane in range(64):
+                lanes[lane] = max(lanes[lane], bits[i, j + lane] & mask)
+        peak = bits.dtype.type(0)
+        for lane in range(64):
+            peak = max(peak, lanes[lane])
+        for j in range(whole, columns):
+            peak = max(peak, bits[i, j] & mask)
+        out[i] = peak
+
+
+@_compiled
+def absmax_columns(bits: Array, out: Array) -> None:
+    """Largest magnitude per column, as bits; `out` holds what came before."""
+    mask = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
+    rows, columns = bits.shape
+    for i in range(rows):
+        for j in range(columns):
+            out[j] = max(out[j], bits[i, j] & mask)
+
+
+@_compiled
+def _widen(row: Array, kind: int, floats: Array, bits: Array) -> None:
+    """A row of bits to fp32. fp16: mantissa and exponent are shifted into place and scaled, which is exact."""
+    columns = row.shape[0]
+    if kind == FP32:
+        for j in range(columns):
+            bits[j] = row[j]
+    elif kind == BF16:
+        for j in range(columns):
+            bits[j] = _U32(row[j]) << _U32(16)
+    else:
+        for j in range(columns):
+            x = _U32(row[j])
+            bits[j] = ((x & _U32(0x7FFF)) << _U32(13)) | ((x & _U32(0x8000)) << _U32(16))
+        for j in range(columns):
+            floats[j] = floats[j] * _F32(5.192296858534828e33)  # 2^112
+        for j in range(columns):
+            special = (_U32(row[j]) & _U32(0x7C00)) == _U32(0x7C00)  # infinite or NaN
+            bits[j] = bits[j] | (_U32(0x7F800000) if special else _U32(0))
+
+
+@_compiled
+def _round(kind: int, floats: Array, bits: Array, spare: Array) -> None:
+    """Round a row of fp32 to fp16 or bf16, half to even, staying in fp32; too large becomes infinite. No NaN."""
+    columns = bits.shape[0]
+    if kind == BF16:
+        for j in range(columns):
+            x = bits[j]
+            bits[j] = (x + _U32(0x7FFF) + ((x >> _U32(16)) & _U32(1))) & _U32(0xFFFF0000)
+    elif kind == FP16:
+        # Below 2^-14 the step is 2^-24, which is the step of fp32 between 1/2 and 1.
+        for j in range(columns):
+            spare[j] = (abs(floats[j]) + _F32(0.5)) - _F32(0.5)
+        small = spare.view(np.uint32)
+        for j in range(columns):
+            sign = bits[j] & _U32(0x80000000)
+            x = bits[j] ^ sign
+            normal = (x + _U32(0xFFF) + ((x >> _U32(13)) & _U32(1))) & _U32(0xFFFFE000)
+            normal = normal if normal < _U32(0x47800000) else _U32(0x7F800000)
+            bits[j] = sign | (normal if x >= _U32(0x38800000) else small[j])
+
+
+@_compiled
+def _narrow(kind: int, floats: Array, bits: Array, spare: Array, out: Array) -> None:
+    """Store a row of fp32, rounded to `kind` before, as bits of `kind`."""
+    columns = bits.shape[0]
+    if kind == FP32:
+        for j in range(columns):
+            out[j] = bits[j]
+    elif kind == BF16:
+        for j in range(columns):
+            out[j] = bits[j] >> _U32(16)
+    else:
+        for j in range(columns):
+            spare[j] = abs(floats[j]) * _F32(16777216.0) + _F32(8388608.0)  # 2^24: below 2^-14 an integer; 2^23
+        small = spare.view(np.uint32)
+        for j in range(columns):
+            sign = (bits[j] >> _U32(16)) & _U32(0x8000)
+            x = bits[j] & _U32(0x7FFFFFFF)
+            normal = (x >> _U32(13)) - _U32(112 << 10)
+            normal = normal if x < _U32(0x7F800000) else _U32(0x7C00)
+            out[j] = sign | (normal if x >= _U32(0x38800000) else small[j] & _U32(0x7FFFFF))
+
+
+@_compiled
+def codes(source: Array, kind: int, through: int, scales: Array, out: Array) -> None:
+    """int8 codes of finite rows by fp32 scales; `through` is what the values are rounded to, or their own kind."""
+    rows, columns = source.shape
+    floats = np.empty(columns, np.float32)
+    spare = np.empty(columns, np.float32)
+    bits = floats.view(np.uint32)
+    for i in range(rows):
+        _widen(source[i], kind, floats, bits)
+        if through != kind:
+            _round(through, floats, bits, spare)
+        scale = scales[i]
+        for j in range(columns):
+            floats[j] = min(max(floats[j] / scale, _F32(-127)), _F32(127)) + _ROUNDER
+        for j in range(columns):
+            out[i, j] = np.int8(bits[j] & _U32(0xFF))
+
+
+@_compiled
+def codes_of_columns(source: Array, kind: int, through: int, scales: Array, out: Array) -> None:
+    """The same with one scale per column."""
+    rows, columns = source.shape
+    floats = np.empty(columns, np.float32)
+    spare = np.empty(columns, np.float32)
+    bits = floats.view(np.uint32)
+    for i in range(rows):
+        _widen(source[i], kind, floats, bits)
+        if through != kind:
+            _round(through, floats, bits, spare)
+        for j in range(columns):
+            floats[j] = min(max(floats[j] / scales[j], _F32(-127)), _F32(127)) + _ROUNDER
+        for j in range(columns):
+            out[i, j] = np.int8(bits[j] & _U32(0xFF))
+
+
+@_compiled
+def cast(source: Array, kind: int, target: int, out: Array) -> tuple[int, bool]:
+    """Rows rounded to `target`; how many finite values became infinite, and whether a NaN makes it all void."""
+    rows, columns = source.shape
+    floats = np.empty(columns, np.float32)
+    spare = np.empty(columns, np.float32)
+    bits = floats.view(np.uint32)
+    lost, largest = 0, _U32(0)
+    for i in range(rows):
+        _widen(source[i], kind, floats, bits)
+        before, peak = 0, _U32(0)
+        for j in range(columns):
+            x = bits[j] & _U32(0x7FFFFFFF)
+            peak = max(peak, x)
+            before += x == _U32(0x7F800000)
+        largest = max(largest, peak)
+        _round(target, floats, bits, spare)
+        after = 0
+        for j in range(columns):
+            after += (bits[j] & _U32(0x7FFFFFFF)) == _U32(0x7F800000)
+        _narrow(target, floats, bits, spare, out[i])
+        lost += after - before
+    return lost, bool(largest > _U32(0x7F800000))
+
+
+@_compiled
+def normalize(source: Array, kind: int, through: int, epsilon: float, out: Array, target: int) -> None:
+    """Finite rows, rounded to `through`, by max(norm, epsilon), rounded to `target`."""
+    rows, columns = source.shape
+    floats = np.empty(columns, np.float32)
+    spare = np.empty(columns, np.float32)
+    bits = floats.view(np.uint32)
+    lanes = np.zeros(_LANES, np.float64)
+    whole = columns // _LANES * _LANES
+    for i in range(rows):
+        _widen(source[i], kind, floats, bits)
+        if through != kind:
+            _round(through, floats, bits, spare)
+        for lane in range(_LANES):
+            lanes[lane] = 0
+        for j in range(0, whole, _LANES):
+            for lane in range(_LANES):
+                wide = np.float64(floats[j + lane])
+                lanes[lane] += wide * wide
+        for j in range(whole, columns):
+            wide = np.float64(floats[j])
+            lanes[j - whole] += wide * wide
+        total = 0.0
+        for lane in range(_LANES):
+            total += lanes[lane]
+        length = max(_F32(np.sqrt(total)), _F32(epsilon))
+        for j in range(columns):
+            floats[j] = floats[j] / length
+        _round(target, floats, bits, spare)
+        _narrow(target, floats, bits, spare, out[i])

@@ -1,0 +1,260 @@
+"""Full-size checkpoints to sharded int8 at the speed of the disk: time, memory, and the floor, to docs/bench-scale.md.
+
+    python tools/bench_scale.py [OUTPUT] [--sizes 7b 13b] [--work DIR] [--rounds N]
+
+Random bf16 weights of the real names and shapes; export → run --passes baichuan2,tp{degree=4},int8; in turns with a
+plain program that reads and writes as many bytes by the same route. Takes up to ten minutes and 60 GB of disk, which it
+gives back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_rewrite import processor, table
+from bench_scale_check import check_samples
+from bench_scale_checkpoint import make_random
+
+from passopt.testing.checkpoints import full_size_spec
+
+ROOT = Path(__file__).resolve().parent.parent
+DEGREE = 4
+PASSES = f"baichuan2,tp{{degree={DEGREE}}},int8"
+#: Threads of the floor; its best counts.
+FLOOR_THREADS = (2, 4, 8)
+GIB = 1 << 30
+#: What must hold of 13B: wall over floor, peak GiB, CPU seconds of the run; seconds and GiB of the graph's side.
+GOALS = {"ratio": 1.5, "peak": 1.2, "cpu": 45.0, "export cpu": 120.0, "export peak": 1.0, "passes cpu": 5.0}
+
+
+@dataclasses.dataclass
+class Usage:
+    """Seconds and bytes of one process. `anonymous` and `mapped` are sampled, `peak` is the kernel's own account."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+    peak: int = 0
+    anonymous: int = 0
+    mapped: int = 0
+    output: str = ""
+
+
+@dataclasses.dataclass
+class Scale:
+    """What was measured of one size."""
+
+    name: str
+    source: int = 0
+    read: int = 0
+    written: int = 0
+    export: Usage = dataclasses.field(default_factory=Usage)
+    dry: Usage = dataclasses.field(default_factory=Usage)
+    runs: list[Usage] = dataclasses.field(default_factory=list)
+    floors: dict[int, list[float]] = dataclasses.field(default_factory=dict)
+    samples: int = 0
+
+    @property
+    def best(self) -> Usage:
+        return min(self.runs, key=lambda usage: usage.wall)
+
+    @property
+    def floor(self) -> float:
+        return min(min(times) for times in self.floors.values())
+
+
+def measured(folder: Path, *command: str) -> Usage:
+    """One process to its end: its usage and what it printed. SystemExit if it fails."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=output)
+        found = Usage()
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            _sample(process.pid, found)
+            time.sleep(0.05)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"bench-scale: {' '.join(command)} failed with exit code {process.returncode}")
+        output.seek(0)
+        found.output = output.read()
+    found.wall = time.monotonic() - start
+    found.cpu = usage.ru_utime + usage.ru_stime
+    found.peak = usage.ru_maxrss * 1024
+    return found
+
+
+def _sample(pid: int, usage: Usage) -> None:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        name, _, rest = line.partition(":")
+        if name == "RssAnon":
+            usage.anonymous = max(usage.anonymous, int(rest.split()[0]) * 1024)
+        elif name == "RssFile":
+            usage.mapped = max(usage.mapped, int(rest.split()[0]) * 1024)
+
+
+def passopt(folder: Path, *arguments: str) -> Usage:
+    print("$ passopt " + " ".join(arguments), flush=True)
+    return measured(folder, sys.executable, "-m", "passopt", *arguments)
+
+
+def run_size(root: Path, size: str, rounds: int) -> Scale:
+    """Everything of one size, in `root`; its files are gone afterwards."""
+    scale = Scale(size.upper())
+    start = time.monotonic()
+    checkpoint = make_random(root / size, full_size_spec("7b" if size == "7b" else "13b"))
+    files = sorted(checkpoint.glob("*.safetensors"))
+    scale.source = sum(file.stat().st_size for file in files)
+    print(f"{scale.name}: {scale.source / 1e9:.1f} GB of weights made in {time.monotonic() - start:.0f} s", flush=True)
+    options = ("--weights=reference", "--no-self-check", "--trust-remote-code")
+    scale.export = passopt(root, "export", size, "-o", "exported", *options)
+    scale.dry = passopt(root, "run", "exported", "--passes", PASSES, "--dry-run", "--json")
+    planned = json.loads(scale.dry.output)["files"]
+    for round_ in range(rounds):
+        scale.runs.append(passopt(root, "run", "exported", "--passes", PASSES, "-o", "ranks", "--json"))
+        report = json.loads(scale.runs[-1].output)
+        scale.read, scale.written = report["stream"]["read"], report["stream"]["written"]
+        found = {str(path.relative_to(root / "ranks")): path.stat().st_size for path in (root / "ranks").rglob("*.*")}
+        if found != planned:
+            raise SystemExit(f"bench-scale: the dry run said {planned}, written was {found}")
+        if round_ == 0:
+            scale.samples = check_samples(checkpoint, root / "ranks", DEGREE)
+        shutil.rmtree(root / "ranks")
+        for threads in FLOOR_THREADS:
+            scale.floors.setdefault(threads, []).append(_floor(root, threads, scale.written, files))
+    shutil.rmtree(checkpoint)
+    shutil.rmtree(root / "exported")
+    return scale
+
+
+def _floor(root: Path, threads: int, nbytes: int, files: list[Path]) -> float:
+    program = str(ROOT / "tools" / "bench_scale_floor.py")
+    output = root / "floor.bin"
+    usage = measured(root, sys.executable, program, str(threads), str(nbytes), str(output), *map(str, files))
+    output.unlink()
+    seconds = float(usage.output)
+    print(f"floor, {threads} threads: {seconds:.1f} s", flush=True)
+    return seconds
+
+
+def report(scales: list[Scale], minutes: float) -> str:
+    lines = [
+        "# Full-size weights at the speed of the disk",
+        "",
+        f"Made by `make bench-scale` in {minutes:.0f} minutes on {processor()}, {os.cpu_count()} cores, "
+        f"numpy {np.__version__}.",
+        "",
+        f"Random finite bf16 checkpoints with the published names, shapes and three files → `export --weights="
+        f"reference` → `run --passes '{PASSES}'`: {DEGREE} ranks of int8, embedding and head fp16, a digest for every "
+        "tensor. The floor is a plain program that reads and writes as many bytes past the page cache and computes "
+        f"nothing, best of {', '.join(map(str, FLOOR_THREADS))} threads. Wall is the whole command, graph passes "
+        "included; both are the best of their rounds, taken in turns. Memory is the kernel's peak of the process; "
+        "anonymous and mapped parts are sampled.",
+        "",
+        table(
+            ("", "read GB", "written GB", "wall s", "floor s", "ratio", "CPU s", "peak GiB", "anonymous", "mapped"),
+            [_streaming_row(scale) for scale in scales],
+        ),
+        "",
+        "Wall of every round, and the floor by threads:",
+        "",
+        table(
+            ("", "wall s", *(f"floor, {threads}" for threads in FLOOR_THREADS)), [_rounds(scale) for scale in scales]
+        ),
+        "",
+        "The graph's side, of which no weight byte is a part:",
+        "",
+        table(
+            ("", "export CPU s", "export peak GiB", "passes and plan CPU s", "peak GiB"),
+            [
+                (
+                    scale.name,
+                    f"{scale.export.cpu:.1f}",
+                    f"{scale.export.peak / GIB:.2f}",
+                    f"{scale.dry.cpu:.1f}",
+                    f"{scale.dry.peak / GIB:.2f}",
+                )
+                for scale in scales
+            ],
+        ),
+        "",
+        f"Every size was written to the byte as `--dry-run` said, and {sum(scale.samples for scale in scales)} sampled "
+        "tensors (shards of q, k, v, of o_proj and of the MLP, embedding, NormHead) equal an independent numpy "
+        "computation bit for bit.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _streaming_row(scale: Scale) -> tuple[str, ...]:
+    best = scale.best
+    return (
+        scale.name,
+        f"{scale.read / 1e9:.2f}",
+        f"{scale.written / 1e9:.2f}",
+        f"{best.wall:.1f}",
+        f"{scale.floor:.1f}",
+        f"{best.wall / scale.floor:.2f}",
+        f"{best.cpu:.1f}",
+        f"{best.peak / GIB:.2f}",
+        f"{best.anonymous / GIB:.2f}",
+        f"{best.mapped / GIB:.2f}",
+    )
+
+
+def _rounds(scale: Scale) -> tuple[str, ...]:
+    floors = (", ".join(f"{seconds:.1f}" for seconds in scale.floors[threads]) for threads in FLOOR_THREADS)
+    return (scale.name, ", ".join(f"{usage.wall:.1f}" for usage in scale.runs), *floors)
+
+
+def failures(scale: Scale) -> list[str]:
+    """What does not hold of the goals, which are those of 13B."""
+    found: dict[str, Any] = {
+        "ratio": scale.best.wall / scale.floor,
+        "peak": max(usage.peak for usage in scale.runs) / GIB,
+        "cpu": scale.best.cpu,
+        "export cpu": scale.export.cpu,
+        "export peak": scale.export.peak / GIB,
+        "passes cpu": scale.dry.cpu,
+    }
+    return [
+        f"{scale.name}: {name} {found[name]:.2f}, goal {goal}" for name, goal in GOALS.items() if found[name] > goal
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", nargs="?", default=str(ROOT / "docs" / "bench-scale.md"))
+    parser.add_argument("--sizes", nargs="+", choices=["7b", "13b"], default=["7b", "13b"])
+    parser.add_argument("--work", metavar="DIR", help="folder on the disk to measure (default: a temporary one)")
+    parser.add_argument("--rounds", type=int, default=2, help="of run and floor in turns (default: %(default)s)")
+    options = parser.parse_args()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="passopt-bench-scale-", dir=options.work) as folder:
+        scales = [run_size(Path(folder), size, options.rounds) for size in options.sizes]
+    text = report(scales, (time.monotonic() - start) / 60)
+    Path(options.output).write_text(text)
+    print(text)
+    missed = [line for scale in scales for line in failures(scale)]
+    if missed:
+        raise SystemExit("bench-scale: does not hold: " + "; ".join(missed))
+
+
+if __name__ == "__main__":
+    main()
