@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stock full-size why-docs bench-rewrite bench-tvm drift clean
+.PHONY: demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
 
 demo: $(INSTALLED)  ## the main job end to end on two tiny models
 	$(BIN)/python tools/demo.py
@@ -32,6 +32,12 @@ bench-rewrite: $(INSTALLED)  ## speed of rewriting against other tools, to docs/
 
 bench-tvm: $(INSTALLED)  ## speed of compiled models against other runtimes, to docs/bench-tvm.md; BENCH=--quick
 	$(BIN)/python tools/bench_tvm.py $(BENCH)
+
+bench-scale: $(INSTALLED)  ## full-size weights against the disk's speed, to docs/bench-scale.md; 60 GB of disk
+	$(BIN)/python tools/bench_scale.py $(BENCH)
+
+bench-scale-peers: $(INSTALLED)  ## weights of other tools under a cap of memory, to docs/bench-scale-peers.md
+	$(BIN)/python tools/bench_scale_peers.py $(BENCH)
 
 drift: $(INSTALLED)  ## what the fusions find, families × exporters, to docs/drift.md; fails on any miss
 	$(BIN)/python tools/drift.py --write docs/drift.md

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from bench_rewrite import processor, table
 from bench_scale_check import check_samples
 from bench_scale_checkpoint import make_random
+from bench_scale_usage import GIB, Usage, watched
 
 from passopt.testing.checkpoints import full_size_spec
 
@@ -33,21 +33,8 @@ DEGREE = 4
 PASSES = f"baichuan2,tp{{degree={DEGREE}}},int8"
 #: Threads of the floor; its best counts.
 FLOOR_THREADS = (2, 4, 8)
-GIB = 1 << 30
 #: What must hold of 13B: wall over floor, peak GiB, CPU seconds of the run; seconds and GiB of the graph's side.
 GOALS = {"ratio": 1.5, "peak": 1.2, "cpu": 45.0, "export cpu": 120.0, "export peak": 1.0, "passes cpu": 5.0}
-
-
-@dataclasses.dataclass
-class Usage:
-    """Seconds and bytes of one process. `anonymous` and `mapped` are sampled, `peak` is the kernel's own account."""
-
-    wall: float = 0.0
-    cpu: float = 0.0
-    peak: int = 0
-    anonymous: int = 0
-    mapped: int = 0
-    output: str = ""
 
 
 @dataclasses.dataclass
@@ -73,45 +60,17 @@ class Scale:
         return min(min(times) for times in self.floors.values())
 
 
-def measured(folder: Path, *command: str) -> Usage:
-    """One process to its end: its usage and what it printed. SystemExit if it fails."""
-    start = time.monotonic()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output)
-        found = Usage()
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            _sample(process.pid, found)
-            time.sleep(0.05)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"bench-scale: {' '.join(command)} failed with exit code {process.returncode}")
-        output.seek(0)
-        found.output = output.read()
-    found.wall = time.monotonic() - start
-    found.cpu = usage.ru_utime + usage.ru_stime
-    found.peak = usage.ru_maxrss * 1024
-    return found
-
-
-def _sample(pid: int, usage: Usage) -> None:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        name, _, rest = line.partition(":")
-        if name == "RssAnon":
-            usage.anonymous = max(usage.anonymous, int(rest.split()[0]) * 1024)
-        elif name == "RssFile":
-            usage.mapped = max(usage.mapped, int(rest.split()[0]) * 1024)
-
-
 def passopt(folder: Path, *arguments: str) -> Usage:
     print("$ passopt " + " ".join(arguments), flush=True)
     return measured(folder, sys.executable, "-m", "passopt", *arguments)
+
+
+def measured(folder: Path, *command: str) -> Usage:
+    """One process to its end. SystemExit if it fails."""
+    usage = watched(folder, command)
+    if usage.failure:
+        raise SystemExit(f"bench-scale: {' '.join(command)}: {usage.failure}")
+    return usage
 
 
 def run_size(root: Path, size: str, rounds: int) -> Scale:

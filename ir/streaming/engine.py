@@ -31,6 +31,8 @@ Progress = Callable[[int], None]
 
 #: Below so many bytes threads cost more than they bring.
 _THREADS_FROM = 8 << 20
+#: Memory per worker where the rest of the process is none of our business.
+_BESIDE_OTHERS = StreamOptions(arena_bytes=16 << 20)
 #: How often finished tensors are synced and noted, in seconds: what an interruption can cost.
 _COMMIT_EVERY = 4.0
 
@@ -72,8 +74,11 @@ class StreamReport:
 def write_safetensors(
     path: Path, weights: Mapping[str, ex.Expression], rank: int = 0, progress: Progress | None = None
 ) -> dict[str, str]:
-    """Evaluate and write one file; returns the blake3 digest of each tensor's bytes. Raises ModelError, OSError."""
-    return dict(write_weight_files([WeightFile(path, weights, rank)], progress=progress).digests[0])
+    """Evaluate and write one file; returns the blake3 digest of each tensor's bytes. Raises ModelError, OSError.
+
+    For programs that hold more than weights: its buffers are small, whatever else is in memory.
+    """
+    return dict(write_weight_files([WeightFile(path, weights, rank)], _BESIDE_OTHERS, progress=progress).digests[0])
 
 
 def write_weight_files(

@@ -248,6 +248,34 @@ def test_interrupt_leaves_nothing(model: Path, capsys, monkeypatch: pytest.Monke
     assert nothing_written(model)
 
 
+def test_too_little_memory_says_how_much_it_takes(model: Path, capsys):
+    fails(capsys, 2, *run(model, "tp", "--memory", "50MiB"), says=("--memory 0.05GiB is too little", "Give --memory"))
+    assert nothing_written(model)
+
+
+@pytest.mark.parametrize("size", ["much", "1TiB", "-1", "0", "1 G iB"])
+def test_memory_that_is_no_size(model: Path, capsys, size: str):
+    with pytest.raises(SystemExit, match="2"):
+        main([*run(model, "tp"), f"--memory={size}"])
+    assert "--memory" in capsys.readouterr().err
+
+
+def test_an_interrupted_write_says_how_to_go_on(model: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    from passopt.ir.streaming import engine
+
+    def interrupted(*arguments: object) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    real = engine._Run._finish
+    monkeypatch.setattr(engine._Run, "_finish", interrupted)
+    fails(capsys, 130, *run(model, "tp"), says=("interrupted", ".out.partial", "run the same command again"))
+    monkeypatch.undo()
+    assert main([*run(model, "tp"), "--json", "--workers", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["stream"]["resumed"] > 0
+    assert not (model.parent / ".out.partial").exists()
+
+
 def test_interrupt_by_signal_leaves_nothing(model: Path):
     """A real Ctrl-C, sent when the temporary output exists."""
     script = (

@@ -234,7 +234,6 @@ def _add_verify(add: Any) -> None:
     command.add_argument("--max-positions", type=_positive, help="default: the length of the rotary tables")
     command.add_argument("--layerwise", action="store_true", help="one decoder layer at a time, in little memory")
     command.add_argument("--json", action="store_true", help="the report as JSON")
-    _add_streaming(command)
 
 
 def _add_looking(add: Any) -> None:
