@@ -258,12 +258,19 @@ def not_finite(weight: ex.Expression, row: int) -> ModelError:
     )
 
 
+#: Unsigned integers by their bytes.
+_WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
 def pack_blocks(values: Array, out: Array) -> None:
     """A matrix into blocks `out` [row blocks, column blocks, rows, columns], with zeros where it ends before them."""
     down, across, rows, columns = out.shape
     missing = (down * rows - values.shape[0], across * columns - values.shape[1])
     if any(missing):
         values = np.pad(values, ((0, missing[0]), (0, missing[1])))
+    word = _WORDS.get(columns * values.itemsize)
+    if word is not None and columns > 1 and values.flags.c_contiguous and out.flags.c_contiguous:
+        values, out, columns = values.view(word), out.view(word), 1  # a group is moved as one number, not byte by byte
     out[...] = values.reshape(down, rows, across, columns).transpose(0, 2, 1, 3)
 
 
