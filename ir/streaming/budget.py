@@ -28,9 +28,12 @@ _MOST_WORKERS = 8
 
 @dataclasses.dataclass(frozen=True)
 class StreamOptions:
-    """`memory` bounds the whole process, in bytes; `workers` are threads. `arena_bytes` is the memory of each."""
+    """`memory` bounds the whole process, in bytes; `workers` are threads. `arena_bytes` is the memory of each.
 
-    memory: int = DEFAULT_MEMORY
+    Without a number, memory is `DEFAULT_MEMORY`, or the least that works in a process that holds more already.
+    """
+
+    memory: int | None = None
     workers: int | None = None
     arena_bytes: int | None = None
 
@@ -77,11 +80,14 @@ def plan_budget(groups: Sequence[Group], options: StreamOptions, kernels: RowKer
     workers = min(options.workers or default_workers(), max(len(groups), 1))
     if options.arena_bytes is not None:
         return Budget(workers, max(options.arena_bytes, least))
-    free = options.memory - resident_bytes() - _RESERVE
+    memory = options.memory or DEFAULT_MEMORY
+    free = memory - resident_bytes() - _RESERVE
+    if free < least and options.memory is None and least < DEFAULT_MEMORY // 2:
+        free = least
     if free < least:
-        wanted = options.memory - free + least
+        wanted = memory - free + least
         raise UsageError(
-            f"--memory {options.memory / 2**30:.2f}GiB is too little: writing these weights takes "
+            f"--memory {memory / 2**30:.2f}GiB is too little: writing these weights takes "
             f"{wanted / 2**30:.2f} GiB at least. Give --memory {-(-wanted // 2**20)}MiB."
         )
     workers = max(1, min(workers, free // max(least, 1)))

@@ -18,7 +18,15 @@ from pathlib import Path
 
 from passopt.ir import expressions as ex
 from passopt.ir.sources import check_unchanged
-from passopt.ir.streaming.budget import DEFAULT_STREAM, Budget, StreamOptions, peak_bytes, plan_budget, sizes_of
+from passopt.ir.streaming.budget import (
+    DEFAULT_MEMORY,
+    DEFAULT_STREAM,
+    Budget,
+    StreamOptions,
+    peak_bytes,
+    plan_budget,
+    sizes_of,
+)
 from passopt.ir.streaming.chunk_values import ChunkValues
 from passopt.ir.streaming.direct_io import Arena, OutputFile, SourceReader
 from passopt.ir.streaming.journal import Journal
@@ -129,7 +137,7 @@ def write_weight_files(
         resumed=sum(group.written_bytes for group in groups) - sum(group.written_bytes for group in left),
         seconds=time.monotonic() - start,
         workers=budget.workers,
-        memory=options.memory,
+        memory=options.memory or DEFAULT_MEMORY,
         peak=peak_bytes(),
         kernels=kernels.name,
     )

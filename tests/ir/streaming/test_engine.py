@@ -22,7 +22,7 @@ from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType
 from passopt.ir.layout import plan_layout
 from passopt.ir.sources import safetensors_sources
-from passopt.ir.streaming import direct_io, engine
+from passopt.ir.streaming import budget, direct_io, engine
 from passopt.ir.streaming.budget import StreamOptions
 from passopt.ir.streaming.direct_io import SourceReader
 from passopt.ir.streaming.engine import write_safetensors, write_weight_files
@@ -239,7 +239,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
         from pathlib import Path
         sys.path.insert(0, {str(os.path.dirname(__file__))!r})
         import test_engine as t
-        from passopt.ir.streaming import direct_io, engine
+        from passopt.ir.streaming import budget, direct_io, engine
         direct_io.DIRECT_FROM, engine._COMMIT_EVERY, engine._THREADS_FROM = 1 << 20, 0.02, 0
         folder = Path({str(tmp_path)!r})
         sources = t.safetensors_sources(folder / "checkpoint.safetensors")
@@ -324,6 +324,16 @@ def test_nan_is_named_with_its_row_in_the_file(tmp_path):
 def test_too_little_memory_says_how_much_it_takes(tmp_path, weights):
     with pytest.raises(UsageError, match=r"--memory 0.00GiB is too little: .* Give --memory \d+MiB"):
         write_weight_files(files_in(tmp_path / "out", sharded(weights, 2), 2), StreamOptions(memory=1000))
+
+
+def test_a_process_that_is_large_already_writes_in_the_least_memory(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(budget, "resident_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(engine, "_THREADS_FROM", 0)
+    files = files_in(tmp_path / "out", sharded(weights, 2), 2)
+    report = write_weight_files(files)
+    assert report.workers == 1
+    with pytest.raises(UsageError, match="is too little"):
+        write_weight_files(files, StreamOptions(memory=1 << 30))
 
 
 def test_o_direct_that_is_refused_becomes_buffered(tmp_path, weights, monkeypatch):

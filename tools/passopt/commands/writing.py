@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir
 
 from passopt.commands.progress import Progress
-from passopt.ir.streaming.budget import DEFAULT_MEMORY, StreamOptions
+from passopt.ir.streaming.budget import StreamOptions
 from passopt.ir.streaming.engine import StreamReport
 from passopt.targets.onnx_files import OutputFacts, OutputPlan, write_output
 
@@ -19,7 +19,7 @@ _REPORTED_FROM = 64 << 20
 
 def stream_options(options: argparse.Namespace) -> StreamOptions:
     """What --memory and --workers say."""
-    return StreamOptions(options.memory or DEFAULT_MEMORY, options.workers)
+    return StreamOptions(options.memory, options.workers)
 
 
 def write_with_progress(
