@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType
 from passopt.ir.layout import plan_layout
-from passopt.ir.sources import safetensors_sources
+from passopt.ir.sources import external_source, identify, safetensors_sources, torch_sources
 from passopt.ir.streaming import budget, direct_io, engine
 from passopt.ir.streaming.budget import StreamOptions
 from passopt.ir.streaming.direct_io import SourceReader
@@ -345,7 +346,7 @@ def test_o_direct_that_is_refused_becomes_buffered(tmp_path, weights, monkeypatc
 
     def refusing(real):
         def call(descriptor, buffers, offset):
-            if os.get_blocking(descriptor) and direct_flag(descriptor):
+            if direct_flag(descriptor):
                 refused.append(descriptor)
                 raise OSError(errno.EINVAL, "Invalid argument")
             return real(descriptor, buffers, offset)
@@ -361,8 +362,6 @@ def test_o_direct_that_is_refused_becomes_buffered(tmp_path, weights, monkeypatc
 
 
 def direct_flag(descriptor):
-    import fcntl
-
     return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
 
 
@@ -373,7 +372,7 @@ def test_ranges_of_a_file_are_read_exactly(tmp_path, monkeypatch, offset, nbytes
     monkeypatch.setattr(direct_io, "DIRECT_FROM", 0 if direct else 1 << 60)
     data = np.random.default_rng(0).integers(0, 256, 15_001, dtype=np.uint8).tobytes()
     (tmp_path / "f").write_bytes(data)
-    file = direct_io_identity(tmp_path / "f")
+    file = identify(tmp_path / "f")
     memory = direct_io.Arena(direct_io.page_up(nbytes) + 2 * direct_io.PAGE).take(nbytes + 2 * direct_io.PAGE)
     reader = SourceReader()
     start = reader.read(file, "w", offset, memory, nbytes)
@@ -381,10 +380,30 @@ def test_ranges_of_a_file_are_read_exactly(tmp_path, monkeypatch, offset, nbytes
     reader.close()
 
 
-def direct_io_identity(path):
-    from passopt.ir.sources import identify
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_zip_entries_of_torch_are_streamed_in_place(tmp_path, kind, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(direct_io, "DIRECT_FROM", 0)
+    state = {name: torch.randn(shape).to(getattr(torch, kind)) for name, shape in SHAPES.items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    sources = torch_sources(tmp_path / "pytorch_model.bin")
+    files = files_in(tmp_path / "out", sharded({n: s.cast(DataType.FLOAT16) for n, s in sources.items()}, 2), 2)
+    write_weight_files(files)
+    with Evaluator(1) as evaluator:
+        for name, offset in files[1].layout.offsets.items():
+            expected = evaluator.array(files[1].weights[name]).tobytes()
+            assert files[1].path.read_bytes()[offset : offset + len(expected)] == expected, name
 
-    return identify(path)
+
+def test_external_data_at_odd_places_is_streamed(tmp_path):
+    array = np.arange(35, dtype=np.float32).reshape(5, 7)
+    (tmp_path / "data").write_bytes(b"x" + array.tobytes())
+    source = external_source(tmp_path / "data", "w", DataType.FLOAT, (5, 7), 1)
+    codes, scales = source.quantize()
+    write_safetensors(tmp_path / "out", {"w": source, "codes": codes, "scales": scales})
+    found = safetensors_sources(tmp_path / "out")
+    assert np.array_equal(Evaluator().array(found["w"]), array)
+    assert np.array_equal(Evaluator().array(found["codes"]), Evaluator().array(codes))
 
 
 def test_fills_alone_are_written(tmp_path):
