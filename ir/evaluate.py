@@ -22,6 +22,8 @@ Box: TypeAlias = tuple[tuple[int, int], ...]
 
 #: Bytes of fp32 working copy per chunk. A few chunks are alive at once, so peak memory is some multiples of this.
 CHUNK_BYTES = 32 << 20
+#: Unsigned integers by their bytes.
+_WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @dataclasses.dataclass
@@ -44,6 +46,7 @@ class Evaluator:
         self.rank = rank
         self.report = Report()
         self._chunk_bytes = chunk_bytes
+        self.read_bytes = 0
         self._files: dict[str, int] = {}
         self._column_scales: dict[ex.Expression, Array] = {}
 
@@ -92,7 +95,8 @@ class Evaluator:
         if all(bounds == (0, length) for bounds, length in zip(box[1:], expression.shape[1:], strict=True)):
             return compute(*box[0])
         return np.concatenate(
-            [compute(*rows)[(slice(None), *columns)] for rows in self._row_ranges(expression, *box[0])]
+            # Copies: views would hold the whole rows of all chunks until they are joined.
+            [compute(*rows)[(slice(None), *columns)].copy() for rows in self._row_ranges(expression, *box[0])]
         )
 
     # One reader per operation.
@@ -125,6 +129,7 @@ class Evaluator:
             if not count:
                 raise ModelError(f"{path}: ends at byte {offset + done}, inside tensor {source.name!r}")
             done += count
+        self.read_bytes += length
         return data
 
     def _read_literal(self, literal: ex.Literal, box: Box) -> Array:
@@ -256,10 +261,6 @@ def not_finite(weight: ex.Expression, row: int) -> ModelError:
         f"{names}: NaN or Inf in row {row}; such a weight has no scale. Repair the checkpoint, or "
         f"export it with --dtype fp32 if the values overflowed in fp16."
     )
-
-
-#: Unsigned integers by their bytes.
-_WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def pack_blocks(values: Array, out: Array) -> None:

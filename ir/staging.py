@@ -6,6 +6,7 @@ Long writes use a sibling of a fixed name, which an interruption leaves: the sam
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from passopt.ir.errors import UsageError
+from passopt.ir.errors import ModelError, UsageError
 
 #: In the temporary folder of a long write: what of it is finished (see ir.streaming.journal).
 JOURNAL_NAME = "journal.jsonl"
@@ -33,6 +34,7 @@ def staged_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
     try:
         _check_space(final, needed_bytes)
         yield temporary
+        _sync_all(temporary)
         _publish(temporary, final)
     except OSError as error:
         raise _failed(final, error) from error
@@ -44,12 +46,14 @@ def staged_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
 def resumable_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Like `staged_directory`, but what the journal in it calls finished outlives an interruption or a crash.
 
-    Errors remove it: a changed source makes it worthless, and a full disk wants its space back. Raises UsageError also
-    if another process writes the same output.
+    A model that is wrong makes it worthless, and a full disk wants its space back: then it is removed. Raises
+    UsageError also if another process writes the same output.
     """
     final = final.absolute()
     _refuse_existing(final)
     temporary = final.with_name(f".{final.name}.partial")
+    if temporary.is_symlink():
+        raise UsageError(f"{temporary}: is a link, where unfinished output would go; remove it. Nothing was written.")
     with _errors_of(final):
         temporary.mkdir(parents=True, exist_ok=True)
         lock = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
@@ -58,34 +62,45 @@ def resumable_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
         try:
             _check_space(final, needed_bytes - _allocated(temporary))
             yield temporary
+            _sync_all(temporary)
             (temporary / JOURNAL_NAME).unlink(missing_ok=True)
             _publish(temporary, final)
-        except KeyboardInterrupt as error:
-            if _has_entries(temporary / JOURNAL_NAME):
-                raise KeyboardInterrupt(
-                    f"interrupted; what is finished is kept in {temporary}: run the same command again to go on, or "
-                    f"remove that folder"
-                ) from error
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise _failed(final, error) from error
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        except BaseException as error:
+            shown = _given_up(temporary, final, error)
+            if shown is error:
+                raise
+            raise shown from error
     finally:
         os.close(lock)
+
+
+def _given_up(temporary: Path, final: Path, error: BaseException) -> BaseException:
+    """Keep what is finished, or remove it; the error that says so."""
+    full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    keep = not full and not isinstance(error, ModelError) and _has_entries(temporary / JOURNAL_NAME)
+    if not keep:
+        shutil.rmtree(temporary, ignore_errors=True)
+        return _failed(final, error) if isinstance(error, OSError) else error
+    kept = f"what is finished is kept in {temporary}: run the same command again to go on, or remove that folder"
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(f"interrupted; {kept}")
+    if isinstance(error, OSError):
+        return UsageError(f"{final}: writing failed: {error.strerror or error}; {kept}")
+    if isinstance(error, UsageError):
+        return UsageError(f"{error}\n{kept}")
+    return error
 
 
 def _lock(descriptor: int, temporary: Path, final: Path) -> None:
     """Only one process may write an output; the lock goes with the process, however it ends."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise UsageError(f"{final}: another passopt is writing it, in {temporary}. Wait for it, or stop it.") from error
+    except OSError:
+        return  # a file system without locks: two programs at once are then the user's own affair
     _refuse_existing(final)  # the other may have finished between our look and our lock
-    if not temporary.exists():
+    if not temporary.exists() or not os.path.samestat(os.fstat(descriptor), temporary.stat()):
         raise UsageError(f"{final}: another passopt has just given it up. Run the same command again.")
 
 
@@ -113,16 +128,22 @@ def _failed(final: Path, error: OSError) -> UsageError:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give the folder its name, once all that is in it is on the disk."""
+    """Give the folder its name."""
     temporary.chmod(0o755)
-    for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
-        _sync(folder)
+    sync_path(temporary)
     temporary.rename(final)
-    _sync(final.parent)
+    sync_path(final.parent)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync_all(folder: Path) -> None:
+    """Wait until all files and folders below are on the disk."""
+    for path in folder.rglob("*"):
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a folder's names, or a file's bytes, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

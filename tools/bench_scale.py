@@ -31,6 +31,8 @@ from passopt.testing.checkpoints import full_size_spec
 ROOT = Path(__file__).resolve().parent.parent
 DEGREE = 4
 PASSES = f"baichuan2,tp{{degree={DEGREE}}},int8"
+#: Bytes that 13B takes: the checkpoint, and the ranks or what the floor writes.
+DISK = 46 * 10**9
 #: Threads of the floor; its best counts.
 FLOOR_THREADS = (2, 4, 8)
 #: What must hold of 13B: wall over floor, peak GiB, CPU seconds of the run; seconds and GiB of the graph's side.
@@ -204,6 +206,9 @@ def main() -> None:
     parser.add_argument("--work", metavar="DIR", help="folder on the disk to measure (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=2, help="of run and floor in turns (default: %(default)s)")
     options = parser.parse_args()
+    free = shutil.disk_usage(options.work or tempfile.gettempdir()).free
+    if free < DISK:
+        raise SystemExit(f"bench-scale: needs {DISK / 1e9:.0f} GB of disk, {free / 1e9:.0f} are free; give --work DIR")
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="passopt-bench-scale-", dir=options.work) as folder:
         scales = [run_size(Path(folder), size, options.rounds) for size in options.sizes]

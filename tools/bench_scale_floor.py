@@ -27,6 +27,13 @@ def copy_pieces(threads: int, write_bytes: int, output: Path, files: list[Path])
     share = write_bytes / len(pieces)
     waiting = iter(enumerate(pieces))
     lock = threading.Lock()
+    failures: list[Exception] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except Exception as error:
+            failures.append(error)
 
     def work() -> None:
         buffer = mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -36,16 +43,19 @@ def copy_pieces(threads: int, write_bytes: int, output: Path, files: list[Path])
                 index, piece = next(waiting, (None, None))
             if index is None or piece is None:
                 return
-            os.preadv(piece[0], [view], piece[1])
+            if not os.preadv(piece[0], [view], piece[1]):
+                raise OSError(f"nothing was read at byte {piece[1]}")
             start, stop = (int(share * at) // PAGE * PAGE for at in (index, index + 1))
-            if stop > start:
-                os.pwritev(target, [view[: stop - start]], start)
+            if stop > start and os.pwritev(target, [view[: stop - start]], start) != stop - start:
+                raise OSError(f"not all was written at byte {start}")
 
-    workers = [threading.Thread(target=work) for _ in range(threads)]
+    workers = [threading.Thread(target=guarded) for _ in range(threads)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    if failures:
+        raise failures[0]
     os.ftruncate(target, write_bytes)
     os.fdatasync(target)
 

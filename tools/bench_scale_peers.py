@@ -54,7 +54,7 @@ def python_for(candidate: str, peers: str | None) -> str | None:
     if package is None or importlib.util.find_spec(package) is not None:
         return sys.executable
     other = Path(peers or "") / "bin" / "python"
-    if not other.is_file():
+    if peers is None or not other.is_file():
         return None
     found = subprocess.run([str(other), "-c", f"import {package}"], capture_output=True, check=False)
     return str(other) if found.returncode == 0 else None

@@ -15,7 +15,10 @@ GIB = 1 << 30
 
 @dataclasses.dataclass
 class Usage:
-    """Seconds and bytes of one process. `anonymous` and `mapped` are sampled, `peak` is the kernel's own account."""
+    """Seconds and bytes of one process, sampled; `peak` is the kernel's own account of it, up to the last sample.
+
+    (What wait4 gives counts the program that launched it as well.)
+    """
 
     wall: float = 0.0
     cpu: float = 0.0
@@ -53,7 +56,6 @@ def watched(folder: Path, command: Sequence[str], *, seconds: float = 3600, anon
         found.failure = f"fails: {lines[-1][:100]}" if lines else f"exit code {process.returncode}"
     found.wall = time.monotonic() - start
     found.cpu = usage.ru_utime + usage.ru_stime
-    found.peak = usage.ru_maxrss * 1024
     return found
 
 
@@ -68,3 +70,5 @@ def _sample(pid: int, usage: Usage) -> None:
             usage.anonymous = max(usage.anonymous, int(rest.split()[0]) * 1024)
         elif name == "RssFile":
             usage.mapped = max(usage.mapped, int(rest.split()[0]) * 1024)
+        elif name == "VmHWM":
+            usage.peak = int(rest.split()[0]) * 1024

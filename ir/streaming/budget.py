@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from passopt.ir.errors import UsageError
 from passopt.ir.streaming.chunk_values import row_bytes
 from passopt.ir.streaming.direct_io import PAGE
-from passopt.ir.streaming.output_stream import STAGE_BYTES, stage_bytes
+from passopt.ir.streaming.output_stream import STAGE_BYTES, stream_bytes
 from passopt.ir.streaming.row_kernels import RowKernels
-from passopt.ir.streaming.schedule import Group
+from passopt.ir.streaming.schedule import Group, is_turned
 from passopt.ir.streaming.spans import matrix_shape
 
 DEFAULT_MEMORY = 1 << 30
 #: More memory per worker makes nothing faster.
 _ARENA_BYTES = 64 << 20
+#: Unless columns are read: the wider a panel, the longer are the pieces of the file that it consists of.
+_PANEL_BYTES = 256 << 20
 #: Rows are read in pieces of this size, if memory allows.
 _READ_BYTES = 8 << 20
 #: What interpreter, libraries and stacks may grow by while weights are written.
@@ -65,7 +67,8 @@ def resident_bytes() -> int:
 
 def peak_bytes() -> int:
     """The most that the process ever held in memory, mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/status", encoding="ascii") as file:  # getrusage would count what the launching program held
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def needed_bytes(group: Group, kernels: RowKernels) -> int:
@@ -78,6 +81,7 @@ def plan_budget(groups: Sequence[Group], options: StreamOptions, kernels: RowKer
     least = max((needed_bytes(group, kernels) for group in groups), default=0)
     most = max((_wanted_bytes(group, kernels) for group in groups), default=0)
     workers = min(options.workers or default_workers(), max(len(groups), 1))
+    shares = 2 if any(group.is_boxed for group in groups) else 1  # boxes are read outside of arenas
     if options.arena_bytes is not None:
         return Budget(workers, max(options.arena_bytes, least))
     memory = options.memory or DEFAULT_MEMORY
@@ -87,11 +91,12 @@ def plan_budget(groups: Sequence[Group], options: StreamOptions, kernels: RowKer
     if free < least:
         wanted = memory - free + least
         raise UsageError(
-            f"--memory {memory / 2**30:.2f}GiB is too little: writing these weights takes "
-            f"{wanted / 2**30:.2f} GiB at least. Give --memory {-(-wanted // 2**20)}MiB."
+            f"--memory {memory / 2**20:.0f}MiB is too little: writing these weights takes {-(-wanted // 2**20)} MiB at "
+            f"least. Give --memory {-(-wanted // 2**20)}MiB."
         )
-    workers = max(1, min(workers, free // max(least, 1)))
-    return Budget(workers, min(free // workers, max(least, min(most, _ARENA_BYTES))))
+    workers = max(1, min(workers, free // max(shares * least, 1)))
+    cap = _PANEL_BYTES if any(is_turned(group.base) for group in groups) else _ARENA_BYTES
+    return Budget(workers, max(least, min(free // (shares * workers), most, cap)))
 
 
 def default_workers() -> int:
@@ -106,7 +111,9 @@ def sizes_of(group: Group, arena_bytes: int, kernels: RowKernels) -> Sizes:
         stage = 0
     rows = (arena_bytes - _fixed_bytes(group, stage)) // max(1, per_row)
     width = int(matrix_shape(group.base)[1] * group.base.dtype.itemsize)
-    rows = min(rows, max(_READ_BYTES // max(1, width), 1), matrix_shape(group.base)[0])
+    rows = min(rows, matrix_shape(group.base)[0])
+    if not is_turned(group.base):
+        rows = min(rows, max(_READ_BYTES // max(1, width), 1))
     return Sizes(max(rows // grain, 1) * grain, stage)
 
 
@@ -117,5 +124,5 @@ def _wanted_bytes(group: Group, kernels: RowKernels) -> int:
 
 def _fixed_bytes(group: Group, stage: int) -> int:
     """Memory besides rows: stages, and what rounding every buffer up to pages adds."""
-    stages = sum(stage_bytes(output, stage) for output in group.outputs)
+    stages = sum(stream_bytes(output, stage) for output in group.outputs)
     return stages + (len(group.stored_cores) + 4) * PAGE

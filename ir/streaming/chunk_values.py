@@ -6,53 +6,54 @@ import numpy as np
 
 from passopt.ir import expressions as ex
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator, not_finite, pack_blocks
+from passopt.ir.evaluate import Evaluator, not_finite
 from passopt.ir.row_math import Array, scales_of
-from passopt.ir.streaming.direct_io import PAGE, Arena, SourceReader, page_up
+from passopt.ir.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
 from passopt.ir.streaming.row_kernels import RowKernels
-from passopt.ir.streaming.schedule import Group, is_rounding
-from passopt.ir.streaming.spans import grain_of, is_by_columns, matrix_shape
-
-#: fp32 and fp64 copies that numpy makes of a row while it computes, in bytes per element.
-_NUMPY_SCRATCH = 24
+from passopt.ir.streaming.schedule import Group, is_rounding, is_turned
+from passopt.ir.streaming.spans import is_by_columns, matrix_shape
 
 
 def row_bytes(group: Group, kernels: RowKernels) -> int:
     """Memory per row of the base: the row, and every result of it."""
-    total = 0
-    columns = matrix_shape(group.base)[1]
-    if isinstance(group.base, ex.Source):
-        total += int(columns * group.base.dtype.itemsize)
+    base, columns = group.base, matrix_shape(group.base)[1]
+    if isinstance(base, ex.Source):
+        total = int(columns * base.dtype.itemsize)
+    elif is_turned(base):  # a panel of columns, and the rows that are made of it
+        total = int(2 * columns * base.dtype.itemsize)
     else:  # the evaluator of boxes has fp32 copies of its own, and of what the row is made of
-        total += 8 * max(matrix_shape(part)[1] for part in group.base.walk())
-    for core in group.stored_cores:
-        total += -(-int(matrix_shape(core)[1] * core.dtype.itemsize) // grain_of(core))
-    for _ in group.cores:
-        if kernels.name == "numpy":
-            total += _NUMPY_SCRATCH * columns
-    return total
+        total = 8 * max(matrix_shape(part)[1] for part in base.walk())
+    total += sum(int(matrix_shape(core)[1] * core.dtype.itemsize) for core in group.stored_cores)
+    return total + kernels.scratch_bytes * columns * len(group.cores)
 
 
 class ChunkValues:
-    """Reads chunks of a group's base, and computes its cores for them. Memory comes from the arena, for `most` rows."""
+    """Reads chunks of a group's base, and computes its cores for them. Memory comes from the arena, for `most` rows.
 
-    def __init__(self, group: Group, reader: SourceReader, arena: Arena, kernels: RowKernels, most: int) -> None:
+    What only the evaluator of boxes reads has memory of its own, some multiples of `chunk_bytes`.
+    """
+
+    def __init__(
+        self, group: Group, reader: SourceReader, arena: Arena, kernels: RowKernels, most: int, chunk_bytes: int
+    ) -> None:
         self._group = group
         self._base = group.base
         self._reader = reader
         self._kernels = kernels
         self._columns = matrix_shape(group.base)[1]
-        self._evaluator = Evaluator(group.rank)
+        self._evaluator = Evaluator(group.rank, chunk_bytes)
         self._results: dict[ex.Expression, Array] = {}
         self._peaks: dict[ex.Expression, Array] = {}
         self._columns_of: dict[ex.Expression, Array] = {
             weight: np.zeros(weight.shape[1], np.float32) for weight in group.measured
         }
         self._start = self._rows = 0
-        if isinstance(self._base, ex.Source):
+        if isinstance(self._base, ex.Source) or is_turned(self._base):
             nbytes = int(most * self._columns * self._base.dtype.itemsize)
             self._input = arena.take(page_up(nbytes) + 2 * PAGE)
-        self._memory = {core: _matrix(arena, core, -(-most // grain_of(core))) for core in group.stored_cores}
+        if is_turned(self._base):
+            self._turned = _matrix(arena, self._base, most)
+        self._memory = {core: _matrix(arena, core, most) for core in group.stored_cores}
 
     @property
     def overflows(self) -> dict[str, int]:
@@ -83,8 +84,15 @@ class ChunkValues:
             self._results[core] = self._computed(core)
         return self._results[core]
 
+    @property
+    def read_bytes(self) -> int:
+        """What the evaluator of boxes has read; the reader counts its own."""
+        return self._evaluator.read_bytes
+
     def _read(self, start: int, stop: int) -> Array:
         base = self._base
+        if is_turned(base):
+            return self._turn(base.operand, start, stop)  # type: ignore[attr-defined]
         if not isinstance(base, ex.Source):
             return self._evaluated(start, stop)
         size = int(self._columns * base.dtype.itemsize)
@@ -93,6 +101,16 @@ class ChunkValues:
         if at % base.dtype.itemsize:
             raw = raw.copy()  # numbers at odd addresses are slow everywhere and unknown to kernels
         return raw.view(base.dtype.numpy()).reshape(stop - start, self._columns)
+
+    def _turn(self, source: ex.Source, start: int, stop: int) -> Array:
+        """Columns `start` to `stop` of the source, as rows: a panel of pieces of all its rows, and that turned."""
+        count, size = stop - start, int(source.dtype.itemsize)
+        pieces = Pieces(source.offset + start * size, self._columns, source.shape[1] * size, count * size)
+        self._reader.read_pieces(source.file, source.name, pieces, self._input)
+        nbytes = self._columns * count * size
+        panel = np.frombuffer(self._input[:nbytes], source.dtype.numpy()).reshape(self._columns, count)
+        self._kernels.transpose(panel, self._turned[:count])
+        return self._turned[:count]
 
     def _evaluated(self, start: int, stop: int) -> Array:
         shape = self._base.shape
@@ -106,7 +124,7 @@ class ChunkValues:
     def _computed(self, core: ex.Expression) -> Array:
         if isinstance(core, ex.QuantizeScales):
             return self._scales(core)[:, None]
-        out = self._memory[core][: -(-self._rows // grain_of(core))]
+        out = self._memory[core][: self._rows]
         if isinstance(core, ex.Cast):
             self._cast(core, out)
         elif isinstance(core, ex.QuantizeCodes):
@@ -121,8 +139,6 @@ class ChunkValues:
             self._kernels.normalize(values, through, core.epsilon, out)
         elif isinstance(core, ex.RowSums):
             np.sum(self(core.operand), axis=1, dtype=np.int32, out=out[:, 0])
-        elif isinstance(core, ex.Pack):
-            pack_blocks(self(core.operand), out.reshape(len(out), *core.shape[1:]))
         else:
             raise ModelError(f"no evaluation for {type(core).__name__}")
         return out

@@ -56,6 +56,18 @@ def absmax_columns(bits: Array, out: Array) -> None:
 
 
 @_compiled
+def transpose(source: Array, out: Array) -> None:
+    """`out[j, i] = source[i, j]`, tile by tile, so that neither side leaves the nearest cache between its elements."""
+    rows, columns = source.shape
+    tile = 32
+    for i in range(0, rows, tile):
+        for j in range(0, columns, tile):
+            for column in range(j, min(j + tile, columns)):
+                for row in range(i, min(i + tile, rows)):
+                    out[column, row] = source[row, column]
+
+
+@_compiled
 def _widen(row: Array, kind: int, floats: Array, bits: Array) -> None:
     """A row of bits to fp32. fp16: mantissa and exponent are shifted into place and scaled, which is exact."""
     columns = row.shape[0]

@@ -8,16 +8,19 @@ through the cache, and only that way, so that neither can undo the other.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 from passopt.ir.errors import ModelError
 from passopt.ir.expressions import SourceFile
 from passopt.ir.sources import check_unchanged
 
-PAGE = 4096
+#: Of memory and of disks: what O_DIRECT moves, and what the page cache holds.
+PAGE = max(4096, mmap.PAGESIZE)
 #: Smaller files go through the page cache, where they often are already.
 DIRECT_FROM = 256 << 20
 #: What opening or moving says on a file system without O_DIRECT (tmpfs, some network ones).
@@ -47,52 +50,92 @@ class Arena:
         self._used = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """`count` pieces of `nbytes`, the first at byte `offset` of a file, each `stride` bytes after the one before."""
+
+    offset: int
+    count: int
+    stride: int
+    nbytes: int
+
+
 class SourceReader:
-    """Reads ranges of source files. A file is checked to be the one of its identity when it is opened."""
+    """Reads ranges of source files for all threads. A file is checked to be the one of its identity when opened."""
 
     def __init__(self) -> None:
-        self._files: dict[str, tuple[SourceFile, int, bool]] = {}
+        self.read_bytes = 0
+        self._files: dict[tuple[SourceFile, bool], tuple[int, bool]] = {}
+        self._lock = threading.Lock()
 
     def close(self) -> None:
-        for _, descriptor, _ in self._files.values():
+        for descriptor, _ in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
     def read(self, file: SourceFile, name: str, offset: int, into: memoryview, nbytes: int) -> int:
         """Read `nbytes` from `offset` on; returns where in `into` (two pages longer, page-aligned) they begin."""
-        descriptor, direct = self._opened(file)
+        descriptor, direct = self._opened(file, cached=False)
         start = offset // PAGE * PAGE
         stop = min(page_up(offset + nbytes), page_up(file.size))
         done = start
-        while done < min(stop, offset + nbytes):
+        while done < offset + nbytes:
             try:
                 count = os.preadv(descriptor, [into[done - start : stop - start]], done)
             except OSError as error:
                 if direct and error.errno in _REFUSED:
-                    descriptor, direct = self._reopened(file)
+                    descriptor, direct = self._opened(file, cached=True)
                     continue
-                raise ModelError(
-                    f"{file.path}: cannot be read at byte {done}, in tensor {name!r}: {error.strerror}"
-                ) from error
+                raise _unreadable(file, name, done, error) from error
             if not count:
-                raise ModelError(f"{file.path}: ends at byte {done}, inside tensor {name!r}")
+                raise _too_short(file, name, done)
             done += count
-            if direct and done < stop and done % PAGE and done < offset + nbytes:
-                descriptor, direct = self._reopened(file)  # a short transfer cannot go on from within a page
+            if direct and done % PAGE and done < offset + nbytes:
+                descriptor, direct = self._opened(file, cached=True)  # a transfer cannot begin within a page
+        self._count(nbytes)
         return offset - start
 
-    def _opened(self, file: SourceFile) -> tuple[int, bool]:
-        entry = self._files.get(file.path)
-        if entry is None or entry[0] != file:
-            check_unchanged(file)
-            descriptor, direct = _open(file.path, os.O_RDONLY, file.size)
-            self._files[file.path] = entry = (file, descriptor, direct)
-        return entry[1], entry[2]
+    def read_pieces(self, file: SourceFile, name: str, pieces: Pieces, into: memoryview) -> None:
+        """Read all pieces, one after the other, to the start of `into`; through the page cache, as they are small."""
+        descriptor, _ = self._opened(file, cached=True)
+        for index in range(pieces.count):
+            start, at = pieces.offset + index * pieces.stride, index * pieces.nbytes
+            done = 0
+            while done < pieces.nbytes:
+                try:
+                    count = os.preadv(descriptor, [into[at + done : at + pieces.nbytes]], start + done)
+                except OSError as error:
+                    raise _unreadable(file, name, start + done, error) from error
+                if not count:
+                    raise _too_short(file, name, start + done)
+                done += count
+        self._count(pieces.count * pieces.nbytes)
 
-    def _reopened(self, file: SourceFile) -> tuple[int, bool]:
-        os.close(self._files.pop(file.path)[1])
-        self._files[file.path] = (file, os.open(file.path, os.O_RDONLY), False)
-        return self._files[file.path][1:]
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.read_bytes += nbytes
+
+    def _opened(self, file: SourceFile, *, cached: bool) -> tuple[int, bool]:
+        """A descriptor, and whether it goes past the page cache; `cached` ones never do."""
+        with self._lock:
+            if (file, cached) not in self._files:
+                check_unchanged(file)
+                try:
+                    if cached:
+                        self._files[file, cached] = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC), False
+                    else:
+                        self._files[file, cached] = _open(file.path, os.O_RDONLY | os.O_CLOEXEC, file.size)
+                except OSError as error:
+                    raise ModelError(f"{file.path}: cannot be opened: {error.strerror}") from error
+            return self._files[file, cached]
+
+
+def _unreadable(file: SourceFile, name: str, at: int, error: OSError) -> ModelError:
+    return ModelError(f"{file.path}: cannot be read at byte {at}, in tensor {name!r}: {error.strerror}")
+
+
+def _too_short(file: SourceFile, name: str, at: int) -> ModelError:
+    return ModelError(f"{file.path}: ends at byte {at}, inside tensor {name!r}")
 
 
 def _open(path: str | Path, flags: int, nbytes: int) -> tuple[int, bool]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from passopt.ir import expressions as ex
 from passopt.ir.sources import check_unchanged
+from passopt.ir.staging import sync_path
 from passopt.ir.streaming.budget import (
     DEFAULT_MEMORY,
     DEFAULT_STREAM,
@@ -37,10 +38,14 @@ from passopt.ir.streaming.spans import matrix_shape
 
 Progress = Callable[[int], None]
 
+#: Another number whenever the same expressions give other bytes: no output shall hold both.
+_ARITHMETIC = 1
 #: Below so many bytes threads cost more than they bring.
 _THREADS_FROM = 8 << 20
 #: Memory per worker where the rest of the process is none of our business.
 _BESIDE_OTHERS = StreamOptions(arena_bytes=16 << 20)
+#: What the evaluator of boxes gets at least.
+_LEAST_BOXES = 1 << 20
 #: How often finished tensors are synced and noted, in seconds: what an interruption can cost.
 _COMMIT_EVERY = 4.0
 
@@ -111,15 +116,15 @@ def write_weight_files(
     with contextlib.ExitStack() as stack:
         book = None
         if journal is not None:
-            book = Journal(journal, _key(files))
+            book = Journal(journal, _key(files), {file.path: file.layout.nbytes for file in files})
             stack.callback(book.close)
-            if book.is_new:  # bytes of another output must not show where this one has padding
-                for file in files:
-                    file.path.unlink(missing_ok=True)
-        targets = [OutputFile(file.path, file.layout.nbytes) for file in files]
-        for target, file in zip(targets, files, strict=True):
-            stack.callback(target.close)
-            target.write(0, memoryview(file.layout.header))
+        targets = []
+        for file in files:
+            targets.append(OutputFile(file.path, file.layout.nbytes))
+            stack.callback(targets[-1].close)
+            targets[-1].write(0, memoryview(file.layout.header))
+        for folder in {path.parent for path in (journal, *(file.path for file in files)) if path is not None}:
+            sync_path(folder)  # what the journal will speak of must be found under its name after a crash
         run = _Run(files, targets, budget, kernels, progress, book)
         left = [group for group in groups if not run.is_finished(group)]
         run.write(left)
@@ -132,7 +137,7 @@ def write_weight_files(
     return StreamReport(
         digests=run.digests(),
         overflows=run.overflows,
-        read=sum(group.read_bytes for group in left),
+        read=run.read_bytes,
         written=sum(group.written_bytes for group in left),
         resumed=sum(group.written_bytes for group in groups) - sum(group.written_bytes for group in left),
         seconds=time.monotonic() - start,
@@ -144,13 +149,15 @@ def write_weight_files(
 
 
 def _key(files: Sequence[WeightFile]) -> str:
-    """Of all that decides the bytes: names, expressions with their source files' identity, and the layout."""
-    hasher = hashlib.blake2b(digest_size=16)
+    """Of all that decides the bytes: arithmetic, names, expressions with where their sources lie, and the layout."""
+    hasher = hashlib.blake2b(f"{_ARITHMETIC}\n".encode(), digest_size=16)
     for file in files:
         hasher.update(f"{file.path.parent.name}/{file.path.name} {file.rank}\n".encode())
         hasher.update(file.layout.header)
-        for name, weight in file.weights.items():
-            hasher.update(f"{name} {weight!r}\n".encode())
+    for weights in {id(file.weights): file.weights for file in files}.values():
+        for name, weight in weights.items():
+            places = [(dataclasses.astuple(source.file), source.offset) for source in weight.sources()]
+            hasher.update(f"{name} {weight.text()} {places}\n".encode())
     return hasher.hexdigest()
 
 
@@ -182,14 +189,15 @@ class _Run:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._local = threading.local()
-        self._readers: list[SourceReader] = []
+        self._reader = SourceReader()
+        self._boxes_read = 0
         self._committed = 0.0
 
     def is_finished(self, group: Group) -> bool:
         """Whether an earlier run wrote all outputs of the group; they then count as done."""
         if self._journal is None:
             return False
-        names = [self._label(output.file, output.name) for output in group.outputs]
+        names = [_label(output.file, output.name) for output in group.outputs]
         if not all(name in self._journal.finished for name in names):
             return False
         for output, name in zip(group.outputs, names, strict=True):
@@ -197,6 +205,11 @@ class _Run:
             self._count(self._journal.overflows[name])
             self._advance(output.nbytes)
         return True
+
+    @property
+    def read_bytes(self) -> int:
+        """What was really read, whatever the outputs needed."""
+        return self._reader.read_bytes + self._boxes_read
 
     def digests(self) -> tuple[Mapping[str, str], ...]:
         """Per file, in its order."""
@@ -220,8 +233,7 @@ class _Run:
                 self._commit()
             raise
         finally:
-            for reader in self._readers:
-                reader.close()
+            self._reader.close()
 
     def _write_in_threads(self, groups: Sequence[Group]) -> None:
         with concurrent.futures.ThreadPoolExecutor(self._budget.workers, "passopt-write") as pool:
@@ -235,8 +247,6 @@ class _Run:
                     for future in done:
                         future.result()
                     self._commit_if_due()
-            except _Stopped:
-                raise next(error for error in _errors(futures) if not isinstance(error, _Stopped)) from None
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
@@ -261,25 +271,39 @@ class _Run:
         self._journal.sync()
 
     def _write_group(self, group: Group) -> None:
-        arena, reader = self._memory()
-        arena.clear()
+        arena = self._arena()
         sizes = sizes_of(group, self._budget.arena_bytes, self._kernels)
         streams = [OutputStream(output, self._targets[output.file], arena, sizes.stage) for output in group.outputs]
-        values = ChunkValues(group, reader, arena, self._kernels, sizes.rows)
+        chunk_bytes = max(_LEAST_BOXES, self._budget.arena_bytes // 8)
+        values = ChunkValues(group, self._reader, arena, self._kernels, sizes.rows, chunk_bytes)
         try:
             self._measure(group, values, sizes.rows)
-            summaries = [stream for stream in streams if group.is_summary(stream.output)]
-            self._advance(sum(stream.feed(0, sys.maxsize, values) for stream in summaries))
-            passing = [stream for stream in streams if stream not in summaries]
-            for start, stop in _chunks(group, *group.rows(), sizes.rows):
-                self._give_up_if_told()
-                if any(stream.needs(start, stop) for stream in passing):
-                    values.load(start, stop)
-                    self._advance(sum(stream.feed(start, stop, values) for stream in passing))
+            self._pass_by(group, values, streams, sizes.rows)
             digests = [stream.finish() for stream in streams]
         finally:
             values.close()
-        self._finish(group, digests, values.overflows)
+        self._finish(group, digests, values)
+
+    def _pass_by(self, group: Group, values: ChunkValues, streams: Sequence[OutputStream], rows: int) -> None:
+        """Feed all streams, chunk by chunk; progress is in proportion to the rows."""
+        passing = []
+        for stream in streams:
+            if group.is_summary(stream.output):
+                stream.feed(0, sys.maxsize, values)
+            else:
+                passing.append(stream)
+        first, last = group.rows()
+        left = group.written_bytes
+        for start, stop in _chunks(group, first, last, rows):
+            self._give_up_if_told()
+            if any(stream.needs(start, stop) for stream in passing):
+                values.load(start, stop)
+                for stream in passing:
+                    stream.feed(start, stop, values)
+            share = min(left, group.written_bytes * (stop - max(start, first)) // (last - first))
+            left -= share
+            self._advance(share)
+        self._advance(left)
 
     def _measure(self, group: Group, values: ChunkValues, rows: int) -> None:
         """Let the whole base pass by once before, if columns have scales."""
@@ -293,12 +317,14 @@ class _Run:
         if self._stop.is_set():
             raise _Stopped
 
-    def _finish(self, group: Group, digests: Sequence[str], overflows: Mapping[str, int]) -> None:
+    def _finish(self, group: Group, digests: Sequence[str], values: ChunkValues) -> None:
+        overflows: Mapping[str, int] = values.overflows
         self._count(overflows)
         with self._lock:
+            self._boxes_read += values.read_bytes
             for output, digest in zip(group.outputs, digests, strict=True):
                 self._found[output.file, output.name] = digest
-                self._pending.append((self._label(output.file, output.name), digest, overflows))
+                self._pending.append((_label(output.file, output.name), digest, overflows))
                 overflows = {}  # noted with the first of them
 
     def _count(self, overflows: Mapping[str, int]) -> None:
@@ -311,26 +337,18 @@ class _Run:
             with self._lock:
                 self._progress(nbytes)
 
-    def _memory(self) -> tuple[Arena, SourceReader]:
-        """Buffers and open files of this thread."""
+    def _arena(self) -> Arena:
+        """The memory of this thread, all of it free."""
         if not hasattr(self._local, "arena"):
             self._local.arena = Arena(self._budget.arena_bytes)
-            self._local.reader = SourceReader()
-            with self._lock:
-                self._readers.append(self._local.reader)
-        return self._local.arena, self._local.reader
-
-    def _label(self, file: int, name: str) -> str:
-        return f"{file}:{name}"
+        arena: Arena = self._local.arena
+        arena.clear()
+        return arena
 
 
-def _errors(futures: Sequence[concurrent.futures.Future[None]]) -> Iterator[BaseException]:
-    """What went wrong in any of them, when all have come to an end."""
-    concurrent.futures.wait(futures)
-    for future in futures:
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            yield error
+def _label(file: int, name: str) -> str:
+    """What the journal calls a tensor."""
+    return f"{file}:{name}"
 
 
 def _chunks(group: Group, first: int, last: int, rows: int) -> Iterator[tuple[int, int]]:

@@ -13,15 +13,22 @@ from pathlib import Path
 
 
 class Journal:
-    """Finished tensors by name, with their digests. `is_new` if there was none of this key."""
+    """Finished tensors by name, with their digests; of files by path, with their bytes.
 
-    def __init__(self, path: Path, key: str) -> None:
+    It counts only if it is of this key and all files are there; otherwise they are removed, since bytes of another
+    output must not show where this one has padding.
+    """
+
+    def __init__(self, path: Path, key: str, files: Mapping[Path, int]) -> None:
         self.finished: dict[str, str] = {}
         self.overflows: dict[str, dict[str, int]] = {}
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self.is_new = not self._read(path.read_bytes(), key)
-        if self.is_new:
-            os.ftruncate(self._descriptor, 0)
+        whole = all(file.is_file() and file.stat().st_size == nbytes for file, nbytes in files.items())
+        if not (whole and self._read(path.read_bytes(), key)):
+            os.ftruncate(self._descriptor, 0)  # before anything else: a kill from here on must leave no claim
+            self.sync()
+            for file in files:
+                file.unlink(missing_ok=True)
             self._append({"key": key})
 
     def _read(self, data: bytes, key: str) -> bool:

@@ -6,7 +6,6 @@ Both give the same bits. numba is imported for large work only: it takes longer 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from types import ModuleType
 
 import numpy as np
@@ -25,6 +24,8 @@ class RowKernels:
     """The row operations in numpy. `values` are [rows, columns]; `through` is a dtype they are rounded to before."""
 
     name = "numpy"
+    #: fp32 and fp64 copies while a result is computed, per element of a row.
+    scratch_bytes = 24
 
     def absmax(self, values: Array, through: DataType | None) -> Array:
         return row_math.absmax_rows(values, through)
@@ -41,6 +42,9 @@ class RowKernels:
     def cast(self, values: Array, dtype: DataType, out: Array) -> int:
         return row_math.cast_rows(values, dtype, out)
 
+    def transpose(self, values: Array, out: Array) -> None:
+        out[...] = values.T
+
     def normalize(self, values: Array, through: DataType | None, epsilon: float, out: Array) -> None:
         row_math.normalize_rows(values, through, epsilon, out)
 
@@ -49,6 +53,7 @@ class CompiledRowKernels(RowKernels):
     """The same by numba; what it has no kernel for (fp64, NaN, integers) goes the numpy way."""
 
     name = "numba"
+    scratch_bytes = 0
 
     def __init__(self, compiled: ModuleType) -> None:
         self._compiled = compiled
@@ -102,6 +107,13 @@ class CompiledRowKernels(RowKernels):
         lost, has_nan = self._compiled.cast(bits, own, self._kinds[dtype], out.view(_BITS[dtype]))
         return super().cast(values, dtype, out) if has_nan else int(lost)
 
+    def transpose(self, values: Array, out: Array) -> None:
+        bits = _bits(values)
+        if bits is None:
+            super().transpose(values, out)
+        else:
+            self._compiled.transpose(bits, out.view(bits.dtype))
+
     def normalize(self, values: Array, through: DataType | None, epsilon: float, out: Array) -> None:
         bits = _bits(values)
         own, result = DataType.from_numpy(values.dtype), DataType.from_numpy(out.dtype)
@@ -124,11 +136,11 @@ def _bits(values: Array) -> Array | None:
 
 @functools.cache
 def compiled_kernels() -> RowKernels:
-    """Those of numba, or of numpy where it is missing."""
-    if importlib.util.find_spec("numba") is None:
+    """Those of numba, or of numpy where it is missing or does not work."""
+    try:
+        from passopt.ir.streaming import compiled_rows
+    except (ImportError, RuntimeError):  # also: a numpy that it does not know, or no folder for what it compiles
         return RowKernels()
-    from passopt.ir.streaming import compiled_rows
-
     return CompiledRowKernels(compiled_rows)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from passopt.ir import expressions as ex
 from passopt.ir.layout import Layout, plan_layout
-from passopt.ir.streaming.spans import Part, Span, base_of, grain_of, in_order, is_by_columns, matrix_shape, spans_of
+from passopt.ir.streaming.spans import Part, Span, base_of, in_order, is_by_columns, matrix_shape, spans_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +21,17 @@ class WeightFile:
     weights: Mapping[str, ex.Expression]
     rank: int = 0
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         return plan_layout(self.weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A tensor of one file: `spans` are its rows from the first to the last, `offset` is its first byte in the file."""
+    """A tensor of one file: `spans` are its rows from the first to the last, `offset` is its first byte in the file.
+
+    With a `block` (rows, blocks across, columns), rows are packed before they are written.
+    """
 
     file: int
     name: str
@@ -35,10 +39,20 @@ class Output:
     offset: int
     nbytes: int
     spans: tuple[Span, ...]
+    block: tuple[int, int, int] | None = None
 
     @property
     def row_bytes(self) -> int:
+        """Of a row as it is laid beside others, before any packing."""
         return int(sum(part.count for part in self.spans[0].parts) * self.dtype.itemsize) if self.spans else 0
+
+    @property
+    def unit_bytes(self) -> int:
+        """What is written at once: a row, or a row of blocks."""
+        if self.block is None:
+            return self.row_bytes
+        rows, across, columns = self.block
+        return int(rows * across * columns * self.dtype.itemsize)
 
     def parts(self) -> Iterator[Part]:
         return (part for span in self.spans for part in span.parts)
@@ -78,10 +92,10 @@ class Group:
 
     @property
     def grain(self) -> int:
-        """Rows of the base that must be read together: what packs need, and what the base itself can give."""
-        opaque = not isinstance(self.base, ex.Source)
-        own = math.prod(self.base.shape[1:-1]) if opaque and len(self.base.shape) > 2 else 1
-        return math.lcm(own, *(grain_of(core) for core in self.cores))
+        """Rows that the base can only give together: boxes are cut along its first axis."""
+        if isinstance(self.base, ex.Source) or len(self.base.shape) <= 2:
+            return 1
+        return max(1, math.prod(self.base.shape[1:-1]))
 
     @property
     def measured(self) -> list[ex.Expression]:
@@ -101,13 +115,18 @@ class Group:
             for span in output.spans:
                 for part in span.parts:
                     if part.core is not None:
-                        grain = grain_of(part.core)
-                        starts.append(part.row * grain)
-                        stops.append((part.row + span.rows) * grain)
-        return min(starts, default=0), min(max(stops, default=0), matrix_shape(self.base)[0])
+                        starts.append(part.row)
+                        stops.append(part.row + span.rows)
+        return min(starts, default=0), max(stops, default=0)
+
+    @property
+    def is_boxed(self) -> bool:
+        """Whether only the evaluator of boxes can read the base."""
+        return not isinstance(self.base, ex.Source) and not is_turned(self.base)
 
     @property
     def read_bytes(self) -> int:
+        """What the outputs need of the base; boxes may have to be read again and again."""
         start, stop = self.rows()
         rows = stop - start + (matrix_shape(self.base)[0] if self.measured else 0)
         return int(rows * matrix_shape(self.base)[1] * self.base.dtype.itemsize)
@@ -115,6 +134,11 @@ class Group:
     @property
     def written_bytes(self) -> int:
         return sum(output.nbytes for output in self.outputs)
+
+
+def is_turned(base: ex.Expression) -> bool:
+    """Whether it is a matrix of a file, transposed: its rows are read as panels of columns."""
+    return isinstance(base, ex.Transpose) and isinstance(base.operand, ex.Source) and base.permutation == (1, 0)
 
 
 #: What takes values that are still to be rounded.
@@ -147,11 +171,12 @@ def schedule(files: Sequence[WeightFile]) -> list[Group]:
 
 def _output(index: int, file: WeightFile, name: str, offset: int) -> tuple[ex.Expression, Output]:
     weight = file.weights[name]
-    spans = spans_of(weight, file.rank)
-    base = weight
+    base = rows_of = weight.operand if isinstance(weight, ex.Pack) else weight
+    spans = spans_of(rows_of, file.rank)
     if in_order(spans, base_of):
         base = next(base_of(part.core) for span in spans for part in span.parts if part.core is not None)
     else:  # rows of several bases, or backwards: the evaluator of boxes puts them together
-        rows, columns = matrix_shape(weight)
-        spans = [Span(rows, (Part(weight, 0, 0, columns),))] if rows and columns else []
-    return base, Output(index, name, weight.dtype, offset, weight.nbytes, tuple(spans))
+        rows, columns = matrix_shape(rows_of)
+        spans = [Span(rows, (Part(rows_of, 0, 0, columns),))] if rows and columns else []
+    block = (weight.shape[2], weight.shape[1], weight.shape[3]) if isinstance(weight, ex.Pack) else None
+    return base, Output(index, name, weight.dtype, offset, weight.nbytes, tuple(spans), block)

@@ -1,8 +1,8 @@
 """Weights as rows of something: which rows and columns of what a weight is made of, rank by rank.
 
 Slices, shards, padding and concatenations only place; what they place is a *core*, whose row i is computed from row i
-of its *base* (of a pack: block i from a block of rows). So all outputs of one base can be made while it passes by once;
-where columns have scales, it passes by once before, to be measured.
+of its *base*. So all outputs of one base can be made while it passes by once; where columns have scales, it passes by
+once before, to be measured.
 """
 
 from __future__ import annotations
@@ -58,23 +58,16 @@ class Span:
 
 
 def matrix_shape(expression: ex.Expression) -> tuple[int, int]:
-    """Rows and columns as which the tensor is streamed: the last axis is a row; of a pack, a block of rows is."""
+    """Rows and columns as which the tensor is streamed: the last axis is a row."""
     shape = expression.shape
-    if isinstance(expression, ex.Pack):
-        return shape[0], math.prod(shape[1:])
     if len(shape) < 2:
         return math.prod(shape), 1
     return math.prod(shape[:-1]), shape[-1]
 
 
-def grain_of(core: ex.Expression) -> int:
-    """Rows of the base per row of the core."""
-    return core.shape[2] if isinstance(core, ex.Pack) else 1
-
-
 def base_of(core: ex.Expression) -> ex.Expression:
     """What the core is computed from, row by row: a tensor of a file, or what only the evaluator of boxes can read."""
-    while isinstance(core, ex.Pack) or is_row_operation(core):
+    while is_row_operation(core):
         core = core.operand  # type: ignore[attr-defined]
     return core
 
@@ -82,7 +75,7 @@ def base_of(core: ex.Expression) -> ex.Expression:
 def is_row_operation(expression: ex.Expression) -> bool:
     """Whether row i of the result needs row i of the operand, and at most the scales of all columns besides."""
     if isinstance(expression, ex.Cast):
-        return _is_plain(expression.operand)
+        return not _is_summary(expression.operand)
     return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums)
 
 
@@ -91,21 +84,29 @@ def is_by_columns(core: ex.Expression) -> bool:
     return isinstance(core, ex.QuantizeCodes | ex.QuantizeScales) and core.along == 1
 
 
+def _is_summary(core: ex.Expression) -> bool:
+    """Whether its rows are the columns of its operand."""
+    return isinstance(core, ex.QuantizeScales) and core.along == 1
+
+
 def spans_of(expression: ex.Expression, rank: int) -> list[Span]:
-    """The tensor from its first row to its last. Empty spans are left out."""
-    return [span for span in _spans(expression, rank) if span.rows and span.parts]
+    """The tensor from its first row to its last. What is empty is left out."""
+    spans = (Span(span.rows, tuple(part for part in span.parts if part.count)) for span in _spans(expression, rank))
+    return [span for span in spans if span.rows and span.parts]
 
 
 def _spans(expression: ex.Expression, rank: int) -> list[Span]:
     if isinstance(expression, ex.Fill):
         rows, columns = matrix_shape(expression)
         return [Span(rows, (Part(None, 0, 0, columns, expression.value),))]
+    if isinstance(expression, ex.Transpose) and isinstance(expression.operand, ex.Cast):
+        cast = expression.operand  # values are rounded alike wherever they lie
+        turned = dataclasses.replace(expression, dtype=cast.operand.dtype, operand=cast.operand)
+        return _spans(dataclasses.replace(cast, shape=turned.shape, operand=turned), rank)
     if is_by_columns(expression):
         return _of_columns(expression, rank)  # type: ignore[arg-type]
     if is_row_operation(expression):
         return _of_rows(expression, rank)  # type: ignore[arg-type]
-    if isinstance(expression, ex.Pack):
-        return _packed(expression, rank)
     placed = _placed(expression, rank)
     return _itself(expression) if placed is None else placed
 
@@ -133,6 +134,8 @@ def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums, rank: int) -> 
     """Placement of rows and an operation on rows commute; for casts, that of columns as well."""
     columns = matrix_shape(expression)[1]
     spans = _spans(expression.operand, rank)
+    if any(part.core is not None and _is_summary(part.core) for span in spans for part in span.parts):
+        return _itself(expression)
     if isinstance(expression, ex.Cast):
         return [Span(span.rows, tuple(_applied(expression, part, part.count) for part in span.parts)) for span in spans]
     if not all(len(span.parts) == 1 and _is_row(span.parts[0]) for span in spans):
@@ -160,16 +163,11 @@ def _rounded(value: float, operation: ex.Expression) -> float:
     return float(np.asarray(value, operation.operands[0].dtype.numpy()))
 
 
-def _packed(expression: ex.Pack, rank: int) -> list[Span]:
-    core = _whole(_spans(expression.operand, rank), expression.operand)
-    return _itself(expression if core is None else dataclasses.replace(expression, operand=core))
-
-
 def _placed(expression: ex.Expression, rank: int) -> list[Span] | None:
     """Spans of a placement along rows or columns; None for anything else."""
     if isinstance(expression, ex.Concat):
         return _joined(expression, rank)
-    if not isinstance(expression, ex.Slice | ex.Shard | ex.Pad) or not _is_plain(expression.operand):
+    if not isinstance(expression, ex.Slice | ex.Shard | ex.Pad):
         return None
     along, last = expression.along, max(len(expression.shape) - 1, 1)
     if along not in {0, last}:
@@ -232,8 +230,6 @@ def _columns(span: Span, ranges: Iterable[_Range]) -> tuple[Part, ...]:
 
 
 def _joined(expression: ex.Concat, rank: int) -> list[Span] | None:
-    if not all(_is_plain(part) for part in expression.parts):
-        return None
     lists = [_spans(part, rank) for part in expression.parts]
     if expression.along == 0:
         return [span for spans in lists for span in spans]
@@ -256,11 +252,6 @@ def _bounds(spans: list[Span]) -> Iterator[int]:
     for span in spans:
         position += span.rows
         yield position
-
-
-def _is_plain(expression: ex.Expression) -> bool:
-    """Whether its matrix has the last axis as rows all the way down, so that placements can be counted in rows."""
-    return not any(isinstance(part, ex.Pack) for part in expression.walk())
 
 
 def in_order(spans: list[Span], base: Callable[[ex.Expression], object]) -> bool:

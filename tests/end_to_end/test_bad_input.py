@@ -249,7 +249,7 @@ def test_interrupt_leaves_nothing(model: Path, capsys, monkeypatch: pytest.Monke
 
 
 def test_too_little_memory_says_how_much_it_takes(model: Path, capsys):
-    fails(capsys, 2, *run(model, "tp", "--memory", "50MiB"), says=("--memory 0.05GiB is too little", "Give --memory"))
+    fails(capsys, 2, *run(model, "tp", "--memory", "50MiB"), says=("--memory 50MiB is too little", "Give --memory"))
     assert nothing_written(model)
 
 

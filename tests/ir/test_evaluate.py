@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import blake3
@@ -355,3 +356,57 @@ def test_pack_of_codes_of_a_shard(stored):
 def test_row_sums_of_codes(stored):
     codes, _ = stored(weight()).quantize()
     assert np.array_equal(evaluated(codes.row_sums()), evaluated(codes).sum(axis=1, dtype=np.int32))
+
+
+def test_packs_of_placed_codes(stored):
+    """What a compiled folder of ranks holds: shards, padding and segments below the blocks."""
+    array = weight(24, 20)
+    codes = reference_codes(array, 0)[0]
+    found = stored(array).quantize(0)[0]
+    for rank in range(2):
+        rows = evaluated(found.shard(0, 2, 2).pack(5, 4), rank)
+        expected = np.concatenate([part[rank * 6 : rank * 6 + 6] for part in (codes[:12], codes[12:])])
+        assert np.array_equal(rows, Evaluator().array(Literal.of(expected).pack(5, 4)))
+        columns = evaluated(found.shard(1, 2).pad(1, 12).pack(8, 4), rank)
+        expected = np.pad(codes[:, rank * 10 : rank * 10 + 10], ((0, 0), (0, 2)))
+        assert np.array_equal(columns, Evaluator().array(Literal.of(expected).pack(8, 4)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_turned_weights(stored, kind):
+    array = weight(70, 45, kind)
+    turned = stored(array).cast(DataType.FLOAT16).transpose()
+    expected = array.astype(np.float16).T
+    assert np.array_equal(evaluated(turned), expected)
+    codes, scales = (evaluated(part, 1) for part in turned.shard(0, 3).quantize(0))
+    assert np.array_equal(codes, reference_codes(expected, 0)[0][15:30])
+    assert np.array_equal(scales, reference_codes(expected, 0)[1][15:30])
+    assert np.array_equal(
+        evaluated(turned.quantize(0)[0].pack(8, 4)).reshape(-1)[:4], reference_codes(expected, 0)[0][0, :4]
+    )
+
+
+def test_scales_of_columns_of_another_dtype(stored):
+    array = weight()
+    scales = stored(array).quantize(1)[1]
+    expected = reference_codes(array, 1)[1]
+    assert np.array_equal(evaluated(scales.cast(DataType.FLOAT16)), expected.astype(np.float16))
+    assert np.array_equal(evaluated(scales.slice(0, 2, 7).cast(DataType.FLOAT16)), expected[2:7].astype(np.float16))
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (2, 0, 4), (0,)])
+def test_what_is_empty_is_written(shape):
+    empty = Literal.of(np.zeros(shape, np.float32))
+    assert streamed(empty, 0) == {b""}
+    assert streamed(empty.cast(DataType.FLOAT16), 0) == {b""}
+
+
+def test_columns_of_a_wide_weight_are_read_in_little_memory(stored):
+    source = stored(np.arange(4000 * 500, dtype=np.float32).reshape(4000, 500))
+    tracemalloc.start()
+    with Evaluator(chunk_bytes=1 << 16) as evaluator:
+        part = evaluator.read(source, ((0, 4000), (7, 9)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert part.shape == (4000, 2)
+    assert peak < 1 << 20

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from passopt.ir.errors import UsageError
+from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.staging import JOURNAL_NAME, resumable_directory, staged_directory
 
 
@@ -115,11 +115,43 @@ def test_an_interruption_before_anything_is_finished_leaves_nothing(tmp_path):
     assert everything(tmp_path) == []
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), UsageError("x"), OSError(errno.ENOSPC, "No space left on device")])
-def test_an_error_leaves_nothing_of_a_long_write(tmp_path, error):
+@pytest.mark.parametrize("error", [ModelError("x"), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_is_worthless_or_in_the_way_is_removed(tmp_path, error):
     with pytest.raises(UsageError if isinstance(error, OSError) else type(error)):
         begin(tmp_path / "out", error)
     assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), UsageError("little memory"), OSError(errno.EIO, "Input/output error")]
+)
+def test_finished_work_outlives_other_errors(tmp_path, error):
+    with pytest.raises(UsageError if isinstance(error, OSError) else type(error)) as caught:
+        begin(tmp_path / "out", error)
+    assert isinstance(error, ValueError) or "run the same command again" in str(caught.value)
+    assert (tmp_path / ".out.partial" / "data").exists()
+    with pytest.raises(type(error) if not isinstance(error, OSError) else UsageError):
+        begin(tmp_path / "out", error, lines=1)
+    assert everything(tmp_path) == []
+
+
+def test_a_full_disk_says_so_before_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path / "out", KeyboardInterrupt())
+    with (
+        pytest.raises(UsageError, match=r"needs .* bytes, the disk has .*\n.*kept in"),
+        resumable_directory(tmp_path / "out", 1 << 60),
+    ):
+        pytest.fail("the block ran")
+    assert (tmp_path / ".out.partial" / "data").exists()
+
+
+def test_a_link_in_place_of_unfinished_output_is_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".out.partial").symlink_to("mine")
+    with pytest.raises(UsageError, match="is a link"):
+        begin(tmp_path / "out")
+    assert everything(tmp_path) == [".out.partial", "mine"]
 
 
 def test_two_processes_cannot_write_one_output(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import builtins
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -98,9 +99,26 @@ def test_fp64_and_odd_addresses_go_the_numpy_way(compiled):
     assert np.array_equal(compiled.absmax(odd, None), REFERENCE.absmax(odd, None))
 
 
-def test_without_numba_numpy_does_it(monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (31, 70), (64, 32), (33, 1)])
+def test_transpose(compiled, kind, shape):
+    values = numbers(shape[1], kind, shape[0])
+    found = np.empty(shape[::-1], kind)
+    compiled.transpose(values, found)
+    assert found.tobytes() == np.ascontiguousarray(values.T).tobytes()
+
+
+@pytest.mark.parametrize("error", [ImportError("numpy 9 is not supported"), RuntimeError("no locator available")])
+def test_without_a_working_numba_numpy_does_it(monkeypatch, error):
+    def fail(name, *arguments, real=builtins.__import__, **options):
+        if name == "numba":
+            raise error
+        return real(name, *arguments, **options)
+
     compiled_kernels.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "passopt.ir.streaming.compiled_rows", raising=False)
+    monkeypatch.setattr(builtins, "__import__", fail)
+    monkeypatch.delattr("passopt.ir.streaming.compiled_rows", raising=False)
     assert kernels_for(1 << 40).name == "numpy"
     compiled_kernels.cache_clear()
     monkeypatch.undo()
