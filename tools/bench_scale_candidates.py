@@ -76,13 +76,14 @@ def onnxslim(model: Path, output: Path) -> None:
 def neural_compressor(model: Path, output: Path) -> None:
     """Weight-only, round to nearest, as its documentation shows it."""
     import onnx
-    from onnx_neural_compressor.quantization import config, matmul_nbits_quantizer
+    from onnx_neural_compressor.quantization import matmul_nbits_quantizer as tool
 
-    options = config.RTNConfig(weight_bits=8, weight_group_size=-1, weight_sym=True)
-    loaded = onnx.load(model)
-    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(loaded, n_bits=8, block_size=128, algo_config=options)
+    options = {"n_bits": 8, "block_size": 128, "is_symmetric": True, "algo_config": tool.RTNWeightOnlyQuantConfig()}
+    quantizer = tool.MatMulNBitsQuantizer(str(model), **options)
     quantizer.process()
-    onnx.save(quantizer.model.model, output / "model.onnx", save_as_external_data=True, location="weights")
+    found = quantizer.model
+    found = found if isinstance(found, onnx.ModelProto) else found.model
+    onnx.save(found, output / "model.onnx", save_as_external_data=True, location="weights")
 
 
 CANDIDATES: dict[str, Callable[[Path, Path], None]] = {
