@@ -96,7 +96,8 @@ def main() -> None:
         f"Made by `make bench-scale-peers` on {processor()}. The same 13B-shaped fp32 graphs, random weights, for all;"
         f" one tool at a time in a process of its own, stopped at {SECONDS:.0f} s or {ANONYMOUS / 1e9:.0f} GB of "
         "anonymous memory. passopt writes int8 codes and scales per output channel; onnxsim and onnxslim only rewrite "
-        "the graph and save it.",
+        "the graph and save it; onnx-neural-compressor rounds 8-bit weights to what their codes stand for and keeps "
+        "them in fp32.",
     ]
     for size in options.sizes:
         hidden, layers = SIZES[size]
