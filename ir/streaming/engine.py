@@ -103,9 +103,10 @@ def write_weight_files(
 ) -> StreamReport:
     """Write all files, in folders that exist; each source byte is read once for all of them.
 
-    `progress` is called with the bytes written since its last call, one call at a time. With a `journal`, an
-    interrupted run goes on where it was: finished tensors are not written again, others from their beginning. Raises
-    ModelError (a source that cannot be read, changed, or has no scale), UsageError (memory), OSError (the disk).
+    `progress` is called with the bytes written since its last call, one call at a time; its `skip`, if it has one,
+    with what an earlier run wrote. With a `journal`, an interrupted run goes on where it was: finished tensors are not
+    written again, others from their beginning. Raises ModelError (a source that cannot be read, changed, or has no
+    scale), UsageError (memory), OSError (the disk).
     """
     start = time.monotonic()
     groups = schedule(files)
@@ -203,7 +204,8 @@ class _Run:
         for output, name in zip(group.outputs, names, strict=True):
             self._found[output.file, output.name] = self._journal.finished[name]
             self._count(self._journal.overflows[name])
-            self._advance(output.nbytes)
+            if self._progress is not None:
+                getattr(self._progress, "skip", self._progress)(output.nbytes)
         return True
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir
@@ -75,7 +75,8 @@ DYNAMIC_TWIN_TOLERANCE = Tolerance(outputs=3e-2, perplexity=2e-3)
 class VerifyOptions:
     """`lengths` of prefills in tokens, `tokens` of a text for perplexity in overlapping windows, `tolerance` instead of
     the default for outputs. `max_positions` defaults to what the reference's tables hold. `scratch` is where weights
-    lie while a model runs (default: the system's temporary folder; it needs the size of a model, or of a layer)."""
+    lie while a model runs (default: the system's temporary folder; it needs the size of a model, or of a layer).
+    `on_piece` is told number and count of each layer that `layerwise` has done."""
 
     seed: int = 0
     lengths: tuple[int, ...] = (1, 7, 33)
@@ -88,6 +89,7 @@ class VerifyOptions:
     layerwise: bool = False
     threads: int = 2
     scratch: Path | None = None
+    on_piece: Callable[[int, int], None] | None = None
 
 
 def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: VerifyOptions | None = None) -> VerifyReport:
@@ -246,6 +248,7 @@ def _verify_layerwise(
         Label(f"{ORIGINAL}, each layer on its activations", tolerance.outputs),
         Label(f"{NUMPY_TWIN}, layer by layer", own.outputs),
         options.scratch,
+        options.on_piece,
     )
     rows = result.rows + compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance)
     return VerifyReport(tuple(rows))

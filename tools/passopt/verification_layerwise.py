@@ -70,9 +70,11 @@ def run_layerwise(
     original: Label,
     twin: Label,
     scratch: Path | None = None,
+    on_piece: Callable[[int, int], None] | None = None,
 ) -> LayerwiseResult:
     """Compare piece by piece. `twin` labels the check of an int8 candidate against its numpy-dequantised pieces.
 
+    `on_piece` is called after each with its number, from 1 on, and the number of all.
     Raises ModelError if a graph cannot be cut into layers.
     """
     ours = _Side("reference", reference, scenarios, open_session, scratch)
@@ -82,7 +84,8 @@ def run_layerwise(
     both = zip(ours.cut.boundaries, theirs.cut.boundaries, strict=True)
     kept = [index for index, names in enumerate(both) if all(names)]
     rows: list[Row] = []
-    for one, other in zip(ours.cut.pieces(kept), theirs.cut.pieces(kept), strict=True):
+    pieces = list(zip(ours.cut.pieces(kept), theirs.cut.pieces(kept), strict=True))
+    for number, (one, other) in enumerate(pieces, 1):
         given = theirs.cast(ours.hidden)
         (expected,) = ours.run(one, [ours.hidden])
         same, found = theirs.run(other, [given, theirs.hidden])
@@ -93,6 +96,8 @@ def run_layerwise(
         rows += _compare(original, one, scenarios, expected, same, f"accumulated {drift:.1e}")
         ours.accept(one, expected)
         theirs.accept(other, found)
+        if on_piece is not None:
+            on_piece(number, len(pieces))
     return LayerwiseResult(rows, ours.observations, theirs.observations)
 
 

@@ -1,4 +1,4 @@
-"""A progress bar for long writes: on stderr, and only if that is a terminal."""
+"""A progress bar for long work: on stderr, and only if that is a terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ _INTERVAL = 0.1
 
 
 class Progress:
-    """Call it with the bytes done since the last call."""
+    """Call it with the bytes done since the last call; or, `in_items`, with the number of things."""
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, *, in_items: bool = False) -> None:
         self._label = label
         self._total = max(total, 1)
-        self._done = 0
+        self._in_items = in_items
+        self._done = self._skipped = 0
         self._start = time.monotonic()
         self._shown = 0.0
         self._visible = sys.stderr.isatty()
@@ -27,6 +28,11 @@ class Progress:
             self._shown = now
             self._draw(now - self._start)
 
+    def skip(self, count: int) -> None:
+        """So much was done before: it belongs to the whole, but not to the speed."""
+        self._skipped += count
+        self(count)
+
     def close(self) -> None:
         """Clear the line."""
         if self._visible and self._shown:
@@ -34,8 +40,9 @@ class Progress:
 
     def _draw(self, seconds: float) -> None:
         share = min(1.0, self._done / self._total)
-        rate = self._done / max(seconds, 1e-9)
-        left = (self._total - self._done) / max(rate, 1.0)
+        rate = (self._done - self._skipped) / max(seconds, 1e-9)
+        left = max(self._total - self._done, 0) / max(rate, 1e-3)
         bar = ("█" * round(share * _WIDTH)).ljust(_WIDTH, "·")
-        text = f"\r{self._label} {bar} {share:4.0%}  {rate / 1e9:.2f} GB/s  {max(left, 0):.0f} s left\033[K"
-        print(text, end="", file=sys.stderr, flush=True)
+        speed = f"{self._done}/{self._total}" if self._in_items else f"{rate / 1e9:.2f} GB/s"
+        remaining = f"  {left:.0f} s left" if rate > 0 else ""
+        print(f"\r{self._label} {bar} {share:4.0%}  {speed}{remaining}\033[K", end="", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from passopt.commands.progress import Progress
 from passopt.ir.errors import CheckError, UsageError
 from passopt.targets.simulate import load_any
 from passopt.targets.tvm.library import LIBRARY_NAME
@@ -18,18 +19,38 @@ from passopt.verification_scenarios import TOKENIZER_NAME, read_tokens
 def verify(options: argparse.Namespace) -> int:
     """Exit 1 if anything is beyond its tolerance."""
     tokens = _tokens(options) if options.text else ()
+    layers = _Layers()
     settings = VerifyOptions(
         seed=options.seed,
         tolerance=options.tolerance,
         max_positions=options.max_positions,
         tokens=tokens,
         layerwise=options.layerwise,
+        on_piece=layers,
     )
-    report = _report(options, settings)
+    try:
+        report = _report(options, settings)
+    finally:
+        layers.close()
     print(json.dumps(report.to_json(), indent=2) if options.json else report.to_text())
     if not report.ok:
         raise CheckError(f"{options.candidate} is not equivalent to {options.reference} within the tolerances above")
     return 0
+
+
+class _Layers:
+    """A bar of the layers that are done; how many there are, the first of them tells."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def __call__(self, number: int, count: int) -> None:
+        self._bar = self._bar or Progress("comparing layers", count, in_items=True)
+        self._bar(1)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _report(options: argparse.Namespace, settings: VerifyOptions) -> VerifyReport:
