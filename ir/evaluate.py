@@ -15,7 +15,7 @@ import numpy as np
 
 from passopt.ir import expressions as ex
 from passopt.ir.errors import ModelError
-from passopt.ir.row_math import Array, cast_rows, normalize_rows, quantize_values, scales_of
+from passopt.ir.row_math import Array, absmax, cast_rows, normalize_rows, quantize_values, scales_of
 from passopt.ir.sources import check_unchanged
 
 Box: TypeAlias = tuple[tuple[int, int], ...]
@@ -193,7 +193,7 @@ class Evaluator:
 
             def rows(start: int, stop: int) -> Array:
                 wide = self._finite(codes.operand, start, stop)
-                return quantize_values(wide, scales_of(_absmax(wide), codes.operand.dtype)[:, None])
+                return quantize_values(wide, scales_of(absmax(wide, 0), codes.operand.dtype)[:, None])
 
             return self._full_rows(codes, box, rows)
 
@@ -207,14 +207,14 @@ class Evaluator:
         if scales.along:
             return self._scales_of_columns(scales.operand)[start:stop]
         ranges = self._row_ranges(scales.operand, start, stop)
-        peaks = [_absmax(self._finite(scales.operand, *rows)) for rows in ranges]
+        peaks = [absmax(self._finite(scales.operand, *rows), 0) for rows in ranges]
         return scales_of(np.concatenate(peaks), scales.dtype)
 
     def _scales_of_columns(self, weight: ex.Expression) -> Array:
         if weight not in self._column_scales:
             peak = np.zeros(weight.shape[1], np.float32)
             for start, stop in self._row_ranges(weight, 0, weight.shape[0]):
-                np.maximum(peak, np.abs(self._finite(weight, start, stop)).max(axis=0), out=peak)
+                np.maximum(peak, absmax(self._finite(weight, start, stop), 1), out=peak)
             self._column_scales[weight] = scales_of(peak, weight.dtype)
         return self._column_scales[weight]
 
@@ -273,11 +273,6 @@ def pack_blocks(values: Array, out: Array) -> None:
     if word is not None and columns > 1 and values.flags.c_contiguous and out.flags.c_contiguous:
         values, out, columns = values.view(word), out.view(word), 1  # a group is moved as one number, not byte by byte
     out[...] = values.reshape(down, rows, across, columns).transpose(0, 2, 1, 3)
-
-
-def _absmax(rows: Array) -> Array:
-    result: Array = np.abs(rows).reshape(len(rows), -1).max(axis=1, initial=0)
-    return result
 
 
 def _moved(box: Box, axis: int, start: int, stop: int) -> Box:

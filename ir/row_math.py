@@ -19,27 +19,15 @@ LANES = 16
 _SMALLEST_STEP = np.float32(127.5)
 
 
-def absmax_rows(values: Array, through: ex.DataType | None = None) -> Array:
-    """Largest magnitude per row, fp32 [rows], of `values` rounded to `through`. NaN if the row has one."""
-    wide = widened(values, through)
-    result: Array = np.abs(wide).reshape(len(wide), -1).max(axis=1, initial=0)
+def absmax(values: Array, along: int, through: ex.DataType | None = None) -> Array:
+    """Largest magnitude per index of axis `along`, fp32, of `values` rounded to `through`. NaN where there is one."""
+    result: Array = np.abs(widened(values, through)).max(axis=1 - along, initial=0)
     return result
 
 
-def code_rows(values: Array, through: ex.DataType | None, scales: Array, out: Array) -> None:
-    """int8 codes of finite `values` rounded to `through`, by the scales of their rows, into `out`."""
-    out[...] = quantize_values(widened(values, through), scales[:, None])
-
-
-def absmax_columns(values: Array, through: ex.DataType | None = None) -> Array:
-    """Largest magnitude per column, fp32 [columns], of `values` rounded to `through`. NaN if the column has one."""
-    result: Array = np.abs(widened(values, through)).max(axis=0, initial=0)
-    return result
-
-
-def code_columns(values: Array, through: ex.DataType | None, scales: Array, out: Array) -> None:
-    """int8 codes of finite `values` rounded to `through`, by the scales of their columns, into `out`."""
-    out[...] = quantize_values(widened(values, through), scales[None, :])
+def quantize_rows(values: Array, along: int, through: ex.DataType | None, scales: Array, out: Array) -> None:
+    """int8 codes of finite `values` rounded to `through`, by one scale per index of axis `along`, into `out`."""
+    out[...] = quantize_values(widened(values, through), scales[:, None] if along == 0 else scales[None, :])
 
 
 def cast_rows(values: Array, dtype: ex.DataType, out: Array) -> int:

@@ -73,7 +73,7 @@ class ChunkValues:
     def measure(self) -> None:
         """Take the rows that were loaded into account for the scales of columns."""
         for weight, peaks in self._columns_of.items():
-            found = self._kernels.absmax_columns(*self._unrounded(weight))
+            found = self._absmax(weight, 1)
             if not np.isfinite(found).all():
                 self._finite_peaks(weight)
             np.maximum(peaks, found, out=peaks)
@@ -129,10 +129,7 @@ class ChunkValues:
             self._cast(core, out)
         elif isinstance(core, ex.QuantizeCodes):
             values, through = self._unrounded(core.operand)
-            if is_by_columns(core):
-                self._kernels.codes_of_columns(values, through, self._scales(core), out)
-            else:
-                self._kernels.codes(values, through, self._scales(core), out)
+            self._kernels.codes(values, core.along, through, self._scales(core), out)
         elif isinstance(core, ex.NormalizeRows):
             self._finite_peaks(core.operand)
             values, through = self._unrounded(core.operand)
@@ -158,10 +155,14 @@ class ChunkValues:
         peaks = self._columns_of[weight] if is_by_columns(core) else self._finite_peaks(weight)
         return scales_of(peaks, weight.dtype)
 
+    def _absmax(self, weight: ex.Expression, along: int) -> Array:
+        values, through = self._unrounded(weight)
+        return self._kernels.absmax(values, along, through)
+
     def _finite_peaks(self, weight: ex.Expression) -> Array:
         """Largest magnitude per row. NaN or Inf is an error that names the tensor and the row."""
         if weight not in self._peaks:
-            peaks = self._kernels.absmax(*self._unrounded(weight))
+            peaks = self._absmax(weight, 0)
             if not np.isfinite(peaks).all():
                 raise not_finite(weight, self._start + int(np.argmin(np.isfinite(peaks))))
             self._peaks[weight] = peaks

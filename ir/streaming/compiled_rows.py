@@ -132,36 +132,29 @@ def _narrow(kind: int, floats: Array, bits: Array, spare: Array, out: Array) -> 
 
 
 @_compiled
-def codes(source: Array, kind: int, through: int, scales: Array, out: Array) -> None:
-    """int8 codes of finite rows by fp32 scales; `through` is what the values are rounded to, or their own kind."""
-    rows, columns = source.shape
-    floats = np.empty(columns, np.float32)
-    spare = np.empty(columns, np.float32)
-    bits = floats.view(np.uint32)
-    for i in range(rows):
-        _widen(source[i], kind, floats, bits)
-        if through != kind:
-            _round(through, floats, bits, spare)
-        scale = scales[i]
-        for j in range(columns):
-            floats[j] = min(max(floats[j] / scale, _F32(-127)), _F32(127)) + _ROUNDER
-        for j in range(columns):
-            out[i, j] = np.int8(bits[j] & _U32(0xFF))
+def _load(row: Array, kind: int, through: int, floats: Array, bits: Array, spare: Array) -> None:
+    """A row of bits to fp32, rounded to `through` if that is another kind."""
+    _widen(row, kind, floats, bits)
+    if through != kind:
+        _round(through, floats, bits, spare)
 
 
 @_compiled
-def codes_of_columns(source: Array, kind: int, through: int, scales: Array, out: Array) -> None:
-    """The same with one scale per column."""
+def codes(source: Array, kind: int, through: int, scales: Array, along: int, out: Array) -> None:
+    """int8 codes of finite rows by fp32 scales, one per index of axis `along`; `through` may be their own kind."""
     rows, columns = source.shape
     floats = np.empty(columns, np.float32)
     spare = np.empty(columns, np.float32)
     bits = floats.view(np.uint32)
     for i in range(rows):
-        _widen(source[i], kind, floats, bits)
-        if through != kind:
-            _round(through, floats, bits, spare)
-        for j in range(columns):
-            floats[j] = min(max(floats[j] / scales[j], _F32(-127)), _F32(127)) + _ROUNDER
+        _load(source[i], kind, through, floats, bits, spare)
+        if along == 0:
+            scale = scales[i]
+            for j in range(columns):
+                floats[j] = min(max(floats[j] / scale, _F32(-127)), _F32(127)) + _ROUNDER
+        else:
+            for j in range(columns):
+                floats[j] = min(max(floats[j] / scales[j], _F32(-127)), _F32(127)) + _ROUNDER
         for j in range(columns):
             out[i, j] = np.int8(bits[j] & _U32(0xFF))
 
@@ -201,9 +194,7 @@ def normalize(source: Array, kind: int, through: int, epsilon: float, out: Array
     lanes = np.zeros(_LANES, np.float64)
     whole = columns // _LANES * _LANES
     for i in range(rows):
-        _widen(source[i], kind, floats, bits)
-        if through != kind:
-            _round(through, floats, bits, spare)
+        _load(source[i], kind, through, floats, bits, spare)
         for lane in range(_LANES):
             lanes[lane] = 0
         for j in range(0, whole, _LANES):

@@ -21,23 +21,20 @@ _BITS = {DataType.FLOAT: np.uint32, DataType.FLOAT16: np.uint16, DataType.BFLOAT
 
 
 class RowKernels:
-    """The row operations in numpy. `values` are [rows, columns]; `through` is a dtype they are rounded to before."""
+    """The row operations in numpy. `values` are [rows, columns]; `through` is a dtype they are rounded to before.
+
+    `along` is the axis that scales belong to: 0 for rows, 1 for columns.
+    """
 
     name = "numpy"
     #: fp32 and fp64 copies while a result is computed, per element of a row.
     scratch_bytes = 24
 
-    def absmax(self, values: Array, through: DataType | None) -> Array:
-        return row_math.absmax_rows(values, through)
+    def absmax(self, values: Array, along: int, through: DataType | None) -> Array:
+        return row_math.absmax(values, along, through)
 
-    def codes(self, values: Array, through: DataType | None, scales: Array, out: Array) -> None:
-        row_math.code_rows(values, through, scales, out)
-
-    def absmax_columns(self, values: Array, through: DataType | None) -> Array:
-        return row_math.absmax_columns(values, through)
-
-    def codes_of_columns(self, values: Array, through: DataType | None, scales: Array, out: Array) -> None:
-        row_math.code_columns(values, through, scales, out)
+    def codes(self, values: Array, along: int, through: DataType | None, scales: Array, out: Array) -> None:
+        row_math.quantize_rows(values, along, through, scales, out)
 
     def cast(self, values: Array, dtype: DataType, out: Array) -> int:
         return row_math.cast_rows(values, dtype, out)
@@ -63,41 +60,24 @@ class CompiledRowKernels(RowKernels):
             DataType.BFLOAT16: compiled.BF16,
         }
 
-    def absmax(self, values: Array, through: DataType | None) -> Array:
+    def absmax(self, values: Array, along: int, through: DataType | None) -> Array:
         bits = _bits(values)
         if bits is None:
-            return super().absmax(values, through)
-        peaks = np.empty(len(bits), bits.dtype)
-        self._compiled.absmax(bits, peaks)
+            return super().absmax(values, along, through)
+        peaks = np.zeros(bits.shape[along], bits.dtype)
+        (self._compiled.absmax if along == 0 else self._compiled.absmax_columns)(bits, peaks)
         # Rounding keeps order, so the rounded maximum is the maximum of the rounded.
         return row_math.widened(peaks.view(values.dtype), through)
 
-    def codes(self, values: Array, through: DataType | None, scales: Array, out: Array) -> None:
+    def codes(self, values: Array, along: int, through: DataType | None, scales: Array, out: Array) -> None:
         bits = _bits(values)
         own = DataType.from_numpy(values.dtype)
         target = through or own
         if bits is None or target not in self._kinds:
-            super().codes(values, through, scales, out)
-            return
-        self._compiled.codes(bits, self._kinds[own], self._kinds[target], scales.astype(np.float32), out)
-
-    def absmax_columns(self, values: Array, through: DataType | None) -> Array:
-        bits = _bits(values)
-        if bits is None:
-            return super().absmax_columns(values, through)
-        peaks = np.zeros(bits.shape[1], bits.dtype)
-        self._compiled.absmax_columns(bits, peaks)
-        return row_math.widened(peaks.view(values.dtype), through)
-
-    def codes_of_columns(self, values: Array, through: DataType | None, scales: Array, out: Array) -> None:
-        bits = _bits(values)
-        own = DataType.from_numpy(values.dtype)
-        target = through or own
-        if bits is None or target not in self._kinds:
-            super().codes_of_columns(values, through, scales, out)
+            super().codes(values, along, through, scales, out)
             return
         kinds = self._kinds[own], self._kinds[target]
-        self._compiled.codes_of_columns(bits, *kinds, scales.astype(np.float32), out)
+        self._compiled.codes(bits, *kinds, scales.astype(np.float32), along, out)
 
     def cast(self, values: Array, dtype: DataType, out: Array) -> int:
         bits = _bits(values)

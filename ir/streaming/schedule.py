@@ -66,7 +66,7 @@ class Group:
     rank: int
     outputs: tuple[Output, ...]
 
-    @property
+    @functools.cached_property
     def cores(self) -> list[ex.Expression]:
         """All that is computed of the base, without repetitions, operands first."""
         found: dict[ex.Expression, None] = {}
@@ -76,7 +76,7 @@ class Group:
                     found.update(dict.fromkeys(reversed(list(_chain(part.core, self.base)))))
         return list(found)
 
-    @property
+    @functools.cached_property
     def stored_cores(self) -> list[ex.Expression]:
         """The cores that need memory: no scales, and no rounding that kernels do in passing."""
         shown = {part.core for output in self.outputs for part in output.parts()}
@@ -90,14 +90,14 @@ class Group:
             and (core in shown or not is_rounding(core) or not takers.get(core, set()) <= _ROUNDING_IN_PASSING)
         ]
 
-    @property
+    @functools.cached_property
     def grain(self) -> int:
         """Rows that the base can only give together: boxes are cut along its first axis."""
         if isinstance(self.base, ex.Source) or len(self.base.shape) <= 2:
             return 1
         return max(1, math.prod(self.base.shape[1:-1]))
 
-    @property
+    @functools.cached_property
     def measured(self) -> list[ex.Expression]:
         """What must pass by once before anything is written, for the largest magnitude of its columns."""
         return list(dict.fromkeys(core.operands[0] for core in self.cores if is_by_columns(core)))
