@@ -130,13 +130,13 @@ def store_float32(buffer: Any, value: Any, indices: Sequence[Any], lanes: int) -
 L1, L2 = 3, 2
 
 
-def prefetch(buffer: Any, indices: Sequence[Any], locality: int = L1) -> None:
-    """Asks for the cache line of an element, to be read soon. Nothing is read: it may lie behind the buffer's end."""
+def prefetch(buffer: Any, indices: Sequence[Any], locality: int = L1, *, write: bool = False) -> None:
+    """Asks for the cache line of an element, to be used soon. Nothing is read: it may lie behind the buffer's end."""
     from tvm.script.ir_builder import tirx as T
 
     address = T.address_of(buffer[tuple(indices)])
-    read, data = T.int32(0), T.int32(1)
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, read, T.int32(locality), data))
+    kind, data = T.int32(int(write)), T.int32(1)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, kind, T.int32(locality), data))
 
 
 #: Bytes from a weight that is used to the one that is asked for. What the CPU itself reads ahead ends with the page of

@@ -6,6 +6,8 @@ Float weights and int8 weights with fp32 activations here; int8 activations are 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from passopt.ir.errors import ModelError
@@ -26,8 +28,11 @@ class LinearPlan:
     name: str
     #: (suffix of the weight's name, expression) in the order of the kernel's arguments.
     weights: tuple[tuple[str, Expression], ...]
-    #: A PrimFunc: (x f32[M, K], *weights, y f32[M, N]).
-    function: Any
+    make: Callable[[bool], Any]
+
+    def function(self, *, residual: bool = False) -> Any:
+        """The PrimFunc (x f32[M, K], *weights, y f32[M, N]); with `residual`, f32[M, N] before y that is added."""
+        return self.make(residual)
 
 
 def plan_float(weight: Expression, isa: Isa) -> LinearPlan:
@@ -36,7 +41,7 @@ def plan_float(weight: Expression, isa: Isa) -> LinearPlan:
     dtype = _float_dtype(weight, "weight")
     panels = Panels.of(rows, columns, dtype, isa)
     packed = weight.pack(panels.width)
-    return LinearPlan(f"linear_{dtype}_{rows}_{columns}", (("packed", packed),), linear(panels))
+    return LinearPlan(f"linear_{dtype}_{rows}_{columns}", (("packed", packed),), partial(linear, panels))
 
 
 def plan_int8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
@@ -55,7 +60,7 @@ def plan_int8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
     padded = scales.pad(0, panels.count * panels.width, value=1.0)
     suffix = "" if dtype == "float32" else f"_{dtype}"
     name = f"linear_int8_{rows}_{columns}{suffix}"
-    return LinearPlan(name, (("packed", packed), ("scales", padded)), linear(panels))
+    return LinearPlan(name, (("packed", packed), ("scales", padded)), partial(linear, panels))
 
 
 def _matrix(weight: Expression) -> tuple[int, int]:

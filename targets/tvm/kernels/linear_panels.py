@@ -34,8 +34,8 @@ FEW_BLOCKS = 4
 PARALLEL_WEIGHTS = 1 << 16
 
 
-def linear(panels: Panels) -> Any:
-    """The PrimFunc (x f32[M, K], packed, [scales of all panels], y f32[M, N])."""
+def linear(panels: Panels, residual: bool = False) -> Any:
+    """The PrimFunc (x f32[M, K], packed, [scales of all panels], [residual f32[M, N], which is added], y f32[M, N])."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
@@ -46,6 +46,7 @@ def linear(panels: Panels) -> Any:
             ("x", (rows, panels.inputs), "float32"),
             ("packed", (panels.count, panels.inputs, panels.width, 1), panels.dtype),
             ("scales", (panels.count * panels.width,), panels.scales),
+            ("residual", (rows, panels.outputs), "float32" if residual else None),
             ("y", (rows, panels.outputs), "float32"),
         ]
         buffers = {name: argument(name, shape, dtype) for name, shape, dtype in arguments if dtype is not None}
@@ -84,14 +85,16 @@ class _Place:
 class _Linear:
     """Emits one kernel into the builder that is open."""
 
-    def __init__(self, panels: Panels, m: Any, x: Any, packed: Any, y: Any, scales: Any = None) -> None:
+    def __init__(
+        self, panels: Panels, m: Any, x: Any, packed: Any, y: Any, scales: Any = None, residual: Any = None
+    ) -> None:
         from tvm.script.ir_builder import tirx as T
 
         self.panels, self.m = panels, m
         # Only the last index of an access may be a vector: the axis of length 1 goes.
         self.packed = T.decl_buffer(packed.shape[:3], panels.dtype, data=packed.data)
         self.flat = T.decl_buffer((panels.count * panels.inputs * panels.width,), panels.dtype, data=packed.data)
-        self.x, self.scales, self.y = x, scales, y
+        self.x, self.scales, self.residual, self.y = x, scales, residual, y
         self.lanes = panels.isa.lanes
         self.vectors = range(panels.vectors)
         self.columns = range(0, panels.width, self.lanes)
@@ -170,13 +173,18 @@ class _Linear:
         width, outputs = self.panels.width, self.panels.outputs
         if outputs % width == 0:
             for vector, value in enumerate(values):
-                store(self.y, value, [row, panel * width + vector * self.lanes], self.lanes)
+                at = [row, panel * width + vector * self.lanes]
+                store(self.y, self._with_residual(value, at, self.lanes), at, self.lanes)
             return
         line = local(width)
         for vector, value in enumerate(values):
             store(line, value, [vector * self.lanes], self.lanes)
         with T.serial(0, self._least(width, outputs - panel * width)) as column:
-            T.buffer_store(self.y, line[column], [row, panel * width + column])
+            at = [row, panel * width + column]
+            T.buffer_store(self.y, self._with_residual(line[column], at, 1), at)
+
+    def _with_residual(self, value: Any, at: list[Any], lanes: int) -> Any:
+        return value if self.residual is None else load(self.residual, at, lanes) + value
 
     # Many rows: blocks of rows and chunks of inputs.
 
@@ -311,7 +319,9 @@ class _Linear:
                     for vector in self.vectors:
                         at = [block * self.panels.rows + row, panel * self.panels.width + vector * self.lanes]
                         value = load(sums[row][vector], [0], self.lanes)
-                        store(self.y, value if first else load(self.y, at, self.lanes) + value, at, self.lanes)
+                        so_far = load(self.y, at, self.lanes) + value
+                        total = self._with_residual(value, at, self.lanes) if first else so_far
+                        store(self.y, total, at, self.lanes)
 
     def _add_part_of_tile(self, sums: Any, panel: Any, chunk: Any, block: Any) -> None:
         from tvm.script.ir_builder import tirx as T
@@ -325,7 +335,8 @@ class _Linear:
         here = self._least(size, self.m - above), self._least(width, self.panels.outputs - panel * width)
         with T.serial(0, here[0]) as row, T.serial(0, here[1]) as column:
             at = [above + row, panel * width + column]
-            before = T.if_then_else(chunk == 0, T.float32(0), self.y[tuple(at)])
+            first = T.float32(0) if self.residual is None else self.residual[tuple(at)]
+            before = T.if_then_else(chunk == 0, first, self.y[tuple(at)])
             T.buffer_store(self.y, before + tile[row, column], at)
 
     # Small parts.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from onnx_ir import DataType
@@ -17,7 +18,17 @@ from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels.byte_dot import ByteKernel, byte_kernel
 from passopt.targets.tvm.kernels.byte_pairs import Pairs
 from passopt.targets.tvm.kernels.byte_tiles import Operands, Panel, Tile, whole_groups
-from passopt.targets.tvm.kernels.emit import FUNCTION_ATTRIBUTES, argument, local, opaque, root_block, span, symbol
+from passopt.targets.tvm.kernels.emit import (
+    CACHE_LINE,
+    FUNCTION_ATTRIBUTES,
+    argument,
+    local,
+    opaque,
+    prefetch,
+    root_block,
+    span,
+    symbol,
+)
 from passopt.targets.tvm.kernels.linear import LinearPlan
 from passopt.targets.tvm.kernels.quantize_rows import CodesLayout, codes_layout
 
@@ -29,7 +40,7 @@ _CHUNK_COLUMNS = 128
 def plan_w8a8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
     """y = (codes of x · codesᵀ) · row scale · scales, for int8 codes [N, K] and scales [N].
 
-    The function takes (codes as `codes_layout(K, isa)` says, row_scales f32[M], *weights, y f32[M, N]).
+    The function takes (codes as `codes_layout(K, isa)` says, row_scales f32[M], *weights, [residual,] y f32[M, N]).
     """
     n, k = codes.shape
     kernel = byte_kernel(isa)
@@ -40,11 +51,11 @@ def plan_w8a8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
     ]
     if codes_layout(k, isa).zero_point:
         weights.append(("sums", codes.row_sums().pad(0, padded)))
-    function = linear_w8a8(n, k, codes_layout(k, isa), kernel)
-    return LinearPlan(f"linear_w8a8_{n}_{k}", tuple(weights), function)
+    make = partial(linear_w8a8, n, k, codes_layout(k, isa), kernel)
+    return LinearPlan(f"linear_w8a8_{n}_{k}", tuple(weights), make)
 
 
-def linear_w8a8(n: int, k: int, layout: CodesLayout, kernel: ByteKernel) -> Any:
+def linear_w8a8(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, residual: bool = False) -> Any:
     """The PrimFunc of `plan_w8a8`; row sums of the weights are an argument where codes have a zero point."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
@@ -59,11 +70,12 @@ def linear_w8a8(n: int, k: int, layout: CodesLayout, kernel: ByteKernel) -> Any:
         packed = argument("packed", (blocks, groups, kernel.columns, kernel.group), "int8")
         scales = argument("scales", (padded,))
         sums = argument("sums", (padded,), "int32") if layout.zero_point else None
+        before = argument("residual", (rows, n)) if residual else None
         y = argument("y", (rows, n))
         with root_block():
             flat = T.decl_buffer((groups * padded * kernel.group,), "int8", data=packed.data)
             operands = Operands(k, layout, kernel, rows, codes, packed, flat)
-            _Linear(operands, _Result(n, layout.zero_point, row_scales, scales, sums, y)).emit()
+            _Linear(operands, _Result(n, layout.zero_point, row_scales, scales, sums, before, y)).emit()
     return builder.get()
 
 
@@ -77,6 +89,8 @@ class _Result:
     scales: Any
     #: Of the weights' rows, where codes have a zero point.
     sums: Any
+    #: What is added, if anything is.
+    residual: Any
     y: Any
 
     def store(self, row: Any, block: Any, totals: list[Any], lanes: int) -> None:
@@ -91,13 +105,21 @@ class _Result:
                 total = total - self.sums[at] * T.broadcast(T.int32(self.zero_point), lanes)
             scaled = total.astype(f"float32x{lanes}") * T.broadcast(factor, lanes) * self.scales[at]
             if self.n % width == 0:
-                T.buffer_store(self.y, scaled, [row, at])
+                self._write(scaled, row, at)
                 continue
             with T.If(column + lanes <= self.n):
                 with T.Then():
-                    T.buffer_store(self.y, scaled, [row, at])
+                    self._write(scaled, row, at)
                 with T.Else():
                     self._store_rest(row, column, scaled, lanes)
+
+    def expect(self, rows: list[Any], block: Any, columns: int) -> None:
+        """Ask for the lines of y that `store` will write: what it writes, the CPU reads before."""
+        for row in rows:
+            for column in range(0, columns, CACHE_LINE):
+                prefetch(self.y, [row, block * columns + column], write=True)
+                if self.residual is not None:
+                    prefetch(self.residual, [row, block * columns + column])
 
     def _store_rest(self, row: Any, column: Any, scaled: Any, lanes: int) -> None:
         """The columns of a vector that reaches past N, one at a time."""
@@ -107,7 +129,12 @@ class _Result:
         T.buffer_store(spill, scaled, [span(0, lanes)])
         for lane in range(lanes):
             with T.If(column + lane < self.n), T.Then():
-                T.buffer_store(self.y, spill[lane], [row, column + lane])
+                self._write(spill[lane], row, column + lane)
+
+    def _write(self, value: Any, row: Any, at: Any) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        T.buffer_store(self.y, value if self.residual is None else self.residual[row, at] + value, [row, at])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +224,6 @@ class _Linear:
                     if pairs is not None:
                         pairs.take_panel(panel)
                     self._tiles(chunk, panel, pairs)
-            self._store_chunk(chunk, pairs)
 
     def _tiles(self, chunk: _Chunk, panel: Panel, pairs: Pairs | None) -> None:
         """All rows of the chunk, a tile at a time; those of bytes also ask for the next panel."""
@@ -205,7 +231,7 @@ class _Linear:
         size = self.kernel.tile_rows
         tiles = opaque((chunk.row_count + size - 1) // size)
         if pairs is not None:
-            self._each_tile(chunk, panel, tiles, lambda _, tile, rows: pairs.multiply(tile, rows, panel))
+            self._each_tile(chunk, panel, tiles, pairs, lambda _, tile, rows: pairs.multiply(tile, rows, panel))
             return
         following = self.operands.panel_from(opaque(self._following(chunk, panel)), panel.count)
 
@@ -215,10 +241,15 @@ class _Linear:
 
             following.each_step(index, tiles, step)
 
-        self._each_tile(chunk, panel, tiles, multiply)
+        self._each_tile(chunk, panel, tiles, None, multiply)
 
     def _each_tile(
-        self, chunk: _Chunk, panel: Panel, tiles: Any, multiply: Callable[[Any, Tile, list[Any]], None]
+        self,
+        chunk: _Chunk,
+        panel: Panel,
+        tiles: Any,
+        pairs: Pairs | None,
+        multiply: Callable[[Any, Tile, list[Any]], None],
     ) -> None:
         """`multiply(index, tile, rows)` for every tile; the last one has as few rows as it can."""
         from tvm.script.ir_builder import tirx as T
@@ -229,9 +260,14 @@ class _Linear:
 
             def one(count: int) -> None:
                 rows = [T.bind(T.min(first + row, self.operands.rows - 1)) for row in range(count)]
+                last = panel.first + panel.count == self.operands.groups
+                with T.If(last), T.Then():
+                    self.result.expect(rows, panel.source, self.kernel.columns)
                 tile = Tile(self.kernel, count)
                 multiply(index, tile, rows)
                 self._keep(chunk, panel, tile, index)
+                with T.If(last), T.Then():
+                    self._store_tile(chunk, panel, index, pairs)
 
             def smallest(counts: list[int]) -> None:
                 if len(counts) == 1:
@@ -273,13 +309,17 @@ class _Linear:
             with T.Else():
                 write(True)
 
-    def _store_chunk(self, chunk: _Chunk, pairs: Pairs | None) -> None:
+    def _store_tile(self, chunk: _Chunk, panel: Panel, index: Any, pairs: Pairs | None) -> None:
+        """Results of a tile behind its last panel: y is in no cache, and waits while the next tile is computed."""
         from tvm.script.ir_builder import tirx as T
 
-        lanes = self.kernel.lanes
-        with T.serial(0, chunk.row_count) as row, T.serial(0, chunk.block_count) as block:
+        lanes, size = self.kernel.lanes, self.kernel.tile_rows
+        first = T.bind(index * size)
+        with T.serial(0, T.min(T.int64(size), chunk.row_count - first)) as step:
+            row = T.bind(first + step)
             parts = [span(vector * lanes, lanes) for vector in range(self.kernel.tile_vectors)]
-            totals = [chunk.sums[block, row, part] for part in parts]
+            totals = [chunk.sums[panel.block, row, part] for part in parts]
             if pairs is not None:
-                totals = [total - pairs.excess(row, block, part) for total, part in zip(totals, parts, strict=True)]
-            self.result.store(chunk.first_row + row, chunk.first_block + block, totals, lanes)
+                excess = [pairs.excess(row, panel.block, part) for part in parts]
+                totals = [total - more for total, more in zip(totals, excess, strict=True)]
+            self.result.store(chunk.first_row + row, panel.source, totals, lanes)

@@ -15,7 +15,7 @@ from passopt.targets.tvm.kernels.emit import L2, LINE_BYTES, opaque, prefetch
 #: Steps between two requests.
 STRIDE = 4
 #: Among how many tiles the requests for a panel are shared out, if there are as many; two at least.
-SHARES = (8, 4, 2)
+SHARES = (16, 8, 4, 2)
 
 
 @dataclasses.dataclass(frozen=True)

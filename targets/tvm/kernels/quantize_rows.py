@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from passopt.targets.tvm.features import Isa
-from passopt.targets.tvm.kernels.emit import local
+from passopt.targets.tvm.kernels import emit
+from passopt.targets.tvm.kernels.computed_rows import ComputedRows
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 _ROUNDING = 1.5 * 2**23
 #: Its bits: those of the sum exceed them by the rounded integer.
 _ROUNDING_BITS = int(np.float32(_ROUNDING).view(np.int32))
-#: Below so many rows waking threads costs more than the rows.
-_SERIAL_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,96 +57,89 @@ def quantize_rows(k: int, isa: Isa) -> Any:
     scale = absmax / 127, or 1 where that is 0; code = x / scale rounded half to even, within ±127. A row that holds NaN
     or infinity has a scale that is not finite either.
     """
-    from tvm import tirx
+
+    def emit_row(arguments: tuple[Any, ...], row: Any) -> Load:
+        return lambda start, lanes: emit.load(arguments[0], [row, start], lanes)
+
+    return _function(k, isa, lambda rows: (emit.argument("x", (rows, k)),), emit_row)
+
+
+def quantize_computed(computed: ComputedRows, isa: Isa) -> Any:
+    """PrimFunc (*arguments of `computed`, codes, scales): as `quantize_rows`, of rows that never go to memory."""
+
+    def emit_row(arguments: tuple[Any, ...], row: Any) -> Load:
+        held = emit.scratch(computed.width)
+        computed.emit_row(arguments, row, lambda start, value, lanes: emit.store(held, value, [start], lanes))
+        return lambda start, lanes: emit.load(held, [start], lanes)
+
+    return _function(computed.width, isa, computed.arguments, emit_row)
+
+
+#: `load(start, lanes)`: numbers of a row from column `start` on.
+Load = Callable[[Any, int], Any]
+
+
+def _function(
+    k: int,
+    isa: Isa,
+    declare: Callable[[Any], tuple[Any, ...]],
+    emit_row: Callable[[tuple[Any, ...], Any], Load],
+) -> Any:
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
     layout = codes_layout(k, isa)
     with IRBuilder() as builder, T.prim_func(s_tir=True, is_private=True):
-        T.func_attr({"tirx.noalias": True, "op_pattern": 8})
-        rows = tirx.Var("rows", "int64")
-        x = T.match_buffer(T.arg("x", T.handle()), (rows, k), "float32")
-        codes = T.match_buffer(T.arg("codes", T.handle()), (rows, layout.width), layout.dtype)
-        scales = T.match_buffer(T.arg("scales", T.handle()), (rows,), "float32")
-        with T.sblock("root"):
-            T.reads([])
-            T.writes([])
-            with T.If(rows < _SERIAL_ROWS):
-                with T.Then(), T.serial(0, rows) as row:
-                    _quantize_row(x, codes, scales, row, k, layout, isa.lanes)
-                with T.Else(), T.parallel(0, rows) as row:
-                    _quantize_row(x, codes, scales, row, k, layout, isa.lanes)
+        T.func_attr(emit.FUNCTION_ATTRIBUTES)
+        rows = emit.symbol("M")
+        arguments = declare(rows)
+        codes = emit.argument("codes", (rows, layout.width), layout.dtype)
+        scales = emit.argument("scales", (rows,))
+
+        def one(row: Any) -> None:
+            _quantize_row(emit_row(arguments, row), codes, scales, row, k, layout, isa.lanes)
+
+        with emit.root_block():
+            emit.each_row(rows, k, one)
     return builder.get()
 
 
-def _quantize_row(x: Any, codes: Any, scales: Any, row: Any, k: int, layout: CodesLayout, lanes: int) -> None:
+def _quantize_row(load: Load, codes: Any, scales: Any, row: Any, k: int, layout: CodesLayout, lanes: int) -> None:
     from tvm import tirx
     from tvm.script.ir_builder import tirx as T
 
-    absmax = T.bind(T.reinterpret("float32", _absmax_bits(x, row, k, lanes)))
-    quotient = T.bind(absmax / T.float32(127))
-    scale = T.bind(tirx.Select(quotient == T.float32(0), T.float32(1), quotient))
+    absmax = emit.bind(T.reinterpret("float32", _absmax_bits(load, k, lanes)))
+    quotient = emit.bind(absmax / T.float32(127))
+    scale = emit.bind(tirx.Select(quotient == T.float32(0), T.float32(1), quotient))
     T.buffer_store(scales, scale, [row])
 
-    def store(start: Any, count: int) -> None:
-        limit, rounding = (_spread(T.float32(value), count) for value in (127, _ROUNDING))
-        scaled = x[row, _ramp(start, count)] / _spread(scale, count)
+    def write(start: Any, count: int) -> None:
+        limit, rounding = (emit.spread(float(value), count) for value in (127, _ROUNDING))
+        scaled = load(start, count) / emit.spread(scale, count)
         clipped = T.max(T.min(scaled, limit), -limit)
         # As integers, so that no rule of floating point may cancel the two additions.
-        integer = T.reinterpret(_type("int32", count), clipped + rounding)
-        offset = _spread(T.int32(layout.zero_point - _ROUNDING_BITS), count)
-        T.buffer_store(codes, (integer + offset).astype(_type(layout.dtype, count)), [row, _ramp(start, count)])
+        integer = T.reinterpret(emit.typed("int32", count), clipped + rounding)
+        offset = emit.spread(T.int32(layout.zero_point - _ROUNDING_BITS), count)
+        emit.store(codes, (integer + offset).astype(emit.typed(layout.dtype, count)), [row, start], count)
 
-    with T.serial(0, k // lanes) as step:
-        store(step * lanes, lanes)
-    if k % lanes:
-        with T.serial(k // lanes * lanes, k) as column:
-            store(column, 1)
+    emit.each_span(k, lanes, write)
     if layout.width > k:
         with T.serial(k, layout.width) as column:
             T.buffer_store(codes, tirx.const(layout.zero_point, layout.dtype), [row, column])
 
 
-def _absmax_bits(x: Any, row: Any, k: int, lanes: int) -> Any:
+def _absmax_bits(load: Load, k: int, lanes: int) -> Any:
     """The largest |x| of a row, as bits: as integers they are ordered like the numbers, and NaN is above all."""
-    from tvm import tirx
     from tvm.script.ir_builder import tirx as T
 
-    registers = 4  # as many chains hide the latency of a maximum
-    step = registers * lanes
-    most = local(step, dtype="int32")
+    step = 4 * lanes  # as many chains hide the latency of a maximum
+    most = emit.local(step, dtype="int32")
+    emit.store(most, emit.spread(T.int32(0), step), [0], step)
 
-    def fold(start: Any, register: int, count: int) -> None:
-        bits = T.reinterpret(_type("int32", count), x[row, _ramp(start, count)])
-        place = [_ramp(register * lanes, count)]
-        magnitude = bits & _spread(T.int32(0x7FFFFFFF), count)
-        T.buffer_store(most, T.max(most[place[0]], magnitude), place)
+    def fold(start: Any, count: int) -> None:
+        bits = T.reinterpret(emit.typed("int32", count), load(start, count))
+        magnitude = bits & emit.spread(T.int32(0x7FFFFFFF), count)
+        emit.store(most, T.max(emit.load(most, [0], count), magnitude), [0], count)
 
-    for register in range(registers):
-        T.buffer_store(most, _spread(T.int32(0), lanes), [_ramp(register * lanes, lanes)])
-    with T.serial(0, k // step) as block:
-        for register in range(registers):
-            fold(block * step + register * lanes, register, lanes)
-    if k % step:
-        with T.serial(k // step * step, k) as column:
-            fold(column, 0, 1)
-    total = most[0]
-    for index in range(1, step):
-        total = tirx.max(total, most[index])
-    return total
-
-
-def _ramp(start: Any, count: int) -> Any:
-    from tvm.script.ir_builder import tirx as T
-
-    return T.ramp(start, 1, count) if count > 1 else start
-
-
-def _spread(value: Any, count: int) -> Any:
-    from tvm.script.ir_builder import tirx as T
-
-    return T.broadcast(value, count) if count > 1 else value
-
-
-def _type(dtype: str, count: int) -> str:
-    return f"{dtype}x{count}" if count > 1 else dtype
+    emit.each_span(k, step, fold)
+    return emit.fold_lanes(most, step, T.max)

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels import emit
+from passopt.targets.tvm.kernels.computed_rows import Write
 
 
-def rms_norm(k: int, weight_dtype: str, epsilon: float, isa: Isa) -> Any:
-    """PrimFunc (x f32[M, k], w weight_dtype[k], y f32[M, k])."""
-    from tvm.script.ir_builder import IRBuilder
-    from tvm.script.ir_builder import tirx as T
+@dataclasses.dataclass(frozen=True)
+class RmsNorm:
+    """Rows [width] from x f32[M, width] and w weight_dtype[width]."""
 
-    width = 4 * isa.lanes  # four sums at once, since one would wait for itself
+    width: int
+    weight_dtype: str
+    epsilon: float
+    isa: Isa
 
-    with IRBuilder() as builder, T.prim_func(s_tir=True, is_private=True):
-        T.func_attr(emit.FUNCTION_ATTRIBUTES)
-        rows = emit.symbol("M")
-        x = emit.argument("x", (rows, k))
-        w = emit.argument("w", (k,), weight_dtype)
-        y = emit.argument("y", (rows, k))
+    @property
+    def name(self) -> str:
+        epsilon = f"{self.epsilon:g}".replace("-", "_").replace(".", "_")
+        return f"rms_norm_{self.width}_{self.weight_dtype}_{epsilon}"
 
-        def normalize(row: Any) -> None:
-            squares = emit.local(width)
-            emit.store(squares, emit.spread(0.0, width), [0], width)
+    def arguments(self, rows: Any) -> tuple[Any, ...]:
+        return emit.argument("x", (rows, self.width)), emit.argument("w", (self.width,), self.weight_dtype)
 
-            def add_squares(start: Any, lanes: int) -> None:
-                value = emit.bind(emit.load(x, [row, start], lanes))
-                emit.store(squares, emit.load(squares, [0], lanes) + value * value, [0], lanes)
+    def emit_row(self, arguments: tuple[Any, ...], row: Any, write: Write) -> None:
+        from tvm.script.ir_builder import tirx as T
 
-            emit.each_span(k, width, add_squares)
-            total = emit.fold_lanes(squares, width, lambda one, other: one + other)
-            factor = emit.bind(T.float32(1) / T.sqrt(total * T.float32(1 / k) + T.float32(epsilon)))
+        x, w = arguments
+        lanes_at_once = 4 * self.isa.lanes  # four sums at once, since one would wait for itself
+        squares = emit.local(lanes_at_once)
+        emit.store(squares, emit.spread(0.0, lanes_at_once), [0], lanes_at_once)
 
-            def scale(start: Any, lanes: int) -> None:
-                scaled = emit.load(x, [row, start], lanes) * emit.spread(factor, lanes)
-                emit.store(y, scaled * emit.load_float32(w, [start], lanes, isa), [row, start], lanes)
+        def add_squares(start: Any, lanes: int) -> None:
+            value = emit.bind(emit.load(x, [row, start], lanes))
+            emit.store(squares, emit.load(squares, [0], lanes) + value * value, [0], lanes)
 
-            emit.each_span(k, width, scale)
+        emit.each_span(self.width, lanes_at_once, add_squares)
+        total = emit.fold_lanes(squares, lanes_at_once, lambda one, other: one + other)
+        factor = emit.bind(T.float32(1) / T.sqrt(total * T.float32(1 / self.width) + T.float32(self.epsilon)))
 
-        with emit.root_block():
-            emit.each_row(rows, k, normalize)
-    return builder.get()
+        def scale(start: Any, lanes: int) -> None:
+            scaled = emit.load(x, [row, start], lanes) * emit.spread(factor, lanes)
+            write(start, scaled * emit.load_float32(w, [start], lanes, self.isa), lanes)
+
+        emit.each_span(self.width, lanes_at_once, scale)

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels import emit
+from passopt.targets.tvm.kernels.computed_rows import Write
 
 
-def swiglu(n: int, isa: Isa) -> Any:
-    """PrimFunc (gate f32[M, n], up f32[M, n], y f32[M, n]); relative error 1e-6 where gate > -88, below that y is 0
-    but for 1e-36.
+@dataclasses.dataclass(frozen=True)
+class Swiglu:
+    """Rows [width] from gate f32[M, width] and up f32[M, width].
+
+    The relative error is 1e-6 where gate > -88; below that y is 0 but for 1e-36.
     """
-    from tvm.script.ir_builder import IRBuilder
-    from tvm.script.ir_builder import tirx as T
 
-    width = 2 * isa.lanes  # two at once, since exp waits for itself
+    width: int
+    isa: Isa
 
-    with IRBuilder() as builder, T.prim_func(s_tir=True, is_private=True):
-        T.func_attr(emit.FUNCTION_ATTRIBUTES)
-        rows = emit.symbol("M")
-        gate = emit.argument("gate", (rows, n))
-        up = emit.argument("up", (rows, n))
-        y = emit.argument("y", (rows, n))
+    @property
+    def name(self) -> str:
+        return f"swiglu_{self.width}"
 
-        def activate(row: Any) -> None:
-            def multiply(start: Any, lanes: int) -> None:
-                value = emit.bind(emit.load(gate, [row, start], lanes))
-                product = value * emit.load(up, [row, start], lanes)
-                inverse = emit.spread(1.0, lanes) + emit.exp(emit.spread(0.0, lanes) - value, lanes)
-                emit.store(y, product / inverse, [row, start], lanes)
+    def arguments(self, rows: Any) -> tuple[Any, ...]:
+        return tuple(emit.argument(name, (rows, self.width)) for name in ("gate", "up"))
 
-            emit.each_span(n, width, multiply)
+    def emit_row(self, arguments: tuple[Any, ...], row: Any, write: Write) -> None:
+        gate, up = arguments
 
-        with emit.root_block():
-            emit.each_row(rows, n, activate)
-    return builder.get()
+        def multiply(start: Any, lanes: int) -> None:
+            value = emit.bind(emit.load(gate, [row, start], lanes))
+            product = value * emit.load(up, [row, start], lanes)
+            inverse = emit.spread(1.0, lanes) + emit.exp(emit.spread(0.0, lanes) - value, lanes)
+            write(start, product / inverse, lanes)
+
+        emit.each_span(self.width, 2 * self.isa.lanes, multiply)  # two at once, since exp waits for itself

@@ -24,7 +24,9 @@ from passopt.targets.tvm.lowering.importer import import_node
 from passopt.targets.tvm.lowering.linears import (
     BOTH_COMPUTED,
     WEIGHT_IS_COMPUTED,
+    find_added_linear,
     is_computed_weight,
+    lower_added_linear,
     lower_linear,
     lower_product,
 )
@@ -219,6 +221,10 @@ class _Lowering:
             self.at.state_shape(value, self._dims(value))
 
     def _select(self, node: onnx_ir.Node) -> _Selection | None:
+        added = find_added_linear(node)
+        if added is not None:
+            reads = (added.linear.input, added.residual)
+            return _Selection(reads, lambda at: lower_added_linear(at, added))
         linear = find_linear(node)
         if linear is not None:
             return _Selection((linear.input, linear.bias), lambda at: lower_linear(at, linear))

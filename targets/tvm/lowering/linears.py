@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
 import onnx_ir
 
-from passopt.ir.linears import Linear
-from passopt.ir.weights import is_checkpoint_weight
+from passopt.ir.linears import Linear, QuantizedRows, find_linear
+from passopt.ir.weights import constant_tensor, is_checkpoint_weight
 from passopt.targets.tvm.kernels.linear import LinearPlan, plan_float, plan_int8
 from passopt.targets.tvm.kernels.linear_w8a8 import plan_w8a8
-from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_rows
+from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
 from passopt.targets.tvm.lowering.values import Length, Tvm, Unsupported, Values, product
 
 #: Values behind a weight that is computed; what lies deeper is no weight.
@@ -18,24 +22,67 @@ WEIGHT_IS_COMPUTED = "its weight is computed anew at every step; run fold-norm-h
 BOTH_COMPUTED = "both sides are computed: attention that was not fused"
 
 
+@dataclasses.dataclass(frozen=True)
+class AddedLinear:
+    """`output` = `residual` + a linear without bias that nothing else reads."""
+
+    linear: Linear
+    residual: onnx_ir.Value
+    output: onnx_ir.Value
+
+
+def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
+    """The sum of a linear and a tensor of its shape, as behind attention and feed-forward; None for any other node."""
+    if node.op_type != "Add" or node.domain:
+        return None
+    for result, residual in (node.inputs, reversed(node.inputs)):
+        producer = result.producer() if result is not None else None
+        linear = find_linear(producer) if producer is not None else None
+        if linear is None or residual is None or result is None or linear.bias is not None:
+            continue
+        if residual.shape is None or residual.shape != result.shape or constant_tensor(residual) is not None:
+            continue
+        if len(result.uses()) == 1 and not result.is_graph_output():
+            return AddedLinear(linear, residual, node.outputs[0])
+    return None
+
+
 def lower_linear(at: Values, linear: Linear) -> None:
     """y = x · wᵀ + bias."""
     from tvm import relax
 
-    plan = _plan(at, linear)
-    found = at.tensor(linear.input)
-    dims = at.shape_of(found)
-    rows = at.simplified(product(dims[:-1]))
-    weights = [_weight(at, linear, suffix, position, plan) for position, suffix in enumerate(_suffixes(plan))]
-    flat = at.view(found, [rows, dims[-1]])
-    data = [flat] if linear.rows is None else _quantized(at, flat, rows, dims[-1])
-    channels = linear.weight.expression().shape[0]
-    result = at.call(plan.name, lambda: plan.function, [*data, *weights], [rows, channels])
-    at.note(f"linear: {plan.name}")
-    result = at.view(result, [*dims[:-1], channels])
+    result = _product(at, linear, None)
     if linear.bias is not None:
         result = at.emit(relax.op.add(result, at.tensor(linear.bias)))
     at.set(linear.output, result)
+
+
+def lower_added_linear(at: Values, added: AddedLinear) -> None:
+    """y = residual + x · wᵀ, in one kernel."""
+    at.set(added.output, _product(at, added.linear, added.residual))
+
+
+def _product(at: Values, linear: Linear, residual: onnx_ir.Value | None) -> Tvm:
+    plan = _plan(at, linear)
+    weights = [_weight(at, linear, suffix, position, plan) for position, suffix in enumerate(_suffixes(plan))]
+    data = (
+        [_flat(at, linear.input)] if linear.rows is None else _quantized(at, _row_codes(at, linear.input, linear.rows))
+    )
+    before = [] if residual is None else [_flat(at, residual)]
+    name = plan.name if residual is None else f"{plan.name}_residual"
+    dims, channels = at.shape(linear.input)[:-1], linear.weight.expression().shape[0]
+    shape = [at.simplified(product(dims)), channels]
+    make = partial(plan.function, residual=residual is not None)
+    result = at.call(name, make, [*data, *weights, *before], shape)
+    at.note(f"linear: {plan.name}")
+    return at.view(result, [*dims, channels])
+
+
+def _flat(at: Values, value: onnx_ir.Value) -> Tvm:
+    """The value as rows of its last axis."""
+    found = at.tensor(value)
+    dims = at.shape_of(found)
+    return at.view(found, [at.simplified(product(dims[:-1])), dims[-1]])
 
 
 def _plan(at: Values, linear: Linear) -> LinearPlan:
@@ -56,22 +103,46 @@ def _weight(at: Values, linear: Linear, suffix: str, position: int, plan: Linear
     return at.parameter(f"{name}.{suffix}" if suffix != "scales" else str(name), expression)
 
 
-def _quantized(at: Values, rows: Tvm, count: Length, width: int) -> list[Tvm]:
+@dataclasses.dataclass(frozen=True)
+class _RowCodes:
+    """The call of a kernel that gives codes and scales of `count` rows; equal keys are equal rows."""
+
+    key: object
+    kernel: str
+    make: Callable[[], Tvm]
+    arguments: tuple[Tvm, ...]
+    count: Length
+    width: int
+
+
+def _row_codes(at: Values, data: onnx_ir.Value, quantized: QuantizedRows) -> _RowCodes:
+    """Of rows in memory; or by the kernel that computes them, if nothing else reads them."""
+    isa, computed = at.cpu.isa, at.rows_to_come(data)
+    if computed is None or not _all_read_by(data, quantized):
+        rows = _flat(at, data)
+        count, width = at.shape_of(rows)
+        return _RowCodes(rows, f"quantize_rows_{width}", partial(quantize_rows, width, isa), (rows,), count, width)
+    kernel = computed.kernel
+    make = partial(quantize_computed, kernel, isa)
+    return _RowCodes(data, f"{kernel.name}_quantized", make, computed.arguments, computed.count, kernel.width)
+
+
+def _quantized(at: Values, rows: _RowCodes) -> list[Tvm]:
     """Codes and scales of the rows, computed once for all linears of one input."""
     from tvm import relax
 
-    isa = at.cpu.isa
-    layout = codes_layout(width, isa)
+    layout = codes_layout(rows.width, at.cpu.isa)
+    types = [
+        relax.TensorType([rows.count, layout.width], layout.dtype),
+        relax.TensorType([rows.count], "float32"),
+    ]
+    found = at.once(("rows", rows.key), lambda: at.call_typed(rows.kernel, rows.make, rows.arguments, types))
+    codes = at.once(("codes", rows.key), lambda: at.emit(found[0]))
+    return [codes, at.once(("scales", rows.key), lambda: at.emit(found[1]))]
 
-    def make() -> Tvm:
-        types = [
-            relax.TensorType([count, layout.width], layout.dtype),
-            relax.TensorType([count], "float32"),
-        ]
-        return at.call_typed(f"quantize_rows_{width}", lambda: quantize_rows(width, isa), [rows], types)
 
-    found = at.once(("rows", rows), make)
-    return [at.once(("codes", rows), lambda: at.emit(found[0])), at.once(("scales", rows), lambda: at.emit(found[1]))]
+def _all_read_by(value: onnx_ir.Value, quantized: QuantizedRows) -> bool:
+    return not value.is_graph_output() and all(node in quantized.nodes for node in value.consumers())
 
 
 def lower_product(at: Values, node: onnx_ir.Node) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import onnx_ir
 
-from passopt.targets.tvm.kernels.rms_norm import rms_norm
+from passopt.targets.tvm.kernels.rms_norm import RmsNorm
 from passopt.targets.tvm.kernels.rotary import rotary
-from passopt.targets.tvm.kernels.swiglu import swiglu
+from passopt.targets.tvm.kernels.swiglu import Swiglu
 from passopt.targets.tvm.lowering.registry import attribute, lowers
-from passopt.targets.tvm.lowering.values import Tvm, Unsupported, Values, product
+from passopt.targets.tvm.lowering.values import RowsToCome, Tvm, Unsupported, Values, product
 
 
 @lowers("RMSNormalization")
@@ -21,12 +21,9 @@ def rms_normalization(at: Values, node: onnx_ir.Node) -> None:
         raise Unsupported("a norm over other axes than the last one")
     if len(weight.ty.shape.values) != 1:
         raise Unsupported("a norm whose weight is no vector")
-    epsilon = attribute(node, "epsilon", 1e-5)
     rows = at.simplified(product(dims[:-1]))
-    flat = at.view(found, [rows, width])
-    name = f"rms_norm_{width}_{dtype}_{epsilon:g}".replace("-", "_").replace(".", "_")
-    result = at.call(name, lambda: rms_norm(width, dtype, epsilon, isa), [flat, weight], [rows, width])
-    at.set(node.outputs[0], at.view(result, dims))
+    kernel = RmsNorm(width, dtype, attribute(node, "epsilon", 1e-5), isa)
+    at.set_rows(node.outputs[0], RowsToCome(kernel, (at.view(found, [rows, width]), weight), rows), dims)
 
 
 @lowers("RotaryEmbedding")
@@ -92,6 +89,5 @@ def lower_swiglu(at: Values, gate: onnx_ir.Value, up: onnx_ir.Value, output: onn
     dims, isa = at.shape_of(first), at.cpu.isa
     width = dims[-1]
     rows = at.simplified(product(dims[:-1]))
-    flat = [at.view(item, [rows, width]) for item in (first, second)]
-    result = at.call(f"swiglu_{width}", lambda: swiglu(width, isa), flat, [rows, width])
-    at.set(output, at.view(result, dims))
+    flat = tuple(at.view(item, [rows, width]) for item in (first, second))
+    at.set_rows(output, RowsToCome(Swiglu(width, isa), flat, rows), dims)

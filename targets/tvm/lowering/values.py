@@ -18,6 +18,7 @@ from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType, Expression
 from passopt.ir.weights import expression_of, small_constant
 from passopt.targets.tvm.features import Machine
+from passopt.targets.tvm.kernels.computed_rows import ComputedRows, rows_kernel
 
 #: A Relax or TIR object; tvm carries no types.
 Tvm: TypeAlias = Any
@@ -80,6 +81,15 @@ class Cache:
     past: Tvm
 
 
+@dataclasses.dataclass(frozen=True)
+class RowsToCome:
+    """Rows [count, kernel.width] that nobody has computed yet: who reads them chooses where they go."""
+
+    kernel: ComputedRows
+    arguments: tuple[Tvm, ...]
+    count: Length
+
+
 def product(lengths: Sequence[Length]) -> Length:
     total: Length = 1
     for length in lengths:
@@ -123,6 +133,7 @@ class Values:
         self._heads: dict[onnx_ir.Value, Tvm] = {}
         #: Sequences of tensors, as some exports split into.
         self.sequences: dict[onnx_ir.Value, list[Tvm]] = {}
+        self._rows: dict[onnx_ir.Value, RowsToCome] = {}
         self._stated: dict[onnx_ir.Value, list[Length]] = {}
         #: How the cache is kept; set by whoever lowers a graph with one.
         self.cache: Cache | None = None
@@ -299,6 +310,21 @@ class Values:
     def defer(self, value: onnx_ir.Value, make: Callable[[], Tvm]) -> None:
         """`make` when somebody asks for the value: most have a reader that knows a better way."""
         self._deferred[value] = make
+
+    def set_rows(self, value: onnx_ir.Value, rows: RowsToCome, dims: Sequence[Length]) -> None:
+        """The value, of shape `dims`, is these rows; they go to memory for a reader that asks for its tensor."""
+
+        def make() -> Tvm:
+            kernel, shape = rows.kernel, [rows.count, rows.kernel.width]
+            return self.view(self.call(kernel.name, lambda: rows_kernel(kernel), rows.arguments, shape), dims)
+
+        self._rows[value] = rows
+        self.state_shape(value, dims)
+        self.defer(value, make)
+
+    def rows_to_come(self, value: onnx_ir.Value) -> RowsToCome | None:
+        """The rows that the value is, if it is rows of a kernel and nobody has asked for its tensor."""
+        return self._rows.get(value) if value in self._deferred else None
 
     def literal(self, array: np.ndarray[Any, Any]) -> Tvm:
         """A small constant inside the library; floats in fp32."""

@@ -1,4 +1,6 @@
-"""A compiled folder made by hand, small enough to be computed by numpy, with everything an engine has to handle.
+"""Small models for the tests of lowering and runtime.
+
+A compiled folder made by hand, small enough to be computed by numpy, with everything an engine has to handle.
 
 logits[b, s] = total[b] · headᵀ + positions[b, s], where total is the sum of the embeddings of all columns that the mask
 counts, cached ones included.
@@ -12,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 from passopt.ir.expressions import DataType, Literal
+from passopt.ir.files import load_model
 from passopt.ir.streaming.engine import write_safetensors
 from passopt.targets.tvm.features import find_cpu
 from passopt.targets.tvm.library import CacheLayout, CodeFile, Library, Logits, WeightsFile
+from passopt.targets.tvm.lowering.graph import Lowered, lower
+from passopt.targets.tvm.pipeline import run_steps
+
+Array = np.ndarray[Any, Any]
 
 VOCAB, WIDTH, POSITIONS = 11, 6, 40
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -148,3 +157,97 @@ def _append(dtype: str) -> Any:
                 T.buffer_store(key, new[row, 0, column, d], [row, 0, place // 16, d, place % 16])
                 T.buffer_store(value, new[row, 0, column, d], [row, 0, place, d])
     return ib.get()
+
+
+# Graphs as text, for what lowering makes of them.
+
+HEADER = """
+<ir_version: 10, opset_import: ["" : 23]>
+model (
+   int64[batch,seq] input_ids, int64[batch,"past+seq"] attention_mask,
+   float[batch,2,past,3] "past.0.key", float[batch,2,past,3] "past.0.value"
+) => (float[a,b,c] logits)
+<float[7,6] table = {TABLE}, float[7,6] other = {WEIGHT}, EXTRA> {
+   x = Gather (table, input_ids)
+   y = Gather (other, input_ids)
+BODY
+}"""
+
+
+def _decoder_text(body: str, extra: str = "") -> str:
+    rng = np.random.default_rng(3)
+
+    def numbers(count: int) -> str:
+        return ", ".join(f"{item:.4f}" for item in rng.standard_normal(count))
+
+    text = HEADER.replace("TABLE", numbers(42)).replace("WEIGHT", numbers(42)).replace("BODY", body)
+    return text.replace("EXTRA", extra) if extra else text.replace(", EXTRA", "")
+
+
+@pytest.fixture
+def decoder_text() -> Callable[..., str]:
+    """(body, extra constants) → the text of a decoder: `body` computes logits from x and y [batch, seq, 6]."""
+    return _decoder_text
+
+
+@pytest.fixture
+def lowered_text(tmp_path: Path) -> Callable[..., Lowered]:
+    """As `decoder_text`, lowered for this machine."""
+
+    def make(body: str, extra: str = "", **options: Any) -> Lowered:
+        path = tmp_path / "model.onnxtxt"
+        path.write_text(_decoder_text(body, extra))
+        return lower(load_model(path), find_cpu(), **options)
+
+    return make
+
+
+@pytest.fixture
+def both(lowered_text: Callable[..., Lowered]) -> Callable[..., tuple[Array, Array]]:
+    """Logits of the lowered function and of onnxruntime, for a past of 4 positions and 5 new ones of 3 sequences."""
+
+    def run(body: str, extra: str = "", **options: Any) -> tuple[Array, Array]:
+        lowered = lowered_text(body, extra, **options)
+        return _compiled(lowered), _reference(onnx.parser.parse_model(_decoder_text(body, extra)))
+
+    return run
+
+
+RNG = np.random.default_rng(5)
+IDS = RNG.integers(0, 7, (3, 5))
+MASK = np.ones((3, 9), np.int64)
+PAST = RNG.standard_normal((2, 3, 2, 4, 3)).astype(np.float32)
+
+
+def _reference(proto: onnx.ModelProto) -> Array:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # or it quantises the input too
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    feeds = {"input_ids": IDS, "attention_mask": MASK, "past.0.key": PAST[0], "past.0.value": PAST[1]}
+    return np.asarray(session.run(["logits"], feeds)[0])
+
+
+def _compiled(lowered: Lowered) -> Array:
+    import tvm
+    from tvm import relax
+
+    from passopt.ir.evaluate import Evaluator
+
+    target = find_cpu().target()
+    executable = relax.build(run_steps(lowered.module, target), target, relax_pipeline=None)
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    tensor = tvm.runtime.tensor
+    with Evaluator() as evaluator:
+        weights = [tensor(evaluator.array(item.expression)) for item in lowered.parameters]
+    if lowered.in_place:
+        keys, values = np.zeros((3, 2, 16, 3), np.float32), np.zeros((3, 2, 16, 3), np.float32)
+        keys[:, :, :4], values[:, :, :4] = PAST
+        caches = [tensor(np.ascontiguousarray(keys.reshape(3, 2, 1, 16, 3).swapaxes(3, 4))), tensor(values)]
+    else:
+        caches = [tensor(PAST[0]), tensor(PAST[1])]
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    found = machine["main"](
+        *(tensor(inputs[name]) for name in lowered.inputs), tvm.runtime.ShapeTuple([4]), *caches, *weights
+    )
+    return np.asarray((found if lowered.in_place else found[0]).numpy())

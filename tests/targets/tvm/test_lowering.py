@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 
 from passopt.ir.errors import ModelError
@@ -14,84 +12,6 @@ from passopt.targets.tvm.lowering.graph import lower
 from passopt.targets.tvm.pipeline import run_steps, steps
 
 relax = pytest.importorskip("tvm.relax")
-
-HEADER = """
-<ir_version: 10, opset_import: ["" : 23]>
-model (
-   int64[batch,seq] input_ids, int64[batch,"past+seq"] attention_mask,
-   float[batch,2,past,3] "past.0.key", float[batch,2,past,3] "past.0.value"
-) => (float[a,b,c] logits)
-<float[7,6] table = {TABLE}, float[7,6] other = {WEIGHT}, EXTRA> {
-   x = Gather (table, input_ids)
-   y = Gather (other, input_ids)
-BODY
-}"""
-
-
-def model_text(body: str, extra: str = "") -> str:
-    rng = np.random.default_rng(3)
-
-    def numbers(count: int) -> str:
-        return ", ".join(f"{item:.4f}" for item in rng.standard_normal(count))
-
-    text = HEADER.replace("TABLE", numbers(42)).replace("WEIGHT", numbers(42)).replace("BODY", body)
-    return text.replace("EXTRA", extra) if extra else text.replace(", EXTRA", "")
-
-
-@pytest.fixture
-def both(tmp_path):
-    """Logits of the lowered function and of onnxruntime, for a past of 4 positions and 5 new ones of 3 sequences."""
-
-    def run(body, extra="", *, allow_fallback=False):
-        path = tmp_path / "model.onnxtxt"
-        path.write_text(model_text(body, extra))
-        model = load_model(path)
-        proto = onnx.parser.parse_model(path.read_text())
-        cpu = find_cpu()
-        lowered = lower(model, cpu, allow_fallback=allow_fallback)
-        return _compiled(lowered, cpu), _reference(proto)
-
-    return run
-
-
-RNG = np.random.default_rng(5)
-IDS = RNG.integers(0, 7, (3, 5))
-MASK = np.ones((3, 9), np.int64)
-PAST = RNG.standard_normal((2, 3, 2, 4, 3)).astype(np.float32)
-
-
-def _reference(proto):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # or it quantises the input too
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
-    feeds = {"input_ids": IDS, "attention_mask": MASK, "past.0.key": PAST[0], "past.0.value": PAST[1]}
-    return session.run(["logits"], feeds)[0]
-
-
-def _compiled(lowered, cpu):
-    import tvm
-
-    from passopt.ir.evaluate import Evaluator
-
-    target = cpu.target()
-    executable = relax.build(run_steps(lowered.module, target), target, relax_pipeline=None)
-    machine = relax.VirtualMachine(executable, tvm.cpu())
-    tensor = tvm.runtime.tensor
-    with Evaluator() as evaluator:
-        weights = [tensor(evaluator.array(item.expression)) for item in lowered.parameters]
-    if lowered.in_place:
-        keys, values = np.zeros((3, 2, 16, 3), np.float32), np.zeros((3, 2, 16, 3), np.float32)
-        keys[:, :, :4], values[:, :, :4] = PAST
-        caches = [tensor(np.ascontiguousarray(keys.reshape(3, 2, 1, 16, 3).swapaxes(3, 4))), tensor(values)]
-    else:
-        caches = [tensor(PAST[0]), tensor(PAST[1])]
-    inputs = {"input_ids": IDS, "attention_mask": MASK}
-    found = machine["main"](
-        *(tensor(inputs[name]) for name in lowered.inputs), tvm.runtime.ShapeTuple([4]), *caches, *weights
-    )
-    return (found if lowered.in_place else found[0]).numpy()
-
 
 OPERATORS = {
     "cast like another": (
@@ -337,16 +257,16 @@ def test_graph_without_cache_is_refused(tmp_path):
         lower(load_model(path), find_cpu())
 
 
-def test_every_step_is_shown_by_name(tmp_path):
+def test_every_step_is_shown_by_name(tmp_path, decoder_text):
     path = tmp_path / "model.onnxtxt"
-    path.write_text(model_text("logits = Add (y, x)"))
+    path.write_text(decoder_text("logits = Add (y, x)"))
     cpu, seen = find_cpu(), []
     run_steps(lower(load_model(path), cpu).module, cpu.target(), lambda name, module: seen.append(name))
     assert seen == [step.name for step in steps()]
 
 
-def test_old_opsets_are_refused(tmp_path):
+def test_old_opsets_are_refused(tmp_path, decoder_text):
     path = tmp_path / "model.onnxtxt"
-    path.write_text(model_text("logits = Add (y, x)").replace('"" : 23', '"" : 12'))
+    path.write_text(decoder_text("logits = Add (y, x)").replace('"" : 23', '"" : 12'))
     with pytest.raises(ModelError, match="opset 12: .*run legalize before"):
         lower(load_model(path), find_cpu())

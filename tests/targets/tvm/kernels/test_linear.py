@@ -36,13 +36,14 @@ def values(expression: Expression) -> np.ndarray[Any, Any]:
         return np.ascontiguousarray(evaluator.read(expression, tuple((0, length) for length in expression.shape)))
 
 
-def run(plan: LinearPlan, cpu: Cpu, outputs: int) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    kernel = compile_kernel(plan.function, cpu)
+def run(plan: LinearPlan, cpu: Cpu, outputs: int) -> Callable[..., np.ndarray[Any, Any]]:
+    """Callable (x, [residual]) → y."""
+    kernels = {added: compile_kernel(plan.function(residual=added), cpu) for added in (False, True)}
     weights = [values(expression) for _, expression in plan.weights]
 
-    def call(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def call(x: np.ndarray[Any, Any], *residual: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         y = np.full((len(x), outputs), np.nan, np.float32)
-        kernel(x, *weights, y)
+        kernels[bool(residual)](x, *weights, *residual, y)
         return y
 
     return call
@@ -53,7 +54,10 @@ def check(plan: LinearPlan, cpu: Cpu, weight: np.ndarray[Any, Any]) -> None:
     for rows in ROWS:
         x = random.standard_normal((rows, weight.shape[1]), np.float32)
         expected = x.astype(np.float64) @ weight.astype(np.float64).T
-        np.testing.assert_allclose(call(x), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        bound = 1e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(call(x), expected, rtol=0, atol=bound)
+        residual = random.standard_normal(expected.shape, np.float32)
+        np.testing.assert_allclose(call(x, residual), expected + residual, rtol=1e-6, atol=bound)
 
 
 SHAPES = [(192, 128), (180, 72), (3424, 192), (5, 1), (1, 5)]
@@ -98,7 +102,7 @@ def listing(kind: str, name: str) -> str:
     codes, scales = Fill(DataType.INT8, shape, 1), Fill(DataType.FLOAT, shape[:1], 1)
     isa = level(name)
     plan = plan_int8(codes, scales, isa) if kind == "int8" else plan_float(Fill(DataType[kind], shape, 1), isa)
-    return assembly(plan.function, Cpu(CPUS[name], isa))
+    return assembly(plan.function(), Cpu(CPUS[name], isa))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,7 @@ def test_equal_names_mean_equal_functions():
     weights = [np.random.default_rng(seed).standard_normal((24, 40), np.float32) for seed in (1, 2)]
     plans = [plan_float(Literal.of(weight), isa) for weight in weights]
     assert plans[0].name == plans[1].name == "linear_float32_24_40"
-    tvm.ir.assert_structural_equal(plans[0].function, plans[1].function)
+    tvm.ir.assert_structural_equal(plans[0].function(), plans[1].function())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ ROWS = (1, 2, 3, 5, 7, 17, 130, 193, 400)
 
 @pytest.fixture(params=[*(isa.name for isa in LEVELS), WRITTEN_OUT], scope="module")
 def build(request):
-    """(weights int8[n, k], scales) → callable (codes, row_scales) → y."""
+    """(weights int8[n, k], scales) → callable (codes, row_scales, [residual]) → y."""
     written_out = request.param == WRITTEN_OUT
     isa = level("avx512-vnni" if written_out else request.param)
     if not written_out and (missing := missing_features(isa.features)):
@@ -31,12 +31,13 @@ def build(request):
     cpu = Cpu("x86-64" if written_out else MCPU[isa.name], isa)
 
     @functools.cache
-    def kernel(n: int, k: int):
-        function = plan_w8a8(Literal.of(np.zeros((n, k), np.int8)), Literal.of(np.ones(n, np.float32)), isa).function
+    def kernel(n: int, k: int, residual: bool):
+        plan = plan_w8a8(Literal.of(np.zeros((n, k), np.int8)), Literal.of(np.ones(n, np.float32)), isa)
+        function = plan.function(residual=residual)
         if written_out:
             inner = byte_kernel(isa)
             dot = functools.partial(dot_of_operations, lanes=inner.lanes, group=inner.group)
-            function = linear_w8a8(n, k, codes_layout(k, isa), dataclasses.replace(inner, dot=dot))
+            function = linear_w8a8(n, k, codes_layout(k, isa), dataclasses.replace(inner, dot=dot), residual)
         return compile_kernel(function, cpu)
 
     def with_weights(weights, scales):
@@ -44,9 +45,10 @@ def build(request):
         with Evaluator() as evaluator:
             packed = [np.array(evaluator.array(expression)) for _, expression in plan.weights]
 
-        def call(codes, row_scales):
+        def call(codes, row_scales, *residual):
             y = np.full((len(codes), len(weights)), np.nan, np.float32)
-            kernel(*weights.shape)(codes_layout(codes.shape[1], isa).store(codes), row_scales, *packed, y)
+            stored = codes_layout(codes.shape[1], isa).store(codes)
+            kernel(*weights.shape, bool(residual))(stored, row_scales, *packed, *residual, y)
             return y
 
         return call
@@ -69,6 +71,18 @@ def test_equals_numpys_integers(build, n, k):
         codes = rng.integers(-127, 128, (rows, k), np.int8)
         row_scales = rng.uniform(0.5, 2, rows).astype(np.float32)
         np.testing.assert_array_equal(linear(codes, row_scales), expected(codes, weights, row_scales, scales))
+
+
+def test_a_residual_is_added(build):
+    rng = np.random.default_rng(8)
+    # Outputs that fill no vector, and more inputs than one panel has.
+    weights, scales = rng.integers(-127, 128, (130, 2500), np.int8), rng.uniform(0.5, 2, 130).astype(np.float32)
+    linear = build(weights, scales)
+    for rows in (1, 3, 7, 200):
+        codes, row_scales = rng.integers(-127, 128, (rows, 2500), np.int8), np.ones(rows, np.float32)
+        residual = rng.standard_normal((rows, 130), np.float32) * np.float32(1e6)
+        wanted = residual + expected(codes, weights, row_scales, scales)
+        np.testing.assert_allclose(linear(codes, row_scales, residual), wanted, rtol=1e-6, atol=0.5)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -113,7 +127,7 @@ def spills(lines: list[str]) -> list[str]:
 def test_avx512_multiplies_bytes_in_registers(mcpu):
     isa: Isa = level("avx512-vnni")
     plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
-    runs = products(assembly(plan.function, Cpu(mcpu, isa)), "vpdpbusd")
+    runs = products(assembly(plan.function(), Cpu(mcpu, isa)), "vpdpbusd")
     # One to six rows, and tiles of many rows in three sizes.
     assert len(runs) >= 7
     for run in runs:
@@ -124,7 +138,7 @@ def test_avx512_multiplies_bytes_in_registers(mcpu):
 def test_avx2_keeps_its_sums_in_registers():
     isa = level("avx2")
     plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
-    runs = products(assembly(plan.function, Cpu("znver3", isa)), "vpmaddwd")
+    runs = products(assembly(plan.function(), Cpu("znver3", isa)), "vpmaddwd")
     # Runs that multiply codes broadcast from memory; others widen panels, and store them.
     runs = [run for run in runs if "vpbroadcast" in " ".join(run)]
     assert len(runs) >= 5
@@ -135,4 +149,4 @@ def test_avx2_keeps_its_sums_in_registers():
 def test_plain_multiplies_pairs_as_sse2_has_them():
     isa = level("plain")
     plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
-    assert "pmaddwd" in assembly(plan.function, Cpu("x86-64", isa))
+    assert "pmaddwd" in assembly(plan.function(), Cpu("x86-64", isa))

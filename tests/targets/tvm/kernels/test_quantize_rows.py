@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from passopt.targets.tvm.features import LEVELS, Cpu, Isa, level, missing_features
-from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_rows
+from passopt.targets.tvm.kernels.computed_rows import rows_kernel
+from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
+from passopt.targets.tvm.kernels.rms_norm import RmsNorm
 from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
+from passopt.targets.tvm.kernels.swiglu import Swiglu
 
 MCPU = {"avx512-vnni": "icelake-server", "avx2": "x86-64-v3", "plain": "x86-64"}
 
@@ -62,6 +65,24 @@ def test_a_row_with_nan_or_infinity_says_so_by_its_scale(isa, column):
     assert np.isnan(scales[0])
     assert np.isfinite(scales[1])
     assert np.isinf(scales[2])
+
+
+@pytest.mark.parametrize("k", [1, 72, 517])
+@pytest.mark.parametrize("kind", ["norm", "swiglu"])
+def test_rows_that_never_go_to_memory_have_the_codes_of_those_that_do(isa, kind, k):
+    computed = RmsNorm(k, "float32", 1e-5, isa) if kind == "norm" else Swiglu(k, isa)
+    cpu, layout, rng = Cpu(MCPU[isa.name], isa), codes_layout(k, isa), np.random.default_rng(k)
+    directly = compile_kernel(quantize_computed(computed, isa), cpu)
+    for rows in (1, 5, 200):
+        x = rng.standard_normal((rows, k), np.float32)
+        arguments = [x, rng.standard_normal(k if kind == "norm" else (rows, k), np.float32)]
+        y = np.full((rows, k), np.nan, np.float32)
+        compile_kernel(rows_kernel(computed), cpu)(*arguments, y)
+        codes, scales = np.full((rows, layout.width), 7, layout.dtype), np.empty(rows, np.float32)
+        directly(*arguments, codes, scales)
+        expected, expected_scales = quantized(isa, y)
+        np.testing.assert_array_equal(scales, expected_scales)
+        np.testing.assert_array_equal(codes, expected)
 
 
 @pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: isa.name)

@@ -2,7 +2,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from passopt.targets.tvm.kernels.rms_norm import rms_norm
+from passopt.targets.tvm.kernels.computed_rows import rows_kernel
+from passopt.targets.tvm.kernels.rms_norm import RmsNorm
 from passopt.targets.tvm.kernels.standalone import compile_kernel
 
 WEIGHTS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -11,7 +12,7 @@ WEIGHTS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.b
 @pytest.mark.parametrize("k", [1, 6, 72, 180, 517, 4096])
 @pytest.mark.parametrize("dtype", WEIGHTS)
 def test_equals_the_formula(cpu, k, dtype):
-    kernel = compile_kernel(rms_norm(k, dtype, 1e-5, cpu.isa), cpu)
+    kernel = compile_kernel(rows_kernel(RmsNorm(k, dtype, 1e-5, cpu.isa)), cpu)
     rng = np.random.default_rng(k)
     weight = rng.uniform(0.5, 2, k).astype(WEIGHTS[dtype])
     for rows in (1, 3, 17, 130):

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from passopt.targets.tvm.kernels.computed_rows import rows_kernel
 from passopt.targets.tvm.kernels.standalone import compile_kernel
-from passopt.targets.tvm.kernels.swiglu import swiglu
+from passopt.targets.tvm.kernels.swiglu import Swiglu
 
 
 def reference(gate, up):
@@ -12,7 +13,7 @@ def reference(gate, up):
 
 @pytest.mark.parametrize("n", [1, 6, 72, 180, 3424])
 def test_equals_the_formula(cpu, n):
-    kernel = compile_kernel(swiglu(n, cpu.isa), cpu)
+    kernel = compile_kernel(rows_kernel(Swiglu(n, cpu.isa)), cpu)
     rng = np.random.default_rng(n)
     for rows in (1, 3, 17, 130):
         gate = rng.uniform(-20, 20, (rows, n)).astype(np.float32)
@@ -26,7 +27,7 @@ def test_far_gates(cpu):
     gate = np.concatenate([np.linspace(-87, 100, 2001), [0.0, -0.0, 1e30, 3e38]]).astype(np.float32)[None]
     up = np.full_like(gate, 0.75)
     y = np.full_like(gate, np.nan)
-    kernel = compile_kernel(swiglu(gate.shape[1], cpu.isa), cpu)
+    kernel = compile_kernel(rows_kernel(Swiglu(gate.shape[1], cpu.isa)), cpu)
     kernel(gate, up, y)
     np.testing.assert_allclose(y, reference(gate, up), rtol=1e-6, atol=0)
 
