@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,8 +33,9 @@ PEERS = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
 TIMEOUT = 900
 #: Share of the machine that others may use while a candidate runs; beyond it is launched again.
 DISTURBED = 0.1
-#: Seconds.
+#: Seconds after which a launch is not repeated for being disturbed, and a candidate not launched in later rounds.
 PATIENCE = 45.0
+SLOW = 90.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Candidate:
     whole: bool = True
 
     @property
+    def integers(self) -> bool:
+        """Whether products are of integers, and a long prefill so takes seconds instead of minutes."""
+        return self.variant in {"W8A8", "dynamic", "integer"}
+
+    @property
     def folder(self) -> str:
         return f"{self.program}-{self.variant}".replace(" ", "")
 
@@ -57,7 +64,7 @@ CANDIDATES = (
     Candidate("passopt W8A8", "passopt", "W8A8", 1),
     Candidate("onnxruntime fp32", "onnxruntime", "fp32", 4, whole=False),
     Candidate("onnxruntime DynamicQuantizeMatMul", "onnxruntime", "dynamic", 1),
-    Candidate("onnxruntime MatMulIntegerToFloat", "onnxruntime", "integer", 1, whole=False),
+    Candidate("onnxruntime MatMulIntegerToFloat", "onnxruntime", "integer", 1),
     Candidate("onnxruntime MatMulNBits 8, blocks of 32", "onnxruntime", "nbits 32", 1.125, whole=False),
     Candidate("onnxruntime MatMulNBits 8, blocks of 128", "onnxruntime", "nbits 128", 1.03),
     Candidate("torch fp32", "torch", "fp32", 4, whole=False),
@@ -74,6 +81,15 @@ class Points:
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A candidate in a shape. The first plan is measured in every round, the others in the first one."""
+
+    candidate: Candidate
+    shape: Shape
+    plans: Sequence[Points]
 
 
 class Bench:
@@ -137,15 +153,22 @@ class Bench:
             self.run.machine(threads, {name.split()[0]: speed[0] for name, speed in result.items() if name != "wall"})
         print(f"machine: {self.run.limits}", flush=True)
 
-    def model(self, label: str, shape: Shape, candidates: Sequence[Candidate], plans: Sequence[Points]) -> None:
-        """All candidates on one shape; several plans are as many launches, interleaved."""
-        ready = [candidate for candidate in candidates if self._write(label, shape, candidate)]
-        for plan in plans:
-            for candidate in ready:
-                self._measure(label, shape, candidate, plan)
+    def model(self, label: str, jobs: Sequence[Job], rounds: int) -> None:
+        """All candidates of one model, side by side on the disk: launches are interleaved, as memory's speed varies."""
+        ready = [job for job in jobs if self._write(label, job.shape, job.candidate)]
+        slow: set[str] = set()
+        for number in range(rounds):
+            for job in ready:
+                if job.candidate.name in slow:
+                    continue
+                start = time.monotonic()
+                for plan in job.plans if number == 0 else job.plans[:1]:
+                    self._measure(label, job.shape, job.candidate, plan)
+                if time.monotonic() - start > SLOW:
+                    slow.add(job.candidate.name)
         if not self.options.work:
-            for candidate in candidates:
-                self._remove(self._path(label, shape, candidate))
+            for job in jobs:
+                self._remove(self._path(label, job.shape, job.candidate))
 
     def forget(self, label: str, shape: Shape) -> None:
         """Remove what the candidates share: the checkpoint and its export."""
@@ -235,26 +258,30 @@ class Bench:
                 continue
             lengths = (128,) if quick else PREFILLS if "tp4" not in label else (512,)
             pasts = (128,) if quick else PASTS if "tp4" not in label else (128, 2000)
-            for candidate in self.candidates:
-                deep = shape.with_layers(shape.enough_layers(candidate.width))
-                self.model(label, deep, [candidate], [Points(self.threads, (), pasts, 1.0)])
-            for deep in {shape.enough_layers(candidate.width) for candidate in self.candidates}:
-                self.forget(label, shape.with_layers(deep))
             rounds = 1 if quick else self.options.rounds
-            self.model(label, shape, self.candidates, [Points(self.threads, lengths, (), 1.0)] * rounds)
+            decode, prefill = [Points(self.threads, (), pasts, 1.0)], [Points(self.threads, lengths, (), 1.0)]
+            deep = [shape.with_layers(shape.enough_layers(item.width)) for item in self.candidates]
+            self.model(label, [Job(item, of, decode) for item, of in zip(self.candidates, deep, strict=True)], rounds)
+            for of in set(deep):
+                self.forget(label, of)
+            self.model(label, [Job(item, shape, prefill) for item in self.candidates], rounds)
             self.forget(label, shape)
 
     def whole(self) -> None:
-        """The model that fits into memory in 8 bits only, one candidate at a time."""
+        """The model that fits into memory in 8 bits only. Long prefills are timed once, where slow by all threads only."""
         shape = WHOLE.with_layers(self.options.layers) if self.options.layers else WHOLE
         label = f"{WHOLE_LABEL}, {shape.layers} layers"
+        jobs = []
         for candidate in self.candidates:
             if not candidate.whole:
                 continue
             plans = [Points(self.threads, PREFILLS[:1], PASTS, 2.0)]
-            if "MatMulNBits" not in candidate.name:
+            if candidate.integers:
+                plans.append(Points(self.threads, PREFILLS[1:], (), 2.0))
+            elif "MatMulNBits" not in candidate.name:
                 plans.append(Points((max(self.threads),), PREFILLS[1:], (), 2.0))
-            self.model(label, shape, [candidate], plans)
+            jobs.append(Job(candidate, shape, plans))
+        self.model(label, jobs, self.options.rounds)
         self.forget(label, shape)
 
 
@@ -293,6 +320,8 @@ def main() -> None:
     work = Path(options.work) if options.work else Path(tempfile.mkdtemp(prefix="passopt-bench-tvm-"))
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, Path(options.peers), options)
+    if options.only or options.layers or set(options.parts) != {"layers", "whole"}:
+        bench.run.notes.append(f'This is a part: `make bench-tvm BENCH="{shlex.join(sys.argv[1:])}"`.')
     start = time.monotonic()
     try:
         bench.install_peers()
@@ -323,7 +352,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--parts", nargs="+", choices=("layers", "whole"), default=("layers", "whole"))
     found.add_argument("--layers", type=int, metavar="N", help="cut the whole model to N layers")
     found.add_argument("--threads", default="1,2", help="default: 1,2")
-    found.add_argument("--rounds", type=int, default=2, help="launches of each candidate per layer (default: 2)")
+    found.add_argument("--rounds", type=int, default=2, help="interleaved launches of each candidate (default: 2)")
     found.add_argument(
         "--retries", type=int, default=2, help="launches again where others used the machine (default: 2)"
     )

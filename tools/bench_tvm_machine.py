@@ -5,6 +5,7 @@ Every figure is the best of several kernels and repeats: it is a limit to be com
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ import numpy as np
 from bench_tvm_shapes import Array, timed
 
 from passopt.targets.tvm.features import Cpu, Isa, find_cpu
+from passopt.targets.tvm.kernels.emit import AHEAD_BYTES, CACHE_LINE, L2, prefetch
 
 #: More than any cache: 1.5 GiB.
 READ_BYTES = 3 << 29
@@ -23,12 +25,16 @@ STEPS = 1 << 22
 Step: TypeAlias = Callable[[Any, Any, Any], Any]
 
 
-def read_kernel(lanes: int, streams: int) -> Any:
-    """Sum int32 numbers of a buffer [PIECES, steps, streams, lanes] into y [PIECES, lanes]."""
+def read_kernel(lanes: int, streams: int, *, ahead: bool) -> Any:
+    """Sum int32 numbers of a buffer [PIECES, steps, streams, lanes] into y [PIECES, lanes].
+
+    With `ahead` it asks for what comes next, as the linears do.
+    """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
     steps = READ_BYTES // (4 * PIECES * streams * lanes)
+    distance = AHEAD_BYTES // (4 * streams * lanes)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True, is_private=True):
             T.func_attr({"tirx.noalias": True})
@@ -44,6 +50,8 @@ def read_kernel(lanes: int, streams: int) -> Any:
                             T.buffer_store(sums, 0, [stream, lane])
                     with T.serial(0, steps) as step:
                         for stream in range(streams):
+                            if ahead and stream * lanes % CACHE_LINE == 0:
+                                prefetch(x, [piece, step + distance, stream, 0], L2)
                             with T.vectorized(0, lanes) as lane:
                                 T.buffer_store(sums, sums[stream, lane] + x[piece, step, stream, lane], [stream, lane])
                     for stream in range(1, streams):
@@ -135,8 +143,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def read_speed(cpu: Cpu, seconds: float) -> float:
     """Bytes per second, best of the kernels."""
     best = 0.0
-    for streams in STREAMS:
-        run = compiled(read_kernel(cpu.isa.lanes, streams), cpu)
+    for streams, ahead in itertools.product(STREAMS, (False, True)):
+        run = compiled(read_kernel(cpu.isa.lanes, streams, ahead=ahead), cpu)
         steps = READ_BYTES // (4 * PIECES * streams * cpu.isa.lanes)
         x = tensor(np.ones((PIECES, steps, streams, cpu.isa.lanes), np.int32))
         y = tensor(np.zeros((PIECES, cpu.isa.lanes), np.int32))

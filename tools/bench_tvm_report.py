@@ -15,7 +15,7 @@ from bench_rewrite import processor, table
 from bench_tvm_shapes import WHOLE_LABEL, Shape
 
 #: Numbers of a candidate's logits behind one prompt that may differ from those of the reference, relative.
-REFERENCES = ("torch fp32", "onnxruntime fp32", "onnxruntime MatMulNBits 8, blocks of 128")
+REFERENCES = ("torch fp32", "onnxruntime fp32", "onnxruntime MatMulNBits 8, blocks of 128", "passopt int8")
 EIGHT_BITS = ("passopt W8A8", "passopt int8")
 #: Candidate of passopt, peers whose best counts, kind of point, and the ratio that must hold.
 GOALS = (
@@ -123,8 +123,8 @@ def report(run: Run) -> str:
 
 
 METHOD = """Each candidate runs alone, in a process per number of threads. A time is the least of several repeats and of
-several launches, interleaved; `spread` is the largest median over the least, `others` how much of the machine other
-programs used in the quietest launch. Decode of a layer is timed in a model of so many unlike layers that they take
+several launches, interleaved with those of the others, since the speed of a shared machine's memory varies; `spread` is
+the largest median over the least, `others` how much of the machine other programs used in the quietest launch. Decode of a layer is timed in a model of so many unlike layers that they take
 1 GiB, and divided by their number; prefill in one layer, with caches evicted before each repeat. Weights are the same
 random numbers for all, and `error` is the largest difference of logits behind one prompt, relative to the largest of
 the reference's. Peers get their best: fused operators and a cache in place through I/O binding for onnxruntime (ALiBi's

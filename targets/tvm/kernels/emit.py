@@ -6,6 +6,7 @@ Each function emits into the PrimFunc that is being built (`tvm.script.ir_builde
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ FUNCTION_ATTRIBUTES = {"tirx.noalias": True, "op_pattern": 8}
 
 #: Below this many numbers a loop runs on the calling thread: waking the others costs more than they save.
 SMALL_WORK = 1 << 16
+
+#: Up to here TVM keeps a buffer on the stack.
+_STACK_BYTES = 1024
 
 LINE_BYTES = 64
 #: fp32 numbers per cache line.
@@ -64,8 +68,14 @@ def local(*shape: int, dtype: str = "float32") -> Any:
     For TVM 0.27 a small "global" buffer lies on the stack, which LLVM turns into registers. A "local" one is memory of
     its own, in registers only within a loop that does nothing else with memory: a prefetch makes it spill.
     """
+    import tvm
     from tvm.script.ir_builder import tirx as T
 
+    nbytes = math.prod(shape) * tvm.DataType(dtype).itemsize
+    if nbytes > _STACK_BYTES:
+        raise ValueError(
+            f"a local buffer {list(shape)} of {dtype} takes {nbytes} bytes; beyond {_STACK_BYTES} it is memory"
+        )
     return T.alloc_buffer(shape, dtype, scope="global")
 
 

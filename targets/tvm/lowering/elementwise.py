@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
+from passopt.targets.tvm.lowering.readers import casts_floats
 from passopt.targets.tvm.lowering.registry import attribute, lowers
 from passopt.targets.tvm.lowering.values import Delegated, Length, Numbers, Values, dtype_name
 
@@ -167,6 +168,9 @@ def cast(at: Values, node: onnx_ir.Node) -> None:
     if numbers is not None and target in {"int64", "int32"}:
         items = [int(item) if isinstance(item, bool) else item for item in numbers.items]
         at.set_numbers(node.outputs[0], items, scalar=numbers.scalar)
+        return
+    if casts_floats(node):
+        at.pass_on(node.inputs[0], node.outputs[0])
         return
     found = at.tensor(node.inputs[0])
     if target == "bool" and str(found.ty.dtype) != "bool":

@@ -13,6 +13,7 @@ from passopt.ir.weights import constant_tensor, is_checkpoint_weight
 from passopt.targets.tvm.kernels.linear import LinearPlan, plan_float, plan_int8
 from passopt.targets.tvm.kernels.linear_w8a8 import plan_w8a8
 from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
+from passopt.targets.tvm.lowering.readers import only_for, read_by_none_but
 from passopt.targets.tvm.lowering.values import Length, Tvm, Unsupported, Values, product
 
 #: Values behind a weight that is computed; what lies deeper is no weight.
@@ -35,14 +36,13 @@ def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
     """The sum of a linear and a tensor of its shape, as behind attention and feed-forward; None for any other node."""
     if node.op_type != "Add" or node.domain:
         return None
-    for result, residual in (node.inputs, reversed(node.inputs)):
+    for operand, residual in (node.inputs, reversed(node.inputs)):
+        result = only_for(node, operand)
         producer = result.producer() if result is not None else None
         linear = find_linear(producer) if producer is not None else None
         if linear is None or residual is None or result is None or linear.bias is not None:
             continue
-        if residual.shape is None or residual.shape != result.shape or constant_tensor(residual) is not None:
-            continue
-        if len(result.uses()) == 1 and not result.is_graph_output():
+        if residual.shape is not None and residual.shape == result.shape and constant_tensor(residual) is None:
             return AddedLinear(linear, residual, node.outputs[0])
     return None
 
@@ -118,7 +118,7 @@ class _RowCodes:
 def _row_codes(at: Values, data: onnx_ir.Value, quantized: QuantizedRows) -> _RowCodes:
     """Of rows in memory; or by the kernel that computes them, if nothing else reads them."""
     isa, computed = at.cpu.isa, at.rows_to_come(data)
-    if computed is None or not _all_read_by(data, quantized):
+    if computed is None or not read_by_none_but(computed.value, quantized.nodes):
         rows = _flat(at, data)
         count, width = at.shape_of(rows)
         return _RowCodes(rows, f"quantize_rows_{width}", partial(quantize_rows, width, isa), (rows,), count, width)
@@ -139,10 +139,6 @@ def _quantized(at: Values, rows: _RowCodes) -> list[Tvm]:
     found = at.once(("rows", rows.key), lambda: at.call_typed(rows.kernel, rows.make, rows.arguments, types))
     codes = at.once(("codes", rows.key), lambda: at.emit(found[0]))
     return [codes, at.once(("scales", rows.key), lambda: at.emit(found[1]))]
-
-
-def _all_read_by(value: onnx_ir.Value, quantized: QuantizedRows) -> bool:
-    return not value.is_graph_output() and all(node in quantized.nodes for node in value.consumers())
 
 
 def lower_product(at: Values, node: onnx_ir.Node) -> None:

@@ -23,7 +23,7 @@ def rms_normalization(at: Values, node: onnx_ir.Node) -> None:
         raise Unsupported("a norm whose weight is no vector")
     rows = at.simplified(product(dims[:-1]))
     kernel = RmsNorm(width, dtype, attribute(node, "epsilon", 1e-5), isa)
-    at.set_rows(node.outputs[0], RowsToCome(kernel, (at.view(found, [rows, width]), weight), rows), dims)
+    at.set_rows(RowsToCome(node.outputs[0], kernel, (at.view(found, [rows, width]), weight), rows), dims)
 
 
 @lowers("RotaryEmbedding")
@@ -90,4 +90,4 @@ def lower_swiglu(at: Values, gate: onnx_ir.Value, up: onnx_ir.Value, output: onn
     width = dims[-1]
     rows = at.simplified(product(dims[:-1]))
     flat = tuple(at.view(item, [rows, width]) for item in (first, second))
-    at.set_rows(output, RowsToCome(Swiglu(width, isa), flat, rows), dims)
+    at.set_rows(RowsToCome(output, Swiglu(width, isa), flat, rows), dims)

@@ -83,8 +83,9 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class RowsToCome:
-    """Rows [count, kernel.width] that nobody has computed yet: who reads them chooses where they go."""
+    """The rows [count, kernel.width] of `value`, not computed yet: who reads them chooses where they go."""
 
+    value: onnx_ir.Value
     kernel: ComputedRows
     arguments: tuple[Tvm, ...]
     count: Length
@@ -311,16 +312,26 @@ class Values:
         """`make` when somebody asks for the value: most have a reader that knows a better way."""
         self._deferred[value] = make
 
-    def set_rows(self, value: onnx_ir.Value, rows: RowsToCome, dims: Sequence[Length]) -> None:
-        """The value, of shape `dims`, is these rows; they go to memory for a reader that asks for its tensor."""
+    def set_rows(self, rows: RowsToCome, dims: Sequence[Length]) -> None:
+        """The rows' value has shape `dims`; they go to memory for a reader that asks for its tensor."""
 
         def make() -> Tvm:
             kernel, shape = rows.kernel, [rows.count, rows.kernel.width]
             return self.view(self.call(kernel.name, lambda: rows_kernel(kernel), rows.arguments, shape), dims)
 
-        self._rows[value] = rows
-        self.state_shape(value, dims)
-        self.defer(value, make)
+        self._rows[rows.value] = rows
+        self.state_shape(rows.value, dims)
+        self.defer(rows.value, make)
+
+    def pass_on(self, source: onnx_ir.Value, result: onnx_ir.Value) -> None:
+        """`result` is `source` under another name, so also the rows that it may be."""
+        rows = self.rows_to_come(source)
+        if rows is None:
+            self.set(result, self.tensor(source))
+            return
+        self._rows[result] = rows
+        self.state_shape(result, self.shape(source))
+        self.defer(result, lambda: self.tensor(source))
 
     def rows_to_come(self, value: onnx_ir.Value) -> RowsToCome | None:
         """The rows that the value is, if it is rows of a kernel and nobody has asked for its tensor."""
