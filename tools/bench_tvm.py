@@ -268,7 +268,7 @@ class Bench:
             self.forget(label, shape)
 
     def whole(self) -> None:
-        """The model that fits into memory in 8 bits only. Long prefills are timed once, where slow by all threads only."""
+        """The model that fits into memory in 8 bits only. Long prefills are timed once; where slow, by all threads."""
         shape = WHOLE.with_layers(self.options.layers) if self.options.layers else WHOLE
         label = f"{WHOLE_LABEL}, {shape.layers} layers"
         jobs = []

@@ -122,15 +122,15 @@ def report(run: Run) -> str:
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
-METHOD = """Each candidate runs alone, in a process per number of threads. A time is the least of several repeats and of
-several launches, interleaved with those of the others, since the speed of a shared machine's memory varies; `spread` is
-the largest median over the least, `others` how much of the machine other programs used in the quietest launch. Decode of a layer is timed in a model of so many unlike layers that they take
-1 GiB, and divided by their number; prefill in one layer, with caches evicted before each repeat. Weights are the same
-random numbers for all, and `error` is the largest difference of logits behind one prompt, relative to the largest of
-the reference's. Peers get their best: fused operators and a cache in place through I/O binding for onnxruntime (ALiBi's
-bias made beforehand), SDPA with a cache allocated beforehand for torch, flash attention on or off for llama.cpp, whose
-ALiBi layers are those of `refact`. In the whole model the past is random numbers in the cache, but for llama.cpp, which
-computes it.
+METHOD = """Each candidate runs alone, in a process per number of threads. A time is the least of several repeats and
+of several launches, interleaved with those of the others, since the speed of a shared machine's memory varies;
+`spread` is the largest median over the least, `others` how much of the machine other programs used in the quietest
+launch. Decode of a layer is timed in a model of so many unlike layers that they take 1 GiB, and divided by their
+number; prefill in one layer, with caches evicted before each repeat. Weights are the same random numbers for all, and
+`error` is the largest difference of logits behind one prompt, relative to the largest of the reference's. Peers get
+their best: fused operators and a cache in place through I/O binding for onnxruntime (ALiBi's bias made beforehand),
+SDPA with a cache allocated beforehand for torch, flash attention on or off for llama.cpp, whose ALiBi layers are those
+of `refact`. In the whole model the past is random numbers in the cache, but for llama.cpp, which computes it.
 """
 
 

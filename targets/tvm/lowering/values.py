@@ -323,7 +323,7 @@ class Values:
         self.state_shape(rows.value, dims)
         self.defer(rows.value, make)
 
-    def pass_on(self, source: onnx_ir.Value, result: onnx_ir.Value) -> None:
+    def pass_on(self, source: onnx_ir.Value | None, result: onnx_ir.Value) -> None:
         """`result` is `source` under another name, so also the rows that it may be."""
         rows = self.rows_to_come(source)
         if rows is None:
@@ -333,9 +333,9 @@ class Values:
         self.state_shape(result, self.shape(source))
         self.defer(result, lambda: self.tensor(source))
 
-    def rows_to_come(self, value: onnx_ir.Value) -> RowsToCome | None:
+    def rows_to_come(self, value: onnx_ir.Value | None) -> RowsToCome | None:
         """The rows that the value is, if it is rows of a kernel and nobody has asked for its tensor."""
-        return self._rows.get(value) if value in self._deferred else None
+        return self._rows.get(value) if value is not None and value in self._deferred else None
 
     def literal(self, array: np.ndarray[Any, Any]) -> Tvm:
         """A small constant inside the library; floats in fp32."""
