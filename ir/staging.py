@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from passopt.ir.errors import ModelError, UsageError
@@ -72,6 +72,16 @@ def resumable_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
             raise shown from error
     finally:
         os.close(lock)
+
+
+def keep_only(folder: Path, names: Collection[str]) -> None:
+    """Remove all files that an interrupted run of another output left there; names are relative to the folder."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+        elif str(path.relative_to(folder)) not in names:
+            path.unlink()
 
 
 def _given_up(temporary: Path, final: Path, error: BaseException) -> BaseException:

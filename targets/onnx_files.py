@@ -6,10 +6,9 @@ streamed, or nothing.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,7 +21,7 @@ from passopt.ir.errors import VerifyError
 from passopt.ir.files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
 from passopt.ir.layout import plan_layout
 from passopt.ir.linears import reads_codes, reads_scales
-from passopt.ir.staging import JOURNAL_NAME, resumable_directory, staged_directory
+from passopt.ir.staging import JOURNAL_NAME, keep_only, resumable_directory, staged_directory
 from passopt.ir.streaming.budget import DEFAULT_STREAM, StreamOptions
 from passopt.ir.streaming.engine import StreamReport, write_weight_files
 from passopt.ir.streaming.schedule import WeightFile
@@ -145,7 +144,7 @@ def write_output(
     plan = plan_output(model, version=version, pipeline=pipeline, source=source, companions=companions)
     draft = _Draft(model, version, pipeline, source)
     with resumable_directory(directory, plan.nbytes) as staged:
-        _keep_only(staged, {*plan.files, JOURNAL_NAME})
+        keep_only(staged, {*plan.files, JOURNAL_NAME})
         for path in companions_in(companions):
             shutil.copyfile(path, staged / path.name)
         for folder, graph in zip(draft.folders, draft.graphs, strict=True):
@@ -208,16 +207,6 @@ class _Draft:
         )
         root = root_digest({f"{rank.directory}/{name}": d for rank in ranks for name, d in rank.tensors.items()})
         return dataclasses.replace(self._outline, ranks=ranks, root=root)
-
-
-def _keep_only(folder: Path, names: Collection[str]) -> None:
-    """Remove what an interrupted run of another output left there."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            with contextlib.suppress(OSError):  # it is not empty
-                path.rmdir()
-        elif str(path.relative_to(folder)) not in names:
-            path.unlink()
 
 
 def _inside(folder: str, name: str) -> str:

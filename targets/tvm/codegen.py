@@ -12,11 +12,11 @@ from typing import Any, Literal
 import onnx_ir
 
 from passopt.ir.contract import LOGITS, decoder_of, degree_of, positions_of
-from passopt.ir.errors import ModelError
+from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.expressions import Expression
 from passopt.ir.files import WEIGHTS_NAME
 from passopt.ir.layout import plan_layout
-from passopt.ir.staging import staged_directory
+from passopt.ir.staging import JOURNAL_NAME, keep_only, resumable_directory
 from passopt.ir.streaming.budget import DEFAULT_STREAM, StreamOptions
 from passopt.ir.streaming.engine import StreamReport, write_weight_files
 from passopt.ir.streaming.schedule import WeightFile
@@ -27,6 +27,7 @@ from passopt.targets.tvm.features import Gpu, Machine
 from passopt.targets.tvm.library import (
     CODE_NAME,
     SOURCE_NAME,
+    CacheDtype,
     CacheLayout,
     CodeFile,
     Library,
@@ -37,7 +38,7 @@ from passopt.targets.tvm.library import (
 from passopt.targets.tvm.lowering.graph import MAIN, Lowered, lower
 from passopt.targets.tvm.pipeline import run_steps
 
-_DTYPES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
+_DTYPES: dict[str, CacheDtype] = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 #: What config files call the longest sequence.
 _LENGTH_KEYS = ("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len")
 
@@ -75,19 +76,24 @@ def compile_models(
 ) -> CompileReport:
     """Compile a model, an SPMD model, or the models of all ranks, to the new folder `directory`.
 
+    Interrupted while it writes weights, the same call goes on with those that are finished.
+
     Ranks share one library: what differs between them is a parameter. Memory does not grow with the weights: they are
     laid out chunk by chunk. Raises ModelError (no native kernel, with every node), UsageError (output exists).
     """
     degree = max(len(models), degree_of(models[0]))
     if degree > 1 and isinstance(cpu, Gpu):
         raise ModelError(f"{degree} ranks: collectives have no form on a GPU yet; compile one rank, or for llvm")
+    check_linker()
     lowered, *others = _lowered(models, cpu, allow_fallback=allow_fallback)
+    interface = _Interface.of(models[0], lowered, facts.companions)
     weights = [_weights(item) for item in ([lowered, *others] if others else [lowered] * degree)]
     needed = sum(plan_layout(item).nbytes for item in weights)
-    with staged_directory(directory, needed) as staged:
+    folders = rank_folders(degree)
+    with resumable_directory(directory, needed) as staged:
+        keep_only(staged, {JOURNAL_NAME, *(str(Path(folder) / WEIGHTS_NAME) for folder in folders)})
         code = staged / CODE_NAME
         build(lowered, cpu, code, on_step)
-        folders = rank_folders(degree)
         files = []
         for rank, (folder, expressions) in enumerate(zip(folders, weights, strict=True)):
             target = staged / folder
@@ -95,10 +101,10 @@ def compile_models(
             if degree > 1:
                 shutil.copyfile(code, target / CODE_NAME)
             files.append(WeightFile(target / WEIGHTS_NAME, expressions, rank if len(models) == 1 else 0))
-        written = write_weight_files(files, stream, progress=progress)
+        written = write_weight_files(files, stream, progress=progress, journal=staged / JOURNAL_NAME)
         for rank, folder in enumerate(folders):
             digests = written.digests[rank]
-            library = _library(models[0], lowered, cpu, facts, staged / folder, digests, rank, degree)
+            library = _library(interface, lowered, cpu, facts, staged / folder, digests, rank, degree)
             library.write(staged / folder)
         if degree > 1:
             code.unlink()
@@ -106,6 +112,16 @@ def compile_models(
         for path in companions_in(facts.companions):
             shutil.copyfile(path, staged / path.name)
     return CompileReport(lowered, library, needed // degree, degree, written)
+
+
+def check_linker() -> None:
+    """Raises UsageError if there is no C compiler: TVM links libraries with it."""
+    from tvm.support.cc import get_cc
+
+    compiler = get_cc()
+    if compiler is None or shutil.which(compiler) is None:
+        named = f"{compiler} (from CXX or CC) is not there" if compiler else "none is installed"
+        raise UsageError(f"a C compiler links the library, and {named}. Install gcc or clang. Nothing was written.")
 
 
 def build(lowered: Lowered, cpu: Machine, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:
@@ -162,8 +178,27 @@ def _weights(lowered: Lowered) -> dict[str, Expression]:
     return {item.name: item.expression for item in lowered.parameters}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Interface:
+    """What a library says of how it is called; wrong models are told before anything is written."""
+
+    cache: CacheLayout
+    logits: Logits
+    max_positions: int | None
+
+    @classmethod
+    def of(cls, model: onnx_ir.Model, lowered: Lowered, companions: Path | None) -> _Interface:
+        decoder = decoder_of(model)
+        if decoder.cache_dtype.name not in _DTYPES:
+            raise ModelError(f"a cache in {decoder.cache_dtype.name}; libraries keep {', '.join(_DTYPES.values())}")
+        kind: Literal["in-place", "functional"] = "in-place" if lowered.in_place else "functional"
+        dtype = _DTYPES[decoder.cache_dtype.name]
+        cache = CacheLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, dtype, kind=kind)
+        return cls(cache, _logits(model), max_positions(model, companions))
+
+
 def _library(
-    model: onnx_ir.Model,
+    interface: _Interface,
     lowered: Lowered,
     cpu: Machine,
     facts: CompileFacts,
@@ -172,9 +207,6 @@ def _library(
     rank: int,
     degree: int,
 ) -> Library:
-    decoder = decoder_of(model)
-    kind = "in-place" if lowered.in_place else "functional"
-    dtype = _DTYPES[decoder.cache_dtype.name]
     return Library(
         passopt=facts.version,
         target="cuda" if isinstance(cpu, Gpu) else "llvm",
@@ -186,9 +218,9 @@ def _library(
         function=MAIN,
         inputs=lowered.inputs,
         parameters=tuple(item.name for item in lowered.parameters),
-        cache=CacheLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, dtype, kind=kind),  # type: ignore[arg-type]
-        logits=_logits(model),
-        max_positions=max_positions(model, facts.companions),
+        cache=interface.cache,
+        logits=interface.logits,
+        max_positions=interface.max_positions,
         rank=rank,
         degree=degree,
         passes=facts.passes,
@@ -215,6 +247,9 @@ def max_positions(model: onnx_ir.Model, companions: Path | None) -> int | None:
     found = [] if table is None else [table]
     path = companions / "config.json" if companions is not None else None
     if path is not None and path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{path}: is no JSON: {error}. Restore it, or remove it.") from error
         found += [int(config[key]) for key in _LENGTH_KEYS if isinstance(config.get(key), int)]
     return min(found, default=None)

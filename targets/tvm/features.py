@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 from passopt.ir.errors import ModelError, UsageError
 
 CPU_INFO = Path("/proc/cpuinfo")
+#: What `platform.machine` calls the only architecture that kernels and ranks are written for.
+X86 = ("x86_64", "AMD64")
 GPU_LEVEL = "cuda"
 
 
@@ -62,6 +64,10 @@ _KERNEL_SPELLING = {
     "avx512bitalg": "avx512_bitalg",
     "avx512vpopcntdq": "avx512_vpopcntdq",
     "avx512vp2intersect": "avx512_vp2intersect",
+    "avxifma": "avx_ifma",
+    "avxneconvert": "avx_ne_convert",
+    "avxvnniint8": "avx_vnni_int8",
+    "avxvnniint16": "avx_vnni_int16",
 }
 
 
@@ -166,7 +172,7 @@ _INSTRUCTIONS = (
     *("sse3", "ssse3", "sse4.1", "sse4.2", "sse4a", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt"),
     *("movbe", "gfni", "avxvnni", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni"),
     *("avx512bf16", "avx512fp16", "avx512ifma", "avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq"),
-    "avx512vp2intersect",
+    *("avx512vp2intersect", "avxifma", "avxneconvert", "avxvnniint8", "avxvnniint16", "xop", "fma4", "tbm"),
 )
 
 
@@ -179,7 +185,7 @@ def missing_features(required: tuple[str, ...]) -> tuple[str, ...]:
 @functools.cache
 def host_flags() -> frozenset[str]:
     """The flags of /proc/cpuinfo; none where there is no such file."""
-    if platform.machine() not in ("x86_64", "AMD64") or not CPU_INFO.is_file():
+    if platform.machine() not in X86 or not CPU_INFO.is_file():
         return frozenset()
     lines = CPU_INFO.read_text().splitlines()
     return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())

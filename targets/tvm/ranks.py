@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
+import platform
 import signal
 import tempfile
 import time
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from passopt.ir.errors import ModelError, PassoptError, UsageError
 from passopt.targets.tvm.collectives import Counters, Group, create_room
+from passopt.targets.tvm.features import X86
 from passopt.targets.tvm.library import Library, RankFolders, read_library
 from passopt.targets.tvm.runtime import Engine, Ids, Logits
 from passopt.targets.tvm.threads import count_cores
@@ -67,6 +69,8 @@ class RankEngine:
         `threads` are those of all ranks together (default: the cores). `timeout` in seconds is how long a rank may keep
         the others waiting. Raises ModelError (folders that do not belong together, a rank that fails), UsageError.
         """
+        if platform.machine() not in X86:
+            raise UsageError(f"ranks exchange data through memory in the order of x86; this is {platform.machine()}")
         found = read_library(folder)
         if not isinstance(found, RankFolders):
             raise ModelError(f"{folder}: holds one library, no ranks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,33 @@ def test_fp16_has_fp16_weights_and_cache(alibi_fp16: Path, tmp_path: Path, capsy
     assert isinstance(library, Library)
     assert library.cache.dtype == "fp16"
     verified(alibi_fp16, output, capsys, "--tolerance", "2e-2")
+
+
+@pytest.mark.parametrize("name", ["rotary", "alibi"])
+def test_fp16_with_dynamic_activations_fuses_as_fp32_does(root: Path, name: str, tmp_path: Path, capsys):
+    family = tmp_path / "fp16"
+    options = ("--trust-remote-code", "--dtype=fp16", "--no-self-check")
+    assert main(["export", str(root / name), "-o", str(family), *options]) == 0
+    capsys.readouterr()
+    passes = "baichuan2,int8{activations=dynamic,head=true}"
+    output = compiled(family, tmp_path / "out", "--passes", passes, "--json")
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    library = read_library(output)
+    assert isinstance(library, Library)
+    layers = library.cache.layers
+    assert sum(count for kernel, count in kernels.items() if kernel.endswith("_residual")) == 2 * layers
+    assert sum(count for kernel, count in kernels.items() if "rms_norm" in kernel) == 2 * layers + 1
+    assert all(kernel.endswith("_quantized") for kernel in kernels if "rms_norm" in kernel or "swiglu" in kernel)
+    rows = verified(family, output, capsys, "--text", str(root / "text.txt"), "--max-tokens", "2000")
+    assert rows["text"]["error"] < 0.01
+
+
+def test_bf16(alibi: Path, tmp_path: Path, capsys):
+    output = compiled(alibi, tmp_path / "out", "--passes", f"{READY},cast{{dtype=bf16}}")
+    library = read_library(output)
+    assert isinstance(library, Library)
+    assert library.cache.dtype == "bf16"
+    verified(alibi, output, capsys)
 
 
 def test_int8_weights_equal_the_dequantised_graph(family: Path, tmp_path: Path, capsys):
@@ -96,6 +124,22 @@ def test_steps_can_be_printed(family: Path, tmp_path: Path, capsys):
     assert capsys.readouterr().err.count("// after legalize") == 1
     assert main(["compile", str(family), "-o", str(tmp_path / "other"), "--print-after", "legalise"]) == 2
     assert "the steps are dispatch-scan, legalize" in capsys.readouterr().err
+
+
+def test_without_a_c_compiler_it_says_so_before_anything_else(alibi: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["compile", str(alibi), "-o", str(tmp_path / "out"), "--passes", READY]) == 2
+    assert "no-such-compiler (from CXX or CC) is not there. Install gcc or clang" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_config_is_told_before_anything_is_written(alibi: Path, tmp_path: Path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(alibi, model)
+    (model / "config.json").write_text("{")
+    assert main(["compile", str(model), "-o", str(tmp_path / "out"), "--passes", READY]) != 0
+    assert "config.json: is no JSON" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [model]
 
 
 def test_unknown_cpu_is_named(family: Path, tmp_path: Path, capsys):

@@ -1,4 +1,4 @@
-"""`passopt run`, killed at random moments and started again, with two pipelines that want the same output folder."""
+"""`passopt run`, killed at random moments and started again, with two pipelines that want one output; and `compile`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from passopt.cli import main
+from passopt.commands import writing
+from passopt.ir.staging import JOURNAL_NAME
 
 SCRIPT = """
 import sys, time
@@ -50,3 +54,27 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(alibi: Path, tmp_path:
             assert files_of(output) == expected[index]
             shutil.rmtree(output)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] in ([], [".out.partial"])
+
+
+def test_a_killed_compile_goes_on_with_the_weights_that_are_finished(
+    alibi: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    pytest.importorskip("tvm")
+    monkeypatch.setattr(writing, "_REPORTED_FROM", 0)
+    options = ["compile", str(alibi), "--passes", "baichuan2,int8{head=true}", "-o"]
+    assert main([*options, str(tmp_path / "whole")]) == 0
+    output, journal = tmp_path / "out", tmp_path / ".out.partial" / JOURNAL_NAME
+    command = [sys.executable, "-c", SCRIPT, *options, str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (journal.is_file() and journal.read_bytes().count(b"\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert journal.is_file()
+    capsys.readouterr()
+    assert main([*options, str(output)]) == 0
+    assert "kept" in capsys.readouterr().err
+    names = {path.name for path in output.iterdir()}
+    assert names == {path.name for path in (tmp_path / "whole").iterdir()}
+    whole = (tmp_path / "whole" / "weights.safetensors").read_bytes()
+    assert (output / "weights.safetensors").read_bytes() == whole

@@ -42,13 +42,16 @@ def ids(*turns: str, room: int | None = None) -> str:
         (("uab", "ac", "ude", "af", "ug"), 6, "<g>"),
         (("sxy", "uab", "ac", "ug"), 8, "xy<g>"),
         (("sxy", "uab", "ac", "ug"), 9, "xy<ab>c<g>"[-9:]),
-        # The last round stays however long it is; then the begin of everything goes.
-        (("sxy", "uabcdef"), 5, "cdef>"),
-        (("sxyz", "ua"), 2, "a>"),
     ],
 )
 def test_rounds_that_fit_are_kept(turns, room, expected):
     assert ids(*turns, room=room) == expected
+
+
+@pytest.mark.parametrize(("turns", "room"), [(("sxy", "uabcdef"), 8), (("sxyz", "ua"), 2), (("ua", "ab", "ucd"), 2)])
+def test_a_last_message_that_does_not_fit_is_refused(turns, room):
+    with pytest.raises(UsageError, match=rf"last message takes .* there is room for {room} beside"):
+        ids(*turns, room=room)
 
 
 def test_no_room_is_refused():

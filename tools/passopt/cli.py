@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(str(error))
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        say(str(interrupt) or "interrupted; nothing half-written was kept")
+        writes = getattr(options, "output", None) is not None
+        say(str(interrupt) or ("interrupted; nothing half-written was kept" if writes else "interrupted"))
         return _INTERRUPTED
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(str(error.name), "export")
@@ -340,7 +341,9 @@ def _add_generate(add: Any) -> None:
         "--ids", action="store_true", help="token ids, separated by spaces, instead of text: in and out"
     )
     command.add_argument("--max-new-tokens", type=_positive, metavar="N", help=_DEFAULT_HELP)
-    command.add_argument("--greedy", action="store_true", help="always the most likely token")
+    command.add_argument(
+        "--greedy", action="store_true", help="always the most likely token; no penalty unless you ask for one"
+    )
     command.add_argument("--temperature", type=float, metavar="T", help="sample; smaller is closer to greedy")
     command.add_argument("--top-k", type=_count, metavar="K", help="sample from the K most likely tokens; 0: all")
     command.add_argument("--top-p", type=float, metavar="P", help="sample from those that together have probability P")

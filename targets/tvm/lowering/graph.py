@@ -169,7 +169,9 @@ class _Lowering:
             match = _PAST.match(name)
             if match is None or match[2] == "value":
                 continue
-            partner = values[f"past.{match[1]}.value"]
+            partner = values.get(f"past.{match[1]}.value")
+            if partner is None:
+                raise ModelError(f"input {name!r} has no past.{match[1]}.value beside it; export with --phase merged")
             if in_place:
                 slots[value] = self._slot(int(match[1]), value, partner)
                 caches += [slots[value].key, slots[value].value]
@@ -249,18 +251,20 @@ class _Lowering:
         except Delegated as reason:
             self._import(node, str(reason))
         except Unsupported as error:
-            return self._fall_back(node, str(error))
+            return self._fall_back(node, str(error), alone=selection is None)
         return True
 
     def _import(self, node: onnx_ir.Node, reason: str) -> None:
         import_node(self.at, node, self.opset)
         self.imported.append(Missing(str(node.name), node.op_type, reason))
 
-    def _fall_back(self, node: onnx_ir.Node, reason: str) -> bool:
-        """TVM's own importer, if the user allows it."""
+    def _fall_back(self, node: onnx_ir.Node, reason: str, *, alone: bool) -> bool:
+        """TVM's own importer, if the user allows it; it knows no node that stands for others as well."""
         self.missing.append(Missing(str(node.name), node.op_type, reason))
         if not self.allow_fallback:
             return False
+        if not alone:
+            raise ModelError(f"{self.missing[-1]}; --allow-fallback cannot help there")
         try:
             import_node(self.at, node, self.opset)
         except Unsupported as error:

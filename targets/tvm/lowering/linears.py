@@ -25,7 +25,7 @@ BOTH_COMPUTED = "both sides are computed: attention that was not fused"
 
 @dataclasses.dataclass(frozen=True)
 class AddedLinear:
-    """`output` = `residual` + a linear without bias that nothing else reads."""
+    """`output` = `residual` + a linear without bias that nothing else reads; of equal rank, perhaps broadcast."""
 
     linear: Linear
     residual: onnx_ir.Value
@@ -33,7 +33,10 @@ class AddedLinear:
 
 
 def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
-    """The sum of a linear and a tensor of its shape, as behind attention and feed-forward; None for any other node."""
+    """The sum of a linear and a tensor of its rank, as behind attention and feed-forward; None for any other node.
+
+    Whether their lengths are the same is seen when they are lowered: two unknown lengths of a graph look alike.
+    """
     if node.op_type != "Add" or node.domain:
         return None
     for operand, residual in (node.inputs, reversed(node.inputs)):
@@ -42,7 +45,9 @@ def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
         linear = find_linear(producer) if producer is not None else None
         if linear is None or residual is None or result is None or linear.bias is not None:
             continue
-        if residual.shape is not None and residual.shape == result.shape and constant_tensor(residual) is None:
+        if residual.shape is None or result.shape is None or constant_tensor(residual) is not None:
+            continue
+        if len(residual.shape) == len(result.shape):
             return AddedLinear(linear, residual, node.outputs[0])
     return None
 
@@ -58,8 +63,14 @@ def lower_linear(at: Values, linear: Linear) -> None:
 
 
 def lower_added_linear(at: Values, added: AddedLinear) -> None:
-    """y = residual + x · wᵀ, in one kernel."""
-    at.set(added.output, _product(at, added.linear, added.residual))
+    """y = residual + x · wᵀ, in one kernel if the residual has the shape of the product."""
+    from tvm import relax
+
+    linear, residual = added.linear, added.residual
+    if at.same_lengths(at.shape(residual), _result_shape(at, linear)):
+        at.set(added.output, _product(at, linear, residual))
+        return
+    at.set(added.output, relax.op.add(_product(at, linear, None), at.tensor(residual)))
 
 
 def _product(at: Values, linear: Linear, residual: onnx_ir.Value | None) -> Tvm:
@@ -70,12 +81,15 @@ def _product(at: Values, linear: Linear, residual: onnx_ir.Value | None) -> Tvm:
     )
     before = [] if residual is None else [_flat(at, residual)]
     name = plan.name if residual is None else f"{plan.name}_residual"
-    dims, channels = at.shape(linear.input)[:-1], linear.weight.expression().shape[0]
-    shape = [at.simplified(product(dims)), channels]
+    *dims, channels = _result_shape(at, linear)
     make = partial(plan.function, residual=residual is not None)
-    result = at.call(name, make, [*data, *weights, *before], shape)
-    at.note(f"linear: {plan.name}")
+    result = at.call(name, make, [*data, *weights, *before], [at.simplified(product(dims)), channels])
+    at.note(f"linear: {name}")
     return at.view(result, [*dims, channels])
+
+
+def _result_shape(at: Values, linear: Linear) -> list[Length]:
+    return [*at.shape(linear.input)[:-1], linear.weight.expression().shape[0]]
 
 
 def _flat(at: Values, value: onnx_ir.Value) -> Tvm:
@@ -118,7 +132,8 @@ class _RowCodes:
 def _row_codes(at: Values, data: onnx_ir.Value, quantized: QuantizedRows) -> _RowCodes:
     """Of rows in memory; or by the kernel that computes them, if nothing else reads them."""
     isa, computed = at.cpu.isa, at.rows_to_come(data)
-    if computed is None or not read_by_none_but(computed.value, quantized.nodes):
+    # A thread of a GPU has no memory of its own for a row.
+    if computed is None or isa.is_gpu or not read_by_none_but(computed.value, quantized.nodes):
         rows = _flat(at, data)
         count, width = at.shape_of(rows)
         return _RowCodes(rows, f"quantize_rows_{width}", partial(quantize_rows, width, isa), (rows,), count, width)
@@ -136,7 +151,12 @@ def _quantized(at: Values, rows: _RowCodes) -> list[Tvm]:
         relax.TensorType([rows.count, layout.width], layout.dtype),
         relax.TensorType([rows.count], "float32"),
     ]
-    found = at.once(("rows", rows.key), lambda: at.call_typed(rows.kernel, rows.make, rows.arguments, types))
+
+    def call() -> Tvm:
+        at.note(f"rows: {rows.kernel}")
+        return at.call_typed(rows.kernel, rows.make, rows.arguments, types)
+
+    found = at.once(("rows", rows.key), call)
     codes = at.once(("codes", rows.key), lambda: at.emit(found[0]))
     return [codes, at.once(("scales", rows.key), lambda: at.emit(found[1]))]
 

@@ -18,10 +18,17 @@ def casts_floats(node: onnx_ir.Node) -> bool:
 
 
 def read_by_none_but(value: onnx_ir.Value, nodes: Collection[onnx_ir.Node]) -> bool:
-    """True if the value, cast or not, goes to these nodes alone and is no output of the graph."""
-    return not value.is_graph_output() and all(
-        read_by_none_but(node.outputs[0], nodes) if casts_floats(node) else node in nodes for node in value.consumers()
-    )
+    """True if the value, cast or not, goes to these nodes alone and is no output of the graph.
+
+    Who asks for its shape does not read it.
+    """
+    return not value.is_graph_output() and all(_is_one_of(node, nodes) for node in value.consumers())
+
+
+def _is_one_of(node: onnx_ir.Node, nodes: Collection[onnx_ir.Node]) -> bool:
+    if casts_floats(node):
+        return read_by_none_but(node.outputs[0], nodes)
+    return node in nodes or (node.op_type == "Shape" and not node.domain)
 
 
 def only_for(node: onnx_ir.Node, value: onnx_ir.Value | None) -> onnx_ir.Value | None:

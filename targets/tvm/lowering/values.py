@@ -164,6 +164,9 @@ class Values:
     def equal(self, first: Length, second: Length) -> bool:
         return bool(self.analyzer.can_prove_equal(first, second))
 
+    def same_lengths(self, first: Sequence[Length], second: Sequence[Length]) -> bool:
+        return len(first) == len(second) and all(map(self.equal, first, second))
+
     # Reading.
 
     def shape(self, value: onnx_ir.Value | None) -> list[Length]:
@@ -287,7 +290,7 @@ class Values:
 
         base = self._viewed.get(tensor, tensor)
         now = self.shape_of(base)
-        if len(now) == len(dims) and all(self.equal(one, other) for one, other in zip(now, dims, strict=True)):
+        if self.same_lengths(now, dims):
             return base
         shape = tuple(self.simplified(dim) for dim in dims)
         found = self.once(("view", base, str(shape)), lambda: self.emit(relax.op.reshape(base, list(shape))))
@@ -317,6 +320,7 @@ class Values:
 
         def make() -> Tvm:
             kernel, shape = rows.kernel, [rows.count, rows.kernel.width]
+            self.note(f"rows: {kernel.name}")
             return self.view(self.call(kernel.name, lambda: rows_kernel(kernel), rows.arguments, shape), dims)
 
         self._rows[rows.value] = rows

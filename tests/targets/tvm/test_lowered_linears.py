@@ -109,8 +109,27 @@ CASES = {
     "a norm whose shape alone others read": (
         NORM + quantised_linear("n", "l") + "z = Shape (n)\n g = Expand (one, z)\n logits = Add (l, g)",
         QUANTISED,
-        {"rms_norm_6_float32_1e_05", "quantize_rows_6"},
-        set(),
+        {"rms_norm_6_float32_1e_05_quantized", "linear_w8a8_6_6_residual"},
+        {"rms_norm_6_float32_1e_05"},
+    ),
+    "one tensor as input and residual": (
+        "h = MatMul (y, square)\n logits = Add (y, h)",
+        SQUARE,
+        {"linear_float32_6_6_residual"},
+        {"add"},
+    ),
+    "int8 weights and a residual": (
+        "t = DequantizeLinear <axis = 0> (codes, scales)\n u = Transpose <perm = [1,0]> (t)\n h = MatMul (y, u)\n"
+        "logits = Add (h, x)",
+        QUANTISED,
+        {"linear_int8_6_6_residual"},
+        {"add"},
+    ),
+    "a sum over ranks between linear and residual": (
+        "h = MatMul (y, square)\n s = Sum (h)\n logits = Add (s, x)",
+        SQUARE,
+        {"linear_float32_6_6"},
+        {"linear_float32_6_6_residual"},
     ),
 }
 
@@ -125,3 +144,24 @@ def test_kernels_and_numbers(both, lowered_text, name):
     # A code is a 127th of a row's largest element: one that fp16 rounds to its neighbour shows.
     bound = 2e-2 * np.abs(expected).max() if "fp16" in name else 1e-5
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=bound)
+
+
+UNKNOWN = "int64[1] first = {0}, int64[1] stop = {1}, int64[1] all = {99}, int64[1] axis = {1}"
+UNKNOWN_LENGTHS = {
+    "residual": (
+        "e = Slice (x, first, stop, axis)\n r = Slice (y, first, all, axis)\n k = MatMul (r, square)\n"
+        "logits = Add (k, e)",
+        f"{SQUARE}, {UNKNOWN}",
+    ),
+    "SwiGLU": (
+        "e = Slice (x, first, stop, axis)\n r = Slice (y, first, all, axis)\n v = Sigmoid (r)\n u = Mul (r, v)\n"
+        "logits = Mul (u, e)",
+        UNKNOWN,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_LENGTHS)
+def test_two_lengths_that_the_graph_does_not_know_are_not_taken_for_one(lowered_text, name):
+    names = {variable.name_hint for variable in lowered_text(*UNKNOWN_LENGTHS[name]).module.get_global_vars()}
+    assert not names & {"linear_float32_6_6_residual", "swiglu_6"}

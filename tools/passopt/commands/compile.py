@@ -80,8 +80,7 @@ def compile_(options: argparse.Namespace) -> int:
 
 def load(path: Path, passes: str | None) -> Source:
     """The model or the models of ranks at `path`, after `passes`. Raises ModelError, UsageError."""
-    ranks = sorted(path.glob("rank*/model.onnx"), key=lambda item: int(item.parent.name.removeprefix("rank")))
-    if path.is_dir() and ranks and not (path / "model.onnx").exists():
+    if path.is_dir() and any(path.glob("rank*/model.onnx")) and not (path / "model.onnx").exists():
         if passes:
             raise UsageError(f"{path}: holds one model per rank; run passes before they come apart, with passopt run")
         manifest = read_manifest(path)

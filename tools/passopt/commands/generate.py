@@ -83,12 +83,20 @@ def _texts(options: argparse.Namespace) -> list[str]:
     if options.messages:
         return []
     if options.prompt:
+        blank = [number for number, text in enumerate(options.prompt, 1) if not text.strip()]
+        if blank:
+            raise UsageError(f"prompt {blank[0]} is empty: there is nothing to continue from")
         return list(options.prompt)
     if options.prompt_file:
         lines = _read(options.prompt_file).splitlines()
         if not lines:
             raise UsageError(f"{options.prompt_file}: is empty; one prompt per line is expected")
+        blank = [number for number, line in enumerate(lines, 1) if not line.strip()]
+        if blank:
+            raise UsageError(f"{options.prompt_file}: line {blank[0]} is blank; one prompt per line is expected")
         return lines
+    if sys.stdin.isatty():
+        print("passopt generate: reading the prompt from the terminal; Ctrl-D ends it", file=sys.stderr)
     return [sys.stdin.read()]
 
 
@@ -132,7 +140,13 @@ def _prompts(
     if conversations:
         bounds = [bound for bound in (engine.max_positions, options.capacity) if bound is not None]
         room = min(bounds) - max_new_tokens if bounds else None
-        return [chat_ids(messages, folder, tokenizer, settings, room) for messages in conversations]
+        found = [chat_ids(messages, folder, tokenizer, settings, room) for messages in conversations]
+        whole = [chat_ids(messages, folder, tokenizer, settings, None) for messages in conversations]
+        for ids, all_ids in zip(found, whole, strict=True):
+            if len(ids) < len(all_ids):
+                left_out = f"the oldest {len(all_ids) - len(ids)} of {len(all_ids)} tokens do not fit and are left out"
+                print(f"passopt generate: {left_out}", file=sys.stderr)
+        return found
     return [tokenizer.encode(text) for text in texts]
 
 

@@ -59,23 +59,31 @@ def baichuan_ids(
 ) -> list[int]:
     """System text, then every message after the token of its role, then the token that begins the answer.
 
-    A round begins with each user message. The newest rounds that fit in `room` beside the system text are kept whole;
-    the last one always, and where that is too long, the end of everything.
+    A round begins with each user message. The newest rounds that fit in `room` beside the system text are kept whole.
+    Raises UsageError if the last one does not fit.
     """
     if room is not None and room < 1:
-        raise UsageError("no room for a prompt: ask for fewer new tokens than the model has positions")
+        raise UsageError(
+            "no room for a prompt beside the new tokens: ask for fewer of them, or for a larger --capacity"
+        )
     first = encode(messages[0].content) if messages[0].role == SYSTEM else []
+    answers = messages[-1].role != ASSISTANT
     budget = None if room is None else room - len(first)
     history: list[int] = []
     for turns in reversed(_rounds(messages)):
         ids = [index for turn in turns for index in (user if turn.role == USER else assistant, *encode(turn.content))]
         if history and budget is not None and len(ids) + len(history) > budget:
             break
+        if not history and room is not None and (needed := len(first) + len(ids) + answers) > room:
+            raise UsageError(
+                f"the last message takes {needed} tokens with the system text, and there is room for {room} beside "
+                f"the new ones. Shorten it, or ask for fewer new tokens."
+            )
         history = ids + history
         if budget is not None and len(history) >= budget:
             break
     ids = first + history
-    if messages[-1].role != ASSISTANT:
+    if answers:
         ids.append(assistant)
     return ids if room is None else ids[-room:]
 

@@ -24,7 +24,7 @@ from passopt.targets.tvm.kernels.computed_rows import rows_kernel
 from passopt.targets.tvm.kernels.linear import LinearPlan, plan_float, plan_int8
 from passopt.targets.tvm.kernels.linear_w8a8 import plan_w8a8
 from passopt.targets.tvm.kernels.mask_extents import mask_extents
-from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
+from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_rows
 from passopt.targets.tvm.kernels.rms_norm import RmsNorm
 from passopt.targets.tvm.kernels.rotary import rotary
 from passopt.targets.tvm.kernels.standalone import compile_kernel
@@ -66,13 +66,14 @@ def values(plan: LinearPlan) -> Arrays:
         ]
 
 
-def linear_case(plan: Callable[[Isa], LinearPlan]) -> Case:
+def linear_case(plan: Callable[[Isa], LinearPlan], *, residual: bool = False) -> Case:
     """Of a linear with 37 outputs and 301 inputs: a kernel per number of rows up to a tile, two for more."""
 
     def arguments(rows: int) -> Callable[[Isa], Arrays]:
-        return lambda isa: [numbers(rows, 301), *values(plan(isa)), np.zeros((rows, 37), np.float32)]
+        before = [numbers(rows, 37, seed=5)] if residual else []
+        return lambda isa: [numbers(rows, 301), *values(plan(isa)), *before, np.zeros((rows, 37), np.float32)]
 
-    return Case(lambda isa: plan(isa).function(), tuple(arguments(rows) for rows in (1, 3, 17)), 6)
+    return Case(lambda isa: plan(isa).function(residual=residual), tuple(arguments(rows) for rows in (1, 3, 17)), 6)
 
 
 def float_plan(dtype: DataType) -> Callable[[Isa], LinearPlan]:
@@ -150,10 +151,6 @@ def quantize_arguments(isa: Isa) -> Arrays:
     return [numbers(9, 12), np.zeros((9, layout.width), layout.dtype), np.zeros(9, np.float32)]
 
 
-def swiglu_quantized_arguments(isa: Isa) -> Arrays:
-    return [numbers(9, 12, seed=1), *quantize_arguments(isa)]
-
-
 def fp16_attention(isa: Isa) -> Any:
     return attention(4, 2, 12, 0.3, "float16", isa, True, 3.0)
 
@@ -165,7 +162,6 @@ def w8a8_linear(isa: Isa) -> Any:
 CASES = {
     "rms_norm": Case(lambda isa: rows_kernel(RmsNorm(11, "float16", 1e-5, isa)), (rms_norm_arguments,)),
     "swiglu": Case(lambda isa: rows_kernel(Swiglu(11, isa)), (swiglu_arguments,)),
-    "swiglu_quantized": Case(lambda isa: quantize_computed(Swiglu(12, isa), isa), (swiglu_quantized_arguments,)),
     "rotary": Case(lambda isa: rotary(3, 10, 8, False, isa), (rotary_arguments,)),
     "rotary_interleaved": Case(lambda isa: rotary(3, 10, 8, True, isa), (rotary_arguments,)),
     "append_cache_fp32": Case(lambda isa: append_cache(3, 10, "float32", isa), (append_arguments(np.float32),)),
@@ -175,6 +171,7 @@ CASES = {
     # A kernel for a step of one position, one for more.
     "attention": Case(fp16_attention, (attention_arguments(1), attention_arguments(5)), 2),
     "linear_fp32": linear_case(float_plan(DataType.FLOAT)),
+    "linear_fp32_residual": linear_case(float_plan(DataType.FLOAT), residual=True),
     "linear_fp16": linear_case(float_plan(DataType.FLOAT16)),
     "linear_bf16": linear_case(float_plan(DataType.BFLOAT16)),
     "linear_int8": linear_case(lambda isa: plan_int8(int8_codes(), scales(), isa)),

@@ -61,8 +61,9 @@ def check(plan: LinearPlan, cpu: Cpu, weight: np.ndarray[Any, Any]) -> None:
 
 
 SHAPES = [(192, 128), (180, 72), (3424, 192), (5, 1), (1, 5)]
-#: The last two exercise several chunks of inputs, the last of which is shorter.
+#: The last ones exercise several chunks of inputs, the last of which is shorter: of 256 for AVX2, of 1024 for AVX512.
 CASES = [(shape, "float32") for shape in SHAPES] + [((72, 517), dtype) for dtype in STORED] + [((40, 800), "float16")]
+CASES += [((72, 2500), dtype) for dtype in STORED]
 
 
 @pytest.mark.parametrize("name", CPUS)
@@ -94,6 +95,14 @@ def test_every_finite_half_is_read_exactly(name):
         np.testing.assert_array_equal(
             call(np.ones((rows, 1), np.float32)), np.tile(finite.astype(np.float32), (rows, 1))
         )
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_more_rows_than_one_span_has(name):
+    cpu = cpu_of(name)
+    plan = plan_float(Literal.of(np.eye(70, 40, dtype=np.float32)), cpu.isa)
+    x = np.random.default_rng(3).standard_normal((1601, 40), np.float32)
+    np.testing.assert_allclose(run(plan, cpu, 70)(x), np.pad(x, ((0, 0), (0, 30))), rtol=1e-6)
 
 
 @functools.cache
