@@ -161,11 +161,13 @@ class Bench:
             for job in ready:
                 if job.candidate.name in slow:
                     continue
+                first, *others = job.plans
                 start = time.monotonic()
-                for plan in job.plans if number == 0 else job.plans[:1]:
-                    self._measure(label, job.shape, job.candidate, plan)
+                self._measure(label, job.shape, job.candidate, first)
                 if time.monotonic() - start > SLOW:
                     slow.add(job.candidate.name)
+                for plan in others if number == 0 else ():
+                    self._measure(label, job.shape, job.candidate, plan)
         if not self.options.work:
             for job in jobs:
                 self._remove(self._path(label, job.shape, job.candidate))
