@@ -13,7 +13,7 @@ from passopt.ir.weights import constant_tensor, is_checkpoint_weight
 from passopt.targets.tvm.kernels.linear import LinearPlan, plan_float, plan_int8
 from passopt.targets.tvm.kernels.linear_w8a8 import plan_w8a8
 from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
-from passopt.targets.tvm.lowering.readers import only_for, read_by_none_but
+from passopt.targets.tvm.lowering.readers import behind_casts, read_by_none_but
 from passopt.targets.tvm.lowering.values import Length, Tvm, Unsupported, Values, product
 
 #: Values behind a weight that is computed; what lies deeper is no weight.
@@ -40,7 +40,7 @@ def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
     if node.op_type != "Add" or node.domain:
         return None
     for operand, residual in (node.inputs, reversed(node.inputs)):
-        result = only_for(node, operand)
+        result = behind_casts(operand)
         producer = result.producer() if result is not None else None
         linear = find_linear(producer) if producer is not None else None
         if linear is None or residual is None or result is None or linear.bias is not None:
@@ -76,9 +76,10 @@ def lower_added_linear(at: Values, added: AddedLinear) -> None:
 def _product(at: Values, linear: Linear, residual: onnx_ir.Value | None) -> Tvm:
     plan = _plan(at, linear)
     weights = [_weight(at, linear, suffix, position, plan) for position, suffix in enumerate(_suffixes(plan))]
-    data = (
-        [_flat(at, linear.input)] if linear.rows is None else _quantized(at, _row_codes(at, linear.input, linear.rows))
-    )
+    if linear.rows is None:
+        data = [_flat(at, linear.input)]
+    else:
+        data = _quantized(at, _row_codes(at, linear.input, linear.rows))
     before = [] if residual is None else [_flat(at, residual)]
     name = plan.name if residual is None else f"{plan.name}_residual"
     *dims, channels = _result_shape(at, linear)

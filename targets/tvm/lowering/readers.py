@@ -31,9 +31,9 @@ def _is_one_of(node: onnx_ir.Node, nodes: Collection[onnx_ir.Node]) -> bool:
     return node in nodes or (node.op_type == "Shape" and not node.domain)
 
 
-def only_for(node: onnx_ir.Node, value: onnx_ir.Value | None) -> onnx_ir.Value | None:
-    """What `node` reads as `value`: the value before all casts, if nobody else reads any of them; otherwise None."""
-    while value is not None and read_by_none_but(value, [node]) and len(value.uses()) == 1:
+def behind_casts(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
+    """The value before all casts, if each of them and the value itself has one reader; otherwise None."""
+    while value is not None and not value.is_graph_output() and len(value.uses()) == 1:
         producer = value.producer()
         if producer is None or not casts_floats(producer):
             return value
