@@ -62,12 +62,14 @@ class RankEngine:
         capacity: int | None = None,
         threads: int | None = None,
         verify_weights: bool = False,
+        copy_weights: bool = False,
         timeout: float = TIMEOUT,
     ) -> RankEngine:
         """Start a process per rank of `folder`; all load, and make room for `batch` sequences of `capacity` columns.
 
         `threads` are those of all ranks together (default: the cores). `timeout` in seconds is how long a rank may keep
-        the others waiting. Raises ModelError (folders that do not belong together, a rank that fails), UsageError.
+        the others waiting. `verify_weights` and `copy_weights` are as in `Engine.load`. Raises ModelError (folders that
+        do not belong together, a rank that fails), UsageError.
         """
         if platform.machine() not in X86:
             raise UsageError(f"ranks exchange data through memory in the order of x86; this is {platform.machine()}")
@@ -80,7 +82,10 @@ class RankEngine:
         if threads < 1:
             raise UsageError(f"{threads} threads: at least one is needed")
         share = max(1, threads // found.degree)
-        jobs = [_Job(path, rank, found.degree, share, verify_weights, timeout) for rank, path in enumerate(paths)]
+        jobs = [
+            _Job(path, rank, found.degree, share, verify_weights, copy_weights, timeout)
+            for rank, path in enumerate(paths)
+        ]
         engine = cls(libraries, _Processes(folder, jobs, timeout))
         try:
             engine.allocate(batch, capacity)
@@ -147,6 +152,7 @@ class _Job:
     degree: int
     threads: int
     verify_weights: bool
+    copy_weights: bool
     timeout: float
 
 
@@ -274,7 +280,14 @@ def _serve(pipe: _Connection, job: _Job, room: Path) -> None:
 
     def load() -> Engine:
         group.register(runtime())
-        return Engine.load(job.folder, capacity=1, threads=job.threads, verify_weights=job.verify_weights, alone=False)
+        return Engine.load(
+            job.folder,
+            capacity=1,
+            threads=job.threads,
+            verify_weights=job.verify_weights,
+            copy_weights=job.copy_weights,
+            alone=False,
+        )
 
     error, engine = _tried(load, group)
     pipe.send((error, None))

@@ -5,7 +5,7 @@ Everything that can be refused (CPU, digests, lengths) is refused before anythin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,12 +55,16 @@ class Engine:
         capacity: int | None = None,
         threads: int | None = None,
         verify_weights: bool = False,
+        copy_weights: bool = False,
+        progress: Callable[[int], None] | None = None,
         alone: bool = True,
     ) -> Engine:
         """Load the library in `folder` and make room for `batch` sequences of `capacity` columns.
 
         `capacity` defaults to the model's positions, `threads` to the cores. Weights are hashed on the first load of a
-        file, and with `verify_weights`. A rank, which is not `alone`, calls collectives that are registered before.
+        file, and with `verify_weights`; they stay a map of the file, unless `copy_weights` asks for memory of this
+        process. `progress` gets the bytes of weights read since its last call. A rank, which is not `alone`, calls
+        collectives that are registered before.
         Raises ModelError (damaged or incomplete folder, another CPU), UsageError.
         """
         threads = count_cores() if threads is None else threads
@@ -77,8 +81,10 @@ class Engine:
         _check_cpu(folder, library)
         _check_code(folder / library.library.file, library)
         weights = WeightsMap(folder / library.weights.file, library.weights)
-        if verify_weights or not weights.is_stamped():
-            weights.verify(threads)
+        unknown = verify_weights or not weights.is_stamped()
+        if unknown or copy_weights:
+            weights.read(threads, verify=unknown, copy=copy_weights, progress=progress)
+        if unknown:
             weights.stamp()
         machine = vm.VirtualMachine(folder / library.library.file, library.function, threads)
         engine = cls(library, machine, weights.tensors(library.parameters))

@@ -94,7 +94,7 @@ def test_int8_ranks_equal_the_joined_graph(family: Path, compiled, passes: str):
     feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": np.cumsum(mask, axis=1) - 1}
     feeds |= {name: cache for name in names if name.startswith("past.")}
     expected = Session(joined).run(feeds)["logits"]
-    with RankEngine.load(library, batch=2, capacity=12) as engine:
+    with RankEngine.load(library, batch=2, capacity=12, copy_weights=True) as engine:
         found = engine.forward(ids, mask)
         again = [engine.forward(ids, mask) for _ in range(3) if engine.reset() is None]
     assert np.abs(found - expected).max() < 3e-2 * np.abs(expected).max()

@@ -27,11 +27,11 @@ def folder(tmp_path: Path, monkeypatch, make_engine) -> Path:
             logits[..., 300 : 300 + narrow.shape[-1]] = narrow
             return logits
 
-    def open_engine(folder, *, threads=None, verify_weights=False):
+    def open_engine(folder, **_):
         return Engine(128)
 
     monkeypatch.setattr("passopt.commands.generate.open_engine", open_engine)
-    monkeypatch.setattr("passopt.commands.generate.check_folder", lambda folder: None)
+    monkeypatch.setattr("passopt.commands.generate.check_folder", lambda folder: 0)
     return tmp_path / "model"
 
 

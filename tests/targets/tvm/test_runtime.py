@@ -1,6 +1,7 @@
 """The engine on a library made by hand: what it computes, what it keeps, and what it refuses before anything runs."""
 
 import dataclasses
+import mmap
 import os
 import shutil
 import subprocess
@@ -253,8 +254,12 @@ def test_weights_are_hashed_once_per_file(folder: Path, monkeypatch):
     from passopt.targets.tvm.weights_map import WeightsMap
 
     hashed = []
-    verify = WeightsMap.verify
-    monkeypatch.setattr(WeightsMap, "verify", lambda self, threads: (hashed.append(1), verify(self, threads)))
+    read = WeightsMap.read
+    monkeypatch.setattr(
+        WeightsMap,
+        "read",
+        lambda self, *args, **how: (hashed.append(1) if how["verify"] else None, read(self, *args, **how)),
+    )
     Engine.load(folder)
     Engine.load(folder)
     assert len(hashed) == 1
@@ -282,6 +287,44 @@ def test_weights_are_mapped_and_stay_mapped(tiny):
 
     gc.collect()
     np.testing.assert_array_equal(engine.forward([[3]], [[1]]), tiny.logits([[3]], [[1]], [[0]]))
+
+
+def test_weights_can_be_copied(tiny, tmp_path: Path):
+    """Into memory of the process: the file is not mapped any more, and may go. Logits are the same to the bit."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny.folder, folder)
+    weights = folder / "weights.safetensors"
+    read: list[int] = []
+    for _ in range(2):  # hashed while it is copied, then known
+        read.clear()
+        engine = Engine.load(folder, copy_weights=True, progress=read.append)
+        assert sum(read) == 4 * 2 * 11 * 6  # embedding and head, fp32
+    assert not any(line.endswith(str(weights)) for line in Path("/proc/self/maps").read_text().splitlines())
+    weights.write_bytes(b"")
+    np.testing.assert_array_equal(engine.forward([[3]], [[1]]), tiny.logits([[3]], [[1]], [[0]]))
+
+
+def test_a_damaged_tensor_is_refused_while_it_is_copied(folder: Path):
+    data = bytearray((folder / "weights.safetensors").read_bytes())
+    data[-70] ^= 1
+    (folder / "weights.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match="tensor 'head' is damaged"):
+        Engine.load(folder, copy_weights=True)
+
+
+def test_no_memory_for_a_copy_is_said(folder: Path, monkeypatch):
+    from passopt.targets.tvm import weights_map
+
+    mapped = weights_map.mmap.mmap
+
+    def full(file: int, *args: int, **how: int) -> mmap.mmap:
+        if file == -1:
+            raise OSError(12, "Cannot allocate memory")
+        return mapped(file, *args, **how)
+
+    monkeypatch.setattr(weights_map.mmap, "mmap", full)
+    with pytest.raises(ModelError, match=r"no memory for a copy of [\d,]+ bytes; load it without one"):
+        Engine.load(folder, copy_weights=True)
 
 
 @pytest.mark.parametrize("threads", range(1, 1 + min(4, len(os.sched_getaffinity(0)))))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from passopt.commands.progress import Progress
 from passopt.generation.chat import Message, chat_ids
 from passopt.generation.engine import Engine, check_folder, open_engine
 from passopt.generation.loop import Generation
@@ -23,13 +24,13 @@ def generate(options: argparse.Namespace) -> int:
     """Everything that can be wrong with the prompts is told before the weights are loaded."""
     folder = Path(options.directory)
     _check_sources(options)
-    check_folder(folder)
+    nbytes = check_folder(folder)
     settings = read_settings(folder)
     sampling = _sampling(options, settings.sampling)
     tokenizer = None if options.ids else load_tokenizer(folder)
     texts = _texts(options)
     conversations = _conversations(options, texts)
-    engine = open_engine(folder, threads=options.threads, verify_weights=options.verify_weights)
+    engine = _open(folder, nbytes, options)
     longest = options.max_new_tokens or settings.max_new_tokens
     prompts = _prompts(options, folder, texts, conversations, tokenizer, settings, engine, longest)
     writer = None if options.json or not options.stream else _Writer(_pieces(tokenizer), len(prompts))
@@ -50,6 +51,16 @@ def generate(options: argparse.Namespace) -> int:
         _print_all(result, tokenizer)
     _say(result)
     return 0
+
+
+def _open(folder: Path, nbytes: int, options: argparse.Namespace) -> Engine:
+    """The engine, with a bar while weights are read: the first time of a file, or to copy them."""
+    progress = Progress("reading weights", nbytes)
+    how = {"verify_weights": options.verify_weights, "copy_weights": options.copy_weights}
+    try:
+        return open_engine(folder, threads=options.threads, progress=progress, **how)
+    finally:
+        progress.close()
 
 
 def _check_sources(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -36,19 +37,32 @@ class Engine(Protocol):
         """Append `ids` [batch, seq] under `mask` [batch, past + seq]; logits [batch, seq or 1, vocab]."""
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ModelError unless `folder` was compiled; a folder of ranks, unless each of them was."""
+def check_folder(folder: Path) -> int:
+    """Bytes of the weights in `folder`. Raises ModelError unless it was compiled, and each of its ranks."""
     found = read_library(folder)
-    for name in found.ranks if isinstance(found, RankFolders) else ():
-        read_library(folder / name)
+    if isinstance(found, RankFolders):
+        return sum(check_folder(folder / name) for name in found.ranks)
+    return found.weights.nbytes
 
 
-def open_engine(folder: Path, *, threads: int | None = None, verify_weights: bool = False) -> Engine:
-    """The engine for `folder`, with room for one column; `allocate` makes more. Raises ModelError, UsageError."""
+def open_engine(
+    folder: Path,
+    *,
+    threads: int | None = None,
+    verify_weights: bool = False,
+    copy_weights: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Engine:
+    """The engine for `folder`, with room for one column; `allocate` makes more. Raises ModelError, UsageError.
+
+    Weights are hashed anew with `verify_weights`, and lie in memory of this process with `copy_weights`. `progress`
+    gets the bytes of weights read since its last call; of ranks, which read in processes of their own, none.
+    """
+    how = {"verify_weights": verify_weights, "copy_weights": copy_weights}
     if isinstance(read_library(folder), RankFolders):
         from passopt.targets.tvm import ranks
 
-        return ranks.RankEngine.load(folder, capacity=1, threads=threads, verify_weights=verify_weights)
+        return ranks.RankEngine.load(folder, capacity=1, threads=threads, **how)
     from passopt.targets.tvm import runtime
 
-    return runtime.Engine.load(folder, capacity=1, threads=threads, verify_weights=verify_weights)
+    return runtime.Engine.load(folder, capacity=1, threads=threads, progress=progress, **how)
