@@ -40,13 +40,17 @@ SLOW = 90.0
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """`width` is how many bytes a weight takes; `whole`: whether the whole model is measured, or layers only."""
+    """`width` is how many bytes a weight takes; `whole`: whether the whole model is measured, or layers only.
+
+    `mapped` weights stay in the page cache, wherever that lies; others are in memory of the process.
+    """
 
     name: str
     program: str
     variant: str
     width: float
     whole: bool = True
+    mapped: bool = False
 
     @property
     def integers(self) -> bool:
@@ -62,6 +66,7 @@ CANDIDATES = (
     Candidate("passopt fp32", "passopt", "fp32", 4, whole=False),
     Candidate("passopt int8", "passopt", "int8", 1),
     Candidate("passopt W8A8", "passopt", "W8A8", 1),
+    Candidate("passopt W8A8, mapped", "passopt", "W8A8", 1, mapped=True),
     Candidate("onnxruntime fp32", "onnxruntime", "fp32", 4, whole=False),
     Candidate("onnxruntime DynamicQuantizeMatMul", "onnxruntime", "dynamic", 1),
     Candidate("onnxruntime MatMulIntegerToFloat", "onnxruntime", "integer", 1),
@@ -217,6 +222,7 @@ class Bench:
         if self.run.of(label, candidate.name).failure:
             return
         model = {"model": str(self._path(label, shape, candidate)), "shape": dataclasses.asdict(shape)}
+        model["mapped"] = candidate.mapped
         for variant in self._variants(candidate, plan):
             job = {**model, "seconds": plan.seconds, **variant}
             others: list[float] = []
@@ -266,7 +272,7 @@ class Bench:
             self.model(label, [Job(item, of, decode) for item, of in zip(self.candidates, deep, strict=True)], rounds)
             for of in set(deep):
                 self.forget(label, of)
-            self.model(label, [Job(item, shape, prefill) for item in self.candidates], rounds)
+            self.model(label, [Job(item, shape, prefill) for item in self.candidates if not item.mapped], rounds)
             self.forget(label, shape)
 
     def whole(self) -> None:
@@ -277,8 +283,10 @@ class Bench:
         for candidate in self.candidates:
             if not candidate.whole:
                 continue
-            plans = [Points(self.threads, PREFILLS[:1], PASTS, 2.0)]
-            if candidate.integers:
+            plans = [Points(self.threads, () if candidate.mapped else PREFILLS[:1], PASTS, 2.0)]
+            if candidate.mapped:
+                pass  # a prefill waits for arithmetic
+            elif candidate.integers:
                 plans.append(Points(self.threads, PREFILLS[1:], (), 2.0))
             elif "MatMulNBits" not in candidate.name:
                 plans.append(Points((max(self.threads),), PREFILLS[1:], (), 2.0))

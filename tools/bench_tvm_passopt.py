@@ -130,10 +130,10 @@ def write(folder: Path, shape: Shape, precision: str) -> None:
 class Runner:
     """An engine whose past is whatever random numbers its caches hold."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, *, mapped: bool = False) -> None:
         from passopt.targets.tvm.runtime import Engine
 
-        self.engine = Engine.load(folder, capacity=CAPACITY, threads=threads)
+        self.engine = Engine.load(folder, capacity=CAPACITY, threads=threads, copy_weights=not mapped)
         random = np.random.default_rng(1).standard_normal(1 << 20, np.float32)
         for cache in self.engine._past.tensors:
             flat = np.from_dlpack(cache).reshape(-1)
@@ -156,7 +156,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Times of all points, and the logits behind the first prompt for comparison."""
     shape = Shape(**job["shape"])
     (threads,) = job["threads"]
-    runner = Runner(Path(job["model"]), threads)
+    runner = Runner(Path(job["model"]), threads, mapped=job["mapped"])
     results: dict[str, Any] = {}
     for count in job["prefill"]:
         run = partial(runner.run, tokens(count, shape.vocabulary))
