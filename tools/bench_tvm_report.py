@@ -129,11 +129,13 @@ of several launches, interleaved with those of the others, since the speed of a 
 `spread` is the largest median over the least, `others` how much of the machine other programs used in the quietest
 launch. Decode of a layer is timed in a model of so many unlike layers that they take 1 GiB, and divided by their
 number; prefill in one layer, with caches evicted before each repeat. Weights are the same random numbers for all, and
-`error` is the largest difference of logits behind one prompt, relative to the largest of the reference's. All hold their
-weights in memory of their process (`--copy-weights`, `use_mmap=False`; onnxruntime and torch do so anyway), but for
-`mapped`, as `generate` loads them unless asked: there the page cache decides on which NUMA node, of this machine or of a
-virtual one's host, the weights lie, and from another node they are read up to 1.4 times as slowly. Peers get their
-best: fused operators and a cache in place through I/O binding for onnxruntime (ALiBi's bias made beforehand), SDPA with
+`error` is the largest difference of logits behind one prompt, relative to the largest of the reference's.
+
+All hold their weights in memory of their process (`--copy-weights`, `use_mmap=False`; onnxruntime and torch do so
+anyway), but for `mapped`, as `generate` loads them unless asked: there the page cache decides on which NUMA node, of
+this machine or of a virtual one's host, the weights lie, and from another node they are read up to 1.4 times as slowly.
+
+Peers get their best: fused operators and a cache in place through I/O binding for onnxruntime (ALiBi's bias made beforehand), SDPA with
 a cache allocated beforehand for torch, flash attention on or off for llama.cpp, whose ALiBi layers are those of
 `refact`. In the whole model the past is random numbers in the cache, but for llama.cpp, which computes it.
 """
