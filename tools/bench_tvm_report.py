@@ -135,9 +135,10 @@ All hold their weights in memory of their process (`--copy-weights`, `use_mmap=F
 anyway), but for `mapped`, as `generate` loads them unless asked: there the page cache decides on which NUMA node, of
 this machine or of a virtual one's host, the weights lie, and from another node they are read up to 1.4 times as slowly.
 
-Peers get their best: fused operators and a cache in place through I/O binding for onnxruntime (ALiBi's bias made beforehand), SDPA with
-a cache allocated beforehand for torch, flash attention on or off for llama.cpp, whose ALiBi layers are those of
-`refact`. In the whole model the past is random numbers in the cache, but for llama.cpp, which computes it.
+Peers get their best: fused operators and a cache in place through I/O binding for onnxruntime (ALiBi's bias made
+beforehand), SDPA with a cache allocated beforehand for torch, flash attention on or off for llama.cpp, whose ALiBi
+layers are those of `refact`. In the whole model the past is random numbers in the cache, but for llama.cpp, which
+computes it.
 """
 
 
