@@ -111,9 +111,7 @@ class Llama:
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        loading = llama_cpp.llama_model_default_params()
-        loading.use_mmap = False  # memory of the process, as all others have it
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self.model:
             raise SystemExit(f"llama.cpp does not load {path}")
         options = llama_cpp.llama_context_default_params()

@@ -1,13 +1,10 @@
-"""weights.safetensors mapped into memory, checked, and handed out as tensors without a copy.
+"""weights.safetensors mapped into memory, or copied if asked, checked, and handed out as tensors.
 
 Size and header are checked at every load. All bytes are hashed when a file is loaded for the first time; then a stamp
 beside it says which file that was (device, inode, size, times), and the next loads trust it as long as it is that file.
 Hashing is all that takes time: some seconds for 8 GB on two slow cores, against a tenth of a second for the rest.
-
-A mapped file lies where the page cache put it. With several NUMA nodes, of this machine or of a virtual one's host,
-that is the node that read it from the disk, and reading weights from another node takes up to 1.4 times as long. A copy
-into memory of the process lies on the node of the threads that make it, at the price of memory that no other process
-shares.
+A copy costs as much at every load, but usually lies on the NUMA node of the threads that make it; the page cache may
+lie on another, of a virtual machine's host too: latency there was 1.7 times and reading took 1.4 times as long.
 """
 
 from __future__ import annotations
@@ -49,7 +46,7 @@ _DTYPES = {
 
 
 class WeightsMap:
-    """The file, mapped read-only; tensors keep the map alive."""
+    """The file, mapped read-only, or its copy; tensors keep either alive."""
 
     def __init__(self, path: Path, entry: WeightsFile) -> None:
         """Raises ModelError if the file is missing, or its size or header is not that of `entry`."""
@@ -107,7 +104,7 @@ class WeightsMap:
             return
 
     def tensors(self, names: tuple[str, ...]) -> list[Any]:
-        """The tensors as TVM takes them. Nothing is copied or read."""
+        """The tensors as TVM takes them, of the map or of the copy that `read` made. Nothing is copied or read here."""
         # numpy refuses to export what cannot be written to, though kernels only read it: hence the detour by address.
         raw: Any = (ctypes.c_uint8 * self._bytes.nbytes).from_address(self._bytes.ctypes.data)
         raw.map = self._bytes
@@ -127,7 +124,7 @@ class WeightsMap:
         return self._start + start, stop - start
 
     def _read(self, file: int, room: mmap.mmap | None, verify: bool, name: str) -> str | None:
-        """Read a tensor to its place in `room`, or just past; its digest, if it shall be verified.
+        """Read a tensor, to its place in `room` if there is one; its digest, if it shall be verified.
 
         In pieces that stay in the cache of a core: hashing the map instead would wait for page faults.
         """
@@ -161,7 +158,7 @@ def _room(path: Path, nbytes: int) -> mmap.mmap:
     try:
         room = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise ModelError(f"{path}: no memory for a copy of {nbytes:,} bytes; load it without one") from error
+        raise ModelError(f"{path}: no memory for a copy of {nbytes:,} bytes; leave out --copy-weights") from error
     with contextlib.suppress(OSError):  # fewer pages to look up; not every kernel has them
         room.madvise(mmap.MADV_HUGEPAGE)
     return room

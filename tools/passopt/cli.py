@@ -358,7 +358,7 @@ def _add_generate(add: Any) -> None:
     command.add_argument(
         "--copy-weights",
         action="store_true",
-        help="to memory of this process, instead of mapping the file: faster where the page cache lies on another NUMA "
+        help="copy weights to memory, instead of mapping the file: faster where the page cache lies on another NUMA "
         "node, as in some virtual machines, but shared with no other process",
     )
     command.add_argument("--json", action="store_true", help="ids, text and figures as JSON")

@@ -323,7 +323,7 @@ def test_no_memory_for_a_copy_is_said(folder: Path, monkeypatch):
         return mapped(file, *args, **how)
 
     monkeypatch.setattr(weights_map.mmap, "mmap", full)
-    with pytest.raises(ModelError, match=r"no memory for a copy of [\d,]+ bytes; load it without one"):
+    with pytest.raises(ModelError, match=r"no memory for a copy of [\d,]+ bytes; leave out --copy-weights"):
         Engine.load(folder, copy_weights=True)
 
 
