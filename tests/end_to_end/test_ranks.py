@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -95,6 +96,9 @@ def test_int8_ranks_equal_the_joined_graph(family: Path, compiled, passes: str):
     feeds |= {name: cache for name in names if name.startswith("past.")}
     expected = Session(joined).run(feeds)["logits"]
     with RankEngine.load(library, batch=2, capacity=12, copy_weights=True) as engine:
+        maps = "".join(Path(f"/proc/{child.pid}/maps").read_text() for child in multiprocessing.active_children())
+        assert "lib.so" in maps
+        assert "weights.safetensors" not in maps
         found = engine.forward(ids, mask)
         again = [engine.forward(ids, mask) for _ in range(3) if engine.reset() is None]
     assert np.abs(found - expected).max() < 3e-2 * np.abs(expected).max()

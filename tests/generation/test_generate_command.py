@@ -12,6 +12,9 @@ from passopt.generation.tokenizer import load_tokenizer
 from passopt.targets.tvm.library import RankFolders
 from passopt.testing.checkpoints import ROTARY, make_checkpoint
 
+#: How engines were asked for.
+OPENED: list[dict] = []
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch, make_engine) -> Path:
@@ -27,12 +30,20 @@ def folder(tmp_path: Path, monkeypatch, make_engine) -> Path:
             logits[..., 300 : 300 + narrow.shape[-1]] = narrow
             return logits
 
-    def open_engine(folder, **_):
+    def open_engine(folder, **how):
+        OPENED.append(how)
         return Engine(128)
 
     monkeypatch.setattr("passopt.commands.generate.open_engine", open_engine)
     monkeypatch.setattr("passopt.commands.generate.check_folder", lambda folder: 0)
     return tmp_path / "model"
+
+
+def test_how_weights_are_loaded_is_passed_on(capsys, folder: Path):
+    for flags, verify, copy in (((), False, False), (("--verify-weights", "--copy-weights"), True, True)):
+        OPENED.clear()
+        run(capsys, folder, "--prompt", "a", "--max-new-tokens", "1", *flags)
+        assert [(how["verify_weights"], how["copy_weights"]) for how in OPENED] == [(verify, copy)]
 
 
 def run(capsys, folder: Path, *arguments: str) -> tuple[str, str]:

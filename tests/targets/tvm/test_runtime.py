@@ -289,19 +289,32 @@ def test_weights_are_mapped_and_stay_mapped(tiny):
     np.testing.assert_array_equal(engine.forward([[3]], [[1]]), tiny.logits([[3]], [[1]], [[0]]))
 
 
-def test_weights_can_be_copied(tiny, tmp_path: Path):
-    """Into memory of the process: the file is not mapped any more, and may go. Logits are the same to the bit."""
-    folder = tmp_path / "copy"
-    shutil.copytree(tiny.folder, folder)
-    weights = folder / "weights.safetensors"
-    read: list[int] = []
-    for _ in range(2):  # hashed while it is copied, then known
-        read.clear()
+def test_weights_can_be_copied(tiny, tmp_path: Path, monkeypatch):
+    """In pieces, and reads that end early; the file is not mapped any more, and may go. Logits are the same bits."""
+    from passopt.targets.tvm import weights_map
+
+    preadv = os.preadv
+    monkeypatch.setattr(weights_map, "_PIECE", 100)
+    monkeypatch.setattr(os, "preadv", lambda file, views, at: preadv(file, [views[0][:37]], at))
+    for unknown in (True, False):  # hashed while it is copied, then known
+        folder = tmp_path / f"copy {unknown}"
+        shutil.copytree(tiny.folder, folder, ignore=shutil.ignore_patterns("*.verified"))
+        if not unknown:
+            Engine.load(folder)
+        read: list[int] = []
         engine = Engine.load(folder, copy_weights=True, progress=read.append)
         assert sum(read) == 4 * 2 * 11 * 6  # embedding and head, fp32
-    assert not any(line.endswith(str(weights)) for line in Path("/proc/self/maps").read_text().splitlines())
-    weights.write_bytes(b"")
-    np.testing.assert_array_equal(engine.forward([[3]], [[1]]), tiny.logits([[3]], [[1]], [[0]]))
+        weights = folder / "weights.safetensors"
+        assert not any(line.endswith(str(weights)) for line in Path("/proc/self/maps").read_text().splitlines())
+        weights.write_bytes(b"")
+        np.testing.assert_array_equal(engine.forward([[3]], [[1]]), tiny.logits([[3]], [[1]], [[0]]))
+
+
+def test_a_file_that_ends_while_it_is_copied_is_refused(folder: Path, monkeypatch):
+    Engine.load(folder)
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(ModelError, match=r"ends at byte \d+, inside tensor"):
+        Engine.load(folder, copy_weights=True)
 
 
 def test_a_damaged_tensor_is_refused_while_it_is_copied(folder: Path):
