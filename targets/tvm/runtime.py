@@ -81,12 +81,12 @@ class Engine:
         _check_cpu(folder, library)
         _check_code(folder / library.library.file, library)
         weights = WeightsMap(folder / library.weights.file, library.weights)
+        machine = vm.VirtualMachine(folder / library.library.file, library.function, threads)
         unknown = verify_weights or not weights.is_stamped()
         if unknown or copy_weights:
             weights.read(threads, verify=unknown, copy=copy_weights, progress=progress)
         if unknown:
             weights.stamp()
-        machine = vm.VirtualMachine(folder / library.library.file, library.function, threads)
         engine = cls(library, machine, weights.tensors(library.parameters))
         engine.allocate(batch, capacity)
         return engine
