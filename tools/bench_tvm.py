@@ -279,20 +279,19 @@ class Bench:
         """The model that fits into memory in 8 bits only. Long prefills are timed once; where slow, by all threads."""
         shape = WHOLE.with_layers(self.options.layers) if self.options.layers else WHOLE
         label = f"{WHOLE_LABEL}, {shape.layers} layers"
-        jobs = []
-        for candidate in self.candidates:
-            if not candidate.whole:
-                continue
-            plans = [Points(self.threads, () if candidate.mapped else PREFILLS[:1], PASTS, 2.0)]
-            if candidate.mapped:
-                pass  # a prefill waits for arithmetic
-            elif candidate.integers:
-                plans.append(Points(self.threads, PREFILLS[1:], (), 2.0))
-            elif "MatMulNBits" not in candidate.name:
-                plans.append(Points((max(self.threads),), PREFILLS[1:], (), 2.0))
-            jobs.append(Job(candidate, shape, plans))
+        jobs = [Job(item, shape, self._whole_plans(item)) for item in self.candidates if item.whole]
         self.model(label, jobs, self.options.rounds)
         self.forget(label, shape)
+
+    def _whole_plans(self, candidate: Candidate) -> list[Points]:
+        if candidate.mapped:
+            return [Points(self.threads, (), PASTS, 2.0)]  # a prefill waits for arithmetic, not for memory
+        plans = [Points(self.threads, PREFILLS[:1], PASTS, 2.0)]
+        if candidate.integers:
+            plans.append(Points(self.threads, PREFILLS[1:], (), 2.0))
+        elif "MatMulNBits" not in candidate.name:
+            plans.append(Points((max(self.threads),), PREFILLS[1:], (), 2.0))
+        return plans
 
 
 class Watch:

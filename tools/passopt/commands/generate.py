@@ -56,9 +56,14 @@ def generate(options: argparse.Namespace) -> int:
 def _open(folder: Path, nbytes: int, options: argparse.Namespace) -> Engine:
     """The engine, with a bar while weights are read: the first time of a file, or to copy them."""
     progress = Progress("reading weights", nbytes)
-    how = {"verify_weights": options.verify_weights, "copy_weights": options.copy_weights}
     try:
-        return open_engine(folder, threads=options.threads, progress=progress, **how)
+        return open_engine(
+            folder,
+            threads=options.threads,
+            verify_weights=options.verify_weights,
+            copy_weights=options.copy_weights,
+            progress=progress,
+        )
     finally:
         progress.close()
 

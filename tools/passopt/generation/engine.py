@@ -58,11 +58,19 @@ def open_engine(
     Weights are hashed anew with `verify_weights`, and lie in memory of this process with `copy_weights`. `progress`
     gets the bytes of weights read since its last call; of ranks, which read in processes of their own, none.
     """
-    how = {"verify_weights": verify_weights, "copy_weights": copy_weights}
     if isinstance(read_library(folder), RankFolders):
         from passopt.targets.tvm import ranks
 
-        return ranks.RankEngine.load(folder, capacity=1, threads=threads, **how)
+        return ranks.RankEngine.load(
+            folder, capacity=1, threads=threads, verify_weights=verify_weights, copy_weights=copy_weights
+        )
     from passopt.targets.tvm import runtime
 
-    return runtime.Engine.load(folder, capacity=1, threads=threads, progress=progress, **how)
+    return runtime.Engine.load(
+        folder,
+        capacity=1,
+        threads=threads,
+        verify_weights=verify_weights,
+        copy_weights=copy_weights,
+        progress=progress,
+    )
