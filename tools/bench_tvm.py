@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench_tvm_report import Run, report
+from bench_tvm_report import LIMITS, Run, report
 from bench_tvm_shapes import LAYERS, PASTS, PREFILLS, WHOLE, WHOLE_LABEL, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +36,8 @@ DISTURBED = 0.1
 #: Seconds after which a launch is not repeated for being disturbed, and a candidate not launched in later rounds.
 PATIENCE = 45.0
 SLOW = 90.0
+#: Large memory of every candidate comes in huge pages: of glibc's malloc, and of torch.
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Bench:
         file = self.work / "job.json"
         file.write_text(json.dumps({"candidate": candidate.program, "variant": candidate.variant, **job}))
         count = str(max(job.get("threads", [1])))
-        environment = {**os.environ, "OMP_NUM_THREADS": count, "TVM_NUM_THREADS": count}
+        environment = {**os.environ, **HUGE_PAGES, "OMP_NUM_THREADS": count, "TVM_NUM_THREADS": count}
         command = [str(self.python(candidate.program)), str(TOOLS / tool), task, str(file)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
@@ -155,7 +157,7 @@ class Bench:
         """Read bandwidth and arithmetic, before and after everything else; the best counts."""
         for threads in self.threads:
             result = self.call("measure", Candidate("", "machine", "", 0), {"threads": [threads], "seconds": 0.7})
-            self.run.machine(threads, {name.split()[0]: speed[0] for name, speed in result.items() if name != "wall"})
+            self.run.machine(threads, {name: result[f"{name} 0 {threads}"][0] for name in LIMITS})
         print(f"machine: {self.run.limits}", flush=True)
 
     def model(self, label: str, jobs: Sequence[Job], rounds: int) -> None:
@@ -232,6 +234,7 @@ class Bench:
                 watch = Watch()
                 try:
                     result = self.call("measure", candidate, job)
+                    check_memory(candidate, shape, result["memory"])
                 except Failure as failure:
                     self._failed(label, candidate, str(failure))
                     return
@@ -292,6 +295,15 @@ class Bench:
         elif "MatMulNBits" not in candidate.name:
             plans.append(Points((max(self.threads),), PREFILLS[1:], (), 2.0))
         return plans
+
+
+def check_memory(candidate: Candidate, shape: Shape, held: dict[str, int]) -> None:
+    """Raises Failure where a process held less than its weights take, and so did not read them all each time."""
+    least = candidate.width * shape.read_parameters
+    found = held["private"] + (held["mapped"] if candidate.mapped else 0)
+    if found < least:
+        kind = "or of mapped files" if candidate.mapped else "of its own"
+        raise Failure(f"held {found / 1e9:.2f} GB of memory {kind}, its weights alone take {least / 1e9:.2f} GB")
 
 
 class Watch:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_tvm_shapes import UNLIKE, Shape, draw, draw_layer, evict, timed, tokens
+from bench_tvm_shapes import Shape, draw, draw_layer, evict, timed, tokens
 
 from passopt.testing.checkpoints import CheckpointSpec, make_checkpoint
 
@@ -37,7 +37,7 @@ _LINEARS = {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj
 
 
 def write_checkpoint(folder: Path, shape: Shape) -> Path:
-    """A stock checkpoint in bf16; layers beyond `UNLIKE` refer to the bytes of those before them."""
+    """A stock checkpoint in bf16."""
     spec = CheckpointSpec(
         shape.family, shape.heads, shape.width, shape.intermediate, shape.layers, shape.vocabulary, POSITIONS
     )
@@ -75,10 +75,6 @@ def _write_weights(path: Path, shape: Shape) -> None:
             prefix = f"model.layers.{layer}"
             for name, ours in (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")):
                 add(f"{prefix}.{name}.weight", draw(f"blk.{layer}.{ours}", (shape.hidden,)))
-            if layer >= UNLIKE:
-                names = [f"{name}.weight" for name in ("self_attn.W_pack", *_LINEARS.values())]
-                entries |= {f"{prefix}.{name}": entries[f"model.layers.{layer % UNLIKE}.{name}"] for name in names}
-                continue
             weights = draw_layer(shape, layer)
             add(f"{prefix}.self_attn.W_pack.weight", *(next(weights)[1] for _ in "qkv"))
             for name, weight in weights:

@@ -36,6 +36,8 @@ GOALS = (
     ("int8 weight-only prefill : fp32 of passopt", ("passopt int8",), ("passopt fp32",), "prefill", 1.0),
 )
 BANDWIDTH_GOAL = 0.7
+#: What the machine can do at most: bytes read, operations with numbers of 4 bytes and of 1, per second.
+LIMITS = ("read", "fp32", "int8")
 CLOSEST_PEER = "onnxruntime DynamicQuantizeMatMul"
 
 
@@ -49,9 +51,14 @@ class Measured:
     shape: Shape | None = None
     #: Share of the machine that other programs used in the quietest launch, at the worst point.
     others: float = 0.0
+    #: Bytes of the largest of its processes: private, huge (of them in huge pages), mapped.
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add(self, result: dict[str, Any], shape: Shape) -> None:
         self.shape = shape
+        self.memory = max(
+            self.memory, result["memory"], key=lambda item: item.get("private", 0) + item.get("mapped", 0)
+        )
         self.logits = self.logits or result.get("logits", [])
         for point, times in points_of(result).items():
             self.times.setdefault(point, []).extend(time / divisor(shape) for time in times)
@@ -133,20 +140,20 @@ def report(run: Run) -> str:
 METHOD = """Each candidate runs alone, in a process per number of threads. A time is the least of several repeats and
 of several launches, interleaved with those of the others, since the speed of a shared machine's memory varies;
 `spread` is the largest median over the least, `others` how much of the machine other programs used in the quietest
-launch. Decode of a layer is timed in a model of so many layers that they take 1 GiB, four of them unlike, and divided
+launch. Decode of a layer is timed in a model of so many layers that they take 1 GiB, no two of them alike, and divided
 by their number; prefill in one layer, with caches evicted before each repeat. Weights are the same random numbers for
 all, and `error` is the largest difference of logits behind one prompt, relative to the largest of the reference's.
 
-passopt copies its weights to memory of the process (`--copy-weights`, with huge pages, which peers do not ask for);
-`mapped` is decoding as `generate` loads them unless asked. There the page cache decides on which NUMA node, of this
-machine or of a virtual one's host, the weights lie, and they may be read more slowly. onnxruntime packs its weights
-into memory of its own and keeps equal ones once: it reads the four unlike layers again and again, which in `7B tp4` fit
-the largest cache that this machine shows. llama.cpp maps its file; in its prefill of one layer it seems to leave out
-what no logits need, as its whole model takes 2.7 times as long per layer.
+Everyone holds its weights in memory of its own, in huge pages (asked of glibc and torch for all of them): passopt
+copies them (`--copy-weights`), onnxruntime packs them, llama.cpp reads its file. `memory` is what the largest process
+of a candidate held at its end; one that held less than its weights take has failed. `mapped` is decoding as `generate`
+loads weights unless asked. There the page cache decides on which NUMA node, of this machine or of a virtual one's host,
+the weights lie, and they may be read more slowly.
 
 Peers get their best: fused operators and a cache in place through I/O binding for onnxruntime (ALiBi's bias made
 beforehand), SDPA with a cache allocated beforehand for torch, flash attention on or off for llama.cpp, whose ALiBi
-layers are those of `refact`. In the whole model the past is random numbers in the cache, but for llama.cpp, which
+layers are those of `refact`, and which computes all rows of a last layer only where all logits are asked for, as they
+are where layers are measured. In the whole model the past is random numbers in the cache, but for llama.cpp, which
 computes it.
 """
 
@@ -154,7 +161,7 @@ computes it.
 def limits(run: Run) -> str:
     rows = []
     for threads, speeds in run.limits.items():
-        cells = [f"{speeds.get(name, 0.0) / 1e9:,.1f}" for name in ("read", "fp32", "int8")]
+        cells = [f"{speeds.get(name, 0.0) / 1e9:,.1f}" for name in LIMITS]
         rows.append([str(threads), *cells])
     return table(["threads", "read GB/s", "fp32 GFLOPS", "int8 GOPS"], rows)
 
@@ -187,13 +194,14 @@ def one_model(run: Run, label: str, threads: int) -> str:
                 *cells,
                 f"{item.spread(columns):.2f}",
                 f"{item.others:.0%}",
+                _memory(item.memory),
                 _error(item, items[reference]) if reference else "",
             ]
         )
     unit = "tokens/s" if whole else "ms per layer"
     titles = [" ".join(point.split()[:2]) for point in columns]
     return f"{threads} thread{'s' * (threads > 1)}, {unit}:\n\n" + table(
-        ["", *titles, "spread", "others", "error"], rows
+        ["", *titles, "spread", "others", "memory GB", "error"], rows
     )
 
 
@@ -204,6 +212,16 @@ def _cell(seconds: float | None, point: str, whole: bool) -> str:
     if whole:
         return f"{(number if kind == 'prefill' else 1) / seconds:,.2f}"
     return f"{1000 * seconds:,.2f}"
+
+
+def _memory(held: dict[str, int]) -> str:
+    """Private memory and the share of huge pages in it, or with the files mapped where they are most of it."""
+    if not held:
+        return ""
+    private, mapped = f"{held['private'] / 1e9:.2f}", f"{held['mapped'] / 1e9:.2f}"
+    if held["mapped"] > held["private"]:
+        return f"{private} + {mapped} mapped"
+    return f"{private} ({held['huge'] / max(held['private'], 1):.0%} huge)"
 
 
 def _error(item: Measured, reference: Measured) -> str:

@@ -11,6 +11,7 @@ import functools
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,8 +26,6 @@ PREFILLS = (128, 512, 1024)
 #: Rows of embedding and head where only layers are measured.
 FEW_TOKENS = 512
 POOL = (1 << 22) + 12_347
-#: Layers of unlike weights; deeper models repeat them, at addresses of their own.
-UNLIKE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +108,9 @@ def draw(name: str, shape: tuple[int, ...]) -> Array:
 
 
 def draw_layer(shape: Shape, layer: int) -> Iterator[tuple[str, Array]]:
-    """The linears of a layer by their short names, one at a time."""
+    """The linears of a layer by their short names, one at a time; unlike in every layer."""
     for name, sizes in shape.linears().items():
-        yield name, draw(f"{layer % UNLIKE}.{name}", sizes)
+        yield name, draw(f"{layer}.{name}", sizes)
 
 
 def quantized(weight: Array) -> tuple[Array, Array]:
@@ -151,6 +150,14 @@ def timed(run: Callable[[], object], *, seconds: float, prepare: Callable[[], ob
         if len(times) >= (1 if now - before > seconds / 3 else 3) and now - start > seconds:
             break
     return times
+
+
+def memory() -> dict[str, int]:
+    """Bytes that this process holds: `private`, `huge` of them in huge pages, and `mapped` from files."""
+    fields = {"Anonymous": "private", "AnonHugePages": "huge", "Rss": "mapped"}
+    lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
+    found = {fields[key[:-1]]: 1024 * int(rest[0]) for key, *rest in lines if key[:-1] in fields}
+    return found | {"mapped": found["mapped"] - found["private"]}
 
 
 def evict() -> None:
