@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_tvm_shapes import Shape, memory
+from bench_tvm_shapes import Shape
 
 
 def write(job: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def main(task: str, file: str) -> None:
     if task == "write":
         write(job)
     else:
-        results = measure(job) | {"memory": memory()}
+        results = measure(job)
     print(json.dumps(results | {"wall": time.monotonic() - start}))
 
 

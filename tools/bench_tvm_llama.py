@@ -187,7 +187,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             times = timed(run, seconds=job["seconds"], prepare=partial(llama.clear, past))
             results[f"decode {past} {threads}"] = times
         llama.clear(past)
-    return results
+    return results | {"memory": memory()}
 
 
 def main(task: str, file: str) -> None:
@@ -196,7 +196,7 @@ def main(task: str, file: str) -> None:
         write(Path(job["model"]), Shape(**job["shape"]))
         print("{}")
     else:
-        print(json.dumps(measure(job) | {"memory": memory()}))
+        print(json.dumps(measure(job)))
 
 
 if __name__ == "__main__":

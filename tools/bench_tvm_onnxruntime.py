@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from bench_tvm_shapes import HEAD_DIM, Array, Shape, draw, draw_layer, evict, quantized, slopes, timed, tokens
+from bench_tvm_shapes import HEAD_DIM, Array, Shape, draw, draw_layer, evict, memory, quantized, slopes, timed, tokens
 from onnx import TensorProto, helper
 
 #: fp32 · DynamicQuantizeMatMul · one DynamicQuantizeLinear for several MatMulIntegerToFloat · MatMulNBits by block.
@@ -229,4 +229,4 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     for past in job["decode"]:
         run = partial(session.run, session.bind(tokens(1, shape.vocabulary), past))
         results[f"decode {past} {threads}"] = timed(run, seconds=job["seconds"])
-    return results
+    return results | {"memory": memory()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_tvm_shapes import Shape, draw, draw_layer, evict, timed, tokens
+from bench_tvm_shapes import Shape, draw, draw_layer, evict, memory, timed, tokens
 
 from passopt.testing.checkpoints import CheckpointSpec, make_checkpoint
 
@@ -164,4 +164,4 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         run = partial(runner.run, tokens(1, shape.vocabulary))
         times = timed(run, seconds=job["seconds"], prepare=partial(runner.pretend, past))
         results[f"decode {past} {threads}"] = times
-    return results
+    return results | {"memory": memory()}
