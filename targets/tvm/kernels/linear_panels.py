@@ -198,10 +198,11 @@ class _Linear:
             self._copy_block(copied, blocks, block)
         # Few blocks: panels one after the other, as they lie in memory. Many: several, for which a chunk of rows stays
         # in the L2 cache.
-        group = T.if_then_else(blocks > FEW_BLOCKS, T.int64(self.panels.per_group), T.int64(1))
-        with self._loop((self.panels.count + group - 1) // group) as index:
+        groups = T.bind(T.if_then_else(blocks > FEW_BLOCKS, T.int64(self.panels.groups), T.int64(self.panels.count)))
+        with self._loop(groups) as index:
             wide = None if self.panels.dtype == "float32" else self._scratch()
-            first, here = index * group, self._least(group, self.panels.count - index * group)
+            first = opaque(index * self.panels.count // groups)
+            here = opaque((index + 1) * self.panels.count // groups - first)
             spans = (blocks + (self.span - 1)) // self.span
             with T.serial(0, self.chunks) as chunk, T.serial(0, spans) as span, T.serial(0, here) as within:
                 panel = opaque(first + within)

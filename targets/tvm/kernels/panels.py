@@ -8,6 +8,8 @@ from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels.next_panel import STRIDE
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+#: The number of groups of panels is a multiple of this: a thread that has one more than another keeps it waiting.
+EVEN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Panels:
         return 256 if self.isa.registers > 16 else 32
 
     @property
-    def per_group(self) -> int:
-        """Panels that a thread takes at a time, where there are many rows."""
-        return 4 if self.isa.registers > 16 else 8
+    def groups(self) -> int:
+        """Groups of panels that threads share out, where there are many rows: as many for each of 2, 4 or 8 threads."""
+        about = 4 if self.isa.registers > 16 else 8
+        return min(self.count, -(-self.count // (about * EVEN)) * EVEN)

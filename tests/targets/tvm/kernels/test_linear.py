@@ -14,6 +14,7 @@ from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType, Expression, Fill, Literal
 from passopt.targets.tvm.features import Cpu, level, missing_features
 from passopt.targets.tvm.kernels.linear import LinearPlan, plan_float, plan_int8
+from passopt.targets.tvm.kernels.panels import Panels
 from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
 
 pytest.importorskip("tvm")
@@ -103,6 +104,19 @@ def test_more_rows_than_one_span_has(name):
     plan = plan_float(Literal.of(np.eye(70, 40, dtype=np.float32)), cpu.isa)
     x = np.random.default_rng(3).standard_normal((1601, 40), np.float32)
     np.testing.assert_allclose(run(plan, cpu, 70)(x), np.pad(x, ((0, 0), (0, 30))), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", CPUS)
+@pytest.mark.parametrize("threads", [1, 2, 4, 8])
+@pytest.mark.parametrize("outputs", [1280, 2752, 3424, 4096, 11_008, 13_696])
+def test_no_thread_gets_a_panel_more_than_its_share(outputs, threads, name):
+    panels = Panels.of(outputs, 512, "float32", level(name))
+    groups = panels.groups
+    bounds = [index * panels.count // groups for index in range(groups + 1)]
+    per_thread = -(-groups // threads)  # as the thread pool deals them out
+    shares = [bounds[min(at + per_thread, groups)] - bounds[at] for at in range(0, groups, per_thread)]
+    assert sum(shares) == panels.count
+    assert max(shares) == -(-panels.count // threads)
 
 
 @functools.cache
