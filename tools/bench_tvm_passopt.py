@@ -23,6 +23,7 @@ PIPELINES = {
     "fp32": f"{FUSED},fold-norm-head",
     "int8": f"{FUSED},int8{{head=true}}",
     "W8A8": f"{FUSED},int8{{activations=dynamic,head=true}}",
+    "W8A8 fp16": f"{FUSED},int8{{activations=dynamic,head=true}}",
 }
 #: What makes a checkpoint's model wider than its attention, as on one rank of several: published code, changed code.
 _NARROW = (
@@ -104,22 +105,22 @@ def passopt(*arguments: str) -> None:
         raise SystemExit(f"passopt {arguments[0]}: {last}")
 
 
-def export(folder: Path, shape: Shape) -> Path:
-    """The stock checkpoint of `shape` and its graph, which refers to its weights; made once for all precisions."""
-    exported = folder / "exported"
+def export(folder: Path, shape: Shape, dtype: str) -> Path:
+    """The stock checkpoint of `shape` and its graph, which refers to its weights; made once for all pipelines."""
+    exported = folder / f"exported-{dtype}"
     if not exported.exists():
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / "checkpoint"
         if not checkpoint.exists():
             write_checkpoint(checkpoint, shape)
-        options = ("--dtype", "fp32", "--weights", "reference", "--no-self-check", "--trust-remote-code")
+        options = ("--dtype", dtype, "--weights", "reference", "--no-self-check", "--trust-remote-code")
         passopt("export", str(checkpoint), "-o", str(exported), *options)
     return exported
 
 
 def write(folder: Path, shape: Shape, precision: str) -> None:
-    """The compiled folder of `shape` in `precision`, made from `folder`'s neighbour `exported`."""
-    exported = export(folder.parent, shape)
+    """The compiled folder of `shape` in `precision`, made from an export next to `folder`."""
+    exported = export(folder.parent, shape, "fp16" if precision.endswith("fp16") else "fp32")
     passopt("compile", str(exported), "--passes", PIPELINES[precision], "-o", str(folder), "--target", "llvm")
 
 
@@ -133,7 +134,7 @@ class Runner:
         random = np.random.default_rng(1).standard_normal(1 << 20, np.float32)
         for cache in self.engine._past.tensors:
             flat = np.from_dlpack(cache).reshape(-1)
-            flat[:] = np.resize(random, flat.size)
+            flat[:] = np.resize(random, flat.size).astype(flat.dtype)
 
     def pretend(self, past: int) -> None:
         """Say that `past` columns are there: computing them would take longer than all that is measured."""

@@ -16,7 +16,7 @@ from bench_tvm_shapes import WHOLE_LABEL, Shape
 
 #: Numbers of a candidate's logits behind one prompt that may differ from those of the reference, relative.
 REFERENCES = ("torch fp32", "onnxruntime fp32", "onnxruntime MatMulNBits 8, blocks of 128", "passopt int8")
-EIGHT_BITS = ("passopt W8A8", "passopt int8")
+EIGHT_BITS = ("passopt W8A8", "passopt int8", "passopt W8A8, fp16 cache")
 MAPPED = ("passopt W8A8, mapped",)
 #: Candidate of passopt, peers whose best counts, kind of point, and the ratio that must hold.
 GOALS = (
@@ -38,6 +38,8 @@ GOALS = (
 BANDWIDTH_GOAL = 0.7
 #: What the machine can do at most: bytes read, operations with numbers of 4 bytes and of 1, per second.
 LIMITS = ("read", "fp32", "int8")
+#: Bytes of a number in the caches; others' are fp32.
+CACHE_BYTES = {"passopt W8A8, fp16 cache": 2}
 CLOSEST_PEER = "onnxruntime DynamicQuantizeMatMul"
 
 
@@ -126,9 +128,9 @@ def report(run: Run) -> str:
         limits(run),
         "## Ratios\n",
         "How many times as fast as the best of the peers, least and greatest over all points of a row; for 8 bits the "
-        "faster of passopt's two forms at each point, unless the row says mapped. What does not hold is in bold.\n",
+        "fastest of passopt's forms at each point, unless the row says mapped. What does not hold is in bold.\n",
         ratios(run),
-        "Bytes of int8 weights and fp32 cache that a decode must read, over its time and the read bandwidth. Where a "
+        "Bytes of int8 weights and of the cache that a decode must read, over its time and the read bandwidth. Where a "
         "peer is near 100 %, memory leaves nothing to be faster by:\n",
         bandwidth(run),
     ]
@@ -148,7 +150,8 @@ Everyone holds its weights in memory of its own, in huge pages (asked of glibc a
 copies them (`--copy-weights`), onnxruntime packs them, llama.cpp reads its file. `memory` is what the largest process
 of a candidate held at its end; one that held less than its weights take has failed. `mapped` is decoding as `generate`
 loads weights unless asked. There the page cache decides on which NUMA node, of this machine or of a virtual one's host,
-the weights lie, and they may be read more slowly.
+the weights lie, and they may be read more slowly. With `fp16 cache` the model was exported in fp16, as the stock
+checkpoints are used, and then quantised; the caches of others are fp32, but llama.cpp's, which is fp16.
 
 Peers get their best: fused operators and a cache in place through I/O binding for onnxruntime (ALiBi's bias made
 beforehand), SDPA with a cache allocated beforehand for torch, flash attention on or off for llama.cpp, whose ALiBi
@@ -273,20 +276,21 @@ def bandwidth(run: Run) -> str:
             if item is None or item.shape is None:
                 continue
             for threads in run.threads:
-                cells = [_share(item, point, run.limits[threads]["read"]) for point in points([item], threads)]
+                read, cache = run.limits[threads]["read"], CACHE_BYTES.get(name, 4)
+                cells = [_share(item, point, read, cache) for point in points([item], threads)]
                 decode = [cell for cell in cells if cell]
                 if decode:
                     rows.append([name, label, str(threads), ", ".join(decode)])
     return table(["", "model", "threads", f"passopt's goal {BANDWIDTH_GOAL:.0%}"], rows)
 
 
-def _share(item: Measured, point: str, read: float) -> str:
-    """int8 weights, and an fp32 cache of the layers."""
+def _share(item: Measured, point: str, read: float, cache_bytes: int) -> str:
+    """int8 weights, and the cache of the layers."""
     kind, past = point_key(point)
     seconds = item.best(point)
     if kind != "decode" or item.shape is None or seconds is None:
         return ""
     shape = item.shape.with_layers(item.shape.layers if divisor(item.shape) == 1 else 1)
     weights = shape.read_parameters if divisor(shape) == 1 and shape.vocabulary > 1000 else shape.layer_parameters
-    cache = 2 * 4 * shape.width * past * shape.layers
+    cache = 2 * cache_bytes * shape.width * past * shape.layers
     return f"{past}: {(weights + cache) / seconds / read:.0%}"
