@@ -2,7 +2,8 @@
 
     python tools/bench_tvm.py [OUTPUT] [--quick] [--only NAME ...] [--layers N] [--threads 1,2] …
 
-One candidate at a time, each in processes of its own. Takes an hour and a half and 65 GB of disk; --quick a few minutes.
+One candidate at a time, each in processes of its own. Takes an hour and a half and 65 GB of disk; --quick some
+minutes.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from passopt.ir.errors import ModelError, PassoptError, UsageError
 from passopt.targets.tvm.collectives import Counters, Group, create_room
 from passopt.targets.tvm.features import X86
 from passopt.targets.tvm.library import Library, RankFolders, read_library
+from passopt.targets.tvm.memory import check_copy
 from passopt.targets.tvm.runtime import Engine, Ids, Logits
 from passopt.targets.tvm.threads import count_cores
 from passopt.targets.tvm.vm import runtime
@@ -81,6 +82,8 @@ class RankEngine:
         threads = count_cores() if threads is None else threads
         if threads < 1:
             raise UsageError(f"{threads} threads: at least one is needed")
+        if copy_weights:
+            check_copy(folder, sum(library.weights.nbytes for library in libraries))
         share = max(1, threads // found.degree)
         jobs = [
             _Job(path, rank, found.degree, share, verify_weights, copy_weights, timeout)

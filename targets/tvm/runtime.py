@@ -17,6 +17,7 @@ from passopt.ir.errors import ModelError, UsageError
 from passopt.targets.tvm import vm
 from passopt.targets.tvm.features import missing_features
 from passopt.targets.tvm.library import CacheLayout, Library, RankFolders, read_library
+from passopt.targets.tvm.memory import check_copy
 from passopt.targets.tvm.threads import count_cores
 from passopt.targets.tvm.weights_map import WeightsMap
 
@@ -64,7 +65,7 @@ class Engine:
         `capacity` defaults to the model's positions, `threads` to the cores. Weights are hashed on the first load of a
         file, and with `verify_weights`; they stay a map of the file, unless `copy_weights` asks for memory of this
         process. `progress` gets the bytes of weights read since its last call. A rank, which is not `alone`, calls
-        collectives that are registered before.
+        collectives that are registered before, and whoever starts all ranks has checked that their copies fit.
         Raises ModelError (damaged or incomplete folder, another CPU), UsageError.
         """
         threads = count_cores() if threads is None else threads
@@ -80,14 +81,17 @@ class Engine:
         _check_target(folder, library)
         _check_cpu(folder, library)
         _check_code(folder / library.library.file, library)
-        weights = WeightsMap(folder / library.weights.file, library.weights)
-        machine = vm.VirtualMachine(folder / library.library.file, library.function, threads)
-        unknown = verify_weights or not weights.is_stamped()
-        if unknown or copy_weights:
-            weights.read(threads, verify=unknown, copy=copy_weights, progress=progress)
-        if unknown:
-            weights.stamp()
-        engine = cls(library, machine, weights.tensors(library.parameters))
+        capacity = _checked_capacity(library, batch, capacity)
+        if copy_weights and alone:
+            check_copy(folder, library.weights.nbytes)
+        with WeightsMap(folder / library.weights.file, library.weights) as weights:
+            machine = vm.VirtualMachine(folder / library.library.file, library.function, threads)
+            unknown = verify_weights or not weights.is_stamped()
+            if unknown or copy_weights:
+                weights.read(threads, verify=unknown, copy=copy_weights, progress=progress)
+            if unknown:
+                weights.stamp()
+            engine = cls(library, machine, weights.tensors(library.parameters))
         engine.allocate(batch, capacity)
         return engine
 
@@ -116,11 +120,7 @@ class Engine:
 
     def allocate(self, batch: int, capacity: int | None = None) -> None:
         """Forget everything and make room for other sequences. Raises UsageError."""
-        capacity = self.max_positions if capacity is None else capacity
-        if capacity is None:
-            raise UsageError("the model sets no bound to positions: say how many the caches shall hold (capacity)")
-        if batch < 1 or capacity < 1:
-            raise UsageError(f"room for {batch} sequences of {capacity} columns: both must be at least 1")
+        capacity = _checked_capacity(self.library, batch, capacity)
         layout = self.library.cache
         kind = _InPlace if layout.kind == "in-place" else _Functional
         self._past = kind(layout, batch, capacity)
@@ -291,6 +291,16 @@ def _no_room(layout: CacheLayout, batch: int, capacity: int) -> UsageError:
         f"no memory for caches of {layout.nbytes(batch, capacity):,} bytes ({batch} sequences of {capacity} columns); "
         f"ask for a smaller capacity"
     )
+
+
+def _checked_capacity(library: Library, batch: int, capacity: int | None) -> int:
+    """`capacity`, by default the model's positions. Raises UsageError."""
+    capacity = library.max_positions if capacity is None else capacity
+    if capacity is None:
+        raise UsageError("the model sets no bound to positions: say how many the caches shall hold (capacity)")
+    if batch < 1 or capacity < 1:
+        raise UsageError(f"room for {batch} sequences of {capacity} columns: both must be at least 1")
+    return capacity
 
 
 def _whole_numbers(what: str, numbers: npt.ArrayLike) -> Ids:

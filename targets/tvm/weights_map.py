@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from passopt.ir.errors import ModelError
-from passopt.ir.safetensors_header import read_header
+from passopt.ir.safetensors_header import read_header_of
 from passopt.targets.tvm import vm
 from passopt.targets.tvm.library import WeightsFile
 
@@ -46,24 +46,44 @@ _DTYPES = {
 
 
 class WeightsMap:
-    """The file, mapped read-only, or its copy; tensors keep either alive."""
+    """The file, mapped read-only, or its copy; tensors keep either alive. Open it as a context while it is read.
+
+    It is opened once: what is checked, read and stamped is one file, even if another takes its name meanwhile.
+    """
 
     def __init__(self, path: Path, entry: WeightsFile) -> None:
-        """Raises ModelError if the file is missing, or its size or header is not that of `entry`."""
+        """Raises ModelError if the file is missing, or its size, its header or a tensor's place is not as written."""
         self.path = path
         self._entry = entry
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise ModelError(f"{path}: cannot be read: {error.strerror}. {_AGAIN}") from error
-        if size != entry.nbytes:
-            raise ModelError(f"{path}: has {size:,} bytes, expected {entry.nbytes:,}. {_AGAIN}")
-        header = read_header(path)
-        if blake3.blake3(header).hexdigest() != entry.header:
-            raise ModelError(f"{path}: its header is not the one that was written (blake3 differs). {_AGAIN}")
+        with contextlib.ExitStack() as stack:
+            try:
+                self._file = stack.enter_context(path.open("rb"))
+                self._open()
+            except OSError as error:
+                raise ModelError(f"{path}: cannot be read: {error.strerror}. {_AGAIN}") from error
+            self._closing = stack.pop_all()
+
+    def _open(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        if size != self._entry.nbytes:
+            raise ModelError(f"{self.path}: has {size:,} bytes, expected {self._entry.nbytes:,}. {_AGAIN}")
+        header = read_header_of(self._file, self.path)
+        if blake3.blake3(header).hexdigest() != self._entry.header:
+            raise ModelError(f"{self.path}: its header is not the one that was written (blake3 differs). {_AGAIN}")
         self._start = len(header)
         self._tensors: Mapping[str, Any] = json.loads(header[8:])
-        self._bytes: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
+        for name in self._entry.tensors:
+            start, _ = self._place(name)
+            if start % vm.ALIGNMENT:
+                raise ModelError(f"{self.path}: tensor {name!r} starts at byte {start}, no multiple of {vm.ALIGNMENT}")
+        self._bytes: npt.NDArray[np.uint8] = np.memmap(self._file, np.uint8, mode="r")
+
+    def __enter__(self) -> WeightsMap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file; its map or copy stays with the tensors."""
+        self._closing.close()
 
     def read(
         self, threads: int, *, verify: bool, copy: bool = False, progress: Callable[[int], None] | None = None
@@ -76,8 +96,8 @@ class WeightsMap:
         room = _room(self.path, self._bytes.nbytes) if copy else None
         # Largest first, so that no thread ends long after the others.
         names = sorted(self._entry.tensors, key=lambda name: -self._place(name)[1])
-        with self.path.open("rb") as file, ThreadPoolExecutor(threads) as pool:
-            digests = pool.map(functools.partial(self._read, file.fileno(), room, verify), names)
+        with ThreadPoolExecutor(threads) as pool:
+            digests = pool.map(functools.partial(self._read, room, verify), names)
             for name, digest in zip(names, digests, strict=True):
                 if digest not in (None, self._entry.tensors[name]):
                     pool.shutdown(cancel_futures=True)
@@ -114,8 +134,6 @@ class WeightsMap:
     def _tensor(self, storage: npt.NDArray[np.uint8], name: str) -> Any:
         entry = self._tensors[name]
         start, nbytes = self._place(name)
-        if start % vm.ALIGNMENT:
-            raise ModelError(f"{self.path}: tensor {name!r} starts at byte {start}, no multiple of {vm.ALIGNMENT}")
         return vm.view(storage[start : start + nbytes], entry["shape"], _DTYPES[entry["dtype"]])
 
     def _place(self, name: str) -> tuple[int, int]:
@@ -123,7 +141,7 @@ class WeightsMap:
         start, stop = self._tensors[name]["data_offsets"]
         return self._start + start, stop - start
 
-    def _read(self, file: int, room: mmap.mmap | None, verify: bool, name: str) -> str | None:
+    def _read(self, room: mmap.mmap | None, verify: bool, name: str) -> str | None:
         """Read a tensor, to its place in `room` if there is one; its digest, if it shall be verified.
 
         In pieces that stay in the cache of a core: hashing the map instead would wait for page faults.
@@ -133,7 +151,7 @@ class WeightsMap:
         buffer = memoryview(room)[offset:] if room is not None else memoryview(bytearray(min(left, _PIECE)))
         while left:
             piece = buffer[: min(left, _PIECE)]
-            count = os.preadv(file, [piece], offset)
+            count = os.preadv(self._file.fileno(), [piece], offset)
             if not count:
                 raise ModelError(f"{self.path}: ends at byte {offset}, inside tensor {name!r}. {_AGAIN}")
             if hasher:
@@ -148,7 +166,7 @@ class WeightsMap:
         return self.path.with_name(self.path.name + STAMP_SUFFIX)
 
     def _stamp(self) -> dict[str, object]:
-        found = self.path.stat()
+        found = os.fstat(self._file.fileno())
         times = {"mtime": found.st_mtime_ns, "ctime": found.st_ctime_ns}
         return {"root": self._entry.root, "device": found.st_dev, "inode": found.st_ino, "size": found.st_size} | times
 

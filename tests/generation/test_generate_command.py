@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch, make_engine) -> Path:
         return Engine(128)
 
     monkeypatch.setattr("passopt.commands.generate.open_engine", open_engine)
-    monkeypatch.setattr("passopt.commands.generate.check_folder", lambda folder: 0)
+    monkeypatch.setattr("passopt.commands.generate.count_weight_bytes", lambda folder: 0)
     return tmp_path / "model"
 
 

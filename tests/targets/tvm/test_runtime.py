@@ -325,6 +325,42 @@ def test_a_damaged_tensor_is_refused_while_it_is_copied(folder: Path):
         Engine.load(folder, copy_weights=True)
 
 
+def test_a_copy_that_does_not_fit_is_refused_before_anything_is_read(folder: Path, monkeypatch):
+    from passopt.targets.tvm import memory, weights_map
+
+    monkeypatch.setattr(weights_map.WeightsMap, "read", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(memory, "available_memory", lambda: 100)
+    with pytest.raises(ModelError, match=r"no memory for a copy of [\d,]+ bytes, 100 are available; leave out --copy"):
+        Engine.load(folder, copy_weights=True)
+
+
+def test_a_wrong_capacity_is_refused_before_anything_is_read(folder: Path, monkeypatch):
+    from passopt.targets.tvm.weights_map import WeightsMap
+
+    monkeypatch.setattr(WeightsMap, "read", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(UsageError, match="both must be at least 1"):
+        Engine.load(folder, capacity=0)
+
+
+def test_a_file_that_takes_the_name_while_another_is_read_is_not_stamped(folder: Path, monkeypatch):
+    from passopt.targets.tvm.weights_map import WeightsMap
+
+    weights, read = folder / "weights.safetensors", WeightsMap.read
+
+    def replaced(self: WeightsMap, *args: int, **how: bool) -> None:
+        other = weights.with_name("other")
+        other.write_bytes(weights.read_bytes())
+        other.replace(weights)
+        read(self, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightsMap, "read", replaced)
+        Engine.load(folder)
+    library = read_library(folder)
+    with WeightsMap(weights, library.weights) as found:
+        assert not found.is_stamped()
+
+
 def test_no_memory_for_a_copy_is_said(folder: Path, monkeypatch):
     from passopt.targets.tvm import weights_map
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from passopt.commands.progress import Progress
 from passopt.generation.chat import Message, chat_ids
-from passopt.generation.engine import Engine, check_folder, open_engine
+from passopt.generation.engine import Engine, count_weight_bytes, open_engine
 from passopt.generation.loop import Generation
 from passopt.generation.loop import generate as run
 from passopt.generation.sampling import Sampling
@@ -24,7 +24,7 @@ def generate(options: argparse.Namespace) -> int:
     """Everything that can be wrong with the prompts is told before the weights are loaded."""
     folder = Path(options.directory)
     _check_sources(options)
-    nbytes = check_folder(folder)
+    nbytes = count_weight_bytes(folder)
     settings = read_settings(folder)
     sampling = _sampling(options, settings.sampling)
     tokenizer = None if options.ids else load_tokenizer(folder)

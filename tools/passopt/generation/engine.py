@@ -37,11 +37,11 @@ class Engine(Protocol):
         """Append `ids` [batch, seq] under `mask` [batch, past + seq]; logits [batch, seq or 1, vocab]."""
 
 
-def check_folder(folder: Path) -> int:
+def count_weight_bytes(folder: Path) -> int:
     """Bytes of the weights in `folder`. Raises ModelError unless it was compiled, and each of its ranks."""
     found = read_library(folder)
     if isinstance(found, RankFolders):
-        return sum(check_folder(folder / name) for name in found.ranks)
+        return sum(count_weight_bytes(folder / name) for name in found.ranks)
     return found.weights.nbytes
 
 
@@ -55,8 +55,8 @@ def open_engine(
 ) -> Engine:
     """The engine for `folder`, with room for one column; `allocate` makes more. Raises ModelError, UsageError.
 
-    Weights are hashed anew with `verify_weights`, and lie in memory of this process with `copy_weights`. `progress`
-    gets the bytes of weights read since its last call; of ranks, which read in processes of their own, none.
+    Weights are hashed anew with `verify_weights`, and copied to memory with `copy_weights`, each rank's to its own.
+    `progress` gets the bytes of weights read since its last call; of ranks, which read in processes of their own, none.
     """
     if isinstance(read_library(folder), RankFolders):
         from passopt.targets.tvm import ranks

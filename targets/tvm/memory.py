@@ -1,0 +1,48 @@
+"""How much memory a process may still take: asking for more ends it without a word, instead of an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from passopt.ir.errors import ModelError
+
+MEMINFO = Path("/proc/meminfo")
+#: Of a control group (version 2): `memory.max` in bytes or `max`, `memory.current`, `memory.stat`.
+GROUP = Path("/sys/fs/cgroup")
+
+
+def check_copy(folder: Path, nbytes: int) -> None:
+    """Raises ModelError if a copy of the weights of `folder`, `nbytes` in all, does not fit the available memory."""
+    available = available_memory()
+    if available is not None and nbytes > available:
+        raise ModelError(
+            f"{folder}: no memory for a copy of {nbytes:,} bytes, {available:,} are available; leave out --copy-weights"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, of the machine or of a container's limit; None if neither is known."""
+    return min((each for each in (_of_machine(), _of_group()) if each is not None), default=None)
+
+
+def _of_machine() -> int | None:
+    return _field(MEMINFO, "MemAvailable:", 1024)
+
+
+def _of_group() -> int | None:
+    """The limit less what is in use; the page cache of files counts as free, since it gives way."""
+    try:
+        limit, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):
+        return None
+    cache = sum(_field(GROUP / "memory.stat", name, 1) or 0 for name in ("active_file", "inactive_file"))
+    return max(0, limit - used + cache)
+
+
+def _field(path: Path, name: str, unit: int) -> int | None:
+    """The number behind `name` in a file of lines `name number …`."""
+    try:
+        rows = (line.split() for line in path.read_text().splitlines())
+        return next((unit * int(row[1]) for row in rows if row[:1] == [name]), None)
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,61 @@
+"""Memory that is available, of a machine and of a container, against files as Linux writes them."""
+
+from pathlib import Path
+
+import pytest
+
+from passopt.ir.errors import ModelError
+from passopt.targets.tvm import memory
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch) -> Path:
+    """4000 kB of the machine are available; its control group has no limit yet."""
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    (tmp_path / "meminfo").write_text(
+        "MemTotal:  9000 kB\nMemFree:  1000 kB\nMemAvailable:  4000 kB\nHugePages_Total: 0\n"
+    )
+    return tmp_path
+
+
+def limit(group: Path, most: str, used: int, cache: int) -> None:
+    (group / "memory.max").write_text(f"{most}\n")
+    (group / "memory.current").write_text(f"{used}\n")
+    (group / "memory.stat").write_text(f"anon 5\nactive_file {cache}\ninactive_file 1000\n")
+
+
+def test_of_the_machine(machine: Path):
+    assert memory.available_memory() == 4_096_000
+
+
+@pytest.mark.parametrize(
+    ("most", "used", "cache", "expected"),
+    [
+        ("max", 10, 0, 4_096_000),
+        ("3000000", 1_000_000, 500_000, 2_501_000),
+        ("9000000", 1_000_000, 0, 4_096_000),
+        ("3000000", 3_500_000, 0, 0),
+    ],
+    ids=["no limit", "less than the machine", "more than the machine", "beyond the limit"],
+)
+def test_of_a_container(machine: Path, most: str, used: int, cache: int, expected: int):
+    limit(machine, most, used, cache)
+    assert memory.available_memory() == expected
+
+
+def test_what_is_not_known_refuses_nothing(machine: Path):
+    (machine / "meminfo").unlink()
+    assert memory.available_memory() is None
+    memory.check_copy(machine, 1 << 60)
+
+
+def test_what_does_not_fit_is_refused(machine: Path):
+    memory.check_copy(machine, 4_096_000)
+    with pytest.raises(ModelError, match="no memory for a copy of 4,096,001 bytes, 4,096,000 are available"):
+        memory.check_copy(machine, 4_096_001)
+
+
+def test_of_this_machine():
+    found = memory.available_memory()
+    assert found is None or found > 1 << 20
