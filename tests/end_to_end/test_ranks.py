@@ -19,6 +19,8 @@ from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import join_ranks, load_any, rank_models
 
 pytest.importorskip("tvm")
+from passopt.targets.tvm import memory
+from passopt.targets.tvm.library import read_library
 from passopt.targets.tvm.ranks import RankEngine
 from passopt.targets.tvm.runtime import Engine
 
@@ -105,6 +107,15 @@ def test_int8_ranks_equal_the_joined_graph(family: Path, compiled, passes: str):
     assert np.median(np.abs(found - expected)) < 1e-4 * np.abs(expected).max()
     for other in again:
         np.testing.assert_array_equal(other, found)
+
+
+def test_copies_of_all_ranks_must_fit_together(rotary: Path, compiled, monkeypatch):
+    library = compiled(rotary, TP2)[1]
+    sizes = [read_library(library / name).weights.nbytes for name in read_library(library).ranks]
+    monkeypatch.setattr(memory, "available_memory", lambda: sum(sizes) - 1)
+    with pytest.raises(ModelError, match=f"no memory for a copy of {sum(sizes):,} bytes"):
+        RankEngine.load(library, capacity=16, copy_weights=True)
+    assert not multiprocessing.active_children()
 
 
 def test_what_all_ranks_refuse_leaves_them_as_they_are(rotary: Path, compiled):
