@@ -9,6 +9,7 @@ counts, cached ones included.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,17 @@ def make_tiny_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         return TinyLibrary(folder, embedding, head)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tiny(make_tiny_library):
+    return make_tiny_library()
+
+
+@pytest.fixture
+def folder(tiny, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny.folder, tmp_path / "library", ignore=shutil.ignore_patterns("*.verified")))
 
 
 def _build(path: Path, kind: str, dtype: str, *, positions: bool) -> None:
