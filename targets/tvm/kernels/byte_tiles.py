@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from passopt.targets.tvm.kernels.byte_dot import ByteKernel, dot_of_numbers
-from passopt.targets.tvm.kernels.emit import local, span
+from passopt.targets.tvm.kernels.emit import local, prefetch_ahead, span
 from passopt.targets.tvm.kernels.next_panel import STRIDE, NextPanel
 from passopt.targets.tvm.kernels.quantize_rows import CodesLayout
 
@@ -76,6 +76,11 @@ class Operands:
         """`count` groups of a block from `group` on, counted over all blocks."""
         width = self.kernel.columns * self.kernel.group
         return NextPanel(self.flat, group * width, count, width, item_bytes=1)
+
+    def prefetch_ahead(self, block: Any, group: Any) -> None:
+        """Asks for the weights that few rows come to a little later."""
+        width = self.kernel.columns * self.kernel.group
+        prefetch_ahead(self.flat, (block * self.groups + group) * width, width, item_bytes=1)
 
     def weights(self, block: Any, group: Any, vector: int) -> Any:
         """Of `lanes` outputs and one group, as the dot product takes them."""

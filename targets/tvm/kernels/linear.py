@@ -5,34 +5,18 @@ Float weights and int8 weights with fp32 activations here; int8 activations are 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from passopt.ir.errors import ModelError
 from passopt.ir.expressions import DataType, Expression
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels.linear_panels import linear
+from passopt.targets.tvm.kernels.linear_plan import LinearPlan
+from passopt.targets.tvm.kernels.linear_planes import MAX_INPUTS, plan_planes
 from passopt.targets.tvm.kernels.panels import Panels
 
 #: What TVM and the kernels' names call the dtypes that a weight may be stored in.
 FLOAT_DTYPES = {DataType.FLOAT: "float32", DataType.FLOAT16: "float16", DataType.BFLOAT16: "bfloat16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearPlan:
-    """How one linear is computed: y[M, N] = x[M, K] · Wᵀ, rows M unknown at compile."""
-
-    #: The kernel's name in the library; equal names mean equal functions.
-    name: str
-    #: (suffix of the weight's name, expression) in the order of the kernel's arguments.
-    weights: tuple[tuple[str, Expression], ...]
-    make: Callable[[bool], Any]
-
-    def function(self, *, residual: bool = False) -> Any:
-        """The PrimFunc (x f32[M, K], *weights, y f32[M, N]); with `residual`, f32[M, N] before y that is added."""
-        return self.make(residual)
 
 
 def plan_float(weight: Expression, isa: Isa) -> LinearPlan:
@@ -45,9 +29,10 @@ def plan_float(weight: Expression, isa: Isa) -> LinearPlan:
 
 
 def plan_int8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
-    """A linear with int8 codes [N, K] and a scale per row in fp32, fp16 or bf16; activations stay fp32.
+    """A linear with int8 codes [N, K] and a scale per row in fp32, fp16 or bf16; activations stay as exact as fp32.
 
-    Raises ModelError for codes or scales of another dtype or shape.
+    Computed by dot products of bytes where the level has them, else in fp32. Raises ModelError for codes or scales of
+    another dtype or shape.
     """
     rows, columns = _matrix(codes)
     if codes.dtype != DataType.INT8:
@@ -55,6 +40,8 @@ def plan_int8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
     if scales.shape != (rows,):
         raise ModelError(f"codes {list(codes.shape)} take scales [{rows}], one per row, not {list(scales.shape)}")
     dtype = _float_dtype(scales, "scales")
+    if isa.has_byte_dot and columns <= MAX_INPUTS:
+        return plan_planes(codes, scales, isa)
     panels = Panels.of(rows, columns, "int8", isa, scales=dtype)
     packed = codes.pack(panels.width)
     padded = scales.pad(0, panels.count * panels.width, value=1.0)

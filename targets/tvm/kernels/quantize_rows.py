@@ -15,10 +15,10 @@ from passopt.targets.tvm.kernels.computed_rows import ComputedRows
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-#: Added to and taken from an fp32 within ±127 it rounds half to even, by the addition's own rounding.
-_ROUNDING = 1.5 * 2**23
+#: Added to and taken from an fp32 within ±2^22 it rounds half to even, by the addition's own rounding.
+ROUNDING = 1.5 * 2**23
 #: Its bits: those of the sum exceed them by the rounded integer.
-_ROUNDING_BITS = int(np.float32(_ROUNDING).view(np.int32))
+ROUNDING_BITS = int(np.float32(ROUNDING).view(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +108,18 @@ def _quantize_row(load: Load, codes: Any, scales: Any, row: Any, k: int, layout:
     from tvm import tirx
     from tvm.script.ir_builder import tirx as T
 
-    absmax = emit.bind(T.reinterpret("float32", _absmax_bits(load, k, lanes)))
+    absmax = emit.bind(T.reinterpret("float32", absmax_bits(load, k, lanes)))
     quotient = emit.bind(absmax / T.float32(127))
     scale = emit.bind(tirx.Select(quotient == T.float32(0), T.float32(1), quotient))
     T.buffer_store(scales, scale, [row])
 
     def write(start: Any, count: int) -> None:
-        limit, rounding = (emit.spread(float(value), count) for value in (127, _ROUNDING))
+        limit, rounding = (emit.spread(float(value), count) for value in (127, ROUNDING))
         scaled = load(start, count) / emit.spread(scale, count)
         clipped = T.max(T.min(scaled, limit), -limit)
         # As integers, so that no rule of floating point may cancel the two additions.
         integer = T.reinterpret(emit.typed("int32", count), clipped + rounding)
-        offset = emit.spread(T.int32(layout.zero_point - _ROUNDING_BITS), count)
+        offset = emit.spread(T.int32(layout.zero_point - ROUNDING_BITS), count)
         emit.store(codes, (integer + offset).astype(emit.typed(layout.dtype, count)), [row, start], count)
 
     emit.each_span(k, lanes, write)
@@ -128,7 +128,7 @@ def _quantize_row(load: Load, codes: Any, scales: Any, row: Any, k: int, layout:
             T.buffer_store(codes, tirx.const(layout.zero_point, layout.dtype), [row, column])
 
 
-def _absmax_bits(load: Load, k: int, lanes: int) -> Any:
+def absmax_bits(load: Load, k: int, lanes: int) -> Any:
     """The largest |x| of a row, as bits: as integers they are ordered like the numbers, and NaN is above all."""
     from tvm.script.ir_builder import tirx as T
 

@@ -10,7 +10,8 @@ import onnx_ir
 
 from passopt.ir.linears import Linear, QuantizedRows, find_linear
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight
-from passopt.targets.tvm.kernels.linear import LinearPlan, plan_float, plan_int8
+from passopt.targets.tvm.kernels.linear import plan_float, plan_int8
+from passopt.targets.tvm.kernels.linear_plan import LinearPlan
 from passopt.targets.tvm.kernels.linear_w8a8 import plan_w8a8
 from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
 from passopt.targets.tvm.lowering.readers import behind_casts, read_by_none_but

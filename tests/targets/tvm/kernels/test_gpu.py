@@ -21,7 +21,8 @@ from passopt.targets.tvm.gpu import THREADS, bind_threads
 from passopt.targets.tvm.kernels.attention import attention
 from passopt.targets.tvm.kernels.cache import append_cache
 from passopt.targets.tvm.kernels.computed_rows import rows_kernel
-from passopt.targets.tvm.kernels.linear import LinearPlan, plan_float, plan_int8
+from passopt.targets.tvm.kernels.linear import plan_float, plan_int8
+from passopt.targets.tvm.kernels.linear_plan import LinearPlan
 from passopt.targets.tvm.kernels.linear_w8a8 import plan_w8a8
 from passopt.targets.tvm.kernels.mask_extents import mask_extents
 from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_rows

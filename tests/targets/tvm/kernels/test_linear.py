@@ -13,7 +13,8 @@ from passopt.ir.errors import ModelError
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType, Expression, Fill, Literal
 from passopt.targets.tvm.features import Cpu, level, missing_features
-from passopt.targets.tvm.kernels.linear import LinearPlan, plan_float, plan_int8
+from passopt.targets.tvm.kernels.linear import plan_float, plan_int8
+from passopt.targets.tvm.kernels.linear_plan import LinearPlan
 from passopt.targets.tvm.kernels.panels import Panels
 from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
 
@@ -134,7 +135,7 @@ def listing(kind: str, name: str) -> str:
         ("FLOAT", "avx512-vnni", r"vfmadd231ps\t.*zmm"),
         ("FLOAT16", "avx512-vnni", r"vcvtph2ps\t.*zmm"),
         ("BFLOAT16", "avx512-vnni", r"vpmovzxwd\t.*zmm"),
-        ("int8", "avx512-vnni", r"vpmovsxbd\t.*zmm"),
+        ("int8", "avx512-vnni", r"vpdpbusd\t.*zmm"),
         ("FLOAT", "avx2", r"vfmadd231ps\t.*ymm"),
         ("FLOAT16", "avx2", r"vcvtph2ps\t.*ymm"),
         ("BFLOAT16", "avx2", r"vpmovzxwd\t.*ymm"),
