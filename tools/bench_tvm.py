@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 from bench_tvm_report import LIMITS, Run, report
-from bench_tvm_shapes import LAYERS, PASTS, PREFILLS, WHOLE, WHOLE_LABEL, Shape
+from bench_tvm_shapes import FEW_TOKENS, LAYERS, PASTS, PREFILLS, WHOLE, WHOLE_LABEL, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -64,7 +64,9 @@ class Candidate:
 
     @property
     def folder(self) -> str:
-        return f"{self.program}-{self.variant}".replace(" ", "")
+        """Two of onnxruntime's have the same weights, and so one folder."""
+        variant = "dynamic" if self.variant == "integer" else self.variant
+        return f"{self.program}-{variant}".replace(" ", "")
 
 
 CANDIDATES = (
@@ -229,7 +231,7 @@ class Bench:
             return
         model = {"model": str(self._path(label, shape, candidate)), "shape": dataclasses.asdict(shape)}
         model["mapped"] = candidate.mapped
-        for variant in self._variants(candidate, plan):
+        for variant in self._variants(candidate, shape, plan):
             job = {**model, "seconds": plan.seconds, **variant}
             others: list[float] = []
             spent = 0.0
@@ -250,14 +252,14 @@ class Bench:
                 print(f"{line} in {watch.seconds():.0f} s, others {others[-1]:.0%}", flush=True)
             measured.others = max(measured.others, min(others))
 
-    def _variants(self, candidate: Candidate, plan: Points) -> Iterator[dict[str, Any]]:
-        """The processes of one candidate: one per number of threads, for llama.cpp one per kind of attention."""
+    def _variants(self, candidate: Candidate, shape: Shape, plan: Points) -> Iterator[dict[str, Any]]:
+        """The processes of one candidate: one per number of threads; of llama.cpp per kind of attention."""
         points: dict[str, Any] = {"prefill": plan.prefill, "decode": plan.decode}
         if candidate.program == "llama":
             # Filling the cache is slow, so that one process serves all numbers of threads; most threads first.
             threads = sorted(plan.threads, reverse=True)
             yield {**points, "threads": threads, "flash": True}
-            if plan.decode != PASTS:
+            if not plan.decode and shape.vocabulary <= FEW_TOKENS:
                 yield {**points, "threads": threads, "flash": False}
             return
         for threads_ in plan.threads:

@@ -34,7 +34,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if job["candidate"] == "onnxruntime":
         import bench_tvm_onnxruntime
 
-        return bench_tvm_onnxruntime.measure(job | {"model": str(Path(job["model"]) / "model.onnx")})
+        return bench_tvm_onnxruntime.measure(job)
     if job["candidate"] == "torch":
         import bench_tvm_torch
 

@@ -6,6 +6,7 @@ cache is written in place through I/O binding, and the linears are one of `LINEA
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,13 @@ class Writer:
     """Collects the nodes of a decoder and streams its weights into one file."""
 
     def __init__(self, folder: Path, shape: Shape, linears: str) -> None:
-        self.shape, self.linears = shape, linears
+        self.shape = shape
         self.kind, _, block = linears.partition(" ")
         self.block = int(block or 0)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
         folder.mkdir(parents=True)
         self.folder, self.file = folder, (folder / "weights.bin").open("wb")
-        self._codes: dict[str, tuple[str, str, str]] = {}
 
     def op(self, op_type: str, *inputs: str, outputs: tuple[str, ...] = (), domain: str = "", **attributes: Any) -> str:
         outputs = outputs or (f"{op_type}_{len(self.nodes)}",)
@@ -64,14 +64,7 @@ class Writer:
             return self._nbits(x, name, weight)
         codes, scales = quantized(weight)
         packed, scale = self.weight(f"{name}.codes", codes.T), self.weight(f"{name}.scales", scales)
-        if self.kind == "dynamic":
-            return self.op("DynamicQuantizeMatMul", x, packed, scale, domain=MICROSOFT)
-        if x not in self._codes:
-            names = (f"{x}.codes", f"{x}.scale", f"{x}.zero")
-            self.op("DynamicQuantizeLinear", x, outputs=names)
-            self._codes[x] = names
-        q, s, z = self._codes[x]
-        return self.op("MatMulIntegerToFloat", q, packed, s, scale, z, domain=MICROSOFT)
+        return self.op("DynamicQuantizeMatMul", x, packed, scale, domain=MICROSOFT)
 
     def _nbits(self, x: str, name: str, weight: Array) -> str:
         rows, columns = weight.shape
@@ -122,8 +115,8 @@ class Writer:
             "GroupQueryAttention", *inputs, outputs=outputs, domain=MICROSOFT, do_rotary=int(rotary), **heads
         )
 
-    def finish(self) -> Path:
-        """The whole decoder, logits of the last position; returns the path of model.onnx."""
+    def finish(self) -> None:
+        """The whole decoder, logits of the last position, as `file_of` names it."""
         shape = self.shape
         table = self.weight("embed", draw("embed", (shape.vocabulary, shape.hidden)).astype(np.float16))
         x = self.op("Cast", self.op("Gather", table, "input_ids"), to=TensorProto.FLOAT)
@@ -141,9 +134,10 @@ class Writer:
         head = draw("head", (shape.vocabulary, shape.hidden))
         self.op("Identity", self.linear(last_row, "head", head), outputs=("logits",))
         self.file.close()
-        path = self.folder / "model.onnx"
-        onnx.save(self._model(), path)
-        return path
+        onnx.save(self._model(), self.folder / file_of(self.kind))
+        if self.kind == "dynamic":
+            self.nodes = list(quantized_apart(self.nodes))
+            onnx.save(self._model(), self.folder / file_of("integer"))
 
     def _model(self) -> onnx.ModelProto:
         real, integer = TensorProto.FLOAT, TensorProto.INT32
@@ -172,8 +166,29 @@ def rotary_angles(positions: int) -> tuple[Array, Array]:
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def write(folder: Path, shape: Shape, linears: str) -> Path:
-    return Writer(folder, shape, linears).finish()
+def quantized_apart(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The same with activations quantised by a node of their own, one for all linears that take them."""
+    known: set[str] = set()
+    for node in nodes:
+        if node.op_type != "DynamicQuantizeMatMul":
+            yield node
+            continue
+        x, packed, scale = node.input
+        codes = [f"{x}.codes", f"{x}.scale", f"{x}.zero"]
+        if x not in known:
+            yield helper.make_node("DynamicQuantizeLinear", [x], codes)
+            known.add(x)
+        inputs = [codes[0], packed, codes[1], scale, codes[2]]
+        yield helper.make_node("MatMulIntegerToFloat", inputs, node.output, domain=MICROSOFT)
+
+
+def file_of(kind: str) -> str:
+    return f"{kind}.onnx"
+
+
+def write(folder: Path, shape: Shape, linears: str) -> None:
+    """The model in `folder`; those of "dynamic" and "integer" together, as they share their weights."""
+    Writer(folder, shape, "dynamic" if linears == "integer" else linears).finish()
 
 
 class Session:
@@ -220,7 +235,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Times of all points, and the logits behind the first prompt for comparison."""
     shape = Shape(**job["shape"])
     (threads,) = job["threads"]
-    session = Session(Path(job["model"]), shape, threads)
+    kind = job["variant"].partition(" ")[0]
+    session = Session(Path(job["model"]) / file_of(kind), shape, threads)
     results: dict[str, Any] = {}
     for count in job["prefill"]:
         run = partial(session.run, session.bind(tokens(count, shape.vocabulary), 0))
