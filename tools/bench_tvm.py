@@ -37,7 +37,7 @@ DISTURBED = 0.1
 #: Seconds after which a launch is not repeated for being disturbed, and a candidate not launched in later rounds.
 PATIENCE = 45.0
 SLOW = 90.0
-#: Large memory of every candidate comes in huge pages: of glibc's malloc, and of torch.
+#: Large memory of every candidate's malloc comes in huge pages: of glibc's, and of torch's.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
@@ -45,8 +45,8 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE"
 class Candidate:
     """`width` is how many bytes a weight takes; `whole`: whether the whole model is measured, or layers only.
 
-    `mapped` weights stay in the page cache, wherever that lies; others are in memory of the process. Without `prefill`
-    only decode is measured: nothing else differs from another candidate.
+    `mapped` weights stay in the page cache, wherever that lies, which only decode shows; others are in memory of the
+    process.
     """
 
     name: str
@@ -55,12 +55,11 @@ class Candidate:
     width: float
     whole: bool = True
     mapped: bool = False
-    prefill: bool = True
 
     @property
     def integers(self) -> bool:
         """Whether products are of integers, and a long prefill so takes seconds instead of minutes."""
-        return self.variant in {"W8A8", "dynamic", "integer"}
+        return self.variant in {"W8A8", "W8A8 fp16", "dynamic", "integer"}
 
     @property
     def folder(self) -> str:
@@ -73,8 +72,8 @@ CANDIDATES = (
     Candidate("passopt fp32", "passopt", "fp32", 4, whole=False),
     Candidate("passopt int8", "passopt", "int8", 1),
     Candidate("passopt W8A8", "passopt", "W8A8", 1),
-    Candidate("passopt W8A8, mapped", "passopt", "W8A8", 1, mapped=True, prefill=False),
-    Candidate("passopt W8A8, fp16 cache", "passopt", "W8A8 fp16", 1, prefill=False),
+    Candidate("passopt W8A8, mapped", "passopt", "W8A8", 1, mapped=True),
+    Candidate("passopt W8A8, fp16 cache", "passopt", "W8A8 fp16", 1),
     Candidate("onnxruntime fp32", "onnxruntime", "fp32", 4, whole=False),
     Candidate("onnxruntime DynamicQuantizeMatMul", "onnxruntime", "dynamic", 1),
     Candidate("onnxruntime MatMulIntegerToFloat", "onnxruntime", "integer", 1),
@@ -281,7 +280,7 @@ class Bench:
             self.model(label, [Job(item, of, decode) for item, of in zip(self.candidates, deep, strict=True)], rounds)
             for of in set(deep):
                 self.forget(label, of)
-            self.model(label, [Job(item, shape, prefill) for item in self.candidates if item.prefill], rounds)
+            self.model(label, [Job(item, shape, prefill) for item in self.candidates if not item.mapped], rounds)
             self.forget(label, shape)
 
     def whole(self) -> None:
@@ -293,7 +292,7 @@ class Bench:
         self.forget(label, shape)
 
     def _whole_plans(self, candidate: Candidate) -> list[Points]:
-        if not candidate.prefill:
+        if candidate.mapped:
             return [Points(self.threads, (), PASTS, 2.0)]
         plans = [Points(self.threads, PREFILLS[:1], PASTS, 2.0)]
         if candidate.integers:
@@ -304,12 +303,12 @@ class Bench:
 
 
 def check_memory(candidate: Candidate, shape: Shape, held: dict[str, int]) -> None:
-    """Raises Failure where a process held less than its weights take, and so did not read them all each time."""
+    """Raises Failure where a process held less than its weights take: equal ones once, or in mapped files."""
     least = candidate.width * shape.read_parameters
-    found = held["private"] + (held["mapped"] if candidate.mapped else 0)
+    found = held["other"] + (held["mapped"] if candidate.mapped else 0)
     if found < least:
         kind = "or of mapped files" if candidate.mapped else "of its own"
-        raise Failure(f"held {found / 1e9:.2f} GB of memory {kind}, its weights alone take {least / 1e9:.2f} GB")
+        raise Failure(f"held {found / 1e9:.2f} GB of memory {kind} beside caches, weights take {least / 1e9:.2f} GB")
 
 
 class Watch:
@@ -383,7 +382,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--retries", type=int, default=2, help="launches again where others used the machine (default: 2)"
     )
-    found.add_argument("--work", metavar="DIR", help="keep the models there, and use those that are there")
+    found.add_argument("--work", metavar="DIR", help="keep the models there, and use those that this version left")
     found.add_argument("--peers", metavar="DIR", default=str(ROOT / "build" / "peers"), help="environment of llama.cpp")
     return found
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_tvm_shapes import FEW_TOKENS, HEAD_DIM, Array, Shape, draw, draw_layer, evict, memory, timed, tokens
+from bench_tvm_shapes import FEW_TOKENS, HEAD_DIM, Array, Memory, Shape, draw, draw_layer, evict, timed, tokens
 
 CONTEXT = 2560
 _NAMES = {
@@ -167,6 +167,7 @@ class Llama:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Times of all points, and the logits behind the first prompt for comparison."""
+    memory, shape = Memory(), Shape(**job["shape"])
     llama = Llama(Path(job["model"]), job["threads"][0], flash=job["flash"], batch=job.get("batch", 512))
     results: dict[str, Any] = {}
     for threads in job["threads"]:
@@ -187,7 +188,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             times = timed(run, seconds=job["seconds"], prepare=partial(llama.clear, past))
             results[f"decode {past} {threads}"] = times
         llama.clear(past)
-    return results | {"memory": memory()}
+    caches = 2 * 2 * shape.width * CONTEXT * shape.layers  # keys and values in fp16
+    return results | {"memory": memory.held(caches)}
 
 
 def main(task: str, file: str) -> None:

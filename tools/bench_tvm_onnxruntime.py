@@ -1,7 +1,8 @@
 """onnxruntime for `bench_tvm`: the fastest graph of a shape that it can be given, and its speed.
 
 Norms with their residual, rotary embedding, attention and activation are onnxruntime's own fused operators, the KV
-cache is written in place through I/O binding, and the linears are one of `LINEARS`.
+cache is written in place through I/O binding. Linears are `fp32` MatMul, `dynamic` DynamicQuantizeMatMul, `integer` one
+DynamicQuantizeLinear for several MatMulIntegerToFloat, or `nbits N` MatMulNBits in blocks of N.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from bench_tvm_shapes import HEAD_DIM, Array, Shape, draw, draw_layer, evict, memory, quantized, slopes, timed, tokens
+from bench_tvm_shapes import HEAD_DIM, Array, Memory, Shape, draw, draw_layer, evict, quantized, slopes, timed, tokens
 from onnx import TensorProto, helper
 
-#: fp32 · DynamicQuantizeMatMul · one DynamicQuantizeLinear for several MatMulIntegerToFloat · MatMulNBits by block.
-LINEARS = ("fp32", "dynamic", "integer", "nbits 32", "nbits 128")
 CAPACITY = 2048
 MICROSOFT = "com.microsoft"
 _TYPES = {
@@ -235,7 +234,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Times of all points, and the logits behind the first prompt for comparison."""
     shape = Shape(**job["shape"])
     (threads,) = job["threads"]
-    kind = job["variant"].partition(" ")[0]
+    memory, kind = Memory(), job["variant"].partition(" ")[0]
     session = Session(Path(job["model"]) / file_of(kind), shape, threads)
     results: dict[str, Any] = {}
     for count in job["prefill"]:
@@ -245,4 +244,5 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     for past in job["decode"]:
         run = partial(session.run, session.bind(tokens(1, shape.vocabulary), past))
         results[f"decode {past} {threads}"] = timed(run, seconds=job["seconds"])
-    return results | {"memory": memory()}
+    caches = sum(array.nbytes for array in session.arrays.values())
+    return results | {"memory": memory.held(caches)}

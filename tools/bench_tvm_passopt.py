@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_tvm_shapes import Shape, draw, draw_layer, evict, memory, timed, tokens
+from bench_tvm_shapes import Memory, Shape, draw, draw_layer, evict, timed, tokens
 
 from passopt.testing.checkpoints import CheckpointSpec, make_checkpoint
 
@@ -153,6 +153,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Times of all points, and the logits behind the first prompt for comparison."""
     shape = Shape(**job["shape"])
     (threads,) = job["threads"]
+    memory = Memory()
     runner = Runner(Path(job["model"]), threads, mapped=job["mapped"])
     results: dict[str, Any] = {}
     for count in job["prefill"]:
@@ -165,4 +166,4 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         run = partial(runner.run, tokens(1, shape.vocabulary))
         times = timed(run, seconds=job["seconds"], prepare=partial(runner.pretend, past))
         results[f"decode {past} {threads}"] = times
-    return results | {"memory": memory()}
+    return results | {"memory": memory.held(runner.engine.cache_bytes)}

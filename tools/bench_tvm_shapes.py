@@ -152,12 +152,31 @@ def timed(run: Callable[[], object], *, seconds: float, prepare: Callable[[], ob
     return times
 
 
-def memory() -> dict[str, int]:
-    """Bytes that this process holds: `private`, `huge` of them in huge pages, and `mapped` from files."""
-    fields = {"Anonymous": "private", "AnonHugePages": "huge", "Rss": "mapped"}
-    lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
-    found = {fields[key[:-1]]: 1024 * int(rest[0]) for key, *rest in lines if key[:-1] in fields}
-    return found | {"mapped": found["mapped"] - found["private"]}
+class Memory:
+    """What a process comes to hold from now on, model and all."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    @staticmethod
+    def _now() -> dict[str, int]:
+        fields = {"Anonymous": "private", "AnonHugePages": "huge", "Rss": "mapped"}
+        lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
+        found = {fields[key[:-1]]: 1024 * int(rest[0]) for key, *rest in lines if key[:-1] in fields}
+        return found | {"mapped": found["mapped"] - found["private"]}
+
+    def held(self, caches: int) -> dict[str, int]:
+        """Bytes that are `private`, `huge` of them in huge pages, and `mapped` of files, without those of `evict`.
+
+        `other` is what is private beside key/value caches of so many bytes: weights, intermediate results and code.
+        """
+        found = {name: nbytes - self._before[name] for name, nbytes in self._now().items()}
+        if _scratch.cache_info().currsize:
+            found = found | {name: found[name] - _SCRATCH for name in ("private", "huge")}
+        return found | {"other": found["private"] - caches}
+
+
+_SCRATCH = 1 << 28
 
 
 def evict() -> None:
@@ -167,4 +186,4 @@ def evict() -> None:
 
 @functools.cache
 def _scratch() -> Array:
-    return np.zeros(1 << 28, np.uint8)
+    return np.zeros(_SCRATCH, np.uint8)

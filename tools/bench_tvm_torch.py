@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_tvm_onnxruntime import CAPACITY, rotary_angles
-from bench_tvm_shapes import HEAD_DIM, Array, Shape, draw, draw_layer, evict, memory, slopes, timed, tokens
+from bench_tvm_shapes import HEAD_DIM, Array, Memory, Shape, draw, draw_layer, evict, slopes, timed, tokens
 
 
 class Decoder:
@@ -84,6 +84,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     shape = Shape(**job["shape"])
     (threads,) = job["threads"]
     torch.set_num_threads(threads)
+    memory = Memory()
     decoder = Decoder(shape, {"fp32": torch.float32, "bf16": torch.bfloat16}[job["dtype"]])
     results: dict[str, Any] = {}
     with torch.inference_mode():
@@ -95,7 +96,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         for past in job["decode"]:
             run = partial(decoder.run, _ids(1, shape), past, decoder.bias(1, past))
             results[f"decode {past} {threads}"] = timed(run, seconds=job["seconds"])
-    return results | {"memory": memory()}
+    return results | {"memory": memory.held(decoder.cache.nbytes)}
 
 
 def _ids(count: int, shape: Shape) -> torch.Tensor:

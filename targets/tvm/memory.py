@@ -1,21 +1,22 @@
-"""How much memory a process may still take: asking for more ends it without a word, instead of an error."""
+"""How much memory a process may still take: asking for more swaps, or ends it without a word instead of an error."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from passopt.ir.errors import ModelError
+from passopt.ir.errors import UsageError
 
 MEMINFO = Path("/proc/meminfo")
-#: Of a control group (version 2): `memory.max` in bytes or `max`, `memory.current`, `memory.stat`.
+#: Of a control group (version 2), as a container with a namespace of its own sees it: `memory.max` in bytes or `max`,
+#: `memory.current`, `memory.stat`.
 GROUP = Path("/sys/fs/cgroup")
 
 
 def check_copy(folder: Path, nbytes: int) -> None:
-    """Raises ModelError if a copy of the weights of `folder`, `nbytes` in all, does not fit the available memory."""
+    """Raises UsageError if a copy of the weights of `folder`, `nbytes` in all, does not fit the available memory."""
     available = available_memory()
     if available is not None and nbytes > available:
-        raise ModelError(
+        raise UsageError(
             f"{folder}: no memory for a copy of {nbytes:,} bytes, {available:,} are available; leave out --copy-weights"
         )
 
@@ -30,12 +31,14 @@ def _of_machine() -> int | None:
 
 
 def _of_group() -> int | None:
-    """The limit less what is in use; the page cache of files counts as free, since it gives way."""
+    """The limit less what is in use; the caches of files and of the kernel count as free, since they give way."""
     try:
         limit, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):
         return None
-    cache = sum(_field(GROUP / "memory.stat", name, 1) or 0 for name in ("active_file", "inactive_file"))
+    cache = sum(
+        _field(GROUP / "memory.stat", name, 1) or 0 for name in ("active_file", "inactive_file", "slab_reclaimable")
+    )
     return max(0, limit - used + cache)
 
 

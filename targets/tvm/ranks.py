@@ -26,7 +26,7 @@ from passopt.targets.tvm.collectives import Counters, Group, create_room
 from passopt.targets.tvm.features import X86
 from passopt.targets.tvm.library import Library, RankFolders, read_library
 from passopt.targets.tvm.memory import check_copy
-from passopt.targets.tvm.runtime import Engine, Ids, Logits
+from passopt.targets.tvm.runtime import Engine, Ids, Logits, checked_capacity
 from passopt.targets.tvm.threads import count_cores
 from passopt.targets.tvm.vm import runtime
 
@@ -82,6 +82,7 @@ class RankEngine:
         threads = count_cores() if threads is None else threads
         if threads < 1:
             raise UsageError(f"{threads} threads: at least one is needed")
+        capacity = checked_capacity(libraries[0], batch, capacity)
         if copy_weights:
             check_copy(folder, sum(library.weights.nbytes for library in libraries))
         share = max(1, threads // found.degree)
@@ -224,8 +225,9 @@ class _Processes:
             self._finalizer()
             raise
         refused = [error for error, _ in replies if error is not None]
-        if refused and (len(refused) < len(replies) or not isinstance(refused[0], UsageError)):
-            # Some have gone on, or stand in the middle of a step: what they hold is of no more use.
+        unchanged = method != "load" and len(refused) == len(replies)
+        if refused and not (unchanged and isinstance(refused[0], UsageError)):
+            # Some hold nothing yet, have gone on, or stand in the middle of a step: they are of no more use.
             self._lost = str(refused[0])
             self._finalizer()
         if refused:

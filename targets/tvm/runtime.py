@@ -81,7 +81,7 @@ class Engine:
         _check_target(folder, library)
         _check_cpu(folder, library)
         _check_code(folder / library.library.file, library)
-        capacity = _checked_capacity(library, batch, capacity)
+        capacity = checked_capacity(library, batch, capacity)
         if copy_weights and alone:
             check_copy(folder, library.weights.nbytes)
         with WeightsMap(folder / library.weights.file, library.weights) as weights:
@@ -120,7 +120,7 @@ class Engine:
 
     def allocate(self, batch: int, capacity: int | None = None) -> None:
         """Forget everything and make room for other sequences. Raises UsageError."""
-        capacity = _checked_capacity(self.library, batch, capacity)
+        capacity = checked_capacity(self.library, batch, capacity)
         layout = self.library.cache
         kind = _InPlace if layout.kind == "in-place" else _Functional
         self._past = kind(layout, batch, capacity)
@@ -293,7 +293,7 @@ def _no_room(layout: CacheLayout, batch: int, capacity: int) -> UsageError:
     )
 
 
-def _checked_capacity(library: Library, batch: int, capacity: int | None) -> int:
+def checked_capacity(library: Library, batch: int, capacity: int | None) -> int:
     """`capacity`, by default the model's positions. Raises UsageError."""
     capacity = library.max_positions if capacity is None else capacity
     if capacity is None:

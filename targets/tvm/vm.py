@@ -106,7 +106,8 @@ def tensor(array: Array) -> Any:
 def zeros(shape: Sequence[int], dtype: str) -> Any:
     """A tensor of zeros in `dtype` (TVM's name), aligned. Pages that are never written take no memory."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * runtime().dtype(dtype).itemsize
-    return view(np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8), shape, dtype)
+    room = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return view(np.frombuffer(room, np.uint8), shape, dtype)
 
 
 def view(storage: Array, shape: Sequence[int], dtype: str) -> Any:

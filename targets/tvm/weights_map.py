@@ -24,7 +24,7 @@ import blake3
 import numpy as np
 import numpy.typing as npt
 
-from passopt.ir.errors import ModelError
+from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.safetensors_header import read_header_of
 from passopt.targets.tvm import vm
 from passopt.targets.tvm.library import WeightsFile
@@ -52,7 +52,7 @@ class WeightsMap:
     """
 
     def __init__(self, path: Path, entry: WeightsFile) -> None:
-        """Raises ModelError if the file is missing, or its size, its header or a tensor's place is not as written."""
+        """Raises ModelError if the file is missing, its size or header is not as written, or a tensor not aligned."""
         self.path = path
         self._entry = entry
         with contextlib.ExitStack() as stack:
@@ -64,7 +64,9 @@ class WeightsMap:
             self._closing = stack.pop_all()
 
     def _open(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
+        # What is written in place from now on differs in its times, and so from the stamp.
+        self._found = os.fstat(self._file.fileno())
+        size = self._found.st_size
         if size != self._entry.nbytes:
             raise ModelError(f"{self.path}: has {size:,} bytes, expected {self._entry.nbytes:,}. {_AGAIN}")
         header = read_header_of(self._file, self.path)
@@ -75,7 +77,9 @@ class WeightsMap:
         for name in self._entry.tensors:
             start, _ = self._place(name)
             if start % vm.ALIGNMENT:
-                raise ModelError(f"{self.path}: tensor {name!r} starts at byte {start}, no multiple of {vm.ALIGNMENT}")
+                raise ModelError(
+                    f"{self.path}: tensor {name!r} starts at byte {start}, no multiple of {vm.ALIGNMENT}. {_AGAIN}"
+                )
         self._bytes: npt.NDArray[np.uint8] = np.memmap(self._file, np.uint8, mode="r")
 
     def __enter__(self) -> WeightsMap:
@@ -91,7 +95,7 @@ class WeightsMap:
         """Read every tensor once: to hash it (`verify`), to `copy` it into memory of this process, or both.
 
         `threads` share the work; `progress` gets the bytes read since its last call. Raises ModelError with the name of
-        a tensor that differs, or if there is no memory.
+        a tensor that differs, UsageError if there is no memory for a copy.
         """
         room = _room(self.path, self._bytes.nbytes) if copy else None
         # Largest first, so that no thread ends long after the others.
@@ -166,17 +170,17 @@ class WeightsMap:
         return self.path.with_name(self.path.name + STAMP_SUFFIX)
 
     def _stamp(self) -> dict[str, object]:
-        found = os.fstat(self._file.fileno())
+        found = self._found
         times = {"mtime": found.st_mtime_ns, "ctime": found.st_ctime_ns}
         return {"root": self._entry.root, "device": found.st_dev, "inode": found.st_ino, "size": found.st_size} | times
 
 
 def _room(path: Path, nbytes: int) -> mmap.mmap:
-    """Memory of this process, aligned to pages as the file is. Raises ModelError."""
+    """Memory of this process, aligned to pages as the file is. Raises UsageError."""
     try:
         room = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise ModelError(f"{path}: no memory for a copy of {nbytes:,} bytes; leave out --copy-weights") from error
+        raise UsageError(f"{path}: no memory for a copy of {nbytes:,} bytes; leave out --copy-weights") from error
     with contextlib.suppress(OSError):  # fewer pages to look up; not every kernel has them
         room.madvise(mmap.MADV_HUGEPAGE)
     return room

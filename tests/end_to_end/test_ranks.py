@@ -109,12 +109,14 @@ def test_int8_ranks_equal_the_joined_graph(family: Path, compiled, passes: str):
         np.testing.assert_array_equal(other, found)
 
 
-def test_copies_of_all_ranks_must_fit_together(rotary: Path, compiled, monkeypatch):
+def test_copies_must_fit_together_and_capacity_be_right_before_a_rank_starts(rotary: Path, compiled, monkeypatch):
     library = compiled(rotary, TP2)[1]
     sizes = [read_library(library / name).weights.nbytes for name in read_library(library).ranks]
     monkeypatch.setattr(memory, "available_memory", lambda: sum(sizes) - 1)
-    with pytest.raises(ModelError, match=f"no memory for a copy of {sum(sizes):,} bytes"):
+    with pytest.raises(UsageError, match=f"no memory for a copy of {sum(sizes):,} bytes"):
         RankEngine.load(library, capacity=16, copy_weights=True)
+    with pytest.raises(UsageError, match="both must be at least 1"):
+        RankEngine.load(library, capacity=0)
     assert not multiprocessing.active_children()
 
 

@@ -201,8 +201,8 @@ class _Linear:
         groups = T.bind(T.if_then_else(blocks > FEW_BLOCKS, T.int64(self.panels.groups), T.int64(self.panels.count)))
         with self._loop(groups) as index:
             wide = None if self.panels.dtype == "float32" else self._scratch()
-            first = opaque(index * self.panels.count // groups)
-            here = opaque((index + 1) * self.panels.count // groups - first)
+            first = opaque(self.panels.first_of(index, groups))
+            here = opaque(self.panels.first_of(index + 1, groups) - first)
             spans = (blocks + (self.span - 1)) // self.span
             with T.serial(0, self.chunks) as chunk, T.serial(0, spans) as span, T.serial(0, here) as within:
                 panel = opaque(first + within)

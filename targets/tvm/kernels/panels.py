@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels.next_panel import STRIDE
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-#: The number of groups of panels is a multiple of this: a thread that has one more than another keeps it waiting.
-EVEN = 8
+#: Groups of panels come in multiples of this, if there are as many panels: one more for a thread keeps others waiting.
+SHARES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,4 +66,8 @@ class Panels:
     def groups(self) -> int:
         """Groups of panels that threads share out, where there are many rows: as many for each of 2, 4 or 8 threads."""
         about = 4 if self.isa.registers > 16 else 8
-        return min(self.count, -(-self.count // (about * EVEN)) * EVEN)
+        return min(self.count, -(-self.count // (about * SHARES)) * SHARES)
+
+    def first_of(self, group: Any, groups: Any) -> Any:
+        """The first panel of a group, of so many groups."""
+        return group * self.count // groups

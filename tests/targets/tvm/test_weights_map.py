@@ -107,7 +107,7 @@ def test_a_damaged_tensor_is_refused_while_it_is_copied(folder: Path):
 def test_a_copy_that_does_not_fit_is_refused_before_anything_is_read(folder: Path, monkeypatch):
     monkeypatch.setattr(WeightsMap, "read", lambda *_, **__: pytest.fail("read"))
     monkeypatch.setattr(memory, "available_memory", lambda: 100)
-    with pytest.raises(ModelError, match=r"no memory for a copy of [\d,]+ bytes, 100 are available; leave out --copy"):
+    with pytest.raises(UsageError, match=r"no memory for a copy of [\d,]+ bytes, 100 are available; leave out --copy"):
         Engine.load(folder, copy_weights=True)
 
 
@@ -129,9 +129,25 @@ def test_a_file_that_takes_the_name_while_another_is_read_is_not_stamped(folder:
     with monkeypatch.context() as patch:
         patch.setattr(WeightsMap, "read", replaced)
         Engine.load(folder)
-    library = read_library(folder)
-    with WeightsMap(weights, library.weights) as found:
+    assert (folder / "weights.safetensors.verified").exists()
+    with WeightsMap(weights, read_library(folder).weights) as found:
         assert not found.is_stamped()
+
+
+def test_no_file_stays_open(folder: Path):
+    def opened() -> list[str]:
+        links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+        return [os.readlink(link) for link in links if os.path.lexists(link)]
+
+    engines = [Engine.load(folder, copy_weights=copy) for copy in (False, True, True)]
+    # The map of the first one keeps a descriptor of its own.
+    assert opened().count(str(folder / "weights.safetensors")) == 1
+    del engines
+    with (folder / "weights.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ModelError, match="bytes, expected"):
+        Engine.load(folder)
+    assert str(folder / "weights.safetensors") not in opened()
 
 
 def test_no_memory_for_a_copy_is_said(folder: Path, monkeypatch):
@@ -143,5 +159,5 @@ def test_no_memory_for_a_copy_is_said(folder: Path, monkeypatch):
         return mapped(file, *args, **how)
 
     monkeypatch.setattr(weights_map.mmap, "mmap", full)
-    with pytest.raises(ModelError, match=r"no memory for a copy of [\d,]+ bytes; leave out --copy-weights"):
+    with pytest.raises(UsageError, match=r"no memory for a copy of [\d,]+ bytes; leave out --copy-weights"):
         Engine.load(folder, copy_weights=True)

@@ -66,6 +66,8 @@ SHAPES = [(192, 128), (180, 72), (3424, 192), (5, 1), (1, 5)]
 #: The last ones exercise several chunks of inputs, the last of which is shorter: of 256 for AVX2, of 1024 for AVX512.
 CASES = [(shape, "float32") for shape in SHAPES] + [((72, 517), dtype) for dtype in STORED] + [((40, 800), "float16")]
 CASES += [((72, 2500), dtype) for dtype in STORED]
+#: Groups of several panels, some of more than others, and several chunks.
+CASES += [((600, 1100), dtype) for dtype in ("float32", "float16")]
 
 
 @pytest.mark.parametrize("name", CPUS)
@@ -113,7 +115,7 @@ def test_more_rows_than_one_span_has(name):
 def test_no_thread_gets_a_panel_more_than_its_share(outputs, threads, name):
     panels = Panels.of(outputs, 512, "float32", level(name))
     groups = panels.groups
-    bounds = [index * panels.count // groups for index in range(groups + 1)]
+    bounds = [panels.first_of(index, groups) for index in range(groups + 1)]
     per_thread = -(-groups // threads)  # as the thread pool deals them out
     shares = [bounds[min(at + per_thread, groups)] - bounds[at] for at in range(0, groups, per_thread)]
     assert sum(shares) == panels.count
