@@ -132,7 +132,8 @@ class ByteLinear:
             tile = Tile(self.kernel, count)
             rows = [T.bind(T.min(T.int64(row), operands.rows - 1)) for row in range(count)]
             with T.serial(0, operands.groups) as group:
-                operands.prefetch_ahead(block, group)
+                if count > 1:  # with one row the CPU's own reading ahead keeps up, and asking costs 1 %
+                    operands.prefetch_ahead(block, group)
                 operands.multiply(tile, rows, block, group)
             for row in range(count // self.planes):
                 values = [tile.values(row * self.planes + plane) for plane in range(self.planes)]
