@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 from bench_tvm_report import LIMITS, Run, report
-from bench_tvm_shapes import FEW_TOKENS, LAYERS, PASTS, PREFILLS, WHOLE, WHOLE_LABEL, Shape
+from bench_tvm_shapes import LAYERS, PASTS, PREFILLS, WHOLE, WHOLE_LABEL, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -57,8 +57,8 @@ class Candidate:
     mapped: bool = False
 
     @property
-    def integers(self) -> bool:
-        """Whether products are of integers, and a long prefill so takes seconds instead of minutes."""
+    def quick(self) -> bool:
+        """Whether a long prefill of the whole model takes seconds instead of minutes, on one thread too."""
         return self.variant in {"W8A8", "W8A8 fp16", "dynamic", "integer"}
 
     @property
@@ -209,6 +209,7 @@ class Bench:
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"partial-{path.name}")
+        self._remove(partial)
         start = time.monotonic()
         try:
             self.call("write", candidate, {"model": str(partial), "shape": dataclasses.asdict(shape)})
@@ -258,7 +259,7 @@ class Bench:
             # Filling the cache is slow, so that one process serves all numbers of threads; most threads first.
             threads = sorted(plan.threads, reverse=True)
             yield {**points, "threads": threads, "flash": True}
-            if not plan.decode and shape.vocabulary <= FEW_TOKENS:
+            if not plan.decode and not shape.is_whole:
                 yield {**points, "threads": threads, "flash": False}
             return
         for threads_ in plan.threads:
@@ -295,7 +296,7 @@ class Bench:
         if candidate.mapped:
             return [Points(self.threads, (), PASTS, 2.0)]
         plans = [Points(self.threads, PREFILLS[:1], PASTS, 2.0)]
-        if candidate.integers:
+        if candidate.quick:
             plans.append(Points(self.threads, PREFILLS[1:], (), 2.0))
         elif "MatMulNBits" not in candidate.name:
             plans.append(Points((max(self.threads),), PREFILLS[1:], (), 2.0))

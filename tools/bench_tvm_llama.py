@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_tvm_shapes import FEW_TOKENS, HEAD_DIM, Array, Memory, Shape, draw, draw_layer, evict, timed, tokens
+from bench_tvm_shapes import HEAD_DIM, Array, Memory, Shape, draw, draw_layer, evict, timed, tokens
 
 CONTEXT = 2560
 _NAMES = {
@@ -104,7 +104,7 @@ def _paired(weight: Array, heads: int) -> Array:
 class Llama:
     """A context of llama.cpp that is fed tokens directly."""
 
-    def __init__(self, path: Path, threads: int, *, flash: bool, batch: int) -> None:
+    def __init__(self, path: Path, shape: Shape, threads: int, *, flash: bool, batch: int) -> None:
         import llama_cpp
 
         self.api: Any = llama_cpp
@@ -132,7 +132,7 @@ class Llama:
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         # Its last layer computes only rows that somebody wants logits of: of a single layer that is next to nothing.
-        self.every_row = self.vocabulary <= FEW_TOKENS
+        self.every_row = not shape.is_whole
 
     def threads(self, count: int) -> None:
         self.api.llama_set_n_threads(self.context, count, count)
@@ -168,7 +168,7 @@ class Llama:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Times of all points, and the logits behind the first prompt for comparison."""
     memory, shape = Memory(), Shape(**job["shape"])
-    llama = Llama(Path(job["model"]), job["threads"][0], flash=job["flash"], batch=job.get("batch", 512))
+    llama = Llama(Path(job["model"]), shape, job["threads"][0], flash=job["flash"], batch=job.get("batch", 512))
     results: dict[str, Any] = {}
     for threads in job["threads"]:
         llama.threads(threads)

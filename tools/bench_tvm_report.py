@@ -88,7 +88,7 @@ def points_of(result: dict[str, Any]) -> dict[str, list[float]]:
 
 def divisor(shape: Shape) -> int:
     """Layers are reported per layer, a model with a true vocabulary as a whole."""
-    return 1 if shape.vocabulary > 1000 else shape.layers
+    return 1 if shape.is_whole else shape.layers
 
 
 @dataclasses.dataclass
@@ -292,6 +292,6 @@ def _share(item: Measured, point: str, read: float, cache_bytes: int) -> str:
     if kind != "decode" or item.shape is None or seconds is None:
         return ""
     shape = item.shape.with_layers(item.shape.layers if divisor(item.shape) == 1 else 1)
-    weights = shape.read_parameters if divisor(shape) == 1 and shape.vocabulary > 1000 else shape.layer_parameters
+    weights = shape.read_parameters if shape.is_whole else shape.layer_parameters
     cache = 2 * cache_bytes * shape.width * past * shape.layers
     return f"{past}: {(weights + cache) / seconds / read:.0%}"

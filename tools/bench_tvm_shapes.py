@@ -58,6 +58,11 @@ class Shape:
         }
 
     @property
+    def is_whole(self) -> bool:
+        """Whether embedding and head are those of a model, and not of layers to be measured alone."""
+        return self.vocabulary > FEW_TOKENS
+
+    @property
     def layer_parameters(self) -> int:
         return sum(rows * columns for rows, columns in self.linears().values())
 

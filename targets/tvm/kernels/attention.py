@@ -138,6 +138,7 @@ class _Attention:
 
                 def value(base: Any, offset: int, width: int, position: Any, column: Any = column) -> Any:
                     at = [item, kv_head, column + position, base + offset]
+                    self._fetch_ahead(self.values, [item, kv_head, at[2] + TILE, at[3]])
                     return emit.load_float32(self.values, at, width, tiles.isa)
 
                 def add(base: Any, span: int, start: int = start, rows: int = rows, width: Any = width) -> None:
@@ -163,6 +164,7 @@ class _Attention:
 
             def key(j: int, channel: Any) -> Any:
                 at = [item, kv_head, numbers[j * lanes // BLOCK], channel, j * lanes % BLOCK]
+                self._fetch_ahead(self.keys, [item, kv_head, at[2] + TILE // BLOCK, *at[3:]])
                 return emit.load_float32(self.keys, at, lanes, tiles.isa)
 
             emit_scores(state, start, rows, part * positions, vectors, key, tiles)
@@ -233,6 +235,11 @@ class _Attention:
         from tvm.script.ir_builder import tirx as T
 
         return emit.bind(T.min(number, self.keys.shape[2] - 1))
+
+    def _fetch_ahead(self, cache: Any, at: list[Any]) -> None:
+        """Asks for a part of the next tile of a cache in 16 bits; fp32 takes so long that it is there in time."""
+        if cache.dtype != "float32":
+            emit.prefetch(cache, at, emit.L2)
 
     def _fetch_mask(self, item: Any, position: Any, head: Any, column: Any) -> None:
         """Asks for a tile of the mask ahead of its use: short pieces of long rows, which no hardware foresees."""

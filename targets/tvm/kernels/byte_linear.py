@@ -91,6 +91,14 @@ class ByteLinear:
     operands: Operands
     outputs: Outputs
 
+    def __post_init__(self) -> None:
+        """Tiles and chunks hold whole rows of y."""
+        kernel, planes = self.kernel, self.planes
+        if any(count % planes for count in (kernel.few_rows, kernel.tile_rows)) or _CHUNK_ROWS % kernel.tile_rows:
+            raise ValueError(f"tiles of {kernel.few_rows} and {kernel.tile_rows} rows do not hold {planes} planes")
+        if kernel.paired and planes > 1:
+            raise ValueError("pairs of groups have an excess for one plane")
+
     @property
     def kernel(self) -> ByteKernel:
         return self.operands.kernel
@@ -132,7 +140,8 @@ class ByteLinear:
             tile = Tile(self.kernel, count)
             rows = [T.bind(T.min(T.int64(row), operands.rows - 1)) for row in range(count)]
             with T.serial(0, operands.groups) as group:
-                if count > 1:  # with one row the CPU's own reading ahead keeps up, and asking costs 1 %
+                # With one row of codes the CPU's own reading ahead keeps up, and asking costs 1 %.
+                if count > 1 and not self.kernel.paired:
                     operands.prefetch_ahead(block, group)
                 operands.multiply(tile, rows, block, group)
             for row in range(count // self.planes):
@@ -225,7 +234,8 @@ class ByteLinear:
                     with T.Else():
                         smallest(counts[:-1])
 
-            smallest(self._counts(size, (1,) if self.planes > 1 else (2, 4)))
+            # Code for a tile of one row would be a quarter more, for a last row that is rare.
+            smallest(self._counts(size, (2, 4) if self.planes == 1 else (1,)))
 
     def _following(self, chunk: _Chunk, panel: Panel) -> Any:
         """Where the panel after this one starts, in groups: the next block, else the next step, else the next chunk."""

@@ -1,6 +1,6 @@
 """Linears: which kernel computes one, and how its weights are laid out for it.
 
-Float weights and int8 weights with fp32 activations here; int8 activations are in `linear_w8a8`.
+Weights in floats or int8 with fp32 activations; int8 activations are in `linear_w8a8`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def plan_float(weight: Expression, isa: Isa) -> LinearPlan:
 
 
 def plan_int8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
-    """A linear with int8 codes [N, K] and a scale per row in fp32, fp16 or bf16; activations stay as exact as fp32.
+    """A linear with int8 codes [N, K] and a scale per row in fp32, fp16 or bf16; activations stay fp32.
 
-    Computed by dot products of bytes where the level has them, else in fp32. Raises ModelError for codes or scales of
-    another dtype or shape.
+    Computed by dot products of bytes where the level has them (`linear_planes`), else in fp32. Raises ModelError for
+    codes or scales of another dtype or shape.
     """
     rows, columns = _matrix(codes)
     if codes.dtype != DataType.INT8:

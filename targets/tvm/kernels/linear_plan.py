@@ -20,5 +20,8 @@ class LinearPlan:
     make: Callable[[bool], Any]
 
     def function(self, *, residual: bool = False) -> Any:
-        """The PrimFunc (x f32[M, K], *weights, y f32[M, N]); with `residual`, f32[M, N] before y that is added."""
+        """The PrimFunc (x, *weights, y f32[M, N]); with `residual`, f32[M, N] before y that is added.
+
+        x is f32[M, K], or what the plan's maker says.
+        """
         return self.make(residual)
