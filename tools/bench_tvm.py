@@ -162,7 +162,7 @@ class Bench:
         """Read bandwidth and arithmetic, before and after everything else; the best counts."""
         for threads in self.threads:
             result = self.call("measure", Candidate("", "machine", "", 0), {"threads": [threads], "seconds": 0.7})
-            self.run.machine(threads, {name: result[f"{name} 0 {threads}"][0] for name in LIMITS})
+            self.run.machine(threads, {name: best[0] for name in LIMITS if (best := result.get(f"{name} 0 {threads}"))})
         print(f"machine: {self.run.limits}", flush=True)
 
     def model(self, label: str, jobs: Sequence[Job], rounds: int) -> None:

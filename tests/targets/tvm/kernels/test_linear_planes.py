@@ -92,10 +92,10 @@ def test_numbers_are_rounded_to_a_part_of_the_largest_of_their_row(linear, codes
 
 
 def test_a_residual_is_added(linear, codes: Array):
-    random = np.random.default_rng(4)
+    random, with_residual = np.random.default_rng(4), build(Literal.of(codes), residual=True)
     for rows in (1, 2, 9):
         x, residual = random.standard_normal((rows, INPUTS), np.float32), random.standard_normal((rows, OUTPUTS))
-        found = build(Literal.of(codes), residual=True)(x, residual.astype(np.float32))
+        found = with_residual(x, residual.astype(np.float32))
         np.testing.assert_allclose(found, linear(x) + residual, rtol=1e-6, atol=1e-5)
 
 
