@@ -30,7 +30,7 @@ why-docs: $(INSTALLED)  ## docs/why.md, from what `passopt why` prints
 bench-rewrite: $(INSTALLED)  ## speed of rewriting against other tools, to docs/bench-rewrite.md
 	$(BIN)/python tools/bench_rewrite.py
 
-bench-tvm: $(INSTALLED)  ## speed of compiled models against other runtimes, to docs/bench-tvm.md; BENCH=--quick
+bench-tvm: $(INSTALLED)  ## speed of compiled models against other runtimes, to docs/bench-tvm.md (BENCH=--quick: a part, to build/)
 	$(BIN)/python tools/bench_tvm.py $(BENCH)
 
 bench-scale: $(INSTALLED)  ## full-size weights against the disk's speed, to docs/bench-scale.md; 60 GB of disk

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
+import blake3
 import numpy as np
 
 from passopt.ir import expressions as ex
@@ -299,3 +300,12 @@ _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     ex.RowSums: Evaluator._read_row_sums,
     ex.Shard: Evaluator._read_shard,
 }
+
+
+def weight_digest(expression: ex.Expression) -> str:
+    """blake3 of the bytes that a weight evaluates to, read chunk by chunk."""
+    hasher = blake3.blake3()
+    with Evaluator() as evaluator:
+        for chunk in evaluator.chunks(expression):
+            hasher.update(chunk.reshape(-1).view(np.uint8).data)
+    return str(hasher.hexdigest())

@@ -10,14 +10,13 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import blake3
 import numpy as np
 import onnx_ir
 
 from passopt.ir import expressions as ex
 from passopt.ir.contract import KV_HEADS, LOGITS, degree_of
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
+from passopt.ir.evaluate import weight_digest
 from passopt.ir.files import MODEL_NAME, load_model
 from passopt.ir.verifier import verify_model
 from passopt.ir.weights import LazyWeight, expression_of
@@ -60,20 +59,11 @@ def _truly_replicated(ranks: Sequence[onnx_ir.Model], names: Collection[str]) ->
     """Those of `names` whose bytes are the same on every rank. They are read: sharing must not hide a defect."""
     same = set()
     for name in names:
-        tensors = [model.graph.initializers.get(name) for model in ranks]
-        if len({None if tensor is None else _digest(tensor) for tensor in tensors}) == 1:
+        values = [model.graph.initializers.get(name) for model in ranks]
+        weights = [None if value is None else expression_of(value) for value in values]
+        if len({None if weight is None else weight_digest(weight) for weight in weights}) == 1:
             same.add(name)
     return same
-
-
-def _digest(value: onnx_ir.Value) -> str:
-    expression = expression_of(value)
-    assert expression is not None
-    hasher = blake3.blake3()
-    with Evaluator() as evaluator:
-        for chunk in evaluator.chunks(expression):
-            hasher.update(chunk.reshape(-1).view(np.uint8).data)
-    return str(hasher.hexdigest())
 
 
 def rank_models(model: onnx_ir.Model) -> list[onnx_ir.Model]:

@@ -1,5 +1,7 @@
 """Speed of compiled models against onnxruntime, torch, llama.cpp and the machine, written to docs/bench-tvm.md.
 
+What options cut short goes to build/bench-tvm.md.
+
     python tools/bench_tvm.py [OUTPUT] [--quick] [--only NAME ...] [--layers N] [--threads 1,2] …
 
 One candidate at a time, each in processes of its own. Takes an hour and a half and 65 GB of disk; --quick some
@@ -30,6 +32,7 @@ from bench_tvm_shapes import LAYERS, PASTS, PREFILLS, WHOLE, WHOLE_LABEL, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
+WHOLE_REPORT, PARTIAL = ROOT / "docs" / "bench-tvm.md", ROOT / "build" / "bench-tvm.md"
 PEERS = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
 TIMEOUT = 900
 #: Share of the machine that others may use while a candidate runs; beyond it is launched again.
@@ -347,7 +350,7 @@ def main() -> None:
     work = Path(options.work) if options.work else Path(tempfile.mkdtemp(prefix="passopt-bench-tvm-"))
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, Path(options.peers), options)
-    if options.only or options.layers or set(options.parts) != {"layers", "whole"}:
+    if _is_partial(options):
         bench.run.notes.append(f'This is a part: `make bench-tvm BENCH="{shlex.join(sys.argv[1:])}"`.')
     start = time.monotonic()
     try:
@@ -361,7 +364,7 @@ def main() -> None:
     finally:
         if not options.work:
             shutil.rmtree(work, ignore_errors=True)
-    output = Path(options.output)
+    output = Path(options.output or (PARTIAL if _is_partial(options) else WHOLE_REPORT))
     output.parent.mkdir(exist_ok=True)
     bench.run.seconds = time.monotonic() - start
     output.write_text(report(bench.run), encoding="utf-8")
@@ -371,9 +374,18 @@ def main() -> None:
         raise SystemExit(f"bench-tvm: {', '.join(failed)} failed")
 
 
+def _is_partial(options: argparse.Namespace) -> bool:
+    """Whether options leave out what the committed report has."""
+    whole = parser().parse_args([])
+    names = ("quick", "only", "parts", "layers", "threads", "rounds", "retries")
+    return any(getattr(options, name) != getattr(whole, name) for name in names)
+
+
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("output", nargs="?", default=str(ROOT / "docs" / "bench-tvm.md"))
+    found.add_argument(
+        "output", nargs="?", help="default: docs/bench-tvm.md; where options leave something out, build/bench-tvm.md"
+    )
     found.add_argument("--quick", action="store_true", help="one 7B-shaped layer, one point of each kind")
     found.add_argument("--only", nargs="+", metavar="NAME", help="candidates whose name contains one of these")
     found.add_argument("--parts", nargs="+", choices=("layers", "whole"), default=("layers", "whole"))

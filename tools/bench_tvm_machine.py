@@ -14,6 +14,7 @@ from bench_tvm_shapes import Array, timed
 
 from passopt.targets.tvm.features import Cpu, Isa, find_cpu
 from passopt.targets.tvm.kernels.emit import AHEAD_BYTES, CACHE_LINE, L2, prefetch
+from passopt.targets.tvm.kernels.standalone import build_kernel
 
 #: More than any cache: 1.5 GiB.
 READ_BYTES = 3 << 29
@@ -132,7 +133,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     best: dict[str, float] = {"read": read_speed(cpu, job["seconds"])}
     for name, dtype, operations, step in arithmetic:
         pieces = threads
-        run = compiled(register_kernel(cpu.isa, pieces, dtype, step), cpu)
+        run = build_kernel(register_kernel(cpu.isa, pieces, dtype, step), cpu)
         sizes = (pieces, sums_of(cpu.isa), cpu.isa.lanes)
         x, y = tensor(np.full((2, cpu.isa.lanes), 0.5, np.float32).astype(dtype)), tensor(np.zeros(sizes, dtype))
         seconds = min(timed(lambda run=run, x=x, y=y: run(x, y), seconds=job["seconds"]))  # type: ignore[misc]
@@ -144,7 +145,7 @@ def read_speed(cpu: Cpu, seconds: float) -> float:
     """Bytes per second, best of the kernels."""
     best = 0.0
     for streams, ahead in itertools.product(STREAMS, (False, True)):
-        run = compiled(read_kernel(cpu.isa.lanes, streams, ahead=ahead), cpu)
+        run = build_kernel(read_kernel(cpu.isa.lanes, streams, ahead=ahead), cpu)
         steps = READ_BYTES // (4 * PIECES * streams * cpu.isa.lanes)
         x = tensor(np.ones((PIECES, steps, streams, cpu.isa.lanes), np.int32))
         y = tensor(np.zeros((PIECES, cpu.isa.lanes), np.int32))
@@ -153,13 +154,6 @@ def read_speed(cpu: Cpu, seconds: float) -> float:
             raise SystemExit(f"bench-tvm: the sum over {READ_BYTES} bytes is {y.numpy().sum()}")
         best = max(best, READ_BYTES / min(times))
     return best
-
-
-def compiled(function: Any, cpu: Cpu) -> Any:
-    import tvm
-
-    module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-    return tvm.compile(module, target=cpu.target())["kernel"]
 
 
 def tensor(array: Array) -> Any:

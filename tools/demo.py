@@ -38,19 +38,18 @@ def passopt(folder: Path, *arguments: str, show: bool = True) -> str:
     return done.stdout
 
 
-def run_family(root: Path, name: str, spec: CheckpointSpec) -> list[list[str]]:
-    """Export, transform and verify one family; returns its rows of the table."""
+def run_family(root: Path, name: str, spec: CheckpointSpec) -> tuple[list[list[str]], str]:
+    """Export, transform and verify one family; returns its rows of the table, and what its int8 model writes."""
     print(f"\n== {name}: {spec.layers} layers, {spec.heads} heads, hidden {spec.hidden}, vocabulary {spec.vocab}")
     checkpoint = make_checkpoint(root / f"checkpoint-{name}", spec, format="bin", shards=2)
     (root / "text.txt").write_text(evaluation_text(), encoding="utf-8")
     passopt(root, "export", checkpoint.name, "-o", name, "--dtype", "fp32", "--trust-remote-code")
     rows = [run_pipeline(root / name, name, pipeline) for pipeline in PIPELINES]
-    run_compiled(root / name)
-    return rows
+    return rows, run_compiled(root / name)
 
 
-def run_compiled(folder: Path) -> None:
-    """Compile the fused int8 model and its ranks, verify both, and let them write."""
+def run_compiled(folder: Path) -> str:
+    """Compile the fused int8 model and its ranks, verify both, and let them write; returns the text of the first."""
     passopt(folder, "compile", "model.onnx", "--passes", "baichuan2,int8", "-o", "compiled")
     passopt(folder, "compile", "model.baichuan2.tp2.int8", "-o", "compiled.tp2")
     passopt(folder, "verify", "model.onnx", "compiled", "--text", "../text.txt", "--max-tokens", MAX_TOKENS)
@@ -59,6 +58,7 @@ def run_compiled(folder: Path) -> None:
     texts = {name: passopt(folder, "generate", name, *arguments) for name in ("compiled", "compiled.tp2")}
     same = texts["compiled"] == texts["compiled.tp2"]
     print("both write the same" if same else "they part where two tokens are nearly equal: ranks sum in another order")
+    return texts["compiled"].strip()
 
 
 def run_pipeline(folder: Path, name: str, pipeline: str) -> list[str]:
@@ -103,15 +103,18 @@ def main() -> None:
     root = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="passopt-demo-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
-        rows = [row for name, spec in FAMILIES.items() for row in run_family(root, name, spec)]
+        found = {name: run_family(root, name, spec) for name, spec in FAMILIES.items()}
     finally:
         if len(sys.argv) <= 1:
             shutil.rmtree(root, ignore_errors=True)
     print()
+    rows = [row for family, _ in found.values() for row in family]
     widths = [max(len(row[column]) for row in [_HEADER, *rows]) for column in range(len(_HEADER))]
     for row in [_HEADER, *rows]:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    print(f"\nboth families verified in {time.monotonic() - start:.0f} s")
+    print(f"\nboth families verified in {time.monotonic() - start:.0f} s; their compiled int8 models go on:")
+    for name, (_, text) in found.items():
+        print(f"{name}: {PROMPT} … {text}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import onnx_ir
 
-from passopt.ir.contract import LOGITS, decoder_of, degree_of, positions_of
+from passopt.ir.contract import INPUT_IDS, LOGITS, decoder_of, degree_of, positions_of
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.expressions import Expression
 from passopt.ir.files import WEIGHTS_NAME
@@ -26,6 +26,7 @@ from passopt.targets.onnx_files import companions_in
 from passopt.targets.tvm.features import Gpu, Machine
 from passopt.targets.tvm.library import (
     CODE_NAME,
+    INPUTS,
     SOURCE_NAME,
     CacheDtype,
     CacheLayout,
@@ -102,16 +103,19 @@ def compile_models(
                 shutil.copyfile(code, target / CODE_NAME)
             files.append(WeightFile(target / WEIGHTS_NAME, expressions, rank if len(models) == 1 else 0))
         written = write_weight_files(files, stream, progress=progress, journal=staged / JOURNAL_NAME)
-        for rank, folder in enumerate(folders):
-            digests = written.digests[rank]
-            library = _library(interface, lowered, cpu, facts, staged / folder, digests, rank, degree)
+        libraries = [
+            _library(interface, lowered, cpu, facts, staged / folder, written.digests[rank], rank, degree)
+            for rank, folder in enumerate(folders)
+        ]
+        for folder, library in zip(folders, libraries, strict=True):
             library.write(staged / folder)
         if degree > 1:
             code.unlink()
-            RankFolders(degree, tuple(folders)).write(staged)
+            roots = tuple(library.weights.root for library in libraries)
+            RankFolders(degree, tuple(folders), roots).write(staged)
         for path in companions_in(facts.companions):
             shutil.copyfile(path, staged / path.name)
-    return CompileReport(lowered, library, needed // degree, degree, written)
+    return CompileReport(lowered, libraries[-1], needed // degree, degree, written)
 
 
 def check_linker() -> None:
@@ -156,7 +160,8 @@ def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
         if first is None:
             continue
         for model in models[1:]:
-            other = small_constant(model.graph.initializers[name])
+            theirs = model.graph.initializers.get(name)
+            other = None if theirs is None else small_constant(theirs)
             if other is None or other.tobytes() != first.tobytes():
                 found.add(name)
     return frozenset(found)
@@ -189,12 +194,38 @@ class _Interface:
     @classmethod
     def of(cls, model: onnx_ir.Model, lowered: Lowered, companions: Path | None) -> _Interface:
         decoder = decoder_of(model)
+        _check_inputs(model, lowered.inputs)
         if decoder.cache_dtype.name not in _DTYPES:
             raise ModelError(f"a cache in {decoder.cache_dtype.name}; libraries keep {', '.join(_DTYPES.values())}")
         kind: Literal["in-place", "functional"] = "in-place" if lowered.in_place else "functional"
         dtype = _DTYPES[decoder.cache_dtype.name]
         cache = CacheLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, dtype, kind=kind)
         return cls(cache, _logits(model), max_positions(model, companions))
+
+
+def _check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
+    """Raises ModelError for an input that no engine gives, one length of text, or layers with unlike caches."""
+    unknown = [name for name in plain if name not in INPUTS]
+    if unknown:
+        raise ModelError(
+            f"input {unknown[0]!r}: a library takes {', '.join(INPUTS)} and the cache. Export the model without it."
+        )
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    ids = inputs[INPUT_IDS].shape
+    if ids is None or len(ids) != 2 or isinstance(ids[1], int):
+        raise ModelError(
+            f"input {INPUT_IDS} has shape {ids}, expected [batch, seq]: one library runs prefill and decode. "
+            f"Export with --phase merged."
+        )
+    pasts = {name: value for name, value in inputs.items() if name.startswith("past.")}
+    kinds = {name: (value.shape and (value.shape[1], value.shape[3]), value.dtype) for name, value in pasts.items()}
+    first = next(iter(kinds))
+    unlike = next((name for name in kinds if kinds[name] != kinds[first]), None)
+    if unlike is not None:
+        raise ModelError(
+            f"input {unlike!r} is {inputs[unlike].dtype} {inputs[unlike].shape}, {first!r} is {inputs[first].dtype} "
+            f"{inputs[first].shape}: caches of all layers must have the same heads, width and type"
+        )
 
 
 def _library(

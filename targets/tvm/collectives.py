@@ -64,6 +64,14 @@ class Counters:
         """The pieces that each rank has written."""
         return [int(number) for number in self._lines[: self.degree, 0]]
 
+    def count_read(self, rank: int, nbytes: int) -> None:
+        """`rank` has read another `nbytes` of its weights."""
+        self._lines[rank, 3] += nbytes
+
+    def bytes_read(self) -> int:
+        """Bytes of weights that all ranks have read."""
+        return int(self._lines[: self.degree, 3].sum())
+
     def announce(self, rank: int, pieces: int, nbytes: int) -> None:
         """`rank` has written another piece; what was written before is seen before (x86 keeps stores in order)."""
         self._lines[rank, 1 + pieces % 2] = nbytes
@@ -157,7 +165,7 @@ class Group:
                 late = [rank for rank, number in enumerate(self.counters.written()) if number < self._pieces]
                 raise CollectiveError(
                     f"rank {', '.join(map(str, late))} did not come to collective piece {self._pieces} within "
-                    f"{self.timeout:g} s; it hangs, or the machine is overloaded (a longer timeout waits longer)"
+                    f"{self.timeout:g} s; it hangs, or the machine has too few cores or swaps"
                 )
 
 

@@ -145,7 +145,15 @@ def level(name: str) -> Isa:
 
 
 def find_cpu(mcpu: str = "native") -> Cpu:
-    """The CPU called `mcpu`, or this machine's, with the best level that it has. Raises ModelError if LLVM has none."""
+    """The CPU called `mcpu`, or this machine's, with the best level that it has.
+
+    Raises ModelError if LLVM has none of that name, UsageError on a machine for which there are no kernels.
+    """
+    if platform.machine() not in X86:
+        raise UsageError(
+            f"compiled libraries are for x86-64, this machine is {platform.machine()}: passes, export and verification "
+            f"in onnxruntime run here, compile does not"
+        )
     from tvm.target import Target, codegen
 
     name = str(codegen.llvm_get_system_cpu()) if mcpu == "native" else mcpu

@@ -32,7 +32,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 CacheDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
 _CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-_VERSION = 1
+_VERSION = 2
 _Entry = TypeVar("_Entry")
 
 
@@ -137,10 +137,14 @@ class Library:
 
 @dataclasses.dataclass(frozen=True)
 class RankFolders:
-    """The outer folder under tensor parallelism: a library of its own in each of `ranks`, in the order of ranks."""
+    """The outer folder under tensor parallelism: a library of its own in each of `ranks`, in the order of ranks.
+
+    `roots` are the root digests of their weights: what ties together ranks whose code is the same.
+    """
 
     degree: int
     ranks: tuple[str, ...]
+    roots: tuple[str, ...]
 
     def text(self) -> str:
         return _text(self)
@@ -187,6 +191,7 @@ def _check(entry: Library | RankFolders) -> None:
     """Raise ValueError if the parts of an entry do not agree."""
     if isinstance(entry, RankFolders):
         _demand(len(entry.ranks) == entry.degree > 1, f"{len(entry.ranks)} ranks at degree {entry.degree}")
+        _demand(len(entry.roots) == entry.degree, f"{len(entry.roots)} digests of weights at degree {entry.degree}")
         for folder in entry.ranks:
             _demand(_is_name(folder), f"folder {folder!r} is not beside {LIBRARY_NAME}")
         return

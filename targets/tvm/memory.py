@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from passopt.ir.errors import UsageError
+from passopt.targets.tvm.library import CacheLayout
 
 MEMINFO = Path("/proc/meminfo")
 #: Of a control group (version 2), as a container with a namespace of its own sees it: `memory.max` in bytes or `max`,
@@ -19,6 +21,24 @@ def check_copy(folder: Path, nbytes: int) -> None:
         raise UsageError(
             f"{folder}: no memory for a copy of {nbytes:,} bytes, {available:,} are available; leave out --copy-weights"
         )
+
+
+def check_caches(caches: Sequence[CacheLayout], batch: int, columns: int, *, held: int = 0) -> None:
+    """Raises UsageError if caches (of all ranks) for `batch` sequences of `columns` do not fit the available memory.
+
+    Memory of `held` bytes is given back for them. The system would grant it all and end the process later.
+    """
+    available = available_memory()
+    nbytes = sum(cache.nbytes(batch, columns) for cache in caches)
+    if available is not None and nbytes > available + held:
+        raise no_room(nbytes, batch, columns, f"{available + held:,} are available")
+
+
+def no_room(nbytes: int, batch: int, columns: int, why: str) -> UsageError:
+    return UsageError(
+        f"no memory for caches of {nbytes:,} bytes ({batch} sequences of {columns} columns): {why}. "
+        f"Ask for a smaller capacity, fewer new tokens or fewer prompts at once."
+    )
 
 
 def available_memory() -> int | None:

@@ -105,7 +105,9 @@ def run_steps(module: Tvm, target: Tvm, on_step: Callable[[str, Tvm], None] | No
 
 def check_step_names(names: list[str], kind: str = "llvm") -> None:
     """Raises UsageError with the names there are."""
-    known = [step.name for step in steps(kind)]
+    known = steps(kind)
     for name in names:
-        if name not in known:
-            raise UsageError(f"no step {name!r}; the steps are {', '.join(known)}")
+        if name not in {step.name for step in known}:
+            width = max(len(step.name) for step in known)
+            table = "\n".join(f"  {step.name:{width}}  {step.summary}" for step in known)
+            raise UsageError(f"no step {name!r}; the steps are, in their order:\n{table}")

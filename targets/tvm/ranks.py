@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import multiprocessing.connection
 import platform
@@ -25,7 +26,7 @@ from passopt.ir.errors import ModelError, PassoptError, UsageError
 from passopt.targets.tvm.collectives import Counters, Group, create_room
 from passopt.targets.tvm.features import X86
 from passopt.targets.tvm.library import Library, RankFolders, read_library
-from passopt.targets.tvm.memory import check_copy
+from passopt.targets.tvm.memory import check_caches, check_copy
 from passopt.targets.tvm.runtime import Engine, Ids, Logits, checked_capacity
 from passopt.targets.tvm.threads import count_cores
 from passopt.targets.tvm.vm import runtime
@@ -64,13 +65,14 @@ class RankEngine:
         threads: int | None = None,
         verify_weights: bool = False,
         copy_weights: bool = False,
+        progress: Callable[[int], None] | None = None,
         timeout: float = TIMEOUT,
     ) -> RankEngine:
         """Start a process per rank of `folder`; all load, and make room for `batch` sequences of `capacity` columns.
 
         `threads` are those of all ranks together (default: the cores). `timeout` in seconds is how long a rank may keep
-        the others waiting. `verify_weights` and `copy_weights` are as in `Engine.load`. Raises ModelError (folders that
-        do not belong together, a rank that fails), UsageError.
+        the others waiting. `verify_weights`, `copy_weights` and `progress` (of all ranks) are as in `Engine.load`.
+        Raises ModelError (folders that do not belong together, a rank that fails), UsageError.
         """
         if platform.machine() not in X86:
             raise UsageError(f"ranks exchange data through memory in the order of x86; this is {platform.machine()}")
@@ -78,7 +80,7 @@ class RankEngine:
         if not isinstance(found, RankFolders):
             raise ModelError(f"{folder}: holds one library, no ranks")
         paths = [folder / name for name in found.ranks]
-        libraries = _libraries(folder, paths)
+        libraries = _libraries(found, paths)
         threads = count_cores() if threads is None else threads
         if threads < 1:
             raise UsageError(f"{threads} threads: at least one is needed")
@@ -90,7 +92,7 @@ class RankEngine:
             _Job(path, rank, found.degree, share, verify_weights, copy_weights, timeout)
             for rank, path in enumerate(paths)
         ]
-        engine = cls(libraries, _Processes(folder, jobs, timeout))
+        engine = cls(libraries, _Processes(folder, jobs, timeout, progress))
         try:
             engine.allocate(batch, capacity)
         except BaseException:
@@ -127,6 +129,8 @@ class RankEngine:
 
     def allocate(self, batch: int, capacity: int | None = None) -> None:
         """Forget everything and make room for other sequences. Raises UsageError."""
+        wanted = checked_capacity(self.library, batch, capacity)
+        check_caches([each.cache for each in self._ranks], batch, wanted, held=self.cache_bytes)
         self.batch, self.capacity = self._group.call("allocate", batch, capacity)
         self.past = 0
 
@@ -160,7 +164,7 @@ class _Job:
     timeout: float
 
 
-def _libraries(folder: Path, paths: Sequence[Path]) -> list[Library]:
+def _libraries(outer: RankFolders, paths: Sequence[Path]) -> list[Library]:
     """The libraries of all ranks. Raises ModelError unless they are of one run, in order."""
     found: list[Library] = []
     for rank, path in enumerate(paths):
@@ -170,17 +174,21 @@ def _libraries(folder: Path, paths: Sequence[Path]) -> list[Library]:
         if (library.rank, library.degree) != (rank, len(paths)):
             raise ModelError(f"{path}: is rank {library.rank} of {library.degree}, expected {rank} of {len(paths)}")
         found.append(library)
-    for path, library in zip(paths, found, strict=True):
+    for path, library, root in zip(paths, found, outer.roots, strict=True):
         for name in ("passes", "mcpu", "inputs", "parameters", "library", "cache", "logits"):
             if getattr(library, name) != getattr(found[0], name):
-                raise ModelError(f"{folder}: {path.name} has other {name} than {paths[0].name}; they are of two runs")
+                raise ModelError(f"{path}: has other {name} than {paths[0].name}; they are of two runs")
+        if library.weights.root != root:
+            raise ModelError(f"{path}: has other weights than were compiled with the other ranks; they are of two runs")
     return found
 
 
 class _Processes:
     """The processes of all ranks and the way to call them, all at once."""
 
-    def __init__(self, folder: Path, jobs: Sequence[_Job], timeout: float) -> None:
+    def __init__(
+        self, folder: Path, jobs: Sequence[_Job], timeout: float, progress: Callable[[int], None] | None
+    ) -> None:
         self._folder = folder
         self._timeout = timeout
         self._lost: str | None = None
@@ -200,7 +208,7 @@ class _Processes:
                 self._pipes.append(ours)
                 self._processes.append(process)
             self._finalizer = weakref.finalize(self, _end, self._pipes, self._processes, self._counters)
-            self._collect("load", _LOADING)
+            self._collect("load", _LOADING, progress)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The result of a method of every rank's engine, of rank 0. What all ranks refuse is raised here as it was."""
@@ -217,9 +225,9 @@ class _Processes:
         self._lost = self._lost or "its engine was closed"
         self._finalizer()
 
-    def _collect(self, method: str, timeout: float) -> Any:
+    def _collect(self, method: str, timeout: float, progress: Callable[[int], None] | None = None) -> Any:
         try:
-            replies = self._replies(method, timeout)
+            replies = self._replies(method, timeout, progress)
         except BaseException as error:
             self._lost = str(error) or "it was interrupted"
             self._finalizer()
@@ -234,10 +242,13 @@ class _Processes:
             raise refused[0]
         return replies[0][1]
 
-    def _replies(self, method: str, timeout: float) -> list[tuple[PassoptError | None, Any]]:
+    def _replies(
+        self, method: str, timeout: float, progress: Callable[[int], None] | None
+    ) -> list[tuple[PassoptError | None, Any]]:
         """What every rank sends. Raises ModelError if one ends, or if none comes any further for `timeout`."""
         replies: dict[int, tuple[PassoptError | None, Any]] = {}
         moved, seen = time.monotonic(), self._counters.written()
+        read = 0
         while len(replies) < len(self._pipes):
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in replies]
             for pipe in multiprocessing.connection.wait(waiting, _POLL):
@@ -247,6 +258,9 @@ class _Processes:
                 if rank not in replies:
                     raise ModelError(f"{self._folder}: {self._ended(rank)} during {method}; the other ranks were ended")
                 moved = time.monotonic()
+            if progress:
+                before, read = read, self._counters.bytes_read()
+                progress(read - before)
             now = self._counters.written()
             moved, seen = (time.monotonic() if now != seen else moved), now
             # The ranks watch each other; that all stand still only shows here, and a little later.
@@ -291,6 +305,7 @@ def _serve(pipe: _Connection, job: _Job, room: Path) -> None:
             threads=job.threads,
             verify_weights=job.verify_weights,
             copy_weights=job.copy_weights,
+            progress=functools.partial(group.counters.count_read, job.rank),
             alone=False,
         )
 
@@ -317,6 +332,6 @@ def _tried(action: Callable[[], Any], group: Group) -> tuple[PassoptError | None
     try:
         return None, action()
     except PassoptError as error:
-        return error, None
+        return group.failure or error, None
     except Exception as error:
         return group.failure or ModelError(f"rank {group.rank}: {type(error).__name__}: {error}"), None

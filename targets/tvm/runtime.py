@@ -17,7 +17,7 @@ from passopt.ir.errors import ModelError, UsageError
 from passopt.targets.tvm import vm
 from passopt.targets.tvm.features import missing_features
 from passopt.targets.tvm.library import CacheLayout, Library, RankFolders, read_library
-from passopt.targets.tvm.memory import check_copy
+from passopt.targets.tvm.memory import check_caches, check_copy, no_room
 from passopt.targets.tvm.threads import count_cores
 from passopt.targets.tvm.weights_map import WeightsMap
 
@@ -122,6 +122,7 @@ class Engine:
         """Forget everything and make room for other sequences. Raises UsageError."""
         capacity = checked_capacity(self.library, batch, capacity)
         layout = self.library.cache
+        check_caches([layout], batch, capacity, held=self.cache_bytes)
         kind = _InPlace if layout.kind == "in-place" else _Functional
         self._past = kind(layout, batch, capacity)
         self.batch, self.capacity = batch, layout.rounded(capacity)
@@ -237,7 +238,7 @@ class _InPlace:
         try:
             self.tensors = [vm.zeros(shape, dtype) for _ in range(layout.layers) for shape in (key, value)]
         except (OSError, OverflowError, MemoryError, ValueError) as error:
-            raise _no_room(layout, batch, capacity) from error
+            raise no_room(layout.nbytes(batch, capacity), batch, capacity, str(error)) from error
         self.columns = 0
 
     def take(self, result: Any, seq: int) -> Logits:
@@ -284,13 +285,6 @@ def _bits(tensor: Any) -> npt.NDArray[Any]:
 
 def _as_logits(tensor: Any) -> Logits:
     return np.asarray(np.from_dlpack(tensor))
-
-
-def _no_room(layout: CacheLayout, batch: int, capacity: int) -> UsageError:
-    return UsageError(
-        f"no memory for caches of {layout.nbytes(batch, capacity):,} bytes ({batch} sequences of {capacity} columns); "
-        f"ask for a smaller capacity"
-    )
 
 
 def checked_capacity(library: Library, batch: int, capacity: int | None) -> int:

@@ -29,6 +29,8 @@ _CPU = 1
 _POOLED = 2
 #: Threads of the pool may run on any of the given cores; every other mode pins them.
 _SHARE_ALL_CORES = -3
+#: What tvm_ffi raises for errors of TVM, by their kinds.
+_FAILURES = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class VirtualMachine:
@@ -36,11 +38,16 @@ class VirtualMachine:
 
     def __init__(self, path: Path, function: str, threads: int) -> None:
         """Raises ModelError if `path` is no Relax library or has no such function, UsageError on too many threads."""
+        self._path = path
         self._caller = ThreadPoolExecutor(1, "passopt-engine")
         self._call: Callable[..., Any] = self._caller.submit(_load, path, function, threads).result()
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._caller.submit(self._call, *arguments).result()
+        """Raises ModelError if the library fails, as it does on shapes that it was not compiled for."""
+        try:
+            return self._caller.submit(self._call, *arguments).result()
+        except _FAILURES as error:
+            raise ModelError(f"{self._path}: failed: {_first_line(error)}. Compile the model again.") from error
 
     def release_buffers(self) -> None:
         """Give back the memory that the machine keeps for intermediate results: other lengths take other sizes."""
@@ -54,7 +61,7 @@ def _load(path: Path, function: str, threads: int) -> Callable[..., Any]:
         machine = ffi.load_module(str(path))["vm_load_executable"]()
         machine["vm_initialization"](_CPU, 0, _POOLED)
         return machine[function]  # type: ignore[no-any-return]
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except _FAILURES as error:
         raise ModelError(f"{path}: cannot be loaded: {_first_line(error)}. Compile the model again.") from error
 
 

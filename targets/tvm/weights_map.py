@@ -125,7 +125,8 @@ class WeightsMap:
             draft.write_text(json.dumps(self._stamp()) + "\n", encoding="utf-8")
             draft.replace(self._stamp_path)
         except OSError:
-            return
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
 
     def tensors(self, names: tuple[str, ...]) -> list[Any]:
         """The tensors as TVM takes them, of the map or of the copy that `read` made. Nothing is copied or read here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,12 @@ def verified(reference: Path, output: Path, capsys, *options: str) -> dict[str, 
     capsys.readouterr()
     assert main(["verify", str(reference), str(output), "--json", *options]) == 0
     report = json.loads(capsys.readouterr().out)
-    return {row["scenario"]: row for row in report["rows"]}
+    rows: dict[str, dict[str, float]] = {}
+    for row in report["rows"]:
+        seen = rows.setdefault(row["scenario"], row)
+        if row["error"] > seen["error"]:
+            rows[row["scenario"]] = row
+    return rows
 
 
 def test_fp32_equals_onnxruntime(family: Path, tmp_path: Path, capsys):
@@ -123,7 +129,9 @@ def test_steps_can_be_printed(family: Path, tmp_path: Path, capsys):
     compiled(family, tmp_path / "out", "--passes", READY, "--print-after", "legalize")
     assert capsys.readouterr().err.count("// after legalize") == 1
     assert main(["compile", str(family), "-o", str(tmp_path / "other"), "--print-after", "legalise"]) == 2
-    assert "the steps are dispatch-scan, legalize" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "no step 'legalise'" in told
+    assert re.search(r"\n  legalize +small operators to TIR", told)
 
 
 def test_without_a_c_compiler_it_says_so_before_anything_else(alibi: Path, tmp_path: Path, capsys, monkeypatch):
@@ -152,3 +160,25 @@ def test_passes_do_not_run_over_ranks(family: Path, tmp_path: Path):
     assert main(["run", str(family), "--passes", f"{READY},tp", "-o", str(ranks)]) == 0
     with pytest.raises(UsageError, match="before they come apart"):
         load(ranks, "int8")
+
+
+def test_ranks_of_two_runs_are_refused(family: Path, tmp_path: Path, capsys):
+    """Checkpoints of one shape have graphs that are equal byte for byte; their norms differ."""
+    ranks = tmp_path / "ranks"
+    assert main(["run", str(family), "--passes", f"{READY},tp", "-o", str(ranks)]) == 0
+    weights = ranks / "rank1" / "weights.safetensors"
+    whole = weights.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    name = next(name for name in header if name.endswith("input_layernorm.weight"))
+    changed = bytearray(whole)
+    changed[8 + size + header[name]["data_offsets"][0]] ^= 1
+    weights.write_bytes(changed)
+    assert main(["compile", str(ranks), "-o", str(tmp_path / "out")]) == 2
+    assert f"rank1/weights.safetensors: weight '{name}' is not the one that" in capsys.readouterr().err
+    weights.write_bytes(whole)
+    graph = ranks / "rank0" / "model.onnx"
+    graph.write_bytes(graph.read_bytes() + b"\x12\x00")  # another producer name
+    assert main(["compile", str(ranks), "-o", str(tmp_path / "out")]) == 2
+    assert "rank0/model.onnx: is not the graph that" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

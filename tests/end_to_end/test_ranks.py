@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,12 +17,13 @@ import pytest
 from passopt.cli import main
 from passopt.ir.contract import decoder_of
 from passopt.ir.errors import ModelError, UsageError
+from passopt.targets.digests import root_digest
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import join_ranks, load_any, rank_models
 
 pytest.importorskip("tvm")
 from passopt.targets.tvm import memory
-from passopt.targets.tvm.library import read_library
+from passopt.targets.tvm.library import Library, read_library
 from passopt.targets.tvm.ranks import RankEngine
 from passopt.targets.tvm.runtime import Engine
 
@@ -167,7 +170,7 @@ def test_ranks_of_two_runs_are_refused(rotary: Path, alibi: Path, compiled, tmp_
     (mixed / "library.json").write_text((library / "library.json").read_text())
     (mixed / "rank0").symlink_to(library / "rank0")
     (mixed / "rank1").symlink_to(compiled(alibi, TP2)[1] / "rank1")
-    with pytest.raises(ModelError, match="rank1 has other .* than rank0; they are of two runs"):
+    with pytest.raises(ModelError, match="rank1: has other .* than rank0; they are of two runs"):
         RankEngine.load(mixed)
     (mixed / "rank1").unlink()
     (mixed / "rank1").symlink_to(library / "rank0")
@@ -175,9 +178,33 @@ def test_ranks_of_two_runs_are_refused(rotary: Path, alibi: Path, compiled, tmp_
         RankEngine.load(mixed)
 
 
-def test_a_rank_that_cannot_load_says_why(rotary: Path, compiled, tmp_path: Path):
-    import shutil
+def test_a_rank_with_weights_of_another_run_is_refused(rotary: Path, compiled, tmp_path: Path):
+    """Of another checkpoint of the same shape: code and passes are equal."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(compiled(rotary, TP2)[1], mixed)
+    library = read_library(mixed / "rank1")
+    assert isinstance(library, Library)
+    tensors = {**library.weights.tensors, library.parameters[0]: "0" * 64}
+    weights = dataclasses.replace(library.weights, tensors=tensors, root=root_digest(tensors))
+    dataclasses.replace(library, weights=weights).write(mixed / "rank1")
+    with pytest.raises(ModelError, match="rank1: has other weights than were compiled with the other ranks"):
+        RankEngine.load(mixed)
 
+
+def test_caches_of_all_ranks_together_must_fit(rotary: Path, compiled, monkeypatch):
+    with RankEngine.load(compiled(rotary, TP2)[1], capacity=16) as engine:
+        needed = 2 * engine.library.cache.nbytes(3, 32)
+        held = engine.cache_bytes
+        monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - held - 1)
+        with pytest.raises(UsageError, match=f"no memory for caches of {needed:,} bytes"):
+            engine.allocate(3, 32)
+        engine.forward([[1]], [[1]])  # as it was
+        monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - held)
+        engine.allocate(3, 32)
+        assert engine.cache_bytes == needed
+
+
+def test_a_rank_that_cannot_load_says_why(rotary: Path, compiled, tmp_path: Path):
     broken = tmp_path / "broken"
     shutil.copytree(compiled(rotary, TP2)[1], broken)
     (broken / "rank1" / "lib.so").write_bytes(b"no library")

@@ -76,7 +76,7 @@ class Letters:
 
 
 def settings(**changes) -> Settings:
-    fields = {"bos": 1, "eos": frozenset({2}), "pad": 0, "user": None, "assistant": None} | changes
+    fields = {"eos": frozenset({2}), "pad": 0, "user": None, "assistant": None} | changes
     return Settings(Sampling(), 9, **fields)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from passopt.cli import main
+from passopt.generation.engine import ModelFacts
 from passopt.generation.tokenizer import load_tokenizer
-from passopt.targets.tvm.library import RankFolders
+from passopt.targets.tvm.library import CacheLayout, RankFolders
 from passopt.testing.checkpoints import ROTARY, make_checkpoint
 
 #: How engines were asked for.
@@ -34,8 +35,10 @@ def folder(tmp_path: Path, monkeypatch, make_engine) -> Path:
         OPENED.append(how)
         return Engine(128)
 
+    OPENED.clear()
+    facts = ModelFacts(Engine.vocab, 128, 0, (CacheLayout(3, 4, 16, "fp32"),))
     monkeypatch.setattr("passopt.commands.generate.open_engine", open_engine)
-    monkeypatch.setattr("passopt.commands.generate.count_weight_bytes", lambda folder: 0)
+    monkeypatch.setattr("passopt.commands.generate.read_facts", lambda folder: facts)
     return tmp_path / "model"
 
 
@@ -154,12 +157,47 @@ def test_wrong_use_is_told(folder: Path, capsys, arguments: list[str], says: str
     captured = capsys.readouterr()
     assert says in captured.err
     assert captured.out == ""
+    assert not OPENED  # before weights are read
 
 
-def test_messages_that_are_none_are_told(folder: Path, capsys, tmp_path: Path):
-    (tmp_path / "turns.json").write_text('[{"role": "user"}]')
-    assert main(["generate", str(folder), "--messages", str(tmp_path / "turns.json")]) == 2
-    assert "is no list of" in capsys.readouterr().err
+@pytest.mark.parametrize("flags", [[], ["--chat"], ["--ids"]])
+def test_nothing_on_standard_input_is_told(folder: Path, capsys, monkeypatch, flags: list[str]):
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    assert main(["generate", str(folder), *flags]) == 2
+    assert "standard input is empty" in capsys.readouterr().err
+    assert not OPENED
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[{"role": "user"}]', "is no list of"),
+        ('[{"role": "user", "content": null}]', "content of type NoneType, expected text"),
+        ('[{"role": "user", "content": [{"type": "text", "text": "Why"}]}]', "content of type list, expected text"),
+        ('[{"role": "user", "content": " "}]', "a message of the user is empty"),
+        ('[{"role": "tool", "content": "x"}]', "has the role 'tool'"),
+    ],
+)
+def test_messages_that_are_none_are_told(folder: Path, capsys, tmp_path: Path, text: str, says: str):
+    path = tmp_path / "turns.json"
+    path.write_text(text)
+    assert main(["generate", str(folder), "--messages", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count(str(path)) == 1
+    assert not OPENED
+
+
+def test_caches_that_do_not_fit_are_told_before_weights_are_read(folder: Path, capsys, monkeypatch):
+    prompts = ["--prompt", "a", "--prompt", "b", "--max-new-tokens", "60"]
+    columns = 16 * -(-(len(load_tokenizer(folder).encode("a")) + 59) // 16)
+    needed = 2 * 3 * 2 * 4 * columns * 16 * 4
+    monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - 1)
+    assert main(["generate", str(folder), *prompts]) == 2
+    assert f"no memory for caches of {needed:,} bytes" in capsys.readouterr().err
+    assert not OPENED
+    monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed)
+    assert main(["generate", str(folder), *prompts]) == 0
 
 
 def test_a_folder_that_was_not_compiled_is_told(tmp_path: Path, capsys):
@@ -171,6 +209,6 @@ def test_a_folder_that_was_not_compiled_is_told(tmp_path: Path, capsys):
 
 def test_a_rank_that_is_not_there_is_told(tmp_path: Path, capsys):
     make_checkpoint(tmp_path / "model", ROTARY, weights=False)
-    RankFolders(2, ("rank0", "rank1")).write(tmp_path / "model")
+    RankFolders(2, ("rank0", "rank1"), ("a", "b")).write(tmp_path / "model")
     assert main(["generate", str(tmp_path / "model"), "--prompt", "a"]) == 2
     assert "rank0: has no library.json" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from typing import Any
 from passopt.ir.errors import ModelError
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels import emit
+from passopt.targets.tvm.kernels.attention_parts import ITEMS, PartialRows, count_parts, part_of
 from passopt.targets.tvm.kernels.attention_tiles import (
     TILE,
     RowState,
@@ -37,9 +38,9 @@ def attention(
     alibi: bool,
     softcap: float = 0.0,
 ) -> Any:
-    """PrimFunc (q f32[b, s, h, d], kc [b, hkv, B, d, 16], vc [b, hkv, 16·B, d], mask f32[mb, mh, s, t],
+    """PrimFunc (q f32[b, s, h, d], kc [b, hkv, B, d, 16], vc [b, hkv, 16·B, d], mask f32[mb, 1, s, t],
     extents int32[mb, ceil(s / QUERY_BLOCK), 2], y f32[b, s, h, d]); with `alibi`, (slopes f32[h], positions f32[pb, t])
-    stand before y. mb and pb are 1 or b, mh is 1 or h. The cache holds t ≥ s positions.
+    stand before y. mb and pb are 1 or b. The cache holds t ≥ s positions.
 
     A row whose mask is finite gets what softmax makes of it, also where it sees nothing (then about the mean of all
     values); a row of -inf is 0, but with `alibi` the mean, as in the body of passopt::AlibiAttention.
@@ -53,11 +54,11 @@ def attention(
     with IRBuilder() as builder, T.prim_func(s_tir=True, is_private=True):
         T.func_attr(emit.FUNCTION_ATTRIBUTES)
         batch, length, columns, blocks = (emit.symbol(name) for name in ("b", "s", "t", "B"))
-        masks, mask_heads, alibis = (emit.symbol(name) for name in ("mb", "mh", "pb"))
+        masks, alibis = (emit.symbol(name) for name in ("mb", "pb"))
         queries = emit.argument("q", (batch, length, heads, head_dim))
         keys = emit.argument("kc", (batch, kv_heads, blocks, head_dim, BLOCK), cache_dtype)
         values = emit.argument("vc", (batch, kv_heads, blocks * BLOCK, head_dim), cache_dtype)
-        mask = emit.argument("mask", (masks, mask_heads, length, columns))
+        mask = emit.argument("mask", (masks, 1, length, columns))
         rows = (length + QUERY_BLOCK - 1) // QUERY_BLOCK
         extents = emit.argument("extents", (masks, rows, 2), "int32")
         slopes = emit.argument("slopes", (heads,)) if alibi else None
@@ -78,8 +79,8 @@ def attention(
             y,
         )
         with emit.root_block(), T.If(length == 1):
-            with T.Then(), T.parallel(0, batch * kv_heads) as index:
-                kernel.step(index)
+            with T.Then():
+                kernel.steps(batch)
             with T.Else(), T.parallel(0, batch * kv_heads * kernel.query_blocks) as index:
                 kernel.block(index)
     return builder.get()
@@ -114,16 +115,63 @@ class _Attention:
     def query_blocks(self) -> Any:
         return (self.length + self.tiles.query_positions - 1) // self.tiles.query_positions
 
-    def step(self, index: Any) -> None:
-        """One kv head of one sequence, one new position: its group of query heads."""
+    def steps(self, batch: Any) -> None:
+        """One new position of every sequence; a work item is a kv head, or where they are few a part of its cache."""
+        from tvm.script.ir_builder import tirx as T
+
+        items = batch * self.kv_heads
+        if 2 * self.kv_heads > ITEMS or self.tiles.isa.is_gpu:
+            with T.parallel(0, items) as index:
+                self._step(index)
+            return
+        parts = emit.bind(count_parts(items, self.columns))
+        with T.If(parts == 1):
+            with T.Then(), T.parallel(0, items) as index:
+                self._step(index)
+            with T.Else():
+                found = PartialRows.allocate(self.tiles)
+                with T.parallel(0, items * parts) as index:
+                    self._part(index, parts, found)
+                emit.each_row(
+                    items, self.tiles.group * parts * self.tiles.head_dim, lambda i: self._join(i, parts, found)
+                )
+
+    def _step(self, index: Any) -> None:
+        """One kv head of one sequence: its group of query heads."""
+        from tvm.script.ir_builder import tirx as T
+
+        item, kv_head = emit.bind(index // self.kv_heads), emit.bind(index % self.kv_heads)
+        first, last = self._extent(item, 0)
+        state = self._step_state(item, kv_head, first, last)
+        with T.serial(0, self.tiles.group) as row:
+            self._finish_row(state, row, item, 0, kv_head * self.tiles.group + row)
+
+    def _part(self, index: Any, parts: Any, found: PartialRows) -> None:
+        """As `_step`, over a part of the positions."""
+        from tvm.script.ir_builder import tirx as T
+
+        pair = emit.bind(index // parts)
+        item, kv_head = emit.bind(pair // self.kv_heads), emit.bind(pair % self.kv_heads)
+        first, last = part_of(*self._extent(item, 0), index % parts, parts)
+        state = self._step_state(item, kv_head, first, last)
+        with T.serial(0, self.tiles.group) as row:
+            found.keep(index, row, state)
+
+    def _join(self, pair: Any, parts: Any, found: PartialRows) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        item, kv_head = emit.bind(pair // self.kv_heads), emit.bind(pair % self.kv_heads)
+        with T.serial(0, self.tiles.group) as row:
+            found.join(pair * parts, parts, row, self.y, [item, 0, kv_head * self.tiles.group + row])
+
+    def _step_state(self, item: Any, kv_head: Any, first: Any, last: Any) -> RowState:
+        """What the query heads of one kv head find in columns `first` to `last`."""
         from tvm.script.ir_builder import tirx as T
 
         tiles, lanes, group = self.tiles, self.tiles.isa.lanes, self.tiles.group
-        item, kv_head = emit.bind(index // self.kv_heads), emit.bind(index % self.kv_heads)
         state = RowState.allocate(group, tiles)
         with T.serial(0, group) as row:
             self._start_row(state, row, item, 0, kv_head * group + row)
-        first, last = self._extent(item, 0)
         sets = [(start, min(tiles.rows, group - start)) for start in range(0, group, tiles.rows)]
         with T.serial(0, (last - first + TILE - 1) // TILE) as tile:
             column = emit.bind(first + tile * TILE)
@@ -146,8 +194,7 @@ class _Attention:
                     emit_outputs(state, start, rows, base, widths, width, lambda *at: value(base, *at))
 
                 emit.each_span(tiles.head_dim, full, add)
-        with T.serial(0, group) as row:
-            self._finish_row(state, row, item, 0, kv_head * group + row)
+        return state
 
     def _step_scores(
         self, state: RowState, start: int, rows: int, item: Any, kv_head: Any, column: Any, width: Any
@@ -197,7 +244,7 @@ class _Attention:
         with T.serial(0, (last - first + TILE - 1) // TILE) as tile:
             column = emit.bind(first + tile * TILE)
             units = emit.bind((T.min(TILE, last - column) + unit - 1) // unit)
-            self._fetch_mask(item, position, kv_head * group, column)
+            self._fetch_mask(item, position, column)
             if new_keys is not None:
                 self._copy_keys(new_keys, item, kv_head, column, units)
             self._copy_values(new_values, item, kv_head, column, units)
@@ -241,16 +288,15 @@ class _Attention:
         if cache.dtype != "float32":
             emit.prefetch(cache, at, emit.L2)
 
-    def _fetch_mask(self, item: Any, position: Any, head: Any, column: Any) -> None:
+    def _fetch_mask(self, item: Any, position: Any, column: Any) -> None:
         """Asks for a tile of the mask ahead of its use: short pieces of long rows, which no hardware foresees."""
         from tvm.script.ir_builder import tirx as T
 
         mask_item = emit.bind(T.min(item, self.mask.shape[0] - 1))
-        mask_head = emit.bind(T.min(head, self.mask.shape[1] - 1))
         with T.serial(0, self.tiles.query_positions) as row, T.unroll(TILE // emit.CACHE_LINE) as line:
             at = (
                 mask_item,
-                mask_head,
+                0,
                 T.min(position + row, self.length - 1),
                 T.min(column + line * emit.CACHE_LINE, self.columns - 1),
             )
@@ -321,11 +367,10 @@ class _Attention:
         from tvm.script.ir_builder import tirx as T
 
         mask_item = emit.bind(T.min(item, self.mask.shape[0] - 1))
-        mask_head = emit.bind(T.min(head, self.mask.shape[1] - 1))
         row_position = emit.bind(position)
 
         def masked(score: Any, at: Any, lanes: int) -> Any:
-            return self._cap(score, lanes) + emit.load(self.mask, [mask_item, mask_head, row_position, at], lanes)
+            return self._cap(score, lanes) + emit.load(self.mask, [mask_item, 0, row_position, at], lanes)
 
         if self.slopes is None:
             emit_softmax(state, row, column, units, self.columns, masked, self.tiles)
@@ -340,7 +385,7 @@ class _Attention:
             # adds no rounding; at position 4095, 12 of 24 bits are the bias's.
             distance = emit.load(self.positions, [alibi_item, at], lanes) - emit.spread(newest, lanes)
             bias = distance * emit.spread(slope, lanes)
-            bias = bias + emit.load(self.mask, [mask_item, mask_head, row_position, at], lanes)
+            bias = bias + emit.load(self.mask, [mask_item, 0, row_position, at], lanes)
             return self._cap(score, lanes) + T.max(bias, emit.spread(_LOWEST_BIAS, lanes))
 
         emit_softmax(state, row, column, units, self.columns, biased, self.tiles)

@@ -12,7 +12,6 @@ from typing import Any
 
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels import emit
-from passopt.targets.tvm.kernels.cache import BLOCK
 from passopt.targets.tvm.kernels.mask_extents import QUERY_BLOCK
 
 #: Positions per tile, after which the softmax of a row is brought up to date.
@@ -190,10 +189,10 @@ def emit_softmax(
     before = emit.bind(state.largest[row])
     largest = emit.bind(T.max(before, emit.fold_lanes(best, unit, T.max)))
     with T.serial(0, units) as index:
-        weights = emit.bind(_weight(emit.load(scores, [row, index * unit], unit) - emit.spread(largest, unit), unit))
+        weights = emit.bind(weight(emit.load(scores, [row, index * unit], unit) - emit.spread(largest, unit), unit))
         emit.store(scores, weights, [row, index * unit], unit)
         emit.store(total, emit.load(total, [0], unit) + weights, [0], unit)
-    rescale = emit.bind(_weight(before - largest, 1))
+    rescale = emit.bind(weight(before - largest, 1))
     T.buffer_store(state.sums, state.sums[row] * rescale + emit.fold_lanes(total, unit, lambda a, b: a + b), [row])
     with T.If(largest > before), T.Then():
         T.buffer_store(state.largest, largest, [row])
@@ -205,14 +204,9 @@ def emit_softmax(
         emit.each_span(tiles.channels, lanes, scale)
 
 
-def _weight(difference: Any, lanes: int) -> Any:
+def weight(difference: Any, lanes: int) -> Any:
     """e^difference, and 0 where that is no normal number: a masked position has no weight at all."""
     from tvm.script.ir_builder import tirx as T
 
     name = emit.bind(difference)
     return T.Select(name < emit.spread(emit.LOWEST_EXPONENT, lanes), emit.spread(0.0, lanes), emit.exp(name, lanes))
-
-
-def blocks_of(positions: Any) -> Any:
-    """Blocks of the key cache that hold `positions`."""
-    return (positions + BLOCK - 1) // BLOCK

@@ -7,15 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from passopt.targets.tvm.features import Cpu
+from passopt.targets.tvm.features import Cpu, level
+
+#: A plain member of each level, so that LLVM is given nothing besides.
+_MEMBERS = {"avx512-vnni": "icelake-server", "avx2": "x86-64-v3", "plain": "x86-64"}
+
+
+def member_of(level_name: str) -> Cpu:
+    """A CPU that has the instructions of a level and no more."""
+    return Cpu(_MEMBERS[level_name], level(level_name))
 
 
 def compile_kernel(function: Any, cpu: Cpu) -> Callable[..., None]:
     """`function` (a PrimFunc) for `cpu`; the result takes arrays (written in place) and integers."""
     import tvm
 
-    module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-    built = tvm.compile(module, target=cpu.target())["kernel"]
+    built = build_kernel(function, cpu)
 
     def call(*arguments: np.ndarray[Any, Any] | int) -> None:
         # Copies, since TVM takes only data that is aligned to 64 bytes.
@@ -28,9 +35,18 @@ def compile_kernel(function: Any, cpu: Cpu) -> Callable[..., None]:
     return call
 
 
+def build_kernel(function: Any, cpu: Cpu) -> Callable[..., None]:
+    """As `compile_kernel`; the result takes TVM's tensors, which are not copied."""
+    return _module(function, cpu)["kernel"]  # type: ignore[no-any-return]
+
+
 def assembly(function: Any, cpu: Cpu) -> str:
     """The assembly of `function`, to see which instructions LLVM chose; the host need not have them."""
+    return str(_module(function, cpu).mod.inspect_source("s"))
+
+
+def _module(function: Any, cpu: Cpu) -> Any:
     import tvm
 
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-    return str(tvm.compile(module, target=cpu.target()).mod.inspect_source("s"))
+    return tvm.compile(module, target=cpu.target())

@@ -240,7 +240,16 @@ class _Lowering:
         try:
             if selection is not None:
                 selection.lower(self.at)
-            elif node.op_type == "MatMul" and not node.domain:
+            else:
+                self._convert(node)
+        except Unsupported as error:
+            return self._fall_back(node, str(error), alone=selection is None)
+        return True
+
+    def _convert(self, node: onnx_ir.Node) -> None:
+        """Raises Unsupported."""
+        try:
+            if node.op_type == "MatMul" and not node.domain:
                 lower_product(self.at, node)
             elif (node.domain, node.op_type) in CONVERTERS:
                 CONVERTERS[node.domain, node.op_type](self.at, node)
@@ -250,9 +259,6 @@ class _Lowering:
                 self._import(node, "a small operator")
         except Delegated as reason:
             self._import(node, str(reason))
-        except Unsupported as error:
-            return self._fall_back(node, str(error), alone=selection is None)
-        return True
 
     def _import(self, node: onnx_ir.Node, reason: str) -> None:
         import_node(self.at, node, self.opset)

@@ -9,7 +9,16 @@ import numpy as np
 import onnx_ir
 
 from passopt.targets.tvm.lowering.registry import attribute, lowers
-from passopt.targets.tvm.lowering.values import Length, Numbers, Tvm, Unsupported, Values, dtype_name, product
+from passopt.targets.tvm.lowering.values import (
+    Delegated,
+    Length,
+    Numbers,
+    Tvm,
+    Unsupported,
+    Values,
+    dtype_name,
+    product,
+)
 
 #: [b, h, s, d] ↔ [b, s, h, d]: kernels of heads work on the latter, so most of these transposes vanish.
 HEADS_FIRST = (0, 2, 1, 3)
@@ -162,6 +171,8 @@ def constant_of_shape(at: Values, node: onnx_ir.Node) -> None:
 def range_(at: Values, node: onnx_ir.Node) -> None:
     from tvm import relax
 
+    if node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point():
+        raise Delegated("a range of floats")
     start, limit, delta = (at.integers(value, "a bound of the range")[0] for value in node.inputs)
     kind = dtype_name(node.outputs[0].dtype or onnx_ir.DataType.INT64)
     at.set(node.outputs[0], relax.op.arange(start, limit, delta, kind))
@@ -231,16 +242,13 @@ def slice_(at: Values, node: onnx_ir.Node) -> None:
 
     starts, ends = (at.integers(value, "a bound") for value in node.inputs[1:3])
     axes = given_axes(at, node, 3)
-    steps = (
-        at.constant(node.inputs[4])
-        if len(node.inputs) > 4 and node.inputs[4] is not None
-        else np.ones(len(starts), int)
-    )
-    if steps is None or any(int(step) != 1 for step in steps.reshape(-1)):
-        raise Unsupported("a slice with a step other than 1")
+    given = node.inputs[4] if len(node.inputs) > 4 else None
+    steps = [1] * len(starts) if given is None else at.integers(given, "a step")
+    if any(not isinstance(step, int) or step < 1 for step in steps):
+        raise Delegated("a slice that runs backwards, or whose step is computed")
     numbers = at.numbers(node.inputs[0])
     if numbers is not None and all(isinstance(item, int) for item in (*starts, *ends)):
-        at.set_numbers(node.outputs[0], numbers.items[starts[0] : ends[0]], scalar=False)
+        at.set_numbers(node.outputs[0], numbers.items[starts[0] : ends[0] : steps[0]], scalar=False)
         return
     found = at.tensor(node.inputs[0])
     dims = at.shape_of(found)
@@ -249,7 +257,7 @@ def slice_(at: Values, node: onnx_ir.Node) -> None:
     end = [_bound(at, item, dims[axis]) for item, axis in zip(ends, axes, strict=True)]
     at.set(
         node.outputs[0],
-        relax.op.strided_slice(found, list(axes), begin, end, [1] * len(axes), assume_inbound=True),
+        relax.op.strided_slice(found, list(axes), begin, end, list(steps), assume_inbound=True),
     )
 
 

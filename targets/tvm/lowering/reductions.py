@@ -7,7 +7,7 @@ import onnx_ir
 
 from passopt.targets.tvm.lowering.movement import given_axes
 from passopt.targets.tvm.lowering.registry import attribute, lowers
-from passopt.targets.tvm.lowering.values import Unsupported, Values
+from passopt.targets.tvm.lowering.values import Delegated, Unsupported, Values
 
 _REDUCTIONS = {"ReduceMean": "mean", "ReduceSum": "sum", "ReduceMax": "max", "ReduceMin": "min", "ReduceProd": "prod"}
 
@@ -68,7 +68,7 @@ def cumulative_sum(at: Values, node: onnx_ir.Node) -> None:
 
     axis = at.constant(node.inputs[1])
     if axis is None or attribute(node, "reverse", 0):
-        raise Unsupported("a cumulative sum over a computed axis, or backwards")
+        raise Delegated("a cumulative sum over a computed axis, or backwards")
     found = at.tensor(node.inputs[0])
     at.set(
         node.outputs[0],

@@ -222,9 +222,6 @@ class Values:
             self._tensors[value] = self._make(value)
         return self._tensors[value]
 
-    def has(self, value: onnx_ir.Value) -> bool:
-        return value in self._tensors or value in self._deferred or value in self._numbers
-
     def _make(self, value: onnx_ir.Value) -> Tvm:
         deferred = self._deferred.pop(value, None)
         if deferred is not None:

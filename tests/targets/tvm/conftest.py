@@ -174,7 +174,7 @@ def _append(dtype: str) -> Any:
 # Graphs as text, for what lowering makes of them.
 
 HEADER = """
-<ir_version: 10, opset_import: ["" : 23]>
+<ir_version: 10, opset_import: ["" : OPSET]>
 model (
    int64[batch,seq] input_ids, int64[batch,"past+seq"] attention_mask,
    float[batch,2,past,3] "past.0.key", float[batch,2,past,3] "past.0.value"
@@ -186,19 +186,24 @@ BODY
 }"""
 
 
-def _decoder_text(body: str, extra: str = "") -> str:
+def _decoder_text(body: str, extra: str = "", opset: int = 23) -> str:
     rng = np.random.default_rng(3)
 
     def numbers(count: int) -> str:
         return ", ".join(f"{item:.4f}" for item in rng.standard_normal(count))
 
-    text = HEADER.replace("TABLE", numbers(42)).replace("WEIGHT", numbers(42)).replace("BODY", body)
+    text = (
+        HEADER.replace("TABLE", numbers(42))
+        .replace("WEIGHT", numbers(42))
+        .replace("BODY", body)
+        .replace("OPSET", str(opset))
+    )
     return text.replace("EXTRA", extra) if extra else text.replace(", EXTRA", "")
 
 
 @pytest.fixture
 def decoder_text() -> Callable[..., str]:
-    """(body, extra constants) → the text of a decoder: `body` computes logits from x and y [batch, seq, 6]."""
+    """(body, extra constants, opset) → the text of a decoder: `body` computes logits from x and y [batch, seq, 6]."""
     return _decoder_text
 
 
@@ -206,9 +211,9 @@ def decoder_text() -> Callable[..., str]:
 def lowered_text(tmp_path: Path) -> Callable[..., Lowered]:
     """As `decoder_text`, lowered for this machine."""
 
-    def make(body: str, extra: str = "", **options: Any) -> Lowered:
+    def make(body: str, extra: str = "", opset: int = 23, **options: Any) -> Lowered:
         path = tmp_path / "model.onnxtxt"
-        path.write_text(_decoder_text(body, extra))
+        path.write_text(_decoder_text(body, extra, opset))
         return lower(load_model(path), find_cpu(), **options)
 
     return make
@@ -216,11 +221,14 @@ def lowered_text(tmp_path: Path) -> Callable[..., Lowered]:
 
 @pytest.fixture
 def both(lowered_text: Callable[..., Lowered]) -> Callable[..., tuple[Array, Array]]:
-    """Logits of the lowered function and of onnxruntime, for a past of 4 positions and 5 new ones of 3 sequences."""
+    """Logits of the lowered function and of onnxruntime, for a past of 4 positions and 5 new ones of 3 sequences.
 
-    def run(body: str, extra: str = "", **options: Any) -> tuple[Array, Array]:
+    onnxruntime runs `twin` where it has no kernels for `body`.
+    """
+
+    def run(body: str, extra: str = "", twin: str | None = None, **options: Any) -> tuple[Array, Array]:
         lowered = lowered_text(body, extra, **options)
-        return _compiled(lowered), _reference(onnx.parser.parse_model(_decoder_text(body, extra)))
+        return _compiled(lowered), _reference(onnx.parser.parse_model(_decoder_text(twin or body, extra)))
 
     return run
 

@@ -55,9 +55,13 @@ def test_what_was_written_is_read_back(library: Library, tmp_path: Path):
 
 
 def test_folders_of_ranks_are_read_back(tmp_path: Path):
-    folders = RankFolders(2, ("rank0", "rank1"))
+    folders = RankFolders(2, ("rank0", "rank1"), ("a" * 64, "b" * 64))
     folders.write(tmp_path)
     assert read_library(tmp_path) == folders
+    body = json.loads(folders.text())
+    (tmp_path / "library.json").write_text(json.dumps(body | {"roots": ["a" * 64]}))
+    with pytest.raises(ModelError, match="1 digests of weights at degree 2"):
+        read_library(tmp_path)
 
 
 def test_bytes_of_the_cache_are_those_of_whole_blocks():
@@ -113,7 +117,7 @@ def test_a_missing_field_is_named(library: Library, tmp_path: Path):
         read_library(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": 1, "ranks": ["rank0"], "degree": 2}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": 2, "ranks": ["rank0"], "degree": 2}'])
 def test_other_json_is_damage(tmp_path: Path, text: str):
     (tmp_path / "library.json").write_text(text)
     with pytest.raises(ModelError, match="is damaged"):

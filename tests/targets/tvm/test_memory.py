@@ -6,6 +6,7 @@ import pytest
 
 from passopt.ir.errors import UsageError
 from passopt.targets.tvm import memory
+from passopt.targets.tvm.library import CacheLayout
 
 
 @pytest.fixture
@@ -54,6 +55,16 @@ def test_what_does_not_fit_is_refused(machine: Path):
     memory.check_copy(machine, 4_096_000)
     with pytest.raises(UsageError, match="no memory for a copy of 4,096,001 bytes, 4,096,000 are available"):
         memory.check_copy(machine, 4_096_001)
+
+
+def test_caches_that_do_not_fit_are_refused(machine: Path):
+    rank = CacheLayout(layers=10, kv_heads=4, head_dim=64, dtype="fp16")  # 10,240 bytes per column
+    memory.check_caches([rank], 1, 400)
+    for ranks, batch, columns in ([rank], 1, 401), ([rank], 2, 208), ([rank, rank], 1, 208):
+        nbytes = len(ranks) * batch * 10_240 * (416 if columns == 401 else 208)
+        with pytest.raises(UsageError, match=f"no memory for caches of {nbytes:,} bytes .*: 4,096,000 are available"):
+            memory.check_caches(ranks, batch, columns)
+        memory.check_caches(ranks, batch, columns, held=nbytes - 4_096_000)
 
 
 def test_of_this_machine():

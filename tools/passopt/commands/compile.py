@@ -22,6 +22,7 @@ from passopt.passes.expectations import parse_expectation
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve
 from passopt.targets.manifest import MANIFEST_NAME, read_manifest, refuse_single_rank
+from passopt.targets.rank_check import check_rank_folders
 from passopt.targets.tvm.library import Library
 
 
@@ -85,6 +86,7 @@ def load(path: Path, passes: str | None) -> Source:
             raise UsageError(f"{path}: holds one model per rank; run passes before they come apart, with passopt run")
         manifest = read_manifest(path)
         models = tuple(load_model(path / rank.directory) for rank in manifest.ranks)
+        check_rank_folders(path, manifest, models)
         return Source(models, path, manifest.pipeline)
     file = model_path(path)
     model = load_model(file)

@@ -11,28 +11,31 @@ from pathlib import Path
 
 from passopt.commands.progress import Progress
 from passopt.generation.chat import Message, chat_ids
-from passopt.generation.engine import Engine, count_weight_bytes, open_engine
-from passopt.generation.loop import Generation
+from passopt.generation.engine import Bounds, Engine, open_engine, read_facts
+from passopt.generation.loop import Generation, plan_room
 from passopt.generation.loop import generate as run
 from passopt.generation.sampling import Sampling
 from passopt.generation.settings import Settings, read_settings
 from passopt.generation.tokenizer import TextStream, Tokenizer, load_tokenizer
 from passopt.ir.errors import UsageError
+from passopt.targets.tvm.memory import check_caches
 
 
 def generate(options: argparse.Namespace) -> int:
     """Everything that can be wrong with the prompts is told before the weights are loaded."""
     folder = Path(options.directory)
     _check_sources(options)
-    nbytes = count_weight_bytes(folder)
+    facts = read_facts(folder)
     settings = read_settings(folder)
     sampling = _sampling(options, settings.sampling)
     tokenizer = None if options.ids else load_tokenizer(folder)
     texts = _texts(options)
     conversations = _conversations(options, texts)
-    engine = _open(folder, nbytes, options)
     longest = options.max_new_tokens or settings.max_new_tokens
-    prompts = _prompts(options, folder, texts, conversations, tokenizer, settings, engine, longest)
+    prompts = _prompts(options, folder, texts, conversations, tokenizer, settings, facts, longest)
+    room = plan_room(facts, prompts, longest, options.capacity)
+    check_caches(facts.caches, len(prompts), room.columns)
+    engine = _open(folder, facts.weight_bytes, options)
     writer = None if options.json or not options.stream else _Writer(_pieces(tokenizer), len(prompts))
     result = run(
         engine,
@@ -113,7 +116,10 @@ def _texts(options: argparse.Namespace) -> list[str]:
         return lines
     if sys.stdin.isatty():
         print("passopt generate: reading the prompt from the terminal; Ctrl-D ends it", file=sys.stderr)
-    return [sys.stdin.read()]
+    text = sys.stdin.read()
+    if not text.strip():
+        raise UsageError("standard input is empty: there is nothing to continue from; pipe a text in, or give --prompt")
+    return [text]
 
 
 def _read(path: str) -> str:
@@ -135,10 +141,13 @@ def _conversations(options: argparse.Namespace, texts: Sequence[str]) -> list[li
 
 
 def _messages(path: str) -> list[Message]:
+    text = _read(path)
     try:
-        return [Message(entry["role"], str(entry["content"])) for entry in json.loads(_read(path))]
+        return [Message(entry["role"], entry["content"]) for entry in json.loads(text)]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path}: is no list of {{"role": …, "content": …}}: {error}') from error
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def _prompts(
@@ -148,14 +157,14 @@ def _prompts(
     conversations: Sequence[Sequence[Message]],
     tokenizer: Tokenizer | None,
     settings: Settings,
-    engine: Engine,
+    bounds: Bounds,
     max_new_tokens: int,
 ) -> list[list[int]]:
     if tokenizer is None:
         return [_ids(text) for text in texts]
     if conversations:
-        bounds = [bound for bound in (engine.max_positions, options.capacity) if bound is not None]
-        room = min(bounds) - max_new_tokens if bounds else None
+        limits = [limit for limit in (bounds.max_positions, options.capacity) if limit is not None]
+        room = min(limits) - max_new_tokens if limits else None
         found = [chat_ids(messages, folder, tokenizer, settings, room) for messages in conversations]
         whole = [chat_ids(messages, folder, tokenizer, settings, None) for messages in conversations]
         for ids, all_ids in zip(found, whole, strict=True):

@@ -25,6 +25,11 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in (SYSTEM, USER, ASSISTANT):
             raise UsageError(f"a message has the role {self.role!r}, expected {SYSTEM}, {USER} or {ASSISTANT}")
+        if not isinstance(self.content, str):
+            found = type(self.content).__name__
+            raise UsageError(f"a message of the {self.role} has content of type {found}, expected text")
+        if self.role == USER and not self.content.strip():
+            raise UsageError("a message of the user is empty: there is nothing to answer")
 
 
 def chat_ids(

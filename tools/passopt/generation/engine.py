@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from passopt.targets.tvm.library import RankFolders, read_library
+from passopt.targets.tvm.library import CacheLayout, Library, RankFolders, read_library
 
 
-class Engine(Protocol):
-    """A decoder with its past: `batch` sequences that advance together, up to `capacity` columns."""
+class Bounds(Protocol):
+    """What a prompt is held against."""
 
     @property
     def vocab(self) -> int: ...
     @property
     def max_positions(self) -> int | None: ...
+
+
+class Engine(Bounds, Protocol):
+    """A decoder with its past: `batch` sequences that advance together, up to `capacity` columns."""
+
     @property
     def batch(self) -> int: ...
     @property
@@ -37,12 +43,32 @@ class Engine(Protocol):
         """Append `ids` [batch, seq] under `mask` [batch, past + seq]; logits [batch, seq or 1, vocab]."""
 
 
-def count_weight_bytes(folder: Path) -> int:
-    """Bytes of the weights in `folder`. Raises ModelError unless it was compiled, and each of its ranks."""
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a compiled folder before it is loaded: `Bounds`, bytes of weights and caches of all ranks."""
+
+    vocab: int
+    max_positions: int | None
+    weight_bytes: int
+    caches: tuple[CacheLayout, ...]
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """Of the library in `folder`, or of all its ranks. Raises ModelError unless it was compiled, and each of them."""
+    libraries = list(_libraries(folder))
+    first = libraries[0]
+    weight_bytes = sum(library.weights.nbytes for library in libraries)
+    caches = tuple(library.cache for library in libraries)
+    return ModelFacts(first.logits.vocab, first.max_positions, weight_bytes, caches)
+
+
+def _libraries(folder: Path) -> Iterator[Library]:
     found = read_library(folder)
-    if isinstance(found, RankFolders):
-        return sum(count_weight_bytes(folder / name) for name in found.ranks)
-    return found.weights.nbytes
+    if isinstance(found, Library):
+        yield found
+        return
+    for name in found.ranks:
+        yield from _libraries(folder / name)
 
 
 def open_engine(
@@ -56,17 +82,17 @@ def open_engine(
     """The engine for `folder`, with room for one column; `allocate` makes more. Raises ModelError, UsageError.
 
     Weights are hashed anew with `verify_weights`, and copied to memory with `copy_weights`, each rank's to its own.
-    `progress` gets the bytes of weights read since its last call; of ranks, which read in processes of their own, none.
+    `progress` gets the bytes of weights, of all ranks, read since its last call.
     """
     if isinstance(read_library(folder), RankFolders):
         from passopt.targets.tvm import ranks
 
-        return ranks.RankEngine.load(
-            folder, capacity=1, threads=threads, verify_weights=verify_weights, copy_weights=copy_weights
-        )
-    from passopt.targets.tvm import runtime
+        load: Callable[..., Engine] = ranks.RankEngine.load
+    else:
+        from passopt.targets.tvm import runtime
 
-    return runtime.Engine.load(
+        load = runtime.Engine.load
+    return load(
         folder,
         capacity=1,
         threads=threads,

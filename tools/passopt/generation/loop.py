@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from passopt.generation.engine import Engine
+from passopt.generation.engine import Bounds, Engine
 from passopt.generation.sampling import Sampler, Sampling
 from passopt.ir.errors import ModelError, UsageError
 
@@ -60,25 +60,40 @@ def generate(
     """Continue every prompt by at most `max_new_tokens`, until a token of `eos`.
 
     `on_token` gets row and token as they come (no end tokens), `on_end` the row once, after its last token. `capacity`
-    in columns defaults to what is needed. Raises UsageError for empty or over-long prompts, before anything runs.
+    in columns defaults to what is needed. Raises UsageError as `plan_room` does, before anything runs.
     """
-    width = _checked_width(engine, prompts, max_new_tokens)
+    room = plan_room(engine, prompts, max_new_tokens, capacity)
+    engine.allocate(len(prompts), room.columns)
+    run = _Run(engine, prompts, sampling, room.width, eos, pad, on_token, on_end)
+    return run.result(room.steps, "length" if room.steps == max_new_tokens else "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What prompts take: `width` columns for the longest, `steps` new tokens at most, `columns` of caches."""
+
+    width: int
+    steps: int
+    columns: int
+
+
+def plan_room(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int | None) -> Room:
+    """Raises UsageError for empty or over-long prompts, unknown token ids, and a capacity that is too small."""
+    width = _checked_width(bounds, prompts, max_new_tokens)
     steps = max_new_tokens
-    if engine.max_positions is not None:
+    if bounds.max_positions is not None:
         # The last token is not fed: one more than there are positions left.
-        steps = min(steps, engine.max_positions - width + 1)
+        steps = min(steps, bounds.max_positions - width + 1)
     needed = width + steps - 1
     if capacity is not None and capacity < needed:
         raise UsageError(
             f"{width} prompt tokens and {steps} new ones take {needed} columns of the cache, --capacity is {capacity}. "
             f"Raise it, or ask for fewer new tokens."
         )
-    engine.allocate(len(prompts), capacity or needed)
-    run = _Run(engine, prompts, sampling, width, eos, pad, on_token, on_end)
-    return run.result(steps, "length" if steps == max_new_tokens else "positions")
+    return Room(width, steps, capacity or needed)
 
 
-def _checked_width(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+def _checked_width(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
     if not prompts:
         raise UsageError("there is no prompt")
     if max_new_tokens < 1:
@@ -86,13 +101,13 @@ def _checked_width(engine: Engine, prompts: Sequence[Sequence[int]], max_new_tok
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise UsageError(f"prompt {number} is empty: there is no token to continue from")
-        if engine.max_positions is not None and len(prompt) > engine.max_positions:
+        if bounds.max_positions is not None and len(prompt) > bounds.max_positions:
             raise UsageError(
-                f"prompt {number} has {len(prompt)} tokens, the model {engine.max_positions} positions; shorten it"
+                f"prompt {number} has {len(prompt)} tokens, the model {bounds.max_positions} positions; shorten it"
             )
-        bad = next((index for index in prompt if not 0 <= index < engine.vocab), None)
+        bad = next((index for index in prompt if not 0 <= index < bounds.vocab), None)
         if bad is not None:
-            raise UsageError(f"prompt {number}: token id {bad} is outside of the vocabulary (0 to {engine.vocab - 1})")
+            raise UsageError(f"prompt {number}: token id {bad} is outside of the vocabulary (0 to {bounds.vocab - 1})")
     return max(map(len, prompts))
 
 

@@ -20,7 +20,6 @@ class Settings:
 
     sampling: Sampling
     max_new_tokens: int
-    bos: int | None
     eos: frozenset[int]
     pad: int
     user: int | None
@@ -55,7 +54,6 @@ def read_settings(folder: Path) -> Settings:
     return Settings(
         sampling=sampling,
         max_new_tokens=longest,
-        bos=number("bos_token_id"),
         eos=ends,
         pad=pad if pad is not None else min(ends, default=0),
         user=number("user_token_id"),

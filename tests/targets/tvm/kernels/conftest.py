@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.targets.tvm.features import Cpu, level, missing_features
-
-#: Plain members of each level, so that LLVM is given nothing besides.
-CPUS = {"avx512-vnni": "icelake-server", "avx2": "x86-64-v3", "plain": "x86-64"}
+from passopt.targets.tvm.features import LEVELS, Cpu, missing_features
+from passopt.targets.tvm.kernels.standalone import member_of
 
 
-@pytest.fixture(params=CPUS, scope="module")
+@pytest.fixture(params=[isa.name for isa in LEVELS], scope="module")
 def cpu(request: pytest.FixtureRequest) -> Cpu:
     pytest.importorskip("tvm")
-    isa = level(request.param)
-    missing = missing_features(isa.features)
+    found = member_of(request.param)
+    missing = missing_features(found.isa.features)
     if missing:
         pytest.skip(f"this machine has no {', '.join(missing)}")
-    return Cpu(CPUS[isa.name], isa)
+    return found

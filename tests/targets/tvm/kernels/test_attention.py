@@ -133,11 +133,40 @@ def kernel_6_2_16(cpu):
     return Kernel(cpu, 6, 2, 16)
 
 
-def test_a_mask_per_head(kernel_6_2_16):
+def test_a_mask_of_any_numbers(kernel_6_2_16):
     for length, past in [(1, 40), (50, 3)]:
         inputs = kernel_6_2_16.inputs(2, length, past)
-        mask = np.random.default_rng(1).uniform(-3, 3, (2, 6, length, length + past)).astype(np.float32)
+        mask = np.random.default_rng(1).uniform(-3, 3, (2, 1, length, length + past)).astype(np.float32)
         check(kernel_6_2_16(*inputs, mask), kernel_6_2_16.reference(*inputs, mask.astype(np.float64)))
+
+
+@pytest.mark.parametrize("hidden", [LOWEST, -np.inf])
+@pytest.mark.parametrize("sizes", [(5, 1, 64), (6, 2, 12), (4, 4, 16), (14, 1, 80)], ids=str)
+def test_parts_of_a_long_past_are_joined(cpu, sizes, hidden):
+    """Few kv heads: positions are cut into up to 8 parts, some of which see nothing, or the largest score by far."""
+    kernel = Kernel(cpu, *sizes, dtype="float16")
+    for batch, past, padding in [
+        (1, 511, [0]),
+        (1, 2300, [0]),
+        (1, 2304, [2000]),
+        (2, 1100, [1101, 600]),
+        (9, 600, [0]),
+    ]:
+        query, key, value = kernel.inputs(batch, 1, past)
+        key[:, past // 3] *= 20
+        mask = causal(padding, 1, past, hidden)
+        expected = kernel.reference(query, key, value, mask.astype(np.float64))
+        check(kernel(query, key, value, mask), expected, 2e-5)
+
+
+def test_parts_with_alibi_are_joined(cpu):
+    kernel = Kernel(cpu, 5, 1, 16, alibi=True)
+    slopes = alibi_slopes(5)
+    inputs = kernel.inputs(1, 1, 1500)
+    positions = np.arange(1501, dtype=np.float32)[None]
+    mask = causal([7], 1, 1500)
+    bias = slopes.astype(np.float64)[:, None, None] * positions[:, None, None] + mask
+    check(kernel(*inputs, mask, slopes, positions), kernel.reference(*inputs, np.maximum(bias, -1.7014117e38)), 2e-5)
 
 
 def test_large_scores(kernel_6_2_16):

@@ -12,25 +12,16 @@ import pytest
 from passopt.ir.errors import ModelError
 from passopt.ir.evaluate import Evaluator
 from passopt.ir.expressions import DataType, Expression, Fill, Literal
-from passopt.targets.tvm.features import Cpu, level, missing_features
+from passopt.targets.tvm.features import LEVELS, Cpu, level
 from passopt.targets.tvm.kernels.linear import plan_float, plan_int8
 from passopt.targets.tvm.kernels.linear_plan import LinearPlan
 from passopt.targets.tvm.kernels.panels import Panels
-from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
+from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel, member_of
 
 pytest.importorskip("tvm")
 
 ROWS = (1, 2, 3, 6, 7, 17, 128)
-CPUS = {"avx512-vnni": "icelake-server", "avx2": "x86-64-v3", "plain": "x86-64"}
 STORED = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-
-
-def cpu_of(name: str) -> Cpu:
-    """A CPU of exactly that level, which this machine has, or the test is skipped."""
-    missing = missing_features(level(name).features)
-    if missing:
-        pytest.skip(f"this machine has no {', '.join(missing)}")
-    return Cpu(CPUS[name], level(name))
 
 
 def values(expression: Expression) -> np.ndarray[Any, Any]:
@@ -70,18 +61,14 @@ CASES += [((72, 2500), dtype) for dtype in STORED]
 CASES += [((600, 1100), dtype) for dtype in ("float32", "float16")]
 
 
-@pytest.mark.parametrize("name", CPUS)
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_float_weights(shape, dtype, name):
-    cpu = cpu_of(name)
+def test_float_weights(shape, dtype, cpu):
     weight = np.random.default_rng(1).standard_normal(shape).astype(STORED[dtype])
     check(plan_float(Literal.of(weight), cpu.isa), cpu, weight)
 
 
-@pytest.mark.parametrize("name", CPUS)
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_int8_weights(shape, dtype, name):
-    cpu = cpu_of(name)
+def test_int8_weights(shape, dtype, cpu):
     random = np.random.default_rng(2)
     codes = random.integers(-127, 128, shape).astype(np.int8)
     scales = random.uniform(0.001, 0.02, shape[0]).astype(STORED[dtype])
@@ -89,9 +76,7 @@ def test_int8_weights(shape, dtype, name):
     check(plan, cpu, codes * scales.astype(np.float64)[:, None])
 
 
-@pytest.mark.parametrize("name", CPUS)
-def test_every_finite_half_is_read_exactly(name):
-    cpu = cpu_of(name)
+def test_every_finite_half_is_read_exactly(cpu):
     bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = bits[np.isfinite(bits)]
     call = run(plan_float(Literal.of(finite[:, None]), cpu.isa), cpu, len(finite))
@@ -101,15 +86,13 @@ def test_every_finite_half_is_read_exactly(name):
         )
 
 
-@pytest.mark.parametrize("name", CPUS)
-def test_more_rows_than_one_span_has(name):
-    cpu = cpu_of(name)
+def test_more_rows_than_one_span_has(cpu):
     plan = plan_float(Literal.of(np.eye(70, 40, dtype=np.float32)), cpu.isa)
     x = np.random.default_rng(3).standard_normal((1601, 40), np.float32)
     np.testing.assert_allclose(run(plan, cpu, 70)(x), np.pad(x, ((0, 0), (0, 30))), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", CPUS)
+@pytest.mark.parametrize("name", [isa.name for isa in LEVELS])
 @pytest.mark.parametrize("threads", [1, 2, 4, 8])
 @pytest.mark.parametrize("outputs", [1280, 2752, 3424, 4096, 11_008, 13_696])
 def test_no_thread_gets_a_panel_more_than_its_share(outputs, threads, name):
@@ -128,7 +111,7 @@ def listing(kind: str, name: str) -> str:
     codes, scales = Fill(DataType.INT8, shape, 1), Fill(DataType.FLOAT, shape[:1], 1)
     isa = level(name)
     plan = plan_int8(codes, scales, isa) if kind == "int8" else plan_float(Fill(DataType[kind], shape, 1), isa)
-    return assembly(plan.function(), Cpu(CPUS[name], isa))
+    return assembly(plan.function(), member_of(name))
 
 
 @pytest.mark.parametrize(

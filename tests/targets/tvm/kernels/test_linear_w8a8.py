@@ -12,9 +12,8 @@ from passopt.targets.tvm.features import LEVELS, Cpu, Isa, level, missing_featur
 from passopt.targets.tvm.kernels.byte_dot import byte_kernel, dot_of_operations
 from passopt.targets.tvm.kernels.linear_w8a8 import linear_w8a8, plan_w8a8
 from passopt.targets.tvm.kernels.quantize_rows import codes_layout
-from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
+from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel, member_of
 
-MCPU = {"avx512-vnni": "icelake-server", "avx2": "x86-64-v3", "plain": "x86-64"}
 #: The byte dot product written out in plain operations: layout, zero point and tiles of avx512-vnni on any machine.
 WRITTEN_OUT = "avx512-vnni, written out"
 SHAPES = ((16, 4), (180, 72), (72, 516), (130, 1030))
@@ -28,7 +27,7 @@ def build(request):
     isa = level("avx512-vnni" if written_out else request.param)
     if not written_out and (missing := missing_features(isa.features)):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    cpu = Cpu("x86-64" if written_out else MCPU[isa.name], isa)
+    cpu = Cpu("x86-64", isa) if written_out else member_of(isa.name)
 
     @functools.cache
     def kernel(n: int, k: int, residual: bool):
