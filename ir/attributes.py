@@ -1,8 +1,9 @@
-"""What an attribute holds, as a key: equal keys mean that two nodes differ in nothing but their inputs."""
+"""What attributes hold: one by its name; or all of a node as a key, equal where only inputs differ."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import onnx_ir
 
@@ -39,3 +40,9 @@ def _tensor(tensor: onnx_ir.TensorProtocol) -> tuple[object, ...]:
     else:
         content = hashlib.blake2b(tensor.tobytes(), digest_size=16).digest()
     return tensor.dtype, tuple(tensor.shape.numpy()), content
+
+
+def attribute(node: onnx_ir.Node, name: str, default: Any) -> Any:
+    """The value of an attribute, or `default`."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value

@@ -39,11 +39,6 @@ def absorb_provenance(kept: onnx_ir.Node, removed: onnx_ir.Node, author: str) ->
     set_provenance(kept, author, [kept, removed])
 
 
-def origin_names(node: onnx_ir.Node) -> str:
-    """The original nodes that `node` stands for, joined by commas; itself, if no pass made it."""
-    return node.metadata_props.get(MADE_FROM, node.name or "?")
-
-
 def _common_module(modules: Sequence[str]) -> str:
     """The innermost module that holds them all: an attention's projections and scores are `self_attn`'s."""
     first, *others = [module.split(".") for module in modules]

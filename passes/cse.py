@@ -10,15 +10,14 @@ import onnx_ir
 
 from passopt.ir.attributes import attributes_key
 from passopt.ir.editing import Editor
+from passopt.ir.operators import RANDOM
 from passopt.ir.provenance import set_provenance
 from passopt.ir.shapes import complete_types, merged_shapes
 from passopt.ir.weights import small_constant
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.pattern import COMMUTATIVE
 
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
-)
+_NEVER_EQUAL = RANDOM | {"Dropout"}
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
@@ -74,11 +73,11 @@ class _Merger:
     def _may_merge(self, node: onnx_ir.Node) -> bool:
         """Known to give the same result each time; of other domains, nothing is known."""
         if not node.domain:
-            return node.op_type not in _RANDOM
+            return node.op_type not in _NEVER_EQUAL
         function = self.editor.model.functions.get(node.op_identifier())
         if function is None:
             return False
-        return all(not inner.domain and inner.op_type not in _RANDOM for inner in function.all_nodes())
+        return all(not inner.domain and inner.op_type not in _NEVER_EQUAL for inner in function.all_nodes())
 
     def _key(self, node: onnx_ir.Node) -> tuple[Any, ...]:
         inputs = [None if value is None else self._number(value) for value in node.inputs]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import onnx_ir
 
+from passopt.ir.attributes import attribute
 from passopt.passes.base import REASSOCIATED, Decline
-from passopt.passes.decomposing import DecomposePass, attribute, cast, required
+from passopt.passes.decomposing import DecomposePass, cast, required
 from passopt.passes.rewriting import Rewriter
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.attributes import attribute
 from passopt.ir.expressions import concat
 from passopt.ir.shapes import dimensions
 from passopt.ir.weights import expression_of
 from passopt.passes.base import REASSOCIATED, Decline
-from passopt.passes.decomposing import DecomposePass, attribute, operand, required
+from passopt.passes.decomposing import DecomposePass, operand, required
 from passopt.passes.rewriting import Rewriter
 
 _END = 2**63 - 1

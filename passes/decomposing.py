@@ -65,12 +65,6 @@ def required(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
     return value
 
 
-def attribute(node: onnx_ir.Node, name: str, default: Any) -> Any:
-    """The number that an attribute holds."""
-    found = node.attributes.get(name)
-    return default if found is None else found.value
-
-
 def cast(op: Any, value: onnx_ir.Value, dtype: onnx_ir.DataType | None) -> onnx_ir.Value:
     """`value` in another dtype; no node if it has that already."""
     if dtype is None or value.dtype == dtype:

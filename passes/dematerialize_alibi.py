@@ -30,7 +30,7 @@ class DematerializeAlibi(RewritePass):
     After:  ``bias = slopes · Range(total) + Where(column > row, -inf, 0)``, in fp32, slopes [heads, 1, 1]
     Only for bounds that are lengths or constants. More positions than the mask has follow the formula too; with the
     mask, such an input fails at the addition to the scores.
-    The one pass that reads from a large constant: up to 128 rows per head, to be sure that it is such a mask.
+    It reads from a constant of gigabytes: up to 128 rows per head, to be sure that it is such a mask.
     """
 
     name = "dematerialize-alibi"

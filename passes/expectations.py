@@ -139,6 +139,20 @@ class Watch:
         return sum((node.domain, node.op_type) in kinds for node in model.graph.all_nodes())
 
 
+def unwatched_misses(
+    passes: Sequence[Pass], watched: Sequence[Expectation], records: Sequence[PassRecord], model: onnx_ir.Model
+) -> list[str]:
+    """Passes that tried, matched nothing and left nothing of what they make, while no expectation watches them."""
+    names = {item.name for item in watched}
+    found = {(node.domain, node.op_type) for node in model.graph.all_nodes()}
+    silent = []
+    for item in {item.name: item for item in passes if item.makes and item.name not in names}.values():
+        result = _total(item.name, records)
+        if result.tries and not result.matches and not found.intersection(map(_identifier, item.makes)):
+            silent.append(item.name)
+    return silent
+
+
 def _identifier(text: str) -> tuple[str, str]:
     """`passopt::AlibiAttention` → (domain, op type)."""
     domain, _, op_type = text.rpartition("::")

@@ -18,6 +18,7 @@ from passopt.ir.attributes import attributes_key
 from passopt.ir.builder import infer_types
 from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
+from passopt.ir.operators import RANDOM
 from passopt.ir.provenance import absorb_provenance
 from passopt.ir.shapes import DimOf, complete_types, dimensions, elements, known_numbers, single_length
 from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
@@ -25,10 +26,7 @@ from passopt.passes.base import Pass, PassResult
 from passopt.passes.misses import Miss
 
 #: Operators that are never evaluated: random ones, and those whose folding would undo a quantisation.
-_KEPT = frozenset(
-    {"DequantizeLinear", "QuantizeLinear", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"}
-    | {"Multinomial", "Bernoulli", "Dropout", "If", "Loop", "Scan"}
-)
+_KEPT = RANDOM | {"DequantizeLinear", "QuantizeLinear", "Dropout", "If", "Loop", "Scan"}
 
 
 @dataclasses.dataclass(frozen=True)

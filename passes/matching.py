@@ -34,11 +34,6 @@ class Match:
         return root
 
 
-def find_match(pattern: Pattern, node: onnx_ir.Node, opset: int) -> Match | None:
-    """The first way in which the pattern's first root matches `node`, or None."""
-    return Matcher(pattern, opset).match(node) if (node.domain, node.op_type) in pattern.root_keys else None
-
-
 class Matcher:
     """A pattern made ready for graphs of one opset. The matchers of a run share what `constants` has read."""
 

@@ -62,6 +62,8 @@ def resolve(text: str, *, complete: bool = True) -> Resolved:
             continue
         passes += [instantiate(inner) for inner in expand(step, pipeline)]
         expectations += pipeline.expectations
+        values = option_values(step, pipeline)
+        expectations += [wanted for key, value, wanted in pipeline.expected_with if values[key] == value]
     if complete:
         check_order(passes)
     return Resolved(text, steps, tuple(passes), tuple(expectations))
@@ -96,13 +98,19 @@ def _parse_options(name: str, text: str) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def expand(step: Step, pipeline: Pipeline) -> list[Step]:
-    """The steps of a named pipeline with the given options filled in."""
+def option_values(step: Step, pipeline: Pipeline) -> dict[str, str]:
+    """All options of a named pipeline, as given or by default. Raises UsageError for one that it does not have."""
     values = dict(pipeline.options)
     for key, value in step.options:
         if key not in values:
             raise UsageError(f"{step.name}: {unknown_name('option', key, list(values))}")
         values[key] = value
+    return values
+
+
+def expand(step: Step, pipeline: Pipeline) -> list[Step]:
+    """The steps of a named pipeline with the given options filled in."""
+    values = option_values(step, pipeline)
     steps = []
     for inner in pipeline.steps:
         (parsed,) = parse_steps(inner)

@@ -11,12 +11,16 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Steps in order, the options with their defaults, and what must hold after it ran (`PASS==N`)."""
+    """Steps in order, the options with their defaults, and what must hold after it ran (`PASS==N`).
+
+    `expected_with` adds what must hold where an option has a value: `(option, value, expectation)`.
+    """
 
     summary: str
     steps: tuple[str, ...]
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     expectations: tuple[str, ...] = ()
+    expected_with: tuple[tuple[str, str, str], ...] = ()
 
 
 #: One spelling of everything, and each constant and length once. Folding finds more in what has one spelling.
@@ -66,5 +70,6 @@ PIPELINES: Mapping[str, Pipeline] = {
         {"embedding": "false", "head": "false", "activations": "none"},
         # A model without a single linear that was found is a surprise, not a success.
         ("quantize-weights>=1",),
+        (("activations", "dynamic", "quantize-activations>=1"),),
     ),
 }

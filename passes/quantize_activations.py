@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir
@@ -33,6 +33,7 @@ class QuantizeActivations(RewritePass):
 
     name = "quantize-activations"
     after = ("quantize-weights",)
+    makes: ClassVar[tuple[str, ...]] = ("MatMulInteger",)
     #: A code is off by at most 1/254 of the row's largest element, and roundings cancel in a sum over channels.
     accuracy = lossy(3e-2)
 

@@ -22,9 +22,9 @@ _FATAL_ONLY = 4
 class Session:
     """One model, loaded. The weights pass through a temporary folder that is gone once they are loaded.
 
-    By default onnxruntime would quantise the activations of int8 products too (relative error 1e-2);
-    `qdq_accuracy_level=1` keeps them in fp32, `fold_qdq` dequantises all weights once instead. Without `optimize`, each
-    node runs as it stands. `scratch` is where the temporary folder goes. Raises ModelError if onnxruntime refuses it.
+    Activations of int8 products stay in fp32, which onnxruntime would quantise too (relative error 1e-2); `fold_qdq`
+    dequantises all weights once instead. Without `optimize`, each node runs as it stands. `scratch` is where the
+    temporary folder goes. Raises ModelError if onnxruntime refuses it.
     """
 
     def __init__(
@@ -32,7 +32,6 @@ class Session:
         model: onnx_ir.Model,
         *,
         threads: int = 2,
-        qdq_accuracy_level: int = 1,
         fold_qdq: bool = False,
         optimize: bool = True,
         scratch: Path | None = None,
@@ -45,7 +44,7 @@ class Session:
         # The arena doubles each time that it grows, and with patterns keeps all: several times a large weight.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(qdq_accuracy_level))
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if fold_qdq:

@@ -28,7 +28,9 @@ def project(tmp_path_factory):
     (folder / "guests.py").write_text(block("python", "graphsurgeon_pass"))
     # What only a registered name makes a pass of the command line, importing does.
     (folder / "conftest.py").write_text("import silu\nimport guests\n")
-    (folder / "test_silu.py").write_text("from silu import FuseSilu\n\n" + block("python", "def test_mul_sigmoid"))
+    test = block("python", "def test_mul_sigmoid")
+    assert "from passopt.passes.fuse_silu import" in test  # where it lies in a checkout
+    (folder / "test_silu.py").write_text(test.replace("passopt.passes.fuse_silu", "silu"))
     (folder / "silu.onnxtxt").write_text(block("", "# RUN:"))
     (folder / "test_guests.py").write_text(
         textwrap.dedent(

@@ -14,6 +14,7 @@ import onnx_ir
 import pytest
 
 from passopt import verification_head
+from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.contract import positions_of
 from passopt.ir.editing import Editor
 from passopt.ir.errors import ModelError
@@ -32,7 +33,6 @@ from passopt.verification_scenarios import (
     Step,
     make_scenarios,
     perplexity,
-    read_tokens,
     surprise,
     text_windows,
 )
@@ -526,11 +526,6 @@ def test_a_single_layer_joins_the_head() -> None:
     assert {row.scenario for row in report.rows if "each layer" in row.comparison} == {"embedding", "layer 0 to head"}
 
 
-def test_reading_tokens_needs_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"tokenizer\.model: no tokenizer"):
-        read_tokens("text", tmp_path / "tokenizer.model")
-
-
 # Real exports
 
 
@@ -541,7 +536,7 @@ def test_an_exported_graph_equals_itself(tmp_path: Path) -> None:
 
     folder = make_checkpoint(tmp_path / "checkpoint", ROTARY)
     model = export_graph(open_checkpoint(folder), ExportOptions(dtype=BF16, trust_remote_code=True), tmp_path)
-    tokens = tuple(read_tokens(evaluation_text(), folder / "tokenizer.model")[:400])
+    tokens = tuple(load_tokenizer(folder).encode_text(evaluation_text())[:400])
     for layerwise in (False, True):
         report = verify(model, model, options=VerifyOptions(tokens=tokens, layerwise=layerwise))
         assert report.ok, report.to_text()

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -26,9 +25,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 from bench_tvm_report import LIMITS, Run, report
 from bench_tvm_shapes import LAYERS, PASTS, PREFILLS, WHOLE, WHOLE_LABEL, Shape
+from bench_tvm_watch import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -313,30 +312,6 @@ def check_memory(candidate: Candidate, shape: Shape, held: dict[str, int]) -> No
     if found < least:
         kind = "or of mapped files" if candidate.mapped else "of its own"
         raise Failure(f"held {found / 1e9:.2f} GB of memory {kind} beside caches, weights take {least / 1e9:.2f} GB")
-
-
-class Watch:
-    """What share of the machine is used by others than the processes that this one starts, from now on."""
-
-    def __init__(self) -> None:
-        self._start, self._busy, self._ours = time.monotonic(), _busy_seconds(), _children_seconds()
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
-
-    def others(self) -> float:
-        used = _busy_seconds() - self._busy - (_children_seconds() - self._ours)
-        return max(0.0, used) / self.seconds() / (os.cpu_count() or 1)
-
-
-def _busy_seconds() -> float:
-    times = psutil.cpu_times()
-    return float(times.user + times.nice + times.system + getattr(times, "steal", 0.0))
-
-
-def _children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 class Failure(Exception):

@@ -255,14 +255,8 @@ def _library(
         rank=rank,
         degree=degree,
         passes=facts.passes,
-        quantized=_quantized(lowered),
+        quantized=lowered.quantized,
     )
-
-
-def _quantized(lowered: Lowered) -> Literal["none", "weights", "dynamic"]:
-    """By the kernels that its linears got."""
-    found = {kind for name in lowered.kernels for kind in ("linear_w8a8_", "linear_int8_") if kind in name}
-    return "dynamic" if "linear_w8a8_" in found else "weights" if found else "none"
 
 
 def _logits(model: onnx_ir.Model) -> Logits:

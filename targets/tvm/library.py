@@ -19,18 +19,18 @@ import blake3
 from passopt.ir.errors import ModelError
 from passopt.ir.safetensors_header import read_header
 from passopt.targets.digests import root_digest
+from passopt.targets.tvm.kernels.cache import BLOCK
 
 LIBRARY_NAME = "library.json"
 CODE_NAME = "lib.so"
 #: The kernels of a library for cuda, to be read.
 SOURCE_NAME = "lib.cu"
-#: Cached positions per block of keys: the layout of an in-place cache, and what a capacity is rounded up to.
-BLOCK = 16
-
 #: What a function may take besides the past; input_ids always.
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 CacheDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
+#: What of the linears is int8: nothing, weights, or activations too.
+Quantized: TypeAlias = Literal["none", "weights", "dynamic"]
 _CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 _VERSION = 2
 _Entry = TypeVar("_Entry")
@@ -125,8 +125,7 @@ class Library:
     rank: int
     degree: int
     passes: str
-    #: What is int8: nothing, weights, or activations too.
-    quantized: Literal["none", "weights", "dynamic"] = "none"
+    quantized: Quantized = "none"
 
     def text(self) -> str:
         return _text(self)

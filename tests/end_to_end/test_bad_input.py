@@ -128,6 +128,24 @@ def test_unmet_expectation(model: Path, capsys):
     assert nothing_written(model)
 
 
+def test_activations_that_no_linear_takes(model: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("passopt.passes.quantize_activations._LONGEST", 1)
+    says = ("expected quantize-activations>=1", "MatMulInteger", "int32 holds sums of 1")
+    fails(capsys, 4, *run(model, "int8{activations=dynamic}"), says=says)
+    assert nothing_written(model)
+    assert main([*run(model, "int8{activations=none}")]) == 0
+
+
+def test_a_fusion_that_matches_nothing_says_so(model: Path, capsys):
+    """Of the ALiBi family, which has no angles; a pipeline that expects a number says nothing besides."""
+    assert main([*run(model, "fuse-rms-norm,fuse-rotary")]) == 0
+    told = capsys.readouterr().err
+    assert f"fuse-rotary matched nothing; what came near: passopt why fuse-rotary {model / 'model.onnx'}" in told
+    assert "fuse-rms-norm" not in told
+    assert main(["run", str(model), "--passes", "baichuan2", "--dry-run"]) == 0
+    assert "matched nothing" not in capsys.readouterr().err
+
+
 def test_expectation_of_a_pass_that_does_not_run(model: Path, capsys):
     fails(capsys, 2, *run(model, "tp", "--expect", "quantize-weights==3"), says=("quantize-weights", "unknown pass of"))
 
@@ -189,12 +207,27 @@ def test_tokenizer_that_is_none(root: Path, model: Path, capsys):
     fails(capsys, 2, "verify", str(model), str(model), *arguments, says=("none.model", "not a sentencepiece model"))
 
 
-@pytest.mark.parametrize("option", ["--max-tokens=0", "--max-positions=-3", "--tolerance=-1"])
-def test_numbers_out_of_range(model: Path, capsys, option: str):
+def test_a_folder_without_a_tokenizer(root: Path, model: Path, capsys):
+    (model / "empty").mkdir()
+    arguments = ("--text", str(root / "text.txt"), "--tokenizer", str(model / "empty"))
+    fails(capsys, 2, "verify", str(model), str(model), *arguments, says=("empty: no tokenizer", "--tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--max-tokens=0", "0 is not a positive number"),
+        ("--max-positions=-3", "-3 is not a positive number"),
+        ("--max-tokens=many", "'many' is not a whole number"),
+        ("--tolerance=-1", "-1 is not a tolerance"),
+        ("--tolerance=1e", "'1e' is not a number"),
+    ],
+)
+def test_numbers_that_are_none_or_out_of_range(model: Path, capsys, option: str, says: str):
     with pytest.raises(SystemExit) as end:
         main(["verify", str(model), str(model), option])
     assert end.value.code == 2
-    assert option.partition("=")[0] in capsys.readouterr().err
+    assert f"argument {option.partition('=')[0]}: {says}" in capsys.readouterr().err
 
 
 def test_output_exists(model: Path, capsys):

@@ -55,6 +55,17 @@ def test_ids_are_those_of_the_pieces_that_the_stock_code_takes(checkpoint: Path,
     assert load_tokenizer(checkpoint).encode(text) == [model.piece_to_id(piece) for piece in pieces]
 
 
+@pytest.mark.parametrize(("kind", "name"), [("checkpoint", "tokenizer.model"), ("fast", "tokenizer.json")])
+def test_a_file_is_as_good_as_its_folder(request, kind: str, name: str):
+    folder = request.getfixturevalue(kind)
+    assert load_tokenizer(folder / name).encode("The") == load_tokenizer(folder).encode("The")
+
+
+def test_a_part_of_a_text_gets_nothing_at_its_begin(fast: Path):
+    tokenizer = load_tokenizer(fast)
+    assert tokenizer.encode("The") == [0, *tokenizer.encode_text("The")]
+
+
 def test_text_is_never_a_control_token_unless_a_template_wrote_it(checkpoint: Path):
     tokenizer = load_tokenizer(checkpoint)
     assert 2 not in tokenizer.encode("a</s>b")

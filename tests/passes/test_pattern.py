@@ -1,4 +1,4 @@
-"""What a traced pattern matches: found by `find_match` at the node that makes the graph's first output."""
+"""What a traced pattern matches: found at the node that makes the graph's first output."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.passes.matching import find_match
+from passopt.passes import matching
 from passopt.passes.pattern import trace
 
 X = "(float[3,5] x, float[3,5] y, float[3,5] z) => (float[3,5] out)"
@@ -21,7 +21,9 @@ class Matcher:
     def __call__(self, pattern, body, signature=X):
         model = self._parsed(f"g {signature} {body}")
         traced = trace(pattern, "here")
-        return find_match(traced, model.graph.outputs[0].producer(), 21)
+        node = model.graph.outputs[0].producer()
+        is_root = (node.domain, node.op_type) in traced.root_keys
+        return matching.Matcher(traced, 21).match(node) if is_root else None
 
     def names(self, *arguments, **keywords):
         """The bindings by name, values as their names; None without a match."""

@@ -99,16 +99,20 @@ _FUNCTIONS = {"print": "print_", "compile": "compile_"}
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    return _whole(text, 1, "is not a positive number")
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return _whole(text, 0, "is negative")
+
+
+def _whole(text: str, least: int, complaint: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text} {complaint}")
     return number
 
 
@@ -135,7 +139,10 @@ def _add_streaming(command: Any) -> None:
 
 
 def _tolerance(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a tolerance")
     return number
@@ -228,18 +235,24 @@ def _add_verify(add: Any) -> None:
         "candidate", metavar="B", help="the result: model.onnx, a folder, a folder of ranks, or a compiled folder"
     )
     command.add_argument("--text", metavar="FILE", help="also compare perplexity on this text")
-    command.add_argument("--tokenizer", metavar="FILE", help="default: tokenizer.model beside A")
+    command.add_argument(
+        "--tokenizer", metavar="PATH", help="a folder, tokenizer.json or tokenizer.model; default: beside A"
+    )
     command.add_argument("--max-tokens", type=_positive, default=2048, help="of the text (default: %(default)s)")
     command.add_argument("--tolerance", type=_tolerance, help="largest relative error; default by dtype")
     command.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
-    command.add_argument("--max-positions", type=_positive, help="default: the length of the rotary tables")
+    command.add_argument(
+        "--max-positions",
+        type=_positive,
+        help="longest sequence to run; default: the length of the tables of positions",
+    )
     command.add_argument("--layerwise", action="store_true", help="one decoder layer at a time, in little memory")
     command.add_argument("--json", action="store_true", help="the report as JSON")
 
 
 def _add_looking(add: Any) -> None:
     command = add("list", "look", "List passes and named pipelines with their options.", "passopt list --json")
-    command.add_argument("--json", action="store_true")
+    command.add_argument("--json", action="store_true", help="the same as JSON")
     command = add(
         "new-pass",
         "new_pass",
@@ -255,11 +268,11 @@ def _add_looking(add: Any) -> None:
         "passopt explain fuse-rms-norm",
     )
     command.add_argument("name", metavar="PASS", help="a pass or a named pipeline")
-    command.add_argument("--json", action="store_true")
+    command.add_argument("--json", action="store_true", help="the same as JSON")
     command = add(
         "print", "look", "Print the canonical text of a model; equal layers are shown once.", "passopt print model.onnx"
     )
-    command.add_argument("model", metavar="MODEL")
+    command.add_argument("model", metavar="MODEL", help="model.onnx or a folder")
     command.add_argument("--no-fold", action="store_true", help="print every layer")
     command.add_argument("--canonical", action="store_true", help="name values by operator and place")
     command.add_argument("--provenance", action="store_true", help="which passes made each node, of what, and where")
@@ -267,8 +280,8 @@ def _add_looking(add: Any) -> None:
     command = add(
         "plan", "look", "Show legal tensor-parallel degrees and what blocks others.", "passopt plan model.onnx"
     )
-    command.add_argument("model", metavar="MODEL")
-    command.add_argument("--json", action="store_true")
+    command.add_argument("model", metavar="MODEL", help="model.onnx or a folder")
+    command.add_argument("--json", action="store_true", help="the same as JSON")
 
 
 def _add_replay(add: Any) -> None:

@@ -82,7 +82,6 @@ class VerifyOptions:
     lengths: tuple[int, ...] = (1, 7, 33)
     max_positions: int | None = None
     tolerance: float | None = None
-    perplexity_tolerance: float | None = None
     tokens: tuple[int, ...] = ()
     window: int = 256
     stride: int = 128
@@ -101,7 +100,7 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
     candidate = runnable(candidate, "candidate", notes, heads)
     _check_interfaces(reference, candidate)
     kind = _kind(reference, candidate)
-    tolerance = _tolerance(TOLERANCES[kind], options)
+    tolerance = chosen_tolerance(TOLERANCES[kind], options)
     limits = positions_of(reference), positions_of(candidate)
     scenarios = scenarios_within(limits, vocabulary_of(reference), options, notes)
     notes.append(f"{kind}: outputs within {tolerance.outputs:.0e}, perplexity within {tolerance.perplexity:.0e}")
@@ -157,11 +156,9 @@ def _kind(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> str:
     return "fp16" if DataType.FLOAT16 in dtypes else "fp32"
 
 
-def _tolerance(default: Tolerance, options: VerifyOptions) -> Tolerance:
-    return Tolerance(
-        default.outputs if options.tolerance is None else options.tolerance,
-        default.perplexity if options.perplexity_tolerance is None else options.perplexity_tolerance,
-    )
+def chosen_tolerance(default: Tolerance, options: VerifyOptions) -> Tolerance:
+    """The default, but for outputs what the user says."""
+    return default if options.tolerance is None else Tolerance(options.tolerance, default.perplexity)
 
 
 def _check_interfaces(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> None:

@@ -19,6 +19,7 @@ from passopt.verification import (
     TOLERANCES,
     Tolerance,
     VerifyOptions,
+    chosen_tolerance,
     compare_all,
     is_bf16_twin,
     runnable,
@@ -47,9 +48,8 @@ def verify_compiled(reference: onnx_ir.Model, folder: Path, options: VerifyOptio
     reference = runnable(reference, "reference", notes)
     library = _first(folder)
     _check_sizes(reference, library)
-    kind, tolerance = _tolerance(reference, library)
-    if options.tolerance is not None:
-        tolerance = Tolerance(options.tolerance, tolerance.perplexity)
+    kind, default = _tolerance(reference, library)
+    tolerance = chosen_tolerance(default, options)
     limits = positions_of(reference), library.max_positions
     scenarios = scenarios_within(limits, library.logits.vocab, options, notes)
     notes.append(f"compiled for {library.mcpu} ({library.isa}), {kind}: outputs within {tolerance.outputs:.0e}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,8 +18,6 @@ from passopt.ir.errors import ModelError
 from passopt.targets.onnxruntime_session import Session
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-
-TOKENIZER_NAME = "tokenizer.model"
 
 _PADDINGS = (0, 5, 2)
 _PADDED_LENGTH = 9
@@ -121,19 +118,6 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Scenar
         found.append(Scenario("text", tuple(_steps(piece, [stop - start])), scored=stop - done))
         done, start = stop, start + stride
     return found
-
-
-def read_tokens(text: str, tokenizer: Path) -> list[int]:
-    """The text's token ids by a sentencepiece model. Raises ModelError if the file is missing or is none."""
-    if not tokenizer.exists():
-        raise ModelError(f"{tokenizer}: no tokenizer; perplexity of a text needs one, name it with --tokenizer FILE")
-    import sentencepiece
-
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    except (RuntimeError, OSError) as error:
-        raise ModelError(f"{tokenizer}: is not a sentencepiece model: {error}") from error
-    return [int(token) for token in processor.encode(text)]
 
 
 def observe(

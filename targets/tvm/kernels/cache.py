@@ -7,7 +7,7 @@ from typing import Any
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels import emit
 
-#: Positions per block of keys; a cache holds whole blocks.
+#: Positions per block of keys; a cache holds whole blocks, and so a capacity is rounded up to them.
 BLOCK = 16
 
 

@@ -47,7 +47,7 @@ def plan_int8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
     padded = scales.pad(0, panels.count * panels.width, value=1.0)
     suffix = "" if dtype == "float32" else f"_{dtype}"
     name = f"linear_int8_{rows}_{columns}{suffix}"
-    return LinearPlan(name, (("packed", packed), ("scales", padded)), partial(linear, panels))
+    return LinearPlan(name, (("packed", packed), ("scales", padded)), partial(linear, panels), "weights")
 
 
 def _matrix(weight: Expression) -> tuple[int, int]:

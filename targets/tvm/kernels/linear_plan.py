@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from passopt.ir.expressions import Expression
+from passopt.targets.tvm.library import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,7 @@ class LinearPlan:
     #: (suffix of the weight's name, expression) in the order of the kernel's arguments.
     weights: tuple[tuple[str, Expression], ...]
     make: Callable[[bool], Any]
+    quantized: Quantized = "none"
 
     def function(self, *, residual: bool = False) -> Any:
         """The PrimFunc (x, *weights, y f32[M, N]); with `residual`, f32[M, N] before y that is added.

@@ -52,7 +52,7 @@ def plan_planes(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
     )
     # The width of W8A8's codes; each plane has a zero point of its own, and nothing is written behind column K.
     layout = dataclasses.replace(codes_layout(k, isa), zero_point=0)
-    return LinearPlan(f"linear_int8_{n}_{k}", weights, partial(linear_planes, n, k, layout, kernel))
+    return LinearPlan(f"linear_int8_{n}_{k}", weights, partial(linear_planes, n, k, layout, kernel), "weights")
 
 
 def linear_planes(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, residual: bool = False) -> Any:

@@ -36,7 +36,7 @@ def plan_w8a8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
     if codes_layout(k, isa).zero_point:
         weights.append(("sums", codes.row_sums().pad(0, padded)))
     make = partial(linear_w8a8, n, k, codes_layout(k, isa), kernel)
-    return LinearPlan(f"linear_w8a8_{n}_{k}", tuple(weights), make)
+    return LinearPlan(f"linear_w8a8_{n}_{k}", tuple(weights), make, "dynamic")
 
 
 def linear_w8a8(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, residual: bool = False) -> Any:

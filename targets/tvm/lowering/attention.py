@@ -11,11 +11,12 @@ import dataclasses
 import numpy as np
 import onnx_ir
 
+from passopt.ir.attributes import attribute
 from passopt.ir.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.targets.tvm.kernels.attention import attention
 from passopt.targets.tvm.kernels.cache import append_cache
 from passopt.targets.tvm.kernels.mask_extents import QUERY_BLOCK, mask_extents
-from passopt.targets.tvm.lowering.registry import attribute, lowers
+from passopt.targets.tvm.lowering.registry import lowers
 from passopt.targets.tvm.lowering.values import CacheSlot, Length, Tvm, Unsupported, Values, product
 
 ATTENTION = "Attention"

@@ -19,6 +19,7 @@ from passopt.ir.linears import find_linear
 from passopt.ir.shapes import complete_types
 from passopt.targets.tvm.features import Machine
 from passopt.targets.tvm.kernels.cache import BLOCK
+from passopt.targets.tvm.library import Quantized
 from passopt.targets.tvm.lowering import attention, collectives, elementwise, movement, norms, reductions  # noqa: F401  (they register)
 from passopt.targets.tvm.lowering.importer import import_node
 from passopt.targets.tvm.lowering.linears import (
@@ -73,6 +74,7 @@ class Lowered:
     `inputs` are those of the graph that are no cache, in order; then come the number of cached positions (a shape) and
     the cache, then `parameters`. With `in_place` the cache is [b, h, blocks, d, 16] and [b, h, blocks·16, d] per layer,
     written in place, and the function gives the logits; otherwise it is past [b, h, p, d] and present comes back.
+    `quantized` is the most that any of its linears has in int8.
     """
 
     module: Tvm
@@ -80,6 +82,7 @@ class Lowered:
     parameters: tuple[Parameter, ...]
     in_place: bool
     kernels: dict[str, int]
+    quantized: Quantized
     fallbacks: tuple[Missing, ...]
     imported: tuple[Missing, ...]
 
@@ -152,7 +155,11 @@ class _Lowering:
         module = builder.get()
         module[MAIN] = module[MAIN].with_attr("num_input", len(leading))
         missing, imported = tuple(self.missing), tuple(self.imported)
-        return Lowered(module, inputs, parameters, in_place, self.at.notes, missing, imported)
+        return Lowered(module, inputs, parameters, in_place, self.at.notes, self._quantized(), missing, imported)
+
+    def _quantized(self) -> Quantized:
+        order: tuple[Quantized, ...] = ("dynamic", "weights", "none")
+        return next((kind for kind in order if kind in self.at.quantized), "none")
 
     def _inputs(self, *, in_place: bool) -> tuple[tuple[str, ...], list[Tvm]]:
         """The names of plain inputs; the variables of all: plain ones, the number of cached positions, the cache."""

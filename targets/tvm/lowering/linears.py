@@ -87,6 +87,7 @@ def _product(at: Values, linear: Linear, residual: onnx_ir.Value | None) -> Tvm:
     make = partial(plan.function, residual=residual is not None)
     result = at.call(name, make, [*data, *weights, *before], [at.simplified(product(dims)), channels])
     at.note(f"linear: {name}")
+    at.quantized.add(plan.quantized)
     return at.view(result, [*dims, channels])
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir
 
-from passopt.targets.tvm.lowering.registry import attribute, lowers
+from passopt.ir.attributes import attribute
+from passopt.targets.tvm.lowering.registry import lowers
 from passopt.targets.tvm.lowering.values import (
     Delegated,
     Length,

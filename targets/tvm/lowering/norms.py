@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import onnx_ir
 
+from passopt.ir.attributes import attribute
 from passopt.targets.tvm.kernels.rms_norm import RmsNorm
 from passopt.targets.tvm.kernels.rotary import rotary
 from passopt.targets.tvm.kernels.swiglu import Swiglu
-from passopt.targets.tvm.lowering.registry import attribute, lowers
+from passopt.targets.tvm.lowering.registry import lowers
 from passopt.targets.tvm.lowering.values import RowsToCome, Tvm, Unsupported, Values, product
 
 

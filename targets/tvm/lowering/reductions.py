@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir
 
+from passopt.ir.attributes import attribute
 from passopt.targets.tvm.lowering.movement import given_axes
-from passopt.targets.tvm.lowering.registry import attribute, lowers
+from passopt.targets.tvm.lowering.registry import lowers
 from passopt.targets.tvm.lowering.values import Delegated, Unsupported, Values
 
 _REDUCTIONS = {"ReduceMean": "mean", "ReduceSum": "sum", "ReduceMax": "max", "ReduceMin": "min", "ReduceProd": "prod"}

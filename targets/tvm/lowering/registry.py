@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import onnx_ir
 
@@ -23,9 +23,3 @@ def lowers(*op_types: str, domain: str = "") -> Callable[[Converter], Converter]
         return function
 
     return register
-
-
-def attribute(node: onnx_ir.Node, name: str, default: Any) -> Any:
-    """The value of an attribute, or `default`."""
-    found = node.attributes.get(name)
-    return default if found is None else found.value

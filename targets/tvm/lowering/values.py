@@ -19,6 +19,7 @@ from passopt.ir.expressions import DataType, Expression
 from passopt.ir.weights import expression_of, small_constant
 from passopt.targets.tvm.features import Machine
 from passopt.targets.tvm.kernels.computed_rows import ComputedRows, rows_kernel
+from passopt.targets.tvm.library import Quantized
 
 #: A Relax or TIR object; tvm carries no types.
 Tvm: TypeAlias = Any
@@ -124,6 +125,8 @@ class Values:
         self.symbols: dict[str, Tvm] = {}
         self.parameters: dict[str, Parameter] = {}
         self.notes: dict[str, int] = {}
+        #: What the linears that were lowered have in int8.
+        self.quantized: set[Quantized] = set()
         self.analyzer = Analyzer()
         self._tensors: dict[onnx_ir.Value, Tvm] = {}
         self._numbers: dict[onnx_ir.Value, Numbers] = {}

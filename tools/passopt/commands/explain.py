@@ -252,6 +252,10 @@ def _pipeline_json(step: Step, pipeline: Pipeline) -> dict[str, Any]:
         "options": dict(pipeline.options),
         "steps": steps,
         "expectations": list(pipeline.expectations),
+        "expected_with": [
+            {"option": option, "value": value, "expectation": wanted}
+            for option, value, wanted in pipeline.expected_with
+        ],
         "expanded": resolve(str(step)).expanded,
     }
 
@@ -263,4 +267,6 @@ def _pipeline_text(body: dict[str, Any]) -> str:
         lines += [f"  {index + 1:2}  {step['step']}", f"      {step['summary']}"]
     if body["expectations"]:
         lines += ["", f"  expects  {', '.join(body['expectations'])}"]
+    for item in body["expected_with"]:
+        lines.append(f"           with {item['option']}={item['value']}: {item['expectation']}")
     return "\n".join([*lines, "", f"  is --passes '{body['expanded']}'"])

@@ -165,14 +165,22 @@ def _prompts(
     if conversations:
         limits = [limit for limit in (bounds.max_positions, options.capacity) if limit is not None]
         room = min(limits) - max_new_tokens if limits else None
-        found = [chat_ids(messages, folder, tokenizer, settings, room) for messages in conversations]
-        whole = [chat_ids(messages, folder, tokenizer, settings, None) for messages in conversations]
-        for ids, all_ids in zip(found, whole, strict=True):
-            if len(ids) < len(all_ids):
-                left_out = f"the oldest {len(all_ids) - len(ids)} of {len(all_ids)} tokens do not fit and are left out"
-                print(f"passopt generate: {left_out}", file=sys.stderr)
-        return found
+        return [_chat(messages, folder, tokenizer, settings, room) for messages in conversations]
     return [tokenizer.encode(text) for text in texts]
+
+
+def _chat(
+    messages: Sequence[Message], folder: Path, tokenizer: Tokenizer, settings: Settings, room: int | None
+) -> list[int]:
+    """The prompt of one conversation; that its oldest rounds do not fit is said on stderr."""
+    whole = chat_ids(messages, folder, tokenizer, settings, None)
+    if room is None or len(whole) <= room:
+        return whole
+    found = chat_ids(messages, folder, tokenizer, settings, room)
+    if len(found) < len(whole):
+        left_out = f"the oldest {len(whole) - len(found)} of {len(whole)} tokens do not fit and are left out"
+        print(f"passopt generate: {left_out}", file=sys.stderr)
+    return found
 
 
 def _ids(text: str) -> list[int]:

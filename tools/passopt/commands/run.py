@@ -20,7 +20,7 @@ from passopt.ir.sources import identify
 from passopt.ir.streaming.engine import StreamReport
 from passopt.ir.text import print_model
 from passopt.passes.catalog import unknown_name
-from passopt.passes.expectations import parse_expectation
+from passopt.passes.expectations import parse_expectation, unwatched_misses
 from passopt.passes.instruments import Dump, PrintAfter, rule_table, summary_table
 from passopt.passes.limits import RewriteLimit, set_rewrite_limit
 from passopt.passes.manager import Instrument, PassRecord, run_passes
@@ -43,12 +43,7 @@ def run(options: argparse.Namespace) -> int:
     expectations = [parse_expectation(text, names) for text in (*pipeline.expectations, *options.expect)]
     path = model_path(Path(options.model))
     output = Path(options.output) if options.output else path.parent / output_name(path, pipeline, limit)
-    if options.emit == "text" and (options.output or options.json or options.stats):
-        raise UsageError("--emit=text prints the model on stdout and nothing else; drop -o, --json and --stats")
-    if output.exists() and not options.dry_run and options.emit == "files":
-        raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
-    if options.reproducer and Path(options.reproducer).exists():
-        raise UsageError(f"{options.reproducer}: exists. Name a new folder for --reproducer")
+    _check_options(options, output)
     model = load_model(path)
     if limit is not None:
         set_rewrite_limit(model, limit)
@@ -70,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
         raise
     if limit is not None:
         _to_stderr(f"passopt run: {limit}\n")
+    for name in [] if limit is not None else unwatched_misses(pipeline.passes, expectations, records, model):
+        _to_stderr(f"passopt run: {name} matched nothing; what came near: passopt why {name} {path}\n")
     if options.emit == "text":
         print(print_model(model), end="")
         _to_stderr(summary_table(records, times=options.time_passes) + "\n")
@@ -90,6 +87,15 @@ def run(options: argparse.Namespace) -> int:
     else:
         written = write_with_progress(model, output, plan, facts, options)
     return _report(options, records, plan, output, model, written)
+
+
+def _check_options(options: argparse.Namespace, output: Path) -> None:
+    if options.emit == "text" and (options.output or options.json or options.stats):
+        raise UsageError("--emit=text prints the model on stdout and nothing else; drop -o, --json and --stats")
+    if output.exists() and not options.dry_run and options.emit == "files":
+        raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
+    if options.reproducer and Path(options.reproducer).exists():
+        raise UsageError(f"{options.reproducer}: exists. Name a new folder for --reproducer")
 
 
 def _reproduce(

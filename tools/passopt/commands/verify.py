@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 from passopt.commands.progress import Progress
+from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.errors import CheckError, UsageError
 from passopt.targets.simulate import load_any
 from passopt.targets.tvm.library import LIBRARY_NAME
 from passopt.verification import VerifyOptions
 from passopt.verification import verify as compare
 from passopt.verification_report import VerifyReport
-from passopt.verification_scenarios import TOKENIZER_NAME, read_tokens
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -65,14 +65,14 @@ def _report(options: argparse.Namespace, settings: VerifyOptions) -> VerifyRepor
 
 
 def _tokens(options: argparse.Namespace) -> tuple[int, ...]:
-    """The text as token ids, by the sentencepiece model beside the reference."""
+    """The text as token ids, by the tokenizer beside the reference."""
     beside = Path(options.reference)
     folder = beside if beside.is_dir() else beside.parent
-    path = Path(options.tokenizer) if options.tokenizer else folder / TOKENIZER_NAME
     try:
         text = Path(options.text).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{options.text}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{options.text}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    return tuple(read_tokens(text, path)[: options.max_tokens])
+    tokenizer = load_tokenizer(Path(options.tokenizer) if options.tokenizer else folder)
+    return tuple(tokenizer.encode_text(text)[: options.max_tokens])

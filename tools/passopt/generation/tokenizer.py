@@ -26,6 +26,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """With the tokens that the model's configuration wants at begin and end."""
 
+    def encode_text(self, text: str) -> list[int]:
+        """Of the text alone, as of a part of a longer one."""
+
     def encode_template(self, text: str) -> list[int]:
         """What a chat template wrote: control tokens are recognised, none is added."""
 
@@ -33,14 +36,18 @@ class Tokenizer(Protocol):
         """Control tokens, and ids that only pad the vocabulary, are left out."""
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in `folder`. Raises ModelError if there is none, or if it is damaged."""
-    config = read_json(folder / CONFIG_NAME)
-    if (folder / FAST_NAME).is_file():
-        return _Fast(folder / FAST_NAME, config)
-    if (folder / MODEL_NAME).is_file():
-        return _SentencePiece(folder / MODEL_NAME, config)
-    raise ModelError(f"{folder}: has no {MODEL_NAME} and no {FAST_NAME}; put one there, or give token ids (--ids)")
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in the folder `path`, or in that file. Raises ModelError if there is none, or if it is damaged."""
+    if path.is_file():
+        config = read_json(path.parent / CONFIG_NAME)
+        return _Fast(path, config) if path.suffix == Path(FAST_NAME).suffix else _SentencePiece(path, config)
+    for name in (FAST_NAME, MODEL_NAME):
+        if (path / name).is_file():
+            return load_tokenizer(path / name)
+    raise ModelError(
+        f"{path}: no tokenizer, neither {MODEL_NAME} nor {FAST_NAME}. Put one there; generate takes token ids as well "
+        f"(--ids), verify a tokenizer from elsewhere (--tokenizer)."
+    )
 
 
 def token_text(config: dict[str, Any], role: str) -> str | None:
@@ -63,7 +70,10 @@ class _SentencePiece:
         self._end = [self._model.eos_id()] if config.get("add_eos_token", False) else []
 
     def encode(self, text: str) -> list[int]:
-        return [*self._begin, *self._model.encode(text), *self._end]
+        return [*self._begin, *self.encode_text(text), *self._end]
+
+    def encode_text(self, text: str) -> list[int]:
+        return [int(index) for index in self._model.encode(text)]
 
     def encode_template(self, text: str) -> list[int]:
         pieces = [self._model.id_to_piece(index) for index in range(self._size) if self._model.is_control(index)]
@@ -108,9 +118,12 @@ class _Fast:
         found: list[int] = self._model.encode(text, add_special_tokens=self._template).ids
         return [*self._begin, *found, *self._end]
 
-    def encode_template(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         found: list[int] = self._model.encode(text, add_special_tokens=False).ids
         return found
+
+    def encode_template(self, text: str) -> list[int]:
+        return self.encode_text(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         size = self._model.get_vocab_size()

@@ -10,11 +10,11 @@ import enum
 import onnx_ir
 
 from passopt.ir.expressions import FLOATS
+from passopt.ir.operators import RANDOM
 from passopt.ir.weights import SMALL_BYTES
 
 _GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
 _PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "Conv", "Einsum"})
-_RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
 
 
 class Kind(enum.IntEnum):
@@ -53,7 +53,7 @@ class Kinds:
         return self._known[value]
 
     def _kind_of_result(self, node: onnx_ir.Node) -> Kind:
-        if node.op_type in _RANDOM or has_subgraph(node):
+        if node.op_type in RANDOM or has_subgraph(node):
             return Kind.DATA
         inputs = numbers_read(node)
         kind = max((self._known[item] for item in inputs), default=Kind.CONSTANT)
