@@ -67,7 +67,7 @@ class CompileReport:
 def compile_models(
     models: Sequence[onnx_ir.Model],
     directory: Path,
-    cpu: Machine,
+    machine: Machine,
     facts: CompileFacts,
     *,
     allow_fallback: bool = False,
@@ -83,10 +83,10 @@ def compile_models(
     laid out chunk by chunk. Raises ModelError (no native kernel, with every node), UsageError (output exists).
     """
     degree = max(len(models), degree_of(models[0]))
-    if degree > 1 and isinstance(cpu, Gpu):
+    if degree > 1 and isinstance(machine, Gpu):
         raise ModelError(f"{degree} ranks: collectives have no form on a GPU yet; compile one rank, or for llvm")
     check_linker()
-    lowered, *others = _lowered(models, cpu, allow_fallback=allow_fallback)
+    lowered, *others = _lowered(models, machine, allow_fallback=allow_fallback)
     interface = _Interface.of(models[0], lowered, facts.companions)
     weights = [_weights(item) for item in ([lowered, *others] if others else [lowered] * degree)]
     needed = sum(plan_layout(item).nbytes for item in weights)
@@ -94,7 +94,7 @@ def compile_models(
     with resumable_directory(directory, needed) as staged:
         keep_only(staged, {JOURNAL_NAME, *(str(Path(folder) / WEIGHTS_NAME) for folder in folders)})
         code = staged / CODE_NAME
-        build(lowered, cpu, code, on_step)
+        build(lowered, machine, code, on_step)
         files = []
         for rank, (folder, expressions) in enumerate(zip(folders, weights, strict=True)):
             target = staged / folder
@@ -104,7 +104,7 @@ def compile_models(
             files.append(WeightFile(target / WEIGHTS_NAME, expressions, rank if len(models) == 1 else 0))
         written = write_weight_files(files, stream, progress=progress, journal=staged / JOURNAL_NAME)
         libraries = [
-            _library(interface, lowered, cpu, facts, staged / folder, written.digests[rank], rank, degree)
+            _library(interface, lowered, machine, facts, staged / folder, written.digests[rank], rank, degree)
             for rank, folder in enumerate(folders)
         ]
         for folder, library in zip(folders, libraries, strict=True):
@@ -128,19 +128,19 @@ def check_linker() -> None:
         raise UsageError(f"a C compiler links the library, and {named}. Install gcc or clang. Nothing was written.")
 
 
-def build(lowered: Lowered, cpu: Machine, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:
+def build(lowered: Lowered, machine: Machine, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:
     """Run the steps, generate code, link it to `path`; for a GPU, write the source of its kernels beside it."""
     from tvm import relax
 
-    target = cpu.target()
+    target = machine.target()
     module = run_steps(lowered.module, target, on_step)
     try:
         executable = relax.build(module, target, relax_pipeline=None)
         executable.export_library(str(path))
     except (RuntimeError, ValueError) as error:
-        what = f"cuda ({cpu.arch})" if isinstance(cpu, Gpu) else cpu.mcpu
+        what = f"cuda ({machine.arch})" if isinstance(machine, Gpu) else machine.mcpu
         raise ModelError(f"TVM builds no library for {what} of this model: {error}") from error
-    if isinstance(cpu, Gpu):
+    if isinstance(machine, Gpu):
         path.with_name(SOURCE_NAME).write_text(_source(executable.mod), encoding="utf-8")
 
 
@@ -167,12 +167,12 @@ def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _lowered(models: Sequence[onnx_ir.Model], cpu: Machine, *, allow_fallback: bool) -> list[Lowered]:
+def _lowered(models: Sequence[onnx_ir.Model], machine: Machine, *, allow_fallback: bool) -> list[Lowered]:
     """Every model lowered; the first one's code serves all, which is checked, not assumed."""
     from tvm_ffi import structural_equal
 
     per_rank = _differing(models)
-    found = [lower(model, cpu, allow_fallback=allow_fallback, per_rank=per_rank) for model in models]
+    found = [lower(model, machine, allow_fallback=allow_fallback, per_rank=per_rank) for model in models]
     for rank, item in enumerate(found):
         if rank and not structural_equal(found[0].module, item.module, map_free_vars=True):
             raise ModelError(f"rank {rank} computes something else than rank 0: the folders are of different runs")
@@ -231,7 +231,7 @@ def _check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
 def _library(
     interface: _Interface,
     lowered: Lowered,
-    cpu: Machine,
+    machine: Machine,
     facts: CompileFacts,
     folder: Path,
     digests: Mapping[str, str],
@@ -240,10 +240,10 @@ def _library(
 ) -> Library:
     return Library(
         passopt=facts.version,
-        target="cuda" if isinstance(cpu, Gpu) else "llvm",
-        mcpu=cpu.mcpu,
-        isa=cpu.arch if isinstance(cpu, Gpu) else cpu.isa.name,
-        features=cpu.required_features(),
+        target="cuda" if isinstance(machine, Gpu) else "llvm",
+        mcpu=machine.mcpu,
+        isa=machine.arch if isinstance(machine, Gpu) else machine.isa.name,
+        features=machine.required_features(),
         library=CodeFile.of(folder / CODE_NAME),
         weights=WeightsFile.of(folder / WEIGHTS_NAME, digests),
         function=MAIN,

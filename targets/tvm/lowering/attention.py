@@ -78,7 +78,7 @@ def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, sl
     from tvm import relax
 
     assert at.cache is not None
-    query, isa, past = _by_position(at, parts.query, node, "q_num_heads"), at.cpu.isa, at.cache.past
+    query, isa, past = _by_position(at, parts.query, node, "q_num_heads"), at.machine.isa, at.cache.past
     dims = at.shape_of(query)
     heads, width = dims[2], dims[3]
     kv_heads = at.shape_of(slot.key)[1]
@@ -142,7 +142,7 @@ def _slopes(at: Values, slopes: onnx_ir.Value, heads: int) -> Tvm:
 def _extents(at: Values, mask: Tvm) -> Tvm:
     from tvm import relax
 
-    dims, isa = at.shape_of(mask), at.cpu.isa
+    dims, isa = at.shape_of(mask), at.machine.isa
     blocks = (dims[2] + QUERY_BLOCK - 1) // QUERY_BLOCK
     if dims[1] != 1:
         raise Unsupported("a mask per head")

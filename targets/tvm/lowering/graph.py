@@ -96,7 +96,7 @@ class _Selection:
 
 
 def lower(
-    model: onnx_ir.Model, cpu: Machine, *, allow_fallback: bool = False, per_rank: frozenset[str] = frozenset()
+    model: onnx_ir.Model, machine: Machine, *, allow_fallback: bool = False, per_rank: frozenset[str] = frozenset()
 ) -> Lowered:
     """Lower a decoder with cache; `per_rank` names constants that become parameters, since ranks differ in them.
 
@@ -113,7 +113,7 @@ def lower(
         raise ModelError(f"opset {opset}: operators mean something else before {OLDEST_OPSET}; run legalize before")
     complete_types(model)
     builder = relax.BlockBuilder()
-    return _Lowering(model, Values(builder, cpu, per_rank), allow_fallback=allow_fallback).run()
+    return _Lowering(model, Values(builder, machine, per_rank), allow_fallback=allow_fallback).run()
 
 
 class _Lowering:

@@ -103,7 +103,7 @@ def _flat(at: Values, value: onnx_ir.Value) -> Tvm:
 
 
 def _plan(at: Values, linear: Linear) -> LinearPlan:
-    weight, scales, isa = linear.weight.expression(), linear.scales_expression(), at.cpu.isa
+    weight, scales, isa = linear.weight.expression(), linear.scales_expression(), at.machine.isa
     if scales is None:
         return plan_float(weight, isa)
     return plan_int8(weight, scales, isa) if linear.rows is None else plan_w8a8(weight, scales, isa)
@@ -134,7 +134,7 @@ class _RowCodes:
 
 def _row_codes(at: Values, data: onnx_ir.Value, quantized: QuantizedRows) -> _RowCodes:
     """Of rows in memory; or by the kernel that computes them, if nothing else reads them."""
-    isa, computed = at.cpu.isa, at.rows_to_come(data)
+    isa, computed = at.machine.isa, at.rows_to_come(data)
     # A thread of a GPU has no memory of its own for a row.
     if computed is None or isa.is_gpu or not read_by_none_but(computed.value, quantized.nodes):
         rows = _flat(at, data)
@@ -149,7 +149,7 @@ def _quantized(at: Values, rows: _RowCodes) -> list[Tvm]:
     """Codes and scales of the rows, computed once for all linears of one input."""
     from tvm import relax
 
-    layout = codes_layout(rows.width, at.cpu.isa)
+    layout = codes_layout(rows.width, at.machine.isa)
     types = [
         relax.TensorType([rows.count, layout.width], layout.dtype),
         relax.TensorType([rows.count], "float32"),

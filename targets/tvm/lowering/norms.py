@@ -16,7 +16,7 @@ from passopt.targets.tvm.lowering.values import RowsToCome, Tvm, Unsupported, Va
 def rms_normalization(at: Values, node: onnx_ir.Node) -> None:
 
     found, weight = at.tensor(node.inputs[0]), at.stored(node.inputs[1])
-    dims, isa = at.shape_of(found), at.cpu.isa
+    dims, isa = at.shape_of(found), at.machine.isa
     width, dtype = dims[-1], str(weight.ty.dtype)
     if attribute(node, "axis", -1) not in (-1, len(dims) - 1) or not isinstance(width, int):
         raise Unsupported("a norm over other axes than the last one")
@@ -32,7 +32,7 @@ def rotary_embedding(at: Values, node: onnx_ir.Node) -> None:
     source = node.inputs[0]
     if source is None or source.shape is None or len(source.shape) != 4:
         raise Unsupported("a rotary embedding of other than four axes")
-    found, isa = at.heads(source), at.cpu.isa
+    found, isa = at.heads(source), at.machine.isa
     dims = at.shape_of(found)
     heads, width = dims[2], dims[3]
     part, interleaved = attribute(node, "rotary_embedding_dim", 0) or width, bool(attribute(node, "interleaved", 0))
@@ -91,7 +91,7 @@ def lower_swiglu(at: Values, gate: onnx_ir.Value, up: onnx_ir.Value, output: onn
     from tvm import relax
 
     first, second = at.tensor(gate), at.tensor(up)
-    dims, isa = at.shape_of(first), at.cpu.isa
+    dims, isa = at.shape_of(first), at.machine.isa
     if not at.same_lengths(dims, at.shape_of(second)):
         activated = at.emit(relax.op.nn.silu(first))
         at.set(output, relax.op.multiply(activated, second))

@@ -116,11 +116,11 @@ def stored_name(dtype: DataType) -> str:
 class Values:
     """The state of one lowering; converters take it as `at`."""
 
-    def __init__(self, builder: Tvm, cpu: Machine, per_rank: frozenset[str] = frozenset()) -> None:
+    def __init__(self, builder: Tvm, machine: Machine, per_rank: frozenset[str] = frozenset()) -> None:
         from tvm.sym import Analyzer
 
         self.builder = builder
-        self.cpu = cpu
+        self.machine = machine
         self._per_rank = per_rank
         self.symbols: dict[str, Tvm] = {}
         self.parameters: dict[str, Parameter] = {}
