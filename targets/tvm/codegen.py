@@ -194,7 +194,7 @@ class _Interface:
     @classmethod
     def of(cls, model: onnx_ir.Model, lowered: Lowered, companions: Path | None) -> _Interface:
         decoder = decoder_of(model)
-        _check_inputs(model, lowered.inputs)
+        check_inputs(model, lowered.inputs)
         if decoder.cache_dtype.name not in _DTYPES:
             raise ModelError(f"a cache in {decoder.cache_dtype.name}; libraries keep {', '.join(_DTYPES.values())}")
         kind: Literal["in-place", "functional"] = "in-place" if lowered.in_place else "functional"
@@ -203,7 +203,7 @@ class _Interface:
         return cls(cache, _logits(model), max_positions(model, companions))
 
 
-def _check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
+def check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
     """Raises ModelError for an input that no engine gives, one length of text, or layers with unlike caches."""
     unknown = [name for name in plain if name not in INPUTS]
     if unknown:
