@@ -114,7 +114,7 @@ def main() -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print(f"\nboth families verified in {time.monotonic() - start:.0f} s; their compiled int8 models go on:")
     for name, (_, text) in found.items():
-        print(f"{name}: {PROMPT} … {text}")
+        print(f"{name}: {PROMPT} {' '.join(text.split())}")
 
 
 if __name__ == "__main__":
