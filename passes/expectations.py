@@ -148,7 +148,8 @@ def unwatched_misses(
     silent = []
     for item in {item.name: item for item in passes if item.makes and item.name not in names}.values():
         result = _total(item.name, records)
-        if result.tries and not result.matches and not found.intersection(map(_identifier, item.makes)):
+        is_undone = any(set(item.makes) & set(other.decomposes) for other in passes)
+        if result.tries and not (result.matches or is_undone or found.intersection(map(_identifier, item.makes))):
             silent.append(item.name)
     return silent
 

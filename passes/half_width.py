@@ -89,28 +89,26 @@ def _half_of_concat(node: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value:
 
 
 def _half_of_constant(op: Any, value: onnx_ir.Value) -> onnx_ir.Value:
-    """A new table of half the width, or why there is none: one for all sites of a pass, as it reads the table."""
+    """A new table of half the width; one for all sites of a pass."""
 
-    def make() -> onnx_ir.Value | str:
+    def make() -> onnx_ir.Value:
         expression = expression_of(value)
         assert expression is not None
         width = expression.shape[-1] if expression.shape else 0
         if expression.dtype not in FLOATS or width % 2 or not width:
-            return f"{value.name} {list(expression.shape)} is no table of an even width"
+            raise Decline(f"{value.name} {list(expression.shape)} is no table of an even width")
         halves = [expression.slice(-1, start, start + width // 2) for start in (0, width // 2)]
-        if not _are_equal(*halves):
-            return f"the halves of the table {value.name} differ"
+        _check_equal(value.name, *halves)
         made: onnx_ir.Value = op.initializer(f"{value.name}.half", halves[0])
         return made
 
-    found: onnx_ir.Value | str = op.shared(("half", value.name), make)
-    if isinstance(found, str):
-        raise Decline(found)
+    found: onnx_ir.Value = op.shared(("half", value.name), make)
     return found
 
 
-def _are_equal(first: Expression, second: Expression) -> bool:
+def _check_equal(name: str | None, first: Expression, second: Expression) -> None:
     """Compares the halves chunk by chunk: a table is a computed constant, not a weight that was trained."""
     with Evaluator() as evaluator:
-        pairs = zip(evaluator.chunks(first), evaluator.chunks(second), strict=True)
-        return all(np.array_equal(left, right) for left, right in pairs)
+        for left, right in zip(evaluator.chunks(first), evaluator.chunks(second), strict=True):
+            if not np.array_equal(left, right):
+                raise Decline(f"the halves of the table {name} differ")

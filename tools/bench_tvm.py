@@ -352,8 +352,9 @@ def main() -> None:
 def _is_partial(options: argparse.Namespace) -> bool:
     """Whether options leave out what the committed report has."""
     whole = parser().parse_args([])
-    names = ("quick", "only", "parts", "layers", "threads", "rounds", "retries")
-    return any(getattr(options, name) != getattr(whole, name) for name in names)
+    if set(options.parts) != set(whole.parts) or options.rounds < whole.rounds or options.retries < whole.retries:
+        return True
+    return any(getattr(options, name) != getattr(whole, name) for name in ("quick", "only", "layers", "threads"))
 
 
 def parser() -> argparse.ArgumentParser:

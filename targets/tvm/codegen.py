@@ -212,7 +212,7 @@ def check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
         )
     inputs = {str(value.name): value for value in model.graph.inputs}
     ids = inputs[INPUT_IDS].shape
-    if ids is None or len(ids) != 2 or isinstance(ids[1], int):
+    if ids is None or len(ids) != 2 or any(isinstance(length, int) for length in ids):
         raise ModelError(
             f"input {INPUT_IDS} has shape {ids}, expected [batch, seq]: one library runs prefill and decode. "
             f"Export with --phase merged."

@@ -25,7 +25,7 @@ ALL_GATHER = "passopt.all_gather"
 PIECE = 1 << 20
 _FLOAT = np.dtype(np.float32)
 _COUNTERS = "counters"
-#: int64 that are a cache line apart: the pieces that a rank has written, and the bytes of the last.
+#: int64 of a rank, a cache line: pieces that it has written, bytes of the last two, bytes of weights that it has read.
 _LINE = 8
 _SPINS = 2000
 _NAP = 5e-5

@@ -23,15 +23,18 @@ def check_copy(folder: Path, nbytes: int) -> None:
         )
 
 
-def check_caches(caches: Sequence[CacheLayout], batch: int, columns: int, *, held: int = 0) -> None:
+def check_caches(caches: Sequence[CacheLayout], batch: int, columns: int, *, copied: int = 0, held: int = 0) -> None:
     """Raises UsageError if caches (of all ranks) for `batch` sequences of `columns` do not fit the available memory.
 
-    Memory of `held` bytes is given back for them. The system would grant it all and end the process later.
+    A copy of the weights of `copied` bytes has to fit beside them; memory of `held` bytes is given back for them. The
+    system would grant it all and end the process later.
     """
     available = available_memory()
     nbytes = sum(cache.nbytes(batch, columns) for cache in caches)
-    if available is not None and nbytes > available + held:
-        raise no_room(nbytes, batch, columns, f"{available + held:,} are available")
+    if available is None or nbytes + copied <= available + held:
+        return
+    beside = f" beside a copy of the weights of {copied:,} bytes" if copied else ""
+    raise no_room(nbytes, batch, columns, f"{max(0, available + held - copied):,} are available{beside}")
 
 
 def no_room(nbytes: int, batch: int, columns: int, why: str) -> UsageError:

@@ -54,6 +54,7 @@ class RankEngine:
         self.past = 0
         self.batch = 0
         self.capacity = 0
+        self._written = 0
 
     @classmethod
     def load(
@@ -85,8 +86,9 @@ class RankEngine:
         if threads < 1:
             raise UsageError(f"{threads} threads: at least one is needed")
         capacity = checked_capacity(libraries[0], batch, capacity)
-        if copy_weights:
-            check_copy(folder, sum(library.weights.nbytes for library in libraries))
+        copied = sum(library.weights.nbytes for library in libraries) if copy_weights else 0
+        check_copy(folder, copied)
+        check_caches([library.cache for library in libraries], batch, capacity, copied=copied)
         share = max(1, threads // found.degree)
         jobs = [
             _Job(path, rank, found.degree, share, verify_weights, copy_weights, timeout)
@@ -130,9 +132,11 @@ class RankEngine:
     def allocate(self, batch: int, capacity: int | None = None) -> None:
         """Forget everything and make room for other sequences. Raises UsageError."""
         wanted = checked_capacity(self.library, batch, capacity)
-        check_caches([each.cache for each in self._ranks], batch, wanted, held=self.cache_bytes)
+        caches = [each.cache for each in self._ranks]
+        held = sum(cache.nbytes(self.batch, self._written) for cache in caches)
+        check_caches(caches, batch, wanted, held=held)
         self.batch, self.capacity = self._group.call("allocate", batch, capacity)
-        self.past = 0
+        self.past = self._written = 0
 
     def reset(self) -> None:
         """Forget all columns; the room stays."""
@@ -148,6 +152,7 @@ class RankEngine:
         columns: Ids = np.asarray(ids)
         logits: Logits = self._group.call("forward", columns, np.asarray(mask), positions)
         self.past += columns.shape[1]
+        self._written = max(self._written, self.past)
         return logits
 
 
@@ -258,9 +263,9 @@ class _Processes:
                 if rank not in replies:
                     raise ModelError(f"{self._folder}: {self._ended(rank)} during {method}; the other ranks were ended")
                 moved = time.monotonic()
-            if progress:
-                before, read = read, self._counters.bytes_read()
-                progress(read - before)
+            if progress and (reached := self._counters.bytes_read()) > read:
+                progress(reached - read)
+                read = reached
             now = self._counters.written()
             moved, seen = (time.monotonic() if now != seen else moved), now
             # The ranks watch each other; that all stand still only shows here, and a little later.

@@ -46,6 +46,8 @@ class Engine:
         self._buffers_of = 1
         self.batch = 0
         self.capacity = 0
+        #: Columns that were ever written: what lies behind them takes no memory yet.
+        self._written = 0
 
     @classmethod
     def load(
@@ -82,8 +84,10 @@ class Engine:
         _check_cpu(folder, library)
         _check_code(folder / library.library.file, library)
         capacity = checked_capacity(library, batch, capacity)
-        if copy_weights and alone:
-            check_copy(folder, library.weights.nbytes)
+        if alone:
+            copied = library.weights.nbytes if copy_weights else 0
+            check_copy(folder, copied)
+            check_caches([library.cache], batch, capacity, copied=copied)
         with WeightsMap(folder / library.weights.file, library.weights) as weights:
             machine = vm.VirtualMachine(folder / library.library.file, library.function, threads)
             unknown = verify_weights or not weights.is_stamped()
@@ -122,10 +126,10 @@ class Engine:
         """Forget everything and make room for other sequences. Raises UsageError."""
         capacity = checked_capacity(self.library, batch, capacity)
         layout = self.library.cache
-        check_caches([layout], batch, capacity, held=self.cache_bytes)
+        check_caches([layout], batch, capacity, held=layout.nbytes(self.batch, self._written))
         kind = _InPlace if layout.kind == "in-place" else _Functional
         self._past = kind(layout, batch, capacity)
-        self.batch, self.capacity = batch, layout.rounded(capacity)
+        self.batch, self.capacity, self._written = batch, layout.rounded(capacity), 0
 
     def reset(self) -> None:
         """Forget all columns; the room stays."""
@@ -177,7 +181,9 @@ class Engine:
         self._release_unless(stop - start)
         shape = vm.runtime().Shape((self.past,))
         result = self._machine(*inputs, shape, *self._past.tensors, *self._parameters)
-        return self._past.take(result, stop - start)
+        logits = self._past.take(result, stop - start)
+        self._written = max(self._written, self.past)
+        return logits
 
     def _release_unless(self, seq: int) -> None:
         """Intermediate results of a prefill keep their memory for the next one of the same length, not for decoding."""

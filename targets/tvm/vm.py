@@ -30,7 +30,9 @@ _POOLED = 2
 #: Threads of the pool may run on any of the given cores; every other mode pins them.
 _SHARE_ALL_CORES = -3
 #: What tvm_ffi raises for errors of TVM, by their kinds.
-_FAILURES = (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+_FAILURES = (
+    *(AssertionError, AttributeError, IndexError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError),
+)
 
 
 class VirtualMachine:
@@ -47,7 +49,7 @@ class VirtualMachine:
         try:
             return self._caller.submit(self._call, *arguments).result()
         except _FAILURES as error:
-            raise ModelError(f"{self._path}: failed: {_first_line(error)}. Compile the model again.") from error
+            raise ModelError(f"{self._path}: failed: {_first_line(error)}") from error
 
     def release_buffers(self) -> None:
         """Give back the memory that the machine keeps for intermediate results: other lengths take other sizes."""

@@ -140,7 +140,9 @@ def test_a_fusion_that_matches_nothing_says_so(model: Path, capsys):
     """Of the ALiBi family, which has no angles; a pipeline that expects a number says nothing besides."""
     assert main([*run(model, "fuse")]) == 0
     told = capsys.readouterr().err
-    assert f"fuse-rotary matched nothing; what came near: passopt why fuse-rotary {model / 'model.onnx'}" in told
+    command = f"passopt why fuse-rotary {model / 'model.onnx'} --in fuse"
+    assert f"fuse-rotary matched nothing; what came near: {command}\n" in told
+    assert main(command.split()[1:]) == 0
     assert "fuse-rms-norm" not in told
     assert main(["run", str(model), "--passes", "baichuan2", "--dry-run"]) == 0
     assert "matched nothing" not in capsys.readouterr().err

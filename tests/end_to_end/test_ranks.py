@@ -194,14 +194,24 @@ def test_a_rank_with_weights_of_another_run_is_refused(rotary: Path, compiled, t
 def test_caches_of_all_ranks_together_must_fit(rotary: Path, compiled, monkeypatch):
     with RankEngine.load(compiled(rotary, TP2)[1], capacity=16) as engine:
         needed = 2 * engine.library.cache.nbytes(3, 32)
-        held = engine.cache_bytes
+        engine.forward([[1]], [[1]])
+        held = 2 * engine.library.cache.nbytes(1, 1)  # of what was allocated, as much as was written
         monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - held - 1)
         with pytest.raises(UsageError, match=f"no memory for caches of {needed:,} bytes"):
             engine.allocate(3, 32)
-        engine.forward([[1]], [[1]])  # as it was
+        engine.forward([[1]], [[1, 1]])  # as it was
         monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - held)
         engine.allocate(3, 32)
         assert engine.cache_bytes == needed
+
+
+def test_all_ranks_tell_what_they_read(rotary: Path, compiled):
+    folder, read = compiled(rotary, TP2)[1], []
+    with RankEngine.load(folder, capacity=16, verify_weights=True, progress=read.append) as engine:
+        total = sum(path.stat().st_size for path in folder.glob("rank*/weights.safetensors"))
+        assert 0.9 * total < sum(read) < total  # but for headers and alignment
+        assert min(read) > 0
+        engine.forward([[1]], [[1]])
 
 
 def test_a_rank_that_cannot_load_says_why(rotary: Path, compiled, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from passopt.ir.errors import UsageError
 from passopt.targets.tvm import features
 from passopt.targets.tvm.features import find_cpu, host_flags, missing_features
 
@@ -31,3 +32,9 @@ def test_what_a_hypervisor_hides_is_not_generated(monkeypatch: pytest.MonkeyPatc
 def test_a_named_cpu_is_taken_at_its_word():
     assert find_cpu("icelake-server").without == ()
     assert "avx512vnni" in find_cpu("icelake-server").required_features()
+
+
+def test_a_machine_without_kernels_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(features.platform, "machine", lambda: "aarch64")
+    with pytest.raises(UsageError, match="compiled libraries are for x86-64, this machine is aarch64"):
+        find_cpu()

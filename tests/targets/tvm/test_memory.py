@@ -65,6 +65,9 @@ def test_caches_that_do_not_fit_are_refused(machine: Path):
         with pytest.raises(UsageError, match=f"no memory for caches of {nbytes:,} bytes .*: 4,096,000 are available"):
             memory.check_caches(ranks, batch, columns)
         memory.check_caches(ranks, batch, columns, held=nbytes - 4_096_000)
+    memory.check_caches([rank], 1, 208, copied=4_096_000 - 2_129_920)
+    with pytest.raises(UsageError, match="2,129,919 are available beside a copy of the weights of 1,966,081 bytes"):
+        memory.check_caches([rank], 1, 208, copied=4_096_000 - 2_129_920 + 1)
 
 
 def test_of_this_machine():

@@ -75,6 +75,39 @@ def test_a_part_that_fails_takes_back_those_before_it(make_tiny_library, monkeyp
     assert engine.past == 1
 
 
+def test_what_the_library_refuses_is_told_with_its_name(make_tiny_library):
+    """As shapes would be that it was not compiled for: here fewer parameters."""
+    tiny = make_tiny_library()
+    engine = Engine.load(tiny.folder, batch=2, capacity=20)
+    engine._parameters = engine._parameters[:1]
+    with pytest.raises(ModelError, match=r"lib\.so: failed: "):
+        engine.forward(IDS, MASK)
+    assert engine.past == 0
+
+
+def test_caches_must_fit_beside_a_copy(tiny, monkeypatch: pytest.MonkeyPatch):
+    library = read_library(tiny.folder)
+    assert isinstance(library, Library)
+    needed = library.cache.nbytes(2, 33) + library.weights.nbytes
+    monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - 1)
+    monkeypatch.setattr(runtime, "WeightsMap", None)  # nothing is read
+    with pytest.raises(UsageError, match="no memory for caches of .* beside a copy of the weights"):
+        Engine.load(tiny.folder, batch=2, capacity=33, copy_weights=True)
+
+
+def test_memory_that_was_only_asked_for_is_not_given_back(tiny, monkeypatch: pytest.MonkeyPatch):
+    engine = Engine.load(tiny.folder, batch=2, capacity=320)
+    engine.forward(IDS, MASK)
+    layout = engine.library.cache
+    needed, held = layout.nbytes(2, 640), layout.nbytes(2, 5)
+    monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - held - 1)
+    with pytest.raises(UsageError, match="no memory for caches"):
+        engine.allocate(2, 640)
+    monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - held)
+    engine.allocate(2, 640)
+    assert engine.capacity == 640
+
+
 @pytest.mark.parametrize("kind", ["in-place", "functional"])
 def test_truncated_columns_are_forgotten(make_tiny_library, kind: str):
     tiny = make_tiny_library(kind, "bf16")

@@ -34,7 +34,8 @@ def generate(options: argparse.Namespace) -> int:
     longest = options.max_new_tokens or settings.max_new_tokens
     prompts = _prompts(options, folder, texts, conversations, tokenizer, settings, facts, longest)
     room = plan_room(facts, prompts, longest, options.capacity)
-    check_caches(facts.caches, len(prompts), room.columns)
+    copied = facts.weight_bytes if options.copy_weights else 0
+    check_caches(facts.caches, len(prompts), room.columns, copied=copied)
     engine = _open(folder, facts.weight_bytes, options)
     writer = None if options.json or not options.stream else _Writer(_pieces(tokenizer), len(prompts))
     result = run(

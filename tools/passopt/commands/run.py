@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     if limit is not None:
         _to_stderr(f"passopt run: {limit}\n")
     for name in [] if limit is not None else unwatched_misses(pipeline.passes, expectations, records, model):
-        _to_stderr(f"passopt run: {name} matched nothing; what came near: passopt why {name} {path}\n")
+        command = f"passopt why {name} {path} --in {shlex.quote(options.passes)}"
+        _to_stderr(f"passopt run: {name} matched nothing; what came near: {command}\n")
     if options.emit == "text":
         print(print_model(model), end="")
         _to_stderr(summary_table(records, times=options.time_passes) + "\n")
