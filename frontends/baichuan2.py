@@ -21,10 +21,10 @@ from passopt.frontends.checkpoint import Checkpoint
 from passopt.frontends.family import Cache, CacheShape, Family, Step
 from passopt.frontends.options import Alibi, ExportOptions
 from passopt.frontends.remote_code import StockClasses, build_stock
-from passopt.ir.alibi import alibi_slopes
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.expressions import Source
-from passopt.ir.sources import safetensors_sources
+from passopt.ir.graph.alibi import alibi_slopes
+from passopt.ir.weights.expressions import Source
+from passopt.ir.weights.sources import safetensors_sources
 
 FUTURE_MASK = "alibi.future_mask"
 SLOPES = "alibi.slopes"

@@ -10,9 +10,9 @@ import onnx_ir
 
 from passopt.frontends.checkpoint import Checkpoint
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import FLOATS, DataType, Source
-from passopt.ir.weights import LazyWeight
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import FLOATS, DataType, Source
+from passopt.ir.weights.lazy_weight import LazyWeight
 
 
 def check_tensors(checkpoint: Checkpoint, model: Any) -> None:

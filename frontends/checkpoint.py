@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import Source
-from passopt.ir.sources import safetensors_sources, torch_sources
+from passopt.ir.weights.expressions import Source
+from passopt.ir.weights.sources import safetensors_sources, torch_sources
 
 CONFIG_NAME = "config.json"
 

@@ -15,7 +15,7 @@ import onnx_ir
 import torch
 
 from passopt.frontends.checkpoint import Checkpoint
-from passopt.ir.expressions import Source
+from passopt.ir.weights.expressions import Source
 
 #: Per layer, key and value [b, heads, length, width].
 Cache: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]

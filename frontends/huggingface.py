@@ -21,7 +21,7 @@ from passopt.frontends.options import ExportOptions
 from passopt.frontends.quiet import quiet
 from passopt.frontends.tracing import trace
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import DataType
+from passopt.ir.weights.expressions import DataType
 
 TORCH_DTYPES = {
     DataType.FLOAT: torch.float32,

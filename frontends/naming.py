@@ -15,9 +15,9 @@ from pathlib import Path
 import onnx_ir
 
 from passopt.frontends.options import Phase
-from passopt.ir.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from passopt.ir.errors import ModelError
-from passopt.ir.provenance import MODULE, SOURCE
+from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
+from passopt.ir.graph.provenance import MODULE, SOURCE
 
 #: The attribute of the step that holds the stock model: the prefix of every traced name.
 PREFIX = "stock"

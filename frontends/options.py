@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
 from passopt.ir.errors import UsageError
-from passopt.ir.expressions import DataType
+from passopt.ir.weights.expressions import DataType
 
 #: The ALiBi bias of Baichuan2 as slopes × columns, or as the constant [heads, positions, positions].
 Alibi: TypeAlias = Literal["formula", "baked"]

@@ -25,10 +25,10 @@ from passopt.frontends.naming import cache_names
 from passopt.frontends.options import ExportOptions, Phase
 from passopt.frontends.quiet import quiet
 from passopt.ir.errors import CheckError
-from passopt.ir.expressions import DataType
-from passopt.ir.files import MODEL_NAME, save_materialized
-from passopt.ir.sources import safetensors_sources
-from passopt.ir.twin import fp32_twin
+from passopt.ir.graph.fp32_twin import fp32_twin
+from passopt.ir.serialization.model_files import MODEL_NAME, save_materialized
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.sources import safetensors_sources
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

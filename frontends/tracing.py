@@ -20,7 +20,7 @@ from passopt.frontends.family import CacheShape, Step
 from passopt.frontends.naming import COLUMNS, PREFIX, input_names
 from passopt.frontends.options import ExportOptions, Phase
 from passopt.frontends.precision import Fp32Islands
-from passopt.ir.contract import ATTENTION_MASK
+from passopt.ir.graph.decoder import ATTENTION_MASK
 
 # Unequal, and neither 0 nor 1, so that no branch of the stock code specialises on them.
 _BATCH, _SEQ, _PAST = 2, 7, 3

@@ -24,7 +24,7 @@ from passopt.frontends.fakes import fake_weights
 from passopt.frontends.family import Cache, CacheShape, Family, Step
 from passopt.frontends.options import ExportOptions
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.expressions import Source
+from passopt.ir.weights.expressions import Source
 
 #: Tensors of older checkpoints that every class computes by now.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")

@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 
-from passopt.ir.shapes import dimensions
-from passopt.ir.weights import constant_tensor, small_constant
+from passopt.ir.graph.shapes import dimensions
+from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.base import Decline
 
 _FLOAT = onnx_ir.DataType.FLOAT

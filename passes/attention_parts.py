@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.shapes import dimensions
+from passopt.ir.graph.shapes import dimensions, fits
 from passopt.passes.attention_masks import chosen
 from passopt.passes.base import Decline
-from passopt.passes.fusing import fits, number
+from passopt.passes.fusing import number
 
 #: Scores at or below this are masked, whatever number an exporter chose.
 _MASKED = -1e4

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.shapes import ConstantElement, DimOf, dimensions, elements
+from passopt.ir.graph.shapes import ConstantElement, DimOf, dimensions, elements
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 

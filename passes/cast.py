@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir
 
-from passopt.ir import expressions as ex
-from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
-from passopt.ir.shapes import complete_types
-from passopt.ir.weights import LazyWeight, constant_tensor, is_checkpoint_weight
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.shapes import complete_types
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.lazy_weight import LazyWeight, constant_tensor, is_checkpoint_weight
 from passopt.passes.base import Pass, PassResult, lossy
 from passopt.passes.cast_islands import FLOATS, Islands, finite_limits, is_dtype_cast, is_float, is_leaf, uncast
 

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from passopt.ir.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
-from passopt.ir.weights import constant_tensor, small_constant
-from passopt.passes.opset_changes import operators
+from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
+from passopt.ir.graph.operators import operators
+from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 
 DataType = onnx_ir.DataType
 

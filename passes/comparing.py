@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from passopt.ir.weights import small_constant
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.pattern import Number, Numbers
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.attributes import attributes_key
-from passopt.ir.editing import Editor
-from passopt.ir.operators import RANDOM
-from passopt.ir.provenance import set_provenance
-from passopt.ir.shapes import complete_types, merged_shapes
-from passopt.ir.weights import small_constant
+from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.operators import COMMUTATIVE, RANDOM
+from passopt.ir.graph.provenance import set_provenance
+from passopt.ir.graph.shapes import complete_types, merged_shapes
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.base import Pass, PassResult
-from passopt.passes.pattern import COMMUTATIVE
 
 _NEVER_EQUAL = RANDOM | {"Dropout"}
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")

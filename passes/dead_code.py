@@ -6,7 +6,8 @@ import dataclasses
 
 import onnx_ir
 
-from passopt.ir.editing import Editor
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.functions import called_functions
 from passopt.passes.base import Pass, PassResult
 
 
@@ -30,15 +31,3 @@ class RemoveDeadCode(Pass):
             del model.functions[identifier]
         removed = nodes + weights + len(unused)
         return PassResult(modified=removed > 0, matches=nodes)
-
-
-def called_functions(model: onnx_ir.Model) -> set[onnx_ir.OperatorIdentifier]:
-    """Functions that the graph calls, or that such functions call."""
-    called: set[onnx_ir.OperatorIdentifier] = set()
-    work = list(model.graph.all_nodes())
-    while work:
-        identifier = work.pop().op_identifier()
-        if identifier in model.functions and identifier not in called:
-            called.add(identifier)
-            work.extend(model.functions[identifier].all_nodes())
-    return called

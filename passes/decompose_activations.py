@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-from passopt.ir.attributes import attribute
+from passopt.ir.graph.attributes import attribute
 from passopt.passes.base import REASSOCIATED
 from passopt.passes.decomposing import DecomposePass, required
 from passopt.passes.rewriting import Rewriter

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.attributes import attribute
-from passopt.ir.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
-from passopt.ir.shapes import dimensions
+from passopt.ir.graph.attributes import attribute
+from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN, called_functions
+from passopt.ir.graph.shapes import dimensions
 from passopt.passes.base import REASSOCIATED, Decline, PassResult
-from passopt.passes.dead_code import called_functions
 from passopt.passes.decomposing import DecomposePass, cast, operand, required
 from passopt.passes.rewriting import Rewriter
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.attributes import attribute
-from passopt.ir.expressions import concat
-from passopt.ir.shapes import dimensions
-from passopt.ir.weights import expression_of
+from passopt.ir.graph.attributes import attribute
+from passopt.ir.graph.shapes import dimensions
+from passopt.ir.weights.expressions import concat
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.decomposing import DecomposePass, operand, required
 from passopt.passes.rewriting import Rewriter

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
-from passopt.ir.editing import Editor, discard
-from passopt.ir.shapes import complete_types
+from passopt.ir.graph.editor import Editor, discard
+from passopt.ir.graph.shapes import complete_types
 from passopt.passes.base import REASSOCIATED, Accuracy, Decline, Pass, PassResult
 from passopt.passes.rewriting import Rewriter
 

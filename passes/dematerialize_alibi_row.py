@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.alibi import alibi_slopes
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import FLOATS, Expression
-from passopt.ir.shapes import dimensions
-from passopt.ir.weights import small_constant
+from passopt.ir.graph.alibi import alibi_slopes
+from passopt.ir.graph.shapes import dimensions
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import FLOATS, Expression
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.dematerialize_alibi import equal_bias, single
 from passopt.passes.fusing import number

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
-from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
+from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.pattern import (
     Absent,
     Maybe,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir
 
-from passopt.ir.contract import POSITION_IDS, layer_count
 from passopt.ir.errors import ExpectationError, UsageError
+from passopt.ir.graph.decoder import POSITION_IDS, layer_count
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.catalog import unknown_name
 from passopt.passes.why import explain_rest

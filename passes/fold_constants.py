@@ -14,14 +14,14 @@ import onnx
 import onnx.reference
 import onnx_ir
 
-from passopt.ir.attributes import attributes_key
-from passopt.ir.builder import infer_types
-from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
-from passopt.ir.operators import RANDOM
-from passopt.ir.provenance import absorb_provenance
-from passopt.ir.shapes import DimOf, complete_types, dimensions, elements, known_numbers, single_length
-from passopt.ir.weights import constant_tensor, is_checkpoint_weight, small_constant
+from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.builder import infer_types
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.operators import RANDOM
+from passopt.ir.graph.provenance import absorb_provenance
+from passopt.ir.graph.shapes import DimOf, complete_types, dimensions, elements, known_numbers, single_length
+from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.misses import Miss
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
-from passopt.ir.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
+from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.passes.attention_masks import alibi_mask, split_alibi, visible_mask
 from passopt.passes.attention_parts import Parts
 from passopt.passes.base import REASSOCIATED, Decline

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
-from passopt.ir.shapes import dimensions
+from passopt.ir.graph.shapes import dimensions
 from passopt.passes.base import REASSOCIATED, Decline
 from passopt.passes.fusing import number, require_opset
 from passopt.passes.rewriting import RewritePass

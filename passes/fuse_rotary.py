@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
-from passopt.ir.shapes import dimensions
-from passopt.ir.weights import small_constant
+from passopt.ir.graph.shapes import dimensions, fits
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.base import REASSOCIATED, Decline
-from passopt.passes.fusing import fits, number, require_opset
+from passopt.passes.fusing import number, require_opset
 from passopt.passes.half_width import first_half, keeps_last_axis
 from passopt.passes.rewriting import RewritePass
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import FLOATS, Expression
-from passopt.ir.shapes import dimensions
-from passopt.ir.weights import constant_tensor, expression_of, small_constant
+from passopt.ir.graph.shapes import dimensions
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import FLOATS, Expression
+from passopt.ir.weights.lazy_weight import constant_tensor, expression_of, small_constant
 from passopt.passes.base import Decline
 
 #: Operators that treat every element alike; inputs that do not have the last axis are taken as they are.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from passopt.ir.contract import LOGITS
-from passopt.ir.expressions import Fill
+from passopt.ir.graph.decoder import LOGITS
+from passopt.ir.weights.expressions import Fill
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx_ir
 
-from passopt.ir.files import save_reference
-from passopt.ir.text import print_model
+from passopt.ir.serialization.model_files import save_reference
+from passopt.ir.serialization.text import print_model
 from passopt.passes.manager import Instrument, PassRecord
 
 #: Reasons to decline that the table of rules shows per rule.

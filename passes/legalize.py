@@ -11,9 +11,9 @@ from typing import NoReturn
 import onnx
 import onnx_ir
 
-from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
-from passopt.ir.shapes import complete_types
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.shapes import complete_types
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.opset_changes import DECOMPOSED_BY, LOWEST_TARGET, NEWEST, OLDEST, UNCHANGED, changes
 from passopt.passes.opset_converters import CONVERTERS, Place, Step

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import onnx_ir
 
 from passopt.ir.errors import PassError, PassoptError, VerifyError
-from passopt.ir.interface import Interface
-from passopt.ir.verifier import verify_model
+from passopt.ir.graph.interface import Interface
+from passopt.ir.graph.verifier import verify_model
 from passopt.passes.base import TIME_RULES, Pass, PassResult
 from passopt.passes.expectations import Expectation, Watch
 from passopt.passes.limits import rewrite_limit

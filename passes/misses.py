@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.provenance import MODULE, SOURCE
+from passopt.ir.graph.provenance import MODULE, SOURCE
 from passopt.passes.differences import Difference, describe_node, provenance
 
 _NAME = re.compile(r"[\w./:]*\w")

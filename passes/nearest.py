@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.weights import is_checkpoint_weight, small_constant
+from passopt.ir.weights.lazy_weight import is_checkpoint_weight, small_constant
 from passopt.passes.attempts import Attempt
 from passopt.passes.comparing import attribute_value, is_constant, same_attribute
 from passopt.passes.differences import (

@@ -10,8 +10,8 @@ from collections.abc import Hashable, Sequence
 
 import onnx_ir
 
-from passopt.ir.attributes import attributes_key
-from passopt.ir.weights import small_constant
+from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.attempts import Attempt
 from passopt.passes.differences import Difference, Words, found_words
 

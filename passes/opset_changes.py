@@ -11,13 +11,10 @@ from collections.abc import Mapping
 
 import onnx
 
+from passopt.ir.graph.operators import operators
+
 #: The first opset that is read, the first that a model is lowered to, and the last that onnxruntime runs.
 OLDEST, LOWEST_TARGET, NEWEST = 11, 18, 26
-
-
-def operators(*lines: str) -> frozenset[str]:
-    """The names in lines of text."""
-    return frozenset(name for line in lines for name in line.split())
 
 
 #: Changes that only admit more: dtypes, optional inputs, and attributes whose default is what the operator did before.

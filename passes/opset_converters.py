@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx_ir
 
-from passopt.ir.builder import Builder
 from passopt.ir.errors import PassError
-from passopt.ir.provenance import set_provenance
+from passopt.ir.graph.builder import Builder
+from passopt.ir.graph.provenance import set_provenance
 
 
 class Step:

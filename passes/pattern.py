@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from passopt.ir.errors import PassError
-
-COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Max", "Min", "Equal"})
+from passopt.ir.graph.operators import COMMUTATIVE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

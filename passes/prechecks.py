@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
-from passopt.ir.weights import is_checkpoint_weight, small_constant
+from passopt.ir.weights.lazy_weight import is_checkpoint_weight, small_constant
 from passopt.passes.comparing import attribute_value, same_attribute, same_constant
 from passopt.passes.pattern import Absent, Alternatives, Number, Numbers, Output, Scalar, ValuePattern, Weight
 

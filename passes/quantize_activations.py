@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir
 
-from passopt.ir.expressions import DataType
-from passopt.ir.linears import LARGEST_CODE, LinearWeight, QuantizedRows, find_weight, quantized_rows_of
+from passopt.ir.graph.linears import LARGEST_CODE, LinearWeight, QuantizedRows, find_weight, quantized_rows_of
+from passopt.ir.weights.expressions import DataType
 from passopt.passes.base import Decline, PassResult, lossy
 from passopt.passes.rewriting import RewritePass
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.builder import Builder
 from passopt.ir.errors import PassError
-from passopt.ir.expressions import Expression
-from passopt.ir.weights import is_checkpoint_weight
+from passopt.ir.graph.builder import Builder
+from passopt.ir.graph.lm_head import is_head
+from passopt.ir.weights.expressions import Expression
+from passopt.ir.weights.lazy_weight import is_checkpoint_weight
 from passopt.passes.base import Decline, PassResult, lossy
-from passopt.passes.head import is_head
 from passopt.passes.rewriting import RewritePass
 
 #: What DequantizeLinear takes as scales; a double weight stays as it is.

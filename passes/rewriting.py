@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.builder import Builder, TypesMemo
-from passopt.ir.collector import collector_paused
-from passopt.ir.editing import Editor, discard
 from passopt.ir.errors import PassError
-from passopt.ir.expressions import Expression
-from passopt.ir.shapes import complete_types
-from passopt.ir.weights import expression_of
+from passopt.ir.gc_pause import collector_paused
+from passopt.ir.graph.builder import Builder, TypesMemo
+from passopt.ir.graph.editor import Editor, discard
+from passopt.ir.graph.shapes import complete_types
+from passopt.ir.weights.expressions import Expression
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.base import TIME_RULES, Decline, Pass, PassResult, RuleStatistics
 from passopt.passes.limits import rewrite_limit
 from passopt.passes.matching import Match, Matcher

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import onnx_ir
 
-from passopt.ir.contract import degree_of
-from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
-from passopt.ir.shapes import complete_types
-from passopt.ir.weights import is_checkpoint_weight
+from passopt.ir.graph.decoder import degree_of
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.shapes import complete_types
+from passopt.ir.weights.lazy_weight import is_checkpoint_weight
 from passopt.passes.base import REASSOCIATED, Pass, PassResult
 from passopt.passes.misses import Miss
 from passopt.passes.sharding.materialize import Materializer

@@ -8,9 +8,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import onnx_ir
 
-from passopt.ir.editing import Editor, discard
 from passopt.ir.errors import PassoptError, UsageError
-from passopt.ir.provenance import MADE_BY
+from passopt.ir.graph.editor import Editor, discard
+from passopt.ir.graph.provenance import MADE_BY
 from passopt.passes.attempts import Attempt
 from passopt.passes.base import Decline
 from passopt.passes.catalog import unknown_name

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-from passopt.ir.editing import Editor
-from passopt.ir.linears import Linear, find_dynamic_linear
-from passopt.ir.shapes import complete_types
-from passopt.ir.weights import constant_tensor, small_constant
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.linears import Linear, find_dynamic_linear
+from passopt.ir.graph.lm_head import head_path
+from passopt.ir.graph.shapes import complete_types
+from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.base import Pass, PassResult
-from passopt.passes.head import head_path
 
 _END = 2**63 - 1
 

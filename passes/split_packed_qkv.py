@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from passopt.ir.shapes import dimensions
+from passopt.ir.graph.shapes import dimensions
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 

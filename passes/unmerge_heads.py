@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.shapes import Dimension, dimensions
-from passopt.ir.weights import small_constant
+from passopt.ir.graph.shapes import Dimension, dimensions
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.base import Decline
 from passopt.passes.rewriting import RewritePass
 

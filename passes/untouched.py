@@ -11,8 +11,8 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.editing import use_count
 from passopt.ir.errors import VerifyError
+from passopt.ir.graph.editor import use_count
 
 #: Of values with more readers only the number is remembered: all layers may read one mask.
 _FEW_READERS = 8

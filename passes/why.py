@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.errors import PassoptError
-from passopt.ir.shapes import complete_types
+from passopt.ir.graph.shapes import complete_types
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.differences import operator
 from passopt.passes.misses import Group, Miss, grouped

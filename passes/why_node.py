@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.shapes import complete_types
+from passopt.ir.graph.shapes import complete_types
 from passopt.passes.attempts import Attempt
 from passopt.passes.differences import describe_node, operator, provenance
 from passopt.passes.misses import Miss, origin_of, short_rule

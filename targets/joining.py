@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-from passopt.ir.attributes import attributes_key
-from passopt.ir.builder import Builder, Built
-from passopt.ir.contract import ATTENTION_MASK, DEGREE, INPUT_IDS, KV_HEADS, LOGITS, POSITION_IDS
 from passopt.ir.errors import ModelError
-from passopt.ir.weights import LazyWeight, expression_of
-from passopt.targets.manifest import is_collective
+from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.builder import Builder, Built
+from passopt.ir.graph.collectives import is_collective
+from passopt.ir.graph.decoder import ATTENTION_MASK, DEGREE, INPUT_IDS, KV_HEADS, LOGITS, POSITION_IDS
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 
 _SHARED_INPUTS = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS)
 _HEAD_AXIS = 1

@@ -15,26 +15,19 @@ from typing import TypedDict
 import blake3
 import onnx_ir
 
-from passopt.ir import expressions as ex
-from passopt.ir.contract import degree_of
+from passopt.ir.atomic_folders import JOURNAL_NAME, keep_only, resumable_directory, staged_directory
 from passopt.ir.errors import VerifyError
-from passopt.ir.files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
-from passopt.ir.layout import plan_layout
-from passopt.ir.linears import reads_codes, reads_scales
-from passopt.ir.staging import JOURNAL_NAME, keep_only, resumable_directory, staged_directory
-from passopt.ir.streaming.budget import DEFAULT_STREAM, StreamOptions
-from passopt.ir.streaming.engine import StreamReport, write_weight_files
-from passopt.ir.streaming.schedule import WeightFile
+from passopt.ir.graph.collectives import schedule_of
+from passopt.ir.graph.decoder import degree_of
+from passopt.ir.graph.linears import reads_codes, reads_scales
+from passopt.ir.serialization.model_files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.streaming.budget import DEFAULT_STREAM, StreamOptions
+from passopt.ir.weights.streaming.output_groups import WeightFile
+from passopt.ir.weights.streaming.write_weights import StreamReport, write_weight_files
 from passopt.targets.digests import root_digest
-from passopt.targets.manifest import (
-    MANIFEST_NAME,
-    NO_DIGEST,
-    Manifest,
-    RankFiles,
-    rank_folders,
-    refuse_single_rank,
-    schedule_of,
-)
+from passopt.targets.manifest import MANIFEST_NAME, NO_DIGEST, Manifest, RankFiles, rank_folders, refuse_single_rank
 
 #: Copied from the model's source, where they exist: all that a tokenizer and a runner need besides the model.
 COMPANIONS = (

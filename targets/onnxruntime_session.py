@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.errors import ModelError
-from passopt.ir.files import MODEL_NAME, save_materialized
+from passopt.ir.serialization.model_files import MODEL_NAME, save_materialized
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

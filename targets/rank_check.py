@@ -9,9 +9,9 @@ import blake3
 import onnx_ir
 
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import weight_digest
-from passopt.ir.files import MODEL_NAME, WEIGHTS_NAME
-from passopt.ir.weights import expression_of
+from passopt.ir.serialization.model_files import MODEL_NAME, WEIGHTS_NAME
+from passopt.ir.weights.evaluator import weight_digest
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.targets.manifest import MANIFEST_NAME, Manifest
 
 #: Bytes. Weights of norms and scales tell two checkpoints apart; larger tensors would have to be read twice.

@@ -13,22 +13,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 
-from passopt.ir import expressions as ex
-from passopt.ir.contract import KV_HEADS, LOGITS, degree_of
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import weight_digest
-from passopt.ir.files import MODEL_NAME, load_model
-from passopt.ir.verifier import verify_model
-from passopt.ir.weights import LazyWeight, expression_of
+from passopt.ir.graph.collectives import check_schedules, schedule_of
+from passopt.ir.graph.decoder import KV_HEADS, LOGITS, degree_of
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.model_files import MODEL_NAME, load_model
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.evaluator import weight_digest
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.targets.joining import Joiner
-from passopt.targets.manifest import (
-    MANIFEST_NAME,
-    check_schedules,
-    rank_folders,
-    read_manifest,
-    refuse_single_rank,
-    schedule_of,
-)
+from passopt.targets.manifest import MANIFEST_NAME, rank_folders, read_manifest, refuse_single_rank
 
 
 def load_any(path: Path | str, *, heads: int | None = None) -> onnx_ir.Model:

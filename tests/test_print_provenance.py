@@ -9,9 +9,9 @@ import pytest
 
 from passopt.cli import main
 from passopt.commands.provenance import provenance_text, rows_of
-from passopt.ir.files import load_model, save_reference
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
-from passopt.ir.text_files import read_model
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
+from passopt.ir.serialization.model_files import load_model, save_reference
+from passopt.ir.serialization.text_files import read_model
 from passopt.passes.catalog import catalog
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve

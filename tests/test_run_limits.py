@@ -7,7 +7,7 @@ import json
 import pytest
 
 from passopt.cli import main
-from passopt.ir.files import load_model
+from passopt.ir.serialization.model_files import load_model
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[2,3] x) => (float[2,6] y) <float[6,3] "a.w" = random, float[6,6] "b.w" = random, int64[2] three = {3, 3}> {

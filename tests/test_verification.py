@@ -15,12 +15,12 @@ import pytest
 
 from passopt import verification_head
 from passopt.generation.tokenizer import load_tokenizer
-from passopt.ir.contract import positions_of
-from passopt.ir.editing import Editor
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import DataType, Literal
-from passopt.ir.text import parse_model
-from passopt.ir.weights import LazyWeight
+from passopt.ir.graph.decoder import positions_of
+from passopt.ir.graph.editor import Editor
+from passopt.ir.serialization.text import parse_model
+from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.passes.quantize_activations import QuantizeActivations
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import join_ranks, rank_models
@@ -29,13 +29,7 @@ from passopt.testing.decoders import DecoderSpec, tiny_decoder
 from passopt.verification import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
 from passopt.verification_cut import cut_decoder
 from passopt.verification_report import Row, VerifyReport, relative_error
-from passopt.verification_scenarios import (
-    Step,
-    make_scenarios,
-    perplexity,
-    surprise,
-    text_windows,
-)
+from passopt.verification_scenarios import Step, make_scenarios, perplexity, surprise, text_windows
 from passopt.verification_twins import dequantised_twin, has_dynamic_activations
 
 FP16, BF16 = DataType.FLOAT16, DataType.BFLOAT16
@@ -246,7 +240,7 @@ def test_key_and_value_caches_swapped() -> None:
 
 
 def test_slopes_of_the_local_head_count_are_found() -> None:
-    from passopt.ir.alibi import alibi_slopes
+    from passopt.ir.graph.alibi import alibi_slopes
 
     def local(model: onnx_ir.Model) -> None:
         slopes = np.tile(alibi_slopes(2), 2).reshape(4, 1, 1)

@@ -125,8 +125,8 @@ Candidate = tuple[Callable[[str], Any], Callable[[Any], Any]]
 
 
 def passopt_rules(task: str) -> Candidate:
-    from passopt.ir.files import load_model
-    from passopt.ir.weights import small_constant
+    from passopt.ir.serialization.model_files import load_model
+    from passopt.ir.weights.lazy_weight import small_constant
     from passopt.passes.rewriting import RewritePass
 
     def number(value: Any) -> float:
@@ -163,7 +163,7 @@ def onnxscript_rules(task: str, *, commute: bool) -> Candidate:
 
 
 def passopt_pass(task: str) -> Candidate:
-    from passopt.ir.files import load_model
+    from passopt.ir.serialization.model_files import load_model
     from passopt.passes.catalog import pass_class
 
     def run(model: Any) -> int:
@@ -190,7 +190,7 @@ def onnx_ir_pass(task: str) -> Candidate:
 
 def passopt_pipeline(task: str) -> Candidate:
     """The structure check after every pass included."""
-    from passopt.ir.files import load_model
+    from passopt.ir.serialization.model_files import load_model
     from passopt.passes.manager import run_passes
     from passopt.passes.pipeline_spec import resolve
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from passopt.ir.streaming.direct_io import Arena, OutputFile, page_up
+from passopt.ir.weights.streaming.direct_io import Arena, OutputFile, page_up
 from passopt.testing.checkpoints import CheckpointSpec, make_checkpoint
 
 _POOL = 64 << 20

@@ -22,7 +22,7 @@ from bench_rewrite import processor, table
 from bench_scale_candidates import CANDIDATES
 from bench_scale_usage import GIB, Usage, watched
 
-from passopt.ir.streaming.direct_io import Arena, OutputFile
+from passopt.ir.weights.streaming.direct_io import Arena, OutputFile
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Width and layers that make so many GB of fp32, embedding and head of 125,696 rows included.

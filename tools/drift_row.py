@@ -24,10 +24,10 @@ from passopt.commands.export import clean_up
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.huggingface import export_graph
 from passopt.frontends.options import ExportOptions
-from passopt.ir.contract import LOGITS
 from passopt.ir.errors import PassoptError
-from passopt.ir.expressions import DataType
-from passopt.ir.files import save_materialized
+from passopt.ir.graph.decoder import LOGITS
+from passopt.ir.serialization.model_files import save_materialized
+from passopt.ir.weights.expressions import DataType
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve
 from passopt.targets.onnxruntime_session import Session

@@ -1,4 +1,4 @@
-"""Link the folders named by setup.cfg's package_dir into build/typepath, where mypy and pyright find them.
+"""Link the packages that setup.cfg lists into build/typepath, where mypy and pyright find them.
 
 Type checkers do not run setuptools' import hook, so an editable install alone is invisible to them.
 """
@@ -14,12 +14,19 @@ TYPEPATH = ROOT / "build" / "typepath"
 
 
 def package_dirs() -> dict[str, str]:
-    """Import name → folder, as setup.cfg states it, parents first."""
+    """Return import name → folder of every listed package, parents first.
+
+    `package_dir` of setup.cfg names the roots only; a package below a root lies in the folder of the same path.
+    """
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     lines = config["options"]["package_dir"].strip().splitlines()
-    pairs = (line.split("=") for line in lines)
-    return dict(sorted((name.strip(), folder.strip()) for name, folder in pairs))
+    roots = {name.strip(): folder.strip() for name, folder in (line.split("=") for line in lines)}
+    found = {}
+    for name in sorted(config["options"]["packages"].split()):
+        root = max((root for root in roots if f"{name}.".startswith(f"{root}.")), key=len)
+        found[name] = "/".join([roots[root], *name[len(root) :].split(".")[1:]])
+    return found
 
 
 def main() -> None:

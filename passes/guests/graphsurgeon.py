@@ -14,8 +14,8 @@ import onnx_ir
 from onnx_graphsurgeon.ir.tensor import LazyValues  # type: ignore[import-untyped]
 
 from passopt.ir.errors import PassError
-from passopt.ir.expressions import Expression, Literal
-from passopt.ir.weights import SMALL_BYTES, LazyWeight
+from passopt.ir.weights.expressions import Expression, Literal
+from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
 from passopt.passes.base import PassResult
 from passopt.passes.guests.handles import (
     LOCATION,

@@ -14,10 +14,10 @@ import onnx
 import onnx_ir
 
 from passopt.ir.errors import PassError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import Expression, Literal, Source
-from passopt.ir.sources import check_unchanged
-from passopt.ir.weights import SMALL_BYTES, LazyWeight
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import Expression, Literal, Source
+from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
+from passopt.ir.weights.sources import check_unchanged
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 
 import onnx_ir
 
-from passopt.ir.attributes import attributes_key
-from passopt.ir.provenance import set_provenance
-from passopt.ir.shapes import complete_outputs, complete_types, merged_shapes
-from passopt.ir.text import print_model
+from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.provenance import set_provenance
+from passopt.ir.graph.shapes import complete_outputs, complete_types, merged_shapes
+from passopt.ir.serialization.text import print_model
 from passopt.passes.base import PassResult
 
 

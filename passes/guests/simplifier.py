@@ -10,7 +10,7 @@ import onnx_ir
 import onnxsim  # type: ignore[import-untyped]
 
 from passopt.ir.errors import PassError
-from passopt.ir.weights import constant_tensor
+from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.base import PassResult
 from passopt.passes.guests.handles import (
     LOCATION,

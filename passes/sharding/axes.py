@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-from passopt.ir.shapes import dimensions
-from passopt.ir.weights import small_constant
+from passopt.ir.graph.shapes import dimensions
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.spec import Product
 
 #: Every output element depends on the input elements at the same (broadcast) place.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import onnx_ir
 
-from passopt.ir.weights import small_constant
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.axes import moved_axis, product_of, products, selects_along, slice_bounds
 
 _FURTHEST = 24

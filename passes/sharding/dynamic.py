@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir
 
-from passopt.ir.linears import Linear, linear_of_sums, linears_of_rows, quantized_rows_of, reads_scales
+from passopt.ir.graph.linears import Linear, linear_of_sums, linears_of_rows, quantized_rows_of, reads_scales
 from passopt.passes.sharding.matmul import linear_forward
 from passopt.passes.sharding.propagate import Conflict, Propagation, Use
 from passopt.passes.sharding.spec import REPLICATED, Replicated, Spec

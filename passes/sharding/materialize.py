@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.builder import MICROSOFT, Builder
-from passopt.ir.contract import COLLECTIVE, DEGREE, KV_HEADS
-from passopt.ir.editing import Editor
 from passopt.ir.errors import PassError
-from passopt.ir.expressions import SCALE_OF_ZEROS, Expression, Literal, QuantizeScales
-from passopt.ir.shapes import DimOf, dimensions, elements
-from passopt.ir.weights import LazyWeight, expression_of, small_constant
+from passopt.ir.graph.builder import MICROSOFT, Builder
+from passopt.ir.graph.decoder import COLLECTIVE, DEGREE, KV_HEADS
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.shapes import DimOf, dimensions, elements
+from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Expression, Literal, QuantizeScales
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, small_constant
 from passopt.passes.sharding.axes import ndim_of
 from passopt.passes.sharding.dynamic import scale_uses
 from passopt.passes.sharding.lengths import piece_of_target

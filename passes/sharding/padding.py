@@ -12,8 +12,8 @@ from collections.abc import Callable
 import onnx_ir
 
 from passopt.ir.errors import PassError
-from passopt.ir.expressions import QuantizeScales
-from passopt.ir.weights import expression_of, small_constant
+from passopt.ir.weights.expressions import QuantizeScales
+from passopt.ir.weights.lazy_weight import expression_of, small_constant
 from passopt.passes.sharding.dynamic import scale_uses
 from passopt.passes.sharding.propagate import Propagation, describe, is_constant, is_weight_side
 from passopt.passes.sharding.spec import Sharded

@@ -8,7 +8,7 @@ import math
 
 import onnx_ir
 
-from passopt.ir.shapes import complete_types
+from passopt.ir.graph.shapes import complete_types
 from passopt.passes.sharding.propagate import Propagation, is_constant
 from passopt.passes.sharding.rules import propagate
 from passopt.passes.sharding.spec import Sharded

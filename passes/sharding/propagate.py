@@ -14,10 +14,10 @@ from typing import TypeAlias
 
 import onnx_ir
 
-from passopt.ir.contract import find_decoder
 from passopt.ir.errors import PassError
-from passopt.ir.provenance import MODULE
-from passopt.ir.weights import constant_tensor
+from passopt.ir.graph.decoder import find_decoder
+from passopt.ir.graph.provenance import MODULE
+from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.sharding.axes import ndim_of, products
 from passopt.passes.sharding.spec import (
     ONE,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-from passopt.ir.shapes import ConstantElement, elements
-from passopt.ir.weights import small_constant
+from passopt.ir.graph.shapes import ConstantElement, elements
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.axes import ndim_of, products, reshaped_axis
 from passopt.passes.sharding.lengths import local_dims, piece_of_target, sharded_by_target
 from passopt.passes.sharding.propagate import Conflict, Propagation

@@ -11,8 +11,8 @@ from typing import TypeAlias
 
 import onnx_ir
 
-from passopt.ir.contract import INPUT_IDS
-from passopt.ir.weights import small_constant
+from passopt.ir.graph.decoder import INPUT_IDS
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.axes import (
     ELEMENTWISE,
     attribute_axis,

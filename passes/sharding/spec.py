@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import onnx_ir
 
-from passopt.ir.shapes import Dimension
+from passopt.ir.graph.shapes import Dimension
 
 #: A linear, or the first input of the cache.
 Seed: TypeAlias = "onnx_ir.Node | onnx_ir.Value"

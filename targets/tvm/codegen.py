@@ -11,16 +11,16 @@ from typing import Any, Literal
 
 import onnx_ir
 
-from passopt.ir.contract import INPUT_IDS, LOGITS, decoder_of, degree_of, positions_of
+from passopt.ir.atomic_folders import JOURNAL_NAME, keep_only, resumable_directory
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.expressions import Expression
-from passopt.ir.files import WEIGHTS_NAME
-from passopt.ir.layout import plan_layout
-from passopt.ir.staging import JOURNAL_NAME, keep_only, resumable_directory
-from passopt.ir.streaming.budget import DEFAULT_STREAM, StreamOptions
-from passopt.ir.streaming.engine import StreamReport, write_weight_files
-from passopt.ir.streaming.schedule import WeightFile
-from passopt.ir.weights import small_constant
+from passopt.ir.graph.decoder import INPUT_IDS, LOGITS, decoder_of, degree_of, positions_of
+from passopt.ir.serialization.model_files import WEIGHTS_NAME
+from passopt.ir.weights.expressions import Expression
+from passopt.ir.weights.lazy_weight import small_constant
+from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.streaming.budget import DEFAULT_STREAM, StreamOptions
+from passopt.ir.weights.streaming.output_groups import WeightFile
+from passopt.ir.weights.streaming.write_weights import StreamReport, write_weight_files
 from passopt.targets.manifest import rank_folders
 from passopt.targets.onnx_files import companions_in
 from passopt.targets.tvm.features import Gpu, Machine

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import blake3
 
 from passopt.ir.errors import ModelError
-from passopt.ir.safetensors_header import read_header
+from passopt.ir.weights.safetensors_header import read_header
 from passopt.targets.digests import root_digest
 from passopt.targets.tvm.kernels.cache import BLOCK
 

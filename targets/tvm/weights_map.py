@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.safetensors_header import read_header_of
+from passopt.ir.weights.safetensors_header import read_header_of
 from passopt.targets.tvm import vm
 from passopt.targets.tvm.library import WeightsFile
 

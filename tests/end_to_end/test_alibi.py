@@ -12,11 +12,11 @@ from passopt.commands.export import clean_up
 from passopt.frontends.checkpoint import open_checkpoint
 from passopt.frontends.huggingface import export_graph
 from passopt.frontends.options import ExportOptions
-from passopt.ir.alibi import alibi_slopes
-from passopt.ir.files import load_model
-from passopt.ir.sources import safetensors_sources
-from passopt.ir.text import print_model
-from passopt.ir.weights import constant_tensor
+from passopt.ir.graph.alibi import alibi_slopes
+from passopt.ir.serialization.model_files import load_model
+from passopt.ir.serialization.text import print_model
+from passopt.ir.weights.lazy_weight import constant_tensor
+from passopt.ir.weights.sources import safetensors_sources
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve
 from passopt.targets.onnx_files import write_output

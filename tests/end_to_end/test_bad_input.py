@@ -296,14 +296,14 @@ def test_memory_that_is_no_size(model: Path, capsys, size: str):
 
 
 def test_an_interrupted_write_says_how_to_go_on(model: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    from passopt.ir.streaming import engine
+    from passopt.ir.weights.streaming import write_weights
 
     def interrupted(*arguments: object) -> None:
         real(*arguments)
         raise KeyboardInterrupt
 
-    real = engine._Run._finish
-    monkeypatch.setattr(engine._Run, "_finish", interrupted)
+    real = write_weights._Run._finish
+    monkeypatch.setattr(write_weights._Run, "_finish", interrupted)
     fails(capsys, 130, *run(model, "tp"), says=("interrupted", ".out.partial", "run the same command again"))
     monkeypatch.undo()
     assert main([*run(model, "tp"), "--json", "--workers", "1"]) == 0

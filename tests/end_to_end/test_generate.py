@@ -18,7 +18,7 @@ from passopt.generation.engine import open_engine
 from passopt.generation.loop import generate
 from passopt.generation.sampling import Sampling
 from passopt.generation.tokenizer import load_tokenizer
-from passopt.ir.evaluate import Evaluator
+from passopt.ir.weights.evaluator import Evaluator
 from passopt.targets.tvm.runtime import PREFILL_COLUMNS
 from passopt.testing.checkpoints import ALIBI, ROTARY, evaluation_text, make_checkpoint
 

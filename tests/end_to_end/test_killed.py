@@ -14,12 +14,12 @@ import pytest
 
 from passopt.cli import main
 from passopt.commands import writing
-from passopt.ir.staging import JOURNAL_NAME
+from passopt.ir.atomic_folders import JOURNAL_NAME
 
 SCRIPT = """
 import sys, time
 from passopt.cli import main
-from passopt.ir.streaming import direct_io, engine
+from passopt.ir.weights.streaming import direct_io, engine
 direct_io.DIRECT_FROM, engine._COMMIT_EVERY, engine._THREADS_FROM = 1 << 16, 0.01, 0
 real = engine._Run._finish
 engine._Run._finish = lambda *arguments: (time.sleep(0.01), real(*arguments))

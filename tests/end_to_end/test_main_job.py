@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from passopt.cli import main
-from passopt.ir.contract import find_decoder
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import QuantizeCodes, QuantizeScales
-from passopt.ir.files import load_model
+from passopt.ir.graph.decoder import find_decoder
+from passopt.ir.serialization.model_files import load_model
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import QuantizeCodes, QuantizeScales
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve
 from passopt.targets.simulate import load_any, rank_models

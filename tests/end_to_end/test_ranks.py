@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from passopt.cli import main
-from passopt.ir.contract import decoder_of
 from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.graph.decoder import decoder_of
 from passopt.targets.digests import root_digest
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import join_ranks, load_any, rank_models

@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 
 from passopt.cli import main
-from passopt.ir.files import load_model, save_materialized
-from passopt.ir.text import print_model
+from passopt.ir.serialization.model_files import load_model, save_materialized
+from passopt.ir.serialization.text import print_model
 from passopt.passes import base
 from passopt.passes.base import Pass, PassResult
 from passopt.passes.rewriting import RewritePass

@@ -12,7 +12,7 @@ import pytest
 
 from passopt.frontends.checkpoint import open_checkpoint
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
+from passopt.ir.weights.evaluator import Evaluator
 from passopt.testing.checkpoints import ODD, make_checkpoint
 
 INDEX = "model.safetensors.index.json"

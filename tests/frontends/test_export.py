@@ -19,12 +19,12 @@ from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.huggingface import export_graph
 from passopt.frontends.options import ExportOptions, Phase
 from passopt.frontends.selfcheck import TOLERANCES, self_check
-from passopt.ir.alibi import alibi_slopes
 from passopt.ir.errors import CheckError, ModelError, UsageError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType, Literal
-from passopt.ir.files import save_materialized
-from passopt.ir.weights import LazyWeight
+from passopt.ir.graph.alibi import alibi_slopes
+from passopt.ir.serialization.model_files import save_materialized
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.passes.fold_constants import FoldConstants
 from passopt.testing.checkpoints import ODD, ROTARY, CheckpointSpec, make_checkpoint
 

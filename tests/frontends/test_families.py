@@ -17,8 +17,8 @@ from passopt.frontends.naming import name_dimensions
 from passopt.frontends.options import MODEL_TYPES, ExportOptions
 from passopt.frontends.selfcheck import self_check
 from passopt.ir.errors import CheckError, ModelError, UsageError
-from passopt.ir.expressions import DataType
-from passopt.ir.weights import LazyWeight
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.testing.families import CONFIGS, make_family_checkpoint
 from passopt.verification import verify
 

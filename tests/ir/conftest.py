@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from passopt.ir.sources import safetensors_sources
+from passopt.ir.weights.sources import safetensors_sources
 
 
 @pytest.fixture

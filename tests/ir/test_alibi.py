@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from passopt.ir.alibi import alibi_slopes
+from passopt.ir.graph.alibi import alibi_slopes
 
 
 def by_recursion(heads: int) -> list[float]:

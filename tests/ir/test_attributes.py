@@ -7,7 +7,7 @@ import onnx
 import onnx_ir
 import pytest
 
-from passopt.ir.attributes import attributes_key
+from passopt.ir.graph.attributes import attributes_key
 
 
 def key(**attributes):

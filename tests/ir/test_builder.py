@@ -7,10 +7,10 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.builder import Builder
 from passopt.ir.errors import VerifyError
-from passopt.ir.expressions import DataType, Literal
-from passopt.ir.weights import LazyWeight, small_constant
+from passopt.ir.graph.builder import Builder
+from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
 
 
 def value(*shape, dtype=DataType.FLOAT, name="x"):

@@ -6,7 +6,7 @@ import onnx
 import onnx_ir
 import pytest
 
-from passopt.ir.contract import positions_of
+from passopt.ir.graph.decoder import positions_of
 
 #: Tables that are wider than they are long: their length is what counts.
 GRAPHS = {

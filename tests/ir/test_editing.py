@@ -6,12 +6,12 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.editing import Editor, discard
 from passopt.ir.errors import VerifyError
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE
-from passopt.ir.shapes import complete_types
-from passopt.ir.text import parse_model
-from passopt.ir.verifier import verify_model
+from passopt.ir.graph.editor import Editor, discard
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE
+from passopt.ir.graph.shapes import complete_types
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.text import parse_model
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[3,5] x, float[3,5] z) => (float[3,5] y, float[3,5] w) <float[5] b = {1, 2, 3, 4, 5},

@@ -12,15 +12,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from passopt.ir import expressions as ex
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType, Literal
-from passopt.ir.streaming import row_kernels
-from passopt.ir.streaming.budget import StreamOptions
-from passopt.ir.streaming.engine import write_weight_files
-from passopt.ir.streaming.row_kernels import RowKernels
-from passopt.ir.streaming.schedule import WeightFile
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.streaming import row_kernels
+from passopt.ir.weights.streaming.budget import StreamOptions
+from passopt.ir.weights.streaming.output_groups import WeightFile
+from passopt.ir.weights.streaming.row_kernels import RowKernels
+from passopt.ir.weights.streaming.write_weights import write_weight_files
 
 #: One fp32 row of the test weights is wider than this, so every row is a chunk.
 TINY = 16
@@ -60,8 +60,8 @@ def streamed(expression, rank):
     found = set()
     for arena_bytes, kernels in itertools.product((0, 1 << 20), (RowKernels(), row_kernels.compiled_kernels())):
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("passopt.ir.streaming.engine.kernels_for", lambda _, kernels=kernels: kernels)
-            patch.setattr("passopt.ir.streaming.direct_io.DIRECT_FROM", 0 if arena_bytes else 1 << 60)
+            patch.setattr("passopt.ir.weights.streaming.write_weights.kernels_for", lambda _, kernels=kernels: kernels)
+            patch.setattr("passopt.ir.weights.streaming.direct_io.DIRECT_FROM", 0 if arena_bytes else 1 << 60)
             file = WeightFile(Path(folder) / "w", {"a": Literal.of(np.arange(5.0)), "w": expression}, rank)
             report = write_weight_files([file], StreamOptions(arena_bytes=arena_bytes))
             data = file.path.read_bytes()[file.layout.offsets["w"] :][: expression.nbytes]

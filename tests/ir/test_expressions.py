@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import (
+from passopt.ir.weights.expressions import (
     SCALE_OF_ZEROS,
     Cast,
     Concat,

@@ -10,14 +10,21 @@ import onnx
 import onnx_ir
 import pytest
 
-from passopt.ir import files
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import Literal
-from passopt.ir.files import MODEL_NAME, WEIGHTS_NAME, load_model, model_path, save_materialized, save_reference
-from passopt.ir.plan import PLAN_NAME
-from passopt.ir.text import parse_model, print_model
-from passopt.ir.weights import LazyWeight, expression_of, is_checkpoint_weight, small_constant
+from passopt.ir.serialization import model_files
+from passopt.ir.serialization.model_files import (
+    MODEL_NAME,
+    WEIGHTS_NAME,
+    load_model,
+    model_path,
+    save_materialized,
+    save_reference,
+)
+from passopt.ir.serialization.text import parse_model, print_model
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import Literal
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, is_checkpoint_weight, small_constant
+from passopt.ir.weights.plan_file import PLAN_NAME
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -274,9 +281,9 @@ def reference(tmp_path, model):
     ],
 )
 def test_a_plan_that_does_not_fit_its_model_is_refused(reference, change, message):
-    plan = dict(files.read_plan(reference / PLAN_NAME))
+    plan = dict(model_files.read_plan(reference / PLAN_NAME))
     change(plan)
-    files.write_plan(reference / PLAN_NAME, plan)
+    model_files.write_plan(reference / PLAN_NAME, plan)
     with pytest.raises(ModelError, match=message):
         load_model(reference)
 

@@ -4,11 +4,11 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.editing import Editor
 from passopt.ir.errors import VerifyError
-from passopt.ir.functions import local_function
-from passopt.ir.text import parse_model
-from passopt.ir.verifier import verify_model
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.functions import local_function
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.text import parse_model
 from passopt.targets.onnxruntime_session import Session
 
 TEXT = """

@@ -6,8 +6,8 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.interface import Interface
-from passopt.ir.text import parse_model
+from passopt.ir.graph.interface import Interface
+from passopt.ir.serialization.text import parse_model
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[n,3] x, float[n,3] y) => (float[n,3] p, float[n,3] q) { p = Neg(x) q = Abs(y) }"""

@@ -13,11 +13,11 @@ import pytest
 from safetensors import safe_open
 
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import DataType, Expression, Literal
-from passopt.ir.layout import plan_layout
-from passopt.ir.streaming.budget import StreamOptions
-from passopt.ir.streaming.engine import write_weight_files
-from passopt.ir.streaming.schedule import WeightFile
+from passopt.ir.weights.expressions import DataType, Expression, Literal
+from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.streaming.budget import StreamOptions
+from passopt.ir.weights.streaming.output_groups import WeightFile
+from passopt.ir.weights.streaming.write_weights import write_weight_files
 
 
 def arrays():

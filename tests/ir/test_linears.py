@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.linears import find_linear, find_rows, find_weight, quantized_rows_of
-from passopt.ir.verifier import verify_model
+from passopt.ir.graph.linears import find_linear, find_rows, find_weight, quantized_rows_of
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.weights.evaluator import Evaluator
 from passopt.testing.checking import read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

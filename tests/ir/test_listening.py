@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.ir.editing import Editor
-from passopt.ir.listening import listening
-from passopt.ir.text import parse_model, print_model
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.rewrite_listener import listening
+from passopt.ir.serialization.text import parse_model, print_model
 
 TEXT = '<ir_version: 10, opset_import: ["" : 21]> g (float[3] x) => (float[3] y) { a = Neg(x) y = Relu(a) }'
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir
 
-from passopt.ir.order import NodeOrder
+from passopt.ir.graph.node_order import NodeOrder
 
 
 def chain(count):

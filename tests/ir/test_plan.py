@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType, Fill, Literal, concat
-from passopt.ir.plan import read_plan, write_plan
-from passopt.ir.sources import safetensors_sources
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType, Fill, Literal, concat
+from passopt.ir.weights.plan_file import read_plan, write_plan
+from passopt.ir.weights.sources import safetensors_sources
 
 ARRAY = np.arange(60, dtype=np.float32).reshape(6, 10)
 

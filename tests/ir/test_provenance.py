@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir
 import pytest
 
-from passopt.ir.files import load_model, save_reference
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, absorb_provenance, set_provenance
-from passopt.ir.text_files import read_model
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, absorb_provenance, set_provenance
+from passopt.ir.serialization.model_files import load_model, save_reference
+from passopt.ir.serialization.text_files import read_model
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve
 

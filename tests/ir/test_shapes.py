@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.shapes import (
+from passopt.ir.graph.shapes import (
     ConstantElement,
     DimOf,
     complete_outputs,
@@ -16,7 +16,7 @@ from passopt.ir.shapes import (
     known_numbers,
     merged_shapes,
 )
-from passopt.ir.text import parse_model, print_model
+from passopt.ir.serialization.text import parse_model, print_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "local" : 1]>\n'
 

@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType
-from passopt.ir.sources import check_unchanged, external_source, identify, safetensors_sources, torch_sources
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.sources import check_unchanged, external_source, identify, safetensors_sources, torch_sources
 
 torch = pytest.importorskip("torch")
 

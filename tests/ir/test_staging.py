@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
+from passopt.ir.atomic_folders import JOURNAL_NAME, resumable_directory, staged_directory
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.staging import JOURNAL_NAME, resumable_directory, staged_directory
 
 
 def everything(folder):
@@ -158,7 +158,7 @@ def test_two_processes_cannot_write_one_output(tmp_path):
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from passopt.ir.staging import resumable_directory\n"
+        "from passopt.ir.atomic_folders import resumable_directory\n"
         "with resumable_directory(Path(sys.argv[1])):\n"
         "    print('go', flush=True)\n"
         "    sys.stdin.read()\n"

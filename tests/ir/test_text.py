@@ -8,9 +8,9 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import Literal, Source, SourceFile
-from passopt.ir.text import parse_model, print_model
-from passopt.ir.weights import LazyWeight
+from passopt.ir.serialization.text import parse_model, print_model
+from passopt.ir.weights.expressions import Literal, Source, SourceFile
+from passopt.ir.weights.lazy_weight import LazyWeight
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 

@@ -7,10 +7,10 @@ import pytest
 
 from passopt.cli import main
 from passopt.ir.errors import ModelError
-from passopt.ir.files import load_model
-from passopt.ir.text import print_model
-from passopt.ir.text_files import read_model
-from passopt.ir.weights import LazyWeight
+from passopt.ir.serialization.model_files import load_model
+from passopt.ir.serialization.text import print_model
+from passopt.ir.serialization.text_files import read_model
+from passopt.ir.weights.lazy_weight import LazyWeight
 
 TEXT = """# a comment
 <ir_version: 10, opset_import: ["" : 21]>

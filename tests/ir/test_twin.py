@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 
-from passopt.ir.expressions import DataType, Literal
-from passopt.ir.twin import fp32_twin
-from passopt.ir.weights import LazyWeight
+from passopt.ir.graph.fp32_twin import fp32_twin
+from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.lazy_weight import LazyWeight
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 21, "local" : 1]>

@@ -9,10 +9,10 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.expressions import Source, SourceFile
-from passopt.ir.text import parse_model
-from passopt.ir.verifier import verify_model
-from passopt.ir.weights import LazyWeight
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.text import parse_model
+from passopt.ir.weights.expressions import Source, SourceFile
+from passopt.ir.weights.lazy_weight import LazyWeight
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21, "local" : 1]>
 g (float[3] x) => (float[3] y, float[3] z) <float[3] w = {1, 2, 3}> {

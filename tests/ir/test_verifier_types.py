@@ -8,8 +8,8 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.text import parse_model, print_model
-from passopt.ir.verifier import verify_model
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.text import parse_model, print_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 BRANCHES = """g (float[2] x, bool b) => (float[2] y) {

@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.expressions import Literal
-from passopt.ir.files import load_model, save_materialized
-from passopt.ir.text import print_model
-from passopt.ir.weights import LazyWeight
+from passopt.ir.serialization.model_files import load_model, save_materialized
+from passopt.ir.serialization.text import print_model
+from passopt.ir.weights.expressions import Literal
+from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.numeric.check import Violation
 from passopt.passes.base import REASSOCIATED, lossy
 from passopt.passes.cast import CastModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.ir.shapes import complete_types
+from passopt.ir.graph.shapes import complete_types
 from passopt.numeric.kinds import Kinds
 from passopt.numeric.lengths import DRAWS, Lengths
 from passopt.numeric.regions import Request, Side, Unchecked, cut, names_of

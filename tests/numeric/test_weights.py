@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from passopt.ir.expressions import DataType, Source, SourceFile
+from passopt.ir.weights.expressions import DataType, Source, SourceFile
 from passopt.numeric.weights import SampledEvaluator
 
 FILE = SourceFile("/nowhere", 1, 1, "")

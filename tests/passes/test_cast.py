@@ -6,14 +6,14 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir import expressions as ex
 from passopt.ir.errors import PassError
-from passopt.ir.expressions import Literal
-from passopt.ir.functions import local_function
-from passopt.ir.text import print_model
-from passopt.ir.twin import fp32_twin
-from passopt.ir.verifier import verify_model
-from passopt.ir.weights import LazyWeight, expression_of, small_constant
+from passopt.ir.graph.fp32_twin import fp32_twin
+from passopt.ir.graph.functions import local_function
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.text import print_model
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.expressions import Literal
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, small_constant
 from passopt.passes.cast import CastModel
 from passopt.passes.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime_session import Session

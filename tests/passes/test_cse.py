@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.ir.expressions import Literal
-from passopt.ir.provenance import MADE_BY, MADE_FROM
-from passopt.ir.text import print_model
-from passopt.ir.weights import LazyWeight
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
+from passopt.ir.serialization.text import print_model
+from passopt.ir.weights.expressions import Literal
+from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.passes.cse import MergeCommonSubexpressions
 from passopt.testing.checking import check, read_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.ir.functions import local_function
+from passopt.ir.graph.functions import local_function
 from passopt.passes.decompose_activations import DecomposeActivations
 from passopt.passes.decompose_attention import DecomposeAttention
 from passopt.passes.decompose_rms_norm import DecomposeRmsNorm

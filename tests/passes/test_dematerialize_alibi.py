@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.alibi import alibi_slopes
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import Literal
-from passopt.ir.text import parse_model, print_model
-from passopt.ir.weights import LazyWeight, small_constant
+from passopt.ir.graph.alibi import alibi_slopes
+from passopt.ir.serialization.text import parse_model, print_model
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import Literal
+from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
 from passopt.passes.dematerialize_alibi import DematerializeAlibi
 from passopt.testing.checking import check
 

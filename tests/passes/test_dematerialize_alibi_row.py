@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.ir.alibi import alibi_slopes
+from passopt.ir.graph.alibi import alibi_slopes
 from passopt.passes.dematerialize_alibi_row import DematerializeAlibiRow
 from passopt.testing.checking import check, read_model
 

@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.expressions import Literal
-from passopt.ir.text import print_model
-from passopt.ir.weights import LazyWeight, small_constant
+from passopt.ir.serialization.text import print_model
+from passopt.ir.weights.expressions import Literal
+from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
 from passopt.passes import fold_constants
 from passopt.passes.fold_constants import FoldConstants
 from passopt.testing.checking import check, read_model

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.expressions import NormalizeRows
-from passopt.ir.weights import expression_of
+from passopt.ir.weights.expressions import NormalizeRows
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.fold_norm_head import FoldNormHead
 from passopt.testing.checking import check
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.ir.provenance import MADE_BY
+from passopt.ir.graph.provenance import MADE_BY
 from passopt.passes.fuse_attention import FuseAttention
 from passopt.testing.checking import check, read_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.ir.provenance import MADE_BY
+from passopt.ir.graph.provenance import MADE_BY
 from passopt.passes.fuse_rms_norm import FuseRmsNorm
 from passopt.testing.checking import check
 

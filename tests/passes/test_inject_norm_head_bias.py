@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.expressions import Fill
-from passopt.ir.weights import expression_of
+from passopt.ir.weights.expressions import Fill
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.inject_norm_head_bias import InjectNormHeadBias
 from passopt.testing.checking import check
 

@@ -8,11 +8,11 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.ir.files import model_bytes
-from passopt.ir.provenance import MADE_BY, MADE_FROM
-from passopt.ir.text import parse_model, print_model
-from passopt.ir.verifier import verify_model
-from passopt.ir.weights import LazyWeight
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.model_files import model_bytes
+from passopt.ir.serialization.text import parse_model, print_model
+from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.passes.legalize import Legalize
 from passopt.testing.checking import check, read_model
 from passopt.testing.decoders import DecoderSpec, tiny_decoder

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from passopt.ir.errors import ModelError, PassError, VerifyError
-from passopt.ir.files import load_model
-from passopt.ir.text import parse_model, print_model
+from passopt.ir.serialization.model_files import load_model
+from passopt.ir.serialization.text import parse_model, print_model
 from passopt.passes.base import Decline, Pass, PassResult
 from passopt.passes.dead_code import RemoveDeadCode
 from passopt.passes.fold_constants import FoldConstants

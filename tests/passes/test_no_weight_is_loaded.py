@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import Literal, Source, SourceFile
-from passopt.ir.text import parse_model, print_model
-from passopt.ir.weights import LazyWeight, expression_of
+from passopt.ir.serialization.text import parse_model, print_model
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import Literal, Source, SourceFile
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.passes.catalog import catalog
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve

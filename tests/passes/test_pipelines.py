@@ -6,9 +6,9 @@ import collections
 
 import pytest
 
-from passopt.ir.contract import layer_count
 from passopt.ir.errors import ExpectationError
-from passopt.ir.text import parse_model, print_model
+from passopt.ir.graph.decoder import layer_count
+from passopt.ir.serialization.text import parse_model, print_model
 from passopt.passes.expectations import parse_expectation
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve

@@ -7,10 +7,10 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.expressions import Literal
-from passopt.ir.linears import find_linear
-from passopt.ir.twin import fp32_twin
-from passopt.ir.weights import LazyWeight
+from passopt.ir.graph.fp32_twin import fp32_twin
+from passopt.ir.graph.linears import find_linear
+from passopt.ir.weights.expressions import Literal
+from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.passes.quantize_activations import QuantizeActivations
 from passopt.passes.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime_session import Session

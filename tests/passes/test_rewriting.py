@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import PassError, VerifyError
-from passopt.ir.provenance import MADE_BY, MADE_FROM
-from passopt.ir.text import print_model
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
+from passopt.ir.serialization.text import print_model
 from passopt.passes.base import REASSOCIATED, TIME_RULES, Decline
 from passopt.passes.rewriting import RewritePass
 from passopt.testing.checking import check

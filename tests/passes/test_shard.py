@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.contract import DEGREE, KV_HEADS
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType
-from passopt.ir.verifier import verify_model
-from passopt.ir.weights import expression_of
+from passopt.ir.graph.decoder import DEGREE, KV_HEADS
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.quantize_weights import QuantizeWeights
 from passopt.passes.shard import Shard
 from passopt.testing.checking import check

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.weights import expression_of
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve
 from passopt.passes.quantize_activations import QuantizeActivations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.ir.text import parse_model, print_model
+from passopt.ir.serialization.text import parse_model, print_model
 from passopt.passes.shard import Shard
 from passopt.passes.sharding.plan import make_plan
 from passopt.testing.checking import check, read_model

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.contract import KV_HEADS
 from passopt.ir.errors import PassError
-from passopt.ir.weights import expression_of
+from passopt.ir.graph.decoder import KV_HEADS
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.fold_constants import FoldConstants
 from passopt.passes.quantize_weights import QuantizeWeights
 from passopt.passes.shard import Shard

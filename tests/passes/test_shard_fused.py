@@ -7,12 +7,12 @@ import collections
 import onnx_ir
 import pytest
 
-from passopt.ir.contract import KV_HEADS
 from passopt.ir.errors import PassError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.functions import local_function
-from passopt.ir.text import print_model
-from passopt.ir.weights import expression_of
+from passopt.ir.graph.decoder import KV_HEADS
+from passopt.ir.graph.functions import local_function
+from passopt.ir.serialization.text import print_model
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.quantize_weights import QuantizeWeights
 from passopt.passes.shard import Shard
 from passopt.passes.sharding.plan import make_plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.ir.weights import expression_of
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.quantize_weights import QuantizeWeights
 from passopt.passes.split_packed_qkv import SplitPackedQkv
 from passopt.testing.checking import check

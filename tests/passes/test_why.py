@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.ir.provenance import MODULE, SOURCE
-from passopt.ir.text import print_model
+from passopt.ir.graph.provenance import MODULE, SOURCE
+from passopt.ir.serialization.text import print_model
 from passopt.passes.base import Decline, Pass, PassResult
 from passopt.passes.fold_constants import FoldConstants
 from passopt.passes.misses import Miss

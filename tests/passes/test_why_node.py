@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from passopt.ir.errors import UsageError
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
 from passopt.passes.base import Decline
 from passopt.passes.why_node import explain_node
 

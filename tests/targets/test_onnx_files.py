@@ -15,14 +15,15 @@ from blake3 import blake3
 from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError, UsageError, VerifyError
-from passopt.ir.expressions import DataType
-from passopt.ir.files import file_weights, load_model
-from passopt.ir.sources import safetensors_sources
-from passopt.ir.streaming.budget import StreamOptions
-from passopt.ir.weights import LazyWeight
+from passopt.ir.graph.collectives import schedule_of
+from passopt.ir.serialization.model_files import file_weights, load_model
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.sources import safetensors_sources
+from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.targets import onnx_files
 from passopt.targets.digests import root_digest
-from passopt.targets.manifest import read_manifest, schedule_of
+from passopt.targets.manifest import read_manifest
 from passopt.targets.onnx_files import OutputReport, plan_output, write_output, write_reference_output
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 
@@ -73,7 +74,7 @@ def test_plan_is_what_is_written_to_the_byte(tmp_path: Path, spec: DecoderSpec) 
 
 
 def test_planning_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passopt.ir.evaluate.Evaluator._pread", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr("passopt.ir.weights.evaluator.Evaluator._pread", lambda *_: pytest.fail("a weight was read"))
     plan = plan_output(decoder(tmp_path, DecoderSpec(degree=2)), version="1", pipeline="", source={})
     assert set(plan.files) == {"manifest.json"} | {
         f"rank{rank}/{name}" for rank in range(2) for name in ("model.onnx", "weights.safetensors")

@@ -12,13 +12,13 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.contract import decoder_of
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import DataType, Literal
-from passopt.ir.files import load_model, save_reference
-from passopt.ir.text import parse_model
-from passopt.ir.verifier import verify_model
-from passopt.ir.weights import LazyWeight, expression_of
+from passopt.ir.graph.decoder import decoder_of
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.model_files import load_model, save_reference
+from passopt.ir.serialization.text import parse_model
+from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.targets.onnx_files import write_output
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import at_rank, check_rank_logits, join_ranks, load_any, rank_models

@@ -18,9 +18,9 @@ import numpy as np
 import onnx_ir
 
 from passopt import __version__
+from passopt.ir.atomic_folders import staged_directory
 from passopt.ir.errors import ModelError, PassoptError
-from passopt.ir.files import save_reference
-from passopt.ir.staging import staged_directory
+from passopt.ir.serialization.model_files import save_reference
 from passopt.numeric.check import Violation
 from passopt.passes.base import Pass
 from passopt.passes.manager import Instrument

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import onnx_ir
 
-from passopt.ir.contract import decoder_of, degree_of, positions_of
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import DataType
-from passopt.targets.manifest import is_collective
+from passopt.ir.graph.collectives import is_collective
+from passopt.ir.graph.decoder import decoder_of, degree_of, positions_of
+from passopt.ir.weights.expressions import DataType
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import join_ranks, rank_models
 from passopt.verification_layerwise import Label, run_layerwise
@@ -122,7 +122,7 @@ def runnable(model: onnx_ir.Model, role: str, notes: list[str], heads: int | Non
     decoder_of(model)
     if not _is_bf16(model):
         return model
-    from passopt.ir.twin import fp32_twin
+    from passopt.ir.graph.fp32_twin import fp32_twin
 
     notes.append(f"{role}: bf16, run through its fp32 twin")
     twin = fp32_twin(model)

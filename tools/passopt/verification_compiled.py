@@ -9,9 +9,9 @@ from pathlib import Path
 import onnx_ir
 
 from passopt.generation.engine import open_engine
-from passopt.ir.contract import decoder_of, positions_of
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import DataType
+from passopt.ir.graph.decoder import decoder_of, positions_of
+from passopt.ir.weights.expressions import DataType
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.tvm.library import Library, RankFolders, read_library
 from passopt.verification import (
@@ -26,13 +26,7 @@ from passopt.verification import (
     scenarios_within,
 )
 from passopt.verification_report import PERPLEXITY, VerifyReport
-from passopt.verification_scenarios import (
-    Observation,
-    Scenario,
-    observe,
-    surprise,
-    vocabulary_of,
-)
+from passopt.verification_scenarios import Observation, Scenario, observe, surprise, vocabulary_of
 from passopt.verification_twins import has_dynamic_activations, is_quantized
 
 #: A library sums in another order than onnxruntime, and fuses what it does not; int8 weights are the same numbers.

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
-from passopt.ir.contract import INPUT_IDS, LOGITS, decoder_of
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.decoder import INPUT_IDS, LOGITS, decoder_of
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
-from passopt.ir.weights import LazyWeight, expression_of, small_constant
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, small_constant
 from passopt.verification_scenarios import Step
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

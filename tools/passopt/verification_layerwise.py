@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
-from passopt.ir.contract import LOGITS, decoder_of
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.decoder import LOGITS, decoder_of
 from passopt.targets.onnxruntime_session import Session
 from passopt.verification_cut import Cut, Piece, cut_decoder
 from passopt.verification_head import Logits, Part, UnexpectedWidthError, slice_head, whole

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
-from passopt.ir.contract import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, decoder_of
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, decoder_of
 from passopt.targets.onnxruntime_session import Session
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

@@ -13,13 +13,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
-from passopt.ir.editing import Editor
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import Expression
-from passopt.ir.linears import Linear, find_dynamic_linear
-from passopt.ir.sources import external_source
-from passopt.ir.weights import LazyWeight, expression_of
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.linears import Linear, find_dynamic_linear
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import Expression
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
+from passopt.ir.weights.sources import external_source
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

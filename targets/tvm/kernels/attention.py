@@ -13,14 +13,7 @@ from passopt.ir.errors import ModelError
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels import emit
 from passopt.targets.tvm.kernels.attention_parts import ITEMS, PartialRows, count_parts, part_of
-from passopt.targets.tvm.kernels.attention_tiles import (
-    TILE,
-    RowState,
-    Tiles,
-    emit_outputs,
-    emit_scores,
-    emit_softmax,
-)
+from passopt.targets.tvm.kernels.attention_tiles import TILE, RowState, Tiles, emit_outputs, emit_scores, emit_softmax
 from passopt.targets.tvm.kernels.cache import BLOCK
 from passopt.targets.tvm.kernels.mask_extents import QUERY_BLOCK
 

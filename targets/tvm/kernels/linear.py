@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import DataType, Expression
+from passopt.ir.weights.expressions import DataType, Expression
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels.linear_panels import linear
 from passopt.targets.tvm.kernels.linear_plan import LinearPlan

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from passopt.ir.expressions import Expression
+from passopt.ir.weights.expressions import Expression
 from passopt.targets.tvm.library import Quantized
 
 

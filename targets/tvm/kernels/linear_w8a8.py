@@ -11,7 +11,7 @@ from typing import Any
 
 from onnx_ir import DataType
 
-from passopt.ir.expressions import Expression
+from passopt.ir.weights.expressions import Expression
 from passopt.targets.tvm.features import Isa
 from passopt.targets.tvm.kernels.byte_dot import ByteKernel, byte_kernel
 from passopt.targets.tvm.kernels.byte_linear import ByteLinear, Outputs

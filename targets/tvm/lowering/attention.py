@@ -11,8 +11,8 @@ import dataclasses
 import numpy as np
 import onnx_ir
 
-from passopt.ir.attributes import attribute
-from passopt.ir.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
+from passopt.ir.graph.attributes import attribute
+from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.targets.tvm.kernels.attention import attention
 from passopt.targets.tvm.kernels.cache import append_cache
 from passopt.targets.tvm.kernels.mask_extents import QUERY_BLOCK, mask_extents

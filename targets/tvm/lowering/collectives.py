@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir
 
-from passopt.ir.attributes import attribute
-from passopt.ir.builder import MICROSOFT
+from passopt.ir.graph.attributes import attribute
+from passopt.ir.graph.builder import MICROSOFT
 from passopt.targets.tvm.collectives import ALL_GATHER, ALL_REDUCE
 from passopt.targets.tvm.lowering.registry import lowers
 from passopt.targets.tvm.lowering.values import Length, Tvm, Unsupported, Values

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.attributes import attribute
+from passopt.ir.graph.attributes import attribute
 from passopt.targets.tvm.lowering.readers import casts_floats
 from passopt.targets.tvm.lowering.registry import lowers
 from passopt.targets.tvm.lowering.values import Delegated, Length, Numbers, Values, dtype_name

@@ -13,10 +13,10 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.contract import LOGITS, find_decoder
 from passopt.ir.errors import ModelError
-from passopt.ir.linears import find_linear
-from passopt.ir.shapes import complete_types
+from passopt.ir.graph.decoder import LOGITS, find_decoder
+from passopt.ir.graph.linears import find_linear
+from passopt.ir.graph.shapes import complete_types
 from passopt.targets.tvm.features import Machine
 from passopt.targets.tvm.kernels.cache import BLOCK
 from passopt.targets.tvm.library import Quantized

@@ -8,8 +8,8 @@ from functools import partial
 
 import onnx_ir
 
-from passopt.ir.linears import Linear, QuantizedRows, find_linear
-from passopt.ir.weights import constant_tensor, is_checkpoint_weight
+from passopt.ir.graph.linears import Linear, QuantizedRows, find_linear
+from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight
 from passopt.targets.tvm.kernels.linear import plan_float, plan_int8
 from passopt.targets.tvm.kernels.linear_plan import LinearPlan
 from passopt.targets.tvm.kernels.linear_w8a8 import plan_w8a8

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir
 
-from passopt.ir.attributes import attribute
+from passopt.ir.graph.attributes import attribute
 from passopt.targets.tvm.lowering.registry import lowers
 from passopt.targets.tvm.lowering.values import (
     Delegated,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir
 
-from passopt.ir.attributes import attribute
+from passopt.ir.graph.attributes import attribute
 from passopt.targets.tvm.kernels.rms_norm import RmsNorm
 from passopt.targets.tvm.kernels.rotary import rotary
 from passopt.targets.tvm.kernels.swiglu import Swiglu

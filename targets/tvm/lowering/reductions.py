@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir
 
-from passopt.ir.attributes import attribute
+from passopt.ir.graph.attributes import attribute
 from passopt.targets.tvm.lowering.movement import given_axes
 from passopt.targets.tvm.lowering.registry import lowers
 from passopt.targets.tvm.lowering.values import Delegated, Unsupported, Values

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.errors import ModelError
-from passopt.ir.expressions import DataType, Expression
-from passopt.ir.weights import expression_of, small_constant
+from passopt.ir.weights.expressions import DataType, Expression
+from passopt.ir.weights.lazy_weight import expression_of, small_constant
 from passopt.targets.tvm.features import Machine
 from passopt.targets.tvm.kernels.computed_rows import ComputedRows, rows_kernel
 from passopt.targets.tvm.library import Quantized

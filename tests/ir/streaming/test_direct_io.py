@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError
-from passopt.ir.sources import identify
-from passopt.ir.streaming import direct_io, engine
-from passopt.ir.streaming.budget import StreamOptions
-from passopt.ir.streaming.direct_io import SourceReader
-from passopt.ir.streaming.engine import write_weight_files
+from passopt.ir.weights.sources import identify
+from passopt.ir.weights.streaming import direct_io, write_weights
+from passopt.ir.weights.streaming.budget import StreamOptions
+from passopt.ir.weights.streaming.direct_io import SourceReader
+from passopt.ir.weights.streaming.write_weights import write_weight_files
 from passopt.testing.layers import contents, rank_files, sharded, write_layers
 
 
@@ -35,7 +35,7 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path, weights):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_read_error_names_file_byte_and_tensor(tmp_path, weights, monkeypatch, workers):
-    monkeypatch.setattr(engine, "_THREADS_FROM", 0)
+    monkeypatch.setattr(write_weights, "_THREADS_FROM", 0)
     real = os.preadv
 
     def failing(descriptor, buffers, offset):
@@ -52,7 +52,7 @@ def test_a_read_error_names_file_byte_and_tensor(tmp_path, weights, monkeypatch,
 
 
 def test_a_truncated_source_names_byte_and_tensor(tmp_path, weights, monkeypatch):
-    monkeypatch.setattr("passopt.ir.streaming.direct_io.check_unchanged", lambda _: None)
+    monkeypatch.setattr("passopt.ir.weights.streaming.direct_io.check_unchanged", lambda _: None)
     os.truncate(tmp_path / "checkpoint.safetensors", 9000)
     with pytest.raises(ModelError, match=r"ends at byte 9000, inside tensor"):
         write_weight_files(rank_files(tmp_path / "out", sharded(weights, 2), 2))

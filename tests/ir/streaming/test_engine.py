@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from passopt.ir import expressions as ex
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType
-from passopt.ir.layout import plan_layout
-from passopt.ir.sources import external_source, safetensors_sources, torch_sources
-from passopt.ir.streaming import budget, direct_io, engine
-from passopt.ir.streaming.budget import StreamOptions
-from passopt.ir.streaming.engine import write_safetensors, write_weight_files
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.sources import external_source, safetensors_sources, torch_sources
+from passopt.ir.weights.streaming import budget, direct_io, write_weights
+from passopt.ir.weights.streaming.budget import StreamOptions
+from passopt.ir.weights.streaming.write_weights import write_safetensors, write_weight_files
 from passopt.testing.layers import SHAPES, contents, rank_files, sharded, write_layers
 
 
@@ -45,7 +45,7 @@ def test_bytes_do_not_depend_on_how(tmp_path, weights, monkeypatch, direct, work
     expected = rank_files(tmp_path / "expected", sharded(weights, 3 - 1), 2)
     digests = write_weight_files(expected).digests
     monkeypatch.setattr(direct_io, "DIRECT_FROM", 0 if direct else 1 << 60)
-    monkeypatch.setattr(engine, "_THREADS_FROM", 0)
+    monkeypatch.setattr(write_weights, "_THREADS_FROM", 0)
     files = rank_files(tmp_path / "out", sharded(weights, 2), 2)
     report = write_weight_files(files, StreamOptions(workers=workers, arena_bytes=arena_bytes))
     assert contents(files) == contents(expected)
@@ -91,7 +91,7 @@ def test_too_little_memory_says_how_much_it_takes(tmp_path, weights):
 
 def test_a_process_that_is_large_already_writes_in_the_least_memory(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(budget, "resident_bytes", lambda: 1 << 40)
-    monkeypatch.setattr(engine, "_THREADS_FROM", 0)
+    monkeypatch.setattr(write_weights, "_THREADS_FROM", 0)
     files = rank_files(tmp_path / "out", sharded(weights, 2), 2)
     report = write_weight_files(files)
     assert report.workers == 1

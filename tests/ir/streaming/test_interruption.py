@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from passopt.ir.expressions import DataType
-from passopt.ir.sources import safetensors_sources
-from passopt.ir.streaming import engine
-from passopt.ir.streaming.budget import StreamOptions
-from passopt.ir.streaming.engine import write_weight_files
-from passopt.ir.streaming.journal import Journal
-from passopt.ir.streaming.schedule import WeightFile
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.sources import safetensors_sources
+from passopt.ir.weights.streaming import write_weights
+from passopt.ir.weights.streaming.budget import StreamOptions
+from passopt.ir.weights.streaming.journal import Journal
+from passopt.ir.weights.streaming.output_groups import WeightFile
+from passopt.ir.weights.streaming.write_weights import write_weight_files
 from passopt.testing.layers import all_sharded, contents, rank_files, sharded, write_layers
 
 
@@ -44,7 +44,7 @@ class Interrupting:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, weights, monkeypatch, workers):
-    monkeypatch.setattr(engine, "_THREADS_FROM", 0)
+    monkeypatch.setattr(write_weights, "_THREADS_FROM", 0)
     options = StreamOptions(workers=workers, arena_bytes=0)
     undisturbed = rank_files(tmp_path / "undisturbed", sharded(weights, 2), 2)
     expected = write_weight_files(undisturbed, options)
@@ -121,8 +121,8 @@ def test_overflows_survive_an_interruption(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from passopt.ir.streaming import direct_io, engine
-from passopt.ir.streaming.budget import StreamOptions
+from passopt.ir.weights.streaming import direct_io, engine
+from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.testing.layers import all_sharded, rank_files, read_layers
 direct_io.DIRECT_FROM, engine._COMMIT_EVERY, engine._THREADS_FROM = 1 << 20, 0.02, 0
 folder = Path(sys.argv[1])

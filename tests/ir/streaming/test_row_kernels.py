@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from passopt.ir.expressions import DataType
-from passopt.ir.row_math import scales_of
-from passopt.ir.streaming import row_kernels
-from passopt.ir.streaming.row_kernels import CompiledRowKernels, RowKernels, compiled_kernels, kernels_for
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.row_math import scales_of
+from passopt.ir.weights.streaming import row_kernels
+from passopt.ir.weights.streaming.row_kernels import CompiledRowKernels, RowKernels, compiled_kernels, kernels_for
 
 KINDS = [np.float32, np.float16, ml_dtypes.bfloat16]
 FLOATS = [DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16]
@@ -113,9 +113,9 @@ def test_without_a_working_numba_numpy_does_it(monkeypatch, error):
         return real(name, *arguments, **options)
 
     compiled_kernels.cache_clear()
-    monkeypatch.delitem(sys.modules, "passopt.ir.streaming.compiled_rows", raising=False)
+    monkeypatch.delitem(sys.modules, "passopt.ir.weights.streaming.numba_rows", raising=False)
     monkeypatch.setattr(builtins, "__import__", fail)
-    monkeypatch.delattr("passopt.ir.streaming.compiled_rows", raising=False)
+    monkeypatch.delattr("passopt.ir.weights.streaming.numba_rows", raising=False)
     assert kernels_for(1 << 40).name == "numpy"
     compiled_kernels.cache_clear()
     monkeypatch.undo()

@@ -6,10 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from passopt.ir import expressions as ex
-from passopt.ir.expressions import DataType, Literal
-from passopt.ir.streaming.schedule import WeightFile, is_turned, schedule
-from passopt.ir.streaming.spans import Part, Span, spans_of
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.streaming.output_groups import WeightFile, is_turned, schedule
+from passopt.ir.weights.streaming.row_spans import Part, Span, spans_of
 
 
 @pytest.fixture

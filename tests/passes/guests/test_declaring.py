@@ -13,7 +13,7 @@ import pytest
 
 from passopt.cli import main
 from passopt.ir.errors import PassError, UsageError
-from passopt.ir.text_files import read_model
+from passopt.ir.serialization.text_files import read_model
 from passopt.passes.base import EXACT, REASSOCIATED, Pass, lossy
 from passopt.passes.catalog import catalog
 from passopt.passes.guests import graphsurgeon_pass, ir_pass

@@ -8,13 +8,13 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import CheckError, PassError, VerifyError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import Literal, Slice, Source, Transpose
-from passopt.ir.files import load_model, save_materialized
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
-from passopt.ir.text import print_model
-from passopt.ir.text_files import read_model
-from passopt.ir.weights import LazyWeight, expression_of
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
+from passopt.ir.serialization.model_files import load_model, save_materialized
+from passopt.ir.serialization.text import print_model
+from passopt.ir.serialization.text_files import read_model
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import Literal, Slice, Source, Transpose
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.numeric.check import NumericCheck
 from passopt.passes.guests import graphsurgeon_pass
 from passopt.passes.guests.graphsurgeon import lazy_constant, lazy_weight

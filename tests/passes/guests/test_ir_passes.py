@@ -7,10 +7,10 @@ import onnx_ir.passes
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.ir.functions import local_function
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE
-from passopt.ir.text import print_model
-from passopt.ir.text_files import read_model
+from passopt.ir.graph.functions import local_function
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE
+from passopt.ir.serialization.text import print_model
+from passopt.ir.serialization.text_files import read_model
 from passopt.passes.guests import ir_pass
 from passopt.passes.inline_functions import inline_functions
 

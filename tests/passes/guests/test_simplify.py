@@ -8,11 +8,11 @@ import onnxsim
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
-from passopt.ir.text import print_model
-from passopt.ir.text_files import read_model
-from passopt.ir.weights import LazyWeight, expression_of
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
+from passopt.ir.serialization.text import print_model
+from passopt.ir.serialization.text_files import read_model
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve
 from passopt.passes.simplify import Simplify
@@ -248,7 +248,7 @@ def _renamed(proto):
 
 def test_half_precision_weights_of_a_large_model_are_references_only():
     """A weight of 2 GB that does not exist: only its type crosses."""
-    from passopt.ir.expressions import Source, SourceFile
+    from passopt.ir.weights.expressions import Source, SourceFile
 
     model = read_model(CLUTTER.replace("float[3,5] w", "float[3,5] w"))
     value = model.graph.initializers["w"]

@@ -19,9 +19,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from passopt.ir.expressions import DataType, Literal
-from passopt.ir.files import load_model
-from passopt.ir.streaming.engine import write_safetensors
+from passopt.ir.serialization.model_files import load_model
+from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.streaming.write_weights import write_safetensors
 from passopt.targets.tvm.features import find_cpu
 from passopt.targets.tvm.library import CacheLayout, CodeFile, Library, Logits, WeightsFile
 from passopt.targets.tvm.lowering.graph import Lowered, lower
@@ -252,7 +252,7 @@ def _compiled(lowered: Lowered) -> Array:
     import tvm
     from tvm import relax
 
-    from passopt.ir.evaluate import Evaluator
+    from passopt.ir.weights.evaluator import Evaluator
 
     target = find_cpu().target()
     executable = relax.build(run_steps(lowered.module, target), target, relax_pipeline=None)

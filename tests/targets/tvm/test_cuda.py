@@ -7,7 +7,7 @@ import re
 import pytest
 
 from passopt.ir.errors import ModelError
-from passopt.ir.files import load_model
+from passopt.ir.serialization.model_files import load_model
 from passopt.targets.tvm.codegen import CompileFacts, compile_models
 from passopt.targets.tvm.features import find_cpu, find_gpu
 from passopt.targets.tvm.library import Library, read_library

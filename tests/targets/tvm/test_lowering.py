@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError
-from passopt.ir.files import load_model
+from passopt.ir.serialization.model_files import load_model
 from passopt.targets.tvm.features import find_cpu
 from passopt.targets.tvm.lowering.graph import lower
 from passopt.targets.tvm.lowering.registry import CONVERTERS

@@ -15,9 +15,9 @@ import onnx_ir
 from passopt import __version__
 from passopt.commands.progress import Progress
 from passopt.commands.writing import say_report, stream_options
-from passopt.ir.contract import degree_of
 from passopt.ir.errors import UsageError
-from passopt.ir.files import load_model, model_path
+from passopt.ir.graph.decoder import degree_of
+from passopt.ir.serialization.model_files import load_model, model_path
 from passopt.passes.expectations import parse_expectation
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve

@@ -13,11 +13,11 @@ import onnx_ir
 
 from passopt import __version__
 from passopt.commands.writing import write_with_progress
-from passopt.ir.contract import SELF_CHECK
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.expressions import DataType
-from passopt.ir.files import load_model, model_path
-from passopt.ir.shapes import complete_types
+from passopt.ir.graph.decoder import SELF_CHECK
+from passopt.ir.graph.shapes import complete_types
+from passopt.ir.serialization.model_files import load_model, model_path
+from passopt.ir.weights.expressions import DataType
 from passopt.passes.manager import run_passes
 from passopt.passes.pipeline_spec import resolve
 from passopt.targets.manifest import read_manifest

@@ -33,8 +33,8 @@ def list(options: argparse.Namespace) -> int:
 
 def print_(options: argparse.Namespace) -> int:
     """Canonical text on stdout."""
-    from passopt.ir.files import load_model
-    from passopt.ir.text import print_model
+    from passopt.ir.serialization.model_files import load_model
+    from passopt.ir.serialization.text import print_model
 
     model = load_model(options.model)
     if options.provenance:
@@ -51,8 +51,8 @@ def print_(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Legal degrees and blockers; nothing is changed."""
-    from passopt.ir.contract import degree_of
-    from passopt.ir.files import load_model
+    from passopt.ir.graph.decoder import degree_of
+    from passopt.ir.serialization.model_files import load_model
     from passopt.passes.manager import run_passes
     from passopt.passes.pipeline_spec import resolve
     from passopt.passes.sharding.plan import make_plan

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from passopt.ir.errors import UsageError
-from passopt.ir.text import print_model
-from passopt.ir.text_files import read_model
+from passopt.ir.serialization.text import print_model
+from passopt.ir.serialization.text_files import read_model
 from passopt.passes.base import REGISTERED
 from passopt.passes.catalog import catalog
 from passopt.passes.pipelines import PIPELINES

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir
 
-from passopt.ir.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, merged_sources
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, merged_sources
 
 #: `model.layers.3.self_attn` is part of `model.layers.3`.
 _LAYER = re.compile(r"(.*?\.\d+)(?:\.(.*))?\Z")

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.errors import CheckError, ModelError, PassoptError, UsageError
-from passopt.ir.files import load_model
+from passopt.ir.serialization.model_files import load_model
 from passopt.numeric.check import NumericCheck
 from passopt.numeric.comparing import relative_error
 from passopt.passes.instruments import summary_table

@@ -14,12 +14,12 @@ import onnx_ir
 
 from passopt import __version__
 from passopt.commands.writing import write_with_progress
-from passopt.ir.contract import degree_of
 from passopt.ir.errors import ExpectationError, ModelError, PassoptError, UsageError
-from passopt.ir.files import load_model, model_path
-from passopt.ir.sources import identify
-from passopt.ir.streaming.engine import StreamReport
-from passopt.ir.text import print_model
+from passopt.ir.graph.decoder import degree_of
+from passopt.ir.serialization.model_files import load_model, model_path
+from passopt.ir.serialization.text import print_model
+from passopt.ir.weights.sources import identify
+from passopt.ir.weights.streaming.write_weights import StreamReport
 from passopt.passes.catalog import unknown_name
 from passopt.passes.expectations import parse_expectation, unwatched_misses
 from passopt.passes.instruments import Dump, PrintAfter, rule_table, summary_table

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 from passopt.ir.errors import UsageError
-from passopt.ir.files import load_model
+from passopt.ir.serialization.model_files import load_model
 from passopt.passes.base import Pass
 from passopt.passes.catalog import unknown_name
 from passopt.passes.manager import run_passes

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx_ir
 
 from passopt.commands.progress import Progress
-from passopt.ir.streaming.budget import StreamOptions
-from passopt.ir.streaming.engine import StreamReport
+from passopt.ir.weights.streaming.budget import StreamOptions
+from passopt.ir.weights.streaming.write_weights import StreamReport
 from passopt.targets.onnx_files import OutputFacts, OutputPlan, write_output
 
 #: Shorter writes need no account on stderr.

@@ -15,9 +15,9 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.errors import CheckError
-from passopt.ir.listening import Replacement, listening
-from passopt.ir.provenance import MODULE, SOURCE
-from passopt.ir.shapes import dimensions
+from passopt.ir.graph.provenance import MODULE, SOURCE
+from passopt.ir.graph.rewrite_listener import Replacement, listening
+from passopt.ir.graph.shapes import dimensions
 from passopt.numeric.comparing import Comparison, Outcome, prepare
 from passopt.numeric.kinds import Kinds
 from passopt.numeric.lengths import DRAWS, Lengths

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import FLOATS, DataType, Expression
-from passopt.ir.twin import fp32_twin
+from passopt.ir.graph.fp32_twin import fp32_twin
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import FLOATS, DataType, Expression
 from passopt.numeric.lengths import DRAWS, Draw, Lengths
 from passopt.numeric.models import LARGEST_WEIGHT, Runnable, runnable, shortened_axes
 from passopt.numeric.regions import Cut, Unchecked

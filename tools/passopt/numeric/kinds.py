@@ -9,9 +9,9 @@ import enum
 
 import onnx_ir
 
-from passopt.ir.expressions import FLOATS
-from passopt.ir.operators import RANDOM
-from passopt.ir.weights import SMALL_BYTES
+from passopt.ir.graph.operators import RANDOM
+from passopt.ir.weights.expressions import FLOATS
+from passopt.ir.weights.lazy_weight import SMALL_BYTES
 
 _GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
 _PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "Conv", "Einsum"})

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir
 
-from passopt.ir.contract import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
+from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import Expression
-from passopt.ir.functions import DOMAIN, local_function
-from passopt.ir.weights import SMALL_BYTES, expression_of, small_constant
+from passopt.ir.graph.functions import DOMAIN, local_function
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import Expression
+from passopt.ir.weights.lazy_weight import SMALL_BYTES, expression_of, small_constant
 from passopt.numeric.regions import Cut, Region, Unchecked
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

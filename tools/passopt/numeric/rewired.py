@@ -12,8 +12,8 @@ from collections.abc import Iterator, Set
 import onnx
 import onnx_ir
 
-from passopt.ir.attributes import attributes_key
-from passopt.ir.weights import expression_of, small_constant
+from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.weights.lazy_weight import expression_of, small_constant
 from passopt.numeric.kinds import Kinds
 from passopt.numeric.regions import Request, Side
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 
-from passopt.ir.expressions import FLOATS
+from passopt.ir.weights.expressions import FLOATS
 from passopt.numeric.lengths import Lengths
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

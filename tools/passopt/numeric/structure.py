@@ -8,9 +8,9 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.attributes import attributes_key
-from passopt.ir.expressions import Expression, Literal, Source
-from passopt.ir.weights import expression_of
+from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.weights.expressions import Expression, Literal, Source
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.numeric.kinds import is_control_name
 from passopt.numeric.regions import Cut, Region
 

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from passopt.ir.evaluate import Box, Evaluator
-from passopt.ir.expressions import FLOATS, Expression, Source
+from passopt.ir.weights.evaluator import Box, Evaluator
+from passopt.ir.weights.expressions import FLOATS, Expression, Source
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

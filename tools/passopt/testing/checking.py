@@ -14,11 +14,11 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from passopt.ir.contract import degree_of
-from passopt.ir.files import MODEL_NAME, save_materialized
-from passopt.ir.text import print_model
-from passopt.ir.text_files import read_model
-from passopt.ir.verifier import verify_model
+from passopt.ir.graph.decoder import degree_of
+from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.model_files import MODEL_NAME, save_materialized
+from passopt.ir.serialization.text import print_model
+from passopt.ir.serialization.text_files import read_model
 from passopt.passes.base import EXACT, Accuracy, Pass, PassResult
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

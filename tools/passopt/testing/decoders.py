@@ -13,12 +13,12 @@ import numpy as np
 import onnx_ir
 from safetensors.numpy import save_file
 
-from passopt.ir.alibi import alibi_slopes
-from passopt.ir.contract import DEGREE
-from passopt.ir.expressions import DataType, Expression, Literal
-from passopt.ir.sources import safetensors_sources
-from passopt.ir.text import parse_model
-from passopt.ir.weights import LazyWeight
+from passopt.ir.graph.alibi import alibi_slopes
+from passopt.ir.graph.decoder import DEGREE
+from passopt.ir.serialization.text import parse_model
+from passopt.ir.weights.expressions import DataType, Expression, Literal
+from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.sources import safetensors_sources
 
 _TEXT_NAMES = {DataType.FLOAT: "float", DataType.FLOAT16: "float16", DataType.BFLOAT16: "bfloat16"}
 

@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from passopt.ir.expressions import DataType, Expression
-from passopt.ir.sources import safetensors_sources
-from passopt.ir.streaming.schedule import WeightFile
+from passopt.ir.weights.expressions import DataType, Expression
+from passopt.ir.weights.sources import safetensors_sources
+from passopt.ir.weights.streaming.output_groups import WeightFile
 
 _HIDDEN, _WIDE, _VOCAB = 40, 72, 101
 SHAPES: Mapping[str, tuple[int, ...]] = {

@@ -54,7 +54,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
 @pytest.fixture
 def check_pass(golden: Callable[[str], None]) -> Callable[..., tuple[onnx_ir.Model, PassResult]]:
     """Run a pass over ONNX text with every check of `passopt.testing.checking.check`, then compare the golden text."""
-    from passopt.ir.text import print_model
+    from passopt.ir.serialization.text import print_model
     from passopt.testing.checking import check
 
     def run(item: Pass, text: str, **settings: object) -> tuple[onnx_ir.Model, PassResult]:

@@ -13,9 +13,9 @@ import onnx_ir
 import onnxruntime
 import pytest
 
-from passopt.ir.alibi import alibi_slopes
 from passopt.ir.errors import ModelError
-from passopt.ir.functions import ALIBI_ATTENTION, DOMAIN, local_function
+from passopt.ir.graph.alibi import alibi_slopes
+from passopt.ir.graph.functions import ALIBI_ATTENTION, DOMAIN, local_function
 from passopt.targets.tvm.features import Cpu, level
 from passopt.targets.tvm.kernels.attention import attention
 from passopt.targets.tvm.kernels.cache import BLOCK

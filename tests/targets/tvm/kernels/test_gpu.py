@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType, Expression, Literal
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType, Expression, Literal
 from passopt.targets.tvm.features import GPU_ISA, Cpu, Isa, find_gpu, level
 from passopt.targets.tvm.gpu import THREADS, bind_threads
 from passopt.targets.tvm.kernels.attention import attention

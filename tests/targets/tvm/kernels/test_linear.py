@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType, Expression, Fill, Literal
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType, Expression, Fill, Literal
 from passopt.targets.tvm.features import LEVELS, Cpu, level
 from passopt.targets.tvm.kernels.linear import plan_float, plan_int8
 from passopt.targets.tvm.kernels.linear_plan import LinearPlan

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import DataType, Expression, Fill, Literal
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType, Expression, Fill, Literal
 from passopt.targets.tvm.features import Cpu, level, missing_features
 from passopt.targets.tvm.kernels.byte_dot import byte_kernel, dot_of_operations
 from passopt.targets.tvm.kernels.linear import plan_int8

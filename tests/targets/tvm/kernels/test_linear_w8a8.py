@@ -6,8 +6,8 @@ import functools
 import numpy as np
 import pytest
 
-from passopt.ir.evaluate import Evaluator
-from passopt.ir.expressions import Literal
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import Literal
 from passopt.targets.tvm.features import LEVELS, Cpu, Isa, level, missing_features
 from passopt.targets.tvm.kernels.byte_dot import byte_kernel, dot_of_operations
 from passopt.targets.tvm.kernels.linear_w8a8 import linear_w8a8, plan_w8a8

@@ -1,0 +1,4 @@
+"""Read and edit graphs: operators, shapes, attributes, provenance, and what is recognised in a decoder.
+
+Every module works on onnx-ir objects and reads no weight of the checkpoint.
+"""

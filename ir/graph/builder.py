@@ -1,0 +1,253 @@
+"""Build nodes whose outputs have types and shapes at once; the only way in which passes make nodes.
+
+Types and shapes come from ONNX's own inference per operator, and from the rules below for collectives,
+caches and passopt's own functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir
+from onnx import shape_inference
+
+from passopt.ir.errors import VerifyError
+from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.functions import DOMAIN, grown, infer_function_types
+from passopt.ir.weights.expressions import Expression
+from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
+
+Value: TypeAlias = onnx_ir.Value
+Operand: TypeAlias = "onnx_ir.Value | int | float | Sequence[int] | np.ndarray[Any, np.dtype[Any]] | np.generic | None"
+
+Inferred: TypeAlias = "tuple[onnx_ir.DataType | None, tuple[int | str | None, ...] | None]"
+TypesMemo: TypeAlias = dict[Hashable, list[Inferred]]
+_SCALARS = frozenset({int, float, str})
+_GRAPHS = frozenset({onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS})
+
+#: Domains of the operators that passopt writes beside ONNX's own.
+MICROSOFT = "com.microsoft"
+
+
+@dataclasses.dataclass
+class Built:
+    """What a builder has made and nobody has put into a graph yet."""
+
+    nodes: list[onnx_ir.Node] = dataclasses.field(default_factory=list)
+    initializers: list[onnx_ir.Value] = dataclasses.field(default_factory=list)
+    #: The dtype and shape that inference gave each output.
+    inferred: dict[onnx_ir.Value, tuple[onnx_ir.DataType | None, onnx_ir.Shape | None]] = dataclasses.field(
+        default_factory=dict
+    )
+
+
+class Builder:
+    """`b.MatMul(x, w)` makes a node and returns its output; numbers and arrays become initializers.
+
+    Keyword arguments are attributes, but for `outputs=` (how many) and `domain=`. Names come from `hint` and are made
+    unique by `unique`, so a rule never chooses one. Nothing enters a graph here: the caller inserts `built`.
+    """
+
+    def __init__(
+        self, opset: int, unique: Callable[[str], str], hint: str = "value", *, types: TypesMemo | None = None
+    ) -> None:
+        self.opset = opset
+        self.hint = hint
+        self.built = Built()
+        self._unique = unique
+        self._types = types
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
+
+    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+        if not op_type[:1].isupper():
+            raise AttributeError(op_type)
+        return lambda *inputs, **keywords: self.node(op_type, *inputs, **keywords)
+
+    def node(self, op_type: str, *inputs: Operand, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+        """One node; returns its output, or a tuple of them if `outputs` is not 1."""
+        values = self._operands(op_type, inputs)
+        converted = [_attribute(name, value) for name, value in attributes.items()]
+        name = self._unique(f"{self.hint}/{op_type}")
+        node = onnx_ir.Node(domain, op_type, values, converted, num_outputs=outputs, name=name)
+        for index, value in enumerate(node.outputs):
+            value.name = self._unique(f"{self.hint}.{op_type.lower()}" + (f".{index}" if outputs > 1 else ""))
+        infer_types(node, self.opset, self._types)
+        self.built.nodes.append(node)
+        self.built.inferred.update((value, (value.dtype, value.shape)) for value in node.outputs)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def initializer(self, name: str, tensor: Expression | np.ndarray[Any, np.dtype[Any]]) -> Value:
+        """A new initializer called `name` (made unique) holding an expression or a small array."""
+        name = self._unique(name)
+        data: onnx_ir.TensorProtocol
+        data = LazyWeight(tensor, name) if isinstance(tensor, Expression) else onnx_ir.tensor(tensor, name=name)
+        value = onnx_ir.Value(name=name, shape=data.shape, type=onnx_ir.TensorType(data.dtype), const_value=data)  # type: ignore[arg-type]
+        self.built.initializers.append(value)
+        return value
+
+    def literal(self, array: np.ndarray[Any, np.dtype[Any]]) -> Value:
+        """A small constant; equal constants of one builder are one initializer."""
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.initializer(f"{self.hint}.constant", array)
+        return self._constants[key]
+
+    def _operands(self, op_type: str, inputs: Sequence[Operand]) -> list[Value | None]:
+        """Integers and lists are int64; a float takes the dtype of the node's first value."""
+        like = next((item.dtype for item in inputs if isinstance(item, onnx_ir.Value) and item.dtype), None)
+        values: list[Value | None] = []
+        for item in inputs:
+            if item is None or isinstance(item, onnx_ir.Value):
+                values.append(item)
+            elif isinstance(item, (np.ndarray, np.generic)):
+                values.append(self.literal(np.asarray(item)))
+            elif isinstance(item, float):
+                if like is None:
+                    raise VerifyError(f"{op_type}: the dtype of the number {item} is unknown; pass an array")
+                values.append(self.literal(np.asarray(item, like.numpy())))
+            else:
+                values.append(self.literal(np.asarray(item, np.int64)))
+        return values
+
+
+def _attribute(name: str, value: Any) -> onnx_ir.Attr:
+    """As onnx-ir converts attributes, with its checks of every other type left out for the frequent ones."""
+    if type(value) is int:
+        return onnx_ir.AttrInt64(name, value)
+    if type(value) is float:
+        return onnx_ir.AttrFloat32(name, value)
+    return onnx_ir.convenience.convert_attribute(name, value)
+
+
+def types_memo(model: onnx_ir.Model) -> TypesMemo:
+    """What inference has found in this model, by operator, attributes and inputs: every layer asks the same."""
+    memo: TypesMemo = model.meta.setdefault("passopt.types", {})
+    return memo
+
+
+def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -> None:
+    """Set dtype and shape of the node's outputs from its inputs. Leaves unknown what inference does not know."""
+    if node.domain == MICROSOFT:
+        _infer_collective(node)
+        return
+    if node.domain == DOMAIN:
+        infer_function_types(node)
+        return
+    if node.domain or any(value is not None and value.type is None for value in node.inputs):
+        return
+    key = _inference_key(node, opset) if memo is not None else None
+    found = memo.get(key) if memo is not None and key is not None else None
+    if found is None:
+        found = _inferred(node, opset)
+        if memo is not None and key is not None:
+            memo[key] = found
+    for value, (dtype, dims) in zip(node.outputs, found, strict=True):
+        if dtype is not None:
+            value.type = onnx_ir.TensorType(dtype)
+        if dims is not None:
+            value.shape = onnx_ir.Shape(dims)
+    if node.op_type == "Attention":
+        _infer_cache(node)
+
+
+def _inference_key(node: onnx_ir.Node, opset: int) -> Hashable | None:
+    """All that inference looks at; None for nodes with subgraphs, which look at anything."""
+    attributes: list[Hashable] = []
+    for item in node.attributes.data.values():
+        content = item.value
+        if type(content) in _SCALARS:
+            attributes.append((item.name, content))
+        elif item.type in _GRAPHS:
+            return None
+        elif type(content) is tuple:
+            attributes.append((item.name, *content))
+        else:
+            attributes.append(attributes_key(node))
+    inputs: list[Hashable] = []
+    for value in node.inputs:
+        if value is None:
+            inputs.append(None)
+            continue
+        data = _shape_data(value)
+        dims = None if value.shape is None else tuple(_dim(dim) for dim in value.shape.dims)
+        inputs.append((value.dtype, dims, None if data is None else (data.shape, data.tobytes())))
+    return node.op_type, opset, len(node.outputs), tuple(attributes), tuple(inputs)
+
+
+def _shape_data(value: Value) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """The numbers of an int64 constant, which shapes depend on."""
+    if value.dtype != onnx_ir.DataType.INT64:
+        return None
+    return small_constant(value)
+
+
+def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
+    """ONNX's own inference: dtype and dimensions of each output, None where it says nothing."""
+    types, data = {}, {}
+    for value in node.inputs:
+        if value is None or not value.name:
+            continue
+        types[value.name] = _type_proto(value)
+        constant = _shape_data(value)
+        if constant is not None:
+            data[value.name] = onnx.numpy_helper.from_array(constant, value.name)
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:
+        raise VerifyError(f"{node.op_type} {node.name!r}: no such operator in opset {opset}") from None
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    proto = onnx_ir.serde.serialize_node(node)
+    try:
+        found = shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=opsets)
+    except (shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        inputs = [f"{v.name}: {v.dtype} {v.shape}" for v in node.inputs if v is not None]
+        raise VerifyError(f"{node.op_type} {node.name!r} does not fit its inputs {inputs}: {error}") from error
+    return [_read_type(found.get(value.name or "")) for value in node.outputs]
+
+
+def _read_type(proto: onnx.TypeProto | None) -> Inferred:
+    if proto is None or not proto.HasField("tensor_type"):
+        return None, None
+    dtype = onnx_ir.DataType(proto.tensor_type.elem_type)
+    if not proto.tensor_type.HasField("shape"):
+        return dtype, None
+    shape = proto.tensor_type.shape
+    return dtype, tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in shape.dim)
+
+
+def _infer_cache(node: onnx_ir.Node) -> None:
+    """ONNX's inference leaves the present keys and values of Attention without a length."""
+    for new, past, output in zip(node.inputs[1:3], node.inputs[4:6], node.outputs[1:3]):
+        if new is not None and past is not None:
+            output.type = output.type or new.type
+            output.shape = grown(past.shape, new.shape) or output.shape
+
+
+def _type_proto(value: Value) -> onnx.TypeProto:
+    assert value.dtype is not None
+    shape = None if value.shape is None else [_dim(dim) for dim in value.shape.dims]
+    return onnx.helper.make_tensor_type_proto(value.dtype.value, shape)
+
+
+def _dim(dim: int | onnx_ir.SymbolicDim) -> int | str | None:
+    return dim if isinstance(dim, int) else dim.value
+
+
+def _infer_collective(node: onnx_ir.Node) -> None:
+    """AllReduce keeps the shape; AllGather multiplies its axis. onnxruntime's inference gives nothing here."""
+    source = node.inputs[0]
+    assert source is not None
+    target = node.outputs[0]
+    target.type = source.type
+    if source.shape is None or node.op_type == "AllReduce":
+        target.shape = source.shape
+        return
+    dims = list(source.shape.dims)
+    axis, size = node.attributes["axis"].as_int() % len(dims), node.attributes["group_size"].as_int()
+    length = dims[axis]
+    gathered = length * size if isinstance(length, int) else None
+    target.shape = onnx_ir.Shape([*dims[:axis], gathered, *dims[axis + 1 :]])

@@ -1,0 +1,59 @@
+"""The fp32 twin of a bf16 graph: onnxruntime on a CPU has no bf16 kernels, and a graph must run to be checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.lazy_weight import LazyWeight
+
+#: Attributes of standard ops that hold a data type.
+_DTYPE_ATTRIBUTES = {"to", "dtype", "output_dtype"}
+
+
+def fp32_twin(model: onnx_ir.Model) -> onnx_ir.Model:
+    """A clone with every BFLOAT16 (values, casts, constants, weights) replaced by FLOAT; weights stay lazy."""
+    twin = model.clone()
+    for graph in _all_graphs(twin):
+        for value in (*graph.inputs, *graph.initializers.values()):
+            _widen_value(value)
+        for node in graph:
+            for output in node.outputs:
+                _widen_value(output)
+            for attribute in list(node.attributes.values()):
+                _widen_attribute(node, attribute)
+    return twin
+
+
+def _all_graphs(model: onnx_ir.Model) -> Iterator[onnx_ir.Graph]:
+    """The main graph, the bodies of functions, and the subgraphs of both."""
+    yield from model.graphs()
+    for function in model.functions.values():
+        yield function.graph
+        yield from function.subgraphs()
+
+
+def _widen_value(value: onnx_ir.Value) -> None:
+    if value.dtype == DataType.BFLOAT16:
+        value.type = onnx_ir.TensorType(DataType.FLOAT)  # a new one: clones share theirs with the original
+    if value.const_value is not None and value.const_value.dtype == DataType.BFLOAT16:
+        value.const_value = _wide(value.const_value)
+
+
+def _widen_attribute(node: onnx_ir.Node, attribute: onnx_ir.Attr) -> None:
+    if attribute.is_ref():
+        return
+    name = attribute.name
+    if attribute.type == onnx_ir.AttributeType.TENSOR and attribute.as_tensor().dtype == DataType.BFLOAT16:
+        node.attributes[name] = onnx_ir.AttrTensor(name, _wide(attribute.as_tensor()))
+    elif name in _DTYPE_ATTRIBUTES and attribute.value == DataType.BFLOAT16:
+        node.attributes[name] = onnx_ir.AttrInt64(name, int(DataType.FLOAT))
+
+
+def _wide(tensor: onnx_ir.TensorProtocol) -> onnx_ir.TensorProtocol:
+    if isinstance(tensor, LazyWeight):
+        return LazyWeight(tensor.expression.cast(DataType.FLOAT), tensor.name)
+    return onnx_ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)

@@ -1,0 +1,194 @@
+"""Models on disk: model.onnx with weights beside it, or with a plan that says where they come from.
+
+Data outside the model's folder is read only through a plan, never through `..`, absolute paths or links.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir
+from google.protobuf.message import DecodeError
+
+from passopt.ir.errors import ModelError
+from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.serialization.text_files import TEXT_SUFFIX, load_text_model
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight, expression_of
+from passopt.ir.weights.plan_file import PLAN_NAME, read_plan, write_plan
+from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.sources import external_source
+from passopt.ir.weights.streaming.write_weights import write_safetensors
+
+MODEL_NAME = "model.onnx"
+WEIGHTS_NAME = "weights.safetensors"
+
+#: IR versions that are written: 10 has all that passopt writes, 13 is the last that current runtimes read.
+_OLDEST_IR, _NEWEST_IR = 10, 13
+
+
+def model_path(path: Path) -> Path:
+    """The model file that `path` (a file or an output folder) means. Raises ModelError with what to do."""
+    if path.is_dir():
+        inside = path / MODEL_NAME
+        if not inside.exists() and (path / "rank0" / MODEL_NAME).exists():
+            raise ModelError(f"{path}: holds one model per rank; name one of them, e.g. {path / 'rank0'}")
+        path = inside
+    if not path.exists():
+        raise ModelError(f"{path}: no such model. Make one with: passopt export CHECKPOINT -o DIR")
+    return path
+
+
+def load_model(path: Path | str) -> onnx_ir.Model:
+    """Read model.onnx; every external tensor becomes a lazy weight and no weight byte is read.
+
+    A file `*.onnxtxt` is read as ONNX text.
+    """
+    path = model_path(Path(path))
+    if path.suffix == TEXT_SUFFIX:
+        return load_text_model(path)
+    try:
+        model = onnx_ir.load(path, format="protobuf")
+    except (DecodeError, ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ModelError(f"{path}: not an ONNX model, or truncated: {error}") from error
+    if not len(model.graph) and not model.graph.outputs:
+        raise ModelError(f"{path}: not an ONNX model: the graph has neither nodes nor outputs")
+    if not model.graph.opset_imports:
+        raise ModelError(f"{path}: not an ONNX model, or truncated: it names no opset")
+    plan: dict[str, ex.Expression] | None = None
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, onnx_ir.ExternalTensor):
+                continue
+            if tensor.location == PLAN_NAME:
+                plan = plan if plan is not None else read_plan(path.parent / PLAN_NAME)
+                value.const_value = LazyWeight(_planned(plan, value, path), value.name)
+            else:
+                value.const_value = LazyWeight(_external(path, value, tensor), value.name)
+    complete_outputs(model)
+    return model
+
+
+def _planned(plan: Mapping[str, ex.Expression], value: onnx_ir.Value, path: Path) -> ex.Expression:
+    expression = plan.get(value.name or "")
+    if expression is None:
+        raise ModelError(f"{path.parent / PLAN_NAME}: has no weight {value.name!r}, which {path.name} needs")
+    if value.shape is not None and tuple(value.shape.numpy()) != expression.shape:
+        raise ModelError(
+            f"{path.parent / PLAN_NAME}: weight {value.name!r} has shape {list(expression.shape)}, "
+            f"{path.name} expects {list(value.shape.numpy())}"
+        )
+    if value.dtype is not None and value.dtype != expression.dtype:
+        raise ModelError(
+            f"{path.parent / PLAN_NAME}: weight {value.name!r} is {expression.dtype.name}, "
+            f"{path.name} expects {value.dtype.name}"
+        )
+    return expression
+
+
+def _external(path: Path, value: onnx_ir.Value, tensor: onnx_ir.ExternalTensor) -> ex.Source:
+    location = Path(tensor.location)
+    where = f"{path}: weight {value.name!r}"
+    if location.is_absolute() or ".." in location.parts:
+        raise ModelError(f"{where}: data at {location}, outside of the model's folder; refused")
+    file = path.parent
+    for part in location.parts:
+        file = file / part
+        if file.is_symlink():
+            raise ModelError(f"{where}: data at {location}, behind the link {file}; refused. Copy the file instead.")
+    shape = tuple(tensor.shape.numpy())
+    source = external_source(file, value.name or "", tensor.dtype, shape, tensor.offset or 0)
+    if tensor.length is not None and tensor.length != source.nbytes:
+        raise ModelError(f"{where}: {tensor.length} bytes of data, shape {list(shape)} needs {source.nbytes}")
+    return source
+
+
+def file_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
+    """What goes to the weight file, by name: checkpoint weights, and every constant above `SMALL_BYTES`."""
+    return {name: weight for name, weight in _lazy_weights(model).items() if not _is_inline(weight)}
+
+
+def _lazy_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
+    """Every initializer that is unevaluated or too large to stay inside model.onnx."""
+    weights = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            raise ModelError(f"initializer {name!r} has no data")
+        if isinstance(tensor, LazyWeight) or tensor.nbytes > SMALL_BYTES:
+            expression = expression_of(value)
+            assert expression is not None
+            weights[name] = expression
+    return weights
+
+
+def _is_inline(weight: ex.Expression) -> bool:
+    """Small and made of literals only, such as a rank's slopes: stock tools want such constants inside model.onnx."""
+    return weight.nbytes <= SMALL_BYTES and next(weight.sources(), None) is None
+
+
+@contextlib.contextmanager
+def _standing_in(model: onnx_ir.Model, tensors: Mapping[str, onnx_ir.TensorProtocol]) -> Iterator[None]:
+    """For the time of a serialisation, these tensors stand for the initializers of their names."""
+    initializers = model.graph.initializers
+    saved = {name: initializers[name].const_value for name in tensors}
+    try:
+        for name, tensor in tensors.items():
+            initializers[name].const_value = tensor
+        yield
+    finally:
+        for name, original in saved.items():
+            initializers[name].const_value = original
+
+
+def _reference(location: str, name: str, weight: ex.Expression, offset: int) -> onnx_ir.ExternalTensor:
+    shape = onnx_ir.Shape(weight.shape)
+    return onnx_ir.ExternalTensor(location, offset, weight.nbytes, weight.dtype, shape=shape, name=name)
+
+
+def _serialized(model: onnx_ir.Model) -> bytes:
+    proto = onnx_ir.to_proto(model)
+    proto.ir_version = _ir_version(model)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _ir_version(model: onnx_ir.Model) -> int:
+    """The lowest version that the opsets allow, whatever the input had: runtimes refuse versions newer than theirs."""
+    imports = [model.graph.opset_imports, *(function.opset_imports for function in model.functions.values())]
+    opsets = [onnx.helper.make_opsetid("", versions[""]) for versions in imports if "" in versions]
+    needed = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    return int(min(_NEWEST_IR, max(_OLDEST_IR, needed)))
+
+
+def model_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression], rank: int = 0) -> bytes:
+    """model.onnx of a rank as it lies beside weights.safetensors. Its length is the same for every rank."""
+    tensors: dict[str, onnx_ir.TensorProtocol] = {}
+    for name, offset in plan_layout(weights).offsets.items():
+        tensors[name] = _reference(WEIGHTS_NAME, name, weights[name], offset)
+    with Evaluator(rank) as evaluator:
+        for name, weight in _lazy_weights(model).items():
+            if name not in tensors:
+                tensors[name] = onnx_ir.Tensor(evaluator.array(weight), dtype=weight.dtype, name=name)
+    with _standing_in(model, tensors):
+        return _serialized(model)
+
+
+def save_materialized(model: onnx_ir.Model, directory: Path, rank: int = 0) -> dict[str, str]:
+    """Write model.onnx and weights.safetensors of a rank into an existing folder; returns each weight's digest."""
+    weights = file_weights(model)
+    (directory / MODEL_NAME).write_bytes(model_bytes(model, weights, rank))
+    return write_safetensors(directory / WEIGHTS_NAME, weights, rank)
+
+
+def save_reference(model: onnx_ir.Model, directory: Path) -> None:
+    """Write model.onnx and weights.plan.json into an existing folder; no weight is copied."""
+    weights = _lazy_weights(model)
+    with _standing_in(model, {name: _reference(PLAN_NAME, name, weight, 0) for name, weight in weights.items()}):
+        data = _serialized(model)
+    (directory / MODEL_NAME).write_bytes(data)
+    write_plan(directory / PLAN_NAME, weights)

@@ -1,0 +1,207 @@
+"""Canonical text of a model, in ONNX's own syntax: what `passopt print` shows and golden tests compare.
+
+Constants of at most 16 elements stand as they are; other tensors as dtype, shape and the digest of their expression
+over tensor names. Identical decoder layers fold to one. Node metadata and doc strings are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+import onnx_ir
+
+from passopt.ir.errors import ModelError
+from passopt.ir.graph.repeated_layers import Run, longest_run
+from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
+
+INLINE_ELEMENTS = 16
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_NODE_NAME = re.compile(r"^\s*\[[^\]]*\] ")
+
+
+def print_model(model: onnx_ir.Model, *, fold: bool = True, canonical: bool = False) -> str:
+    """The canonical text. With `fold=False`, a model of small tensors parses back to an equal one.
+
+    With `canonical=True`, values and constants are named by operator and place, so that graphs of equal structure have
+    equal texts, whatever an exporter called things.
+    """
+    if canonical:
+        model = _renamed(model)
+    graph = model.graph
+    nodes = list(graph)
+    run = longest_run(nodes) if fold else None
+    hidden = _hidden_names(nodes, run)
+    imports = ", ".join(f'"{domain}" : {version}' for domain, version in sorted(graph.opset_imports.items()))
+    inputs = _declarations(graph.inputs, hidden)
+    outputs = _declarations(graph.outputs, hidden)
+    lines = [
+        f"<ir_version: {model.ir_version}, opset_import: [{imports}]>",
+        f"{_quoted(graph.name or 'graph')} (",
+        *_commas(inputs),
+        ") => (",
+        *_commas(outputs),
+        ")",
+    ]
+    initializers = [_initializer(value) for value in graph.initializers.values() if value.name not in hidden]
+    if initializers:
+        lines += ["<", *_commas(initializers), ">"]
+    lines += ["{", *_body(nodes, run), "}"]
+    lines += [_function_text(function) for function in model.functions.values()]
+    return "\n".join(lines) + "\n"
+
+
+def _renamed(model: onnx_ir.Model) -> onnx_ir.Model:
+    """A copy in depth-first order, whose values are `operator.N` and whose small constants `constant.N`."""
+    copy = model.clone()
+    nodes = _depth_first(copy.graph)
+    copy.graph.remove(list(copy.graph))
+    copy.graph.extend(nodes)
+    constants = [value for node in copy.graph for value in node.inputs if value is not None and _is_nameless(value)]
+    for index, value in enumerate(dict.fromkeys(constants)):
+        value.name = f"constant.{index}"
+    used = set(constants)
+    for name, value in list(copy.graph.initializers.items()):
+        del copy.graph.initializers[name]
+        if value in used or value.uses():
+            copy.graph.initializers[value.name or name] = value
+    for index, node in enumerate(copy.graph):
+        for output in node.outputs:
+            if not output.is_graph_output():
+                suffix = f".{output.index()}" if len(node.outputs) > 1 else ""
+                output.name = f"{node.op_type.lower()}.{index}{suffix}"
+    order = {value: index for index, value in enumerate(dict.fromkeys(constants))}
+    rest = [value for value in copy.graph.initializers.values() if value not in order]
+    for value in (*rest, *order):
+        del copy.graph.initializers[value.name or ""]
+        copy.graph.initializers[value.name or ""] = value
+    return copy
+
+
+def _depth_first(graph: onnx_ir.Graph) -> list[onnx_ir.Node]:
+    """The order that follows from the structure alone: what each output needs, inputs first; then unused nodes."""
+    order: dict[onnx_ir.Node, None] = {}
+    roots = [value.producer() for value in graph.outputs]
+    for root in (*roots, *graph):
+        stack = [root] if root is not None else []
+        while stack:
+            node = stack[-1]
+            waiting = [
+                producer
+                for value in reversed(node.inputs)
+                if value is not None and (producer := value.producer()) is not None and producer not in order
+            ]
+            if waiting and node not in order:
+                stack.append(waiting[-1])
+            else:
+                order.setdefault(stack.pop())
+    return list(order)
+
+
+def _is_nameless(value: onnx_ir.Value) -> bool:
+    """A constant that an exporter or a pass wrote as a number: its name says nothing."""
+    tensor = value.const_value
+    if tensor is None or isinstance(tensor, LazyWeight) or not value.is_initializer():
+        return False
+    return bool(tensor.size <= 1 or tensor.dtype == onnx_ir.DataType.INT64)
+
+
+def parse_model(text: str) -> onnx_ir.Model:
+    """A model from ONNX text, its graph outputs' types completed. Raises ModelError with the parser's position."""
+    try:
+        model = onnx_ir.from_proto(onnx.parser.parse_model(text))
+    except onnx.parser.ParseError as error:
+        message = error.args[0]
+        detail = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
+        raise ModelError(f"not ONNX text: {detail}") from None
+    except onnx_ir.serde.SerdeError as error:
+        raise ModelError(f"not a model: {error.__cause__ or error}") from error
+    for index, node in enumerate(model.graph):
+        node.name = node.name or f"{node.op_type}_{index}"
+    complete_outputs(model)
+    return model
+
+
+def _body(nodes: list[onnx_ir.Node], run: Run | None) -> list[str]:
+    if run is None:
+        return [_node(node) for node in nodes]
+    carried = ", ".join(f"{first} → {later}" for first, later in run.carried)
+    end = run.start + run.period
+    return [
+        *(_node(node) for node in nodes[: run.start]),
+        f"   # layer: the next {run.period} nodes stand × {run.count}" + (f"; carried: {carried}" if carried else ""),
+        *(_node(node) for node in nodes[run.start : end]),
+        f"   # × {run.count}",
+        *(_node(node) for node in nodes[run.stop :]),
+    ]
+
+
+def _hidden_names(nodes: list[onnx_ir.Node], run: Run | None) -> set[str]:
+    """Leaves and graph outputs that only folded layers use."""
+    if run is None:
+        return set()
+    folded = nodes[run.start + run.period : run.stop]
+    shown = nodes[: run.start + run.period] + nodes[run.stop :]
+    used = {value.name for node in folded for value in (*node.inputs, *node.outputs) if value is not None}
+    kept = {value.name for node in shown for value in (*node.inputs, *node.outputs) if value is not None}
+    return {name for name in used - kept if name}
+
+
+def _declarations(values: Iterable[onnx_ir.Value], hidden: set[str]) -> list[str]:
+    return [f"   {_type(value)} {_quoted(value.name)}" for value in values if value.name not in hidden]
+
+
+def _type(value: onnx_ir.Value) -> str:
+    if value.dtype is None:
+        return "?"
+    name = onnx.TensorProto.DataType.Name(value.dtype.value).lower()
+    if value.shape is None:
+        return f"{name}[]"
+    if not len(value.shape):
+        return name
+    return f"{name}[{','.join(_dim(dim) for dim in value.shape.dims)}]"
+
+
+def _dim(dim: int | onnx_ir.SymbolicDim) -> str:
+    if isinstance(dim, int):
+        return str(dim)
+    return _quoted(dim.value) if dim.value else "?"
+
+
+def _quoted(name: str | None) -> str:
+    return name if name and _IDENTIFIER.match(name) else f'"{name or ""}"'
+
+
+def _initializer(value: onnx_ir.Value) -> str:
+    tensor = value.const_value
+    declared = f"   {_type(value)} {_quoted(value.name)}"
+    if tensor is not None and not isinstance(tensor, LazyWeight) and tensor.size <= INLINE_ELEMENTS:
+        return f"{declared} = {{{_elements(tensor)}}}"
+    expression = expression_of(value)
+    assert expression is not None
+    return f'{declared} = ["digest": "{expression.digest()}"]'
+
+
+def _elements(tensor: onnx_ir.TensorProtocol) -> str:
+    array = tensor.numpy().reshape(-1)
+    if tensor.dtype in {onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}:
+        return ",".join(str(bits) for bits in array.view(np.uint16))  # ONNX text holds 16-bit floats as bit patterns
+    if array.dtype == np.bool_:
+        return ",".join(str(int(item)) for item in array)
+    return ",".join(str(item) for item in array)
+
+
+def _node(node: onnx_ir.Node) -> str:
+    text = onnx.printer.to_text(onnx_ir.to_proto(node)).rstrip()
+    return "   " + _NODE_NAME.sub("", text).strip()
+
+
+def _function_text(function: onnx_ir.Function) -> str:
+    return str(onnx.printer.to_text(onnx_ir.to_proto(function))).rstrip()
+
+
+def _commas(lines: list[str]) -> list[str]:
+    return [line + "," for line in lines[:-1]] + lines[-1:]

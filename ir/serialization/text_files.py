@@ -1,0 +1,55 @@
+"""Models written by hand as ONNX text: what tests, samples and `passopt run graph.onnxtxt` read.
+
+`float[6,4] w = random` is a weight with seeded values; floating matrices become lazy weights, as of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.errors import ModelError
+from passopt.ir.serialization.text import parse_model
+from passopt.ir.weights.expressions import Literal
+from passopt.ir.weights.lazy_weight import LazyWeight
+
+TEXT_SUFFIX = ".onnxtxt"
+_RANDOM = re.compile(r'(float16|float)\[([\d,\s]+)\]\s*("[^"]+"|\w+)\s*=\s*random')
+
+
+def load_text_model(path: Path) -> onnx_ir.Model:
+    """The model of a text file. Raises ModelError that names the file, and the place the parser stopped at."""
+    try:
+        return read_model(path.read_text(encoding="utf-8"))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def read_model(text: str) -> onnx_ir.Model:
+    """Parse ONNX text, fill in `random` weights, and make floating matrices lazy weights."""
+    model = parse_model(_RANDOM.sub(_random_values, text))
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        floating = tensor is not None and tensor.dtype in {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16}
+        if floating and tensor is not None and len(tensor.shape) == 2:
+            value.const_value = LazyWeight(Literal.of(tensor.numpy()), name)
+    return model
+
+
+def _random_values(found: re.Match[str]) -> str:
+    kind, dims, name = found.groups()
+    shape = [int(dim) for dim in dims.split(",")]
+    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if kind == "float16":
+        listed = ", ".join(str(bits) for bits in values.astype(np.float16).view(np.uint16).reshape(-1))
+    else:
+        listed = ", ".join(repr(float(value)) for value in values.reshape(-1))
+    return f"{kind}[{dims}] {name} = {{{listed}}}"

@@ -1,0 +1,311 @@
+"""Turn weight expressions into bytes, streamed in row chunks so that memory never grows with the model.
+
+An expression is read box by box (a range per axis); every operation maps a box of its result to boxes of its operands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import blake3
+import numpy as np
+
+from passopt.ir.errors import ModelError
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.row_math import Array, absmax, cast_rows, normalize_rows, quantize_values, scales_of
+from passopt.ir.weights.sources import check_unchanged
+
+Box: TypeAlias = tuple[tuple[int, int], ...]
+
+#: Bytes of fp32 working copy per chunk. A few chunks are alive at once, so peak memory is some multiples of this.
+CHUNK_BYTES = 32 << 20
+#: Unsigned integers by their bytes.
+_WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclasses.dataclass
+class Report:
+    """What happened while evaluating: per tensor, the finite values that became infinite in a narrower dtype."""
+
+    overflows: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def count(self, cast: ex.Cast, lost: int) -> None:
+        """Note `lost` overflows of a cast, if it is one to fp16."""
+        if lost and cast.dtype == ex.DataType.FLOAT16:
+            name = ", ".join(source.name for source in cast.sources())
+            self.overflows[name] = self.overflows.get(name, 0) + lost
+
+
+class Evaluator:
+    """Reads expressions for one rank. Files stay open until `close`; use as a context manager."""
+
+    def __init__(self, rank: int = 0, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.rank = rank
+        self.report = Report()
+        self._chunk_bytes = chunk_bytes
+        self.read_bytes = 0
+        self._files: dict[str, int] = {}
+        self._column_scales: dict[ex.Expression, Array] = {}
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def array(self, expression: ex.Expression) -> Array:
+        """The whole tensor in memory: for small ones and for tests. Shape and dtype are the expression's."""
+        return self.read(expression, tuple((0, length) for length in expression.shape))
+
+    def chunks(self, expression: ex.Expression) -> Iterator[Array]:
+        """Consecutive row ranges of the tensor, C-contiguous; each fits the chunk size unless one row is larger."""
+        if not expression.shape:
+            yield self.array(expression)
+            return
+        rest = tuple((0, length) for length in expression.shape[1:])
+        for start, stop in self._row_ranges(expression, 0, expression.shape[0]):
+            yield np.ascontiguousarray(self.read(expression, ((start, stop), *rest)))
+
+    def read(self, expression: ex.Expression, box: Box) -> Array:
+        """The values inside `box`, one (start, stop) per axis."""
+        try:
+            reader = _READERS[type(expression)]
+        except KeyError:
+            raise ModelError(f"no evaluation for {type(expression).__name__}") from None
+        if any(start == stop for start, stop in box):
+            return np.empty([stop - start for start, stop in box], expression.dtype.numpy())
+        return reader(self, expression, box)
+
+    def _row_ranges(self, expression: ex.Expression, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        widest = max(math.prod(part.shape[1:]) for part in expression.walk())
+        step = max(1, self._chunk_bytes // max(1, 4 * widest))
+        return ((row, min(row + step, stop)) for row in range(start, stop, step))
+
+    def _full_rows(self, expression: ex.Expression, box: Box, compute: Callable[[int, int], Array]) -> Array:
+        """Values that need whole rows: `compute(start, stop)` gives full rows, of which the box keeps its columns."""
+        columns = tuple(slice(*bounds) for bounds in box[1:])
+        if all(bounds == (0, length) for bounds, length in zip(box[1:], expression.shape[1:], strict=True)):
+            return compute(*box[0])
+        return np.concatenate(
+            # Copies: views would hold the whole rows of all chunks until they are joined.
+            [compute(*rows)[(slice(None), *columns)].copy() for rows in self._row_ranges(expression, *box[0])]
+        )
+
+    # One reader per operation.
+
+    def _read_source(self, source: ex.Source, box: Box) -> Array:
+        if not source.shape:
+            return self._read_rows(source, 0, 1).reshape(())
+        (start, stop), *rest = box
+        if stop - start == 1 and rest:  # one row is a tensor of its own: a row of a mask is read without its head
+            offset = source.offset + start * int(math.prod(source.shape[1:]) * source.dtype.itemsize)
+            row = dataclasses.replace(source, shape=source.shape[1:], offset=offset)
+            return self._read_source(row, tuple(rest))[None]
+        return self._full_rows(source, box, lambda start, stop: self._read_rows(source, start, stop))
+
+    def _read_rows(self, source: ex.Source, start: int, stop: int) -> Array:
+        row = math.prod(source.shape[1:]) * source.dtype.itemsize
+        row_bytes = int(row)
+        data = self._pread(source, source.offset + start * row_bytes, (stop - start) * row_bytes)
+        return np.frombuffer(data, source.dtype.numpy()).reshape(stop - start, *source.shape[1:])
+
+    def _pread(self, source: ex.Source, offset: int, length: int) -> bytearray:
+        path = source.file.path
+        if path not in self._files:
+            check_unchanged(source.file)
+            self._files[path] = os.open(path, os.O_RDONLY)
+        data = bytearray(length)
+        view, done = memoryview(data), 0
+        while done < length:
+            count = os.preadv(self._files[path], [view[done:]], offset + done)
+            if not count:
+                raise ModelError(f"{path}: ends at byte {offset + done}, inside tensor {source.name!r}")
+            done += count
+        self.read_bytes += length
+        return data
+
+    def _read_literal(self, literal: ex.Literal, box: Box) -> Array:
+        whole: Array = np.frombuffer(literal.data, literal.dtype.numpy()).reshape(literal.shape)
+        return whole[tuple(slice(*bounds) for bounds in box)]
+
+    def _read_fill(self, fill: ex.Fill, box: Box) -> Array:
+        return np.full([stop - start for start, stop in box], fill.value, fill.dtype.numpy())
+
+    def _read_slice(self, part: ex.Slice, box: Box) -> Array:
+        start, stop = box[part.along]
+        return self.read(part.operand, _moved(box, part.along, start + part.start, stop + part.start))
+
+    def _read_concat(self, joined: ex.Concat, box: Box) -> Array:
+        start, stop = box[joined.along]
+        pieces, offset = [], 0
+        for part in joined.parts:
+            length = part.shape[joined.along]
+            lower, upper = max(start - offset, 0), min(stop - offset, length)
+            if lower < upper:
+                pieces.append(self.read(part, _moved(box, joined.along, lower, upper)))
+            offset += length
+        return np.concatenate(pieces, axis=joined.along)
+
+    def _read_transpose(self, turned: ex.Transpose, box: Box) -> Array:
+        inner = [(0, 0)] * len(box)
+        for axis, bounds in zip(turned.permutation, box, strict=True):
+            inner[axis] = bounds
+        return np.transpose(self.read(turned.operand, tuple(inner)), turned.permutation)
+
+    def _read_cast(self, cast: ex.Cast, box: Box) -> Array:
+        values = self.read(cast.operand, box)
+        result: Array = np.empty(values.shape, cast.dtype.numpy())
+        self.report.count(cast, cast_rows(values, cast.dtype, result))
+        return result
+
+    def _read_pad(self, padded: ex.Pad, box: Box) -> Array:
+        axis, (start, stop) = padded.along, box[padded.along]
+        old = padded.operand.shape[axis] // padded.segments
+        new = padded.shape[axis] // padded.segments
+        result: Array = np.full([b - a for a, b in box], padded.value, padded.dtype.numpy())
+        for segment in range(padded.segments):
+            lower, upper = max(start, segment * new), min(stop, segment * new + old)
+            if lower < upper:
+                shift = segment * (old - new)
+                values = self.read(padded.operand, _moved(box, axis, lower + shift, upper + shift))
+                result[_along(axis, lower - start, upper - start)] = values
+        return result
+
+    def _read_normalized(self, norm: ex.NormalizeRows, box: Box) -> Array:
+        def rows(start: int, stop: int) -> Array:
+            wide = self._finite(norm.operand, start, stop)
+            result: Array = np.empty(wide.shape, norm.dtype.numpy())
+            normalize_rows(wide, None, norm.epsilon, result)
+            return result
+
+        return self._full_rows(norm, box, rows)
+
+    def _read_codes(self, codes: ex.QuantizeCodes, box: Box) -> Array:
+        if codes.along == 0 or len(codes.shape) == 1:
+
+            def rows(start: int, stop: int) -> Array:
+                wide = self._finite(codes.operand, start, stop)
+                return quantize_values(wide, scales_of(absmax(wide, 0), codes.operand.dtype)[:, None])
+
+            return self._full_rows(codes, box, rows)
+
+        scales = self._scales_of_columns(codes.operand)
+        return self._full_rows(
+            codes, box, lambda start, stop: quantize_values(self._finite(codes.operand, start, stop), scales[None, :])
+        )
+
+    def _read_scales(self, scales: ex.QuantizeScales, box: Box) -> Array:
+        (start, stop) = box[0]
+        if scales.along:
+            return self._scales_of_columns(scales.operand)[start:stop]
+        ranges = self._row_ranges(scales.operand, start, stop)
+        peaks = [absmax(self._finite(scales.operand, *rows), 0) for rows in ranges]
+        return scales_of(np.concatenate(peaks), scales.dtype)
+
+    def _scales_of_columns(self, weight: ex.Expression) -> Array:
+        if weight not in self._column_scales:
+            peak = np.zeros(weight.shape[1], np.float32)
+            for start, stop in self._row_ranges(weight, 0, weight.shape[0]):
+                np.maximum(peak, absmax(self._finite(weight, start, stop), 1), out=peak)
+            self._column_scales[weight] = scales_of(peak, weight.dtype)
+        return self._column_scales[weight]
+
+    def _finite(self, weight: ex.Expression, start: int, stop: int) -> Array:
+        """Full rows in fp32, a copy that may be written to. NaN or Inf is an error that names the tensor."""
+        rest = tuple((0, length) for length in weight.shape[1:])
+        wide = np.array(self.read(weight, ((start, stop), *rest)), np.float32)
+        if not np.isfinite(wide).all():
+            bad = int(np.argmin(np.isfinite(wide).all(axis=tuple(range(1, wide.ndim)))))
+            raise not_finite(weight, start + bad)
+        return wide
+
+    def _read_packed(self, packed: ex.Pack, box: Box) -> Array:
+        rows, columns = packed.shape[2:]
+        height, width = packed.operand.shape
+        (first, last), (left, right), *inside = box
+        bounds = (first * rows, min(last * rows, height)), (left * columns, min(right * columns, width))
+        blocks: Array = np.empty((last - first, right - left, rows, columns), packed.dtype.numpy())
+        pack_blocks(self.read(packed.operand, bounds), blocks)
+        return blocks[(slice(None), slice(None), *(slice(*item) for item in inside))]
+
+    def _read_row_sums(self, sums: ex.RowSums, box: Box) -> Array:
+        rest = (0, sums.operand.shape[1])
+        ranges = self._row_ranges(sums.operand, *box[0])
+        return np.concatenate([self.read(sums.operand, (rows, rest)).sum(axis=1, dtype=np.int32) for rows in ranges])
+
+    def _read_shard(self, shard: ex.Shard, box: Box) -> Array:
+        axis, (start, stop) = shard.along, box[shard.along]
+        local = shard.shape[axis] // shard.segments
+        whole = local * shard.degree
+        pieces = []
+        for segment in range(shard.segments):
+            lower, upper = max(start, segment * local), min(stop, (segment + 1) * local)
+            if lower < upper:
+                shift = segment * (whole - local) + self.rank * local
+                pieces.append(self.read(shard.operand, _moved(box, axis, lower + shift, upper + shift)))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=axis)
+
+
+def not_finite(weight: ex.Expression, row: int) -> ModelError:
+    """The error for a row that has no scale and no norm."""
+    names = ", ".join(sorted({source.name for source in weight.sources()})) or "a constant"
+    return ModelError(
+        f"{names}: NaN or Inf in row {row}; such a weight has no scale. Repair the checkpoint, or "
+        f"export it with --dtype fp32 if the values overflowed in fp16."
+    )
+
+
+def pack_blocks(values: Array, out: Array) -> None:
+    """A matrix into blocks `out` [row blocks, column blocks, rows, columns], with zeros where it ends before them."""
+    down, across, rows, columns = out.shape
+    missing = (down * rows - values.shape[0], across * columns - values.shape[1])
+    if any(missing):
+        values = np.pad(values, ((0, missing[0]), (0, missing[1])))
+    word = _WORDS.get(columns * values.itemsize)
+    if word is not None and columns > 1 and values.flags.c_contiguous and out.flags.c_contiguous:
+        values, out, columns = values.view(word), out.view(word), 1  # a group is moved as one number, not byte by byte
+    out[...] = values.reshape(down, rows, across, columns).transpose(0, 2, 1, 3)
+
+
+def _moved(box: Box, axis: int, start: int, stop: int) -> Box:
+    return (*box[:axis], (start, stop), *box[axis + 1 :])
+
+
+def _along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
+    return (*(slice(None),) * axis, slice(start, stop))
+
+
+_READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
+    ex.Source: Evaluator._read_source,
+    ex.Literal: Evaluator._read_literal,
+    ex.Fill: Evaluator._read_fill,
+    ex.Slice: Evaluator._read_slice,
+    ex.Concat: Evaluator._read_concat,
+    ex.Transpose: Evaluator._read_transpose,
+    ex.Cast: Evaluator._read_cast,
+    ex.Pad: Evaluator._read_pad,
+    ex.NormalizeRows: Evaluator._read_normalized,
+    ex.QuantizeCodes: Evaluator._read_codes,
+    ex.QuantizeScales: Evaluator._read_scales,
+    ex.Pack: Evaluator._read_packed,
+    ex.RowSums: Evaluator._read_row_sums,
+    ex.Shard: Evaluator._read_shard,
+}
+
+
+def weight_digest(expression: ex.Expression) -> str:
+    """blake3 of the bytes that a weight evaluates to, read chunk by chunk."""
+    hasher = blake3.blake3()
+    with Evaluator() as evaluator:
+        for chunk in evaluator.chunks(expression):
+            hasher.update(chunk.reshape(-1).view(np.uint8).data)
+    return str(hasher.hexdigest())

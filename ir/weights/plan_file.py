@@ -1,0 +1,109 @@
+"""weights.plan.json: the form on disk of a model's unevaluated weights, so that dumps and references copy no gigabytes.
+
+`{"version": 1, "files": [{path, size, mtime_ns, header_digest}], "weights": {name: expression}}`, where an expression
+is `[operation, fields…]` and a source names its file by index.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from passopt.ir.errors import ModelError
+from passopt.ir.weights import expressions as ex
+
+PLAN_NAME = "weights.plan.json"
+_VERSION = 1
+
+_OPERATIONS: dict[str, type[ex.Expression]] = {
+    kind.__name__: kind
+    for kind in (
+        ex.Source,
+        ex.Literal,
+        ex.Fill,
+        ex.Slice,
+        ex.Concat,
+        ex.Transpose,
+        ex.Cast,
+        ex.Pad,
+        ex.NormalizeRows,
+        ex.QuantizeCodes,
+        ex.QuantizeScales,
+        ex.Pack,
+        ex.RowSums,
+        ex.Shard,
+    )
+}
+
+
+def write_plan(path: Path, weights: Mapping[str, ex.Expression]) -> None:
+    """Write the expressions by weight name. Files below the plan's own folder are named relative to it."""
+    files: dict[ex.SourceFile, int] = {}
+    encoded = {name: _encode(expression, files) for name, expression in weights.items()}
+    folder = path.parent.resolve()
+    table = [{**dataclasses.asdict(file), "path": _portable(file.path, folder)} for file in files]
+    lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(body)}" for name, body in encoded.items())
+    text = f'{{"version": {_VERSION},\n  "files": {json.dumps(table)},\n  "weights": {{\n{lines}\n  }}\n}}\n'
+    path.write_text(text)
+
+
+def read_plan(path: Path) -> dict[str, ex.Expression]:
+    """The expressions by weight name. Raises ModelError if the file is not a plan."""
+    try:
+        plan = json.loads(path.read_text())
+        if plan["version"] != _VERSION:
+            raise ModelError(f"{path}: plan version {plan['version']}, this passopt reads {_VERSION}")
+        folder = path.parent.resolve()
+        files = [ex.SourceFile(**{**entry, "path": str(folder / entry["path"])}) for entry in plan["files"]]
+        return {name: _decode(body, files) for name, body in plan["weights"].items()}
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ModelError(f"{path}: not a weight plan: {error!r}") from error
+
+
+def _portable(path: str, folder: Path) -> str:
+    location = Path(path)
+    return str(location.relative_to(folder)) if location.is_relative_to(folder) else path
+
+
+def _encode(value: Any, files: dict[ex.SourceFile, int]) -> Any:
+    if isinstance(value, ex.Expression):
+        fields = [_encode(getattr(value, field.name), files) for field in dataclasses.fields(value)]
+        return [type(value).__name__, *fields]
+    if isinstance(value, ex.SourceFile):
+        return files.setdefault(value, len(files))
+    if isinstance(value, ex.DataType):
+        return value.name
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, tuple):
+        return [_encode(item, files) for item in value]
+    return value
+
+
+def _decode(body: Any, files: list[ex.SourceFile]) -> ex.Expression:
+    kind: Any = _OPERATIONS[body[0]]
+    values: dict[str, Any] = {}
+    for field, value in zip(dataclasses.fields(kind), body[1:], strict=True):
+        values[field.name] = _decode_field(field.name, value, files)
+    expression: ex.Expression = kind(**values)
+    return expression
+
+
+def _decode_field(name: str, value: Any, files: list[ex.SourceFile]) -> Any:
+    if name == "dtype":
+        return ex.DataType.__members__[value]
+    if name == "file":
+        return files[value]
+    if name == "operand":
+        return _decode(value, files)
+    if name == "parts":
+        return tuple(_decode(part, files) for part in value)
+    if name == "data":
+        return base64.b64decode(value)
+    return tuple(value) if isinstance(value, list) else value

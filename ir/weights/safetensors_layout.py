@@ -1,0 +1,53 @@
+"""weights.safetensors that can be memory-mapped without a copy: data and every tensor start at multiples of 64 bytes.
+
+The format refuses holes, so sizes that are no multiple of 64 come last, each followed by a named U8 padding tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Mapping
+
+from passopt.ir.errors import ModelError
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.sources import SAFETENSORS_NAMES
+
+ALIGNMENT = 64
+_PADDING_PREFIX = "__padding."
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each tensor lies. `offsets` are from the start of the file, in file order; `nbytes` is the whole file."""
+
+    header: bytes
+    offsets: Mapping[str, int]
+    nbytes: int
+
+
+def plan_layout(weights: Mapping[str, ex.Expression]) -> Layout:
+    """The exact file that `passopt.ir.weights.streaming` would write, without reading a byte of the weights."""
+    entries: dict[str, dict[str, object]] = {}
+    position = 0
+
+    def place(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
+        nonlocal position
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+
+    for name in sorted(weights, key=lambda key: (weights[key].nbytes % ALIGNMENT != 0, key)):
+        weight = weights[name]
+        dtype = SAFETENSORS_NAMES.get(weight.dtype)
+        if dtype is None:
+            raise ModelError(f"weight {name!r} has dtype {weight.dtype.name}, which safetensors does not hold")
+        place(name, dtype, weight.shape, weight.nbytes)
+        if position % ALIGNMENT:
+            place(f"{_PADDING_PREFIX}{len(entries)}", "U8", (-position % ALIGNMENT,), -position % ALIGNMENT)
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    header = struct.pack("<Q", len(text)) + text
+    starts = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}  # type: ignore[index]
+    offsets = {name: start for name, start in starts.items() if not name.startswith(_PADDING_PREFIX)}
+    return Layout(header, offsets, len(header) + position)

@@ -1,0 +1,176 @@
+"""The rows of a base as they pass by, and all that is computed of them, each thing once per chunk."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from passopt.ir.errors import ModelError
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.evaluator import Evaluator, not_finite
+from passopt.ir.weights.row_math import Array, scales_of
+from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
+from passopt.ir.weights.streaming.output_groups import Group, is_rounding, is_turned
+from passopt.ir.weights.streaming.row_kernels import RowKernels
+from passopt.ir.weights.streaming.row_spans import is_by_columns, matrix_shape
+
+
+def row_bytes(group: Group, kernels: RowKernels) -> int:
+    """Memory per row of the base: the row, and every result of it."""
+    base, columns = group.base, matrix_shape(group.base)[1]
+    if isinstance(base, ex.Source):
+        total = int(columns * base.dtype.itemsize)
+    elif is_turned(base):  # a panel of columns, and the rows that are made of it
+        total = int(2 * columns * base.dtype.itemsize)
+    else:  # the evaluator of boxes has fp32 copies of its own, and of what the row is made of
+        total = 8 * max(matrix_shape(part)[1] for part in base.walk())
+    total += sum(int(matrix_shape(core)[1] * core.dtype.itemsize) for core in group.stored_cores)
+    return total + kernels.scratch_bytes * columns * len(group.cores)
+
+
+class ChunkValues:
+    """Reads chunks of a group's base, and computes its cores for them. Memory comes from the arena, for `most` rows.
+
+    What only the evaluator of boxes reads has memory of its own, some multiples of `chunk_bytes`.
+    """
+
+    def __init__(
+        self, group: Group, reader: SourceReader, arena: Arena, kernels: RowKernels, most: int, chunk_bytes: int
+    ) -> None:
+        self._group = group
+        self._base = group.base
+        self._reader = reader
+        self._kernels = kernels
+        self._columns = matrix_shape(group.base)[1]
+        self._evaluator = Evaluator(group.rank, chunk_bytes)
+        self._results: dict[ex.Expression, Array] = {}
+        self._peaks: dict[ex.Expression, Array] = {}
+        self._columns_of: dict[ex.Expression, Array] = {
+            weight: np.zeros(weight.shape[1], np.float32) for weight in group.measured
+        }
+        self._start = self._rows = 0
+        if isinstance(self._base, ex.Source) or is_turned(self._base):
+            nbytes = int(most * self._columns * self._base.dtype.itemsize)
+            self._input = arena.take(page_up(nbytes) + 2 * PAGE)
+        if is_turned(self._base):
+            self._turned = _matrix(arena, self._base, most)
+        self._memory = {core: _matrix(arena, core, most) for core in group.stored_cores}
+
+    @property
+    def overflows(self) -> dict[str, int]:
+        """Per tensor, the finite values that became infinite in a narrower dtype."""
+        return self._evaluator.report.overflows
+
+    def close(self) -> None:
+        self._evaluator.close()
+
+    def load(self, start: int, stop: int) -> None:
+        """Read rows `start` to `stop` of the base; what was computed of earlier ones is forgotten."""
+        self._results = {}
+        self._peaks = {}
+        self._start, self._rows = start, stop - start
+        self._results[self._base] = self._read(start, stop)
+
+    def measure(self) -> None:
+        """Take the rows that were loaded into account for the scales of columns."""
+        for weight, peaks in self._columns_of.items():
+            found = self._absmax(weight, 1)
+            if not np.isfinite(found).all():
+                self._finite_peaks(weight)
+            np.maximum(peaks, found, out=peaks)
+
+    def __call__(self, core: ex.Expression) -> Array:
+        """Rows of `core` for the rows that were loaded: a matrix, C-contiguous."""
+        if core not in self._results:
+            self._results[core] = self._computed(core)
+        return self._results[core]
+
+    @property
+    def read_bytes(self) -> int:
+        """What the evaluator of boxes has read; the reader counts its own."""
+        return self._evaluator.read_bytes
+
+    def _read(self, start: int, stop: int) -> Array:
+        base = self._base
+        if is_turned(base):
+            return self._turn(base.operand, start, stop)  # type: ignore[attr-defined]
+        if not isinstance(base, ex.Source):
+            return self._evaluated(start, stop)
+        size = int(self._columns * base.dtype.itemsize)
+        at = self._reader.read(base.file, base.name, base.offset + start * size, self._input, (stop - start) * size)
+        raw = np.frombuffer(self._input, np.uint8)[at : at + (stop - start) * size]
+        if at % base.dtype.itemsize:
+            raw = raw.copy()  # numbers at odd addresses are slow everywhere and unknown to kernels
+        return raw.view(base.dtype.numpy()).reshape(stop - start, self._columns)
+
+    def _turn(self, source: ex.Source, start: int, stop: int) -> Array:
+        """Columns `start` to `stop` of the source, as rows: a panel of pieces of all its rows, and that turned."""
+        count, size = stop - start, int(source.dtype.itemsize)
+        pieces = Pieces(source.offset + start * size, self._columns, source.shape[1] * size, count * size)
+        self._reader.read_pieces(source.file, source.name, pieces, self._input)
+        nbytes = self._columns * count * size
+        panel = np.frombuffer(self._input[:nbytes], source.dtype.numpy()).reshape(self._columns, count)
+        self._kernels.transpose(panel, self._turned[:count])
+        return self._turned[:count]
+
+    def _evaluated(self, start: int, stop: int) -> Array:
+        shape = self._base.shape
+        if not shape:
+            return self._evaluator.array(self._base).reshape(1, 1)
+        inner = max(1, int(np.prod(shape[1:-1])))
+        box = ((start // inner, stop // inner), *((0, length) for length in shape[1:]))
+        values = np.ascontiguousarray(self._evaluator.read(self._base, box))
+        return values.reshape(stop - start, self._columns)
+
+    def _computed(self, core: ex.Expression) -> Array:
+        if isinstance(core, ex.QuantizeScales):
+            return self._scales(core)[:, None]
+        out = self._memory[core][: self._rows]
+        if isinstance(core, ex.Cast):
+            self._cast(core, out)
+        elif isinstance(core, ex.QuantizeCodes):
+            values, through = self._unrounded(core.operand)
+            self._kernels.codes(values, core.along, through, self._scales(core), out)
+        elif isinstance(core, ex.NormalizeRows):
+            self._finite_peaks(core.operand)
+            values, through = self._unrounded(core.operand)
+            self._kernels.normalize(values, through, core.epsilon, out)
+        elif isinstance(core, ex.RowSums):
+            np.sum(self(core.operand), axis=1, dtype=np.int32, out=out[:, 0])
+        else:
+            raise ModelError(f"no evaluation for {type(core).__name__}")
+        return out
+
+    def _cast(self, cast: ex.Cast, out: Array) -> None:
+        self._evaluator.report.count(cast, self._kernels.cast(self(cast.operand), cast.dtype, out))
+
+    def _unrounded(self, operand: ex.Expression) -> tuple[Array, ex.DataType | None]:
+        """The operand as kernels take it: of a cast that nothing else needs, what it rounds and to what."""
+        if isinstance(operand, ex.Cast) and is_rounding(operand) and operand not in self._results:
+            return self(operand.operand), operand.dtype
+        return self(operand), None
+
+    def _scales(self, core: ex.QuantizeCodes | ex.QuantizeScales) -> Array:
+        """Per row that was loaded, or per column of the whole weight."""
+        weight = core.operand
+        peaks = self._columns_of[weight] if is_by_columns(core) else self._finite_peaks(weight)
+        return scales_of(peaks, weight.dtype)
+
+    def _absmax(self, weight: ex.Expression, along: int) -> Array:
+        values, through = self._unrounded(weight)
+        return self._kernels.absmax(values, along, through)
+
+    def _finite_peaks(self, weight: ex.Expression) -> Array:
+        """Largest magnitude per row. NaN or Inf is an error that names the tensor and the row."""
+        if weight not in self._peaks:
+            peaks = self._absmax(weight, 0)
+            if not np.isfinite(peaks).all():
+                raise not_finite(weight, self._start + int(np.argmin(np.isfinite(peaks))))
+            self._peaks[weight] = peaks
+        return self._peaks[weight]
+
+
+def _matrix(arena: Arena, core: ex.Expression, rows: int) -> Array:
+    columns = matrix_shape(core)[1]
+    dtype = core.dtype.numpy()
+    memory = arena.take(int(rows * columns * core.dtype.itemsize))
+    return np.frombuffer(memory, dtype).reshape(rows, columns)

@@ -1,0 +1,182 @@
+"""What is written while what passes by: the tensors of all files, grouped by the base that they are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.safetensors_layout import Layout, plan_layout
+from passopt.ir.weights.streaming.row_spans import Part, Span, base_of, in_order, is_by_columns, matrix_shape, spans_of
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """A weights.safetensors to write: its path, its tensors by name, and the rank whose shards they are."""
+
+    path: Path
+    weights: Mapping[str, ex.Expression]
+    rank: int = 0
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        return plan_layout(self.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A tensor of one file: `spans` are its rows from the first to the last, `offset` is its first byte in the file.
+
+    With a `block` (rows, blocks across, columns), rows are packed before they are written.
+    """
+
+    file: int
+    name: str
+    dtype: ex.DataType
+    offset: int
+    nbytes: int
+    spans: tuple[Span, ...]
+    block: tuple[int, int, int] | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row as it is laid beside others, before any packing."""
+        return int(sum(part.count for part in self.spans[0].parts) * self.dtype.itemsize) if self.spans else 0
+
+    @property
+    def unit_bytes(self) -> int:
+        """What is written at once: a row, or a row of blocks."""
+        if self.block is None:
+            return self.row_bytes
+        rows, across, columns = self.block
+        return int(rows * across * columns * self.dtype.itemsize)
+
+    def parts(self) -> Iterator[Part]:
+        return (part for span in self.spans for part in span.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Outputs of one base. `rank` matters to bases that only the evaluator of boxes reads."""
+
+    base: ex.Expression
+    rank: int
+    outputs: tuple[Output, ...]
+
+    @functools.cached_property
+    def cores(self) -> list[ex.Expression]:
+        """All that is computed of the base, without repetitions, operands first."""
+        found: dict[ex.Expression, None] = {}
+        for output in self.outputs:
+            for part in output.parts():
+                if part.core is not None:
+                    found.update(dict.fromkeys(reversed(list(_chain(part.core, self.base)))))
+        return list(found)
+
+    @functools.cached_property
+    def stored_cores(self) -> list[ex.Expression]:
+        """The cores that need memory: no scales, and no rounding that kernels do in passing."""
+        shown = {part.core for output in self.outputs for part in output.parts()}
+        takers: dict[ex.Expression, set[type]] = {}
+        for core in self.cores:
+            takers.setdefault(core.operands[0], set()).add(type(core))
+        return [
+            core
+            for core in self.cores
+            if not isinstance(core, ex.QuantizeScales)
+            and (core in shown or not is_rounding(core) or not takers.get(core, set()) <= _ROUNDING_IN_PASSING)
+        ]
+
+    @functools.cached_property
+    def grain(self) -> int:
+        """Rows that the base can only give together: boxes are cut along its first axis."""
+        if isinstance(self.base, ex.Source) or len(self.base.shape) <= 2:
+            return 1
+        return max(1, math.prod(self.base.shape[1:-1]))
+
+    @functools.cached_property
+    def measured(self) -> list[ex.Expression]:
+        """What must pass by once before anything is written, for the largest magnitude of its columns."""
+        return list(dict.fromkeys(core.operands[0] for core in self.cores if is_by_columns(core)))
+
+    def is_summary(self, output: Output) -> bool:
+        """Whether it holds the scales of columns, which are known when all rows have passed by."""
+        return any(isinstance(part.core, ex.QuantizeScales) and is_by_columns(part.core) for part in output.parts())
+
+    def rows(self) -> tuple[int, int]:
+        """First and last row of the base (exclusive) that an output needs."""
+        starts, stops = [], []
+        for output in self.outputs:
+            if self.is_summary(output):
+                continue
+            for span in output.spans:
+                for part in span.parts:
+                    if part.core is not None:
+                        starts.append(part.row)
+                        stops.append(part.row + span.rows)
+        return min(starts, default=0), max(stops, default=0)
+
+    @property
+    def is_boxed(self) -> bool:
+        """Whether only the evaluator of boxes can read the base."""
+        return not isinstance(self.base, ex.Source) and not is_turned(self.base)
+
+    @property
+    def read_bytes(self) -> int:
+        """What the outputs need of the base; boxes may have to be read again and again."""
+        start, stop = self.rows()
+        rows = stop - start + (matrix_shape(self.base)[0] if self.measured else 0)
+        return int(rows * matrix_shape(self.base)[1] * self.base.dtype.itemsize)
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+
+def is_turned(base: ex.Expression) -> bool:
+    """Whether it is a matrix of a file, transposed: its rows are read as panels of columns."""
+    return isinstance(base, ex.Transpose) and isinstance(base.operand, ex.Source) and base.permutation == (1, 0)
+
+
+#: What takes values that are still to be rounded.
+_ROUNDING_IN_PASSING = {ex.QuantizeCodes, ex.QuantizeScales, ex.NormalizeRows}
+
+
+def is_rounding(expression: ex.Expression) -> bool:
+    """Whether it is a cast between floats."""
+    return isinstance(expression, ex.Cast) and {expression.dtype, expression.operand.dtype} <= ex.FLOATS
+
+
+def _chain(core: ex.Expression, base: ex.Expression) -> Iterator[ex.Expression]:
+    """The core and what it is computed from, down to the base, which is left out."""
+    while core != base:
+        yield core
+        core = core.operands[0]
+
+
+def schedule(files: Sequence[WeightFile]) -> list[Group]:
+    """Every tensor of every file, once; large groups first, so that no worker is left with one at the end."""
+    found: dict[tuple[ex.Expression, int], list[Output]] = {}
+    for index, file in enumerate(files):
+        for name, offset in file.layout.offsets.items():
+            base, output = _output(index, file, name, offset)
+            rank = file.rank if base.depends_on_rank else 0
+            found.setdefault((base, rank), []).append(output)
+    groups = [Group(base, rank, tuple(outputs)) for (base, rank), outputs in found.items()]
+    return sorted(groups, key=lambda group: -group.read_bytes - group.written_bytes)
+
+
+def _output(index: int, file: WeightFile, name: str, offset: int) -> tuple[ex.Expression, Output]:
+    weight = file.weights[name]
+    base = rows_of = weight.operand if isinstance(weight, ex.Pack) else weight
+    spans = spans_of(rows_of, file.rank)
+    if in_order(spans, base_of):
+        base = next(base_of(part.core) for span in spans for part in span.parts if part.core is not None)
+    else:  # rows of several bases, or backwards: the evaluator of boxes puts them together
+        rows, columns = matrix_shape(rows_of)
+        spans = [Span(rows, (Part(rows_of, 0, 0, columns),))] if rows and columns else []
+    block = (weight.shape[2], weight.shape[1], weight.shape[3]) if isinstance(weight, ex.Pack) else None
+    return base, Output(index, name, weight.dtype, offset, weight.nbytes, tuple(spans), block)

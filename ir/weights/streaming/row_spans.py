@@ -1,0 +1,272 @@
+"""Weights as rows of something: which rows and columns of what a weight is made of, rank by rank.
+
+Slices, shards, padding and concatenations only place; what they place is a *core*, whose row i is computed from row i
+of its *base*. So all outputs of one base can be made while it passes by once; where columns have scales, it passes by
+once before, to be measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from passopt.ir.weights import expressions as ex
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Columns `first` to `first + count` of rows of `core` from `row` on; without a core, `value` everywhere."""
+
+    core: ex.Expression | None
+    row: int
+    first: int
+    count: int
+    value: float = 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all columns of its core."""
+        return self.core is not None and self.first == 0 and self.count == matrix_shape(self.core)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """So many consecutive rows; `parts` lie side by side."""
+
+    rows: int
+    parts: tuple[Part, ...]
+
+    @property
+    def is_filled(self) -> bool:
+        return all(part.core is None for part in self.parts)
+
+    def cropped(self, start: int, stop: int) -> Span:
+        return Span(stop - start, tuple(dataclasses.replace(part, row=part.row + start) for part in self.parts))
+
+    def columns(self, start: int, stop: int) -> Span:
+        kept, position = [], 0
+        for part in self.parts:
+            lower, upper = max(start - position, 0), min(stop - position, part.count)
+            if lower < upper:
+                kept.append(dataclasses.replace(part, first=part.first + lower, count=upper - lower))
+            position += part.count
+        return Span(self.rows, tuple(kept))
+
+
+def matrix_shape(expression: ex.Expression) -> tuple[int, int]:
+    """Rows and columns as which the tensor is streamed: the last axis is a row."""
+    shape = expression.shape
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def base_of(core: ex.Expression) -> ex.Expression:
+    """What the core is computed from, row by row: a tensor of a file, or what only the evaluator of boxes can read."""
+    while is_row_operation(core):
+        core = core.operand  # type: ignore[attr-defined]
+    return core
+
+
+def is_row_operation(expression: ex.Expression) -> bool:
+    """Whether row i of the result needs row i of the operand, and at most the scales of all columns besides."""
+    if isinstance(expression, ex.Cast):
+        return not _is_summary(expression.operand)
+    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums)
+
+
+def is_by_columns(core: ex.Expression) -> bool:
+    """Whether it needs the largest magnitude of every column of its operand, and so all rows of it."""
+    return isinstance(core, ex.QuantizeCodes | ex.QuantizeScales) and core.along == 1
+
+
+def _is_summary(core: ex.Expression) -> bool:
+    """Whether its rows are the columns of its operand."""
+    return isinstance(core, ex.QuantizeScales) and core.along == 1
+
+
+def spans_of(expression: ex.Expression, rank: int) -> list[Span]:
+    """The tensor from its first row to its last. What is empty is left out."""
+    spans = (Span(span.rows, tuple(part for part in span.parts if part.count)) for span in _spans(expression, rank))
+    return [span for span in spans if span.rows and span.parts]
+
+
+def _spans(expression: ex.Expression, rank: int) -> list[Span]:
+    if isinstance(expression, ex.Fill):
+        rows, columns = matrix_shape(expression)
+        return [Span(rows, (Part(None, 0, 0, columns, expression.value),))]
+    if isinstance(expression, ex.Transpose) and isinstance(expression.operand, ex.Cast):
+        cast = expression.operand  # values are rounded alike wherever they lie
+        turned = dataclasses.replace(expression, dtype=cast.operand.dtype, operand=cast.operand)
+        return _spans(dataclasses.replace(cast, shape=turned.shape, operand=turned), rank)
+    if is_by_columns(expression):
+        return _of_columns(expression, rank)  # type: ignore[arg-type]
+    if is_row_operation(expression):
+        return _of_rows(expression, rank)  # type: ignore[arg-type]
+    placed = _placed(expression, rank)
+    return _itself(expression) if placed is None else placed
+
+
+def _itself(expression: ex.Expression) -> list[Span]:
+    rows, columns = matrix_shape(expression)
+    return [Span(rows, (Part(expression, 0, 0, columns),))]
+
+
+def _of_columns(expression: ex.QuantizeCodes | ex.QuantizeScales, rank: int) -> list[Span]:
+    """No part of the operand can be quantised by itself; only what is no part at all is looked through."""
+    core = _whole(_spans(expression.operand, rank), expression.operand)
+    return _itself(expression if core is None else dataclasses.replace(expression, operand=core))
+
+
+def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None:
+    """The core that the spans show from its first row to its last, all columns, if they are that."""
+    if len(spans) != 1 or len(spans[0].parts) != 1 or not spans[0].parts[0].is_whole:
+        return None
+    (part,) = spans[0].parts
+    return part.core if part.row == 0 and part.core is not None and part.core.shape == expression.shape else None
+
+
+def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums, rank: int) -> list[Span]:
+    """Placement of rows and an operation on rows commute; for casts, that of columns as well."""
+    columns = matrix_shape(expression)[1]
+    spans = _spans(expression.operand, rank)
+    if any(part.core is not None and _is_summary(part.core) for span in spans for part in span.parts):
+        return _itself(expression)
+    if isinstance(expression, ex.Cast):
+        return [Span(span.rows, tuple(_applied(expression, part, part.count) for part in span.parts)) for span in spans]
+    if not all(len(span.parts) == 1 and _is_row(span.parts[0]) for span in spans):
+        return _itself(expression)
+    return [Span(span.rows, (_applied(expression, span.parts[0], columns),)) for span in spans]
+
+
+def _is_row(part: Part) -> bool:
+    return part.is_whole or (part.core is None and part.value == 0)
+
+
+def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
+    """The operation on what `part` shows; of a row of zeros the result is known."""
+    if part.core is None:
+        scale = isinstance(operation, ex.QuantizeScales)
+        return Part(None, 0, 0, columns, ex.SCALE_OF_ZEROS if scale else _rounded(part.value, operation))
+    core = part.core
+    shape = core.shape[:1] if isinstance(operation, ex.QuantizeScales | ex.RowSums) else core.shape
+    made = dataclasses.replace(operation, shape=shape, operand=core)  # type: ignore[call-arg]
+    return Part(made, part.row, part.first, columns)
+
+
+def _rounded(value: float, operation: ex.Expression) -> float:
+    """The number as the operand holds it."""
+    return float(np.asarray(value, operation.operands[0].dtype.numpy()))
+
+
+def _placed(expression: ex.Expression, rank: int) -> list[Span] | None:
+    """Spans of a placement along rows or columns; None for anything else."""
+    if isinstance(expression, ex.Concat):
+        return _joined(expression, rank)
+    if not isinstance(expression, ex.Slice | ex.Shard | ex.Pad):
+        return None
+    along, last = expression.along, max(len(expression.shape) - 1, 1)
+    if along not in {0, last}:
+        return None
+    spans = _spans(expression.operand, rank)
+    ranges = list(_ranges(expression, rank))
+    if along == 0:
+        inner = math.prod(expression.shape[1:-1])
+        width = matrix_shape(expression)[1]
+        return [span for piece in ranges for span in _rows(spans, piece, inner, width)]
+    return [Span(span.rows, _columns(span, ranges)) for span in spans]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """Indexes of the operand; or, without a start, so many times `value`."""
+
+    start: int | None
+    count: int
+    value: float = 0.0
+
+
+def _ranges(expression: ex.Slice | ex.Shard | ex.Pad, rank: int) -> Iterator[_Range]:
+    """What the axis of a placement holds, from its first index to its last."""
+    length = expression.shape[expression.along]
+    whole = expression.operand.shape[expression.along]
+    if isinstance(expression, ex.Slice):
+        yield _Range(expression.start, length)
+        return
+    local, full = length // expression.segments, whole // expression.segments
+    for segment in range(expression.segments):
+        if isinstance(expression, ex.Shard):
+            yield _Range(segment * full + rank * local, local)
+        else:
+            yield _Range(segment * full, full)
+            yield _Range(None, local - full, expression.value)
+
+
+def _rows(spans: list[Span], piece: _Range, inner: int, width: int) -> list[Span]:
+    if piece.start is None:
+        return [Span(piece.count * inner, (Part(None, 0, 0, width, piece.value),))]
+    start, stop = piece.start * inner, (piece.start + piece.count) * inner
+    found, position = [], 0
+    for span in spans:
+        lower, upper = max(start - position, 0), min(stop - position, span.rows)
+        if lower < upper:
+            found.append(span.cropped(lower, upper))
+        position += span.rows
+    return found
+
+
+def _columns(span: Span, ranges: Iterable[_Range]) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    for piece in ranges:
+        if piece.start is not None:
+            parts.extend(span.columns(piece.start, piece.start + piece.count).parts)
+        elif piece.count:
+            parts.append(Part(None, 0, 0, piece.count, piece.value))
+    return tuple(parts)
+
+
+def _joined(expression: ex.Concat, rank: int) -> list[Span] | None:
+    lists = [_spans(part, rank) for part in expression.parts]
+    if expression.along == 0:
+        return [span for spans in lists for span in spans]
+    if expression.along == len(expression.shape) - 1:
+        return list(_side_by_side(lists))
+    return None
+
+
+def _side_by_side(lists: list[list[Span]]) -> Iterator[Span]:
+    """Spans cut where any of the lists begins a new one."""
+    bounds = sorted({position for spans in lists for position in _bounds(spans)})
+    for start, stop in itertools.pairwise(bounds):
+        pieces = [_rows(spans, _Range(start, stop - start), 1, 0) for spans in lists]
+        yield Span(stop - start, tuple(part for spans in pieces for span in spans for part in span.parts))
+
+
+def _bounds(spans: list[Span]) -> Iterator[int]:
+    position = 0
+    yield position
+    for span in spans:
+        position += span.rows
+        yield position
+
+
+def in_order(spans: list[Span], base: Callable[[ex.Expression], object]) -> bool:
+    """Whether the spans can be written while one base passes by once: its rows only go forward."""
+    bases: set[object] = set()
+    row = 0
+    for span in spans:
+        cores = [part for part in span.parts if part.core is not None]
+        bases.update(base(part.core) for part in cores if part.core is not None)
+        starts = {part.row for part in cores}
+        if len(bases) > 1 or len(starts) > 1:
+            return False
+        if starts:
+            (start,) = starts
+            if start < row:
+                return False
+            row = start + span.rows
+    return len(bases) == 1
