@@ -9,10 +9,11 @@ import pytest
 
 from passopt.cli import main
 from passopt.commands.explain import parse_doc
-from passopt.passes.catalog import catalog, pass_class
-from passopt.passes.pipeline_spec import resolve
-from passopt.passes.pipelines import PIPELINES
-from passopt.passes.rewriting import RewritePass, rules_of
+from passopt.passes.framework.catalog import catalog, pass_class
+from passopt.passes.patterns.rewrite_pass import RewritePass
+from passopt.passes.patterns.rules import rules_of
+from passopt.passes.pipeline.named import PIPELINES
+from passopt.passes.pipeline.text import resolve
 
 
 def explained(capsys, name):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from passopt.cli import main
-from passopt.passes.base import REGISTERED
+from passopt.passes.framework.base import REGISTERED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,18 +110,17 @@ def test_in_a_checkout_it_is_a_file_and_a_test_of_it(checkout):
     path = [checkout / "build" / "typepath"]
     done = python(checkout, "-m", "passopt", "new-pass", "drop-negation", path=path)
     assert done.returncode == 0, done.stderr
-    assert (checkout / "passes" / "drop_negation.py").exists()
+    assert (checkout / "passes" / "cleanup" / "drop_negation.py").exists()
     assert "pip install" not in done.stdout
     assert python(checkout, "tools/typepath.py").returncode == 0  # links to the new file
-    done = python(
-        checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/passes/test_drop_negation.py", path=path
-    )
+    test = "tests/passes/cleanup/test_drop_negation.py"
+    done = python(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", test, path=path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
     done = python(checkout, "-m", "passopt", "explain", "drop-negation", path=path)
     assert "└─ Neg" in done.stdout
     for gate in (["format", "--check"], ["check"]):
-        files = ["passes/drop_negation.py", "tests/passes/test_drop_negation.py"]
+        files = ["passes/cleanup/drop_negation.py", test]
         settings = ["--config", str(ROOT / "pyproject.toml")]
         done = python(checkout, "-m", "ruff", *gate, *settings, *files)
         assert done.returncode == 0, done.stdout

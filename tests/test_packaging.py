@@ -97,7 +97,7 @@ PLUGIN = {
     "doubled_negation.py": """
         import dataclasses
 
-        from passopt.passes.rewriting import RewritePass
+        from passopt.passes import RewritePass
 
 
         @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ from passopt.commands.provenance import provenance_text, rows_of
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
 from passopt.ir.serialization.model_files import load_model, save_reference
 from passopt.ir.serialization.text_files import read_model
-from passopt.passes.catalog import catalog
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
-from passopt.passes.pipelines import PIPELINES
+from passopt.passes.framework.catalog import catalog
+from passopt.passes.pipeline.named import PIPELINES
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 
 

@@ -21,7 +21,7 @@ from passopt.ir.graph.editor import Editor
 from passopt.ir.serialization.text import parse_model
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
-from passopt.passes.quantize_activations import QuantizeActivations
+from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import join_ranks, rank_models
 from passopt.testing.checkpoints import ROTARY, evaluation_text, make_checkpoint

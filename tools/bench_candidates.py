@@ -127,7 +127,7 @@ Candidate = tuple[Callable[[str], Any], Callable[[Any], Any]]
 def passopt_rules(task: str) -> Candidate:
     from passopt.ir.serialization.model_files import load_model
     from passopt.ir.weights.lazy_weight import small_constant
-    from passopt.passes.rewriting import RewritePass
+    from passopt.passes.patterns.rewrite_pass import RewritePass
 
     def number(value: Any) -> float:
         array = small_constant(value)
@@ -164,7 +164,7 @@ def onnxscript_rules(task: str, *, commute: bool) -> Candidate:
 
 def passopt_pass(task: str) -> Candidate:
     from passopt.ir.serialization.model_files import load_model
-    from passopt.passes.catalog import pass_class
+    from passopt.passes.framework.catalog import pass_class
 
     def run(model: Any) -> int:
         before = len(model.graph)
@@ -191,8 +191,8 @@ def onnx_ir_pass(task: str) -> Candidate:
 def passopt_pipeline(task: str) -> Candidate:
     """The structure check after every pass included."""
     from passopt.ir.serialization.model_files import load_model
-    from passopt.passes.manager import run_passes
-    from passopt.passes.pipeline_spec import resolve
+    from passopt.passes.pipeline.runner import run_passes
+    from passopt.passes.pipeline.text import resolve
 
     passes = resolve(task).passes
 

@@ -28,8 +28,8 @@ from passopt.ir.errors import PassoptError
 from passopt.ir.graph.decoder import LOGITS
 from passopt.ir.serialization.model_files import save_materialized
 from passopt.ir.weights.expressions import DataType
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 from passopt.targets.onnxruntime_session import Session
 from passopt.testing.checkpoints import ALIBI, ROTARY, make_checkpoint
 from passopt.testing.families import make_family_checkpoint

@@ -1,5 +1,5 @@
 """Passes written for other frameworks, run as passopt's own: `graphsurgeon_pass` and `ir_pass` declare them."""
 
-from passopt.passes.guests.declaring import graphsurgeon_pass, ir_pass
+from passopt.passes.guests.decorators import graphsurgeon_pass, ir_pass
 
 __all__ = ["graphsurgeon_pass", "ir_pass"]

@@ -16,8 +16,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues  # type: ignore[import-untype
 from passopt.ir.errors import PassError
 from passopt.ir.weights.expressions import Expression, Literal
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
-from passopt.passes.base import PassResult
-from passopt.passes.guests.handles import (
+from passopt.passes.framework.records import PassResult
+from passopt.passes.guests.restore_metadata import Snapshot, take_over
+from passopt.passes.guests.weight_handles import (
     LOCATION,
     Array,
     Handles,
@@ -28,7 +29,6 @@ from passopt.passes.guests.handles import (
     to_proto,
     without_defaults,
 )
-from passopt.passes.guests.keeping import Snapshot, take_over
 
 _Type = onnx_ir.AttributeType
 #: What its importer skips with a warning, so that a model would come back without it.

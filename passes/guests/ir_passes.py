@@ -6,8 +6,8 @@ import onnx_ir
 import onnx_ir.passes
 
 from passopt.ir.errors import PassError
-from passopt.passes.base import PassResult
-from passopt.passes.guests.keeping import Snapshot, take_over
+from passopt.passes.framework.records import PassResult
+from passopt.passes.guests.restore_metadata import Snapshot, take_over
 
 
 def run_ir_pass(model: onnx_ir.Model, author: str, guest: onnx_ir.passes.PassBase) -> PassResult:

@@ -11,8 +11,9 @@ import onnxsim  # type: ignore[import-untyped]
 
 from passopt.ir.errors import PassError
 from passopt.ir.weights.lazy_weight import constant_tensor
-from passopt.passes.base import PassResult
-from passopt.passes.guests.handles import (
+from passopt.passes.framework.records import PassResult
+from passopt.passes.guests.restore_metadata import Snapshot, take_over
+from passopt.passes.guests.weight_handles import (
     LOCATION,
     Handles,
     bodies,
@@ -22,7 +23,6 @@ from passopt.passes.guests.handles import (
     to_proto,
     without_defaults,
 )
-from passopt.passes.guests.keeping import Snapshot, take_over
 
 #: Fusions into operators that the passes after it do not look for, and one that needs the numbers of weights.
 _SKIPPED = ("fuse_matmul_add_bias_into_gemm", "fuse_transpose_into_gemm", "fuse_qkv", "fuse_bn_into_conv")

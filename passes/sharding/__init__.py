@@ -1,1 +1,1 @@
-"""Sharding by propagation over one SPMD graph: specs, column layouts, rules per operator, materialisation, plan."""
+"""Shard one graph over ranks: placements are propagated from the weights, then written as one SPMD graph."""

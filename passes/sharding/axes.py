@@ -8,7 +8,7 @@ import onnx_ir
 
 from passopt.ir.graph.shapes import dimensions
 from passopt.ir.weights.lazy_weight import small_constant
-from passopt.passes.sharding.spec import Product
+from passopt.passes.sharding.placement import Product
 
 #: Every output element depends on the input elements at the same (broadcast) place.
 ELEMENTWISE = frozenset(

@@ -7,9 +7,9 @@ import math
 import onnx_ir
 
 from passopt.passes.sharding.axes import ndim_of, products
-from passopt.passes.sharding.columns import column_layout
+from passopt.passes.sharding.output_channels import column_layout
+from passopt.passes.sharding.placement import REPLICATED, LocalDims, Product, Replicated, Sharded, Spec
 from passopt.passes.sharding.propagate import Conflict, Propagation, is_weight_side
-from passopt.passes.sharding.spec import REPLICATED, LocalDims, Product, Replicated, Sharded, Spec
 
 
 def matmul_forward(state: Propagation, node: onnx_ir.Node) -> Spec:

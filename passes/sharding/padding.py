@@ -14,9 +14,9 @@ import onnx_ir
 from passopt.ir.errors import PassError
 from passopt.ir.weights.expressions import QuantizeScales
 from passopt.ir.weights.lazy_weight import expression_of, small_constant
-from passopt.passes.sharding.dynamic import scale_uses
+from passopt.passes.sharding.placement import Sharded
 from passopt.passes.sharding.propagate import Propagation, describe, is_constant, is_weight_side
-from passopt.passes.sharding.spec import Sharded
+from passopt.passes.sharding.quantized_activations import scale_uses
 
 
 class Padded(enum.IntEnum):

@@ -19,7 +19,7 @@ from passopt.ir.graph.decoder import find_decoder
 from passopt.ir.graph.provenance import MODULE
 from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.sharding.axes import ndim_of, products
-from passopt.passes.sharding.spec import (
+from passopt.passes.sharding.placement import (
     ONE,
     REPLICATED,
     LocalDims,

@@ -10,9 +10,9 @@ import onnx_ir
 from passopt.ir.graph.shapes import ConstantElement, elements
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.axes import ndim_of, products, reshaped_axis
-from passopt.passes.sharding.lengths import local_dims, piece_of_target, sharded_by_target
+from passopt.passes.sharding.placement import REPLICATED, LocalDims, Product, Sharded, Spec
 from passopt.passes.sharding.propagate import Conflict, Propagation
-from passopt.passes.sharding.spec import REPLICATED, LocalDims, Product, Sharded, Spec
+from passopt.passes.sharding.rank_lengths import local_dims, piece_of_target, sharded_by_target
 
 #: What picks from its first input, and what makes counts of counts.
 _PICKS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Gather", "Slice"})

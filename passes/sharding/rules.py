@@ -25,14 +25,9 @@ from passopt.passes.sharding.axes import (
     sliced_position,
     source_axis,
 )
-from passopt.passes.sharding.captures import check_captures
-from passopt.passes.sharding.dynamic import integer_matmul_forward, reduces_local_rows
-from passopt.passes.sharding.fused import FUSED_BACKWARD, FUSED_FORWARD
-from passopt.passes.sharding.lengths import READS_LOCAL_DIMS, SHAPE_ARITHMETIC, local_dims
+from passopt.passes.sharding.fused_operators import FUSED_BACKWARD, FUSED_FORWARD
 from passopt.passes.sharding.matmul import gemm_forward, matmul_backward, matmul_forward
-from passopt.passes.sharding.propagate import Backward, Conflict, Propagation, is_constant
-from passopt.passes.sharding.reshaping import expand_backward, expand_forward, reshape_backward, reshape_forward
-from passopt.passes.sharding.spec import (
+from passopt.passes.sharding.placement import (
     ONE,
     REPLICATED,
     LocalDims,
@@ -43,6 +38,11 @@ from passopt.passes.sharding.spec import (
     Spec,
     VocabMasked,
 )
+from passopt.passes.sharding.propagate import Backward, Conflict, Propagation, is_constant
+from passopt.passes.sharding.quantized_activations import integer_matmul_forward, reduces_local_rows
+from passopt.passes.sharding.rank_lengths import READS_LOCAL_DIMS, SHAPE_ARITHMETIC, local_dims
+from passopt.passes.sharding.reshaping import expand_backward, expand_forward, reshape_backward, reshape_forward
+from passopt.passes.sharding.subgraph_captures import check_captures
 
 Rule: TypeAlias = Callable[[Propagation, onnx_ir.Node], "Spec | list[Spec]"]
 

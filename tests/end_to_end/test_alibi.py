@@ -17,8 +17,8 @@ from passopt.ir.serialization.model_files import load_model
 from passopt.ir.serialization.text import print_model
 from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.ir.weights.sources import safetensors_sources
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 from passopt.targets.onnx_files import write_output
 from passopt.targets.simulate import load_any
 from passopt.testing.checkpoints import ALIBI, CheckpointSpec, make_checkpoint

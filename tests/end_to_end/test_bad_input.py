@@ -129,7 +129,7 @@ def test_unmet_expectation(model: Path, capsys):
 
 
 def test_activations_that_no_linear_takes(model: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("passopt.passes.quantize_activations._LONGEST", 1)
+    monkeypatch.setattr("passopt.passes.precision.quantize_activations._LONGEST", 1)
     says = ("expected quantize-activations>=1", "MatMulInteger", "int32 holds sums of 1")
     fails(capsys, 4, *run(model, "int8{activations=dynamic}"), says=says)
     assert nothing_written(model)

@@ -19,10 +19,10 @@ from passopt.ir.atomic_folders import JOURNAL_NAME
 SCRIPT = """
 import sys, time
 from passopt.cli import main
-from passopt.ir.weights.streaming import direct_io, engine
-direct_io.DIRECT_FROM, engine._COMMIT_EVERY, engine._THREADS_FROM = 1 << 16, 0.01, 0
-real = engine._Run._finish
-engine._Run._finish = lambda *arguments: (time.sleep(0.01), real(*arguments))
+from passopt.ir.weights.streaming import direct_io, write_weights
+direct_io.DIRECT_FROM, write_weights._COMMIT_EVERY, write_weights._THREADS_FROM = 1 << 16, 0.01, 0
+real = write_weights._Run._finish
+write_weights._Run._finish = lambda *arguments: (time.sleep(0.01), real(*arguments))
 print("go", flush=True)
 sys.exit(main(sys.argv[1:]))
 """

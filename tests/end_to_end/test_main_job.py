@@ -13,8 +13,8 @@ from passopt.ir.graph.decoder import find_decoder
 from passopt.ir.serialization.model_files import load_model
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import QuantizeCodes, QuantizeScales
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 from passopt.targets.simulate import load_any, rank_models
 from passopt.verification import VerifyOptions, verify
 

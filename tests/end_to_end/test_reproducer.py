@@ -13,9 +13,10 @@ import pytest
 from passopt.cli import main
 from passopt.ir.serialization.model_files import load_model, save_materialized
 from passopt.ir.serialization.text import print_model
-from passopt.passes import base
-from passopt.passes.base import Pass, PassResult
-from passopt.passes.rewriting import RewritePass
+from passopt.passes.framework import base
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.records import PassResult
+from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.testing.checking import read_model
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>

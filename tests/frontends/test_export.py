@@ -25,7 +25,7 @@ from passopt.ir.serialization.model_files import save_materialized
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
-from passopt.passes.fold_constants import FoldConstants
+from passopt.passes.cleanup.fold_constants import FoldConstants
 from passopt.testing.checkpoints import ODD, ROTARY, CheckpointSpec, make_checkpoint
 
 # Two layers are enough to tell layers apart; the ALiBi family is to be right over a long context.

@@ -8,8 +8,8 @@ import pytest
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, absorb_provenance, set_provenance
 from passopt.ir.serialization.model_files import load_model, save_reference
 from passopt.ir.serialization.text_files import read_model
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 
 ATTENTION = "model.layers.0.self_attn"
 

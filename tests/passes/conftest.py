@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from passopt.ir.serialization.text import parse_model
-from passopt.passes.rewriting import RewritePass
+from passopt.passes.patterns.rewrite_pass import RewritePass
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 

@@ -6,8 +6,9 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.passes.base import EXACT, REASSOCIATED, Pass, lossy
-from passopt.passes.catalog import catalog, pass_class
+from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, lossy
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.catalog import catalog, pass_class
 
 FLOAT, HALF, INT64 = onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.INT64
 

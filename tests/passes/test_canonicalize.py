@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.passes.canonicalize import Canonicalize
+from passopt.passes.cleanup.canonicalize import Canonicalize
 from passopt.testing.checking import check
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

@@ -14,8 +14,8 @@ from passopt.ir.serialization.text import print_model
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, small_constant
-from passopt.passes.cast import CastModel
-from passopt.passes.quantize_weights import QuantizeWeights
+from passopt.passes.precision.cast import CastModel
+from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime_session import Session
 from passopt.testing.checking import check_onnx, random_feeds, read_model, relative_error
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
@@ -230,7 +230,7 @@ def test_weights_are_cast_lazily(monkeypatch):
 
 def test_what_is_computed_of_weights_alone_is_narrow():
     """NormHead, as the checkpoint's own dtype would compute it; fold-norm-head finds it still."""
-    from passopt.passes.fold_norm_head import FoldNormHead
+    from passopt.passes.lm_head.fold_norm_head import FoldNormHead
 
     text = """g (float[b,6] x) => (float[b,5] y) <float[5,6] h = random, int64[1] one = {1}, float eps = {1e-12}> {
         n = ReduceL2(h, one) c = Clip(n, eps) d = Div(h, c) t = Transpose <perm = [1, 0]> (d) y = MatMul(x, t)

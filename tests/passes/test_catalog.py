@@ -11,13 +11,14 @@ import textwrap
 import pytest
 
 from passopt.ir.errors import PassError, UsageError
-from passopt.passes import base
-from passopt.passes.base import Pass, PassResult
-from passopt.passes.catalog import catalog, pass_class
+from passopt.passes.framework import base
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.catalog import catalog, pass_class
+from passopt.passes.framework.records import PassResult
 
 LISTING = """
 import sys
-from passopt.passes.catalog import catalog
+from passopt.passes.framework.catalog import catalog
 assert "shard" in catalog()
 heavy = sorted({"onnx_ir", "onnx", "numpy", "torch", "onnxruntime"} & set(sys.modules))
 assert not heavy, heavy

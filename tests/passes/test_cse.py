@@ -9,7 +9,7 @@ from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
 from passopt.ir.serialization.text import print_model
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
-from passopt.passes.cse import MergeCommonSubexpressions
+from passopt.passes.cleanup.cse import MergeCommonSubexpressions
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

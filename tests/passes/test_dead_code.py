@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passopt.passes.dead_code import RemoveDeadCode
+from passopt.passes.cleanup.dead_code import RemoveDeadCode
 from passopt.testing.checking import check
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

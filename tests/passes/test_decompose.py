@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from passopt.ir.graph.functions import local_function
-from passopt.passes.decompose_activations import DecomposeActivations
-from passopt.passes.decompose_attention import DecomposeAttention
-from passopt.passes.decompose_rms_norm import DecomposeRmsNorm
-from passopt.passes.decompose_rotary import DecomposeRotary
-from passopt.passes.fuse_attention import FuseAttention
-from passopt.passes.fuse_rms_norm import FuseRmsNorm
-from passopt.passes.fuse_rotary import FuseRotary
-from passopt.passes.legalize import Legalize
+from passopt.passes.decomposition.decompose_activations import DecomposeActivations
+from passopt.passes.decomposition.decompose_attention import DecomposeAttention
+from passopt.passes.decomposition.decompose_rms_norm import DecomposeRmsNorm
+from passopt.passes.decomposition.decompose_rotary import DecomposeRotary
+from passopt.passes.fusion.fuse_attention import FuseAttention
+from passopt.passes.fusion.fuse_rms_norm import FuseRmsNorm
+from passopt.passes.fusion.fuse_rotary import FuseRotary
+from passopt.passes.opset.legalize import Legalize
 from passopt.testing.checking import check, compare_numbers, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : %d]>\n'

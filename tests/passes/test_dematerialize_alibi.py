@@ -11,7 +11,7 @@ from passopt.ir.serialization.text import parse_model, print_model
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
-from passopt.passes.dematerialize_alibi import DematerializeAlibi
+from passopt.passes.attention.dematerialize_alibi import DematerializeAlibi
 from passopt.testing.checking import check
 
 HEADS, LENGTH = 3, 11

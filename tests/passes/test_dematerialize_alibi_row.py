@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.graph.alibi import alibi_slopes
-from passopt.passes.dematerialize_alibi_row import DematerializeAlibiRow
+from passopt.passes.attention.dematerialize_alibi_row import DematerializeAlibiRow
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

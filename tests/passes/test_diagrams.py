@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.passes.diagrams import code_trees, diagram, draw
-from passopt.passes.pattern import trace
+from passopt.passes.explain.diagrams import code_trees, diagram, draw
+from passopt.passes.patterns.language import trace
 
 
 def drawn(method):

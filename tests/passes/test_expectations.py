@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from passopt.ir.errors import ExpectationError, UsageError
-from passopt.passes.base import Pass, PassResult
-from passopt.passes.expectations import parse_expectation
-from passopt.passes.fold_constants import FoldConstants
-from passopt.passes.manager import run_passes
+from passopt.passes.cleanup.fold_constants import FoldConstants
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.records import PassResult
+from passopt.passes.pipeline.expectations import parse_expectation
+from passopt.passes.pipeline.runner import run_passes
 from passopt.testing.decoders import tiny_decoder
 
 TEXT = "g (float[3] x) => (float[3] y) { dead = Exp(x) one = Identity(x) y = Neg(one) }"

@@ -9,8 +9,8 @@ import pytest
 from passopt.ir.serialization.text import print_model
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
-from passopt.passes import fold_constants
-from passopt.passes.fold_constants import FoldConstants
+from passopt.passes.cleanup import fold_constants
+from passopt.passes.cleanup.fold_constants import FoldConstants
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

@@ -8,7 +8,7 @@ import pytest
 
 from passopt.ir.weights.expressions import NormalizeRows
 from passopt.ir.weights.lazy_weight import expression_of
-from passopt.passes.fold_norm_head import FoldNormHead
+from passopt.passes.lm_head.fold_norm_head import FoldNormHead
 from passopt.testing.checking import check
 
 OPSET = '<ir_version: 10, opset_import: ["" : {}]>\n'

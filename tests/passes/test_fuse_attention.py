@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.graph.provenance import MADE_BY
-from passopt.passes.fuse_attention import FuseAttention
+from passopt.passes.fusion.fuse_attention import FuseAttention
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : %d]>\n'

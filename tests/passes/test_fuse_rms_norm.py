@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.graph.provenance import MADE_BY
-from passopt.passes.fuse_rms_norm import FuseRmsNorm
+from passopt.passes.fusion.fuse_rms_norm import FuseRmsNorm
 from passopt.testing.checking import check
 
 HEADER = '<ir_version: 10, opset_import: ["" : %d]>\n'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.passes.fuse_rotary import FuseRotary
+from passopt.passes.fusion.fuse_rotary import FuseRotary
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : %d]>\n'

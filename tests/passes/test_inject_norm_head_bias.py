@@ -8,7 +8,7 @@ import pytest
 
 from passopt.ir.weights.expressions import Fill
 from passopt.ir.weights.lazy_weight import expression_of
-from passopt.passes.inject_norm_head_bias import InjectNormHeadBias
+from passopt.passes.lm_head.inject_norm_head_bias import InjectNormHeadBias
 from passopt.testing.checking import check
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

@@ -13,7 +13,7 @@ from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.model_files import model_bytes
 from passopt.ir.serialization.text import parse_model, print_model
 from passopt.ir.weights.lazy_weight import LazyWeight
-from passopt.passes.legalize import Legalize
+from passopt.passes.opset.legalize import Legalize
 from passopt.testing.checking import check, read_model
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 

@@ -7,11 +7,12 @@ import pytest
 from passopt.ir.errors import ModelError, PassError, VerifyError
 from passopt.ir.serialization.model_files import load_model
 from passopt.ir.serialization.text import parse_model, print_model
-from passopt.passes.base import Decline, Pass, PassResult
-from passopt.passes.dead_code import RemoveDeadCode
-from passopt.passes.fold_constants import FoldConstants
-from passopt.passes.instruments import Dump, PrintAfter, rule_table, summary_table
-from passopt.passes.manager import run_passes
+from passopt.passes.cleanup.dead_code import RemoveDeadCode
+from passopt.passes.cleanup.fold_constants import FoldConstants
+from passopt.passes.framework.base import Decline, Pass
+from passopt.passes.framework.records import PassResult
+from passopt.passes.pipeline.instruments import Dump, PrintAfter, rule_table, summary_table
+from passopt.passes.pipeline.runner import run_passes
 from passopt.testing.decoders import tiny_decoder
 
 TEXT = "g (float[3] x) => (float[3] y) { dead = Exp(x) one = Identity(x) y = Neg(one) }"

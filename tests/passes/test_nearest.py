@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.passes.nearest import nearest, nearest_below
-from passopt.passes.pattern import trace
+from passopt.passes.explain.nearest_match import nearest, nearest_below
+from passopt.passes.patterns.language import trace
 from passopt.testing.checking import read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

@@ -10,10 +10,10 @@ from passopt.ir.serialization.text import parse_model, print_model
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Literal, Source, SourceFile
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
-from passopt.passes.catalog import catalog
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
-from passopt.passes.pipelines import PIPELINES
+from passopt.passes.framework.catalog import catalog
+from passopt.passes.pipeline.named import PIPELINES
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 
 #: The pass that looks into the largest constant, at a few rows of it: see its own tests. fuse-rotary looks into tables

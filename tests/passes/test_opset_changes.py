@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from passopt.passes.opset_changes import DECOMPOSED_BY, NEWEST, OLDEST, UNCHANGED, changes
-from passopt.passes.opset_converters import CONVERTERS
+from passopt.passes.opset.changes import DECOMPOSED_BY, NEWEST, OLDEST, UNCHANGED, changes
+from passopt.passes.opset.converters import CONVERTERS
 
 #: Changes that no decoder holds, refused at run time: images, sound, losses.
 REFUSED = {

@@ -6,8 +6,8 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.passes import matching
-from passopt.passes.pattern import trace
+from passopt.passes.patterns import matcher
+from passopt.passes.patterns.language import trace
 
 X = "(float[3,5] x, float[3,5] y, float[3,5] z) => (float[3,5] out)"
 
@@ -23,7 +23,7 @@ class Matcher:
         traced = trace(pattern, "here")
         node = model.graph.outputs[0].producer()
         is_root = (node.domain, node.op_type) in traced.root_keys
-        return matching.Matcher(traced, 21).match(node) if is_root else None
+        return matcher.Matcher(traced, 21).match(node) if is_root else None
 
     def names(self, *arguments, **keywords):
         """The bindings by name, values as their names; None without a match."""

@@ -8,16 +8,17 @@ from typing import ClassVar, Literal, Optional
 import pytest
 
 from passopt.ir.errors import UsageError
-from passopt.passes import base
-from passopt.passes.base import Pass, PassResult
-from passopt.passes.dead_code import RemoveDeadCode
-from passopt.passes.fold_norm_head import FoldNormHead
-from passopt.passes.inject_norm_head_bias import InjectNormHeadBias
-from passopt.passes.pipeline_spec import Step, describe, parse_steps, resolve
-from passopt.passes.pipelines import PIPELINES
-from passopt.passes.quantize_activations import QuantizeActivations
-from passopt.passes.quantize_weights import QuantizeWeights
-from passopt.passes.shard import Shard
+from passopt.passes.cleanup.dead_code import RemoveDeadCode
+from passopt.passes.framework import base
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.records import PassResult
+from passopt.passes.lm_head.fold_norm_head import FoldNormHead
+from passopt.passes.lm_head.inject_norm_head_bias import InjectNormHeadBias
+from passopt.passes.pipeline.named import PIPELINES
+from passopt.passes.pipeline.text import Step, describe, parse_steps, resolve
+from passopt.passes.precision.quantize_activations import QuantizeActivations
+from passopt.passes.precision.quantize_weights import QuantizeWeights
+from passopt.passes.sharding.shard import Shard
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 from passopt.ir.errors import ExpectationError
 from passopt.ir.graph.decoder import layer_count
 from passopt.ir.serialization.text import parse_model, print_model
-from passopt.passes.expectations import parse_expectation
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
-from passopt.passes.pipelines import PIPELINES
+from passopt.passes.pipeline.expectations import parse_expectation
+from passopt.passes.pipeline.named import PIPELINES
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 from passopt.testing.checking import compare_numbers
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 

@@ -11,8 +11,8 @@ from passopt.ir.graph.fp32_twin import fp32_twin
 from passopt.ir.graph.linears import find_linear
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
-from passopt.passes.quantize_activations import QuantizeActivations
-from passopt.passes.quantize_weights import QuantizeWeights
+from passopt.passes.precision.quantize_activations import QuantizeActivations
+from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime_session import Session
 from passopt.testing.checking import check, random_feeds, read_model, relative_error
 

@@ -8,8 +8,9 @@ import pytest
 from passopt.ir.errors import PassError, VerifyError
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
 from passopt.ir.serialization.text import print_model
-from passopt.passes.base import REASSOCIATED, TIME_RULES, Decline
-from passopt.passes.rewriting import RewritePass
+from passopt.passes.framework.accuracy import REASSOCIATED
+from passopt.passes.framework.base import TIME_RULES, Decline
+from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.testing.checking import check
 
 X = "g (float[3,5] x, float[3,5] y)"

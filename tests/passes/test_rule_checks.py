@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.passes.catalog import catalog, pass_class
-from passopt.passes.pattern import trace
-from passopt.passes.rewriting import RewritePass, rules_of
-from passopt.passes.rule_checks import check_pattern
+from passopt.passes.framework.catalog import catalog, pass_class
+from passopt.passes.patterns.language import trace
+from passopt.passes.patterns.rewrite_pass import RewritePass
+from passopt.passes.patterns.rules import rules_of
+from passopt.passes.patterns.validation import check_pattern
 
 
 def refusal(pattern) -> str:

@@ -13,8 +13,8 @@ from passopt.ir.graph.verifier import verify_model
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import expression_of
-from passopt.passes.quantize_weights import QuantizeWeights
-from passopt.passes.shard import Shard
+from passopt.passes.precision.quantize_weights import QuantizeWeights
+from passopt.passes.sharding.shard import Shard
 from passopt.testing.checking import check
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 

@@ -10,11 +10,11 @@ import pytest
 from passopt.ir.errors import PassError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.lazy_weight import expression_of
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
-from passopt.passes.quantize_activations import QuantizeActivations
-from passopt.passes.quantize_weights import QuantizeWeights
-from passopt.passes.shard import Shard
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
+from passopt.passes.precision.quantize_activations import QuantizeActivations
+from passopt.passes.precision.quantize_weights import QuantizeWeights
+from passopt.passes.sharding.shard import Shard
 from passopt.targets.onnxruntime_session import Session
 from passopt.targets.simulate import join_ranks, rank_models
 from passopt.testing.checking import check, random_feeds, read_model, relative_error

@@ -6,8 +6,8 @@ import pytest
 
 from passopt.ir.errors import PassError
 from passopt.ir.serialization.text import parse_model, print_model
-from passopt.passes.shard import Shard
-from passopt.passes.sharding.plan import make_plan
+from passopt.passes.sharding.legal_degrees import make_plan
+from passopt.passes.sharding.shard import Shard
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

@@ -11,11 +11,11 @@ import pytest
 from passopt.ir.errors import PassError
 from passopt.ir.graph.decoder import KV_HEADS
 from passopt.ir.weights.lazy_weight import expression_of
-from passopt.passes.fold_constants import FoldConstants
-from passopt.passes.quantize_weights import QuantizeWeights
-from passopt.passes.shard import Shard
-from passopt.passes.sharding.plan import make_plan
-from passopt.passes.split_packed_qkv import SplitPackedQkv
+from passopt.passes.attention.split_packed_qkv import SplitPackedQkv
+from passopt.passes.cleanup.fold_constants import FoldConstants
+from passopt.passes.precision.quantize_weights import QuantizeWeights
+from passopt.passes.sharding.legal_degrees import make_plan
+from passopt.passes.sharding.shard import Shard
 from passopt.testing.checking import check, read_model
 
 DEGREES = pytest.mark.parametrize(("degree", "pad"), [(2, False), (3, True), (4, True), (5, True)])

@@ -13,9 +13,9 @@ from passopt.ir.graph.functions import local_function
 from passopt.ir.serialization.text import print_model
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.lazy_weight import expression_of
-from passopt.passes.quantize_weights import QuantizeWeights
-from passopt.passes.shard import Shard
-from passopt.passes.sharding.plan import make_plan
+from passopt.passes.precision.quantize_weights import QuantizeWeights
+from passopt.passes.sharding.legal_degrees import make_plan
+from passopt.passes.sharding.shard import Shard
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 11, opset_import: ["" : 23, "passopt" : 1]>\n'

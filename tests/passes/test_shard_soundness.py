@@ -8,7 +8,7 @@ import pytest
 
 from passopt.ir.errors import PassError
 from passopt.ir.serialization.text import print_model
-from passopt.passes.shard import Shard
+from passopt.passes.sharding.shard import Shard
 from passopt.testing.checking import check, read_model
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 

@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.passes.quantize_activations import QuantizeActivations
-from passopt.passes.quantize_weights import QuantizeWeights
-from passopt.passes.shard import Shard
-from passopt.passes.slice_last_token import SliceLastToken
+from passopt.passes.lm_head.slice_last_token import SliceLastToken
+from passopt.passes.precision.quantize_activations import QuantizeActivations
+from passopt.passes.precision.quantize_weights import QuantizeWeights
+from passopt.passes.sharding.shard import Shard
 from passopt.targets.onnxruntime_session import Session
 from passopt.testing.checking import check, random_feeds, read_model
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from passopt.ir.weights.lazy_weight import expression_of
-from passopt.passes.quantize_weights import QuantizeWeights
-from passopt.passes.split_packed_qkv import SplitPackedQkv
+from passopt.passes.attention.split_packed_qkv import SplitPackedQkv
+from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.testing.checking import check
 
 HEADER = '<ir_version: 10, opset_import: ["" : 18]>\n'

@@ -6,7 +6,7 @@ import onnx_ir
 import pytest
 
 from passopt.ir.graph.shapes import complete_types
-from passopt.passes.unmerge_heads import UnmergeHeads
+from passopt.passes.attention.unmerge_heads import UnmergeHeads
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

@@ -9,8 +9,9 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import VerifyError
-from passopt.passes.base import Decline, Pass, PassResult
-from passopt.passes.manager import run_passes
+from passopt.passes.framework.base import Decline, Pass
+from passopt.passes.framework.records import PassResult
+from passopt.passes.pipeline.runner import run_passes
 
 X = "g (float[batch,seq,5] x, float[batch,seq,5] y)"
 BODY = "[one] a = Neg(x) [two] b = Abs(a) [three] c = Add(b, y) [four] shared = Mul(a, y)"

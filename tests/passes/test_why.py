@@ -10,11 +10,11 @@ import pytest
 from passopt.ir.errors import PassError
 from passopt.ir.graph.provenance import MODULE, SOURCE
 from passopt.ir.serialization.text import print_model
-from passopt.passes.base import Decline, Pass, PassResult
-from passopt.passes.fold_constants import FoldConstants
-from passopt.passes.misses import Miss
-from passopt.passes.shard import Shard
-from passopt.passes.why import explain
+from passopt.passes.cleanup.fold_constants import FoldConstants
+from passopt.passes.explain.report import explain
+from passopt.passes.framework.base import Decline, Pass, Refusal
+from passopt.passes.framework.records import PassResult
+from passopt.passes.sharding.shard import Shard
 from passopt.testing.checking import read_model
 
 X = "g (float[3,5] x, float[3,5] y)"
@@ -331,7 +331,7 @@ def test_a_pass_over_the_whole_graph_says_what_it_is_and_why_it_declines(lines):
 
 def test_a_pass_over_the_whole_graph_may_explain_places(parsed):
     model = parsed(layers(FAR))
-    found = [Miss("test-whole", model.graph[0], reason="it is the last one")]
+    found = [Refusal(model.graph[0], "it is the last one")]
     assert explain(whole(lambda model: PassResult(modified=True, matches=1), found), model).lines()[1:] == [
         "test-whole works on the whole graph, by no rule that could come near; it changes this one",
         "1. declined at out0 (Neg)",
@@ -352,9 +352,9 @@ def test_a_pass_over_the_whole_graph_that_fails(lines):
 
 def test_what_is_searched_once_is_right_in_every_layer(parsed, rule):
     """Layers of two kinds, one of them spelled like the other but for what is shared: each as if searched alone."""
-    from passopt.passes.nearest import nearest
-    from passopt.passes.rewriting import rules_of
-    from passopt.passes.sites import sites
+    from passopt.passes.explain.nearest_match import nearest
+    from passopt.passes.explain.sites import sites
+    from passopt.passes.patterns.rules import rules_of
 
     def pattern(self, op, a, b):
         return op.Neg(op.Mul(op.Abs(a), op.any_of("kind", one=op.Sigmoid(op.Exp(a)), two=op.Relu(op.Exp(b)))))

@@ -9,8 +9,8 @@ import pytest
 
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
-from passopt.passes.base import Decline
-from passopt.passes.why_node import explain_node
+from passopt.passes.explain.node_report import explain_node
+from passopt.passes.framework.base import Decline
 
 X = "g (float[3,5] x, float[3,5] y) => (float[3,5] out)"
 BODY = "{ s = Tanh(x) m = Mul(x, s) n = Neg(m) out = Abs(n) }"

@@ -261,6 +261,9 @@ def _add_looking(add: Any) -> None:
     )
     command.add_argument("name", metavar="NAME", help="verb-object, such as fuse-silu")
     command.add_argument("--directory", metavar="DIR", help="default: this checkout, or a new folder called NAME")
+    command.add_argument(
+        "--room", metavar="ROOM", help="folder of passes/ in a checkout (default: by the verb of NAME)"
+    )
     command = add(
         "explain",
         "explain",

@@ -121,16 +121,16 @@ def test_overflows_survive_an_interruption(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from passopt.ir.weights.streaming import direct_io, engine
+from passopt.ir.weights.streaming import direct_io, write_weights
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.testing.layers import all_sharded, rank_files, read_layers
-direct_io.DIRECT_FROM, engine._COMMIT_EVERY, engine._THREADS_FROM = 1 << 20, 0.02, 0
+direct_io.DIRECT_FROM, write_weights._COMMIT_EVERY, write_weights._THREADS_FROM = 1 << 20, 0.02, 0
 folder = Path(sys.argv[1])
 files = rank_files(folder / "out", all_sharded(read_layers(folder / "checkpoint.safetensors"), 2), 2)
 print("go", flush=True)
 options = StreamOptions(workers=3, arena_bytes=1 << 16)
 slowly = lambda _: time.sleep(0.002)
-report = engine.write_weight_files(files, options, progress=slowly, journal=folder / "journal")
+report = write_weights.write_weight_files(files, options, progress=slowly, journal=folder / "journal")
 print(report.resumed, flush=True)
 """
 

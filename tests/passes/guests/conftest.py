@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.passes import base
+from passopt.passes.framework import base
 
 
 @pytest.fixture(autouse=True)

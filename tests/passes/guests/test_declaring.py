@@ -14,10 +14,11 @@ import pytest
 from passopt.cli import main
 from passopt.ir.errors import PassError, UsageError
 from passopt.ir.serialization.text_files import read_model
-from passopt.passes.base import EXACT, REASSOCIATED, Pass, lossy
-from passopt.passes.catalog import catalog
+from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, lossy
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.catalog import catalog
 from passopt.passes.guests import graphsurgeon_pass, ir_pass
-from passopt.passes.pipeline_spec import describe, resolve
+from passopt.passes.pipeline.text import describe, resolve
 
 TEXT = '<ir_version: 10, opset_import: ["" : 21]> g (float[2,3] x) => (float[2,3] y) { y = Relu(x) }'
 
@@ -107,7 +108,7 @@ PLUGIN = """
     import onnx_graphsurgeon as gs
     import onnx_ir.passes.common as common
 
-    from passopt.passes.base import lossy
+    from passopt.passes import lossy
     from passopt.passes.guests import graphsurgeon_pass, ir_pass
 
 

@@ -18,7 +18,7 @@ from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.numeric.check import NumericCheck
 from passopt.passes.guests import graphsurgeon_pass
 from passopt.passes.guests.graphsurgeon import lazy_constant, lazy_weight
-from passopt.passes.manager import run_passes
+from passopt.passes.pipeline.runner import run_passes
 from passopt.testing.checking import check
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'

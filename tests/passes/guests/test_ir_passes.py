@@ -11,8 +11,8 @@ from passopt.ir.graph.functions import local_function
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE
 from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
+from passopt.passes.cleanup.inline_functions import inline_functions
 from passopt.passes.guests import ir_pass
-from passopt.passes.inline_functions import inline_functions
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[2,3] x) => (float[2,3] y) <float[2,3] w = random> {

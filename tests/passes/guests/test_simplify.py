@@ -13,9 +13,9 @@ from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
-from passopt.passes.simplify import Simplify
+from passopt.passes.cleanup.simplify import Simplify
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 from passopt.testing.checking import check, compare_numbers
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 

@@ -18,9 +18,9 @@ from passopt.commands.writing import say_report, stream_options
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.serialization.model_files import load_model, model_path
-from passopt.passes.expectations import parse_expectation
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
+from passopt.passes.pipeline.expectations import parse_expectation
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 from passopt.targets.manifest import MANIFEST_NAME, read_manifest, refuse_single_rank
 from passopt.targets.rank_check import check_rank_folders
 from passopt.targets.tvm.library import Library

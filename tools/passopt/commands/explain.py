@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from passopt.ir.errors import UsageError
-from passopt.passes.base import Pass
-from passopt.passes.catalog import Entry, catalog, unknown_name
-from passopt.passes.diagrams import Diagram, code_trees, diagram, draw
-from passopt.passes.pipeline_spec import Step, describe, expand, instantiate, parse_steps, resolve
-from passopt.passes.pipelines import PIPELINES, Pipeline
-from passopt.passes.rewriting import RewritePass, rules_of
+from passopt.passes.explain.diagrams import Diagram, code_trees, diagram, draw
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.catalog import Entry, catalog
+from passopt.passes.framework.suggestions import unknown_name
+from passopt.passes.patterns.rewrite_pass import RewritePass
+from passopt.passes.patterns.rules import rules_of
+from passopt.passes.pipeline.named import PIPELINES, Pipeline
+from passopt.passes.pipeline.text import Step, describe, expand, instantiate, parse_steps, resolve
 
 _WIDTH = 100
 _SECTION = re.compile(r"^(Before|After):\s*", re.MULTILINE)

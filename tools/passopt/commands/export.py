@@ -18,8 +18,8 @@ from passopt.ir.graph.decoder import SELF_CHECK
 from passopt.ir.graph.shapes import complete_types
 from passopt.ir.serialization.model_files import load_model, model_path
 from passopt.ir.weights.expressions import DataType
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import resolve
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 from passopt.targets.manifest import read_manifest
 from passopt.targets.onnx_files import OutputFacts, plan_output, write_reference_output
 

@@ -7,8 +7,8 @@ import dataclasses
 import json
 
 from passopt.ir.errors import UsageError
-from passopt.passes.catalog import catalog
-from passopt.passes.pipelines import PIPELINES
+from passopt.passes.framework.catalog import catalog
+from passopt.passes.pipeline.named import PIPELINES
 
 
 def list(options: argparse.Namespace) -> int:
@@ -53,9 +53,9 @@ def plan(options: argparse.Namespace) -> int:
     """Legal degrees and blockers; nothing is changed."""
     from passopt.ir.graph.decoder import degree_of
     from passopt.ir.serialization.model_files import load_model
-    from passopt.passes.manager import run_passes
-    from passopt.passes.pipeline_spec import resolve
-    from passopt.passes.sharding.plan import make_plan
+    from passopt.passes.pipeline.runner import run_passes
+    from passopt.passes.pipeline.text import resolve
+    from passopt.passes.sharding.legal_degrees import make_plan
 
     model = load_model(options.model)
     if degree_of(model) > 1:

@@ -1,6 +1,6 @@
 """`passopt new-pass NAME`: a pass and its tests that run at once, to be changed into what is wanted.
 
-In a checkout of passopt it is one more file of `passes/`; anywhere else, a package of its own with an entry point.
+In a checkout of passopt it is one more file in a room of `passes/`; anywhere else, a package with an entry point.
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ from pathlib import Path
 from passopt.ir.errors import UsageError
 from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
-from passopt.passes.base import REGISTERED
-from passopt.passes.catalog import catalog
-from passopt.passes.pipelines import PIPELINES
+from passopt.passes.framework.base import REGISTERED
+from passopt.passes.framework.catalog import Entry, catalog
+from passopt.passes.framework.suggestions import unknown_name
+from passopt.passes.pipeline.named import PIPELINES
 
+#: The room of a new pass by the verb of its name; of every other verb it is cleanup.
+_ROOMS = {
+    "fuse": "fusion",
+    "decompose": "decomposition",
+    "quantize": "precision",
+    "cast": "precision",
+    "shard": "sharding",
+}
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*\Z")
 
 _PASS = '''"""$name: say in one line what becomes what."""
@@ -28,8 +37,7 @@ _PASS = '''"""$name: say in one line what becomes what."""
 import dataclasses
 from typing import Any
 
-from passopt.passes.base import EXACT, Decline
-from passopt.passes.rewriting import RewritePass
+from passopt.passes import EXACT, Decline, RewritePass
 
 
 @dataclasses.dataclass(frozen=True)  # fields are options: `limit: int = 3` makes $name{limit=3}
@@ -56,7 +64,7 @@ _TESTS = '''"""$name: one positive, one per guard, a shared value, a graph outpu
 
 from $module import $class_name
 
-from passopt.testing.checking import check
+from passopt.testing import check
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\\n'
 TEXT = """$text"""
@@ -114,7 +122,7 @@ def new_pass(options: argparse.Namespace) -> int:
     inside = _is_checkout(root)
     if not inside and not options.directory:
         root = root / name
-    files = _files(name, inside)
+    files = _files(name, _room(name, options.room, root) if inside else None)
     written = _write({root / path: text for path, text in files.items()}, name, root)
     tests = next(path for path in files if Path(path).name.startswith("test_"))
     for path in written:
@@ -141,23 +149,37 @@ def _checked(name: str) -> str:
 
 
 def _is_checkout(root: Path) -> bool:
-    return all((root / path).exists() for path in ("passes/base.py", "tests/passes", "tools/passopt/cli.py"))
+    return all((root / path).exists() for path in ("passes/framework/base.py", "tests/passes", "tools/passopt/cli.py"))
 
 
-def _files(name: str, inside: bool) -> dict[str, str]:
-    """Contents by path below the root."""
+def _room(name: str, wanted: str | None, root: Path) -> str:
+    """The folder of passes/ that the pass belongs to: the one asked for, or the one of its verb."""
+    if wanted is None:
+        return _ROOMS.get(name.partition("-")[0], "cleanup")
+    rooms = sorted({Path(entry.origin).parent.name for entry in _built_in_passes()})
+    if wanted not in rooms:
+        raise UsageError(f"new-pass: {unknown_name('room', wanted, rooms, shown_by='ls passes')}")
+    return wanted
+
+
+def _built_in_passes() -> list[Entry]:
+    return [entry for entry in catalog().values() if entry.module.startswith("passopt.passes.")]
+
+
+def _files(name: str, room: str | None) -> dict[str, str]:
+    """Contents by path below the root; without a room, those of a package of its own."""
     module = name.replace("-", "_")
     words = {
         "name": name,
         "class_name": "".join(word.capitalize() for word in name.split("-")),
-        "module": f"passopt.passes.{module}" if inside else module,
+        "module": f"passopt.passes.{room}.{module}" if room else module,
         "text": _TEXT,
     }
     pass_text, tests, project = (string.Template(text).substitute(words) for text in (_PASS, _TESTS, _PROJECT))
-    if inside:
+    if room:
         # Ruff sorts the names of one package together.
         tests = tests.replace(f"import {words['class_name']}\n\nfrom", f"import {words['class_name']}\nfrom")
-        return {f"passes/{module}.py": pass_text, f"tests/passes/test_{module}.py": tests}
+        return {f"passes/{room}/{module}.py": pass_text, f"tests/passes/{room}/test_{module}.py": tests}
     return {"pyproject.toml": project, f"{module}.py": pass_text, f"tests/test_{module}.py": tests}
 
 

@@ -20,12 +20,13 @@ from passopt.ir.serialization.model_files import load_model, model_path
 from passopt.ir.serialization.text import print_model
 from passopt.ir.weights.sources import identify
 from passopt.ir.weights.streaming.write_weights import StreamReport
-from passopt.passes.catalog import unknown_name
-from passopt.passes.expectations import parse_expectation, unwatched_misses
-from passopt.passes.instruments import Dump, PrintAfter, rule_table, summary_table
-from passopt.passes.limits import RewriteLimit, set_rewrite_limit
-from passopt.passes.manager import Instrument, PassRecord, run_passes
-from passopt.passes.pipeline_spec import Resolved, Step, resolve
+from passopt.passes.framework.records import PassRecord
+from passopt.passes.framework.rewrite_limit import RewriteLimit, set_rewrite_limit
+from passopt.passes.framework.suggestions import unknown_name
+from passopt.passes.pipeline.expectations import parse_expectation, unwatched_misses
+from passopt.passes.pipeline.instruments import Dump, PrintAfter, rule_table, summary_table
+from passopt.passes.pipeline.runner import Instrument, run_passes
+from passopt.passes.pipeline.text import Resolved, Step, resolve
 from passopt.reproducer import Position, free_name, write_reproducer
 from passopt.targets.manifest import read_manifest
 from passopt.targets.onnx_files import OutputFacts, OutputPlan, plan_output, write_reference_output

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from passopt.ir.errors import UsageError
 from passopt.ir.serialization.model_files import load_model
-from passopt.passes.base import Pass
-from passopt.passes.catalog import unknown_name
-from passopt.passes.manager import run_passes
-from passopt.passes.pipeline_spec import Resolved, parse_steps, resolve
-from passopt.passes.pipelines import PIPELINES
-from passopt.passes.rewriting import RewritePass
-from passopt.passes.why import explain
-from passopt.passes.why_node import explain_node
+from passopt.passes.explain.node_report import explain_node
+from passopt.passes.explain.report import explain
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.suggestions import unknown_name
+from passopt.passes.patterns.rewrite_pass import RewritePass
+from passopt.passes.pipeline.named import PIPELINES
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import Resolved, parse_steps, resolve
 
 
 def why(options: argparse.Namespace) -> int:

@@ -24,9 +24,10 @@ from passopt.numeric.lengths import DRAWS, Lengths
 from passopt.numeric.regions import Cut, Request, Side, Unchecked, cut, names_of
 from passopt.numeric.rewired import rewired
 from passopt.numeric.structure import structure_key
-from passopt.passes.base import Pass
-from passopt.passes.manager import Instrument, PassRecord
-from passopt.passes.rewriting import RewritePass
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.records import PassRecord
+from passopt.passes.patterns.rewrite_pass import RewritePass
+from passopt.passes.pipeline.runner import Instrument
 
 #: Elements of the weights of a reproducer, where that is enough to show the violation.
 _SMALL_WEIGHT = 1 << 18

@@ -1,1 +1,40 @@
-"""For authors of passes: `check_pass` (a pytest fixture, see `plugin`), golden texts, tiny checkpoints to export."""
+"""Test passes: check one over a small graph, and make tiny checkpoints and decoders to try pipelines on.
+
+The pytest fixtures `check_pass` and `golden` and the option --update-golden come with the package, by its plugin.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from passopt.ir.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from passopt.testing.checking import check, compare_numbers
+    from passopt.testing.checkpoints import ALIBI, ROTARY, CheckpointSpec, make_checkpoint
+    from passopt.testing.decoders import DecoderSpec, tiny_decoder
+
+__all__ = [
+    "ALIBI",
+    "ROTARY",
+    "CheckpointSpec",
+    "DecoderSpec",
+    "check",
+    "compare_numbers",
+    "make_checkpoint",
+    "tiny_decoder",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "check": "passopt.testing.checking",
+        "compare_numbers": "passopt.testing.checking",
+        "ALIBI": "passopt.testing.checkpoints",
+        "CheckpointSpec": "passopt.testing.checkpoints",
+        "ROTARY": "passopt.testing.checkpoints",
+        "make_checkpoint": "passopt.testing.checkpoints",
+        "DecoderSpec": "passopt.testing.decoders",
+        "tiny_decoder": "passopt.testing.decoders",
+    },
+)

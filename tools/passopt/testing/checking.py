@@ -19,7 +19,9 @@ from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.model_files import MODEL_NAME, save_materialized
 from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
-from passopt.passes.base import EXACT, Accuracy, Pass, PassResult
+from passopt.passes.framework.accuracy import EXACT, Accuracy
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.records import PassResult
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -14,7 +14,8 @@ import pytest
 if TYPE_CHECKING:
     import onnx_ir
 
-    from passopt.passes.base import Pass, PassResult
+    from passopt.passes.framework.base import Pass
+    from passopt.passes.framework.records import PassResult
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,1 @@
+"""Passes that change how attention is written without fusing it: heads, packed projections, ALiBi masks."""

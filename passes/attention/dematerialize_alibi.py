@@ -1,0 +1,147 @@
+"""dematerialize-alibi: the baked mask constant becomes slopes times positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir
+
+from passopt.ir.graph.alibi import alibi_slopes
+from passopt.ir.graph.shapes import DimOf, elements
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import FLOATS, Expression
+from passopt.ir.weights.lazy_weight import small_constant
+from passopt.passes.framework.accuracy import REASSOCIATED
+from passopt.passes.framework.base import Decline
+from passopt.passes.patterns.rewrite_pass import RewritePass
+from passopt.passes.patterns.rules import Rewriter
+
+#: Rows of each head that are compared with the formula; a mask of at most as many rows is compared whole.
+_SAMPLED_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class DematerializeAlibi(RewritePass):
+    """Compute ALiBi's bias from one slope per head: a baked mask is gigabytes, and cannot be split by heads as numbers.
+
+    Before: ``bias = Slice(Slice(mask, past:total, axis=1), 0:total, axis=2)``, mask [heads, n, n] a constant
+    After:  ``bias = slopes · Range(total) + Where(column > row, -inf, 0)``, in fp32, slopes [heads, 1, 1]
+    Only for bounds that are lengths or constants. More positions than the mask has follow the formula too; with the
+    mask, such an input fails at the addition to the scores.
+    It reads from a constant of gigabytes: up to 128 rows per head, to be sure that it is such a mask.
+    """
+
+    name = "dematerialize-alibi"
+    accuracy = REASSOCIATED
+
+    def rules(self) -> Sequence[tuple[Any, Any]]:
+        return [(self.rows_first, self.rewrite), (self.columns_first, self.rewrite)]
+
+    def rows_first(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
+        steps = op.any_of("steps", ones=[1], absent=None)
+        return op.Slice(op.Slice(mask, start, stop, [1], steps), [0], width, [2], steps)
+
+    def columns_first(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
+        steps = op.any_of("steps", ones=[1], absent=None)
+        return op.Slice(op.Slice(mask, [0], width, [2], steps), start, stop, [1], steps)
+
+    def rewrite(self, op: Rewriter, mask: Any, start: Any, stop: Any, width: Any) -> Any:
+        expression = op.weight(mask)
+        _, *square = expression.shape
+        if len(square) != 2 or square[0] != square[1] or expression.dtype not in FLOATS:
+            raise Decline(f"{mask.name} is {expression.dtype.name}{list(expression.shape)}, not floating [heads, n, n]")
+        bounds = {value: _bound(value, square[0]) for value in (start, stop, width)}
+        slopes = op.initializer("alibi.slopes", _slopes(mask.name, expression)[:, None, None])
+        first, last = single(op, start, bounds[start]), single(op, width, bounds[width])
+        columns = op.Range(np.int64(0), last, np.int64(1))
+        rows = op.Range(first, last if stop is width else single(op, stop, bounds[stop]), np.int64(1))
+        bias = op.Mul(slopes, op.Cast(columns, to=onnx_ir.DataType.FLOAT.value))
+        later = op.Greater(op.Unsqueeze(columns, [0]), op.Unsqueeze(rows, [1]))
+        causal = op.Where(later, np.float32(-np.inf), np.float32(0))
+        result = op.Add(bias, causal)
+        return result if mask.dtype == onnx_ir.DataType.FLOAT else op.Cast(result, to=mask.dtype.value)
+
+
+def _bound(vector: onnx_ir.Value, length: int) -> int | None:
+    """The position that a constant bound of Slice means on an axis of `length`, None for a length known at run time.
+
+    Declines for any other bound: Slice counts a negative one from the end and clamps it, Range would take it as it is.
+    """
+    constant = small_constant(vector)
+    if constant is None:
+        if vector.dtype != onnx_ir.DataType.INT64 or not _is_length(vector):
+            raise Decline(f"the bound {vector.name} of the slice is neither a constant nor the length of a graph input")
+        return None
+    position = int(constant.reshape(-1)[0])
+    return max(0, min(length, position + length if position < 0 else position))
+
+
+def _is_length(value: onnx_ir.Value | None) -> bool:
+    """True for the length of an axis of a graph input, and for a sum of such."""
+    node = value.producer() if value is not None else None
+    if node is not None and not node.domain:
+        if node.op_type in {"Reshape", "Squeeze", "Unsqueeze", "Identity"}:
+            return _is_length(node.inputs[0])
+        if node.op_type == "Add":
+            return all(_is_length(term) for term in node.inputs)
+    found = elements(value) or []
+    return len(found) == 1 and isinstance(found[0], DimOf) and found[0].value.is_graph_input()
+
+
+def single(op: Any, vector: onnx_ir.Value, constant: int | None) -> Any:
+    """The single element of a Slice bound: what an exporter reshaped to a vector, where it did so."""
+    if constant is not None:
+        return np.int64(constant)
+    node = vector.producer()
+    source = node.inputs[0] if node is not None and node.op_type in {"Reshape", "Unsqueeze"} else None
+    if source is not None and source.shape is not None and not len(source.shape):
+        return source
+    return op.Squeeze(vector)
+
+
+def _slopes(name: str, mask: Expression) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The slopes [heads] in fp32. Declines, naming the element, unless the mask is slope · column, causal."""
+    heads, length, _ = mask.shape
+    if length < 2:
+        raise Decline(f"{name} has {length} positions; the slopes cannot be read from it")
+    kind = mask.dtype.numpy()
+    with Evaluator() as evaluator:
+        column = evaluator.read(mask, ((0, heads), (length - 1, length), (1, 2)))
+        found = np.asarray(column, np.float32).reshape(heads)
+        formula = np.asarray(alibi_slopes(heads), np.float32)
+        # In a 16-bit mask the slopes are rounded; the formula's are the true ones.
+        slopes = formula if np.array_equal(formula.astype(kind), found.astype(kind)) else found
+        for head, row, values in _sample(evaluator, mask):
+            with np.errstate(over="ignore", invalid="ignore"):  # a slope may be anything, if this is another mask
+                expected = (slopes[head] * np.arange(length, dtype=np.float32)).astype(kind)
+            expected[row + 1 :] = -np.inf
+            wrong = np.flatnonzero(~equal_bias(values, expected))
+            if wrong.size:
+                at = int(wrong[0])
+                raise Decline(
+                    f"{name}[{head}, {row}, {at}] is {values[at]}, an ALiBi mask of slope {slopes[head]} "
+                    f"has {expected[at]} there"
+                )
+    return slopes
+
+
+def _sample(evaluator: Evaluator, mask: Expression) -> Iterator[tuple[int, int, np.ndarray[Any, np.dtype[Any]]]]:
+    heads, length, _ = mask.shape
+    rows = np.unique(np.linspace(0, length - 1, min(length, _SAMPLED_ROWS)).astype(int)).tolist()
+    for head in range(heads):
+        for row in rows:
+            yield head, row, evaluator.read(mask, ((head, head + 1), (row, row + 1), (0, length))).reshape(-1)
+
+
+def equal_bias(values: Any, expected: Any) -> Any:
+    """Equal to one rounding step; a masked place may hold the dtype's smallest number instead of -inf."""
+    limits: Any = ml_dtypes.finfo(values.dtype)  # type: ignore[no-untyped-call]
+    masked = (values == limits.min) | np.isneginf(values)
+    wide, target = values.astype(np.float32), expected.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        near = np.abs(wide - target) <= np.abs(target) * float(limits.eps)
+    return np.where(np.isneginf(expected), masked, near)

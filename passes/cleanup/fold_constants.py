@@ -1,0 +1,324 @@
+"""fold-constants: evaluate what depends on small constants only."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir
+
+from passopt.ir.errors import VerifyError
+from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.builder import infer_types
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.operators import RANDOM
+from passopt.ir.graph.provenance import absorb_provenance
+from passopt.ir.graph.shapes import DimOf, complete_types, dimensions, elements, known_numbers, single_length
+from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight, small_constant
+from passopt.passes.framework.base import Pass, Refusal
+from passopt.passes.framework.records import PassResult
+
+#: Operators that are never evaluated: random ones, and those whose folding would undo a quantisation.
+_KEPT = RANDOM | {"DequantizeLinear", "QuantizeLinear", "Dropout", "If", "Loop", "Scan"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Evaluate operators whose inputs are constants, so that patterns see numbers instead of the exporter's arithmetic.
+
+    Before: ``y = Reshape(x, Concat(Reshape(Cast(two), [-1]), [3]))``
+    After:  ``y = Reshape(x, [2, 3])``
+    A weight of the checkpoint is never read and a DequantizeLinear never folded. Equal constants become one; operators
+    without effect (Identity, a Cast to the same dtype) go; Shape of known dimensions is a constant.
+    `limit`: bytes of the largest result that is stored instead of computed.
+    """
+
+    name = "fold-constants"
+
+    limit: int = 1 << 20
+
+    def run(self, model: onnx_ir.Model) -> PassResult:
+        editor = Editor(model, self.name)
+        result = PassResult()
+        while self._sweep(editor, result):
+            pass  # a folded bound may tell the length of an axis, and that length another number
+        result.matches += _unify_sizes(editor)
+        merged = _merge_equal_constants(editor) + _merge_equal_sizes(editor) + _hoist_sizes(editor)
+        result.modified = result.matches > 0 or merged > 0
+        return result
+
+    def _sweep(self, editor: Editor, result: PassResult) -> bool:
+        """Every node once; True if something was folded."""
+        complete_types(editor.model)  # the length of an axis may be a number that no exporter stated
+        before = result.matches
+        for node in list(editor.graph):
+            if node.graph is None:
+                continue
+            result.tries += 1
+            if self._bypass(editor, node) or self._fold(editor, node):
+                result.matches += 1
+        return result.matches > before
+
+    def explain(self, model: onnx_ir.Model) -> Iterable[Refusal]:
+        """Operators that read nothing but constants and stay."""
+        copy = model.clone()
+        self.run(copy)
+        for node in copy.graph:
+            values = [value for value in node.inputs if value is not None]
+            if values and all(constant_tensor(value) is not None for value in values):
+                yield Refusal(node, self._why_it_stays(node, values))
+
+    def _why_it_stays(self, node: onnx_ir.Node, values: Sequence[onnx_ir.Value]) -> str:
+        if node.domain or node.op_type in _KEPT:
+            return f"{node.op_type} is never evaluated"
+        if any(is_checkpoint_weight(value) for value in values):
+            return "it reads a weight of the checkpoint, which no pass does"
+        if node.outputs[0].is_graph_output():
+            return "its result is an output of the graph"
+        if len(node.outputs) != 1:
+            return f"it has {len(node.outputs)} outputs; only operators with one are evaluated"
+        return f"its result or what it reads is larger than {self.limit} bytes; fold-constants{{limit=…}} allows more"
+
+    def _bypass(self, editor: Editor, node: onnx_ir.Node) -> bool:
+        """Let users of a node without effect read its input."""
+        source, target = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if source is None or node.domain or not _has_no_effect(node, source) or target.is_graph_output():
+            return False
+        if source.shape is None:
+            source.shape = target.shape
+        target.replace_all_uses_with(source)
+        editor.remove_dead([node])
+        return True
+
+    def _fold(self, editor: Editor, node: onnx_ir.Node) -> bool:
+        target = node.outputs[0]
+        if target.is_graph_output():
+            return False
+        array = self._value_of(node, editor.opset)
+        if array is None or array.nbytes > self.limit:
+            return False
+        if target.dtype is not None:
+            array = array.astype(target.dtype.numpy(), copy=False)
+        name = target.name
+        tensor = onnx_ir.tensor(array, name=name)
+        constant = onnx_ir.Value(shape=onnx_ir.Shape(array.shape), type=onnx_ir.TensorType(tensor.dtype))
+        constant.const_value = tensor
+        target.replace_all_uses_with(constant)
+        editor.remove_dead([node])
+        constant.name = name  # free now, and the text stays as it was
+        if constant.uses():
+            editor.graph.register_initializer(constant)
+        return True
+
+    def _value_of(self, node: onnx_ir.Node, opset: int) -> np.ndarray[Any, np.dtype[Any]] | None:
+        if node.domain or node.op_type in _KEPT or len(node.outputs) != 1:
+            return None
+        if node.op_type == "Constant":
+            tensor = constant_tensor(node.outputs[0])
+            return tensor.numpy() if tensor is not None else None
+        if node.op_type == "Shape":
+            return _known_dimensions(node)
+        if node.op_type in _SIZE_ARITHMETIC and (sizes := _known_sizes(node.outputs[0])) is not None:
+            return sizes
+        arrays = {}
+        # CastLike needs only the dtype of its second input, which may be computed.
+        inputs = node.inputs[:1] if _casts_to_known_dtype(node) else node.inputs
+        for value in inputs:
+            if value is None:
+                continue
+            tensor = None if is_checkpoint_weight(value) else constant_tensor(value)
+            if tensor is None or tensor.nbytes > self.limit:
+                return None
+            arrays[value.name or ""] = tensor.numpy()
+        if len(inputs) < len(node.inputs):
+            return next(iter(arrays.values())).astype(_dtype_of(node.inputs[1]))
+        return _evaluate(node, opset, arrays) if arrays and not self._is_too_large(node, opset) else None
+
+    def _is_too_large(self, node: onnx_ir.Node, opset: int) -> bool:
+        """Asked before evaluating: an Expand of one number may be gigabytes."""
+        target = node.outputs[0]
+        if target.shape is None:
+            with contextlib.suppress(VerifyError):
+                infer_types(node, opset)
+        dims = target.shape.dims if target.shape is not None else ()
+        known = [dim for dim in dims if isinstance(dim, int)]
+        return len(known) == len(dims) and math.prod(known) > self.limit
+
+
+def _casts_to_known_dtype(node: onnx_ir.Node) -> bool:
+    return node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None
+
+
+def _dtype_of(value: onnx_ir.Value | None) -> np.dtype[Any]:
+    assert value is not None
+    assert value.dtype is not None
+    return value.dtype.numpy()
+
+
+def _has_no_effect(node: onnx_ir.Node, source: onnx_ir.Value) -> bool:
+    if node.op_type == "Identity":
+        return True
+    if node.op_type == "Cast":
+        return source.dtype is not None and node.attributes["to"].as_int() == source.dtype.value
+    if node.op_type == "CastLike":
+        like = node.inputs[1]
+        return source.dtype is not None and like is not None and like.dtype == source.dtype
+    return False
+
+
+def _known_dimensions(node: onnx_ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return None
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    end = node.attributes["end"].as_int() if "end" in node.attributes else len(source.shape)
+    dims = source.shape.dims[start:end]
+    return np.array(dims, np.int64) if all(isinstance(dim, int) for dim in dims) else None
+
+
+def _known_sizes(value: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """A scalar or vector of lengths that the shapes state, such as the head_dim of Gather(Shape(q), -1)."""
+    if value.dtype != onnx_ir.DataType.INT64 or value.shape is None or len(value.shape) > 1:
+        return None
+    numbers = known_numbers(value)
+    if numbers is None:
+        return None
+    return np.array(numbers, np.int64).reshape([len(numbers)] if len(value.shape) else [])
+
+
+def _evaluate(
+    node: onnx_ir.Node, opset: int, arrays: dict[str, np.ndarray[Any, np.dtype[Any]]]
+) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """ONNX's reference implementation of one operator; None where it has none."""
+    proto = onnx_ir.to_proto(node)
+    inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in arrays]
+    outputs = [onnx.helper.make_tensor_value_info(proto.output[0], onnx.TensorProto.UNDEFINED, None)]
+    graph = onnx.helper.make_graph([proto], "one", inputs, outputs)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            (value,) = onnx.reference.ReferenceEvaluator(model).run(None, arrays)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    return np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else None  # a sequence is no constant
+
+
+def _merge_equal_constants(editor: Editor) -> int:
+    """One initializer per small constant: exporters write the same shape piece once per layer."""
+    first: dict[tuple[Any, ...], onnx_ir.Value] = {}
+    merged = 0
+    for value in list(editor.graph.initializers.values()):
+        array = small_constant(value)
+        if array is None or value.is_graph_output() or value.is_graph_input():
+            continue
+        key = (value.dtype, array.shape, array.tobytes())
+        kept = first.setdefault(key, value)
+        if kept is not value and value.uses():
+            value.replace_all_uses_with(kept)
+            editor.remove_unused_initializer(value)
+            merged += 1
+    return merged
+
+
+#: Integer arithmetic on lengths, which exporters repeat for every layer.
+_SIZE_ARITHMETIC = frozenset(
+    {"Shape", "Squeeze", "Unsqueeze", "Reshape", "Concat", "Cast", "Gather", "Slice", "Add", "Sub"}
+)
+
+
+def _unify_sizes(editor: Editor) -> int:
+    """Read a length that several inputs share from the first of them; an exporter picks any, not always the same."""
+    places: dict[str, tuple[onnx_ir.Value, int]] = {}
+    if editor.opset < 15:
+        return 0  # Shape of a single axis is not an operator yet
+    for value in editor.graph.inputs:
+        for axis, dim in enumerate(dimensions(value) or []):
+            if isinstance(dim, str):
+                places.setdefault(dim, (value, axis))
+    moved = 0
+    for node in list(editor.graph):
+        found = _single_length(node)
+        place = places.get(found[1]) if found is not None else None
+        if found is None or place is None or (node.op_type == "Shape" and place == (node.inputs[0], found[0])):
+            continue
+        _read_from(editor, node, *place)
+        moved += 1
+    return moved
+
+
+def _single_length(node: onnx_ir.Node) -> tuple[int, str] | None:
+    """(axis, symbol) if the node gives one length of a value: Shape of one axis, one element of a Shape, a fraction."""
+    target = node.outputs[0]
+    if node.domain or node.op_type not in {"Shape", "Gather", "Div"} or target.is_graph_output():
+        return None
+    if target.dtype != onnx_ir.DataType.INT64 or (target.shape is not None and len(target.shape) > 1):
+        return None
+    found = elements(target) or [None]
+    length = single_length(target) if len(found) == 1 else None
+    axis = found[0].axis if isinstance(found[0], DimOf) else -1
+    return (axis, length) if isinstance(length, str) else None
+
+
+def _read_from(editor: Editor, node: onnx_ir.Node, value: onnx_ir.Value, axis: int) -> None:
+    """Let a length be that of an axis of a graph input: nothing computed is waited for, and equal lengths are one."""
+    if node.op_type == "Shape":
+        node.replace_input_with(0, value)
+        node.attributes["start"] = onnx_ir.AttrInt64("start", axis)
+        node.attributes["end"] = onnx_ir.AttrInt64("end", axis + 1)
+        return
+    builder = editor.builder(node.outputs[0].name or "length")
+    length = builder.Shape(value, start=axis, end=axis + 1)
+    if node.outputs[0].shape is not None and not len(node.outputs[0].shape):
+        length = builder.Squeeze(length)
+    editor.replace({node.outputs[0]: length}, builder.built, [node])
+
+
+def _merge_equal_sizes(editor: Editor) -> int:
+    """One node per length: the same arithmetic on the same inputs."""
+    first: dict[tuple[Any, ...], onnx_ir.Node] = {}
+    merged = 0
+    for node in list(editor.graph):
+        if node.op_type not in _SIZE_ARITHMETIC or node.domain or not _is_size(node.outputs[0]):
+            continue
+        key = (node.op_type, attributes_key(node), tuple(id(value) for value in node.inputs))
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            absorb_provenance(kept, node, editor.author)
+            node.outputs[0].replace_all_uses_with(kept.outputs[0])
+            editor.remove_dead([node])
+            merged += 1
+    return merged
+
+
+def _hoist_sizes(editor: Editor) -> int:
+    """Compute lengths first: shared ones would otherwise stand in the first layer and make it unlike the others."""
+    hoisted: list[onnx_ir.Node] = []
+    known: set[int] = set()
+    for node in editor.graph:
+        if node.op_type not in _SIZE_ARITHMETIC or node.domain or not _is_size(node.outputs[0]):
+            continue
+        producers = [value.producer() for value in node.inputs if value is not None]
+        if all(producer is None or id(producer) in known for producer in producers):
+            known.add(id(node))
+            hoisted.append(node)
+    nodes = list(editor.graph)
+    if nodes[: len(hoisted)] == hoisted:
+        return 0
+    for node in hoisted:
+        editor.graph.remove(node)
+    rest = next(node for node in nodes if id(node) not in known)
+    editor.graph.insert_before(rest, hoisted)
+    return len(hoisted)
+
+
+def _is_size(value: onnx_ir.Value) -> bool:
+    known_rank = value.shape is None or len(value.shape) <= 1
+    return value.dtype in {onnx_ir.DataType.INT64, None} and known_rank and not value.is_graph_output()

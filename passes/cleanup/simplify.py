@@ -1,0 +1,34 @@
+"""simplify: onnxsim, with the weights held out of its way."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir
+
+from passopt.passes.framework.accuracy import REASSOCIATED
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.records import PassResult
+from passopt.passes.guests.decorators import optional_module
+
+
+@dataclasses.dataclass(frozen=True)
+class Simplify(Pass):
+    """Run onnxsim's clean-ups, in the memory of the graph alone: it sees every weight as an input, so it folds none.
+
+    Before: ``y = Transpose(Transpose(Reshape(x, Concat(Shape(x), [3])), p), q)``
+    After:  ``y = Reshape(x, [0, 3])``
+    A DequantizeLinear is never folded, and a product stays a MatMul, which other passes look for. Names of inputs and
+    outputs stay; nodes that survive keep their metadata.
+    `limit`: bytes of the largest constant that folding may make.
+    """
+
+    name = "simplify"
+    accuracy = REASSOCIATED
+
+    limit: int = 1 << 20
+
+    def run(self, model: onnx_ir.Model) -> PassResult:
+        simplifier = optional_module("passopt.passes.guests.simplifier", self.name)
+        result: PassResult = simplifier.run_onnxsim(model, self.name, self.limit)
+        return result

@@ -1,0 +1,1 @@
+"""Passes that undo fusions, for targets that want primitive operators."""

@@ -1,0 +1,216 @@
+"""Where rules came near without matching: places, grouped if they differ alike, nearest first."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import onnx_ir
+
+from passopt.ir.graph.provenance import MODULE, SOURCE
+from passopt.passes.explain.differences import Difference, describe_node, provenance
+
+_NAME = re.compile(r"[\w./:]*\w")
+_NUMBERED = re.compile(r"(?=[\w./:]*[A-Za-z])[\w./:]+")
+#: Misses of fewer nodes are places of their own, whatever they share.
+_LEAST_SHARED = 3
+#: The label of an optional operator that is not there, which goes without saying; and how many others are said.
+_DEFAULT = "absent"
+_LABELS = 4
+_DIGITS = re.compile(r"\d+")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Miss:
+    """A place where a rule did not apply: it differs, or (`reason`) the rule or pass itself declined it.
+
+    `node` is the root, or None for the whole graph; `nodes` are all nodes that the pattern was laid over. `rule` is
+    where the rule is written, `rule_name` its pattern method; of a pass over the whole graph, its name and nothing.
+    """
+
+    rule: str
+    node: onnx_ir.Node | None
+    matched: int = 0
+    total: int = 0
+    differences: tuple[Difference, ...] = ()
+    reason: str | None = None
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rule_name: str = ""
+    nodes: frozenset[onnx_ir.Node] = frozenset()
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """Declines first, then by the share of nodes that fit."""
+        if self.reason is not None:
+            return (0, 0, 0)
+        return (1, -self.matched / max(self.total, 1), len(self.differences))
+
+    @property
+    def is_near(self) -> bool:
+        """More than half of the pattern fits."""
+        return self.reason is not None or 2 * self.matched > self.total
+
+    @functools.cached_property
+    def key(self) -> tuple[object, ...]:
+        """Equal for the same miss in another layer."""
+        op_type = self.node.op_type if self.node is not None else None
+        keys = tuple(item.key for item in self.differences)
+        return (self.rule, op_type, self.matched, self.total, keys, self._reason_without_names())
+
+    def _reason_without_names(self) -> str:
+        """The reason, but for names of this very place and the digits of others, such as the number of the layer."""
+        if self.reason is None:
+            return ""
+        nodes = self.nodes or {node for node in (self.node,) if node is not None}
+        values = (value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None)
+        names = {name for value in values if (name := value.name)} | {node.name for node in nodes}
+        text = _NAME.sub(lambda found: "*" if found[0] in names else found[0], self.reason)
+        return _NUMBERED.sub(lambda found: _DIGITS.sub("#", found[0]), text)
+
+    @property
+    def origin(self) -> str:
+        """`modeling_x.py:12 in model.layers.0.mlp`, as far as the graph tells: of the first difference, or the root."""
+        first = self.differences[0] if self.differences else None
+        nodes = [first.found_node, first.node] if first is not None else []
+        for node in (*nodes, self.node):
+            if node is not None and (text := origin_of(node)):
+                return text
+        return ""
+
+    def lines(self, count: int) -> list[str]:
+        """The explanation itself: the reason, or the first `count` differences."""
+        if self.reason is not None:
+            return self.reason.splitlines()
+        lines = [str(item) for item in self.differences[:count]]
+        more = len(self.differences) - len(lines)
+        return [*lines[:-1], f"{lines[-1]} (and {more} more)"] if more else lines
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "rule": self.rule,
+            "rule_name": self.rule_name,
+            "labels": dict(self.labels),
+            "node": self.node.name if self.node is not None else None,
+            "value": self.node.outputs[0].name if self.node is not None else None,
+            "op_type": self.node.op_type if self.node is not None else None,
+            "declined": self.reason,
+            "matched_nodes": self.matched,
+            "pattern_nodes": self.total,
+            "differences": [item.as_json() for item in self.differences],
+            **(provenance(self.node) if self.node is not None else {}),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Misses that differ alike, one per layer."""
+
+    misses: tuple[Miss, ...]
+
+    @property
+    def example(self) -> Miss:
+        return self.misses[0]
+
+    @property
+    def title(self) -> str:
+        """`declined × 40, such as mul_3 (Mul)`."""
+        first = self.example
+        how = "declined" if first.reason is not None else f"{first.matched} of {first.total} nodes fit"
+        count = len(self.misses)
+        if first.node is None:
+            return f"{how} × {count}" if count > 1 else how
+        return (
+            f"{how} × {count}, such as {describe_node(first.node)}"
+            if count > 1
+            else f"{how} at {describe_node(first.node)}"
+        )
+
+    def lines(self, differences: int = 1) -> list[str]:
+        """The title, the first differences, and where to look."""
+        first = self.example
+        chosen = [f"{name}={label}" for name, label in first.labels.items() if label != _DEFAULT]
+        labels = ", ".join(chosen[:_LABELS]) + (" …" if len(chosen) > _LABELS else "")
+        rule = f"rule {first.rule_name} ({short_rule(first.rule)})" if first.rule_name else ""
+        tail = "; ".join(part for part in (first.origin, rule, labels) if part)
+        return [self.title, *(f"    {line}" for line in (*first.lines(differences), tail) if line)]
+
+    def as_json(self) -> dict[str, Any]:
+        sites = [miss.node.outputs[0].name for miss in self.misses if miss.node is not None]
+        return {"count": len(self.misses), **self.example.as_json(), "sites": sites}
+
+
+def grouped(misses: Iterable[Miss]) -> list[Group]:
+    """Nearest first; misses of one key together, in the order of the graph."""
+    found: dict[tuple[object, ...], list[Miss]] = {}
+    for miss in misses:
+        found.setdefault(miss.key, []).append(miss)
+    return sorted((Group(tuple(same)) for same in found.values()), key=lambda group: group.example.rank)
+
+
+def distinct(misses: Iterable[Miss], matches: Iterable[frozenset[onnx_ir.Node]] = ()) -> list[Miss]:
+    """Without those that lie inside of a match or of a nearer miss, but for their root; in their own order."""
+    misses = _best_of_root(misses)
+    covering: dict[onnx_ir.Node, list[Miss | frozenset[onnx_ir.Node]]] = {}
+    for nodes in matches:
+        for node in nodes:
+            covering.setdefault(node, []).append(nodes)
+    kept: set[int] = set()
+    for index in sorted(range(len(misses)), key=lambda index: _coverage(misses[index])):
+        miss = misses[index]
+        # All but one of its nodes must be shared, so one of any two is.
+        others = [other for node in itertools.islice(miss.nodes, 2) for other in covering.get(node, ())]
+        if any(_lies_inside(miss, other) for other in others):
+            continue
+        kept.add(index)
+        for node in miss.nodes:
+            covering.setdefault(node, []).append(miss)
+    return [miss for index, miss in enumerate(misses) if index in kept]
+
+
+def _best_of_root(misses: Iterable[Miss]) -> list[Miss]:
+    """Of the rules that do not fit at one root, the nearest; of those that decline, every reason."""
+    misses = list(misses)
+    best: dict[onnx_ir.Node | None, tuple[float, ...]] = {}
+    for miss in misses:
+        best[miss.node] = min(best.get(miss.node, miss.rank), miss.rank)
+    kept: list[Miss] = []
+    said: set[tuple[onnx_ir.Node | None, str | None]] = set()
+    for miss in misses:
+        if miss.rank == best[miss.node] and (miss.node, miss.reason) not in said:
+            said.add((miss.node, miss.reason))
+            kept.append(miss)
+    return kept
+
+
+def _coverage(miss: Miss) -> tuple[int, ...]:
+    return (miss.reason is None, -miss.matched, -len(miss.nodes), len(miss.differences))
+
+
+def _lies_inside(miss: Miss, other: Miss | frozenset[onnx_ir.Node]) -> bool:
+    """True if `other` is the better explanation of the same place."""
+    nodes = other if isinstance(other, frozenset) else other.nodes
+    alone = len(miss.nodes - nodes)
+    if alone > 1 or (alone == 1 and (miss.reason is not None or len(miss.nodes) < _LEAST_SHARED)):
+        return False
+    if isinstance(other, frozenset):
+        return True
+    if miss.reason is not None:
+        return False  # another rule's reason is none of this one's
+    if other.key == miss.key:
+        return False  # the same miss in another layer, which shares a mask or a table
+    return other.rule == miss.rule or other.rank <= miss.rank
+
+
+def short_rule(where: str) -> str:
+    """`pass (folder/file.py:12)` → `file.py:12`."""
+    return where.partition(" (")[2].rstrip(")").replace("\\", "/").rpartition("/")[2] or where
+
+
+def origin_of(node: onnx_ir.Node) -> str:
+    """The exporter's source line and the module, if the graph has them."""
+    source, module = node.metadata_props.get(SOURCE), node.metadata_props.get(MODULE)
+    return " in ".join(part for part in (source, module) if part)

@@ -1,0 +1,139 @@
+"""Why a pass did not apply: every place where one of its rules came near, nearest first. The model is never changed.
+
+Rules are explained by `nearest`; a pass over the whole graph explains itself (`Pass.explain`), or by what its run says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import onnx_ir
+
+from passopt.ir.errors import PassoptError
+from passopt.ir.graph.shapes import complete_types
+from passopt.passes.explain.differences import operator
+from passopt.passes.explain.misses import Group, Miss, grouped
+from passopt.passes.explain.sites import misses
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.records import PassResult
+from passopt.passes.patterns.language import outputs_of
+from passopt.passes.patterns.rewrite_pass import RewritePass
+from passopt.passes.patterns.rules import rules_of
+
+#: Groups that a report shows: 20 lines with their differences.
+LIMIT = 4
+#: Differences of the nearest group; of the others one.
+_DETAILS = 3
+#: Groups that are shown where none is near and nothing matched.
+_FAR = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What there is to say about one pass on one model. `matched` is None if the pass did not finish."""
+
+    name: str
+    matched: int | None
+    groups: tuple[Group, ...]
+    remarks: tuple[str, ...] = ()
+
+    def lines(self, limit: int = LIMIT) -> list[str]:
+        """Readable text: a headline, the nearest groups, and how many more there are. With `limit` 0, all of them."""
+        near = [group for group in self.groups if group.example.is_near]
+        declined = sum(len(group.misses) for group in near if group.example.reason is not None)
+        places = sum(len(group.misses) for group in near) - declined
+        matched = "did not finish" if self.matched is None else f"matched {self.matched} times"
+        return [f"{self.name}: {matched}, declined {declined} times, came near at {places} places", *self.body(limit)]
+
+    def body(self, limit: int = LIMIT) -> list[str]:
+        """The lines below the headline."""
+        near = [group for group in self.groups if group.example.is_near]
+        far = [] if self.matched else list(self.groups[: min(limit, _FAR)])
+        shown = list(self.groups) if not limit else near[:limit] or far
+        lines = list(self.remarks)
+        for index, group in enumerate(shown, 1):
+            first, *rest = group.lines(_DETAILS if index == 1 else 1)
+            lines += [f"{index}. {first}", *rest]
+        left = self.groups[len(shown) :]
+        if left:
+            places = sum(len(group.misses) for group in left)
+            lines.append(f"and {places} places of {len(left)} more kinds, less near (--limit 0 shows all)")
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "pass": self.name,
+            "matched": self.matched,
+            "remarks": list(self.remarks),
+            "groups": [group.as_json() for group in self.groups],
+        }
+
+
+def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Report:
+    """Run the pass on a copy and explain what it left. Places that other rewrites made possible count as matched.
+
+    `before` names the passes that ran on the model: the report says which others belong before this one.
+    """
+    copy = model.clone()
+    try:
+        result = item.run(copy)
+    except PassoptError as error:
+        return _report_of_failure(item, model, str(error))
+    except Exception as error:  # a defect of the pass is what its author asks about
+        return _report_of_failure(item, model, f"{type(error).__name__}: {error}")
+    report = explain_rest(item, copy if isinstance(item, RewritePass) else model, result)
+    missing = [name for name in item.after if name not in before]
+    if not missing or (report.matched and not any(group.example.is_near for group in report.groups)):
+        return report
+    remark = f"{item.name} belongs after {', '.join(missing)}; give a pipeline with --in, or passes with --after"
+    return dataclasses.replace(report, remarks=(remark, *report.remarks))
+
+
+def explain_rest(item: Pass, model: onnx_ir.Model, result: PassResult) -> Report:
+    """Explain what a pass that ran with `result` left in `model`; one over the whole graph also takes it as it was."""
+    if isinstance(item, RewritePass):
+        return _report(item, result.matches, misses(item, model), _rules_that_never_start(item, result))
+    reasons = [Miss(item.name, None, reason=reason) for reason in result.declines.elements()]
+    return _report(item, result.matches, [*reasons, *_refusals(item, model)], _remarks(item, result))
+
+
+def _report(item: Pass, matched: int | None, found: Iterable[Miss], remarks: Sequence[str]) -> Report:
+    return Report(item.name, matched, tuple(grouped(found)), tuple(remarks))
+
+
+def _refusals(item: Pass, model: onnx_ir.Model) -> list[Miss]:
+    """What a pass over the whole graph says of itself, as misses of a rule that bears the pass's name."""
+    return [Miss(item.name, refusal.node, reason=refusal.reason) for refusal in item.explain(model)]
+
+
+def _report_of_failure(item: Pass, model: onnx_ir.Model, error: str) -> Report:
+    copy = model.clone()
+    complete_types(copy)
+    found = misses(item, copy) if isinstance(item, RewritePass) else _refusals(item, model)
+    failed = Miss(item.name, _node_named_in(error, copy), reason=f"the pass fails on this model: {error}")
+    return _report(item, None, [failed, *found], [])
+
+
+def _node_named_in(text: str, model: onnx_ir.Model) -> onnx_ir.Node | None:
+    """The node that a message names in quotes, for where it comes from."""
+    quoted = set(re.findall(r"'([^']+)'", text))
+    return next((node for node in model.graph if quoted.intersection({node.name, node.outputs[0].name})), None)
+
+
+def _remarks(item: Pass, result: PassResult) -> list[str]:
+    """What a pass over the whole graph says of its own run."""
+    changed = "it changes this one" if result.modified else "it changes nothing here"
+    return [f"{item.name} works on the whole graph, by no rule that could come near; {changed}", *result.notes]
+
+
+def _rules_that_never_start(item: RewritePass, result: PassResult) -> list[str]:
+    """The rules that no node of the graph could start, in one line."""
+    idle: dict[str, None] = {}
+    for rule, statistics in zip(rules_of(item), result.rules):
+        if not statistics.tries:
+            roots = dict.fromkeys(operator(root.node) for root in outputs_of(rule.pattern.roots[0]))
+            idle[f"{' or '.join(roots)} ({rule.name})"] = None
+    return [f"the graph has none of the operators at which these rules start: {', '.join(idle)}"] if idle else []

@@ -1,0 +1,173 @@
+"""Find all passes without importing them, so that `passopt list` answers at once and `run` imports only what it uses.
+
+Built-in passes are modules in the rooms of passes/; others come from the entry-point group `passopt.passes`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from passopt.ir.errors import PassError, UsageError
+from passopt.passes.framework.suggestions import unknown_name
+
+if TYPE_CHECKING:
+    from passopt.passes.framework.base import Pass
+
+ENTRY_POINTS = "passopt.passes"
+_NAME = re.compile(r"^\s+name\b[^=\n]* = [\"']|\b(?:graphsurgeon_pass|ir_pass)\(", re.MULTILINE)
+#: Decorators that make a pass of a function, and how many of its parameters come before the options.
+_DECORATORS = {"graphsurgeon_pass": 1, "ir_pass": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is known of a pass from its source: `options` are (name, type, default) as written there.
+
+    `accuracy` is what the class itself declares, such as `lossy(0.02)`; "" if it takes that of its base.
+    """
+
+    name: str
+    module: str
+    class_name: str
+    summary: str
+    options: tuple[tuple[str, str, str], ...]
+    origin: str
+    accuracy: str = ""
+
+
+def catalog() -> dict[str, Entry]:
+    """All passes by name, built-in ones first. Raises PassError if two have one name."""
+    entries: dict[str, Entry] = {}
+    for entry in (*_built_in(), *_plugins()):
+        earlier = entries.get(entry.name)
+        if earlier is not None:
+            raise PassError(f"two passes are called {entry.name!r}: {earlier.origin} and {entry.origin}")
+        entries[entry.name] = entry
+    return entries
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The class of a pass. Raises UsageError with the nearest names if there is none."""
+    from passopt.passes.framework.base import REGISTERED
+
+    if name not in REGISTERED:
+        entry = catalog().get(name)
+        if entry is None:
+            raise UsageError(unknown_name("pass", name, [*catalog(), *REGISTERED]))
+        importlib.import_module(entry.module)
+    return REGISTERED[name]
+
+
+@functools.cache
+def _built_in() -> tuple[Entry, ...]:
+    root = Path(__file__).parent.parent
+    files = sorted(root.rglob("*.py"), key=lambda file: file.name)
+    return tuple(entry for file in files for entry in _entries(file, _module_name(file.relative_to(root))))
+
+
+def _module_name(path: Path) -> str:
+    """The import name of a file below passes/: `fusion/fuse_rotary.py` → `passopt.passes.fusion.fuse_rotary`."""
+    return ".".join(("passopt", "passes", *path.with_suffix("").parts))
+
+
+def _plugins() -> list[Entry]:
+    found = []
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        module, _, class_name = point.value.partition(":")
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise PassError(f"entry point {point.name!r} of {ENTRY_POINTS} names {module}, which cannot be found")
+        entries = [entry for entry in _entries(Path(spec.origin), module) if entry.class_name == class_name]
+        if not entries:
+            raise PassError(f"entry point {point.name!r}: {spec.origin} defines no pass {class_name!r} with a name")
+        found += entries
+    return found
+
+
+def _entries(file: Path, module: str) -> list[Entry]:
+    text = file.read_text(encoding="utf-8")
+    if not _NAME.search(text):
+        return []
+    return [entry for node in ast.parse(text).body if (entry := _entry(node, module, str(file))) is not None]
+
+
+def _entry(node: ast.stmt, module: str, origin: str) -> Entry | None:
+    if isinstance(node, ast.ClassDef):
+        return _class_entry(node, module, origin)
+    if isinstance(node, ast.FunctionDef):
+        calls = [call for call in node.decorator_list if _decorator(call)]
+        return _guest_entry(node.name, calls[0], node, module, f"{origin}:{node.lineno}") if calls else None
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _decorator(node.value):
+        return _guest_entry(node.targets[0].id, node.value, None, module, f"{origin}:{node.lineno}")
+    return None
+
+
+def _decorator(call: ast.expr) -> str:
+    """The name of the decorator that this is a call of, or nothing."""
+    name = ast.unparse(call.func).rpartition(".")[2] if isinstance(call, ast.Call) else ""
+    return name if name in _DECORATORS else ""
+
+
+def _guest_entry(
+    variable: str, call: ast.expr, function: ast.FunctionDef | None, module: str, origin: str
+) -> Entry | None:
+    """A pass that a decorator makes of a function, whose parameters are the options."""
+    assert isinstance(call, ast.Call)
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    name = given.get("name", call.args[0] if call.args else None)
+    if not isinstance(name, ast.Constant) or not isinstance(name.value, str):
+        return None
+    accuracy = _accuracy(given["accuracy"]) if "accuracy" in given else "exact"
+    summary, options = "", []
+    if function is not None:
+        summary = (ast.get_docstring(function) or "").partition("\n\n")[0].replace("\n", " ")
+        options = _parameters(function.args)[_DECORATORS[_decorator(call)] :]
+    return Entry(name.value, module, variable, summary, tuple(options), origin, accuracy)
+
+
+def _parameters(arguments: ast.arguments) -> list[tuple[str, str, str]]:
+    """(name, type, default) of each, as written."""
+    positional = [*arguments.posonlyargs, *arguments.args]
+    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    defaults = [*missing, *arguments.defaults, *arguments.kw_defaults]
+    return [
+        (item.arg, ast.unparse(item.annotation) if item.annotation else "", ast.unparse(default) if default else "")
+        for item, default in zip((*positional, *arguments.kwonlyargs), defaults)
+    ]
+
+
+def _class_entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
+    name, options, accuracy = None, [], ""
+    for statement in node.body:
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            continue
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+        if not isinstance(target, ast.Name):
+            continue
+        if target.id == "name" and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str):
+            name = statement.value.value
+        elif target.id == "accuracy" and statement.value is not None:
+            accuracy = _accuracy(statement.value)
+        elif isinstance(statement, ast.AnnAssign) and "ClassVar" not in (kind := ast.unparse(statement.annotation)):
+            default = ast.unparse(statement.value) if statement.value is not None else ""
+            options.append((target.id, kind, default))
+    if name is None:
+        return None
+    summary = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")
+    return Entry(name, module, node.name, summary, tuple(options), f"{origin}:{node.lineno}", accuracy)
+
+
+def _accuracy(declared: ast.expr) -> str:
+    """`REASSOCIATED` → reassociated, `lossy(2e-2)` → lossy(0.02)."""
+    if isinstance(declared, ast.Call) and declared.args:
+        budget = ast.literal_eval(declared.args[0])
+        return f"{ast.unparse(declared.func)}({float(budget):g})"
+    return ast.unparse(declared).rpartition(".")[2].lower()

@@ -1,0 +1,209 @@
+"""What is added to attention scores, as the fused operators want it: ALiBi apart, and masked places finite.
+
+Attention gives 0 for a row whose scores all are the lowest number or -inf, softmax the mean of the values for a row of
+lowest numbers. So masked places are lifted to half of the lowest, which masks as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir
+
+from passopt.ir.graph.shapes import dimensions
+from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
+from passopt.passes.framework.base import Decline
+
+_FLOAT = onnx_ir.DataType.FLOAT
+
+
+@dataclasses.dataclass(frozen=True)
+class AlibiBias:
+    """slopes [h, 1, 1] in fp32 times positions [1 or b, t] in fp32."""
+
+    slopes: onnx_ir.Value
+    positions: onnx_ir.Value
+
+
+def split_alibi(op: Any, terms: Sequence[onnx_ir.Value], heads: int) -> tuple[AlibiBias | None, list[onnx_ir.Value]]:
+    """The ALiBi bias among what is added to the scores, and the other terms; without one, the terms as they are."""
+    addends = [addend for term in terms for addend in _addends(term)]
+    for addend in addends:
+        found = _slopes_times_positions(op, addend, heads)
+        if found is not None:
+            return found, [other for other in addends if other is not addend]
+    return None, list(terms)
+
+
+def alibi_mask(op: Any, terms: Sequence[onnx_ir.Value], query: onnx_ir.Value) -> onnx_ir.Value:
+    """The other terms as one mask [1 or b, 1, q, t] in fp32. Declines if one of them differs between heads."""
+    for term in terms:
+        dims = dimensions(term) or []
+        if len(dims) >= 3 and dims[-3] != 1:
+            raise Decline(f"beside the ALiBi bias, {term.name} {dims} differs between heads")
+    mask = _sum(op, terms, _FLOAT)
+    if mask is None:
+        raise Decline("has an ALiBi bias and no mask")
+    missing = 4 - len(dimensions(mask) or [])
+    if missing:
+        mask = op.Unsqueeze(mask, list(range(missing)))
+    return _with_rows(op, mask, query)
+
+
+def visible_mask(
+    op: Any, terms: Sequence[onnx_ir.Value], query: onnx_ir.Value, *, floored: bool
+) -> onnx_ir.Value | None:
+    """The terms as the mask of Attention; None without any. With `floored`, -inf counts as the lowest number."""
+    kinds = {term.dtype for term in terms}
+    mask = _sum(op, terms, kinds.pop() if len(kinds) == 1 else _FLOAT)
+    if mask is None:
+        return None
+    finite = op.Max(mask, _half_of_lowest(mask))
+    if not floored and not _is_finite(mask):
+        finite = op.Where(op.IsInf(mask), mask, finite)
+    return _with_rows(op, finite, query)
+
+
+def chosen(op: Any, condition: onnx_ir.Value, low: float, *, shown: bool, query: onnx_ir.Value) -> onnx_ir.Value:
+    """What to add to scores that are kept where `condition` is `shown`, and `low` elsewhere.
+
+    A low number is added as the lowest of all: chosen, it hid what the scores were; added, -1e9 would not.
+    """
+    zero, masked = np.float32(0), np.float32(low if np.isneginf(low) else _lowest(query))
+    mask: onnx_ir.Value = op.Where(condition, zero, masked) if shown else op.Where(condition, masked, zero)
+    return mask
+
+
+def _addends(value: onnx_ir.Value) -> Iterator[onnx_ir.Value]:
+    """The values whose sum this is, each broadcast from the right; leading axes of length 1 and casts do not matter."""
+    node = value.producer()
+    if node is not None and not node.domain:
+        if node.op_type == "Add":
+            for item in node.inputs:
+                if item is not None:
+                    yield from _addends(item)
+            return
+        source = node.inputs[0] if node.inputs else None
+        passes_on = node.op_type == "Cast" or (node.op_type == "Unsqueeze" and _leads(node))
+        if passes_on and source is not None and _is_sum(source):
+            yield from _addends(source)
+            return
+    yield value
+
+
+def _is_sum(value: onnx_ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type in {"Add", "Unsqueeze", "Cast", "Mul"} and value.dtype in _FLOATING
+
+
+_FLOATING = frozenset({_FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16})
+
+
+def _leads(node: onnx_ir.Node) -> bool:
+    """True for an Unsqueeze that adds axes in front."""
+    axes = small_constant(node.inputs[1])
+    return axes is not None and sorted(axes.reshape(-1).tolist()) == list(range(axes.size))
+
+
+def _slopes_times_positions(op: Any, value: onnx_ir.Value, heads: int) -> AlibiBias | None:
+    """slopes · positions, [.., h, 1, t]; or [b, h, t] that got its axis for the rows afterwards."""
+    node, rows = value.producer(), True
+    if node is not None and node.op_type in {"Unsqueeze", "Reshape"} and not _leads(node):
+        inner, dims = node.inputs[0], dimensions(value) or []
+        before = dimensions(inner) or [] if inner is not None else []
+        if inner is None or len(before) != 3 or len(dims) != 4 or dims[2] != 1 or before != [dims[0], dims[1], dims[3]]:
+            return None
+        node, rows = inner.producer(), False
+    if node is None or node.op_type != "Mul":
+        return None
+    for slopes, positions in (node.inputs, reversed(node.inputs)):
+        if slopes is None or positions is None or constant_tensor(slopes) is None:
+            continue
+        shape, wanted = dimensions(slopes) or [], [heads, 1, 1] if rows else [heads, 1]
+        if shape[-len(wanted) :] != wanted or any(dim != 1 for dim in shape[: -len(wanted)]):
+            continue
+        line = _line(op, positions, rows)
+        if line is not None:
+            return AlibiBias(_column(op, slopes, heads), line)
+    return None
+
+
+def _line(op: Any, positions: onnx_ir.Value, rows: bool) -> onnx_ir.Value | None:
+    """Positions as [1 or b, t] in fp32; None if they differ between heads or rows."""
+    dims = dimensions(positions)
+    if not dims:
+        return None
+    between = dims[-3 if rows else -2 : -1]
+    if any(dim != 1 for dim in between) or len(dims) > (4 if rows else 3) or dims[-1] == 1:
+        return None
+    line = positions
+    if between:
+        first = len(dims) - 1 - len(between)
+        line = op.Squeeze(line, list(range(first, len(dims) - 1)))
+    if len(dims) - len(between) == 1:
+        line = op.Unsqueeze(line, [0])
+    return line if line.dtype == _FLOAT else op.Cast(line, to=_FLOAT.value)
+
+
+def _column(op: Any, slopes: onnx_ir.Value, heads: int) -> onnx_ir.Value:
+    """Slopes as a constant [h, 1, 1] in fp32."""
+    if dimensions(slopes) == [heads, 1, 1] and slopes.dtype == _FLOAT:
+        return slopes
+
+    def make() -> onnx_ir.Value:
+        array = op.constant(slopes).reshape(heads, 1, 1).astype(np.float32)
+        made: onnx_ir.Value = op.initializer(f"{slopes.name}.column", array)
+        return made
+
+    found: onnx_ir.Value = op.shared(("slopes", slopes.name), make)
+    return found
+
+
+def _sum(op: Any, terms: Sequence[onnx_ir.Value], dtype: onnx_ir.DataType | None) -> onnx_ir.Value | None:
+    """One value for all terms in `dtype`; None without any."""
+    total = None
+    for term in terms:
+        wide = term if term.dtype == dtype or dtype is None else op.Cast(term, to=dtype.value)
+        total = wide if total is None else op.Add(total, wide)
+    return total
+
+
+def _with_rows(op: Any, mask: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Value:
+    """The mask with a row for every query: Attention does not broadcast that axis."""
+    dims, rows = dimensions(mask) or [], (dimensions(query) or [])[2]
+    if len(dims) < 2 or dims[-1] == 1:
+        raise Decline(f"the mask {mask.name} {dims} does not have axes for queries and columns")
+    if dims[-2] != 1 or rows == 1:
+        return mask
+    lengths = op.Concat(*([[1]] * (len(dims) - 2)), op.Shape(query, start=2, end=3), [1], axis=0)
+    expanded: onnx_ir.Value = op.Expand(mask, lengths)
+    return expanded
+
+
+def _lowest(value: onnx_ir.Value) -> float:
+    """The lowest number of the dtype of `value`."""
+    assert value.dtype is not None
+    limits: Any = ml_dtypes.finfo(value.dtype.numpy())  # type: ignore[no-untyped-call]
+    return float(limits.min)
+
+
+def _half_of_lowest(mask: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]]:
+    assert mask.dtype is not None
+    return np.asarray(_lowest(mask) / 2, mask.dtype.numpy())
+
+
+def _is_finite(mask: onnx_ir.Value) -> bool:
+    """True for a choice between finite constants, moved about: nothing was added that could overflow to -inf."""
+    node = mask.producer()
+    if node is None or node.domain:
+        return False
+    if node.op_type in {"Unsqueeze", "Expand", "Slice", "Squeeze", "Reshape", "Identity"}:
+        return node.inputs[0] is not None and _is_finite(node.inputs[0])
+    if node.op_type != "Where":
+        return False
+    numbers = [small_constant(item) for item in node.inputs[1:]]
+    return all(item is not None and np.isfinite(item).all() for item in numbers)

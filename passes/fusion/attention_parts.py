@@ -1,0 +1,192 @@
+"""What attention consists of, as fuse-attention found it; and what must hold for the operator to mean the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import onnx_ir
+
+from passopt.ir.graph.shapes import dimensions, fits
+from passopt.passes.framework.base import Decline
+from passopt.passes.fusion.attention_masks import chosen
+from passopt.passes.patterns.rules import Rewriter
+
+#: Scores at or below this are masked, whatever number an exporter chose.
+_MASKED = -1e4
+#: How many operators may read the joined keys and values, such as their lengths, before a rewrite is given up.
+_FURTHEST = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a match found, by the names in the pattern; None for what the spelling does not have.
+
+    query [b, h, q, d]; key and value [b, h_kv, kv, d] of this step, as [b, kv, h_kv, d] in layout "bshd"; past_key and
+    past_value [b, h_kv, p, d]; mask and bias are added to scores [b, h, q, p + kv].
+    """
+
+    query: onnx_ir.Value
+    key: onnx_ir.Value
+    value: onnx_ir.Value
+    y: onnx_ir.Value
+    key_layout: str = "bhsd"
+    axis: int = -1
+    past_key: onnx_ir.Value | None = None
+    past_value: onnx_ir.Value | None = None
+    along: int = 2
+    key_groups: onnx_ir.Value | None = None
+    value_groups: onnx_ir.Value | None = None
+    key_repeated: onnx_ir.Value | None = None
+    value_repeated: onnx_ir.Value | None = None
+    query_scale: onnx_ir.Value | None = None
+    key_scale: onnx_ir.Value | None = None
+    scaling: str = "none"
+    scale: onnx_ir.Value | None = None
+    cap: onnx_ir.Value | None = None
+    cap_spelling: str = "none"
+    uncap: onnx_ir.Value | None = None
+    bias: onnx_ir.Value | None = None
+    masking: str = "none"
+    mask: onnx_ir.Value | None = None
+    condition: onnx_ir.Value | None = None
+    low: onnx_ir.Value | None = None
+    floor: onnx_ir.Value | None = None
+    widened: onnx_ir.Value | None = None
+    late_widened: onnx_ir.Value | None = None
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Parts:
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: item for name, item in found.items() if name in names and item is not None})
+
+    @property
+    def cached(self) -> bool:
+        return self.past_key is not None
+
+    @property
+    def outputs(self) -> int:
+        return 3 if self.cached else 1
+
+    @property
+    def past(self) -> tuple[onnx_ir.Value | None, ...]:
+        return (self.past_key, self.past_value) if self.cached else ()
+
+    def check(self) -> None:
+        """Decline what looks like attention and is none: other axes, other shapes, heads shared in another order."""
+        for name, item in (("query", self.query), ("key", self.key), ("value", self.value)):
+            if len(dimensions(item) or []) != 4:
+                raise Decline(
+                    f"the {name} {item.name} {dimensions(item)} does not have four axes [batch, heads, seq, d]"
+                )
+        if self.axis % 4 != 3:
+            raise Decline(f"the softmax runs over axis {self.axis}, not over the columns")
+        if self.cached and self.along % 4 != 2:
+            raise Decline(f"the cache is joined along axis {self.along}, not along the positions")
+        if self.cached and self.key_layout == "bshd":
+            raise Decline("the cached keys are [batch, seq, heads, d]")
+        if self.query.dtype != self.value.dtype:
+            raise Decline(f"queries are {self.query.dtype}, values {self.value.dtype}")
+        self._check_groups()
+        self._check_lengths()
+        self._check_cycle()
+
+    def _check_lengths(self) -> None:
+        """Products and sums broadcast; the operator does so for heads only, and a mask for batch and heads."""
+        query, key, value, y = (dimensions(item) or [] for item in (self.query, self.key, self.value, self.y))
+        if self.key_layout == "bshd":
+            key = [key[0], key[2], key[1], key[3]]
+        if not fits(key[:3], value[:3]) or not fits([key[0], key[3]], [query[0], query[3]]) or key[1] != value[1]:
+            raise Decline(f"queries {query}, keys {key} and values {value} are not of one batch, length and width")
+        if not fits(y, [*query[:3], value[3]]):
+            raise Decline(f"{self.y.name} is {y}, broadcast from queries {query} and values {value}")
+        if self.key_groups is None and key[1] not in (1, query[1]):
+            raise Decline(f"{query[1]} query heads read {key[1]} key heads")
+        if self.cached:
+            pasts = [dimensions(item) or [] for item in self.past if item is not None]
+            if not fits(pasts[0][:3], pasts[1][:3]):
+                raise Decline(f"the cached keys are {pasts[0]}, the cached values {pasts[1]}")
+
+    def _check_cycle(self) -> None:
+        """The operator gives the grown cache, so nothing that it reads may depend on that."""
+        needed = [self.query, self.key, self.value, self.mask, self.bias, self.condition, *self.past]
+        targets = {item.producer() for item in needed if item is not None} - {None}
+        joined = [item for item in (self._joined(self.key), self._joined(self.value)) if item is not None]
+        work, seen = [use.node for item in joined for use in item.uses()], {self.y.producer()}
+        while work and self.cached:
+            node = work.pop()
+            if node in targets:
+                raise Decline(f"{node.name} is read, and depends on the cache as this step leaves it")
+            if node in seen:
+                continue
+            seen.add(node)
+            if len(seen) > _FURTHEST:
+                raise Decline(f"more than {_FURTHEST} operators depend on the cache as this step leaves it")
+            work += [use.node for output in node.outputs for use in output.uses()]
+
+    def _joined(self, new: onnx_ir.Value) -> onnx_ir.Value | None:
+        """The Concat of the cache and what is new."""
+        past = {self.past_key, self.past_value}
+        nodes = [use.node for use in new.uses() if use.node.op_type == "Concat" and use.node.inputs[0] in past]
+        return nodes[0].outputs[0] if nodes else None
+
+    def _check_groups(self) -> None:
+        """Query head i must read key head i // groups: each key head stands `groups` times in a row."""
+        if (self.key_groups is None) != (self.value_groups is None):
+            raise Decline("only one of keys and values is repeated for the heads that share it")
+        for spread, repeated in ((self.key_groups, self.key_repeated), (self.value_groups, self.value_repeated)):
+            if spread is None or repeated is None:
+                continue
+            wide, flat = dimensions(spread) or [], dimensions(repeated) or []
+            if len(wide) != 5 or len(flat) != 4 or not all(isinstance(dim, int) for dim in (wide[1], wide[2], flat[1])):
+                raise Decline(f"{repeated.name} {flat} does not come from repeated heads {wide}")
+            if wide[1] * wide[2] != flat[1] or flat[1] != (dimensions(self.query) or [])[1]:  # type: ignore[operator]
+                raise Decline(f"{wide[1]} heads, each {wide[2]} times, are not the heads of {self.query.name}")
+            if not fits([flat[0], *flat[2:]], [wide[0], *wide[3:]]):
+                raise Decline(f"{repeated.name} {flat} has other axes than the repeated heads {wide}")
+
+    def plain_key(self, op: Rewriter) -> onnx_ir.Value:
+        """The keys of this step as [b, h_kv, kv, d]."""
+        if self.key_layout == "bhsd":
+            return self.key
+        turned: onnx_ir.Value = op.Transpose(self.key, perm=[0, 2, 1, 3])
+        return turned
+
+    @property
+    def heads(self) -> int:
+        heads = (dimensions(self.query) or [])[1]
+        return heads if isinstance(heads, int) else 0
+
+    def bias_terms(self, op: Rewriter) -> list[onnx_ir.Value]:
+        """What is added to the scores; a choice between scores and a low number becomes such a term."""
+        for name, item in (("low", self.low), ("floor", self.floor)):
+            if item is not None and not op.number(item) <= _MASKED:
+                raise Decline(f"{name} scores are {op.number(item)}, which does not mask anything")
+        terms = [term for term in (self.bias, self.mask) if term is not None]
+        if self.condition is not None:
+            terms.append(
+                chosen(op, self.condition, op.number(self.low), shown=self.masking == "shown", query=self.query)
+            )
+        return terms
+
+    def total_scale(self, op: Rewriter) -> float:
+        """What the scores are multiplied with, on all sides together."""
+        factors = [op.number(item, 1.0) for item in (self.query_scale, self.key_scale, self.scale)]
+        if self.scaling == "quotient":
+            factors[2] = 1 / factors[2] if factors[2] else math.inf
+        scale = math.prod(factors)
+        if not 0 < scale < math.inf:
+            raise Decline(f"the scores are scaled by {scale:g}; the operator takes what is above 0")
+        return scale
+
+    def softcap(self, op: Rewriter) -> float:
+        """0 without a cap. Declines unless the scores are divided by what the tanh is multiplied with."""
+        if self.cap is None:
+            return 0.0
+        inside, outside = op.number(self.cap), op.number(self.uncap)
+        if self.cap_spelling == "product":
+            inside = 1 / inside if inside else math.inf
+        if not 0 < inside < math.inf or abs(inside - outside) > 1e-5 * outside:
+            raise Decline(f"divides the scores by {inside:g}, and multiplies their tanh by {outside:g}")
+        return outside

@@ -1,0 +1,161 @@
+"""fuse-attention: scores, mask, softmax and values in one operator, with the KV cache as past and present."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import onnx_ir
+
+from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
+from passopt.passes.framework.accuracy import REASSOCIATED
+from passopt.passes.framework.base import Decline
+from passopt.passes.fusion.attention_masks import alibi_mask, split_alibi, visible_mask
+from passopt.passes.fusion.attention_parts import Parts
+from passopt.passes.patterns.rewrite_pass import RewritePass
+from passopt.passes.patterns.rules import Rewriter
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseAttention(RewritePass):
+    """Give targets attention as one operator: with it, a KV cache can be updated in place and scores need no memory.
+
+    Before: ``y = MatMul(Softmax(Add(Mul(MatMul(q, Transpose(k)), scale), mask)), v)``, k, v = Concat(past, new)
+    After:  ``y, k, v = Attention(q, new_k, new_v, mask, past_k, past_v, scale=scale)``; with slopes · positions in the
+            mask, ``y, k, v = passopt.AlibiAttention(q, new_k, new_v, slopes, positions, mask, past_k, past_v)``
+    Heads that share keys (GQA) are no longer repeated; without a cache, past and present are absent. Masked scores stay
+    above the lowest number: Attention gives 0 for a row of nothing else, softmax the mean of its values. A row of
+    nothing but -inf, where softmax gives NaN, becomes 0.
+    """
+
+    name = "fuse-attention"
+    accuracy = REASSOCIATED
+    after = ("legalize", "canonicalize", "cse", "dematerialize-alibi", "dematerialize-alibi-row", "fuse-rotary")
+    makes: ClassVar[tuple[str, ...]] = (
+        "Attention",
+        f"{DOMAIN}::{ALIBI_ATTENTION}",
+        f"{DOMAIN}::{ALIBI_ATTENTION_NO_CACHE}",
+    )
+
+    def rules(self) -> Sequence[tuple[Any, Any]]:
+        return [
+            (self.with_cache, self.rewrite_spelled_out),
+            (self.without_cache, self.rewrite_spelled_out),
+            (self.exported, self.rewrite_exported),
+            (self.exported_without_cache, self.rewrite_exported),
+        ]
+
+    def with_cache(self, op: Any, past_key: Any, key: Any, past_value: Any, value: Any, along: Any) -> Any:
+        """What is attended to is the cache, with the keys and values of this step behind it."""
+        keys = op.Concat(past_key, key, axis=along)
+        values = op.Concat(past_value, value, axis=along)
+        return [attention(op, keys, values), keys, values]
+
+    def without_cache(self, op: Any, key: Any, value: Any) -> Any:
+        """Prefill only, or a cache that something else joins."""
+        return attention(op, key, value)
+
+    def exported(self, op: Any, query: Any, past_key: Any, key: Any, past_value: Any, value: Any, along: Any) -> Any:
+        """An Attention that an exporter wrote, with the cache joined and shared heads repeated outside of it."""
+        keys = op.Concat(past_key, key, axis=along)
+        values = op.Concat(past_value, value, axis=along)
+        inputs = (query, _heads(op, "key", keys), _heads(op, "value", values), op.maybe(op.variable("mask")))
+        return [op.Attention(*inputs, is_causal=0, bind="y"), keys, values]
+
+    def exported_without_cache(self, op: Any, query: Any, key: Any, value: Any) -> Any:
+        """The same, where only the repetition of shared heads is left to take in."""
+        inputs = (query, _repeated(op, "key", key), _repeated(op, "value", value), op.maybe(op.variable("mask")))
+        return op.Attention(*inputs, is_causal=op.variable("is_causal"), bind="y")
+
+    def rewrite_exported(self, op: Rewriter, **found: Any) -> Any:
+        parts = Parts.of(found)
+        parts.check()
+        attributes = {name: item.value for name, item in parts.y.producer().attributes.items()}  # type: ignore[union-attr]
+        return op.Attention(
+            parts.query, parts.key, parts.value, parts.mask, *parts.past, outputs=parts.outputs, **attributes
+        )
+
+    def rewrite_spelled_out(self, op: Rewriter, **found: Any) -> Any:
+        op.require_opset()
+        parts = Parts.of(found)
+        parts.check()
+        scale, softcap = parts.total_scale(op), parts.softcap(op)
+        query, key, value, outputs = parts.query, parts.plain_key(op), parts.value, parts.outputs
+        terms, floored = parts.bias_terms(op), parts.floor is not None
+        alibi, others = split_alibi(op, terms, parts.heads)
+        # AlibiAttention floors all scores alike; without a floor, one of several masks may reach -inf and another not.
+        if alibi is not None and (floored or len(others) < 2):
+            if softcap:
+                raise Decline("caps the scores and adds an ALiBi bias; no operator does both")
+            inputs = (query, key, value, alibi.slopes, alibi.positions, alibi_mask(op, others, query), *parts.past)
+            kind = ALIBI_ATTENTION if parts.cached else ALIBI_ATTENTION_NO_CACHE
+            return op.node(kind, *inputs, outputs=outputs, domain=DOMAIN, scale=scale)
+        mask = visible_mask(op, terms, query, floored=floored)
+        attributes = {"scale": scale, **({"softcap": softcap} if softcap else {})}
+        if parts.widened is not None or parts.late_widened is not None:
+            attributes["softmax_precision"] = onnx_ir.DataType.FLOAT.value
+        return op.Attention(query, key, value, mask, *parts.past, outputs=outputs, **attributes)
+
+
+def attention(op: Any, keys: Any, values: Any) -> Any:
+    """The spellings of softmax(q · kᵀ · scale + mask) · v, from [b, h, q, d] to [b, h, q, d]."""
+    scores = _masked(op, _widened(op, _capped(op, _scaled(op, _products(op, keys)))))
+    probabilities = op.Softmax(scores, axis=op.variable("axis"))
+    guarded = op.optional("guard", probabilities, lambda p: op.Where(op.IsNaN(p), 0, p))
+    narrowed = op.optional("narrowing", guarded, op.Cast)
+    return op.MatMul(narrowed, _heads(op, "value", values), bind="y")
+
+
+def _products(op: Any, keys: Any) -> Any:
+    """q · kᵀ; torch scales both sides by √scale, others the query alone."""
+    query = op.variable("query")
+    shared = _heads(op, "key", keys)
+    turned = op.any_of(
+        "key_layout", bhsd=op.Transpose(shared, perm=[0, 1, 3, 2]), bshd=op.Transpose(keys, perm=[0, 2, 3, 1])
+    )
+    left = op.optional("query_scaling", query, lambda x: op.Mul(x, op.scalar("query_scale")))
+    right = op.optional("key_scaling", turned, lambda x: op.Mul(x, op.scalar("key_scale")))
+    return op.MatMul(left, right)
+
+
+def _heads(op: Any, name: str, x: Any) -> Any:
+    """Keys or values, each repeated for the query heads that share them, or one for each."""
+    return op.any_of(f"{name}_heads", repeated=_repeated(op, name, x), own=x)
+
+
+def _repeated(op: Any, name: str, x: Any) -> Any:
+    spread = op.Expand(op.Unsqueeze(x, [2]), op.anything(), bind=f"{name}_groups")
+    return op.Reshape(spread, op.anything(), bind=f"{name}_repeated")
+
+
+def _scaled(op: Any, x: Any) -> Any:
+    factor = op.scalar("scale")
+    return op.any_of("scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), none=x)
+
+
+def _capped(op: Any, x: Any) -> Any:
+    """A soft cap: cap · tanh(x / cap)."""
+    cap = op.scalar("cap")
+    inner = op.any_of("cap_spelling", quotient=op.Div(x, cap), product=op.Mul(x, cap))
+    return op.optional("capping", x, lambda _: op.Mul(op.Tanh(inner), op.scalar("uncap")))
+
+
+def _widened(op: Any, x: Any) -> Any:
+    """A half-precision model casts its scores to fp32 before the mask or before the softmax."""
+    return op.optional("widening", x, lambda y: op.Cast(y, bind="widened"))
+
+
+def _masked(op: Any, x: Any) -> Any:
+    """A bias (ALiBi) and a mask, added or chosen; then the lowest number as a floor."""
+    biased = op.optional("biasing", x, lambda y: op.Add(y, op.variable("bias")))
+    condition, low = op.variable("condition"), op.scalar("low")
+    masked = op.any_of(
+        "masking",
+        added=op.Add(biased, op.variable("mask")),
+        shown=op.Where(condition, biased, low),
+        hidden=op.Where(condition, low, biased),
+        none=biased,
+    )
+    floored = op.optional("flooring", masked, lambda y: op.Max(y, op.scalar("floor")))
+    return op.optional("late_widening", floored, lambda y: op.Cast(y, bind="late_widened"))

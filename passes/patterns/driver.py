@@ -1,0 +1,182 @@
+"""Apply the rules of one pass to one model, with a worklist, until nothing matches any more.
+
+The driver owns names, insertion point, order, types, provenance and the counts of tries, matches and declines.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import onnx_ir
+
+from passopt.ir.errors import PassError
+from passopt.ir.graph.editor import Editor, discard
+from passopt.ir.graph.shapes import complete_types
+from passopt.passes.framework.base import TIME_RULES, Decline
+from passopt.passes.framework.records import PassResult, RuleStatistics
+from passopt.passes.framework.rewrite_limit import rewrite_limit
+from passopt.passes.patterns.matcher import Match, Matcher
+from passopt.passes.patterns.mutation_guard import Untouched
+from passopt.passes.patterns.quick_tests import Constants
+from passopt.passes.patterns.rules import Rewriter, Rule, RuleOwner, rules_of, source_line
+
+#: A pass may fire this often per node of the graph before it is taken to loop.
+_REWRITES_PER_NODE = 20
+
+
+#: Or this often in a row on its own results, where it may push an operator past a thousand others.
+_MOST_GENERATIONS = 1000
+
+
+class _Active:
+    """A rule at work on one model: its matcher, and what became of every node that it was tried at."""
+
+    def __init__(self, rule: Rule, opset: int, constants: Constants, *, timed: bool) -> None:
+        self.rule = rule
+        self._matcher = Matcher(rule.pattern, opset, constants)
+        self.match = self._timed_match if timed else self._matcher.match
+        self.tries = 0
+        self.hits = 0
+        self.seconds = 0.0
+        self.declined: dict[onnx_ir.Node, str] = {}
+
+    def _timed_match(self, node: onnx_ir.Node) -> Match | None:
+        start = time.process_time()
+        found = self._matcher.match(node)
+        self.seconds += time.process_time() - start
+        return found
+
+    def statistics(self, *, timed: bool) -> RuleStatistics:
+        declines = collections.Counter(self.declined.values())
+        seconds = self.seconds if timed else None
+        return RuleStatistics(self.rule.name, self.rule.source, self.tries, self.hits, declines, seconds)
+
+
+class Driver:
+    """Applies the rules of one pass to one model.
+
+    It sweeps over the nodes in the order of the graph, tries at once what a rewrite has made, and sweeps again until
+    nothing more matches: a second run of the pass then finds nothing by construction.
+    """
+
+    def __init__(self, owner: RuleOwner, model: onnx_ir.Model) -> None:
+        self.owner = owner
+        rules = rules_of(owner)
+        self.editor = Editor(model, owner.name)
+        self.result = PassResult()
+        self._memory: dict[Hashable, onnx_ir.Value] = {}
+        self._constants = Constants()
+        self._timed = bool(model.meta.get(TIME_RULES))
+        self._active = [_Active(rule, self.editor.opset, self._constants, timed=self._timed) for rule in rules]
+        self._at: dict[tuple[str, str], list[_Active]] = collections.defaultdict(list)
+        for active in self._active:
+            for key in active.rule.pattern.root_keys:
+                self._at[key].append(active)
+        self._is_typed = False
+        self._generations: dict[onnx_ir.Node, int] = {}
+        self._most_generations = min(len(model.graph) + 20, _MOST_GENERATIONS)
+        self._budget = rewrite_limit(model)
+        self._limit = _REWRITES_PER_NODE * (len(model.graph) + 100)
+
+    def run(self) -> PassResult:
+        at = self._at
+        op_types = {op_type for _, op_type in at}
+        nodes = (node for node in self.editor.graph if node.op_type in op_types)
+        candidates: Sequence[onnx_ir.Node] = [node for node in nodes if (node.domain, node.op_type) in at]
+        while candidates:
+            candidates = self._sweep(candidates)
+        self.result.modified = self.result.matches > 0
+        self.result.rules = [active.statistics(timed=self._timed) for active in self._active]
+        self.result.tries = sum(rule.tries for rule in self.result.rules)
+        for rule in self.result.rules:
+            self.result.declines.update(rule.declines)
+        return self.result
+
+    def _sweep(self, candidates: Sequence[onnx_ir.Node]) -> Sequence[onnx_ir.Node]:
+        """Try the rules at these nodes and at those that are made on the way; returns all of them if one applied."""
+        at, matches = self._at, self.result.matches
+        queue, seen = collections.deque(candidates), []
+        while queue:
+            node = queue.popleft()
+            if node.graph is None:
+                continue
+            seen.append(node)
+            for active in at[node.domain, node.op_type]:
+                active.tries += 1
+                match = active.match(node)
+                if match is None or (self._budget is not None and self._budget.reached):
+                    continue
+                made = self._rewrite(active, node, match)
+                queue.extendleft(new for new in reversed(made) if (new.domain, new.op_type) in at)
+                if node.graph is None:
+                    break
+        return seen if self.result.matches > matches else ()
+
+    def _rewrite(self, active: _Active, node: onnx_ir.Node, match: Match) -> Sequence[onnx_ir.Node]:
+        """Apply a rule to a match, if it does not decline; returns the nodes that it made."""
+        start = time.process_time() if self._timed else 0.0
+        root = match.roots()[0].name
+        op = self._rewriter(root or node.op_type)
+        untouched = Untouched(self.editor.graph, match.nodes.values())
+        try:
+            returned = active.rule.rewrite(op, **active.rule.arguments(match))
+            untouched.check(active.rule.where, root, op.built.nodes)
+            active.declined.pop(node, None)
+            self._apply(active.rule, node, match, op, returned)
+            active.hits += 1
+        except Decline as reason:
+            untouched.check(active.rule.where, root, op.built.nodes)
+            discard(op.built)
+            active.declined[node] = str(reason)
+            return ()
+        finally:
+            if self._timed:
+                active.seconds += time.process_time() - start
+        return op.built.nodes
+
+    def _rewriter(self, hint: str) -> Rewriter:
+        editor = self.editor
+        if not self._is_typed:  # at the first match: most rules on most graphs need no types
+            self._is_typed = True
+            if not editor.survey():
+                complete_types(editor.model)  # a number takes the dtype of what it is multiplied with
+        return Rewriter(editor.opset, editor.unique, hint, self._memory, types=editor.types, constants=self._constants)
+
+    def _apply(self, rule: Rule, node: onnx_ir.Node, match: Match, op: Rewriter, returned: Any) -> None:
+        roots = match.roots()
+        site = roots[0].name
+        values = list(returned) if isinstance(returned, (list, tuple)) else [returned]
+        strange = [value for value in values if not isinstance(value, onnx_ir.Value)]
+        if strange or len(values) != len(roots):
+            place = f"{self.owner.name} ({source_line(rule.rewrite)})"
+            if strange:
+                raise PassError(f"{place}: rewrite returned {strange[0]!r}, expected a value per root, at {site!r}")
+            raise PassError(f"{place}: rewrite returned {len(values)} values for {len(roots)} roots at {site!r}")
+        self.result.matches += 1
+        if self._budget is not None:
+            self._budget.take(f"{rule.where} at {site!r}")
+        size = len(self.editor.graph)
+        replaced = dict(zip(roots, values, strict=True))
+        self.editor.replace(replaced, op.built, list(match.nodes.values()), rule=rule.where)
+        self._check_progress(rule, node, op.built.nodes, site, shrank=len(self.editor.graph) < size)
+
+    def _check_progress(
+        self, rule: Rule, root: onnx_ir.Node, made: Sequence[onnx_ir.Node], site: str | None, *, shrank: bool
+    ) -> None:
+        """Stop a rule that goes on for ever at one place, or in all.
+
+        A generation is a rewrite at a node that an earlier rewrite made, unless the graph got smaller: that ends by
+        itself.
+        """
+        generation = self._generations.get(root, 0) + (not shrank)
+        self._generations.update(dict.fromkeys(made, generation))
+        if generation > self._most_generations:
+            raise PassError(
+                f"{rule.where}: fired {generation} times in a row at {site!r}, each time on what it had made; "
+                f"its result matches its own pattern, or another rule of the pass turns it back"
+            )
+        if self.result.matches > self._limit:
+            raise PassError(f"{rule.where}: fired {self._limit} times on a graph of this size, last at {site!r}")

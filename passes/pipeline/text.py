@@ -1,0 +1,208 @@
+"""Pipeline text, as in MLIR: `tp{degree=4},int8` or `shard{degree=2,pad=true},dead-code`.
+
+Named pipelines expand to their steps; options are parsed by the type of the pass's field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from passopt.ir.errors import UsageError
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.catalog import catalog, pass_class
+from passopt.passes.framework.suggestions import unknown_name
+from passopt.passes.pipeline.named import PIPELINES, Pipeline
+
+_STEP = re.compile(r"\s*([A-Za-z0-9_-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|\Z)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A name and its options as text."""
+
+    name: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        inside = ",".join(f"{key}={value}" for key, value in self.options)
+        return f"{self.name}{{{inside}}}" if inside else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A pipeline ready to run: the text as given, the expanded passes, and the expectations that come with it."""
+
+    text: str
+    steps: tuple[Step, ...]
+    passes: tuple[Pass, ...]
+    expectations: tuple[str, ...]
+
+    @property
+    def expanded(self) -> str:
+        """The resolved pipeline text: every pass with all of its options."""
+        return ",".join(describe(item) for item in self.passes)
+
+
+def resolve(text: str, *, complete: bool = True) -> Resolved:
+    """Parse, expand and instantiate a pipeline. Raises UsageError with the position or the nearest name.
+
+    Of the rest of a pipeline (not `complete`) the order is not checked: what a pass comes after may stand before it.
+    """
+    steps = parse_steps(text)
+    passes: list[Pass] = []
+    expectations: list[str] = []
+    for step in steps:
+        pipeline = PIPELINES.get(step.name)
+        if pipeline is None:
+            passes.append(instantiate(step))
+            continue
+        passes += [instantiate(inner) for inner in expand(step, pipeline)]
+        expectations += pipeline.expectations
+        values = option_values(step, pipeline)
+        expectations += [wanted for key, value, wanted in pipeline.expected_with if values[key] == value]
+    if complete:
+        check_order(passes)
+    return Resolved(text, steps, tuple(passes), tuple(expectations))
+
+
+def parse_steps(text: str) -> tuple[Step, ...]:
+    """`a,b{key=value}` → steps. Raises UsageError that points at the first character that does not fit."""
+    steps, position = [], 0
+    if not text.strip():
+        raise UsageError("the pipeline is empty; give passes such as --passes 'tp{degree=2},int8'")
+    while position < len(text):
+        found = _STEP.match(text, position)
+        if found is None:
+            raise UsageError(
+                f"pipeline text is not 'a,b{{key=value}}' at position {position}:\n  {text}\n  {'':{position}}^"
+            )
+        steps.append(Step(found[1], _parse_options(found[1], found[2] or "")))
+        position = found.end()
+    return tuple(steps)
+
+
+def _parse_options(name: str, text: str) -> tuple[tuple[str, str], ...]:
+    pairs: list[tuple[str, str]] = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise UsageError(f"{name}: option {item!r} has no value; write {item}=…")
+        key = key.strip().replace("-", "_")
+        if key in dict(pairs):
+            raise UsageError(f"{name}: option {key} is given twice")
+        pairs.append((key, value.strip()))
+    return tuple(pairs)
+
+
+def option_values(step: Step, pipeline: Pipeline) -> dict[str, str]:
+    """All options of a named pipeline, as given or by default. Raises UsageError for one that it does not have."""
+    values = dict(pipeline.options)
+    for key, value in step.options:
+        if key not in values:
+            raise UsageError(f"{step.name}: {unknown_name('option', key, list(values))}")
+        values[key] = value
+    return values
+
+
+def expand(step: Step, pipeline: Pipeline) -> list[Step]:
+    """The steps of a named pipeline with the given options filled in."""
+    values = option_values(step, pipeline)
+    steps = []
+    for inner in pipeline.steps:
+        (parsed,) = parse_steps(inner)
+        options = tuple((key, values[value[1:]] if value.startswith("$") else value) for key, value in parsed.options)
+        steps.append(Step(parsed.name, options))
+    return steps
+
+
+def instantiate(step: Step) -> Pass:
+    """The pass of a step. Raises UsageError for unknown names, unknown options and values of the wrong type."""
+    if step.name not in catalog():
+        from passopt.passes.framework.base import REGISTERED
+
+        if step.name not in REGISTERED:
+            raise UsageError(unknown_name("pass", step.name, [*catalog(), *PIPELINES, *REGISTERED]))
+    cls = pass_class(step.name)
+    if not dataclasses.is_dataclass(cls):
+        raise UsageError(
+            f"{step.name}: {cls.__qualname__} is not a dataclass; decorate it with @dataclass(frozen=True)"
+        )
+    types_of = typing.get_type_hints(cls)
+    fields = {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
+    values = {}
+    for key, text in step.options:
+        if key not in fields:
+            raise UsageError(f"{step.name}: {unknown_name('option', key, list(fields))}")
+        values[key] = _convert(step.name, key, text, fields[key])
+    try:
+        return cls(**values)
+    except TypeError:
+        needed = [field.name for field in dataclasses.fields(cls) if _has_no_default(field)]
+        missing = [name for name in needed if name not in values]
+        if not missing:
+            raise
+        raise UsageError(
+            f"{step.name}: needs a value for {', '.join(missing)}: {step.name}{{{missing[0]}=…}}"
+        ) from None
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _convert(owner: str, key: str, text: str, kind: Any) -> Any:
+    def wrong(expected: str) -> UsageError:
+        return UsageError(f"{owner}: option {key}={text} is not {expected}")
+
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        if text == "none":
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if kind is bool:
+        if text not in {"true", "false"}:
+            raise wrong("true or false")
+        return text == "true"
+    if typing.get_origin(kind) is typing.Literal:
+        choices = [str(choice) for choice in typing.get_args(kind)]
+        if text not in choices:
+            raise wrong(f"one of {', '.join(choices)}")
+        return typing.get_args(kind)[choices.index(text)]
+    if kind in {int, float}:
+        try:
+            return kind(text)
+        except ValueError:
+            raise wrong("an integer" if kind is int else "a number") from None
+    if kind is str:
+        return text
+    raise UsageError(f"{owner}: option {key} has type {kind}, which pipeline text cannot give")
+
+
+def describe(item: Pass) -> str:
+    """A pass with all its options as pipeline text."""
+    if not dataclasses.is_dataclass(item):
+        return item.name
+    pairs = ((field.name, getattr(item, field.name)) for field in dataclasses.fields(item))
+    return str(Step(item.name, tuple((key, _option_text(value)) for key, value in pairs)))
+
+
+def _option_text(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raise UsageError if a pass stands before one that its `after` names. The order is never changed."""
+    names = [item.name for item in passes]
+    for index, item in enumerate(passes):
+        for earlier in item.after:
+            if earlier in names[index + 1 :] and earlier not in names[:index]:
+                raise UsageError(
+                    f"{item.name} stands before {earlier}, but must come after it; "
+                    f"the order given was: {','.join(names)}"
+                )

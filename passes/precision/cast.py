@@ -1,0 +1,325 @@
+"""cast: a model in another floating dtype, with fp32 where the narrow one would do harm."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.errors import PassError
+from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.shapes import complete_types
+from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.lazy_weight import LazyWeight, constant_tensor, is_checkpoint_weight
+from passopt.passes.framework.accuracy import lossy
+from passopt.passes.framework.base import Pass
+from passopt.passes.framework.records import PassResult
+from passopt.passes.precision.cast_islands import (
+    FLOATS,
+    Islands,
+    finite_limits,
+    is_dtype_cast,
+    is_float,
+    is_leaf,
+    uncast,
+)
+
+DataType = onnx_ir.DataType
+
+_DTYPES = {"fp16": DataType.FLOAT16, "bf16": DataType.BFLOAT16, "fp32": DataType.FLOAT}
+_NUMBERS = frozenset(dtype.value for dtype in FLOATS)
+_OPSET_OF_HALF_SCALES = 19
+
+
+@dataclasses.dataclass(frozen=True)
+class CastModel(Pass):
+    """Halve a model, or widen it: weights, caches and logits in another dtype, fp32 where sums and positions need it.
+
+    Before: ``n = Mul(w, Mul(x, Reciprocal(Sqrt(…)))); y = MatMul(n, w2)``, all float
+    After:  ``n = Mul(w, Cast(Mul(Cast(x), Reciprocal(Sqrt(…))))); y = MatMul(n, w2)``, float16 but for the norm
+    Norms, softmax, rotary embedding and whatever is computed from positions and masks alone (ALiBi, angles) stay in
+    fp32. Weights become lazy casts. Casts between floating dtypes that a model holds already are decided anew.
+    """
+
+    name = "cast"
+    accuracy = lossy(2e-2)
+    changes_interface = True
+
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+
+    def run(self, model: onnx_ir.Model) -> PassResult:
+        complete_types(model)
+        target = _DTYPES[self.dtype]
+        editor = Editor(model, self.name)
+        self._check(editor, target)
+        moved = _constants_to_initializers(editor)
+        caster = _Caster(editor, target)
+        caster.run()
+        changed = moved + caster.changed
+        return PassResult(modified=changed > 0, matches=changed, notes=caster.notes())
+
+    def _check(self, editor: Editor, target: DataType) -> None:
+        for node in editor.graph:
+            values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+            unknown = next((value for value in values if value.dtype is None and value.name), None)
+            if unknown is not None and not _is_sequence(unknown):
+                raise PassError(f"{self.name}: {node.op_type} {node.name!r}: the dtype of {unknown.name} is unknown")
+            bodies = any(attribute.type == onnx_ir.AttributeType.GRAPH for attribute in node.attributes.values())
+            if bodies and any(map(is_float, node.outputs)):
+                raise PassError(f"{self.name}: {node.op_type} {node.name!r} has bodies; their dtypes cannot be cast")
+            too_old = target != DataType.FLOAT and editor.opset < _OPSET_OF_HALF_SCALES
+            if too_old and node.op_type == "DequantizeLinear" and not node.domain:
+                raise PassError(
+                    f"{self.name}: {node.name!r}: DequantizeLinear takes 16-bit scales from opset "
+                    f"{_OPSET_OF_HALF_SCALES} on, this model has {editor.opset}. Run legalize first."
+                )
+
+
+def _is_sequence(value: onnx_ir.Value) -> bool:
+    return value.type is not None and not isinstance(value.type, onnx_ir.TensorType)
+
+
+class _Caster:
+    def __init__(self, editor: Editor, target: DataType) -> None:
+        self.editor = editor
+        self.target = target
+        self.changed = 0
+        self.islands = Islands(editor.graph, target, editor.opset)
+        self._casts: dict[tuple[onnx_ir.Value, DataType], onnx_ir.Value] = {}
+        self._clamped: dict[onnx_ir.Value, onnx_ir.Value] = {}
+
+    def notes(self) -> list[str]:
+        inserted = len({id(value) for value in self._casts.values()})
+        return [f"{inserted} casts between fp32 and {self.target.name.lower()}"] if inserted else []
+
+    def run(self) -> None:
+        nodes = list(self.editor.graph)
+        wanted = {
+            (node, index): dtype
+            for node in nodes
+            if not is_dtype_cast(node)
+            for index, value in enumerate(node.inputs)
+            if value is not None and is_float(value) and (dtype := self.islands.wanted(node, index)) is not None
+        }
+        dtypes = {value: self.islands.dtype(value) for node in nodes for value in node.outputs if is_float(value)}
+        leaves: dict[onnx_ir.Value, dict[DataType, None]] = collections.defaultdict(dict)
+        for (node, index), dtype in wanted.items():
+            source = uncast(_input(node, index))
+            if is_leaf(source):
+                leaves[source][dtype] = None
+        for node in nodes:
+            if not is_dtype_cast(node):
+                self._retype(node, dtypes)
+        for value in self.editor.graph.inputs:
+            if is_float(value):
+                self._set(value, self.target)
+                if value.const_value is not None:
+                    value.const_value = _cast_tensor(value.const_value, self.target, value.name)
+        constants = {leaf: self._constants(leaf, list(needs)) for leaf, needs in leaves.items()}
+        self._outputs()
+        for (node, index), dtype in wanted.items():
+            self._connect(node, index, dtype, constants)
+        self._clean(nodes)
+
+    def _set(self, value: onnx_ir.Value, dtype: DataType) -> None:
+        if value.dtype != dtype:
+            value.type = onnx_ir.TensorType(dtype)
+            self.changed += 1
+
+    def _retype(self, node: onnx_ir.Node, dtypes: dict[onnx_ir.Value, DataType]) -> None:
+        """The dtypes of a node's results, and the attributes that say them."""
+        for value in node.outputs:
+            if value in dtypes:
+                self._set(value, dtypes[value])
+        dtype = next((dtypes[value] for value in node.outputs if value in dtypes), None)
+        if dtype is None or node.domain:
+            return
+        if node.op_type == "CastLike":  # of integers: what it was like may get another dtype than its result
+            node.op_type = "Cast"
+            node.resize_inputs(1)
+            self._state(node, "to", dtype)
+        for name in ("to", "dtype", "output_dtype"):
+            if name in node.attributes and node.attributes[name].value in _NUMBERS:
+                self._state(node, name, dtype)
+        if node.op_type == "ConstantOfShape" and "value" in node.attributes:
+            tensor = _cast_tensor(node.attributes["value"].as_tensor(), dtype, None)
+            node.attributes["value"] = onnx_ir.AttrTensor("value", tensor)
+        if node.op_type == "Attention" and dtype != DataType.FLOAT:
+            self._state(node, "softmax_precision", DataType.FLOAT)
+
+    def _state(self, node: onnx_ir.Node, name: str, dtype: DataType) -> None:
+        """Let an attribute say a dtype."""
+        if name not in node.attributes or node.attributes[name].value != dtype.value:
+            node.attributes[name] = onnx_ir.AttrInt64(name, dtype.value)
+            self.changed += 1
+
+    def _constants(self, leaf: onnx_ir.Value, needs: list[DataType]) -> dict[DataType, onnx_ir.Value]:
+        """A constant in each dtype that is needed: itself, and a second one if it is small; a weight has only one."""
+        assert leaf.const_value is not None
+        kept = self.target if is_checkpoint_weight(leaf) else leaf.dtype
+        first = kept if kept is not None and kept in needs else needs[0]
+        original = leaf.const_value
+        if leaf.dtype != first:
+            leaf.const_value = _cast_tensor(original, first, leaf.name)
+            self._set(leaf, first)
+        found = {first: leaf}
+        for dtype in needs:
+            if dtype != first and not is_checkpoint_weight(leaf):
+                builder = self.editor.builder(leaf.name or "constant")
+                array = _cast_tensor(original, dtype, None).numpy()
+                found[dtype] = builder.initializer(f"{leaf.name}.{_suffix(dtype)}", array)
+                self.editor.graph.register_initializer(found[dtype])
+                self.changed += 1
+        return found
+
+    def _outputs(self) -> None:
+        """Results of the graph are in the model's dtype, under their own names."""
+        graph = self.editor.graph
+        for index, value in enumerate(list(graph.outputs)):
+            if not is_float(value):
+                continue
+            source, node = uncast(value), value.producer()
+            if is_leaf(source) or source.is_graph_input():
+                continue
+            if node is not None and is_dtype_cast(node):
+                self._cast_output(index, value, source, node)
+            elif self.islands.dtype(value) != self.target:
+                builder = self.editor.builder(value.name or "value")
+                narrow = builder.Cast(value, to=self.target.value)
+                self.editor.follow(value, narrow, builder.built, _suffix(DataType.FLOAT), outputs_only=True)
+                self._casts[(value, self.target)] = narrow
+                self.changed += 1
+
+    def _cast_output(self, index: int, value: onnx_ir.Value, source: onnx_ir.Value, node: onnx_ir.Node) -> None:
+        """A graph output that is a cast: it stays one if it has to, and else gives its name to what it cast."""
+        if self.islands.dtype(source) != self.target or source.is_graph_output():
+            self._read(node, 0, source)
+            node.resize_inputs(1)
+            node.op_type = "Cast"
+            self._state(node, "to", self.target)
+            self._set(value, self.target)
+            self._casts[(source, self.target)] = value
+            return
+        self.editor.graph.outputs[index] = source
+        source.name, value.name = value.name, source.name
+        source.shape = value.shape or source.shape
+        self.changed += 1
+
+    def _connect(
+        self,
+        node: onnx_ir.Node,
+        index: int,
+        dtype: DataType,
+        constants: dict[onnx_ir.Value, dict[DataType, onnx_ir.Value]],
+    ) -> None:
+        """Let `node` read its input in `dtype`."""
+        given = _input(node, index)
+        source = uncast(given)
+        operand = constants.get(source, {}).get(dtype)
+        if operand is None:
+            held = source.dtype if source in constants else self.islands.dtype(source)
+            masks = not node.domain and node.op_type == "Attention" and index == 3
+            operand = source if held == dtype else self._cast(source, given, dtype, clamped=masks)
+        self._read(node, index, operand)
+
+    def _read(self, node: onnx_ir.Node, index: int, operand: onnx_ir.Value) -> None:
+        if node.inputs[index] is not operand:
+            node.replace_input_with(index, operand)
+            self.changed += 1
+
+    def _cast(self, source: onnx_ir.Value, given: onnx_ir.Value, dtype: DataType, *, clamped: bool) -> onnx_ir.Value:
+        """`source` in `dtype`: the cast that is there, or a new one behind the producer."""
+        producer = given.producer()
+        if given.dtype == dtype and is_dtype_cast(producer) and producer is not None and producer.inputs[0] is source:
+            return self._casts.setdefault((source, dtype), given)
+        if clamped and dtype == DataType.FLOAT16:
+            source = self._bounded(source)
+        if (source, dtype) not in self._casts:
+            builder = self.editor.builder(source.name or "value")
+            self._casts[(source, dtype)] = builder.Cast(source, to=dtype.value)
+            self._insert_after(source, builder)
+            self.changed += 1
+        return self._casts[(source, dtype)]
+
+    def _bounded(self, mask: onnx_ir.Value) -> onnx_ir.Value:
+        """Masked places of an fp32 mask as numbers that fp16 has; at its lowest one, Attention would see nothing.
+
+        An infinity stays one: what it hides is hidden even where nothing else is seen.
+        """
+        if mask not in self._clamped:
+            builder = self.editor.builder(mask.name or "mask")
+            lowest = np.float32(-finite_limits(DataType.FLOAT16)[1] / 2)
+            self._clamped[mask] = builder.Where(builder.IsInf(mask), mask, builder.Max(mask, lowest))
+            self._insert_after(mask, builder)
+        return self._clamped[mask]
+
+    def _insert_after(self, source: onnx_ir.Value, builder: Any) -> None:
+        producer = source.producer()
+        if producer is not None:
+            self.editor.insert(builder.built, None, [producer], after=producer)
+        else:
+            self.editor.insert(builder.built, self.editor.graph[0])
+
+    def _clean(self, nodes: list[onnx_ir.Node]) -> None:
+        """Casts that nobody reads go; those that stay say the dtype that they give."""
+        for node in reversed(nodes):
+            if node.graph is None or not is_dtype_cast(node):
+                continue
+            if self.editor.remove_dead([node]):
+                self.changed += 1
+
+
+def _input(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _suffix(dtype: DataType) -> str:
+    return next(name for name, item in _DTYPES.items() if item == dtype)
+
+
+def _constants_to_initializers(editor: Editor) -> int:
+    """A floating Constant node becomes an initializer, whose dtype can be chosen; returns how many did."""
+    moved = 0
+    for node in list(editor.graph):
+        if node.op_type != "Constant" or node.domain or not is_float(node.outputs[0]):
+            continue
+        old = node.outputs[0]
+        tensor = constant_tensor(old)
+        if tensor is None or old.is_graph_output():
+            continue
+        name = old.name or "constant"
+        value = onnx_ir.Value(shape=onnx_ir.Shape(tensor.shape.numpy()), type=onnx_ir.TensorType(tensor.dtype))
+        value.const_value = onnx_ir.tensor(tensor.numpy(), name=name)
+        old.replace_all_uses_with(value)
+        editor.remove_dead([node])
+        value.name = name
+        if value.uses():
+            editor.graph.register_initializer(value)
+        moved += 1
+    return moved
+
+
+def _cast_tensor(tensor: onnx_ir.TensorProtocol, dtype: DataType, name: str | None) -> onnx_ir.TensorProtocol:
+    """A weight stays lazy; a number that `dtype` does not have becomes the nearest one that it has, never infinity."""
+    if tensor.dtype == dtype:
+        return tensor
+    if isinstance(tensor, LazyWeight):
+        return LazyWeight(_narrowed(tensor.expression, dtype), name)
+    array = np.asarray(tensor.numpy(), np.float32)
+    smallest, largest = finite_limits(dtype)
+    bounded = np.where(np.isinf(array), array, np.clip(array, -largest, largest))
+    vanishing = (array != 0) & (np.abs(array) < smallest)
+    bounded = np.where(vanishing, np.copysign(np.maximum(np.abs(array), smallest), array), bounded)
+    return onnx_ir.Tensor(bounded.astype(dtype.numpy()), dtype=dtype, name=name)
+
+
+def _narrowed(expression: ex.Expression, dtype: DataType) -> ex.Expression:
+    """A cast that only undoes a widening gives back what was widened."""
+    if isinstance(expression, ex.Cast) and expression.dtype == DataType.FLOAT and expression.operand.dtype == dtype:
+        return expression.operand
+    return expression.cast(dtype)

@@ -1,0 +1,66 @@
+"""Lengths of one rank: how shape vectors that hold them are followed by element, and what they make of a target."""
+
+from __future__ import annotations
+
+import onnx_ir
+
+from passopt.ir.graph.shapes import DimOf, elements
+from passopt.passes.sharding.axes import ndim_of
+from passopt.passes.sharding.placement import REPLICATED, LocalDims, Sharded, Spec
+from passopt.passes.sharding.propagate import Conflict, Propagation
+
+SHAPE_ARITHMETIC = frozenset(
+    {"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity", "Where"}
+)
+#: What may read a shape vector with local lengths: all of it is followed by element.
+READS_LOCAL_DIMS = SHAPE_ARITHMETIC | {"Shape", "Expand"}
+_INTEGERS = frozenset({onnx_ir.DataType.INT64, onnx_ir.DataType.INT32})
+
+
+def local_dims(state: Propagation, node: onnx_ir.Node) -> Spec:
+    """Which elements of a computed shape vector are lengths of one rank."""
+    found = elements(node.outputs[0])
+    local = [index for index in range(len(node.inputs)) if isinstance(state.spec(node, index), LocalDims)]
+    if found is None or (local and (None in found or ndim_of(node.outputs[0]) > 1)):
+        raise Conflict("computes with the length of a sharded axis in a way that cannot be followed")
+    # A cast back from floats or truth values may have changed the number.
+    if any(value is not None and value.dtype not in _INTEGERS for value in (node.inputs[index] for index in local)):
+        raise Conflict("computes with the length of a sharded axis, which is no longer an integer")
+    positions = set()
+    for position, item in enumerate(found):
+        if isinstance(item, DimOf):
+            spec = state.specs.get(item.value, REPLICATED)
+            if isinstance(spec, Sharded) and spec.axis == item.axis:
+                positions.add(position)
+    return LocalDims(frozenset(positions)) if positions else REPLICATED
+
+
+def sharded_by_target(state: Propagation, node: onnx_ir.Node) -> Sharded | None:
+    """How the output of an Expand is sharded by a target that has the length of one rank; None if it has none."""
+    target, found = state.spec(node, 1), elements(node.inputs[1])
+    if not isinstance(target, LocalDims) or found is None:
+        return None
+    if len(target.positions) != 1:
+        raise Conflict(f"expected a target with one local length, found {target}")
+    (position,) = target.positions
+    item = found[position]
+    assert isinstance(item, DimOf)
+    spec = state.specs[item.value]
+    assert isinstance(spec, Sharded)
+    return spec.at(position + ndim_of(node.outputs[0]) - len(found))
+
+
+def piece_of_target(target: onnx_ir.Value | None, position: int) -> tuple[int, onnx_ir.Value] | None:
+    """Which operand of a target shape's Concat is element `position` and nothing else, and its value; None if none."""
+    concat = target.producer() if target is not None else None
+    if concat is None or concat.op_type != "Concat":
+        return None
+    offset = 0
+    for index, piece in enumerate(concat.inputs):
+        found = elements(piece)
+        if found is None or piece is None:
+            return None
+        if offset == position and len(found) == 1:
+            return index, piece
+        offset += len(found)
+    return None
