@@ -1,4 +1,4 @@
 """Where graphs come from: Hugging Face checkpoints, exported without editing a line of their modeling code.
 
-Importing this package or `checkpoint` loads no torch; `huggingface`, `baichuan2` and `selfcheck` do.
+Importing this package or `checkpoint` loads no torch; `export`, `baichuan2` and `self_check` do.
 """

@@ -15,11 +15,11 @@ import onnx
 import onnx_ir
 import torch
 
-from passopt.frontends.fakes import fake_weights, zero_weights
+from passopt.frontends.contract_names import COLUMNS, PREFIX, input_names
 from passopt.frontends.family import CacheShape, Step
-from passopt.frontends.naming import COLUMNS, PREFIX, input_names
 from passopt.frontends.options import ExportOptions, Phase
 from passopt.frontends.precision import Fp32Islands
+from passopt.frontends.weightless import fake_weights, zero_weights
 from passopt.ir.graph.decoder import ATTENTION_MASK
 
 # Unequal, and neither 0 nor 1, so that no branch of the stock code specialises on them.

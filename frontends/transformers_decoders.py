@@ -18,11 +18,11 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from passopt.frontends.binding import untied
+from passopt.frontends.bind_weights import untied
 from passopt.frontends.checkpoint import Checkpoint
-from passopt.frontends.fakes import fake_weights
 from passopt.frontends.family import Cache, CacheShape, Family, Step
 from passopt.frontends.options import ExportOptions
+from passopt.frontends.weightless import fake_weights
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.weights.expressions import Source
 

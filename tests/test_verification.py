@@ -22,8 +22,8 @@ from passopt.ir.serialization.text import parse_model
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.passes.precision.quantize_activations import QuantizeActivations
-from passopt.targets.onnxruntime_session import Session
-from passopt.targets.simulate import join_ranks, rank_models
+from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
+from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checkpoints import ROTARY, evaluation_text, make_checkpoint
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 from passopt.verification import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
@@ -525,7 +525,7 @@ def test_a_single_layer_joins_the_head() -> None:
 
 def test_an_exported_graph_equals_itself(tmp_path: Path) -> None:
     from passopt.frontends.checkpoint import open_checkpoint
-    from passopt.frontends.huggingface import export_graph
+    from passopt.frontends.export import export_graph
     from passopt.frontends.options import ExportOptions
 
     folder = make_checkpoint(tmp_path / "checkpoint", ROTARY)

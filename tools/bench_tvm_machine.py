@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from bench_tvm_shapes import Array, timed
 
-from passopt.targets.tvm.features import Cpu, Isa, find_cpu
-from passopt.targets.tvm.kernels.emit import AHEAD_BYTES, CACHE_LINE, L2, prefetch
-from passopt.targets.tvm.kernels.standalone import build_kernel
+from passopt.targets.tvm.compiler.kernels.emit import AHEAD_BYTES, CACHE_LINE, L2, prefetch
+from passopt.targets.tvm.compiler.kernels.standalone import build_kernel
+from passopt.targets.tvm.machines import Cpu, Isa, find_cpu
 
 #: More than any cache: 1.5 GiB.
 READ_BYTES = 3 << 29

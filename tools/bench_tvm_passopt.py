@@ -128,7 +128,7 @@ class Runner:
     """An engine whose past is whatever random numbers its caches hold."""
 
     def __init__(self, folder: Path, threads: int, *, mapped: bool = False) -> None:
-        from passopt.targets.tvm.runtime import Engine
+        from passopt.targets.tvm.engine.engine import Engine
 
         self.engine = Engine.load(folder, capacity=CAPACITY, threads=threads, copy_weights=not mapped)
         random = np.random.default_rng(1).standard_normal(1 << 20, np.float32)

@@ -22,7 +22,7 @@ import onnx_ir
 
 from passopt.commands.export import clean_up
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
-from passopt.frontends.huggingface import export_graph
+from passopt.frontends.export import export_graph
 from passopt.frontends.options import ExportOptions
 from passopt.ir.errors import PassoptError
 from passopt.ir.graph.decoder import LOGITS
@@ -30,7 +30,7 @@ from passopt.ir.serialization.model_files import save_materialized
 from passopt.ir.weights.expressions import DataType
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
-from passopt.targets.onnxruntime_session import Session
+from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checkpoints import ALIBI, ROTARY, make_checkpoint
 from passopt.testing.families import make_family_checkpoint
 

@@ -28,7 +28,7 @@ COMPILED = "baichuan2,slice-last-token,int8{activations=dynamic,head=true}"
 LOAD = """
 import sys, time
 from pathlib import Path
-from passopt.targets.tvm.runtime import Engine
+from passopt.targets.tvm.engine.engine import Engine
 start = time.perf_counter()
 Engine.load(Path(sys.argv[1]), capacity=16)
 print(time.perf_counter() - start)

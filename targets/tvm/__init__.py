@@ -1,1 +1,1 @@
-"""Codegen by TVM: fused graphs to a library of native kernels, weights beside it, and what loads and runs them."""
+"""Compile fused graphs with TVM (`compiler`) and run them (`engine`); both know a `compiled_folder`."""

@@ -10,7 +10,7 @@ import pytest
 
 from passopt.commands.export import clean_up
 from passopt.frontends.checkpoint import open_checkpoint
-from passopt.frontends.huggingface import export_graph
+from passopt.frontends.export import export_graph
 from passopt.frontends.options import ExportOptions
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.serialization.model_files import load_model
@@ -19,8 +19,8 @@ from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.ir.weights.sources import safetensors_sources
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
-from passopt.targets.onnx_files import write_output
-from passopt.targets.simulate import load_any
+from passopt.targets.folders.output import write_output
+from passopt.targets.onnxruntime.joined_ranks import load_any
 from passopt.testing.checkpoints import ALIBI, CheckpointSpec, make_checkpoint
 from passopt.verification import VerifyOptions, verify
 

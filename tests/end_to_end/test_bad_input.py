@@ -278,7 +278,7 @@ def test_interrupt_leaves_nothing(model: Path, capsys, monkeypatch: pytest.Monke
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("passopt.targets.onnx_files.write_weight_files", interrupted)
+    monkeypatch.setattr("passopt.targets.folders.output.write_weight_files", interrupted)
     fails(capsys, 130, *run(model, "tp"), says=("interrupted",))
     assert nothing_written(model)
 
@@ -316,7 +316,7 @@ def test_interrupt_by_signal_leaves_nothing(model: Path):
     script = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
-        "import passopt.targets.onnx_files as files\n"
+        "import passopt.targets.folders.output as files\n"
         "real = files.write_weight_files\n"
         "def slow(*args, **kw):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

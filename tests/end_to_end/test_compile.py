@@ -12,7 +12,7 @@ import pytest
 from passopt.cli import main
 from passopt.commands.compile import load
 from passopt.ir.errors import UsageError
-from passopt.targets.tvm.library import Library, read_library
+from passopt.targets.tvm.compiled_folder import Library, read_library
 
 pytest.importorskip("tvm")
 

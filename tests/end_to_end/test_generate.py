@@ -19,7 +19,7 @@ from passopt.generation.loop import generate
 from passopt.generation.sampling import Sampling
 from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.targets.tvm.runtime import PREFILL_COLUMNS
+from passopt.targets.tvm.engine.engine import PREFILL_COLUMNS
 from passopt.testing.checkpoints import ALIBI, ROTARY, evaluation_text, make_checkpoint
 
 SPECS = {"rotary": ROTARY, "alibi": ALIBI}

@@ -17,15 +17,15 @@ import pytest
 from passopt.cli import main
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.graph.decoder import decoder_of
-from passopt.targets.digests import root_digest
-from passopt.targets.onnxruntime_session import Session
-from passopt.targets.simulate import join_ranks, load_any, rank_models
+from passopt.targets.folders.digests import root_digest
+from passopt.targets.onnxruntime.joined_ranks import join_ranks, load_any, rank_models
+from passopt.targets.onnxruntime.session import Session
 
 pytest.importorskip("tvm")
-from passopt.targets.tvm import memory
-from passopt.targets.tvm.library import Library, read_library
-from passopt.targets.tvm.ranks import RankEngine
-from passopt.targets.tvm.runtime import Engine
+from passopt.targets.tvm.compiled_folder import Library, read_library
+from passopt.targets.tvm.engine import available_memory
+from passopt.targets.tvm.engine.engine import Engine
+from passopt.targets.tvm.engine.rank_engine import RankEngine
 
 PROMPTS = [[5, 301, 17, 44, 9, 12], [7, 8, 300]]
 TP2, TP3 = "tp", "tp{degree=3,pad=true}"
@@ -115,7 +115,7 @@ def test_int8_ranks_equal_the_joined_graph(family: Path, compiled, passes: str):
 def test_copies_must_fit_together_and_capacity_be_right_before_a_rank_starts(rotary: Path, compiled, monkeypatch):
     library = compiled(rotary, TP2)[1]
     sizes = [read_library(library / name).weights.nbytes for name in read_library(library).ranks]
-    monkeypatch.setattr(memory, "available_memory", lambda: sum(sizes) - 1)
+    monkeypatch.setattr(available_memory, "available_memory", lambda: sum(sizes) - 1)
     with pytest.raises(UsageError, match=f"no memory for a copy of {sum(sizes):,} bytes"):
         RankEngine.load(library, capacity=16, copy_weights=True)
     with pytest.raises(UsageError, match="both must be at least 1"):
@@ -196,11 +196,11 @@ def test_caches_of_all_ranks_together_must_fit(rotary: Path, compiled, monkeypat
         needed = 2 * engine.library.cache.nbytes(3, 32)
         engine.forward([[1]], [[1]])
         held = 2 * engine.library.cache.nbytes(1, 1)  # of what was allocated, as much as was written
-        monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - held - 1)
+        monkeypatch.setattr("passopt.targets.tvm.engine.available_memory.available_memory", lambda: needed - held - 1)
         with pytest.raises(UsageError, match=f"no memory for caches of {needed:,} bytes"):
             engine.allocate(3, 32)
         engine.forward([[1]], [[1, 1]])  # as it was
-        monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - held)
+        monkeypatch.setattr("passopt.targets.tvm.engine.available_memory.available_memory", lambda: needed - held)
         engine.allocate(3, 32)
         assert engine.cache_bytes == needed
 

@@ -14,11 +14,11 @@ import pytest
 
 from passopt.commands.export import clean_up
 from passopt.frontends import baichuan2
-from passopt.frontends.binding import bind_weights
+from passopt.frontends.bind_weights import bind_weights
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
-from passopt.frontends.huggingface import export_graph
+from passopt.frontends.export import export_graph
 from passopt.frontends.options import ExportOptions, Phase
-from passopt.frontends.selfcheck import TOLERANCES, self_check
+from passopt.frontends.self_check import TOLERANCES, self_check
 from passopt.ir.errors import CheckError, ModelError, UsageError
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.serialization.model_files import save_materialized

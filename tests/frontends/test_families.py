@@ -12,10 +12,10 @@ import pytest
 
 from passopt.commands.export import clean_up
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
-from passopt.frontends.huggingface import export_graph
-from passopt.frontends.naming import name_dimensions
+from passopt.frontends.contract_names import name_dimensions
+from passopt.frontends.export import export_graph
 from passopt.frontends.options import MODEL_TYPES, ExportOptions
-from passopt.frontends.selfcheck import self_check
+from passopt.frontends.self_check import self_check
 from passopt.ir.errors import CheckError, ModelError, UsageError
 from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight

@@ -10,7 +10,7 @@ import pytest
 from passopt.cli import main
 from passopt.generation.engine import ModelFacts
 from passopt.generation.tokenizer import load_tokenizer
-from passopt.targets.tvm.library import CacheLayout, RankFolders
+from passopt.targets.tvm.compiled_folder import CacheLayout, RankFolders
 from passopt.testing.checkpoints import ROTARY, make_checkpoint
 
 #: How engines were asked for.
@@ -192,11 +192,11 @@ def test_caches_that_do_not_fit_are_told_before_weights_are_read(folder: Path, c
     prompts = ["--prompt", "a", "--prompt", "b", "--max-new-tokens", "60"]
     columns = 16 * -(-(len(load_tokenizer(folder).encode("a")) + 59) // 16)
     needed = 2 * 3 * 2 * 4 * columns * 16 * 4
-    monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed - 1)
+    monkeypatch.setattr("passopt.targets.tvm.engine.available_memory.available_memory", lambda: needed - 1)
     assert main(["generate", str(folder), *prompts]) == 2
     assert f"no memory for caches of {needed:,} bytes" in capsys.readouterr().err
     assert not OPENED
-    monkeypatch.setattr("passopt.targets.tvm.memory.available_memory", lambda: needed)
+    monkeypatch.setattr("passopt.targets.tvm.engine.available_memory.available_memory", lambda: needed)
     assert main(["generate", str(folder), *prompts]) == 0
 
 

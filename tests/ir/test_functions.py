@@ -9,7 +9,7 @@ from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.functions import local_function
 from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.text import parse_model
-from passopt.targets.onnxruntime_session import Session
+from passopt.targets.onnxruntime.session import Session
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 23]>

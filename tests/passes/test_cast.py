@@ -16,7 +16,7 @@ from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, small_constant
 from passopt.passes.precision.cast import CastModel
 from passopt.passes.precision.quantize_weights import QuantizeWeights
-from passopt.targets.onnxruntime_session import Session
+from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checking import check_onnx, random_feeds, read_model, relative_error
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 

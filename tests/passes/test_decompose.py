@@ -261,7 +261,7 @@ def test_a_mask_shorter_than_the_keys_hides_the_rest():
     assert DecomposeAttention().run(model).matches == 1
     mask = MASK[0, 0].copy()
     mask[:, 5:] = -np.inf
-    from passopt.targets.onnxruntime_session import Session
+    from passopt.targets.onnxruntime.session import Session
     from passopt.testing.checking import random_feeds
 
     feeds = random_feeds(model, {})
@@ -285,7 +285,7 @@ def test_windows_follow_the_reference():
     import onnx.reference
     import onnx_ir
 
-    from passopt.targets.onnxruntime_session import Session
+    from passopt.targets.onnxruntime.session import Session
     from passopt.testing.checking import random_feeds
 
     for attributes in ("left_window_size = 2", "left_window_size = 1, right_window_size = 1", "right_window_size = 0"):

@@ -127,7 +127,7 @@ def test_group_normalization_per_channel():
     Legalize(opset=21).run(model)
     verify_model(model)
     x = np.random.default_rng(0).standard_normal((2, 6, 5)).astype(np.float32)
-    from passopt.targets.onnxruntime_session import Session
+    from passopt.targets.onnxruntime.session import Session
 
     groups = x.reshape(2, 3, -1)
     normal = (groups - groups.mean(-1, keepdims=True)) / np.sqrt(groups.var(-1, keepdims=True) + 0.001)

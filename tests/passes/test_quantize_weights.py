@@ -10,7 +10,7 @@ from passopt.ir.errors import PassError
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.passes.precision.quantize_weights import QuantizeWeights
-from passopt.targets.onnxruntime_session import Session
+from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checking import check, random_feeds, read_model, relative_error
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

@@ -15,8 +15,8 @@ from passopt.passes.pipeline.text import resolve
 from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.passes.sharding.shard import Shard
-from passopt.targets.onnxruntime_session import Session
-from passopt.targets.simulate import join_ranks, rank_models
+from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
+from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checking import check, random_feeds, read_model, relative_error
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 

@@ -10,7 +10,7 @@ from passopt.passes.lm_head.slice_last_token import SliceLastToken
 from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.passes.sharding.shard import Shard
-from passopt.targets.onnxruntime_session import Session
+from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checking import check, random_feeds, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'

@@ -21,10 +21,10 @@ from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.ir.weights.sources import safetensors_sources
 from passopt.ir.weights.streaming.budget import StreamOptions
-from passopt.targets import onnx_files
-from passopt.targets.digests import root_digest
-from passopt.targets.manifest import read_manifest
-from passopt.targets.onnx_files import OutputReport, plan_output, write_output, write_reference_output
+from passopt.targets.folders import output
+from passopt.targets.folders.digests import root_digest
+from passopt.targets.folders.manifest import read_manifest
+from passopt.targets.folders.output import OutputReport, plan_output, write_output, write_reference_output
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 
 #: Even literals of this size are too large to stay inside model.onnx.
@@ -240,7 +240,7 @@ def test_a_full_disk_is_refused_before_the_first_byte(tmp_path: Path, monkeypatc
     plan = plan_output(model, version="0.1", pipeline="tp{degree=2}", source={"model": "model.onnx", "root": "f" * 64})
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, plan.nbytes - 1))
-    monkeypatch.setattr(onnx_files, "write_weight_files", lambda *_, **__: pytest.fail("something was written"))
+    monkeypatch.setattr(output, "write_weight_files", lambda *_, **__: pytest.fail("something was written"))
     with pytest.raises(UsageError, match=f"needs {plan.nbytes:,} bytes"):
         write(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

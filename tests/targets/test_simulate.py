@@ -19,9 +19,9 @@ from passopt.ir.serialization.model_files import load_model, save_reference
 from passopt.ir.serialization.text import parse_model
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
-from passopt.targets.onnx_files import write_output
-from passopt.targets.onnxruntime_session import Session
-from passopt.targets.simulate import at_rank, check_rank_logits, join_ranks, load_any, rank_models
+from passopt.targets.folders.output import write_output
+from passopt.targets.onnxruntime.joined_ranks import at_rank, check_rank_logits, join_ranks, load_any, rank_models
+from passopt.targets.onnxruntime.session import Session
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 
 

@@ -18,8 +18,8 @@ from passopt.ir.errors import ModelError
 from passopt.ir.graph.collectives import is_collective
 from passopt.ir.graph.decoder import decoder_of, degree_of, positions_of
 from passopt.ir.weights.expressions import DataType
-from passopt.targets.onnxruntime_session import Session
-from passopt.targets.simulate import join_ranks, rank_models
+from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
+from passopt.targets.onnxruntime.session import Session
 from passopt.verification_layerwise import Label, run_layerwise
 from passopt.verification_report import PERPLEXITY, Row, VerifyReport, compare, compare_perplexity
 from passopt.verification_scenarios import (

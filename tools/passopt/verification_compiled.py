@@ -12,8 +12,8 @@ from passopt.generation.engine import open_engine
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import decoder_of, positions_of
 from passopt.ir.weights.expressions import DataType
-from passopt.targets.onnxruntime_session import Session
-from passopt.targets.tvm.library import Library, RankFolders, read_library
+from passopt.targets.onnxruntime.session import Session
+from passopt.targets.tvm.compiled_folder import Library, RankFolders, read_library
 from passopt.verification import (
     ORIGINAL,
     TOLERANCES,

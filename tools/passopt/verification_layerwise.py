@@ -18,7 +18,7 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import LOGITS, decoder_of
-from passopt.targets.onnxruntime_session import Session
+from passopt.targets.onnxruntime.session import Session
 from passopt.verification_cut import Cut, Piece, cut_decoder
 from passopt.verification_head import Logits, Part, UnexpectedWidthError, slice_head, whole
 from passopt.verification_report import Row, relative_error

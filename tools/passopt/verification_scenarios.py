@@ -15,7 +15,7 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, decoder_of
-from passopt.targets.onnxruntime_session import Session
+from passopt.targets.onnxruntime.session import Session
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError
-from passopt.targets.tvm import collectives
-from passopt.targets.tvm.collectives import CollectiveError, Group, create_room
+from passopt.targets.tvm.engine import shared_memory_collectives
+from passopt.targets.tvm.engine.shared_memory_collectives import CollectiveError, Group, create_room
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_parts_are_joined_along_the_axis(run, degree, axis):
 
 @pytest.mark.parametrize(("shape", "axis"), [((7, 9), 1), ((9, 7), 0), ((2, 40), 1), ((40, 2), 1)])
 def test_what_is_larger_than_a_piece_goes_in_several(run, monkeypatch, shape, axis):
-    monkeypatch.setattr(collectives, "PIECE", 64)
+    monkeypatch.setattr(shared_memory_collectives, "PIECE", 64)
     whole = tuple(length * (2 if position == axis else 1) for position, length in enumerate(shape))
 
     def work(group):

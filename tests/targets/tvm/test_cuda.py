@@ -8,11 +8,11 @@ import pytest
 
 from passopt.ir.errors import ModelError
 from passopt.ir.serialization.model_files import load_model
-from passopt.targets.tvm.codegen import CompileFacts, compile_models
-from passopt.targets.tvm.features import find_cpu, find_gpu
-from passopt.targets.tvm.library import Library, read_library
-from passopt.targets.tvm.pipeline import steps
-from passopt.targets.tvm.runtime import Engine
+from passopt.targets.tvm.compiled_folder import Library, read_library
+from passopt.targets.tvm.compiler.compile_models import CompileFacts, compile_models
+from passopt.targets.tvm.compiler.relax_steps import steps
+from passopt.targets.tvm.engine.engine import Engine
+from passopt.targets.tvm.machines import find_cpu, find_gpu
 
 pytest.importorskip("tvm")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from passopt.ir.errors import UsageError
-from passopt.targets.tvm import features
-from passopt.targets.tvm.features import find_cpu, host_flags, missing_features
+from passopt.targets.tvm import machines
+from passopt.targets.tvm.machines import find_cpu, host_flags, missing_features
 
 
 def test_this_machine_runs_what_is_compiled_for_it():
@@ -20,7 +20,7 @@ def test_what_a_hypervisor_hides_is_not_generated(monkeypatch: pytest.MonkeyPatc
     if hidden not in host_flags():
         pytest.skip(f"this machine has no {hidden}")
     left = host_flags() - {hidden}
-    monkeypatch.setattr(features, "host_flags", lambda: left)
+    monkeypatch.setattr(machines, "host_flags", lambda: left)
     cpu = find_cpu()
     assert hidden in cpu.without
     assert hidden not in cpu.required_features()
@@ -35,6 +35,6 @@ def test_a_named_cpu_is_taken_at_its_word():
 
 
 def test_a_machine_without_kernels_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(features.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(machines.platform, "machine", lambda: "aarch64")
     with pytest.raises(UsageError, match="compiled libraries are for x86-64, this machine is aarch64"):
         find_cpu()

@@ -8,7 +8,7 @@ import pytest
 
 from passopt.ir.errors import ModelError
 from passopt.ir.serialization.model_files import load_model
-from passopt.targets.tvm.codegen import check_inputs
+from passopt.targets.tvm.compiler.compile_models import check_inputs
 
 PASTS = '"past.0.key", float[batch,2,past,3] "past.0.value"'
 

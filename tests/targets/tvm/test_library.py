@@ -9,8 +9,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError
-from passopt.targets.digests import root_digest
-from passopt.targets.tvm.library import CacheLayout, CodeFile, Library, Logits, RankFolders, WeightsFile, read_library
+from passopt.targets.folders.digests import root_digest
+from passopt.targets.tvm.compiled_folder import (
+    CacheLayout,
+    CodeFile,
+    Library,
+    Logits,
+    RankFolders,
+    WeightsFile,
+    read_library,
+)
 
 CACHE = CacheLayout(layers=3, kv_heads=2, head_dim=5, dtype="fp16")
 

@@ -9,10 +9,10 @@ import pytest
 
 from passopt.ir.errors import ModelError
 from passopt.ir.serialization.model_files import load_model
-from passopt.targets.tvm.features import find_cpu
-from passopt.targets.tvm.lowering.graph import lower
-from passopt.targets.tvm.lowering.registry import CONVERTERS
-from passopt.targets.tvm.pipeline import run_steps, steps
+from passopt.targets.tvm.compiler.lowering.graph import lower
+from passopt.targets.tvm.compiler.lowering.registry import CONVERTERS
+from passopt.targets.tvm.compiler.relax_steps import run_steps, steps
+from passopt.targets.tvm.machines import find_cpu
 
 relax = pytest.importorskip("tvm.relax")
 

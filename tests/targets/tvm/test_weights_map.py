@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError, UsageError
-from passopt.targets.tvm import memory, weights_map
-from passopt.targets.tvm.library import read_library
-from passopt.targets.tvm.runtime import Engine
-from passopt.targets.tvm.weights_map import WeightsMap
+from passopt.targets.tvm.compiled_folder import read_library
+from passopt.targets.tvm.engine import available_memory, mapped_weights
+from passopt.targets.tvm.engine.engine import Engine
+from passopt.targets.tvm.engine.mapped_weights import WeightsMap
 
 
 def test_a_damaged_weight_is_refused_by_name_and_never_stamped(folder: Path):
@@ -73,7 +73,7 @@ def test_weights_are_mapped_and_stay_mapped(tiny):
 def test_weights_can_be_copied(tiny, tmp_path: Path, monkeypatch):
     """In pieces, and reads that end early; the file is not mapped any more, and may go. Logits are the same bits."""
     preadv = os.preadv
-    monkeypatch.setattr(weights_map, "_PIECE", 100)
+    monkeypatch.setattr(mapped_weights, "_PIECE", 100)
     monkeypatch.setattr(os, "preadv", lambda file, views, at: preadv(file, [views[0][:37]], at))
     for unknown in (True, False):  # hashed while it is copied, then known
         folder = tmp_path / f"copy {unknown}"
@@ -106,7 +106,7 @@ def test_a_damaged_tensor_is_refused_while_it_is_copied(folder: Path):
 
 def test_a_copy_that_does_not_fit_is_refused_before_anything_is_read(folder: Path, monkeypatch):
     monkeypatch.setattr(WeightsMap, "read", lambda *_, **__: pytest.fail("read"))
-    monkeypatch.setattr(memory, "available_memory", lambda: 100)
+    monkeypatch.setattr(available_memory, "available_memory", lambda: 100)
     with pytest.raises(UsageError, match=r"no memory for a copy of [\d,]+ bytes, 100 are available; leave out --copy"):
         Engine.load(folder, copy_weights=True)
 
@@ -151,13 +151,13 @@ def test_no_file_stays_open(folder: Path):
 
 
 def test_no_memory_for_a_copy_is_said(folder: Path, monkeypatch):
-    mapped = weights_map.mmap.mmap
+    mapped = mapped_weights.mmap.mmap
 
     def full(file: int, *args: int, **how: int) -> mmap.mmap:
         if file == -1:
             raise OSError(12, "Cannot allocate memory")
         return mapped(file, *args, **how)
 
-    monkeypatch.setattr(weights_map.mmap, "mmap", full)
+    monkeypatch.setattr(mapped_weights.mmap, "mmap", full)
     with pytest.raises(UsageError, match=r"no memory for a copy of [\d,]+ bytes; leave out --copy-weights"):
         Engine.load(folder, copy_weights=True)

@@ -21,9 +21,9 @@ from passopt.ir.serialization.model_files import load_model, model_path
 from passopt.passes.pipeline.expectations import parse_expectation
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
-from passopt.targets.manifest import MANIFEST_NAME, read_manifest, refuse_single_rank
-from passopt.targets.rank_check import check_rank_folders
-from passopt.targets.tvm.library import Library
+from passopt.targets.folders.manifest import MANIFEST_NAME, read_manifest, refuse_single_rank
+from passopt.targets.folders.rank_check import check_rank_folders
+from passopt.targets.tvm.compiled_folder import Library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Source:
 
 def compile_(options: argparse.Namespace) -> int:
     """Load, optionally transform, compile, report."""
-    from passopt.targets.tvm.codegen import CompileFacts, CompileReport, compile_models
-    from passopt.targets.tvm.features import find_cpu, find_gpu
-    from passopt.targets.tvm.pipeline import SKIPPED, check_step_names
+    from passopt.targets.tvm.compiler.compile_models import CompileFacts, CompileReport, compile_models
+    from passopt.targets.tvm.compiler.relax_steps import SKIPPED, check_step_names
+    from passopt.targets.tvm.machines import find_cpu, find_gpu
 
     output = Path(options.output)
     if output.exists():

@@ -20,8 +20,8 @@ from passopt.ir.serialization.model_files import load_model, model_path
 from passopt.ir.weights.expressions import DataType
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
-from passopt.targets.manifest import read_manifest
-from passopt.targets.onnx_files import OutputFacts, plan_output, write_reference_output
+from passopt.targets.folders.manifest import read_manifest
+from passopt.targets.folders.output import OutputFacts, plan_output, write_reference_output
 
 if TYPE_CHECKING:
     from passopt.frontends.checkpoint import Checkpoint
@@ -54,14 +54,14 @@ def export(options: argparse.Namespace) -> int:
     )
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.scratch-", dir=output.absolute().parent) as scratch:
-        from passopt.frontends.huggingface import export_graph
+        from passopt.frontends.export import export_graph
 
         _log(f"tracing {checkpoint.directory.name}, stock code")
         model = export_graph(checkpoint, settings, Path(scratch))
         model = clean_up(model)
         model.metadata_props[SELF_CHECK] = "skipped"
         if not options.no_self_check:
-            from passopt.frontends.selfcheck import self_check
+            from passopt.frontends.self_check import self_check
 
             _log("self-check: a small model of the same class, eager torch against its exported graph")
             error = self_check(checkpoint, settings, finish=clean_up)

@@ -18,7 +18,7 @@ from passopt.generation.sampling import Sampling
 from passopt.generation.settings import Settings, read_settings
 from passopt.generation.tokenizer import TextStream, Tokenizer, load_tokenizer
 from passopt.ir.errors import UsageError
-from passopt.targets.tvm.memory import check_caches
+from passopt.targets.tvm.engine.available_memory import check_caches
 
 
 def generate(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from passopt.passes.pipeline.instruments import summary_table
 from passopt.passes.pipeline.runner import Instrument, run_passes
 from passopt.passes.pipeline.text import Resolved, resolve
 from passopt.reproducer import AFTER_NAME, BEFORE_NAME, INPUTS_NAME, Position, Reproducer, read_reproducer, versions
-from passopt.targets.onnxruntime_session import Session
+from passopt.targets.onnxruntime.session import Session
 
 
 def replay(options: argparse.Namespace) -> int:

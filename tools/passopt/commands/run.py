@@ -28,8 +28,8 @@ from passopt.passes.pipeline.instruments import Dump, PrintAfter, rule_table, su
 from passopt.passes.pipeline.runner import Instrument, run_passes
 from passopt.passes.pipeline.text import Resolved, Step, resolve
 from passopt.reproducer import Position, free_name, write_reproducer
-from passopt.targets.manifest import read_manifest
-from passopt.targets.onnx_files import OutputFacts, OutputPlan, plan_output, write_reference_output
+from passopt.targets.folders.manifest import read_manifest
+from passopt.targets.folders.output import OutputFacts, OutputPlan, plan_output, write_reference_output
 
 #: What --stop-after adds to the name of the output.
 _UNTIL = "until-"

@@ -9,8 +9,8 @@ from pathlib import Path
 from passopt.commands.progress import Progress
 from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.errors import CheckError, UsageError
-from passopt.targets.simulate import load_any
-from passopt.targets.tvm.library import LIBRARY_NAME
+from passopt.targets.onnxruntime.joined_ranks import load_any
+from passopt.targets.tvm.compiled_folder import LIBRARY_NAME
 from passopt.verification import VerifyOptions
 from passopt.verification import verify as compare
 from passopt.verification_report import VerifyReport

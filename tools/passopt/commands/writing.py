@@ -11,7 +11,7 @@ import onnx_ir
 from passopt.commands.progress import Progress
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.write_weights import StreamReport
-from passopt.targets.onnx_files import OutputFacts, OutputPlan, write_output
+from passopt.targets.folders.output import OutputFacts, OutputPlan, write_output
 
 #: Shorter writes need no account on stderr.
 _REPORTED_FROM = 64 << 20

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from passopt.targets.tvm.library import CacheLayout, Library, RankFolders, read_library
+from passopt.targets.tvm.compiled_folder import CacheLayout, Library, RankFolders, read_library
 
 
 class Bounds(Protocol):
@@ -85,13 +85,13 @@ def open_engine(
     `progress` gets the bytes of weights, of all ranks, read since its last call.
     """
     if isinstance(read_library(folder), RankFolders):
-        from passopt.targets.tvm import ranks
+        from passopt.targets.tvm.engine import rank_engine
 
-        load: Callable[..., Engine] = ranks.RankEngine.load
+        load: Callable[..., Engine] = rank_engine.RankEngine.load
     else:
-        from passopt.targets.tvm import runtime
+        from passopt.targets.tvm.engine import engine
 
-        load = runtime.Engine.load
+        load = engine.Engine.load
     return load(
         folder,
         capacity=1,

@@ -19,7 +19,7 @@ from passopt.numeric.regions import Cut, Unchecked
 from passopt.numeric.sampling import Sampler, index_bounds
 from passopt.numeric.weights import SampledEvaluator
 from passopt.passes.framework.accuracy import Accuracy
-from passopt.targets.onnxruntime_session import Session
+from passopt.targets.onnxruntime.session import Session
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -79,8 +79,8 @@ def compare_numbers(
     accuracy: Accuracy = EXACT,
 ) -> None:
     """Both models in onnxruntime on seeded inputs; the ranks of a sharded one are joined."""
-    from passopt.targets.onnxruntime_session import Session
-    from passopt.targets.simulate import join_ranks, rank_models
+    from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
+    from passopt.targets.onnxruntime.session import Session
 
     if degree_of(changed) > 1:
         changed = join_ranks(rank_models(changed))

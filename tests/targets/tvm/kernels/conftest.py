@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.targets.tvm.features import LEVELS, Cpu, missing_features
-from passopt.targets.tvm.kernels.standalone import member_of
+from passopt.targets.tvm.compiler.kernels.standalone import member_of
+from passopt.targets.tvm.machines import LEVELS, Cpu, missing_features
 
 
 @pytest.fixture(params=[isa.name for isa in LEVELS], scope="module")

@@ -16,11 +16,11 @@ import pytest
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.graph.functions import ALIBI_ATTENTION, DOMAIN, local_function
-from passopt.targets.tvm.features import Cpu, level
-from passopt.targets.tvm.kernels.attention import attention
-from passopt.targets.tvm.kernels.cache import BLOCK
-from passopt.targets.tvm.kernels.mask_extents import QUERY_BLOCK, mask_extents
-from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel
+from passopt.targets.tvm.compiled_folder import BLOCK
+from passopt.targets.tvm.compiler.kernels.attention.attention import attention
+from passopt.targets.tvm.compiler.kernels.attention.mask_extents import QUERY_BLOCK, mask_extents
+from passopt.targets.tvm.compiler.kernels.standalone import assembly, compile_kernel
+from passopt.targets.tvm.machines import Cpu, level
 
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LOWEST = float(np.finfo(np.float32).min)

@@ -2,8 +2,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from passopt.targets.tvm.kernels.cache import BLOCK, append_cache
-from passopt.targets.tvm.kernels.standalone import compile_kernel
+from passopt.targets.tvm.compiled_folder import BLOCK
+from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
+from passopt.targets.tvm.compiler.kernels.standalone import compile_kernel
 
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

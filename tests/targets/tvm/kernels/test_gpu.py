@@ -16,20 +16,20 @@ import pytest
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression, Literal
-from passopt.targets.tvm.features import GPU_ISA, Cpu, Isa, find_gpu, level
-from passopt.targets.tvm.gpu import THREADS, bind_threads
-from passopt.targets.tvm.kernels.attention import attention
-from passopt.targets.tvm.kernels.cache import append_cache
-from passopt.targets.tvm.kernels.computed_rows import rows_kernel
-from passopt.targets.tvm.kernels.linear import plan_float, plan_int8
-from passopt.targets.tvm.kernels.linear_plan import LinearPlan
-from passopt.targets.tvm.kernels.linear_w8a8 import plan_w8a8
-from passopt.targets.tvm.kernels.mask_extents import mask_extents
-from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_rows
-from passopt.targets.tvm.kernels.rms_norm import RmsNorm
-from passopt.targets.tvm.kernels.rotary import rotary
-from passopt.targets.tvm.kernels.standalone import compile_kernel
-from passopt.targets.tvm.kernels.swiglu import Swiglu
+from passopt.targets.tvm.compiler.gpu_grid import THREADS, bind_threads
+from passopt.targets.tvm.compiler.kernels.attention.attention import attention
+from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
+from passopt.targets.tvm.compiler.kernels.attention.mask_extents import mask_extents
+from passopt.targets.tvm.compiler.kernels.computed_rows import rows_kernel
+from passopt.targets.tvm.compiler.kernels.linear.choose import plan_float, plan_int8
+from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import plan_w8a8
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout, quantize_rows
+from passopt.targets.tvm.compiler.kernels.rms_norm import RmsNorm
+from passopt.targets.tvm.compiler.kernels.rotary import rotary
+from passopt.targets.tvm.compiler.kernels.standalone import compile_kernel
+from passopt.targets.tvm.compiler.kernels.swiglu import Swiglu
+from passopt.targets.tvm.machines import GPU_ISA, Cpu, Isa, find_gpu, level
 
 pytest.importorskip("tvm")
 

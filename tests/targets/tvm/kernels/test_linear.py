@@ -12,11 +12,11 @@ import pytest
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression, Fill, Literal
-from passopt.targets.tvm.features import LEVELS, Cpu, level
-from passopt.targets.tvm.kernels.linear import plan_float, plan_int8
-from passopt.targets.tvm.kernels.linear_plan import LinearPlan
-from passopt.targets.tvm.kernels.panels import Panels
-from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel, member_of
+from passopt.targets.tvm.compiler.kernels.linear.choose import plan_float, plan_int8
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.linear.panel_layout import Panels
+from passopt.targets.tvm.compiler.kernels.standalone import assembly, compile_kernel, member_of
+from passopt.targets.tvm.machines import LEVELS, Cpu, level
 
 pytest.importorskip("tvm")
 

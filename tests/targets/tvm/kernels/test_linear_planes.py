@@ -13,12 +13,12 @@ import pytest
 
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression, Fill, Literal
-from passopt.targets.tvm.features import Cpu, level, missing_features
-from passopt.targets.tvm.kernels.byte_dot import byte_kernel, dot_of_operations
-from passopt.targets.tvm.kernels.linear import plan_int8
-from passopt.targets.tvm.kernels.linear_planes import LIMIT, MAX_INPUTS, linear_planes
-from passopt.targets.tvm.kernels.quantize_rows import codes_layout
-from passopt.targets.tvm.kernels.standalone import compile_kernel
+from passopt.targets.tvm.compiler.kernels.linear.byte_dot import byte_kernel, dot_of_operations
+from passopt.targets.tvm.compiler.kernels.linear.choose import plan_int8
+from passopt.targets.tvm.compiler.kernels.linear.int8_fp32 import LIMIT, MAX_INPUTS, linear_planes
+from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout
+from passopt.targets.tvm.compiler.kernels.standalone import compile_kernel
+from passopt.targets.tvm.machines import Cpu, level, missing_features
 
 pytest.importorskip("tvm")
 

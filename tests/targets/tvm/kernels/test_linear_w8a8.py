@@ -8,11 +8,11 @@ import pytest
 
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Literal
-from passopt.targets.tvm.features import LEVELS, Cpu, Isa, level, missing_features
-from passopt.targets.tvm.kernels.byte_dot import byte_kernel, dot_of_operations
-from passopt.targets.tvm.kernels.linear_w8a8 import linear_w8a8, plan_w8a8
-from passopt.targets.tvm.kernels.quantize_rows import codes_layout
-from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel, member_of
+from passopt.targets.tvm.compiler.kernels.linear.byte_dot import byte_kernel, dot_of_operations
+from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import linear_w8a8, plan_w8a8
+from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout
+from passopt.targets.tvm.compiler.kernels.standalone import assembly, compile_kernel, member_of
+from passopt.targets.tvm.machines import LEVELS, Cpu, Isa, level, missing_features
 
 #: The byte dot product written out in plain operations: layout, zero point and tiles of avx512-vnni on any machine.
 WRITTEN_OUT = "avx512-vnni, written out"

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from passopt.targets.tvm.kernels.mask_extents import MASKED, QUERY_BLOCK, mask_extents
-from passopt.targets.tvm.kernels.standalone import compile_kernel
+from passopt.targets.tvm.compiler.kernels.attention.mask_extents import MASKED, QUERY_BLOCK, mask_extents
+from passopt.targets.tvm.compiler.kernels.standalone import compile_kernel
 
 LOWEST = float(np.finfo(np.float32).min)
 

@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from passopt.targets.tvm.features import LEVELS, Cpu, Isa, level, missing_features
-from passopt.targets.tvm.kernels.computed_rows import rows_kernel
-from passopt.targets.tvm.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
-from passopt.targets.tvm.kernels.rms_norm import RmsNorm
-from passopt.targets.tvm.kernels.standalone import assembly, compile_kernel, member_of
-from passopt.targets.tvm.kernels.swiglu import Swiglu
+from passopt.targets.tvm.compiler.kernels.computed_rows import rows_kernel
+from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
+from passopt.targets.tvm.compiler.kernels.rms_norm import RmsNorm
+from passopt.targets.tvm.compiler.kernels.standalone import assembly, compile_kernel, member_of
+from passopt.targets.tvm.compiler.kernels.swiglu import Swiglu
+from passopt.targets.tvm.machines import LEVELS, Cpu, Isa, level, missing_features
 
 
 @pytest.fixture(params=[isa.name for isa in LEVELS])

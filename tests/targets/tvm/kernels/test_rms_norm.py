@@ -2,9 +2,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from passopt.targets.tvm.kernels.computed_rows import rows_kernel
-from passopt.targets.tvm.kernels.rms_norm import RmsNorm
-from passopt.targets.tvm.kernels.standalone import compile_kernel
+from passopt.targets.tvm.compiler.kernels.computed_rows import rows_kernel
+from passopt.targets.tvm.compiler.kernels.rms_norm import RmsNorm
+from passopt.targets.tvm.compiler.kernels.standalone import compile_kernel
 
 WEIGHTS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from passopt.targets.tvm.kernels.rotary import rotary
-from passopt.targets.tvm.kernels.standalone import compile_kernel
+from passopt.targets.tvm.compiler.kernels.rotary import rotary
+from passopt.targets.tvm.compiler.kernels.standalone import compile_kernel
 
 
 def reference(x, cos, sin, rotary_dim, interleaved):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from passopt.targets.tvm.kernels.computed_rows import rows_kernel
-from passopt.targets.tvm.kernels.standalone import compile_kernel
-from passopt.targets.tvm.kernels.swiglu import Swiglu
+from passopt.targets.tvm.compiler.kernels.computed_rows import rows_kernel
+from passopt.targets.tvm.compiler.kernels.standalone import compile_kernel
+from passopt.targets.tvm.compiler.kernels.swiglu import Swiglu
 
 
 def reference(gate, up):

@@ -1,0 +1,177 @@
+"""Does an export compute what the stock code computes? Answered on a small model of the checkpoint's own class.
+
+The stock class runs eagerly in fp32, the exported graph in onnxruntime, on the same weights rounded to the graph's
+dtype: prefill at once and in chunks, then decode, one sequence padded on the left. Errors are max|Δ| / max|reference|.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir
+import torch
+
+from passopt.frontends.checkpoint import Checkpoint
+from passopt.frontends.contract_names import cache_names
+from passopt.frontends.export import TORCH_DTYPES, export_family
+from passopt.frontends.family import CacheShape, Family
+from passopt.frontends.open_family import open_family
+from passopt.frontends.options import ExportOptions, Phase
+from passopt.frontends.quiet import quiet
+from passopt.ir.errors import CheckError
+from passopt.ir.graph.fp32_twin import fp32_twin
+from passopt.ir.serialization.model_files import MODEL_NAME, save_materialized
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.sources import safetensors_sources
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+#: Largest relative error by the graph's dtype; a bf16 graph is run as its fp32 twin.
+TOLERANCES = {DataType.FLOAT: 1e-4, DataType.BFLOAT16: 1e-4, DataType.FLOAT16: 2e-2}
+
+_LENGTH, _PADDING = 13, 4
+#: Positions per step, for every way to feed a graph.
+_STEPS: dict[Phase, tuple[tuple[int, ...], ...]] = {
+    "merged": ((13,), (6, 5, 1, 1)),
+    "prefill": ((13,),),
+    "decode": ((1,) * 13,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """Inputs of a padded batch and what the stock code makes of them, all at once and in fp32."""
+
+    shape: CacheShape
+    ids: Array
+    mask: Array
+    positions: Array
+    outputs: dict[str, Array]
+
+
+def self_check(
+    checkpoint: Checkpoint, options: ExportOptions, *, finish: Callable[[onnx_ir.Model], onnx_ir.Model]
+) -> float:
+    """The largest relative error over all outputs. `finish` is what follows an export, such as cleaning passes.
+
+    Runs the checkpoint's code, so it needs the same consent. Raises CheckError beyond the tolerance.
+    """
+    with tempfile.TemporaryDirectory(prefix="passopt-self-check-") as name:
+        scratch = Path(name)
+        with quiet(), open_family(checkpoint, options) as family:
+            reference = _run_stock_code(family, options.dtype, scratch)
+            graph = finish(export_family(family, options, scratch, small=True))
+        if options.dtype == DataType.BFLOAT16:
+            graph = fp32_twin(graph)
+        session = _session(graph, scratch)
+        runs = [_run_graph(session, reference, steps) for steps in _STEPS[options.phase]]
+        error = max(_error(reference, outputs) for outputs in runs)
+    if not error <= TOLERANCES[options.dtype]:
+        raise CheckError(
+            f"{checkpoint.directory}: the exported graph differs from the stock code by {error:.2e} of the largest "
+            f"value; {TOLERANCES[options.dtype]:.0e} is allowed for {options.dtype.name} "
+            f"(measured on a small model of the same class)"
+        )
+    return error
+
+
+def _run_stock_code(family: Family, dtype: DataType, scratch: Path) -> _Reference:
+    """The reference that a small model computes from random weights, which the family's checkpoint then holds."""
+    from safetensors.torch import save_file
+
+    with torch.no_grad():
+        model = family.build(torch.float32, small=True)
+        shape = family.cache_shape(model)
+        weights = {name: weight.to(TORCH_DTYPES[dtype]) for name, weight in _random_weights(model).items()}
+        _load(model, {name: weight.float() for name, weight in weights.items()})
+        reference = _reference(family, model.eval(), shape)
+    file = scratch / "weights.safetensors"
+    save_file(weights, file)
+    family.checkpoint = dataclasses.replace(family.checkpoint, tensors=safetensors_sources(file))
+    return reference
+
+
+def _load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give each parameter its weight, tied ones under all of their names."""
+    own = {parameter: name for name, parameter in model.named_parameters()}
+    names = {name: own[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    model.load_state_dict({name: weights[first] for name, first in names.items()}, strict=False, assign=True)
+
+
+def _random_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Weights under which activations keep their size; norm weights and lengths of rows are all distinct."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(shape: torch.Size) -> torch.Tensor:
+        if len(shape) == 1:
+            return 0.6 + 0.8 * torch.rand(shape, generator=random)
+        lengths = 0.5 + torch.rand(shape[0], 1, generator=random)
+        return torch.randn(shape, generator=random) * lengths / math.sqrt(shape[-1])
+
+    return {name: draw(weight.shape) for name, weight in model.named_parameters()}
+
+
+def _reference(family: Family, model: Any, shape: CacheShape) -> _Reference:
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, model.config.vocab_size, (2, _LENGTH), generator=random)
+    mask = torch.ones_like(ids)
+    mask[1, :_PADDING] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits, present = family.reference(model, ids, mask, positions)
+    states = [logits, *(state for layer in present for state in layer)]
+    names = ["logits", *cache_names("present", shape.layers)]
+    outputs = {name: state.numpy() for name, state in zip(names, states, strict=True)}
+    return _Reference(shape, ids.numpy(), mask.numpy(), positions.numpy(), outputs)
+
+
+def _session(graph: onnx_ir.Model, scratch: Path) -> Any:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    directory = scratch / "graph"
+    directory.mkdir()
+    save_materialized(graph, directory)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(directory / MODEL_NAME), options, providers=["CPUExecutionProvider"])
+
+
+def _run_graph(session: Any, reference: _Reference, steps: Sequence[int]) -> dict[str, Array]:
+    """Feed `steps` positions at a time, each step with the cache of the one before; logits are joined."""
+    inputs = {value.name: value.type for value in session.get_inputs()}
+    kind = np.float16 if "tensor(float16)" in inputs.values() else np.float32
+    names = [value.name for value in session.get_outputs()]
+    shape = reference.shape
+    empty = np.zeros((len(reference.ids), shape.heads, 0, shape.width), kind)
+    state = dict.fromkeys(cache_names("present", shape.layers), empty)
+    logits, done = [], 0
+    for count in steps:
+        here = slice(done, done + count)
+        feeds = {
+            "input_ids": reference.ids[:, here],
+            "attention_mask": reference.mask[:, : done + count],
+            "position_ids": reference.positions[:, here],
+            **{name.replace("present", "past", 1): cache for name, cache in state.items()},
+        }
+        outputs = session.run(names, {name: array for name, array in feeds.items() if name in inputs})
+        state = dict(zip(names, outputs, strict=True))
+        logits.append(state.pop("logits"))
+        done += count
+    return {"logits": np.concatenate(logits, axis=1), **state}
+
+
+def _error(reference: _Reference, outputs: dict[str, Array]) -> float:
+    """Over the positions that are no padding; NaN in the graph's outputs is an infinite error."""
+    valid = reference.mask.astype(bool)
+    errors = []
+    for name, expected in reference.outputs.items():
+        found = outputs[name].astype(np.float32)
+        difference = np.abs(found - expected)
+        by_position = difference if name == "logits" else difference.swapaxes(1, 2)
+        errors.append(float(by_position[valid].max() / np.abs(expected).max()))
+    return max(errors) if np.isfinite(errors).all() else math.inf

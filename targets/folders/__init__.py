@@ -1,0 +1,1 @@
+"""Write output folders and read them back: models per rank, companions, digests and the manifest."""

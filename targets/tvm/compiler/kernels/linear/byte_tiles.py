@@ -1,0 +1,117 @@
+"""Tiles of int32 sums in registers, and the codes and packed weights whose products they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from passopt.targets.tvm.compiler.kernels.emit import local, prefetch_ahead, span
+from passopt.targets.tvm.compiler.kernels.linear.byte_dot import ByteKernel, dot_of_numbers
+from passopt.targets.tvm.compiler.kernels.linear.prefetch import STRIDE, NextPanel
+from passopt.targets.tvm.compiler.kernels.quantize_rows import CodesLayout
+
+
+class Tile:
+    """Zeros for `count` rows × the vectors of a block: a buffer each, so that LLVM keeps each in a register."""
+
+    def __init__(self, kernel: ByteKernel, count: int) -> None:
+        from tvm.script.ir_builder import tirx as T
+
+        self.kernel, self.count = kernel, count
+        self._at = span(0, kernel.lanes)
+        self._sums = [[local(kernel.lanes, dtype="int32") for _ in range(kernel.tile_vectors)] for _ in range(count)]
+        for row in self._sums:
+            for register in row:
+                T.buffer_store(register, T.broadcast(T.int32(0), kernel.lanes), [self._at])
+
+    def add(self, row: int, vector: int, codes: Any, weights: Any) -> None:
+        """Onto one register, the products of codes and weights."""
+        from tvm.script.ir_builder import tirx as T
+
+        register = self._sums[row][vector]
+        T.buffer_store(register, self.kernel.dot(register[self._at], codes, weights), [self._at])
+
+    def values(self, row: int) -> list[Any]:
+        return [register[self._at] for register in self._sums[row]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """The weights of one block of columns, `count` groups from `first` on.
+
+    `block` counts from the first of the chunk, `source` from the first of all; `step` counts the panels of a block.
+    """
+
+    step: Any
+    block: Any
+    source: Any
+    first: Any
+    count: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """codes [rows, width] as `layout` says, and packed [blocks, groups, columns, group] of a linear with K = k."""
+
+    k: int
+    layout: CodesLayout
+    kernel: ByteKernel
+    rows: Any
+    codes: Any
+    packed: Any
+    #: The packed weights in the order of memory.
+    flat: Any
+
+    @property
+    def groups(self) -> int:
+        return whole_groups(self.k) // self.kernel.group
+
+    @property
+    def panel_groups(self) -> int:
+        """Groups of a panel: as even as `ByteKernel.depth` allows, whole strides of requests and so whole pairs."""
+        steps = -(-self.groups * self.kernel.group // self.kernel.depth)
+        return -(-self.groups // steps // STRIDE) * STRIDE
+
+    def panel_from(self, group: Any, count: Any) -> NextPanel:
+        """`count` groups of a block from `group` on, counted over all blocks."""
+        width = self.kernel.columns * self.kernel.group
+        return NextPanel(self.flat, group * width, count, width, item_bytes=1)
+
+    def prefetch_ahead(self, block: Any, group: Any) -> None:
+        """Asks for the weights that few rows come to a little later."""
+        width = self.kernel.columns * self.kernel.group
+        prefetch_ahead(self.flat, (block * self.groups + group) * width, width, item_bytes=1)
+
+    def weights(self, block: Any, group: Any, vector: int) -> Any:
+        """Of `lanes` outputs and one group, as the dot product takes them."""
+        kernel = self.kernel
+        width = kernel.lanes * kernel.group
+        read = self.packed.vload([block, group, vector * kernel.lanes, 0], f"int8x{width}")
+        return read if kernel.panel_dtype == "int8" else read.astype(f"{kernel.panel_dtype}x{width}")
+
+    def broadcast(self, row: Any, group: Any) -> Any:
+        """One group of a row's codes, in all lanes."""
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as T
+
+        kernel, dtype = self.kernel, self.layout.dtype
+        read = self.codes.vload([row, group * kernel.group], f"{dtype}x{kernel.group}")
+        if kernel.dot is dot_of_numbers:
+            return tirx.Shuffle([read] * kernel.lanes, list(range(kernel.group * kernel.lanes)))
+        word = T.broadcast(T.reinterpret("int32", read), kernel.lanes)
+        return T.bind(T.reinterpret(f"{dtype}x{kernel.lanes * kernel.group}", word))
+
+    def multiply(self, tile: Tile, rows: list[Any], block: Any, group: Any) -> None:
+        """One group of columns of every row, times every vector of weights, onto the tile."""
+        from tvm.script.ir_builder import tirx as T
+
+        weights = [T.bind(self.weights(block, group, vector)) for vector in range(self.kernel.tile_vectors)]
+        for row, at in enumerate(rows):
+            codes = self.broadcast(at, group)
+            for vector, weight in enumerate(weights):
+                tile.add(row, vector, codes, weight)
+
+
+def whole_groups(k: int) -> int:
+    """K with zeros up to whole groups of bytes and whole pairs of groups of int16."""
+    return -(-k // 4) * 4

@@ -1,0 +1,76 @@
+"""Linear layers over int8 weights and int8 activations: exact int32 sums, then row scale times weight scale, fp32.
+
+The levels differ in the dot product and agree in every bit of the sums: |code| ≤ 127, so K ≤ 133,000 cannot overflow
+int32, and no step saturates.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from onnx_ir import DataType
+
+from passopt.ir.weights.expressions import Expression
+from passopt.targets.tvm.compiler.kernels.emit import FUNCTION_ATTRIBUTES, argument, root_block, symbol
+from passopt.targets.tvm.compiler.kernels.linear.byte_dot import ByteKernel, byte_kernel
+from passopt.targets.tvm.compiler.kernels.linear.byte_linear import ByteLinear, Outputs
+from passopt.targets.tvm.compiler.kernels.linear.byte_tiles import Operands, whole_groups
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.quantize_rows import CodesLayout, codes_layout
+from passopt.targets.tvm.machines import Isa
+
+
+def plan_w8a8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
+    """y = (codes of x · codesᵀ) · row scale · scales, for int8 codes [N, K] and scales [N].
+
+    The function takes (codes as `codes_layout(K, isa)` says, row_scales f32[M], *weights, [residual,] y f32[M, N]).
+    """
+    n, k = codes.shape
+    kernel = byte_kernel(isa)
+    padded = -(-n // kernel.columns) * kernel.columns
+    weights = [
+        ("packed", codes.pad(1, whole_groups(k)).pack(kernel.columns, kernel.group)),
+        ("scales", scales.cast(DataType.FLOAT).pad(0, padded)),
+    ]
+    if codes_layout(k, isa).zero_point:
+        weights.append(("sums", codes.row_sums().pad(0, padded)))
+    make = partial(linear_w8a8, n, k, codes_layout(k, isa), kernel)
+    return LinearPlan(f"linear_w8a8_{n}_{k}", tuple(weights), make, "dynamic")
+
+
+def linear_w8a8(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, residual: bool = False) -> Any:
+    """The PrimFunc of `plan_w8a8`; row sums of the weights are an argument where codes have a zero point."""
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.script.ir_builder import tirx as T
+
+    blocks, groups = -(-n // kernel.columns), whole_groups(k) // kernel.group
+    padded = blocks * kernel.columns
+    with IRBuilder() as builder, T.prim_func(s_tir=True, is_private=True):
+        T.func_attr(FUNCTION_ATTRIBUTES)
+        rows = symbol("rows")
+        codes = argument("codes", (rows, layout.width), layout.dtype)
+        row_scales = argument("row_scales", (rows,))
+        packed = argument("packed", (blocks, groups, kernel.columns, kernel.group), "int8")
+        scales = argument("scales", (padded,))
+        sums = argument("sums", (padded,), "int32") if layout.zero_point else None
+        before = argument("residual", (rows, n)) if residual else None
+        y = argument("y", (rows, n))
+        with root_block():
+            flat = T.decl_buffer((groups * padded * kernel.group,), "int8", data=packed.data)
+            operands = Operands(k, layout, kernel, rows, codes, packed, flat)
+            value = partial(_scaled, row_scales, scales, sums, layout.zero_point)
+            ByteLinear(operands, Outputs(n, y, before, value)).emit()
+    return builder.get()
+
+
+def _scaled(
+    row_scales: Any, scales: Any, sums: Any, zero_point: int, row: Any, totals: list[Any], at: Any, lanes: int
+) -> Any:
+    """Sums of codes, less the zero point times `sums` of the weights, times both scales."""
+    from tvm.script.ir_builder import tirx as T
+
+    (total,) = totals
+    if sums is not None:
+        total = total - sums[at] * T.broadcast(T.int32(zero_point), lanes)
+    return total.astype(f"float32x{lanes}") * T.broadcast(row_scales[row], lanes) * scales[at]

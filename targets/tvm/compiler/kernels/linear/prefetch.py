@@ -1,0 +1,52 @@
+"""Asking for the weights that come next, so that no tile waits for memory.
+
+Every tile of a panel asks for its share of the panel after it, few lines per step: as many as memory delivers while the
+tile is computed. More of them at once would fill the CPU's line buffers, and then the tile waits all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from passopt.targets.tvm.compiler.kernels.emit import L2, LINE_BYTES, opaque, prefetch
+
+#: Steps between two requests.
+STRIDE = 4
+#: Among how many tiles the requests for a panel are shared out, if there are as many; two at least.
+SHARES = (16, 8, 4, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextPanel:
+    """A panel of `steps` rows of `row_bytes`, from element `start` of the flat buffer `weights` on."""
+
+    weights: Any
+    start: Any
+    steps: Any
+    row_bytes: int
+    item_bytes: int
+
+    def each_step(self, tile: Any, tiles: Any, body: Callable[[Any], None]) -> None:
+        """`body(step)` for all steps, with the requests of tile number `tile` of `tiles` among them."""
+        from tvm.script.ir_builder import tirx as T
+
+        lines = max(1, STRIDE * self.row_bytes // LINE_BYTES)
+        requests = T.int64(max(1, lines // SHARES[-1]))
+        for shares in reversed(SHARES[:-1]):
+            requests = T.if_then_else(tiles >= shares, T.int64(max(1, lines // shares)), requests)
+        # Known when the kernel runs: code for each of the numbers would be three times as much, and no faster.
+        requests = opaque(requests)
+        strides = self.steps // STRIDE if isinstance(self.steps, int) else opaque(self.steps // STRIDE)
+        line = LINE_BYTES // self.item_bytes
+        first = opaque(self.start + tile % (lines // requests) * (strides * requests * line))
+        with T.serial(0, strides) as stride:
+            with T.serial(0, requests) as request:
+                prefetch(self.weights, [first + (stride * requests + request) * line], L2)
+            for step in range(STRIDE):
+                body(stride * STRIDE + step)
+        if isinstance(self.steps, int) and self.steps % STRIDE == 0:
+            return
+        with T.serial(0, self.steps - strides * STRIDE) as rest:
+            body(strides * STRIDE + rest)

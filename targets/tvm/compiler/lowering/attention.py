@@ -1,0 +1,226 @@
+"""Attention with the cache in place: new keys and values are written into it, one kernel reads it back.
+
+Without a cache in place (a fallback that the user allows) the cache is joined at every step and small operators do the
+rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.graph.attributes import attribute
+from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
+from passopt.targets.tvm.compiler.kernels.attention.attention import attention
+from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
+from passopt.targets.tvm.compiler.kernels.attention.mask_extents import QUERY_BLOCK, mask_extents
+from passopt.targets.tvm.compiler.lowering.registry import lowers
+from passopt.targets.tvm.compiler.lowering.values import CacheSlot, Length, Tvm, Unsupported, Values, product
+
+ATTENTION = "Attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionParts:
+    """The operands of a fused attention of either kind; [b, h, s, d] each."""
+
+    query: onnx_ir.Value
+    key: onnx_ir.Value
+    value: onnx_ir.Value
+    mask: onnx_ir.Value | None
+    past_key: onnx_ir.Value | None
+    past_value: onnx_ir.Value | None
+    slopes: onnx_ir.Value | None
+    positions: onnx_ir.Value | None
+
+
+def find_attention(node: onnx_ir.Node) -> AttentionParts | None:
+    """What a fused attention reads; None for any other node."""
+    given = [*node.inputs, *[None] * (8 - len(node.inputs))]
+    query, key, value = given[:3]
+    if query is None or key is None or value is None:
+        return None
+    if (node.domain, node.op_type) == ("", ATTENTION):
+        return AttentionParts(query, key, value, given[3], given[4], given[5], None, None)
+    if node.domain == DOMAIN and node.op_type in {ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE}:
+        return AttentionParts(query, key, value, given[5], given[6], given[7], given[3], given[4])
+    return None
+
+
+@lowers(ATTENTION)
+@lowers(ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, domain=DOMAIN)
+def fused_attention(at: Values, node: onnx_ir.Node) -> None:
+    parts = find_attention(node)
+    if parts is None or len(node.outputs) > 3:
+        raise Unsupported("attention that gives its scores")
+    slot = at.cache.slots.get(parts.past_key) if at.cache is not None and parts.past_key is not None else None
+    if slot is None:
+        joined_attention(at, node, parts)
+        return
+    in_place_attention(at, node, parts, slot)
+
+
+def in_place_refusal(node: onnx_ir.Node) -> str | None:
+    """Why a fused attention cannot keep its cache in place, None if it can."""
+    parts = find_attention(node)
+    if parts is None or len(node.outputs) > 3:
+        return "attention that gives its scores"
+    shape = parts.mask.shape if parts.mask is not None else None
+    if shape is not None and len(shape) == 4 and shape[1] != 1:
+        return f"its mask has shape {shape}: the kernel takes one for all heads"
+    return None
+
+
+def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, slot: CacheSlot) -> None:
+    """Append to the cache, then attend over it. `present` outputs are the cache itself: nobody may read them."""
+    from tvm import relax
+
+    assert at.cache is not None
+    query, isa, past = _by_position(at, parts.query, node, "q_num_heads"), at.machine.isa, at.cache.past
+    dims = at.shape_of(query)
+    heads, width = dims[2], dims[3]
+    kv_heads = at.shape_of(slot.key)[1]
+    append = at.function(
+        f"append_cache_{kv_heads}_{width}_{slot.dtype}", lambda: append_cache(kv_heads, width, slot.dtype, isa)
+    )
+    new = [_by_position(at, value, node, "kv_num_heads") for value in (parts.key, parts.value)]
+    cache = at.emit(
+        relax.op.call_tir_inplace(
+            append, [*new, slot.key, slot.value, past], inplace_indices=[2, 3], out_ty=[slot.key.ty, slot.value.ty]
+        )
+    )
+    mask = _mask(at, node, parts.mask, dims[1], past + dims[1])
+    extents = at.once(("extents", mask), lambda: _extents(at, mask))
+    scale = _scale(node, width)
+    softcap = float(attribute(node, "softcap", 0.0))
+    bias = [] if parts.slopes is None else [_slopes(at, parts.slopes, heads), at.tensor(parts.positions)]
+    name = f"attention_{heads}_{kv_heads}_{width}_{slot.dtype}_{scale:.9g}" + ("_alibi" if bias else "")
+    name = (name + (f"_cap{softcap:g}" if softcap else "")).replace(".", "_").replace("-", "_")
+    alibi = bool(bias)
+    arguments = [query, at.emit(cache[0]), at.emit(cache[1]), mask, extents, *bias]
+
+    def make() -> Tvm:
+        return attention(heads, kv_heads, width, scale, slot.dtype, isa, alibi, softcap)
+
+    _set_result(at, node, parts, at.call(name, make, arguments, dims))
+    at.note(f"attention: {name}")
+
+
+def _by_position(at: Values, value: onnx_ir.Value, node: onnx_ir.Node, heads: str) -> Tvm:
+    """[b, s, h, d] of [b, h, s, d], or of [b, s, h·d] with the number of heads in an attribute."""
+
+    if at.has_heads(value) or len(at.shape(value)) == 4:
+        return at.heads(value)
+    count, dims = attribute(node, heads, 0), at.shape(value)
+    if len(dims) != 3 or not count or not isinstance(dims[2], int):
+        raise Unsupported(f"attention over {len(dims)} axes with {heads} {count}")
+    return at.view(at.tensor(value), [*dims[:2], count, dims[2] // count])
+
+
+def _set_result(at: Values, node: onnx_ir.Node, parts: AttentionParts, result: Tvm) -> None:
+    """[b, s, h, d] as the output's own shape."""
+
+    if at.has_heads(parts.query) or len(at.shape(parts.query)) == 4:
+        at.set_heads(node.outputs[0], result)
+        return
+    dims = at.shape_of(result)
+    at.set(node.outputs[0], at.view(result, [*dims[:2], product(dims[2:])]))
+
+
+def _scale(node: onnx_ir.Node, width: int) -> float:
+    found = attribute(node, "scale", None)
+    return float(found) if found is not None else width**-0.5
+
+
+def _slopes(at: Values, slopes: onnx_ir.Value, heads: int) -> Tvm:
+
+    return at.view(at.tensor(slopes), [heads])
+
+
+def _extents(at: Values, mask: Tvm) -> Tvm:
+    from tvm import relax
+
+    dims, isa = at.shape_of(mask), at.machine.isa
+    blocks = (dims[2] + QUERY_BLOCK - 1) // QUERY_BLOCK
+    if dims[1] != 1:
+        raise Unsupported("a mask per head")
+    kind = relax.TensorType([dims[0], blocks, 2], "int32")
+    return at.call_typed("mask_extents", lambda: mask_extents(isa), [mask], kind)
+
+
+def _mask(at: Values, node: onnx_ir.Node, mask: onnx_ir.Value | None, rows: Length, columns: Length) -> Tvm:
+    """[1 or b, 1 or h, s, t] to add to the scores, one for all layers that share it."""
+    causal = bool(attribute(node, "is_causal", 0))
+    given = None if mask is None else at.tensor(mask)
+    return at.once(("mask", given, causal), lambda: _additive(at, given, causal, rows, columns))
+
+
+def _additive(at: Values, given: Tvm, causal: bool, rows: Length, columns: Length) -> Tvm:
+    from tvm import relax
+
+    found = None
+    if given is not None:
+        found = given
+        if str(given.ty.dtype) == "bool":
+            found = _masked(at, given)
+        dims = at.shape_of(found)
+        found = at.view(found, [*[1] * (4 - len(dims)), *dims])
+        dims = at.shape_of(found)
+        for length, wanted in ((dims[2], rows), (dims[3], columns)):
+            if not at.equal(length, wanted) and not (isinstance(length, int) and length == 1):
+                raise Unsupported(f"a mask [.., {dims[2]}, {dims[3]}] over scores [.., {rows}, {columns}]")
+        if not at.equal(dims[2], rows) or not at.equal(dims[3], columns):
+            found = at.emit(relax.op.broadcast_to(found, [*dims[:2], rows, columns]))
+    if causal:
+        past = columns - rows
+        own = at.emit(relax.op.expand_dims(at.emit(relax.op.arange(past, past + rows, 1, "int64")), [1]))
+        seen = at.emit(relax.op.less_equal(at.emit(relax.op.arange(0, columns, 1, "int64")), own))
+        bias = at.emit(relax.op.reshape(_masked(at, seen), [1, 1, rows, columns]))
+        found = bias if found is None else at.emit(relax.op.add(found, bias))
+    return found if found is not None else at.emit(relax.op.zeros([1, 1, rows, columns], "float32"))
+
+
+def _masked(at: Values, seen: Tvm) -> Tvm:
+    from tvm import relax
+
+    zero, hidden = at.literal(np.zeros((), np.float32)), at.literal(np.full((), -np.inf, np.float32))
+    return at.emit(relax.op.where(seen, zero, hidden))
+
+
+def joined_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts) -> None:
+    """The same by small operators, with the cache joined to what is new; slow, and only where the user allows it."""
+    from tvm import relax
+
+    op = relax.op
+    names = ("q_num_heads", "kv_num_heads", "kv_num_heads")
+    query, key, value = (
+        at.emit(op.permute_dims(_by_position(at, item, node, name), [0, 2, 1, 3]))
+        for item, name in zip((parts.query, parts.key, parts.value), names, strict=True)
+    )
+    for position, past in ((1, parts.past_key), (2, parts.past_value)):
+        if past is None:
+            continue
+        joined = at.emit(op.concat([at.tensor(past), key if position == 1 else value], 2))
+        at.set(node.outputs[position], joined)
+        key, value = (joined, value) if position == 1 else (key, joined)
+    dims = at.shape_of(query)
+    groups = dims[1] // at.shape_of(key)[1]
+    if groups > 1:
+        key, value = (at.emit(op.repeat(item, groups, 1)) for item in (key, value))
+    scale = at.literal(np.asarray(_scale(node, dims[3]), np.float32))
+    scores = at.emit(op.multiply(at.emit(op.matmul(query, at.emit(op.permute_dims(key, [0, 1, 3, 2])))), scale))
+    softcap = float(attribute(node, "softcap", 0.0))
+    if softcap:
+        cap = at.literal(np.asarray(softcap, np.float32))
+        scores = at.emit(op.multiply(at.emit(op.tanh(at.emit(op.divide(scores, cap)))), cap))
+    columns = at.shape_of(key)[2]
+    if parts.slopes is not None:
+        places = at.emit(op.expand_dims(at.tensor(parts.positions), [1, 2]))
+        slopes = at.emit(op.reshape(at.tensor(parts.slopes), [1, dims[1], 1, 1]))
+        scores = at.emit(op.add(scores, at.emit(op.multiply(slopes, places))))
+    scores = at.emit(op.add(scores, _mask(at, node, parts.mask, dims[2], columns)))
+    weights = at.emit(op.nn.softmax(scores, -1))
+    result = at.emit(op.matmul(weights, value))
+    _set_result(at, node, parts, at.emit(op.permute_dims(result, [0, 2, 1, 3])))

@@ -1,0 +1,194 @@
+"""Every linear to a native kernel over packed weights; with dynamic activations its rows are quantised first, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import onnx_ir
+
+from passopt.ir.graph.linears import Linear, QuantizedRows, find_linear
+from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight
+from passopt.targets.tvm.compiler.kernels.linear.choose import plan_float, plan_int8
+from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import plan_w8a8
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
+from passopt.targets.tvm.compiler.lowering.readers import behind_casts, read_by_none_but
+from passopt.targets.tvm.compiler.lowering.values import Length, Tvm, Unsupported, Values, product
+
+#: Values behind a weight that is computed; what lies deeper is no weight.
+_LONGEST_COMPUTATION = 24
+#: Why a MatMul is no linear.
+WEIGHT_IS_COMPUTED = "its weight is computed anew at every step; run fold-norm-head before"
+BOTH_COMPUTED = "both sides are computed: attention that was not fused"
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedLinear:
+    """`output` = `residual` + a linear without bias that nothing else reads; of equal rank, perhaps broadcast."""
+
+    linear: Linear
+    residual: onnx_ir.Value
+    output: onnx_ir.Value
+
+
+def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
+    """The sum of a linear and a tensor of its rank, as behind attention and feed-forward; None for any other node.
+
+    Whether their lengths are the same is seen when they are lowered: two unknown lengths of a graph look alike.
+    """
+    if node.op_type != "Add" or node.domain:
+        return None
+    for operand, residual in (node.inputs, reversed(node.inputs)):
+        result = behind_casts(operand)
+        producer = result.producer() if result is not None else None
+        linear = find_linear(producer) if producer is not None else None
+        if linear is None or residual is None or result is None or linear.bias is not None:
+            continue
+        if residual.shape is None or result.shape is None or constant_tensor(residual) is not None:
+            continue
+        if len(residual.shape) == len(result.shape):
+            return AddedLinear(linear, residual, node.outputs[0])
+    return None
+
+
+def lower_linear(at: Values, linear: Linear) -> None:
+    """y = x · wᵀ + bias."""
+    from tvm import relax
+
+    result = _product(at, linear, None)
+    if linear.bias is not None:
+        result = at.emit(relax.op.add(result, at.tensor(linear.bias)))
+    at.set(linear.output, result)
+
+
+def lower_added_linear(at: Values, added: AddedLinear) -> None:
+    """y = residual + x · wᵀ, in one kernel if the residual has the shape of the product."""
+    from tvm import relax
+
+    linear, residual = added.linear, added.residual
+    if at.same_lengths(at.shape(residual), _result_shape(at, linear)):
+        at.set(added.output, _product(at, linear, residual))
+        return
+    at.set(added.output, relax.op.add(_product(at, linear, None), at.tensor(residual)))
+
+
+def _product(at: Values, linear: Linear, residual: onnx_ir.Value | None) -> Tvm:
+    plan = _plan(at, linear)
+    weights = [_weight(at, linear, suffix, position, plan) for position, suffix in enumerate(_suffixes(plan))]
+    if linear.rows is None:
+        data = [_flat(at, linear.input)]
+    else:
+        data = _quantized(at, _row_codes(at, linear.input, linear.rows))
+    before = [] if residual is None else [_flat(at, residual)]
+    name = plan.name if residual is None else f"{plan.name}_residual"
+    *dims, channels = _result_shape(at, linear)
+    make = partial(plan.function, residual=residual is not None)
+    result = at.call(name, make, [*data, *weights, *before], [at.simplified(product(dims)), channels])
+    at.note(f"linear: {name}")
+    at.quantized.add(plan.quantized)
+    return at.view(result, [*dims, channels])
+
+
+def _result_shape(at: Values, linear: Linear) -> list[Length]:
+    return [*at.shape(linear.input)[:-1], linear.weight.expression().shape[0]]
+
+
+def _flat(at: Values, value: onnx_ir.Value) -> Tvm:
+    """The value as rows of its last axis."""
+    found = at.tensor(value)
+    dims = at.shape_of(found)
+    return at.view(found, [at.simplified(product(dims[:-1])), dims[-1]])
+
+
+def _plan(at: Values, linear: Linear) -> LinearPlan:
+    weight, scales, isa = linear.weight.expression(), linear.scales_expression(), at.machine.isa
+    if scales is None:
+        return plan_float(weight, isa)
+    return plan_int8(weight, scales, isa) if linear.rows is None else plan_w8a8(weight, scales, isa)
+
+
+def _suffixes(plan: LinearPlan) -> list[str]:
+    return [suffix for suffix, _ in plan.weights]
+
+
+def _weight(at: Values, linear: Linear, suffix: str, position: int, plan: LinearPlan) -> Tvm:
+    """A weight of the plan as a parameter, named after the model's."""
+    name = linear.weight.value.name if suffix != "scales" or linear.scales is None else linear.scales.name
+    expression = plan.weights[position][1]
+    return at.parameter(f"{name}.{suffix}" if suffix != "scales" else str(name), expression)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowCodes:
+    """The call of a kernel that gives codes and scales of `count` rows; equal keys are equal rows."""
+
+    key: object
+    kernel: str
+    make: Callable[[], Tvm]
+    arguments: tuple[Tvm, ...]
+    count: Length
+    width: int
+
+
+def _row_codes(at: Values, data: onnx_ir.Value, quantized: QuantizedRows) -> _RowCodes:
+    """Of rows in memory; or by the kernel that computes them, if nothing else reads them."""
+    isa, computed = at.machine.isa, at.rows_to_come(data)
+    # A thread of a GPU has no memory of its own for a row.
+    if computed is None or isa.is_gpu or not read_by_none_but(computed.value, quantized.nodes):
+        rows = _flat(at, data)
+        count, width = at.shape_of(rows)
+        return _RowCodes(rows, f"quantize_rows_{width}", partial(quantize_rows, width, isa), (rows,), count, width)
+    kernel = computed.kernel
+    make = partial(quantize_computed, kernel, isa)
+    return _RowCodes(data, f"{kernel.name}_quantized", make, computed.arguments, computed.count, kernel.width)
+
+
+def _quantized(at: Values, rows: _RowCodes) -> list[Tvm]:
+    """Codes and scales of the rows, computed once for all linears of one input."""
+    from tvm import relax
+
+    layout = codes_layout(rows.width, at.machine.isa)
+    types = [
+        relax.TensorType([rows.count, layout.width], layout.dtype),
+        relax.TensorType([rows.count], "float32"),
+    ]
+
+    def call() -> Tvm:
+        at.note(f"rows: {rows.kernel}")
+        return at.call_typed(rows.kernel, rows.make, rows.arguments, types)
+
+    found = at.once(("rows", rows.key), call)
+    codes = at.once(("codes", rows.key), lambda: at.emit(found[0]))
+    return [codes, at.once(("scales", rows.key), lambda: at.emit(found[1]))]
+
+
+def lower_product(at: Values, node: onnx_ir.Node) -> None:
+    """A MatMul of two computed values. Only an outer product is lowered natively: it is a multiplication."""
+    from tvm import relax
+
+    if is_computed_weight(node.inputs[1]):
+        raise Unsupported(WEIGHT_IS_COMPUTED)
+    first, second = (at.tensor(value) for value in node.inputs)
+    inner = at.shape_of(first)[-1]
+    if isinstance(inner, int) and inner == 1:
+        at.set(node.outputs[0], relax.op.multiply(first, second))
+        return
+    raise Unsupported(BOTH_COMPUTED)
+
+
+def is_computed_weight(value: onnx_ir.Value | None) -> bool:
+    """Arithmetic over checkpoint weights alone, such as a head that normalises its rows."""
+    seen, waiting, weights = set(), [value], 0
+    while waiting:
+        item = waiting.pop()
+        if item is None or item in seen:
+            continue
+        seen.add(item)
+        if item.is_graph_input() or len(seen) > _LONGEST_COMPUTATION:
+            return False
+        producer = item.producer()
+        weights += producer is None and is_checkpoint_weight(item)
+        waiting += producer.inputs if producer is not None else ()
+    return weights > 0

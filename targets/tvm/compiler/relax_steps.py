@@ -1,0 +1,113 @@
+"""The Relax passes between lowering and code, in the open: named steps, in this order, printable after each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from passopt.ir.errors import ModelError, PassoptError, UsageError
+
+Tvm = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A named Relax pass; `make` gives it."""
+
+    name: str
+    summary: str
+    make: Callable[[], Tvm]
+
+
+def steps(kind: str = "llvm") -> tuple[Step, ...]:
+    """All steps for a kind of target (llvm or cuda) in order."""
+    from tvm.relax import backend, transform
+
+    gpu = kind == "cuda"
+    return (
+        *((Step("bind-threads", "kernels as grids of threads", _bind_threads),) if gpu else ()),
+        Step("dispatch-scan", "cumulative sums to TIR", backend.DispatchSortScan),
+        Step("legalize", "small operators to TIR; kernels are TIR already", transform.LegalizeOps),
+        Step("annotate-patterns", "which TIR functions may be fused", transform.AnnotateTIROpPattern),
+        Step("fold-constants", "small constants only: weights are parameters", transform.FoldConstant),
+        Step("fuse-ops", "group small operators", transform.FuseOps),
+        Step("fuse-tir", "each group one TIR function; equal ones are shared by all layers", transform.FuseTIR),
+        *((Step("schedule-small", "TVM's own grids for small operators", _schedule_small),) if gpu else ()),
+        Step("dead-code", "functions and values that nothing reads", transform.DeadCodeElimination),
+        Step("view-reshapes", "reshapes become views", transform.RewriteDataflowReshape),
+        Step("leave-dataflow", "plain bindings from here on", transform.ToNonDataflow),
+        Step("drop-purity", "calls may write from here on", transform.RemovePurityChecking),
+        Step("allocate", "call_tir becomes a call on allocated memory", transform.CallTIRRewrite),
+        Step("plan-memory", "memory is used again", transform.StaticPlanBlockMemory),
+        Step("lower-allocations", "allocations as the runtime knows them", transform.LowerAllocTensor),
+        Step("free-early", "memory is released after its last use", transform.KillAfterLastUse),
+        Step("lower-builtins", "calls of the runtime", transform.LowerRuntimeBuiltin),
+        Step("compute-lengths", "arithmetic over lengths to functions", transform.ComputePrimValue),
+        Step("lower-shapes", "lengths are read off the inputs and checked", transform.VMShapeLower),
+        Step("name-symbols", "every function its name in the library", transform.AttachGlobalSymbol),
+    )
+
+
+def _bind_threads() -> Tvm:
+    """So early that there are no functions but the kernels."""
+    import tvm
+    from tvm import tirx
+
+    from passopt.targets.tvm.compiler.gpu_grid import bind_threads
+
+    def bind(module: Tvm, _: Tvm) -> Tvm:
+        changed = {
+            name: bind_threads(function, str(name.name_hint))
+            for name, function in module.functions_items()
+            if isinstance(function, tirx.PrimFunc)
+        }
+        module.update(tvm.IRModule(changed))
+        return module
+
+    return tvm.transform.module_pass(bind, opt_level=0, name="bind-threads")
+
+
+def _schedule_small() -> Tvm:
+    from tvm.s_tir import dlight
+
+    return dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())
+
+
+#: Fusing is only for speed, and TVM 0.27 fails on some groups (Gemma 2's masks): then small operators stay apart.
+FUSING = ("fuse-ops", "fuse-tir")
+SKIPPED = "fusing skipped"
+
+
+def run_steps(module: Tvm, target: Tvm, on_step: Callable[[str, Tvm], None] | None = None) -> Tvm:
+    """The module after all steps; `on_step` gets each step's name and the module after it.
+
+    If TVM cannot fuse the module, `on_step` is told so by the name `SKIPPED`. Raises ModelError that names the step.
+    """
+    unfused = module
+    with target:
+        for step in steps(str(target.kind.name)):
+            unfused = module if step.name == FUSING[0] else unfused
+            name = step.name
+            try:
+                module = step.make()(module)
+            except PassoptError:
+                raise
+            except Exception as error:  # TVM's errors have no common base
+                if step.name not in FUSING:
+                    last = str(error).strip().splitlines()[-1:]
+                    raise ModelError(f"TVM fails in step {step.name!r}: {' '.join(last)}") from error
+                module, name = unfused, SKIPPED
+            if on_step is not None:
+                on_step(name, module)
+    return module
+
+
+def check_step_names(names: list[str], kind: str = "llvm") -> None:
+    """Raises UsageError with the names there are."""
+    known = steps(kind)
+    for name in names:
+        if name not in {step.name for step in known}:
+            width = max(len(step.name) for step in known)
+            table = "\n".join(f"  {step.name:{width}}  {step.summary}" for step in known)
+            raise UsageError(f"no step {name!r}; the steps are, in their order:\n{table}")

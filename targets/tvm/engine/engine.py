@@ -1,0 +1,339 @@
+"""The engine: a compiled folder of one rank, loaded, with its key/value caches.
+
+Everything that can be refused (CPU, digests, lengths) is refused before anything of the library runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import blake3
+import numpy as np
+import numpy.typing as npt
+
+from passopt.ir.errors import ModelError, UsageError
+from passopt.targets.tvm.compiled_folder import CacheLayout, Library, RankFolders, read_library
+from passopt.targets.tvm.engine import virtual_machine
+from passopt.targets.tvm.engine.available_memory import check_caches, check_copy, no_room
+from passopt.targets.tvm.engine.cores import count_cores
+from passopt.targets.tvm.engine.mapped_weights import WeightsMap
+from passopt.targets.tvm.machines import missing_features
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+#: A longer prefill runs in parts: intermediate results stay in the caches of the CPU, and their memory is bounded.
+PREFILL_COLUMNS = 192
+
+_CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Engine:
+    """A loaded model. `batch` sequences advance together; column `past` is the next one to be written.
+
+    `capacity` is the most columns that the caches hold; `cache_bytes` what they take at that length.
+    """
+
+    def __init__(self, library: Library, machine: virtual_machine.VirtualMachine, parameters: Sequence[Any]) -> None:
+        """Use `Engine.load`."""
+        self.library = library
+        self._machine = machine
+        self._parameters = tuple(parameters)
+        self._past: _Past
+        #: Length of the calls whose intermediate results still have memory.
+        self._buffers_of = 1
+        self.batch = 0
+        self.capacity = 0
+        #: Columns that were ever written: what lies behind them takes no memory yet.
+        self._written = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        batch: int = 1,
+        capacity: int | None = None,
+        threads: int | None = None,
+        verify_weights: bool = False,
+        copy_weights: bool = False,
+        progress: Callable[[int], None] | None = None,
+        alone: bool = True,
+    ) -> Engine:
+        """Load the library in `folder` and make room for `batch` sequences of `capacity` columns.
+
+        `capacity` defaults to the model's positions, `threads` to the cores. Weights are hashed on the first load of a
+        file, and with `verify_weights`; they stay a map of the file, unless `copy_weights` asks for memory of this
+        process. `progress` gets the bytes of weights read since its last call. A rank, which is not `alone`, calls
+        collectives that are registered before, and whoever starts all ranks has checked that their copies fit.
+        Raises ModelError (damaged or incomplete folder, another CPU), UsageError.
+        """
+        threads = count_cores() if threads is None else threads
+        if threads < 1:
+            raise UsageError(f"{threads} threads: at least one is needed")
+        library = read_library(folder)
+        if isinstance(library, RankFolders):
+            raise ModelError(
+                f"{folder}: holds one library per rank; a single engine loads one without tensor parallelism"
+            )
+        if library.degree > 1 and alone:
+            raise ModelError(f"{folder}: is rank {library.rank} of {library.degree}; alone it is no whole model")
+        _check_target(folder, library)
+        _check_cpu(folder, library)
+        _check_code(folder / library.library.file, library)
+        capacity = checked_capacity(library, batch, capacity)
+        if alone:
+            copied = library.weights.nbytes if copy_weights else 0
+            check_copy(folder, copied)
+            check_caches([library.cache], batch, capacity, copied=copied)
+        with WeightsMap(folder / library.weights.file, library.weights) as weights:
+            machine = virtual_machine.VirtualMachine(folder / library.library.file, library.function, threads)
+            unknown = verify_weights or not weights.is_stamped()
+            if unknown or copy_weights:
+                weights.read(threads, verify=unknown, copy=copy_weights, progress=progress)
+            if unknown:
+                weights.stamp()
+            engine = cls(library, machine, weights.tensors(library.parameters))
+        engine.allocate(batch, capacity)
+        return engine
+
+    @property
+    def past(self) -> int:
+        """Columns in the caches."""
+        return self._past.columns
+
+    @property
+    def vocab(self) -> int:
+        return self.library.logits.vocab
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.library.max_positions
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model reads `positions`; otherwise a column's number is its position."""
+        return "position_ids" in self.library.inputs
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches at `capacity`: 2 · layers · batch · kv_heads · capacity · head_dim · size."""
+        return self.library.cache.nbytes(self.batch, self.capacity)
+
+    def allocate(self, batch: int, capacity: int | None = None) -> None:
+        """Forget everything and make room for other sequences. Raises UsageError."""
+        capacity = checked_capacity(self.library, batch, capacity)
+        layout = self.library.cache
+        check_caches([layout], batch, capacity, held=layout.nbytes(self.batch, self._written))
+        kind = _InPlace if layout.kind == "in-place" else _Functional
+        self._past = kind(layout, batch, capacity)
+        self.batch, self.capacity, self._written = batch, layout.rounded(capacity), 0
+
+    def reset(self) -> None:
+        """Forget all columns; the room stays."""
+        self.truncate(0)
+
+    def truncate(self, columns: int) -> None:
+        """Forget all columns but the first `columns`. Raises UsageError if there are fewer."""
+        if not 0 <= columns <= self.past:
+            raise UsageError(f"cannot keep {columns} columns of {self.past}")
+        self._past.truncate(columns)
+
+    def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike, positions: npt.ArrayLike | None = None) -> Logits:
+        """Append `ids` [batch, seq] and return logits [batch, seq, vocab], or [batch, 1, vocab] of the last column.
+
+        `mask` [batch, past + seq] is 1 where a column counts. `positions` [batch, seq] are read by models that take
+        them; by default the number of counting columns to the left. Raises UsageError before anything runs.
+        """
+        columns = _whole_numbers("ids", ids)
+        self._check_ids(columns)
+        seq = columns.shape[1]
+        seen = _whole_numbers("mask", mask)
+        if seen.shape != (self.batch, self.past + seq):
+            raise UsageError(
+                f"mask has shape {list(seen.shape)}, expected {[self.batch, self.past + seq]} (past + seq)"
+            )
+        found = self._checked_positions(seen, seq, positions) if self.takes_positions else None
+        before = self.past
+        try:
+            logits = [self._forward(columns, seen, found, before, *part) for part in self._parts(seq)]
+        except BaseException:
+            self._past.truncate(before)
+            raise
+        if self.library.logits.positions == "last":
+            return logits[-1]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
+
+    def _parts(self, seq: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the parts that a prefill of `seq` columns runs in, about equal, the longest first."""
+        count = -(-seq // PREFILL_COLUMNS) if self.library.cache.kind == "in-place" else 1
+        longest = -(-seq // count)
+        return ((start, min(start + longest, seq)) for start in range(0, seq, longest))
+
+    def _forward(self, ids: Ids, mask: Ids, positions: Ids | None, past: int, start: int, stop: int) -> Logits:
+        """Columns `start` to `stop` of `ids`, which stand behind `past` columns and all before `start`."""
+        arguments = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, : past + stop]}
+        if positions is not None:
+            arguments["position_ids"] = positions[:, start:stop]
+        inputs = [virtual_machine.tensor(arguments[name]) for name in self.library.inputs]
+        self._release_unless(stop - start)
+        shape = virtual_machine.runtime().Shape((self.past,))
+        result = self._machine(*inputs, shape, *self._past.tensors, *self._parameters)
+        logits = self._past.take(result, stop - start)
+        self._written = max(self._written, self.past)
+        return logits
+
+    def _release_unless(self, seq: int) -> None:
+        """Intermediate results of a prefill keep their memory for the next one of the same length, not for decoding."""
+        if self._buffers_of not in (1, seq):
+            self._machine.release_buffers()
+        self._buffers_of = seq
+
+    def _check_ids(self, ids: Ids) -> None:
+        if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] < 1:
+            raise UsageError(f"ids have shape {list(ids.shape)}, expected [{self.batch}, at least 1]: input is empty")
+        if ids.min() < 0 or ids.max() >= self.vocab:
+            bad = next(int(number) for number in ids.flat if not 0 <= number < self.vocab)
+            raise UsageError(f"token id {bad} is outside of the vocabulary (0 to {self.vocab - 1})")
+        wanted = self.past + ids.shape[1]
+        if wanted > self.capacity:
+            raise UsageError(
+                f"{ids.shape[1]} columns after {self.past} make {wanted}; the caches hold {self.capacity}. "
+                f"Ask for a larger capacity, or shorten the input."
+            )
+        if self.max_positions is not None and not self.takes_positions and wanted > self.max_positions:
+            raise UsageError(f"{wanted} columns: the model has {self.max_positions} positions. Shorten the input.")
+
+    def _checked_positions(self, mask: Ids, seq: int, positions: npt.ArrayLike | None) -> Ids:
+        if positions is None:
+            found = np.maximum(np.cumsum(mask, axis=1)[:, -seq:] - 1, 0)
+        else:
+            found = _whole_numbers("positions", positions)
+        if found.shape != (self.batch, seq):
+            raise UsageError(f"positions have shape {list(found.shape)}, expected {[self.batch, seq]}")
+        last = int(found.max())
+        if found.min() < 0 or (self.max_positions is not None and last >= self.max_positions):
+            raise UsageError(
+                f"position {last if found.min() >= 0 else int(found.min())}: the model has {self.max_positions} "
+                f"positions, counted from 0. Shorten the input."
+            )
+        return found
+
+
+class _Past(Protocol):
+    """The cached columns: tensors that the function takes for them, and what it gives back."""
+
+    columns: int
+    tensors: list[Any]
+
+    def take(self, result: Any, seq: int) -> Logits: ...
+
+    def truncate(self, columns: int) -> None: ...
+
+
+class _InPlace:
+    """Tensors of full capacity that the function writes into."""
+
+    def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
+        dtype = _CACHE_DTYPES[layout.dtype]
+        blocks = layout.rounded(capacity) // layout.block
+        key = (batch, layout.kv_heads, blocks, layout.head_dim, layout.block)
+        value = (batch, layout.kv_heads, blocks * layout.block, layout.head_dim)
+        try:
+            self.tensors = [virtual_machine.zeros(shape, dtype) for _ in range(layout.layers) for shape in (key, value)]
+        except (OSError, OverflowError, MemoryError, ValueError) as error:
+            raise no_room(layout.nbytes(batch, capacity), batch, capacity, str(error)) from error
+        self.columns = 0
+
+    def take(self, result: Any, seq: int) -> Logits:
+        self.columns += seq
+        return _as_logits(result)
+
+    def truncate(self, columns: int) -> None:
+        self.columns = columns
+
+
+class _Functional:
+    """Tensors that grow with every call: past in, present out."""
+
+    def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
+        del capacity
+        self._dtype = _CACHE_DTYPES[layout.dtype]
+        self._shape = (batch, layout.kv_heads, 0, layout.head_dim)
+        self.tensors = [virtual_machine.zeros(self._shape, self._dtype) for _ in range(2 * layout.layers)]
+        self.columns = 0
+
+    def take(self, result: Any, seq: int) -> Logits:
+        self.tensors = [result[index + 1] for index in range(len(self.tensors))]
+        self.columns += seq
+        return _as_logits(result[0])
+
+    def truncate(self, columns: int) -> None:
+        self.tensors = [self._cut(tensor, columns) for tensor in self.tensors]
+        self.columns = columns
+
+    def _cut(self, tensor: Any, columns: int) -> Any:
+        """A copy of the first columns. The dtype may be one that numpy does not know: its bits are copied."""
+        batch, heads, _, width = self._shape
+        kept = virtual_machine.zeros((batch, heads, columns, width), self._dtype)
+        if columns:
+            np.copyto(_bits(kept), _bits(tensor)[:, :, :columns])
+        return kept
+
+
+def _bits(tensor: Any) -> npt.NDArray[Any]:
+    """The numbers of a tensor as unsigned integers of their size; no copy."""
+    name = f"uint{tensor.dtype.itemsize * 8}"
+    return np.asarray(np.from_dlpack(virtual_machine.reinterpret(tensor, tensor.shape, name)))
+
+
+def _as_logits(tensor: Any) -> Logits:
+    return np.asarray(np.from_dlpack(tensor))
+
+
+def checked_capacity(library: Library, batch: int, capacity: int | None) -> int:
+    """`capacity`, by default the model's positions. Raises UsageError."""
+    capacity = library.max_positions if capacity is None else capacity
+    if capacity is None:
+        raise UsageError("the model sets no bound to positions: say how many the caches shall hold (capacity)")
+    if batch < 1 or capacity < 1:
+        raise UsageError(f"room for {batch} sequences of {capacity} columns: both must be at least 1")
+    return capacity
+
+
+def _whole_numbers(what: str, numbers: npt.ArrayLike) -> Ids:
+    array = np.asarray(numbers)
+    if array.size and array.dtype.kind not in "iub":
+        raise UsageError(f"{what} are {array.dtype}, expected whole numbers")
+    return array.astype(np.int64)
+
+
+def _check_target(folder: Path, library: Library) -> None:
+    if library.target != "llvm":
+        raise ModelError(
+            f"{folder}: was compiled for {library.target} ({library.isa}), which was never run on a GPU: this "
+            f"release loads libraries for llvm. Compile the model without --target {library.target} to run it."
+        )
+
+
+def _check_cpu(folder: Path, library: Library) -> None:
+    missing = missing_features(library.features)
+    if missing:
+        raise ModelError(
+            f"{folder}: was compiled for {library.mcpu} ({library.isa}) and needs {', '.join(missing)}, which this CPU "
+            f"lacks. Compile the model on this machine, or with --mcpu for a CPU that has no more than this one."
+        )
+
+
+def _check_code(path: Path, library: Library) -> None:
+    try:
+        digest = blake3.blake3(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}. Compile the model again.") from error
+    if digest != library.library.blake3:
+        raise ModelError(
+            f"{path}: is not the library that was compiled (blake3 {digest[:16]}…, expected "
+            f"{library.library.blake3[:16]}…). Restore the file, or compile the model again."
+        )

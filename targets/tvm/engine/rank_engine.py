@@ -1,0 +1,342 @@
+"""Several ranks of a compiled model on this machine: a process each, and one engine in front of them.
+
+The ranks' processes end with this one, whatever becomes of it. What they share of memory has no name once all run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import multiprocessing.connection
+import platform
+import signal
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from passopt.ir.errors import ModelError, PassoptError, UsageError
+from passopt.targets.tvm.compiled_folder import Library, RankFolders, read_library
+from passopt.targets.tvm.engine.available_memory import check_caches, check_copy
+from passopt.targets.tvm.engine.cores import count_cores
+from passopt.targets.tvm.engine.engine import Engine, Ids, Logits, checked_capacity
+from passopt.targets.tvm.engine.shared_memory_collectives import Counters, Group, create_room
+from passopt.targets.tvm.engine.virtual_machine import runtime
+from passopt.targets.tvm.machines import X86
+
+#: Seconds that a rank may lag behind the others, or that all may stand still.
+TIMEOUT = 60.0
+#: Ranks load at the pace of the disk, and hash weights that nobody has hashed: nothing to be impatient about.
+_LOADING = 3600.0
+_MEMORY = Path("/dev/shm")
+_POLL = 0.5
+_Connection = multiprocessing.connection.Connection
+
+
+class RankEngine:
+    """A model whose ranks run together, used like the `Engine` of a model without ranks.
+
+    A context manager; `close` ends the processes. After a rank was lost, every call raises ModelError.
+    """
+
+    def __init__(self, ranks: Sequence[Library], group: _Processes) -> None:
+        """Use `RankEngine.load`."""
+        self.library = ranks[0]
+        self._ranks = tuple(ranks)
+        self._group = group
+        self.past = 0
+        self.batch = 0
+        self.capacity = 0
+        self._written = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        batch: int = 1,
+        capacity: int | None = None,
+        threads: int | None = None,
+        verify_weights: bool = False,
+        copy_weights: bool = False,
+        progress: Callable[[int], None] | None = None,
+        timeout: float = TIMEOUT,
+    ) -> RankEngine:
+        """Start a process per rank of `folder`; all load, and make room for `batch` sequences of `capacity` columns.
+
+        `threads` are those of all ranks together (default: the cores). `timeout` in seconds is how long a rank may keep
+        the others waiting. `verify_weights`, `copy_weights` and `progress` (of all ranks) are as in `Engine.load`.
+        Raises ModelError (folders that do not belong together, a rank that fails), UsageError.
+        """
+        if platform.machine() not in X86:
+            raise UsageError(f"ranks exchange data through memory in the order of x86; this is {platform.machine()}")
+        found = read_library(folder)
+        if not isinstance(found, RankFolders):
+            raise ModelError(f"{folder}: holds one library, no ranks")
+        paths = [folder / name for name in found.ranks]
+        libraries = _libraries(found, paths)
+        threads = count_cores() if threads is None else threads
+        if threads < 1:
+            raise UsageError(f"{threads} threads: at least one is needed")
+        capacity = checked_capacity(libraries[0], batch, capacity)
+        copied = sum(library.weights.nbytes for library in libraries) if copy_weights else 0
+        check_copy(folder, copied)
+        check_caches([library.cache for library in libraries], batch, capacity, copied=copied)
+        share = max(1, threads // found.degree)
+        jobs = [
+            _Job(path, rank, found.degree, share, verify_weights, copy_weights, timeout)
+            for rank, path in enumerate(paths)
+        ]
+        engine = cls(libraries, _Processes(folder, jobs, timeout, progress))
+        try:
+            engine.allocate(batch, capacity)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    def __enter__(self) -> RankEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes of all ranks."""
+        self._group.close()
+
+    @property
+    def vocab(self) -> int:
+        return self.library.logits.vocab
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.library.max_positions
+
+    @property
+    def takes_positions(self) -> bool:
+        return "position_ids" in self.library.inputs
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the caches of all ranks at `capacity`."""
+        return sum(each.cache.nbytes(self.batch, self.capacity) for each in self._ranks)
+
+    def allocate(self, batch: int, capacity: int | None = None) -> None:
+        """Forget everything and make room for other sequences. Raises UsageError."""
+        wanted = checked_capacity(self.library, batch, capacity)
+        caches = [each.cache for each in self._ranks]
+        held = sum(cache.nbytes(self.batch, self._written) for cache in caches)
+        check_caches(caches, batch, wanted, held=held)
+        self.batch, self.capacity = self._group.call("allocate", batch, capacity)
+        self.past = self._written = 0
+
+    def reset(self) -> None:
+        """Forget all columns; the room stays."""
+        self.truncate(0)
+
+    def truncate(self, columns: int) -> None:
+        """Forget all columns but the first `columns`. Raises UsageError if there are fewer."""
+        self._group.call("truncate", columns)
+        self.past = columns
+
+    def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike, positions: npt.ArrayLike | None = None) -> Logits:
+        """As `Engine.forward`. Raises ModelError if a rank is lost."""
+        columns: Ids = np.asarray(ids)
+        logits: Logits = self._group.call("forward", columns, np.asarray(mask), positions)
+        self.past += columns.shape[1]
+        self._written = max(self._written, self.past)
+        return logits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a rank's process is started with."""
+
+    folder: Path
+    rank: int
+    degree: int
+    threads: int
+    verify_weights: bool
+    copy_weights: bool
+    timeout: float
+
+
+def _libraries(outer: RankFolders, paths: Sequence[Path]) -> list[Library]:
+    """The libraries of all ranks. Raises ModelError unless they are of one run, in order."""
+    found: list[Library] = []
+    for rank, path in enumerate(paths):
+        library = read_library(path)
+        if isinstance(library, RankFolders):
+            raise ModelError(f"{path}: holds ranks itself, expected the library of rank {rank}")
+        if (library.rank, library.degree) != (rank, len(paths)):
+            raise ModelError(f"{path}: is rank {library.rank} of {library.degree}, expected {rank} of {len(paths)}")
+        found.append(library)
+    for path, library, root in zip(paths, found, outer.roots, strict=True):
+        for name in ("passes", "mcpu", "inputs", "parameters", "library", "cache", "logits"):
+            if getattr(library, name) != getattr(found[0], name):
+                raise ModelError(f"{path}: has other {name} than {paths[0].name}; they are of two runs")
+        if library.weights.root != root:
+            raise ModelError(f"{path}: has other weights than were compiled with the other ranks; they are of two runs")
+    return found
+
+
+class _Processes:
+    """The processes of all ranks and the way to call them, all at once."""
+
+    def __init__(
+        self, folder: Path, jobs: Sequence[_Job], timeout: float, progress: Callable[[int], None] | None
+    ) -> None:
+        self._folder = folder
+        self._timeout = timeout
+        self._lost: str | None = None
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[_Connection] = []
+        self._processes: list[Any] = []
+        with tempfile.TemporaryDirectory(prefix="passopt-ranks-", dir=_MEMORY if _MEMORY.is_dir() else None) as room:
+            create_room(Path(room), len(jobs))
+            self._counters = Counters(Path(room), len(jobs))
+            for job in jobs:
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(theirs, job, Path(room)), name=f"rank{job.rank}", daemon=True
+                )
+                process.start()
+                theirs.close()  # so that the end of the process is the end of the pipe
+                self._pipes.append(ours)
+                self._processes.append(process)
+            self._finalizer = weakref.finalize(self, _end, self._pipes, self._processes, self._counters)
+            self._collect("load", _LOADING, progress)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The result of a method of every rank's engine, of rank 0. What all ranks refuse is raised here as it was."""
+        if self._lost is not None:
+            raise ModelError(f"{self._folder}: {self._lost}; load the model again")
+        try:
+            for pipe in self._pipes:
+                pipe.send((method, arguments))
+        except OSError:
+            pass  # a rank that has ended is found below
+        return self._collect(method, self._timeout)
+
+    def close(self) -> None:
+        self._lost = self._lost or "its engine was closed"
+        self._finalizer()
+
+    def _collect(self, method: str, timeout: float, progress: Callable[[int], None] | None = None) -> Any:
+        try:
+            replies = self._replies(method, timeout, progress)
+        except BaseException as error:
+            self._lost = str(error) or "it was interrupted"
+            self._finalizer()
+            raise
+        refused = [error for error, _ in replies if error is not None]
+        unchanged = method != "load" and len(refused) == len(replies)
+        if refused and not (unchanged and isinstance(refused[0], UsageError)):
+            # Some hold nothing yet, have gone on, or stand in the middle of a step: they are of no more use.
+            self._lost = str(refused[0])
+            self._finalizer()
+        if refused:
+            raise refused[0]
+        return replies[0][1]
+
+    def _replies(
+        self, method: str, timeout: float, progress: Callable[[int], None] | None
+    ) -> list[tuple[PassoptError | None, Any]]:
+        """What every rank sends. Raises ModelError if one ends, or if none comes any further for `timeout`."""
+        replies: dict[int, tuple[PassoptError | None, Any]] = {}
+        moved, seen = time.monotonic(), self._counters.written()
+        read = 0
+        while len(replies) < len(self._pipes):
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in replies]
+            for pipe in multiprocessing.connection.wait(waiting, _POLL):
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                with contextlib.suppress(EOFError, OSError):
+                    replies[rank] = self._pipes[rank].recv()
+                if rank not in replies:
+                    raise ModelError(f"{self._folder}: {self._ended(rank)} during {method}; the other ranks were ended")
+                moved = time.monotonic()
+            if progress and (reached := self._counters.bytes_read()) > read:
+                progress(reached - read)
+                read = reached
+            now = self._counters.written()
+            moved, seen = (time.monotonic() if now != seen else moved), now
+            # The ranks watch each other; that all stand still only shows here, and a little later.
+            if time.monotonic() - moved > timeout + 2 * _POLL:
+                late = [rank for rank in range(len(self._pipes)) if rank not in replies]
+                names = ", ".join(map(str, late))
+                raise ModelError(
+                    f"{self._folder}: rank {names} gave no sign for {timeout:g} s during {method}; it hangs"
+                )
+        return [replies[rank] for rank in range(len(self._pipes))]
+
+    def _ended(self, rank: int) -> str:
+        process = self._processes[rank]
+        process.join(1.0)
+        code = process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        return f"rank {rank} of {len(self._processes)} {how}"
+
+
+def _end(pipes: Sequence[_Connection], processes: Sequence[Any], counters: Counters) -> None:
+    """Nobody waits any longer, and no process stays; those that do not react are killed."""
+    counters.give_up()
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join(1.0 if process.is_alive() else None)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: _Connection, job: _Job, room: Path) -> None:
+    """The life of a rank's process: load, answer calls, end with the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process in front
+    group = Group(room, job.rank, job.degree, job.timeout)
+
+    def load() -> Engine:
+        group.register(runtime())
+        return Engine.load(
+            job.folder,
+            capacity=1,
+            threads=job.threads,
+            verify_weights=job.verify_weights,
+            copy_weights=job.copy_weights,
+            progress=functools.partial(group.counters.count_read, job.rank),
+            alone=False,
+        )
+
+    error, engine = _tried(load, group)
+    pipe.send((error, None))
+    while error is None or isinstance(error, UsageError):
+        try:
+            method, arguments = pipe.recv()
+        except (EOFError, OSError):
+            return
+        error, result = _tried(lambda: _answer(engine, job.rank, method, arguments), group)  # noqa: B023
+        pipe.send((error, result))
+
+
+def _answer(engine: Engine, rank: int, method: str, arguments: Sequence[Any]) -> Any:
+    result = getattr(engine, method)(*arguments)
+    if method == "allocate":
+        return engine.batch, engine.capacity
+    return result if rank == 0 else None  # all ranks have the same logits
+
+
+def _tried(action: Callable[[], Any], group: Group) -> tuple[PassoptError | None, Any]:
+    """(error, result): any failure becomes one that can be sent and says which rank it is of."""
+    try:
+        return None, action()
+    except PassoptError as error:
+        return group.failure or error, None
+    except Exception as error:
+        return group.failure or ModelError(f"rank {group.rank}: {type(error).__name__}: {error}"), None

@@ -1,1 +1,0 @@
-"""From our graph to a Relax module: one converter per operator, native kernels for every linear and attention."""
