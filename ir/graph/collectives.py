@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read the schedule of collectives off a graph, and check that all ranks of an output run the same one."""
 
 from __future__ import annotations
 
