@@ -13,7 +13,6 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt import verification_head
 from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import positions_of
@@ -26,11 +25,12 @@ from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checkpoints import ROTARY, evaluation_text, make_checkpoint
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
-from passopt.verification import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
-from passopt.verification_cut import cut_decoder
-from passopt.verification_report import Row, VerifyReport, relative_error
-from passopt.verification_scenarios import Step, make_scenarios, perplexity, surprise, text_windows
-from passopt.verification_twins import dequantised_twin, has_dynamic_activations
+from passopt.verification import sliced_head
+from passopt.verification.decoder_cut import cut_decoder
+from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
+from passopt.verification.report import Row, VerifyReport, relative_error
+from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
+from passopt.verification.verify import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
 
 FP16, BF16 = DataType.FLOAT16, DataType.BFLOAT16
 TOKENS = tuple(int(token) for token in np.random.default_rng(3).integers(0, 34, 100))
@@ -394,7 +394,7 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
         value = model.graph.initializers["lm_head.weight"]
         value.const_value = LazyWeight(Literal.of(np.zeros((34, 10), np.float32)), value.name)
 
-    from passopt.verification_scenarios import observe
+    from passopt.verification.scenarios import observe
 
     windows = text_windows(TOKENS, 24, 12)
     assert perplexity(windows, observe(changed(flat), windows, Session)) == pytest.approx(34)
@@ -485,14 +485,14 @@ def test_a_large_head_runs_in_slices(monkeypatch: pytest.MonkeyPatch, degree: in
         normalise_head(candidate)
     whole = verify(reference, candidate, options=LAYERWISE)
     widths = []
-    monkeypatch.setattr(verification_head, "SLICE_BYTES", 300)
-    add = verification_head.Logits.add
+    monkeypatch.setattr(sliced_head, "SLICE_BYTES", 300)
+    add = sliced_head.Logits.add
 
-    def measured(self: verification_head.Logits, part: verification_head.Part, found: np.ndarray) -> None:
+    def measured(self: sliced_head.Logits, part: sliced_head.Part, found: np.ndarray) -> None:
         widths.append(found.shape[-1])
         add(self, part, found)
 
-    monkeypatch.setattr(verification_head.Logits, "add", measured)
+    monkeypatch.setattr(sliced_head.Logits, "add", measured)
     sliced = verify(reference, candidate, options=LAYERWISE)
     assert max(widths) < 12
     for one, other in zip(whole.rows, sliced.rows, strict=True):
@@ -509,7 +509,7 @@ def test_a_head_that_mixes_columns_runs_whole(monkeypatch: pytest.MonkeyPatch) -
         logits = builder.Slice(builder.Concat(product, product, axis=2), [0], [34], [2])
         editor.replace({node.outputs[0]: logits}, builder.built, [node])
 
-    monkeypatch.setattr(verification_head, "SLICE_BYTES", 300)
+    monkeypatch.setattr(sliced_head, "SLICE_BYTES", 300)
     assert verify(tiny_decoder(), changed(double), options=LAYERWISE).ok
 
 

@@ -22,7 +22,7 @@ from passopt.passes.pipeline.text import resolve
 from passopt.targets.folders.output import write_output
 from passopt.targets.onnxruntime.joined_ranks import load_any
 from passopt.testing.checkpoints import ALIBI, CheckpointSpec, make_checkpoint
-from passopt.verification import VerifyOptions, verify
+from passopt.verification.verify import VerifyOptions, verify
 
 FACTS = {"version": "test", "pipeline": "test", "source": {}}
 WIDTH = 4  # of a head

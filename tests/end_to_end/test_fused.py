@@ -14,7 +14,7 @@ from passopt.ir.serialization.model_files import load_model
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
 from passopt.targets.onnxruntime.joined_ranks import load_any, rank_models
-from passopt.verification import VerifyOptions, verify
+from passopt.verification.verify import VerifyOptions, verify
 
 FUSED = ["baichuan2", "baichuan2,tp", "baichuan2,tp{degree=4,pad=true}", "baichuan2,tp{degree=3,pad=true}"]
 

@@ -14,8 +14,8 @@ from passopt.cli import main
 from passopt.frontends.checkpoint import open_checkpoint
 from passopt.frontends.quiet import quiet
 from passopt.frontends.remote_code import build_stock, stock_classes
-from passopt.generation.engine import open_engine
 from passopt.generation.loop import generate
+from passopt.generation.open_engine import open_engine
 from passopt.generation.sampling import Sampling
 from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.weights.evaluator import Evaluator

@@ -16,7 +16,7 @@ from passopt.ir.weights.expressions import QuantizeCodes, QuantizeScales
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
 from passopt.targets.onnxruntime.joined_ranks import load_any, rank_models
-from passopt.verification import VerifyOptions, verify
+from passopt.verification.verify import VerifyOptions, verify
 
 DEGREES = ["tp", "tp{degree=4,pad=true}", "tp{degree=3,pad=true}", "split-packed-qkv,tp{degree=3,pad=true}"]
 

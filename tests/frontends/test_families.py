@@ -20,7 +20,7 @@ from passopt.ir.errors import CheckError, ModelError, UsageError
 from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.testing.families import CONFIGS, make_family_checkpoint
-from passopt.verification import verify
+from passopt.verification.verify import verify
 
 FP32 = DataType.FLOAT
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from passopt.cli import main
-from passopt.generation.engine import ModelFacts
+from passopt.generation.open_engine import ModelFacts
 from passopt.generation.tokenizer import load_tokenizer
 from passopt.targets.tvm.compiled_folder import CacheLayout, RankFolders
 from passopt.testing.checkpoints import ROTARY, make_checkpoint

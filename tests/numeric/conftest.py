@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.numeric.check import NumericCheck
 from passopt.passes.framework.accuracy import EXACT
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.pipeline.runner import run_passes
 from passopt.testing.checking import read_model
+from passopt.verification.rewrites.check import NumericCheck
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>\n'
 

@@ -12,12 +12,12 @@ from passopt.ir.serialization.model_files import load_model, save_materialized
 from passopt.ir.serialization.text import print_model
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
-from passopt.numeric.check import Violation
 from passopt.passes.framework.accuracy import REASSOCIATED, lossy
 from passopt.passes.lm_head.slice_last_token import SliceLastToken
 from passopt.passes.precision.cast import CastModel
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.testing.decoders import tiny_decoder
+from passopt.verification.rewrites.check import Violation
 
 X = "g (float[batch,seq,6] x, float[batch,seq,6] y)"
 
@@ -268,8 +268,8 @@ def test_what_cannot_be_cut_says_why(rule, parsed, checked):
 
 
 def test_the_record_says_what_was_sampled(rule, parsed):
-    from passopt.numeric.check import NumericCheck
     from passopt.passes.pipeline.runner import run_passes
+    from passopt.verification.rewrites.check import NumericCheck
 
     item = rule(lambda self, op, a: op.Neg(op.Neg(a)), lambda self, op, a: op.Add(a, 0.0))
     model = parsed(f"{X} => (float[batch,seq,6] out) {{ a = Neg(x) b = Neg(a) out = Abs(b) }}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.numeric.comparing import relative_error
+from passopt.verification.rewrites.compare_sides import relative_error
 
 LOW = np.finfo(np.float32).min
 INF, NAN = np.inf, np.nan

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from passopt.ir.graph.shapes import complete_types
-from passopt.numeric.kinds import Kinds
-from passopt.numeric.lengths import DRAWS, Lengths
-from passopt.numeric.regions import Request, Side, Unchecked, cut, names_of
-from passopt.numeric.structure import structure_key
+from passopt.verification.rewrites.regions import Request, Side, Unchecked, cut, names_of
+from passopt.verification.rewrites.structure_key import structure_key
+from passopt.verification.rewrites.symbol_lengths import DRAWS, Lengths
+from passopt.verification.rewrites.value_kinds import Kinds
 
 DECODER = """g (int64[b,s] input_ids, int64[b,t] attention_mask, float[b,4,p,3] "past.0.key") => (float[b,s,t] out)
 <float[11,6] table = random, float[6,6] w = random, int64[1] one = {1}, float low = {-1000}, int64 first = {0},

@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.numeric.lengths import DRAWS, Lengths
-from passopt.numeric.sampling import Sampler, index_bounds
 from passopt.testing.decoders import tiny_decoder
+from passopt.verification.rewrites.sample_inputs import Sampler, index_bounds
+from passopt.verification.rewrites.symbol_lengths import DRAWS, Lengths
 
 FLOAT, INT64, BOOL = onnx_ir.DataType.FLOAT, onnx_ir.DataType.INT64, onnx_ir.DataType.BOOL
 CHUNK, TOKEN, PREFILL = DRAWS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.weights.expressions import DataType, Source, SourceFile
-from passopt.numeric.weights import SampledEvaluator
+from passopt.verification.rewrites.sample_weights import SampledEvaluator
 
 FILE = SourceFile("/nowhere", 1, 1, "")
 

@@ -15,11 +15,11 @@ from passopt.ir.serialization.text_files import read_model
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Literal, Slice, Source, Transpose
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
-from passopt.numeric.check import NumericCheck
 from passopt.passes.guests import graphsurgeon_pass
 from passopt.passes.guests.graphsurgeon import lazy_constant, lazy_weight
 from passopt.passes.pipeline.runner import run_passes
 from passopt.testing.checking import check
+from passopt.verification.rewrites.check import NumericCheck
 
 HEADER = '<ir_version: 10, opset_import: ["" : 24]>\n'
 PACKED = (

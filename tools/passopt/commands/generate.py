@@ -11,9 +11,9 @@ from pathlib import Path
 
 from passopt.commands.progress import Progress
 from passopt.generation.chat import Message, chat_ids
-from passopt.generation.engine import Bounds, Engine, open_engine, read_facts
 from passopt.generation.loop import Generation, plan_room
 from passopt.generation.loop import generate as run
+from passopt.generation.open_engine import Bounds, Engine, open_engine, read_facts
 from passopt.generation.sampling import Sampling
 from passopt.generation.settings import Settings, read_settings
 from passopt.generation.tokenizer import TextStream, Tokenizer, load_tokenizer

@@ -10,14 +10,22 @@ import onnx_ir
 
 from passopt.ir.errors import CheckError, ModelError, PassoptError, UsageError
 from passopt.ir.serialization.model_files import load_model
-from passopt.numeric.check import NumericCheck
-from passopt.numeric.comparing import relative_error
 from passopt.passes.framework.rewrite_limit import RewriteLimit, set_rewrite_limit
 from passopt.passes.pipeline.instruments import summary_table
 from passopt.passes.pipeline.runner import Instrument, run_passes
 from passopt.passes.pipeline.text import Resolved, resolve
-from passopt.reproducer import AFTER_NAME, BEFORE_NAME, INPUTS_NAME, Position, Reproducer, read_reproducer, versions
 from passopt.targets.onnxruntime.session import Session
+from passopt.verification.reproducer import (
+    AFTER_NAME,
+    BEFORE_NAME,
+    INPUTS_NAME,
+    Position,
+    Reproducer,
+    read_reproducer,
+    versions,
+)
+from passopt.verification.rewrites.check import NumericCheck
+from passopt.verification.rewrites.compare_sides import relative_error
 
 
 def replay(options: argparse.Namespace) -> int:

@@ -27,9 +27,9 @@ from passopt.passes.pipeline.expectations import parse_expectation, unwatched_mi
 from passopt.passes.pipeline.instruments import Dump, PrintAfter, rule_table, summary_table
 from passopt.passes.pipeline.runner import Instrument, run_passes
 from passopt.passes.pipeline.text import Resolved, Step, resolve
-from passopt.reproducer import Position, free_name, write_reproducer
 from passopt.targets.folders.manifest import read_manifest
 from passopt.targets.folders.output import OutputFacts, OutputPlan, plan_output, write_reference_output
+from passopt.verification.reproducer import Position, free_name, write_reproducer
 
 #: What --stop-after adds to the name of the output.
 _UNTIL = "until-"
@@ -171,7 +171,7 @@ def _instruments(options: argparse.Namespace, known: list[str]) -> list[Instrume
     if options.print_after_change:
         found.append(PrintAfter(_to_stderr, only_changes=True))
     if options.verify_each == "numeric":
-        from passopt.numeric.check import NumericCheck
+        from passopt.verification.rewrites.check import NumericCheck
 
         found.append(NumericCheck())
     if options.dump_dir:

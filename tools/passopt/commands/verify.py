@@ -11,9 +11,9 @@ from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.errors import CheckError, UsageError
 from passopt.targets.onnxruntime.joined_ranks import load_any
 from passopt.targets.tvm.compiled_folder import LIBRARY_NAME
-from passopt.verification import VerifyOptions
-from passopt.verification import verify as compare
-from passopt.verification_report import VerifyReport
+from passopt.verification.report import VerifyReport
+from passopt.verification.verify import VerifyOptions
+from passopt.verification.verify import verify as compare
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -59,7 +59,7 @@ def _report(options: argparse.Namespace, settings: VerifyOptions) -> VerifyRepor
         return compare(reference, load_any(options.candidate), options=settings)
     if settings.layerwise:
         raise UsageError("--layerwise: a compiled library runs as a whole; compare it without")
-    from passopt.verification_compiled import verify_compiled
+    from passopt.verification.verify_compiled import verify_compiled
 
     return verify_compiled(reference, candidate, settings)
 

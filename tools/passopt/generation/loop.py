@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from passopt.generation.engine import Bounds, Engine
+from passopt.generation.open_engine import Bounds, Engine
 from passopt.generation.sampling import Sampler, Sampling
 from passopt.ir.errors import ModelError, UsageError
 

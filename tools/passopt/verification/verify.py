@@ -20,9 +20,10 @@ from passopt.ir.graph.decoder import decoder_of, degree_of, positions_of
 from passopt.ir.weights.expressions import DataType
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification_layerwise import Label, run_layerwise
-from passopt.verification_report import PERPLEXITY, Row, VerifyReport, compare, compare_perplexity
-from passopt.verification_scenarios import (
+from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations, is_quantized
+from passopt.verification.layerwise import Label, run_layerwise
+from passopt.verification.report import PERPLEXITY, Row, VerifyReport, compare, compare_perplexity
+from passopt.verification.scenarios import (
     Observation,
     Scenario,
     make_scenarios,
@@ -31,7 +32,6 @@ from passopt.verification_scenarios import (
     text_windows,
     vocabulary_of,
 )
-from passopt.verification_twins import dequantised_twin, has_dynamic_activations, is_quantized
 
 ORIGINAL = "against the original"
 NUMPY_TWIN = "against its own codes, dequantised by numpy"

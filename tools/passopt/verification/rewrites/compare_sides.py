@@ -13,13 +13,13 @@ from passopt.ir.errors import ModelError
 from passopt.ir.graph.fp32_twin import fp32_twin
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import FLOATS, DataType, Expression
-from passopt.numeric.lengths import DRAWS, Draw, Lengths
-from passopt.numeric.models import LARGEST_WEIGHT, Runnable, runnable, shortened_axes
-from passopt.numeric.regions import Cut, Unchecked
-from passopt.numeric.sampling import Sampler, index_bounds
-from passopt.numeric.weights import SampledEvaluator
 from passopt.passes.framework.accuracy import Accuracy
 from passopt.targets.onnxruntime.session import Session
+from passopt.verification.rewrites.region_models import LARGEST_WEIGHT, Runnable, runnable, shortened_axes
+from passopt.verification.rewrites.regions import Cut, Unchecked
+from passopt.verification.rewrites.sample_inputs import Sampler, index_bounds
+from passopt.verification.rewrites.sample_weights import SampledEvaluator
+from passopt.verification.rewrites.symbol_lengths import DRAWS, Draw, Lengths
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -17,7 +17,7 @@ from passopt.ir.graph.functions import DOMAIN, local_function
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, expression_of, small_constant
-from passopt.numeric.regions import Cut, Region, Unchecked
+from passopt.verification.rewrites.regions import Cut, Region, Unchecked
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

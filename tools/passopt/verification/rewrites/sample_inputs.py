@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.weights.expressions import FLOATS
-from passopt.numeric.lengths import Lengths
+from passopt.verification.rewrites.symbol_lengths import Lengths
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from passopt.verification_scenarios import Observation, Scenario
+from passopt.verification.scenarios import Observation, Scenario
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

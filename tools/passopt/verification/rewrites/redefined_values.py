@@ -14,8 +14,8 @@ import onnx_ir
 
 from passopt.ir.graph.attributes import attributes_key
 from passopt.ir.weights.lazy_weight import expression_of, small_constant
-from passopt.numeric.kinds import Kinds
-from passopt.numeric.regions import Request, Side
+from passopt.verification.rewrites.regions import Request, Side
+from passopt.verification.rewrites.value_kinds import Kinds
 
 
 def rewired(before: onnx_ir.Model, after: onnx_ir.Model) -> Iterator[Request]:

@@ -18,16 +18,16 @@ from passopt.ir.errors import CheckError
 from passopt.ir.graph.provenance import MODULE, SOURCE
 from passopt.ir.graph.rewrite_listener import Replacement, listening
 from passopt.ir.graph.shapes import dimensions
-from passopt.numeric.comparing import Comparison, Outcome, prepare
-from passopt.numeric.kinds import Kinds
-from passopt.numeric.lengths import DRAWS, Lengths
-from passopt.numeric.regions import Cut, Request, Side, Unchecked, cut, names_of
-from passopt.numeric.rewired import rewired
-from passopt.numeric.structure import structure_key
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassRecord
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.pipeline.runner import Instrument
+from passopt.verification.rewrites.compare_sides import Comparison, Outcome, prepare
+from passopt.verification.rewrites.redefined_values import rewired
+from passopt.verification.rewrites.regions import Cut, Request, Side, Unchecked, cut, names_of
+from passopt.verification.rewrites.structure_key import structure_key
+from passopt.verification.rewrites.symbol_lengths import DRAWS, Lengths
+from passopt.verification.rewrites.value_kinds import Kinds
 
 #: Elements of the weights of a reproducer, where that is enough to show the violation.
 _SMALL_WEIGHT = 1 << 18

@@ -11,8 +11,8 @@ import onnx_ir
 from passopt.ir.graph.attributes import attributes_key
 from passopt.ir.weights.expressions import Expression, Literal, Source
 from passopt.ir.weights.lazy_weight import expression_of
-from passopt.numeric.kinds import is_control_name
-from passopt.numeric.regions import Cut, Region
+from passopt.verification.rewrites.regions import Cut, Region
+from passopt.verification.rewrites.value_kinds import is_control_name
 
 
 def structure_key(cut: Cut) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, small_constant
-from passopt.verification_scenarios import Step
+from passopt.verification.scenarios import Step
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

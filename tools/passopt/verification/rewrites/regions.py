@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import onnx_ir
 
-from passopt.numeric.kinds import Kind, Kinds, has_subgraph, numbers_read
+from passopt.verification.rewrites.value_kinds import Kind, Kinds, has_subgraph, numbers_read
 
 #: How many times a cut is widened by a node before it is given up.
 _WIDENINGS = 48

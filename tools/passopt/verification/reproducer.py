@@ -21,10 +21,10 @@ from passopt import __version__
 from passopt.ir.atomic_folders import staged_directory
 from passopt.ir.errors import ModelError, PassoptError
 from passopt.ir.serialization.model_files import save_reference
-from passopt.numeric.check import Violation
 from passopt.passes.framework.base import Pass
 from passopt.passes.pipeline.runner import Instrument
 from passopt.passes.pipeline.text import describe
+from passopt.verification.rewrites.check import Violation
 
 REPORT_NAME = "reproducer.json"
 BEFORE_NAME, AFTER_NAME, INPUTS_NAME = "before.onnx", "after.onnx", "inputs.npz"

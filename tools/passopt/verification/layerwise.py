@@ -19,11 +19,11 @@ import onnx_ir
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import LOGITS, decoder_of
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification_cut import Cut, Piece, cut_decoder
-from passopt.verification_head import Logits, Part, UnexpectedWidthError, slice_head, whole
-from passopt.verification_report import Row, relative_error
-from passopt.verification_scenarios import Observation, Scenario, Step, empty_cache, vocabulary_of
-from passopt.verification_twins import dequantised_twin, is_quantized
+from passopt.verification.decoder_cut import Cut, Piece, cut_decoder
+from passopt.verification.dequantised_twin import dequantised_twin, is_quantized
+from passopt.verification.report import Row, relative_error
+from passopt.verification.scenarios import Observation, Scenario, Step, empty_cache, vocabulary_of
+from passopt.verification.sliced_head import Logits, Part, UnexpectedWidthError, slice_head, whole
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: Per scenario and step, the activations that enter a piece; empty before the first.

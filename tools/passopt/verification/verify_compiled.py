@@ -8,13 +8,16 @@ from pathlib import Path
 
 import onnx_ir
 
-from passopt.generation.engine import open_engine
+from passopt.generation.open_engine import open_engine
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import decoder_of, positions_of
 from passopt.ir.weights.expressions import DataType
 from passopt.targets.onnxruntime.session import Session
 from passopt.targets.tvm.compiled_folder import Library, RankFolders, read_library
-from passopt.verification import (
+from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
+from passopt.verification.report import PERPLEXITY, VerifyReport
+from passopt.verification.scenarios import Observation, Scenario, observe, surprise, vocabulary_of
+from passopt.verification.verify import (
     ORIGINAL,
     TOLERANCES,
     Tolerance,
@@ -25,9 +28,6 @@ from passopt.verification import (
     runnable,
     scenarios_within,
 )
-from passopt.verification_report import PERPLEXITY, VerifyReport
-from passopt.verification_scenarios import Observation, Scenario, observe, surprise, vocabulary_of
-from passopt.verification_twins import has_dynamic_activations, is_quantized
 
 #: A library sums in another order than onnxruntime, and fuses what it does not; int8 weights are the same numbers.
 COMPILED = Tolerance(outputs=1e-4, perplexity=1e-4)
