@@ -14,7 +14,7 @@ import pytest
 from passopt.cli import main
 from passopt.passes.framework.base import REGISTERED
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(folder, *arguments, path=()):
