@@ -123,12 +123,6 @@ def _attribute(name: str, value: Any) -> onnx_ir.Attr:
     return onnx_ir.convenience.convert_attribute(name, value)
 
 
-def types_memo(model: onnx_ir.Model) -> TypesMemo:
-    """What inference has found in this model, by operator, attributes and inputs: every layer asks the same."""
-    memo: TypesMemo = model.meta.setdefault("passopt.types", {})
-    return memo
-
-
 def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -> None:
     """Set dtype and shape of the node's outputs from its inputs. Leaves unknown what inference does not know."""
     if node.domain == MICROSOFT:

@@ -11,11 +11,11 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.graph.builder import Builder, Built, types_memo
+from passopt.ir.graph.builder import Builder, Built
 from passopt.ir.graph.functions import DOMAIN, local_function
 from passopt.ir.graph.node_order import NodeOrder
 from passopt.ir.graph.provenance import provenance_of
-from passopt.ir.graph.rewrite_listener import LISTENER, Replacement, announce
+from passopt.ir.graph.run_context import Replacement, RunContext
 from passopt.ir.graph.shapes import merged_shapes
 
 _GRAPH, _GRAPHS = onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS
@@ -29,7 +29,7 @@ class Editor:
         self.graph = model.graph
         self.author = author
         self.opset = model.graph.opset_imports.get("", 0)
-        self.types = types_memo(model)
+        self.types = RunContext.of(model).types
         self._names: set[str] | None = None
         self._counters: dict[str, int] = {}
         self._order = NodeOrder(model.graph)
@@ -125,8 +125,9 @@ class Editor:
         _check_statements(built, rule)
         for old, new in replaced.items():
             _check_replacement(old, new, rule)
-        if self.model.meta.get(LISTENER) is not None:
-            announce(self.model, Replacement(rule, replaced, built, tuple(origins)))
+        context = RunContext.of(self.model)
+        if context.listener is not None:
+            context.announce(Replacement(rule, replaced, built, tuple(origins)))
         roots = [node for old in replaced if (node := old.producer()) is not None]
         self._insert_at(roots, built, origins, before)
         unnamed = {value for node in built.nodes for value in node.outputs}
@@ -159,7 +160,7 @@ class Editor:
         if producer is None:
             raise VerifyError(f"{self.author}: {value.name!r} is not the output of a node")
         if not outputs_only:
-            announce(self.model, Replacement(self.author, {value: result}, built, (producer,)))
+            RunContext.of(self.model).announce(Replacement(self.author, {value: result}, built, (producer,)))
         inside = {id(node) for node in built.nodes}
         users = [(use.node, use.idx) for use in value.uses() if id(use.node) not in inside and not outputs_only]
         self.insert(built, None, [producer], after=producer)

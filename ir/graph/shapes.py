@@ -13,8 +13,9 @@ from typing import TypeAlias
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.graph.builder import MICROSOFT, infer_types, types_memo
+from passopt.ir.graph.builder import MICROSOFT, infer_types
 from passopt.ir.graph.functions import DOMAIN
+from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import small_constant
 
 #: Targets of reshapes have a handful of elements; longer vectors are data.
@@ -174,7 +175,7 @@ def complete_outputs(model: onnx_ir.Model) -> None:
 
 
 def _complete(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool]) -> None:
-    opset, memo = model.graph.opset_imports.get("", 0), types_memo(model)
+    opset, memo = model.graph.opset_imports.get("", 0), RunContext.of(model).types
     for node in model.graph:
         if node.domain not in {"", MICROSOFT, DOMAIN}:
             continue

@@ -16,7 +16,8 @@ import onnx
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.graph.builder import infer_types, types_memo
+from passopt.ir.graph.builder import infer_types
+from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 _CONTEXT = 10
@@ -205,7 +206,7 @@ def _given_dtypes(
     try:
         for value in node.outputs:
             value.type = None
-        infer_types(node, opsets[""], types_memo(model))
+        infer_types(node, opsets[""], RunContext.of(model).types)
         return [value.dtype for value in node.outputs]
     except VerifyError:
         return unknown  # shapes that an exporter stated may contradict each other, which is no pass's defect

@@ -30,10 +30,6 @@ class Refusal:
     reason: str
 
 
-#: `Model.meta` key: true while rules are to take their own time, which slows them a little.
-TIME_RULES = "passopt.time_rules"
-
-
 REGISTERED: dict[str, type[Pass]] = {}
 
 

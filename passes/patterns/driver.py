@@ -14,10 +14,10 @@ import onnx_ir
 
 from passopt.ir.errors import PassError
 from passopt.ir.graph.editor import Editor, discard
+from passopt.ir.graph.run_context import RunContext
 from passopt.ir.graph.shapes import complete_types
-from passopt.passes.framework.base import TIME_RULES, Decline
+from passopt.passes.framework.base import Decline
 from passopt.passes.framework.records import PassResult, RuleStatistics
-from passopt.passes.framework.rewrite_limit import rewrite_limit
 from passopt.passes.patterns.matcher import Match, Matcher
 from passopt.passes.patterns.mutation_guard import Untouched
 from passopt.passes.patterns.quick_tests import Constants
@@ -66,10 +66,11 @@ class Driver:
         self.owner = owner
         rules = rules_of(owner)
         self.editor = Editor(model, owner.name)
+        context = RunContext.of(model)
         self.result = PassResult()
         self._memory: dict[Hashable, onnx_ir.Value] = {}
         self._constants = Constants()
-        self._timed = bool(model.meta.get(TIME_RULES))
+        self._timed = context.times_rules
         self._active = [_Active(rule, self.editor.opset, self._constants, timed=self._timed) for rule in rules]
         self._at: dict[tuple[str, str], list[_Active]] = collections.defaultdict(list)
         for active in self._active:
@@ -78,7 +79,7 @@ class Driver:
         self._is_typed = False
         self._generations: dict[onnx_ir.Node, int] = {}
         self._most_generations = min(len(model.graph) + 20, _MOST_GENERATIONS)
-        self._budget = rewrite_limit(model)
+        self._budget = context.rewrite_limit
         self._limit = _REWRITES_PER_NODE * (len(model.graph) + 100)
 
     def run(self) -> PassResult:

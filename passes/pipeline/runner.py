@@ -9,10 +9,10 @@ import onnx_ir
 
 from passopt.ir.errors import PassError, PassoptError, VerifyError
 from passopt.ir.graph.interface import Interface
+from passopt.ir.graph.run_context import RewriteLimit, RunContext
 from passopt.ir.graph.verifier import verify_model
-from passopt.passes.framework.base import TIME_RULES, Pass
+from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassRecord, PassResult
-from passopt.passes.framework.rewrite_limit import rewrite_limit
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.pipeline.expectations import Expectation, Watch
 
@@ -35,17 +35,28 @@ def run_passes(
     instruments: Sequence[Instrument] = (),
     expectations: Sequence[Expectation] = (),
     time_rules: bool = False,
+    rewrite_limit: RewriteLimit | None = None,
 ) -> list[PassRecord]:
-    """Run the passes on `model` in place. Errors name the passes that already ran.
+    """Run the passes on `model` in place, one after another, and return what each of them did.
 
-    With `time_rules`, the statistics of every rule hold its CPU time.
+    Args:
+        model: The model to change.
+        passes: The passes, in the order in which they run.
+        verify: Check the structure of the graph before the first pass and after every pass.
+        instruments: Look on before and after every pass.
+        expectations: Are checked as soon as the passes they speak of have run.
+        time_rules: Take the CPU time of every rule, into its statistics.
+        rewrite_limit: Stop changing the model after so many rewrites; it counts them.
 
-    Raises PassError, VerifyError (a pass broke the graph) or ExpectationError.
+    Raises:
+        PassError: The model or an option of a pass is wrong; the message names the passes that already ran.
+        VerifyError: A pass left a broken graph.
+        ExpectationError: An expectation does not hold.
     """
     records: list[PassRecord] = []
     watch = Watch(expectations, passes)
-    if time_rules:
-        model.meta[TIME_RULES] = True
+    context = RunContext.of(model)
+    context.times_rules, context.rewrite_limit = time_rules, rewrite_limit
     if verify:
         verify_model(model)
     for index, item in enumerate(passes):
@@ -66,7 +77,7 @@ def run_passes(
 
 
 def _run_one(item: Pass, model: onnx_ir.Model, records: Sequence[PassRecord]) -> PassResult:
-    limit = rewrite_limit(model)
+    limit = RunContext.of(model).rewrite_limit
     whole = limit is not None and not isinstance(item, RewritePass)
     if whole and limit is not None and limit.reached:
         return PassResult(notes=["not run: the rewrite limit is reached"])

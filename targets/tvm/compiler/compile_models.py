@@ -23,6 +23,7 @@ from passopt.ir.weights.streaming.output_groups import WeightFile
 from passopt.ir.weights.streaming.write_weights import StreamReport, write_weight_files
 from passopt.targets.folders.companions import companions_in
 from passopt.targets.folders.manifest import rank_folders
+from passopt.targets.folders.output import Origin
 from passopt.targets.tvm.compiled_folder import (
     CODE_NAME,
     INPUTS,
@@ -45,15 +46,6 @@ _LENGTH_KEYS = ("max_position_embeddings", "model_max_length", "n_positions", "m
 
 
 @dataclasses.dataclass(frozen=True)
-class CompileFacts:
-    """What a compiled folder says of where it comes from: passopt's version, the pipeline, the folder of companions."""
-
-    version: str
-    passes: str
-    companions: Path | None
-
-
-@dataclasses.dataclass(frozen=True)
 class CompileReport:
     """What was compiled: kernels by name with their number, fallbacks, bytes of weights per rank."""
 
@@ -68,7 +60,7 @@ def compile_models(
     models: Sequence[onnx_ir.Model],
     directory: Path,
     machine: Machine,
-    facts: CompileFacts,
+    origin: Origin,
     *,
     allow_fallback: bool = False,
     on_step: Callable[[str, Any], None] | None = None,
@@ -87,7 +79,7 @@ def compile_models(
         raise ModelError(f"{degree} ranks: collectives have no form on a GPU yet; compile one rank, or for llvm")
     check_linker()
     lowered, *others = _lowered(models, machine, allow_fallback=allow_fallback)
-    interface = _Interface.of(models[0], lowered, facts.companions)
+    interface = _Interface.of(models[0], lowered, origin.companions)
     weights = [_weights(item) for item in ([lowered, *others] if others else [lowered] * degree)]
     needed = sum(plan_layout(item).nbytes for item in weights)
     folders = rank_folders(degree)
@@ -104,7 +96,7 @@ def compile_models(
             files.append(WeightFile(target / WEIGHTS_NAME, expressions, rank if len(models) == 1 else 0))
         written = write_weight_files(files, stream, progress=progress, journal=staged / JOURNAL_NAME)
         libraries = [
-            _library(interface, lowered, machine, facts, staged / folder, written.digests[rank], rank, degree)
+            _library(interface, lowered, machine, origin, staged / folder, written.digests[rank], rank, degree)
             for rank, folder in enumerate(folders)
         ]
         for folder, library in zip(folders, libraries, strict=True):
@@ -113,7 +105,7 @@ def compile_models(
             code.unlink()
             roots = tuple(library.weights.root for library in libraries)
             RankFolders(degree, tuple(folders), roots).write(staged)
-        for path in companions_in(facts.companions):
+        for path in companions_in(origin.companions):
             shutil.copyfile(path, staged / path.name)
     return CompileReport(lowered, libraries[-1], needed // degree, degree, written)
 
@@ -232,14 +224,14 @@ def _library(
     interface: _Interface,
     lowered: Lowered,
     machine: Machine,
-    facts: CompileFacts,
+    origin: Origin,
     folder: Path,
     digests: Mapping[str, str],
     rank: int,
     degree: int,
 ) -> Library:
     return Library(
-        passopt=facts.version,
+        passopt=origin.version,
         target="cuda" if isinstance(machine, Gpu) else "llvm",
         mcpu=machine.mcpu,
         isa=machine.arch if isinstance(machine, Gpu) else machine.isa.name,
@@ -254,7 +246,7 @@ def _library(
         max_positions=interface.max_positions,
         rank=rank,
         degree=degree,
-        passes=facts.passes,
+        passes=origin.pipeline,
         quantized=lowered.quantized,
     )
 

@@ -16,7 +16,7 @@ import onnx_ir
 
 from passopt.ir.errors import CheckError
 from passopt.ir.graph.provenance import MODULE, SOURCE
-from passopt.ir.graph.rewrite_listener import Replacement, listening
+from passopt.ir.graph.run_context import Replacement, listening
 from passopt.ir.graph.shapes import dimensions
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassRecord

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from passopt.ir.graph.editor import Editor
-from passopt.ir.graph.rewrite_listener import listening
+from passopt.ir.graph.run_context import listening
 from passopt.ir.serialization.text import parse_model, print_model
 
 TEXT = '<ir_version: 10, opset_import: ["" : 21]> g (float[3] x) => (float[3] y) { a = Neg(x) y = Relu(a) }'
