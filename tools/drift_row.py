@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
-from passopt.commands.export import clean_up
+from passopt.api.export import clean_up
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.export import export_graph
 from passopt.frontends.options import ExportOptions

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.commands.export import clean_up
+from passopt.api.export import clean_up
 from passopt.frontends.checkpoint import open_checkpoint
 from passopt.frontends.export import export_graph
 from passopt.frontends.options import ExportOptions

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from passopt.reporting.result import Result
 from passopt.verification.scenarios import Observation, Scenario
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -42,7 +43,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Result):
     """`notes` say what was compared and how; `ok` is true if every row is within its tolerance."""
 
     rows: tuple[Row, ...]

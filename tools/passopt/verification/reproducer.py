@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 
-from passopt import __version__
 from passopt.ir.atomic_folders import staged_directory
 from passopt.ir.errors import ModelError, PassoptError
 from passopt.ir.serialization.model_files import save_reference
+from passopt.ir.version import __version__
 from passopt.passes.framework.base import Pass
 from passopt.passes.pipeline.runner import Instrument
 from passopt.passes.pipeline.text import describe

@@ -37,8 +37,8 @@ def folder(tmp_path: Path, monkeypatch, make_engine) -> Path:
 
     OPENED.clear()
     facts = ModelFacts(Engine.vocab, 128, 0, (CacheLayout(3, 4, 16, "fp32"),))
-    monkeypatch.setattr("passopt.commands.generate.open_engine", open_engine)
-    monkeypatch.setattr("passopt.commands.generate.read_facts", lambda folder: facts)
+    monkeypatch.setattr("passopt.api.generate.open_engine", open_engine)
+    monkeypatch.setattr("passopt.api.generate.read_facts", lambda folder: facts)
     return tmp_path / "model"
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from passopt.commands import progress
-from passopt.commands.progress import Progress
+from passopt.terminal import progress
+from passopt.terminal.progress import Progress
 
 
 @pytest.fixture

@@ -1,16 +1,18 @@
-"""`passopt print MODEL --provenance`: final node → passes → original nodes → module and lines of its source."""
+"""Tell where the nodes of a model come from: `passopt.provenance`, from node to passes to original nodes to source."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir
 
+from passopt.api.model import ModelLike, as_model
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, merged_sources
+from passopt.reporting.result import Result
 
 #: `model.layers.3.self_attn` is part of `model.layers.3`.
 _LAYER = re.compile(r"(.*?\.\d+)(?:\.(.*))?\Z")
@@ -66,8 +68,23 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(",") if part)
 
 
-def provenance_json(rows: Iterable[Row]) -> str:
-    return json.dumps([{**dataclasses.asdict(row), "layer": row.layer} for row in rows], indent=2)
+@dataclasses.dataclass(frozen=True)
+class Provenance(Result):
+    """Where all nodes of a model come from: one row per node, in the order of the graph."""
+
+    rows: tuple[Row, ...]
+
+    def to_text(self, *, fold: bool = True) -> str:
+        """Return a table per module. With `fold`, equal layers stand once."""
+        return provenance_text(self.rows, fold=fold)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"nodes": [{**dataclasses.asdict(row), "layer": row.layer} for row in self.rows]}
+
+
+def provenance(model: ModelLike) -> Provenance:
+    """Tell for every node which passes made it, from which nodes of the export, of which module and source line."""
+    return Provenance(tuple(rows_of(as_model(model).ir)))
 
 
 def provenance_text(rows: Sequence[Row], *, fold: bool = True) -> str:

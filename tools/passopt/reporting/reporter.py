@@ -1,0 +1,54 @@
+"""Define who hears of an operation while it runs: messages, texts to look at, and bars of progress."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """A bar of one long piece of work. Called with what was done since the last call, in bytes or items."""
+
+    def __call__(self, count: int) -> None: ...
+
+    def close(self) -> None:
+        """End the bar, whether the work succeeded or not."""
+
+
+class Reporter:
+    """Hears nothing and says nothing. The command line has one that writes to stderr."""
+
+    def say(self, message: str) -> None:
+        """Take a message of one line for people, such as a warning or what is being done now."""
+
+    def show(self, text: str) -> None:
+        """Take a text of many lines that was asked for, such as a graph after a pass."""
+
+    def bar(self, label: str, total: int, *, in_items: bool = False) -> Bar:
+        """Return a bar for `total` bytes, or items."""
+        return _NoBar()
+
+
+class _NoBar:
+    def __call__(self, count: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+#: What operations report to unless they are told otherwise.
+SILENT = Reporter()
+
+
+@contextlib.contextmanager
+def progress_bar(
+    reporter: Reporter, label: str, total: int, *, in_items: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Open a bar for the time of a block, and close it also if the block raises."""
+    bar = reporter.bar(label, total, in_items=in_items)
+    try:
+        yield bar
+    finally:
+        bar.close()
