@@ -1,7 +1,7 @@
-"""Who wants to see each rewrite before it happens: a listener in the model's non-serialised `meta`.
+"""Let a listener see each rewrite before it happens; it is kept in the model's `meta`, which is not serialised.
 
-The editor tells it what is to be replaced by what while the graph still holds the old nodes. A listener only looks; it
-stops a rewrite by raising.
+The editor tells the listener which values are about to be replaced while the graph still holds the old nodes. A
+listener only looks; it stops a rewrite by raising an error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ LISTENER = "passopt.listener"
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """Uses of each old value are about to read the new one. `rule` is a pass name, with the rule's place if it has one.
+    """A rewrite that is about to happen: the uses of each old value in `replaced` will read the new one.
 
-    `matched` are the nodes that the old values were recognised by; `built` is not in the graph yet.
+    `rule` is the name of the pass, followed by the rule's location if it has one. `matched` are the nodes by which the
+    old values were recognised; the nodes of `built` are not in the graph yet.
     """
 
     rule: str
@@ -32,13 +33,14 @@ class Replacement:
 
 
 class Listener(Protocol):
-    """Sees every replacement of a model's editors, before the graph changes."""
+    """Sees every replacement that editors of a model make, before the graph changes."""
 
-    def on_replace(self, event: Replacement) -> None: ...
+    def on_replace(self, event: Replacement) -> None:
+        """Look at a replacement before it happens; raise an error to stop it."""
 
 
 def announce(model: onnx_ir.Model, event: Replacement) -> None:
-    """Tell the model's listener, if it has one."""
+    """Tell the model's listener about a replacement, if the model has a listener."""
     listener: Listener | None = model.meta.get(LISTENER)
     if listener is not None:
         listener.on_replace(event)
@@ -46,7 +48,7 @@ def announce(model: onnx_ir.Model, event: Replacement) -> None:
 
 @contextlib.contextmanager
 def listening(model: onnx_ir.Model, listener: Listener) -> Iterator[None]:
-    """`listener` sees the replacements that are made in the block."""
+    """Let `listener` see the replacements that are made within the block, in place of any earlier listener."""
     earlier = model.meta.get(LISTENER)
     model.meta[LISTENER] = listener
     try:
