@@ -73,7 +73,7 @@ class Evaluator:
         return self.read(expression, tuple((0, length) for length in expression.shape))
 
     def chunks(self, expression: ex.Expression) -> Iterator[Array]:
-        """Consecutive row ranges of the tensor, C-contiguous; each fits the chunk size unless one row is larger."""
+        """Yield consecutive row ranges, C-contiguous; each fits the chunk size unless a single row is larger."""
         if not expression.shape:
             yield self.array(expression)
             return
