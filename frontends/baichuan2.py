@@ -233,7 +233,7 @@ def check_head(model: onnx_ir.Model) -> None:
     """Check that the logits are a product with the normalised weight: tracing can silently lose the NormHead.
 
     Raises:
-        ModelError: If no ReduceL2 is found behind the weight.
+        ModelError: If the weight in that product is not computed with a ReduceL2.
     """
     product = model.graph.outputs[0].producer()
     pending = list(product.inputs[1:]) if product is not None and product.op_type == "MatMul" else []

@@ -35,8 +35,8 @@ def export_graph(checkpoint: Checkpoint, options: ExportOptions, scratch: Path) 
     """Export a checkpoint to one graph for prefill, chunked prefill and decode, or for one of them by `options.phase`.
 
     The inputs are input_ids `[batch, seq]`, attention_mask `[batch, past+seq]`, position_ids `[batch, seq]` (if the
-    model uses them) and past.{layer}.{key,value} `[batch, kv_heads, past, head_dim]`. The outputs are logits `[batch,
-    seq, vocab]` and present.{layer}.{key,value} `[batch, kv_heads, past+seq, head_dim]`.
+    model uses them) and past.{layer}.{key,value} `[batch, kv_heads, past, head_dim]`. The outputs are logits
+    `[batch, seq, vocab]` and present.{layer}.{key,value} `[batch, kv_heads, past+seq, head_dim]`.
 
     Args:
         checkpoint: The checkpoint.

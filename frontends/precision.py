@@ -1,6 +1,6 @@
 """Compute scores and their softmax in fp32 while a half-precision model is traced, without touching its code.
 
-This is a mode of torch.
+torch calls such a thing a function mode: while it is active, it replaces calls of torch's functions.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def _unwritten_zeros(shape: torch.Size, *, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _replace(module: torch.nn.Module, make: Callable[..., torch.Tensor]) -> None:
-    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # by identity: tied weights stay one
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # Keyed by identity, so that tied weights stay one.
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is None:

@@ -52,6 +52,7 @@ class Builder:
     and are made unique by the function `unique`, so a rule never chooses one. Nothing enters a graph here: the caller
     inserts `built`. The optional `types` remembers what inference found, so that equal nodes are inferred once.
 
+    Example:
         b = editor.builder("mlp")
         y = b.Gelu(b.MatMul(x, w), approximate="tanh")
         editor.insert(b.built, before=node)

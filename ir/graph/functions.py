@@ -84,8 +84,7 @@ def infer_function_types(node: onnx_ir.Node) -> None:
 def grown(past: onnx_ir.Shape | None, new: onnx_ir.Shape | None) -> onnx_ir.Shape | None:
     """Return the shape of a past `[b, h, p, d]` and new positions `[b, h, q, d]` joined along the positions.
 
-    Symbols are summed in alphabetical order, as exports do. The result is None if a shape is unknown or has not four
-    axes.
+    Symbols are summed in alphabetical order, as exports do. The result is None unless both shapes have four known axes.
     """
     if past is None or new is None or len(past) != 4 or len(new) != 4:
         return None

@@ -50,9 +50,6 @@ def model_path(path: Path) -> Path:
 def load_model(path: Path | str) -> onnx_ir.Model:
     """Read a model; every external tensor becomes a lazy weight, so no byte of the weights is read.
 
-        model = load_model("exported/model.onnx")
-        print(print_model(model))
-
     Args:
         path: A model.onnx, a folder that contains one, or a file `*.onnxtxt` with ONNX text.
 
@@ -61,6 +58,10 @@ def load_model(path: Path | str) -> onnx_ir.Model:
 
     Raises:
         ModelError: If there is no such model, it cannot be read, or its weights do not fit it.
+
+    Example:
+        model = load_model("exported/model.onnx")
+        print(print_model(model))
     """
     path = model_path(Path(path))
     if path.suffix == TEXT_SUFFIX:

@@ -44,8 +44,9 @@ class Report:
 class Evaluator:
     """Computes expressions for one rank. Files stay open until `close`; use it as a context manager.
 
-    with Evaluator(rank=1) as evaluator:
-        values = evaluator.array(weight.shard(axis=0, degree=2))
+    Example:
+        with Evaluator(rank=1) as evaluator:
+            values = evaluator.array(weight.shard(axis=0, degree=2))
     """
 
     def __init__(self, rank: int = 0, chunk_bytes: int = CHUNK_BYTES) -> None:

@@ -41,9 +41,10 @@ class SourceFile:
 class Expression:
     """A tensor that is not evaluated yet. `shape` is in elements; under `Shard` it is the shape that one rank holds.
 
-    weight = checkpoint.tensors["model.layers.0.self_attn.W_pack.weight"]
-    q, k, v = weight.split([4096, 4096, 4096], axis=0)
-    codes, scales = q.shard(axis=0, degree=2).quantize()
+    Example:
+        weight = checkpoint.tensors["model.layers.0.self_attn.W_pack.weight"]
+        q, k, v = weight.split([4096, 4096, 4096], axis=0)
+        codes, scales = q.shard(axis=0, degree=2).quantize()
     """
 
     dtype: DataType

@@ -178,7 +178,8 @@ def torch_sources(path: Path) -> dict[str, Source]:
     """Return the tensors of a PyTorch .bin or .pt zip file by name, as byte ranges of its uncompressed entries.
 
     Raises:
-        ModelError: If the file is not such a zip file, or holds anything but contiguous little-endian tensors.
+        ModelError: If the file is not such a zip file, is damaged, or needs other code than that of tensors to load; or
+            if its tensors are compressed, not contiguous or not little-endian.
     """
     file = identify(path)
     try:
