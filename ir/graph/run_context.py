@@ -20,9 +20,10 @@ _KEY = "passopt.run"
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """Uses of each old value are about to read the new one. `rule` is a pass name, with the rule's place if it has one.
+    """A rewrite that is about to happen: the uses of each old value in `replaced` will read the new one.
 
-    `matched` are the nodes that the old values were recognised by; `built` is not in the graph yet.
+    `rule` is the name of the pass, followed by the rule's location if it has one. `matched` are the nodes by which the
+    old values were recognised; the nodes of `built` are not in the graph yet.
     """
 
     rule: str
@@ -32,10 +33,10 @@ class Replacement:
 
 
 class Listener(Protocol):
-    """Sees every replacement of a model's editors, before the graph changes. It only looks, or stops by raising."""
+    """Sees every replacement that editors of a model make, before the graph changes."""
 
     def on_replace(self, event: Replacement) -> None:
-        """Look at a replacement while the graph still holds the old nodes."""
+        """Look at a replacement before it happens, while the graph holds the old nodes; raise an error to stop it."""
 
 
 @dataclasses.dataclass
