@@ -25,7 +25,7 @@ class FuseAttention(RewritePass):
     After:  ``y, k, v = Attention(q, new_k, new_v, mask, past_k, past_v, scale=scale)``; with slopes · positions in the
             mask, ``y, k, v = passopt.AlibiAttention(q, new_k, new_v, slopes, positions, mask, past_k, past_v)``
     Heads that share keys (GQA) are no longer repeated; without a cache, past and present are absent. Masked scores stay
-    above the lowest number, since for a row of nothing else Attention gives 0, but softmax the mean of its values. A row
+    above the lowest number: for a row of nothing else, Attention gives 0, but softmax the mean of its values. A row
     of nothing but -inf, where softmax gives NaN, becomes 0.
     """
 

@@ -38,6 +38,7 @@ class FuseRotary(RewritePass):
     def pattern(
         self, op: Any, x: Any, cos: Any, sin: Any, start: Any, middle: Any, end: Any, axis: Any, sizes: Any
     ) -> Any:
+        """Match heads that are rotated whole, with their halves taken by two Slices or by one Split."""
         lower, upper = op.Split(x, sizes, axis=-1, outputs=2)
         halves = op.any_of(
             "halves",
@@ -76,7 +77,7 @@ class FuseRotary(RewritePass):
     def partial(
         self, op: Any, x: Any, cos: Any, sin: Any, ids: Any, start: Any, middle: Any, end: Any, axis: Any
     ) -> Any:
-        """Match a head of which only the first channels are rotated, by an operator that is fused already."""
+        """Match heads of which only the first channels are rotated, already in one operator."""
         turned = op.RotaryEmbedding(
             op.Slice(x, start, middle, axis), cos, sin, op.maybe(ids), interleaved=0, rotary_embedding_dim=0
         )
