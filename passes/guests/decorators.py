@@ -39,8 +39,9 @@ def graphsurgeon_pass(
         after: Passes that must come earlier if they are in the pipeline at all.
         changes_interface: True if the pass gives graph inputs or outputs another dtype or shape by design.
 
-    Returns: A decorator that turns the function into a pass class. It raises PassError if the function takes no graph,
-    or has a parameter that cannot be an option.
+    Returns:
+        A decorator that turns the function into a pass class. It raises PassError if the function takes no graph, or
+        has a parameter that cannot be an option.
     """
 
     def declare(function: Callable[..., Any]) -> type[Pass]:
