@@ -1,4 +1,4 @@
-"""decompose-rotary: rotary position embedding as products with cos and sin."""
+"""Decompose rotary position embedding into products with cos and sin (the decompose-rotary pass)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class DecomposeRotary(DecomposePass):
 
     Before: ``y = RotaryEmbedding(x, cos, sin, position_ids)``, x [b, heads, s, 2h], tables [positions, h]
     After:  ``y = Add(Mul(x, cos2), Mul(Concat(Neg(x[h:]), x[:h]), sin2))``, where ``cos2 = Gather(Concat(cos, cos),
-            position_ids)`` for every layer that reads the same table at the same positions
-    A table that is a weight is doubled in the weight. Channels in pairs (interleaved), heads rotated in part and inputs
-    [b, s, heads · channels] are decomposed as well.
+            position_ids)``, and sin2 alike
+    A table that is a weight is doubled in the weight, once for all layers that read it. Channels rotated in pairs
+    (interleaved), heads rotated in part and inputs [b, s, heads · channels] are decomposed as well.
     """
 
     name = "decompose-rotary"
@@ -41,7 +41,7 @@ class DecomposeRotary(DecomposePass):
         heads = attribute(node, "num_heads", 0)
         dims = dimensions(given)
         if dims is None:
-            raise Decline(f"the rank of {given.name} is unknown")
+            raise Decline(f"the number of axes of {given.name} is unknown")
         flat = len(dims) == 3
         x: Any = given
         if flat:
@@ -59,7 +59,7 @@ class DecomposeRotary(DecomposePass):
 
 
 def _width(x: onnx_ir.Value, given: onnx_ir.Value, heads: int) -> int:
-    """Channels of a head."""
+    """Return the number of channels of a head. Raises Decline if it is unknown."""
     last = (dimensions(given) or [None])[-1]
     if not isinstance(last, int):
         raise Decline(f"the number of channels of {given.name} is unknown")
@@ -67,12 +67,14 @@ def _width(x: onnx_ir.Value, given: onnx_ir.Value, heads: int) -> int:
 
 
 def _rotate_halves(op: Any, node: onnx_ir.Node, x: onnx_ir.Value, half: int) -> Any:
+    """Rotate every channel of the lower half with the one at the same place in the upper half."""
     cos, sin = (_angles(op, node, index, doubled=True) for index in (1, 2))
     lower, upper = op.Slice(x, [0], [half], [3]), op.Slice(x, [half], [_END], [3])
     return op.Add(op.Mul(x, cos), op.Mul(op.Concat(op.Neg(upper), lower, axis=-1), sin))
 
 
 def _rotate_pairs(op: Any, node: onnx_ir.Node, x: onnx_ir.Value, half: int) -> Any:
+    """Rotate neighbouring channels as pairs (interleaved)."""
     cos, sin = (_angles(op, node, index, doubled=False) for index in (1, 2))
     even, odd = (op.Slice(x, [start], [_END], [3], [2]) for start in (0, 1))
     real = op.Sub(op.Mul(even, cos), op.Mul(odd, sin))
@@ -82,7 +84,10 @@ def _rotate_pairs(op: Any, node: onnx_ir.Node, x: onnx_ir.Value, half: int) -> A
 
 
 def _angles(op: Any, node: onnx_ir.Node, index: int, *, doubled: bool) -> Any:
-    """[b, 1, s, h] of cos or sin at this step's positions, or [b, 1, s, 2h] with every angle for both halves."""
+    """Return cos or sin at this step's positions: [b, 1, s, h], or [b, 1, s, 2h] if `doubled`.
+
+    With `doubled`, every angle is there for both halves of a head.
+    """
     table, positions = required(node, index), operand(node, 3)
     weight = None if table.is_graph_input() else expression_of(table)
     if doubled and weight is not None:
