@@ -1,7 +1,8 @@
-"""`--rewrite-limit N`: how many rewrites a run may still make, to find the one that breaks a model by halving.
+"""Count the rewrites of a run and stop them after N, for `--rewrite-limit N`.
 
-A rewrite of a rule counts as one, and so does a whole-graph pass that changes anything. What the limit stops is left as
-it was, so every prefix of a run is a model.
+By trying different limits a user finds the one rewrite that breaks a model, as in a binary search. One applied rule
+counts as one rewrite, and so does one whole-graph pass that changed anything. Whatever the limit stops leaves the graph
+as it was, so the result is a valid model for every N.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _KEY = "passopt.rewrite_limit"
 
 @dataclasses.dataclass
 class RewriteLimit:
-    """The budget of one run, and the rewrite that used the last of it."""
+    """The number of rewrites that a run may make, the number it has made, and a description of the latest one."""
 
     limit: int
     used: int = 0
@@ -23,10 +24,11 @@ class RewriteLimit:
 
     @property
     def reached(self) -> bool:
+        """Return True if no further rewrite is allowed."""
         return self.used >= self.limit
 
     def take(self, what: str) -> None:
-        """Count the rewrite `what`, which is about to happen or has happened."""
+        """Count one rewrite, which is described by `what` and is about to happen or has just happened."""
         self.used += 1
         self.last = what
 
@@ -36,11 +38,11 @@ class RewriteLimit:
 
 
 def set_rewrite_limit(model: onnx_ir.Model, limit: RewriteLimit) -> None:
-    """Let every pass that runs on `model` respect `limit`. It is not written with the model."""
+    """Make every pass that runs on `model` respect `limit`, which is not saved with the model."""
     model.meta[_KEY] = limit
 
 
 def rewrite_limit(model: onnx_ir.Model) -> RewriteLimit | None:
-    """The limit of the run that `model` is in, if any."""
+    """Return the rewrite limit that was set for `model`, or None."""
     found = model.meta.get(_KEY)
     return found if isinstance(found, RewriteLimit) else None
