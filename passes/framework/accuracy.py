@@ -14,8 +14,8 @@ import onnx_ir
 DataType = onnx_ir.DataType
 
 
-#: The largest relative error that EXACT allows one rewrite, by the dtype of the value. It is not 0, because a kernel may
-#: split a sum into other blocks, which rounds differently.
+#: The largest relative error that EXACT allows one rewrite, by the dtype of the value. It is not 0, because a kernel
+#: may split a sum into other blocks, which rounds differently.
 _EXACT: Mapping[DataType, float] = {DataType.FLOAT: 1e-6, DataType.FLOAT16: 1e-3, DataType.BFLOAT16: 8e-3}
 
 

@@ -43,8 +43,9 @@ def _accept(registers: Registers) -> bool:
 class PatternCompiler:
     """Make the steps of one pattern, which use `size` registers.
 
-    `nodes` gives the register of each node pattern, which holds the matched graph node; `names` that of each name, which
-    holds what the name is bound to. Register 0 holds the node at which the match starts, if the first root is a choice.
+    `nodes` gives the register of each node pattern, which holds the matched graph node; `names` that of each name,
+    which holds what the name is bound to. Register 0 holds the node at which the match starts, if the first root is a
+    choice.
     """
 
     def __init__(self, opset: int, constants: Constants) -> None:

@@ -165,7 +165,7 @@ class Driver:
         return Rewriter(editor.opset, editor.unique, hint, self._memory, types=editor.types, constants=self._constants)
 
     def _apply(self, rule: Rule, node: onnx_ir.Node, match: Match, op: Rewriter, returned: Any) -> None:
-        """Replace the roots of a match by the values that `rewrite` returned, and check that the pass makes progress."""
+        """Replace the roots of a match by the values that `rewrite` returned, and check that the pass will end."""
         roots = match.roots()
         site = roots[0].name
         values = list(returned) if isinstance(returned, (list, tuple)) else [returned]
