@@ -30,9 +30,9 @@ _GROUPS = 4
 class Expectation:
     """How often a pass must have matched, written `PASS==N`, where N is a number or such as `2*num_layers+1`.
 
-    If the pass says what it `makes`, the nodes of these operators in the final graph are counted instead of its matches,
-    so that a model which was fused before also meets the expectation. If a later pass decomposes these operators on
-    purpose, they are counted right after the last run of this pass.
+    If the pass says what it `makes`, the nodes of these operators in the final graph are counted instead of its
+    matches, so that a model which was fused before also meets the expectation. If a later pass decomposes these
+    operators on purpose, they are counted right after the last run of this pass.
 
     Attributes:
         name: The name of the pass.
