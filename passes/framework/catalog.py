@@ -30,7 +30,7 @@ _DECORATORS = {"graphsurgeon_pass": 1, "ir_pass": 0}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What the source text says about one pass.
+    """The description of one pass, as read from its source text.
 
     Attributes:
         name: The name on the command line.

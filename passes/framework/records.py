@@ -8,7 +8,7 @@ import dataclasses
 
 @dataclasses.dataclass
 class RuleStatistics:
-    """What one rule of a pass did in one run.
+    """The statistics of one rule of a pass in one run.
 
     Attributes:
         name: The name of the rule's pattern method.
@@ -40,7 +40,7 @@ class RuleStatistics:
 
 @dataclasses.dataclass
 class PassResult:
-    """What one pass did in one run; the return value of `Pass.run`.
+    """The result of one run of a pass, which `Pass.run` returns.
 
     Attributes:
         modified: True exactly if the pass changed the printed text of the model (`passopt print`).

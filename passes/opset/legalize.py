@@ -37,6 +37,7 @@ class Legalize(Pass):
     opset: int = 23
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Convert the main graph and all local functions in place; raise PassError if a node cannot be converted."""
         if not OLDEST <= self.opset <= NEWEST:
             raise PassError(f"{self.name}: opset {self.opset} is not between {OLDEST} and {NEWEST}")
         every: list[onnx_ir.Graph | onnx_ir.Function] = [model.graph, *model.functions.values()]

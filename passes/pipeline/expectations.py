@@ -28,7 +28,7 @@ _GROUPS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """How often a pass must have matched, written `PASS==N`, where N is a number or such as `2*num_layers+1`.
+    """A statement of how often a pass must have matched: `PASS==N`, where N is a number or such as `2*num_layers+1`.
 
     If the pass says what it `makes`, the nodes of these operators in the final graph are counted instead of its
     matches, so that a model which was fused before also meets the expectation. If a later pass decomposes these

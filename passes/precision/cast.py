@@ -55,6 +55,7 @@ class CastModel(Pass):
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Cast the model in place; raise PassError if a dtype is unknown or cannot be cast."""
         complete_types(model)
         target = _DTYPES[self.dtype]
         editor = Editor(model, self.name)

@@ -46,6 +46,7 @@ class QuantizeActivations(RewritePass):
     activations: Literal["dynamic", "none"] = "dynamic"
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Quantise the inputs of int8 linears in place; do nothing with `activations=none`."""
         return PassResult() if self.activations == "none" else super().run(model)
 
     def pattern(self, op: Any, x: Any, codes: Any, scales: Any) -> Any:

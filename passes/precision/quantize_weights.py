@@ -47,6 +47,7 @@ class QuantizeWeights(RewritePass):
     head: bool = False
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Quantise weights in place; raise PassError if the opset does not allow scales in the dtype of the weights."""
         opset = model.graph.opset_imports.get("", 0)
         half = [v.name for v in model.graph.initializers.values() if is_checkpoint_weight(v) and _is_half(v.dtype)]
         if half and opset < _OPSET_OF_HALF_SCALES:
@@ -57,6 +58,7 @@ class QuantizeWeights(RewritePass):
         return super().run(model)
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
+        """Return one rule for each way in which a graph reads a weight."""
         return [
             (self.transposed, self.rewrite_transposed),
             (self.direct, self.rewrite_direct),
@@ -70,6 +72,7 @@ class QuantizeWeights(RewritePass):
         return op.Transpose(op.weight(w), perm=[1, 0], bind="turned")
 
     def rewrite_transposed(self, op: Rewriter, w: Any, turned: Any) -> Any:
+        """Transpose the dequantised codes instead of the weight."""
         weight = self._linear_weight(op, w, turned, is_turned=False)
         return op.Transpose(_dequantized(op, w.name, weight), perm=[1, 0])
 
@@ -78,12 +81,15 @@ class QuantizeWeights(RewritePass):
         return op.MatMul(x, op.weight(w))
 
     def rewrite_direct(self, op: Rewriter, x: Any, w: Any) -> Any:
+        """Store the weight as codes [out, in], and transpose them in the graph."""
         return self._product(op, x, w, is_turned=False)
 
     def gemm(self, op: Any, x: Any, w: Any, turned: Any) -> Any:
+        """Match a Gemm without a bias."""
         return op.Gemm(x, op.weight(w), transB=turned, bind="linear")
 
     def gemm_with_bias(self, op: Any, x: Any, w: Any, bias: Any, turned: Any) -> Any:
+        """Match a Gemm with a bias."""
         return op.Gemm(x, op.weight(w), bias, transB=turned, bind="linear")
 
     def rewrite_gemm(self, op: Rewriter, x: Any, w: Any, turned: Any, linear: Any) -> Any:
@@ -95,6 +101,7 @@ class QuantizeWeights(RewritePass):
         return self._product(op, x, w, is_turned=bool(turned))
 
     def rewrite_gemm_with_bias(self, op: Rewriter, x: Any, w: Any, turned: Any, linear: Any, bias: Any) -> Any:
+        """Write the Gemm as a MatMul and an Add."""
         return op.Add(self.rewrite_gemm(op, x, w, turned, linear), bias)
 
     def _product(self, op: Any, x: Any, w: Any, *, is_turned: bool) -> Any:
@@ -108,6 +115,7 @@ class QuantizeWeights(RewritePass):
         return op.Gather(op.weight(w), ids, axis=0)
 
     def rewrite_looked_up(self, op: Rewriter, w: Any, ids: Any) -> Any:
+        """Look up codes and scales, and multiply them; decline unless the option `embedding` is set."""
         if w.dtype not in _SCALE_DTYPES or len(w.shape) != 2:
             raise Decline(f"{w.name} is not a floating matrix")
         if not self.embedding:

@@ -36,7 +36,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class ShardPlan:
-    """How a model would be sharded, which is the same for every degree.
+    """A summary of how a model would be sharded, which is the same for every degree.
 
     Attributes:
         groups: The sharded tensors, grouped by their number of units.

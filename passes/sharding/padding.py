@@ -21,7 +21,7 @@ from passopt.passes.sharding.quantized_activations import scale_uses
 
 
 class Padded(enum.IntEnum):
-    """What the padded part of a value holds, from the best case to the worst."""
+    """The content of the padded part of a value, from the best case to the worst."""
 
     ZERO = 0
     POSITIVE = 1

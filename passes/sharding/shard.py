@@ -41,6 +41,7 @@ class Shard(Pass):
     pad: bool = False
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Shard the model in place; raise PassError if it cannot be sharded, or not with this degree."""
         present = degree_of(model)
         if present == self.degree:
             return PassResult()

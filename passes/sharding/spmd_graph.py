@@ -32,7 +32,7 @@ _REDUCIBLE = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType
 
 @dataclasses.dataclass(frozen=True)
 class Materialized:
-    """What was done: the names of the sharded tensors, and the numbers of collectives in the graph."""
+    """A report of what was done: the names of the sharded tensors, and the numbers of collectives in the graph."""
 
     sharded: tuple[str, ...]
     all_reduces: int
