@@ -74,7 +74,10 @@ class CastModel(Pass):
                 raise PassError(f"{self.name}: {node.op_type} {node.name!r}: the dtype of {unknown.name} is unknown")
             bodies = any(attribute.type == onnx_ir.AttributeType.GRAPH for attribute in node.attributes.values())
             if bodies and any(map(is_float, node.outputs)):
-                raise PassError(f"{self.name}: {node.op_type} {node.name!r} has bodies; their dtypes cannot be cast")
+                raise PassError(
+                    f"{self.name}: {node.op_type} {node.name!r} has floating outputs that its bodies compute; "
+                    f"the pass cannot cast inside of bodies"
+                )
             too_old = target != DataType.FLOAT and editor.opset < _OPSET_OF_HALF_SCALES
             if too_old and node.op_type == "DequantizeLinear" and not node.domain:
                 raise PassError(

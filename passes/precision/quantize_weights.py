@@ -97,7 +97,7 @@ class QuantizeWeights(RewritePass):
         node = linear.producer()
         factors = {name: node.attributes[name].value for name in ("alpha", "beta", "transA") if name in node.attributes}
         if factors.get("transA", 0) or factors.get("alpha", 1) != 1 or factors.get("beta", 1) != 1:
-            raise Decline(f"{node.name} is no plain linear: {factors}")
+            raise Decline(f"{node.name} is no plain linear: expected alpha 1, beta 1 and transA 0, found {factors}")
         return self._product(op, x, w, is_turned=bool(turned))
 
     def rewrite_gemm_with_bias(self, op: Rewriter, x: Any, w: Any, turned: Any, linear: Any, bias: Any) -> Any:

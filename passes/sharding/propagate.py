@@ -151,7 +151,7 @@ class Propagation:
         if not isinstance(found, Replicated) and found != alike:
             value = node.inputs[index]
             name = value.name if value is not None else "an absent input"
-            raise Conflict(f"{name} meets what is {alike}, so it must be replicated, but it is {found}")
+            raise Conflict(f"{name} is combined with what is {alike}, so it must be replicated, but it is {found}")
 
     def shrink_target(self, node: onnx_ir.Node, position: int, spec: Sharded, index: int = 1) -> None:
         """Record that element `position` of the target shape, input `index`, must become the length on one rank.
