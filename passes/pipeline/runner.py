@@ -1,4 +1,4 @@
-"""Runs a pipeline: one pass after another, each verified, timed and counted; instruments only look on."""
+"""Run the passes of a pipeline in order, and verify the model, count and time after each of them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from passopt.passes.pipeline.expectations import Expectation, Watch
 
 
 class Instrument:
-    """Looks on before and after every pass; must not change the model, and stops the run by raising."""
+    """The base class of observers that are called before and after every pass.
+
+    An instrument must not change the model. It may stop the run by raising an exception.
+    """
 
     def before_pass(self, index: int, item: Pass, model: onnx_ir.Model) -> None:
-        """Pass number `index` is about to run."""
+        """Observe `model` before pass number `index`, counted from 0, runs."""
 
     def after_pass(self, index: int, record: PassRecord, model: onnx_ir.Model) -> None:
-        """Pass number `index` has run, and the structure was verified."""
+        """Observe `model` and the `record` of pass number `index` after it has run and the model was verified."""
 
 
 def run_passes(
@@ -37,21 +40,34 @@ def run_passes(
     time_rules: bool = False,
     rewrite_limit: RewriteLimit | None = None,
 ) -> list[PassRecord]:
-    """Run the passes on `model` in place, one after another, and return what each of them did.
+    """Run the passes on `model` in place, in the given order.
 
     Args:
         model: The model to change.
-        passes: The passes, in the order in which they run.
-        verify: Check the structure of the graph before the first pass and after every pass.
-        instruments: Look on before and after every pass.
-        expectations: Are checked as soon as the passes they speak of have run.
-        time_rules: Take the CPU time of every rule, into its statistics.
+        passes: The passes, such as `resolve("fuse,int8").passes`.
+        verify: Check the structure of the model before the first and after every pass, and that a pass kept the names,
+            dtypes and shapes of the model's inputs and outputs unless it declares `changes_interface`.
+        instruments: Observers, called before and after every pass.
+        expectations: How often passes must have matched; they are checked after the last pass.
+        time_rules: Measure the CPU time of every rule, which slows rules a little.
         rewrite_limit: Stop changing the model after so many rewrites; it counts them.
 
+    Returns:
+        One record per pass, in order.
+
     Raises:
-        PassError: The model or an option of a pass is wrong; the message names the passes that already ran.
-        VerifyError: A pass left a broken graph.
-        ExpectationError: An expectation does not hold.
+        PassError: If a pass cannot work on this model, or fails with an unexpected exception. Like VerifyError, it
+            names the pass and those that ran before it.
+        VerifyError: If the model is broken before the first pass, or a pass left it broken.
+        ExpectationError: If an expectation does not hold at the end.
+        UsageError: If an expectation names a pass that is not among `passes`.
+
+    Example:
+        ::
+
+            model = passopt.ir.load_model("model.onnx")
+            records = run_passes(model, resolve("fuse,int8").passes)
+            print([(record.name, record.result.matches) for record in records])
     """
     records: list[PassRecord] = []
     watch = Watch(expectations, passes)
@@ -77,6 +93,7 @@ def run_passes(
 
 
 def _run_one(item: Pass, model: onnx_ir.Model, records: Sequence[PassRecord]) -> PassResult:
+    """Run one pass within the rewrite limit; its errors name the pass and those that ran before it."""
     limit = RunContext.of(model).rewrite_limit
     whole = limit is not None and not isinstance(item, RewritePass)
     if whole and limit is not None and limit.reached:
@@ -99,6 +116,7 @@ def _before(records: Sequence[PassRecord]) -> str:
 
 
 def _verify_after(item: Pass, model: onnx_ir.Model, interface: Interface, records: Sequence[PassRecord]) -> None:
+    """Raise VerifyError if a pass left a broken graph, or changed the interface without declaring it."""
     try:
         verify_model(model)
         if not item.changes_interface:
