@@ -1,4 +1,4 @@
-"""The Relax passes between lowering and code, in the open: named steps, in this order, printable after each."""
+"""Run the Relax passes between lowering and code generation, as named steps that can be printed one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tvm = Any
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A named Relax pass; `make` gives it."""
+    """A named Relax pass, which `make` returns; `summary` is what error messages say about it."""
 
     name: str
     summary: str
@@ -21,7 +21,7 @@ class Step:
 
 
 def steps(kind: str = "llvm") -> tuple[Step, ...]:
-    """All steps for a kind of target (llvm or cuda) in order."""
+    """Return all steps for a kind of target (llvm or cuda), in the order in which they run."""
     from tvm.relax import backend, transform
 
     gpu = kind == "cuda"
@@ -50,7 +50,10 @@ def steps(kind: str = "llvm") -> tuple[Step, ...]:
 
 
 def _bind_threads() -> Tvm:
-    """So early that there are no functions but the kernels."""
+    """Return a pass that turns all kernels into grids of threads.
+
+    It must run before operators are lowered to TIR, while the only TIR functions are the kernels.
+    """
     import tvm
     from tvm import tirx
 
@@ -74,15 +77,17 @@ def _schedule_small() -> Tvm:
     return dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())
 
 
-#: Fusing is only for speed, and TVM 0.27 fails on some groups (Gemma 2's masks): then small operators stay apart.
+#: The steps that fuse small operators. They only make the code faster, and TVM 0.27 fails on some groups (such as Gemma
+#: 2's masks). If it does, the small operators are left unfused.
 FUSING = ("fuse-ops", "fuse-tir")
 SKIPPED = "fusing skipped"
 
 
 def run_steps(module: Tvm, target: Tvm, on_step: Callable[[str, Tvm], None] | None = None) -> Tvm:
-    """The module after all steps; `on_step` gets each step's name and the module after it.
+    """Return the module after all steps.
 
-    If TVM cannot fuse the module, `on_step` is told so by the name `SKIPPED`. Raises ModelError that names the step.
+    `on_step` is called after each step with its name and the module. If TVM cannot fuse the module, it goes on without
+    fusion, and the name given is `SKIPPED`. Raises ModelError with the name of the step if TVM fails in another step.
     """
     unfused = module
     with target:
@@ -104,7 +109,7 @@ def run_steps(module: Tvm, target: Tvm, on_step: Callable[[str, Tvm], None] | No
 
 
 def check_step_names(names: list[str], kind: str = "llvm") -> None:
-    """Raises UsageError with the names there are."""
+    """Raise UsageError, which lists all steps, if one of `names` is not the name of a step."""
     known = steps(kind)
     for name in names:
         if name not in {step.name for step in known}:

@@ -1,4 +1,4 @@
-"""RMSNormalization over the last axis: y = x / sqrt(mean(x²) + ε) · w, summed in fp32."""
+"""Emit RMSNormalization over the last axis: y = x / sqrt(mean(x²) + ε) · w, with the sum in fp32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from passopt.targets.tvm.machines import Isa
 
 @dataclasses.dataclass(frozen=True)
 class RmsNorm:
-    """Rows [width] from x f32[M, width] and w weight_dtype[width]."""
+    """Computes rows y f32[M, width] from x f32[M, width] and w [width], whose dtype is `weight_dtype`."""
 
     width: int
     weight_dtype: str
@@ -31,7 +31,7 @@ class RmsNorm:
         from tvm.script.ir_builder import tirx as T
 
         x, w = arguments
-        lanes_at_once = 4 * self.isa.lanes  # four sums at once, since one would wait for itself
+        lanes_at_once = 4 * self.isa.lanes  # Four independent sums hide the latency of addition.
         squares = emit.local(lanes_at_once)
         emit.store(squares, emit.spread(0.0, lanes_at_once), [0], lanes_at_once)
 
