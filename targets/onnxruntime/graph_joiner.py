@@ -22,7 +22,7 @@ _GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
 
 
 class Joiner:
-    """Builds one graph out of the graphs of all ranks, which must have the same nodes in the same order.
+    """Build one graph out of the graphs of all ranks, which must have the same nodes in the same order.
 
     `_values[r]` maps each value of rank r to the value that stands for it in the joined graph. Several ranks may map
     to the same joined value.

@@ -35,7 +35,7 @@ def bind_threads(function: Tvm, name: str) -> Tvm:
 
 
 class _Binder:
-    """Rewrites one function.
+    """Rewrite one function for a GPU.
 
     `_buffers` maps a buffer of the CPU kernel to the thread's own buffer, and `_lanes` maps a variable to one variable
     per lane of its vector.

@@ -34,8 +34,8 @@ from passopt.targets.tvm.machines import X86
 
 #: The seconds that a rank may lag behind the others, or that all ranks may go without progress.
 TIMEOUT = 60.0
-#: The timeout for loading, in seconds. It is long, because ranks load at the speed of the disk and hash all weights that
-#: were never hashed before.
+#: The timeout for loading, in seconds. It is long, because ranks load at the speed of the disk and hash all weights
+#: that were never hashed before.
 _LOADING = 3600.0
 _MEMORY = Path("/dev/shm")
 _POLL = 0.5

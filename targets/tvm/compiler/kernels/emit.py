@@ -265,7 +265,7 @@ def spans_between(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def each_span(length: int, width: int, body: Callable[[Any, int], None]) -> None:
-    """Emit `body(start, lanes)` for `length` numbers: a loop over vectors of `width`, then narrower ones for the rest."""
+    """Emit `body(start, lanes)` for `length` numbers: a loop over vectors of `width`, then narrower ones."""
     from tvm.script.ir_builder import tirx as T
 
     if length >= width:

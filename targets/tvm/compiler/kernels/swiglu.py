@@ -12,7 +12,7 @@ from passopt.targets.tvm.machines import Isa
 
 @dataclasses.dataclass(frozen=True)
 class Swiglu:
-    """Computes rows y f32[M, width] from gate f32[M, width] and up f32[M, width].
+    """Compute rows y f32[M, width] from gate f32[M, width] and up f32[M, width].
 
     The relative error is 1e-6 where gate > -88. Below that, y differs from 0 by 1e-36 at most.
     """
@@ -22,12 +22,15 @@ class Swiglu:
 
     @property
     def name(self) -> str:
+        """Return the name for kernels, which tells the width."""
         return f"swiglu_{self.width}"
 
     def arguments(self, rows: Any) -> tuple[Any, ...]:
+        """Declare gate and up."""
         return tuple(emit.argument(name, (rows, self.width)) for name in ("gate", "up"))
 
     def emit_row(self, arguments: tuple[Any, ...], row: Any, write: Write) -> None:
+        """Emit the code of one row."""
         gate, up = arguments
 
         def multiply(start: Any, lanes: int) -> None:
