@@ -83,7 +83,9 @@ def read_manifest(directory: Path) -> Manifest:
         body = json.loads(path.read_text(encoding="utf-8"))
         version = body.pop("manifest")
         if version != _VERSION:
-            raise ModelError(f"{path}: manifest version {version}, this passopt reads {_VERSION}")
+            raise ModelError(
+                f"{path}: manifest version {version}, this passopt reads {_VERSION}. Write the output again."
+            )
         manifest = _decoded(body)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error

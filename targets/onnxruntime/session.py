@@ -43,9 +43,9 @@ class Session:
         Args:
             model: The model; its lazy weights are evaluated and written to the temporary folder.
             threads: The number of threads that one operator may use.
-            fold_qdq: By default onnxruntime multiplies int8 weights with activations in fp32; it would otherwise
-                quantise the activations too, with a relative error of 1e-2. If true, all weights are dequantised once
-                at load instead.
+            fold_qdq: If true, all int8 weights are dequantised once, at load. By default they are multiplied with fp32
+                activations as they are; onnxruntime's own default would quantise the activations too, with a relative
+                error of 1e-2.
             optimize: If false, each node runs as it stands in the graph, without onnxruntime's own rewrites.
             scratch: The folder in which the temporary folder is made; by default the system's.
 

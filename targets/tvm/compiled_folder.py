@@ -25,7 +25,8 @@ LIBRARY_NAME = "library.json"
 CODE_NAME = "lib.so"
 #: The source of the kernels of a library for cuda, for people to read.
 SOURCE_NAME = "lib.cu"
-#: The number of positions per block of keys. A cache holds whole blocks, so capacities are rounded up to a multiple.
+#: The number of positions per block of keys. A cache holds whole blocks, so capacities are rounded up to a multiple of
+#: this.
 BLOCK = 16
 #: The names of the global functions that a library of one rank calls. The process that runs it registers them.
 ALL_REDUCE = "passopt.all_reduce"

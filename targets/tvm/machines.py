@@ -133,7 +133,7 @@ class Gpu:
         return Target({"kind": "cuda", "arch": self.arch}, host=self.host.target())
 
 
-#: A machine that code is generated for.
+#: A machine to generate code for.
 Machine: TypeAlias = Cpu | Gpu
 
 

@@ -230,7 +230,7 @@ class Engine:
 
     def _check_ids(self, ids: Ids) -> None:
         if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] < 1:
-            raise UsageError(f"ids have shape {list(ids.shape)}, expected [{self.batch}, at least 1]: input is empty")
+            raise UsageError(f"ids have shape {list(ids.shape)}, expected [{self.batch}, seq] with seq of at least 1")
         if ids.min() < 0 or ids.max() >= self.vocab:
             bad = next(int(number) for number in ids.flat if not 0 <= number < self.vocab)
             raise UsageError(f"token id {bad} is outside of the vocabulary (0 to {self.vocab - 1})")

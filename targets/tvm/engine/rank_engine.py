@@ -1,7 +1,7 @@
 """Run all ranks of a compiled model on this machine, one process per rank, behind a single engine.
 
 The processes of the ranks end when this process ends, however it ends. The files through which they share memory are
-deleted as soon as all ranks have loaded, so none can be left behind.
+deleted as soon as all ranks have loaded; the memory itself stays mapped.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def codes_layout(k: int, isa: Isa) -> CodesLayout:
     """Return the layout that `quantize_rows(k, isa)` writes and the W8A8 linears of the same k and level read.
 
     Byte dot products take one operand unsigned, so codes are uint8 with zero point 128. Levels without them multiply
-    pairs of int16, so codes are stored as int16.
+    int16 (on a CPU in pairs), so codes are stored as int16. Rows start at multiples of 64 bytes.
     """
     size, dtype, zero_point = (1, "uint8", 128) if isa.has_byte_dot else (2, "int16", 0)
     stride = -(-k * size // 64) * 64

@@ -59,7 +59,7 @@ def fused_attention(at: Values, node: onnx_ir.Node) -> None:
     """Lower a fused attention, with its cache in place if there is one; raise Unsupported if it returns scores."""
     parts = find_attention(node)
     if parts is None or len(node.outputs) > 3:
-        raise Unsupported("attention that gives its scores")
+        raise Unsupported("attention that returns its scores as a fourth output")
     slot = at.cache.slots.get(parts.past_key) if at.cache is not None and parts.past_key is not None else None
     if slot is None:
         joined_attention(at, node, parts)
@@ -71,7 +71,7 @@ def in_place_refusal(node: onnx_ir.Node) -> str | None:
     """Return the reason why a node cannot keep its cache in place, or None if it can."""
     parts = find_attention(node)
     if parts is None or len(node.outputs) > 3:
-        return "attention that gives its scores"
+        return "attention that returns its scores as a fourth output"
     shape = parts.mask.shape if parts.mask is not None else None
     if shape is not None and len(shape) == 4 and shape[1] != 1:
         return f"its mask has shape {shape}: the kernel takes one for all heads"

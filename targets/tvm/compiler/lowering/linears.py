@@ -40,10 +40,10 @@ class AddedLinear:
 
 
 def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
-    """Return the parts of a node that adds a linear and another tensor, as at the end of attention; else None.
+    """Return the parts of a node that adds a linear and another tensor, or None for any other node.
 
-    The tensor must have as many axes as the result. Whether it has the same lengths is found only when the sum is
-    lowered: in the graph, two unknown lengths cannot be told apart.
+    Such sums follow attention and feed-forward. The tensor must have as many axes as the result. Whether it has the
+    same lengths is found only when the sum is lowered: in the graph, two unknown lengths cannot be told apart.
     """
     if node.op_type != "Add" or node.domain:
         return None

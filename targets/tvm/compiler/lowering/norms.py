@@ -14,7 +14,7 @@ from passopt.targets.tvm.compiler.lowering.values import RowsToCome, Tvm, Unsupp
 
 @lowers("RMSNormalization")
 def rms_normalization(at: Values, node: onnx_ir.Node) -> None:
-    """Lower RMSNormalization over the last axis; its rows are computed only when a reader has chosen a form."""
+    """Lower RMSNormalization over the last axis; its reader decides whether rows go to memory or are quantised."""
     found, weight = at.tensor(node.inputs[0]), at.stored(node.inputs[1])
     dims, isa = at.shape_of(found), at.machine.isa
     width, dtype = dims[-1], str(weight.ty.dtype)

@@ -173,7 +173,7 @@ class Values:
         """Return whether two shapes are provably equal."""
         return len(first) == len(second) and all(map(self.equal, first, second))
 
-    # Reading.
+    # Reading values.
 
     def shape(self, value: onnx_ir.Value | None) -> list[Length]:
         """Return the shape of a value, without making its tensor if the shape was stated."""
@@ -286,7 +286,7 @@ class Values:
         """Return whether a value is already there as [b, s, h, d]."""
         return value in self._heads
 
-    # Writing.
+    # Setting values, and emitting code for them.
 
     def emit(self, expression: Tvm) -> Tvm:
         """Add a Relax expression to the function that is being built, and return its variable."""

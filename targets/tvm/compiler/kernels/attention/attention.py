@@ -1,8 +1,8 @@
 """Emit attention over the KV cache: softmax(capped q·kᵀ·scale + bias)·v, in one pass over positions (online softmax).
 
 The function has two paths. Decoding one position reads the cache as it lies. Longer inputs work on blocks of query rows
-and copy each tile of keys and values to fp32 once for the whole block. Positions that no row of a block sees are
-skipped.
+and copy each tile of keys (unless they are fp32) and values to fp32 once for the whole block. Positions that no row of
+a block sees are skipped.
 """
 
 from __future__ import annotations

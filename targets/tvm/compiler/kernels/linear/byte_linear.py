@@ -110,7 +110,7 @@ class ByteLinear:
         if any(count % planes for count in (kernel.few_rows, kernel.tile_rows)) or _CHUNK_ROWS % kernel.tile_rows:
             raise ValueError(f"tiles of {kernel.few_rows} and {kernel.tile_rows} rows do not hold {planes} planes")
         if kernel.paired and planes > 1:
-            raise ValueError("pairs of groups have an excess for one plane")
+            raise ValueError(f"a kernel that multiplies pairs of groups takes one plane, not {planes}")
 
     @property
     def kernel(self) -> ByteKernel:

@@ -347,7 +347,7 @@ class _Linear:
             before = T.if_then_else(chunk == 0, first, self.y[tuple(at)])
             T.buffer_store(self.y, before + tile[row, column], at)
 
-    # Small parts.
+    # Small helpers of both.
 
     def _sums(self, rows: int) -> list[list[Any]]:
         """Return sums for `rows` rows × the vectors of a panel, set to zero.

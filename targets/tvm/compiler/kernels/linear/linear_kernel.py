@@ -21,7 +21,7 @@ class LinearPlan:
     name: str
     #: The weights in the order of the kernel's arguments: the suffix of the name, and the layout as an expression.
     weights: tuple[tuple[str, Expression], ...]
-    #: Returns the PrimFunc; the argument is that of `function`.
+    #: The function that returns the PrimFunc; its argument says whether a residual is added.
     make: Callable[[bool], Any]
     #: The parts of the layer that are int8.
     quantized: Quantized = "none"
