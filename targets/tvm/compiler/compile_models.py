@@ -1,4 +1,7 @@
-"""A model to a compiled folder: lowered, built by TVM, weights laid out for its kernels; whole or not at all."""
+"""Compile a model to a folder with a library and its weights: lower the graph, build the code, lay out the weights.
+
+The folder appears only when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +44,21 @@ from passopt.targets.tvm.compiler.relax_steps import run_steps
 from passopt.targets.tvm.machines import Gpu, Machine
 
 _DTYPES: dict[str, CacheDtype] = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
-#: What config files call the longest sequence.
+#: The keys under which config.json files store the length of the longest sequence.
 _LENGTH_KEYS = ("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """What was compiled: kernels by name with their number, fallbacks, bytes of weights per rank."""
+    """A report of what was compiled.
+
+    Attributes:
+        lowered: The lowered model, with its kernels and fallbacks; that of rank 0 if there are several ranks.
+        library: The description of the library; that of the last rank if there are several ranks.
+        weight_bytes: The bytes of a weights file, on average over the ranks.
+        degree: The number of ranks.
+        stream: How the weights were written.
+    """
 
     lowered: Lowered
     library: Library
@@ -69,10 +80,26 @@ def compile_models(
 ) -> CompileReport:
     """Compile a model, an SPMD model, or the models of all ranks, to the new folder `directory`.
 
-    Interrupted while it writes weights, the same call goes on with those that are finished.
+    All ranks get the same library, because whatever differs between them is a parameter. Memory does not grow with the
+    size of the weights: they are laid out chunk by chunk. If the call is interrupted while it writes weights, the same
+    call resumes and keeps the tensors that are finished.
 
-    Ranks share one library: what differs between them is a parameter. Memory does not grow with the weights: they are
-    laid out chunk by chunk. Raises ModelError (no native kernel, with every node), UsageError (output exists).
+    Args:
+        models: One model (which may be an SPMD model), or one model per rank, in the order of ranks.
+        directory: The folder to write, which must not exist.
+        machine: The CPU or GPU to generate code for.
+        origin: The origin of the model, and the folder of its tokenizer and configuration.
+        allow_fallback: If true, compile linears and attentions without a native kernel by TVM's own operators.
+        on_step: Called after each Relax step with its name and the module.
+        progress: Called with the weight bytes written since its last call.
+        stream: The memory and threads to write weights with.
+
+    Returns:
+        A report of what was compiled.
+
+    Raises:
+        ModelError: If a node has no native kernel (the message lists all of them), or the model cannot be compiled.
+        UsageError: If the output exists, the disk is too small, or there is no C compiler to link with.
     """
     degree = max(len(models), degree_of(models[0]))
     if degree > 1 and isinstance(machine, Gpu):
@@ -111,7 +138,7 @@ def compile_models(
 
 
 def check_linker() -> None:
-    """Raises UsageError if there is no C compiler: TVM links libraries with it."""
+    """Raise UsageError if there is no C compiler, which TVM needs to link libraries."""
     from tvm.support.cc import get_cc
 
     compiler = get_cc()
@@ -121,7 +148,10 @@ def check_linker() -> None:
 
 
 def build(lowered: Lowered, machine: Machine, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:
-    """Run the steps, generate code, link it to `path`; for a GPU, write the source of its kernels beside it."""
+    """Run the Relax steps, generate code and link it to the library `path`.
+
+    For a GPU, the source of the kernels is written beside it. Raises ModelError if TVM fails.
+    """
     from tvm import relax
 
     target = machine.target()
@@ -137,13 +167,13 @@ def build(lowered: Lowered, machine: Machine, path: Path, on_step: Callable[[str
 
 
 def _source(module: Any) -> str:
-    """The CUDA source of all kernels of a built library."""
+    """Return the CUDA source of all kernels of a built library."""
     found = [_source(item) for item in module.imports]
     return "\n".join([str(module.inspect_source()), *found] if module.kind == "cuda" else found)
 
 
 def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
-    """Small constants that are not the same on all ranks, such as the first row of a vocabulary shard."""
+    """Return the names of small constants that differ between ranks, such as the first row of a vocabulary shard."""
     if len(models) == 1:
         return frozenset()
     found = set()
@@ -160,7 +190,10 @@ def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
 
 
 def _lowered(models: Sequence[onnx_ir.Model], machine: Machine, *, allow_fallback: bool) -> list[Lowered]:
-    """Every model lowered; the first one's code serves all, which is checked, not assumed."""
+    """Lower every model, and raise ModelError unless all of them have the same code as the first.
+
+    Only the code of the first model is compiled, for all ranks.
+    """
     from tvm_ffi import structural_equal
 
     per_rank = _differing(models)
@@ -177,7 +210,10 @@ def _weights(lowered: Lowered) -> dict[str, Expression]:
 
 @dataclasses.dataclass(frozen=True)
 class _Interface:
-    """What a library says of how it is called; wrong models are told before anything is written."""
+    """The part of a library's description that says how it is called.
+
+    It is found before anything is written, so that an unsuitable model is refused early.
+    """
 
     cache: CacheLayout
     logits: Logits
@@ -185,6 +221,7 @@ class _Interface:
 
     @classmethod
     def of(cls, model: onnx_ir.Model, lowered: Lowered, companions: Path | None) -> _Interface:
+        """Return the interface of a model; raise ModelError if an engine could not call it."""
         decoder = decoder_of(model)
         check_inputs(model, lowered.inputs)
         if decoder.cache_dtype.name not in _DTYPES:
@@ -196,7 +233,11 @@ class _Interface:
 
 
 def check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
-    """Raises ModelError for an input that no engine gives, one length of text, or layers with unlike caches."""
+    """Raise ModelError if an engine could not provide the inputs of `model`.
+
+    `plain` are the names of its inputs besides the past. Refused are inputs that an engine does not know, a graph for
+    one fixed batch or length only, and layers whose caches differ in heads, width or dtype.
+    """
     unknown = [name for name in plain if name not in INPUTS]
     if unknown:
         raise ModelError(
@@ -259,7 +300,11 @@ def _logits(model: onnx_ir.Model) -> Logits:
 
 
 def max_positions(model: onnx_ir.Model, companions: Path | None) -> int | None:
-    """The longest sequence: of the model's tables, which must not be read beyond their end, and of config.json."""
+    """Return the length of the longest sequence that the model can take, or None if nothing bounds it.
+
+    It is the smallest bound of the model's own tables, which must not be read beyond their end, and of config.json in
+    the folder `companions`. Raises ModelError if that file is not JSON.
+    """
     table = positions_of(model)
     found = [] if table is None else [table]
     path = companions / "config.json" if companions is not None else None
