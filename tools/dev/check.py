@@ -1,4 +1,4 @@
-"""Run every gate but the tests: ruff format and lint, links for type checkers, mypy strict, import rules."""
+"""Run every gate but the tests: ruff format and lint, links for type checkers, mypy strict, import rules, rooms."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ GATES = (
     ("typepath", ("tools/dev/typepath.py",)),
     ("types", ("mypy",)),
     ("imports", ("importlinter",)),
+    ("rooms", ("tools/dev/rooms.py",)),
 )
 
 

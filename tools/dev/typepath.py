@@ -13,19 +13,19 @@ ROOT = Path(__file__).resolve().parents[2]
 TYPEPATH = ROOT / "build" / "typepath"
 
 
-def package_dirs() -> dict[str, str]:
-    """Return import name → folder of every listed package, parents first.
+def package_dirs(root: Path = ROOT) -> dict[str, str]:
+    """Return import name → folder of every package that setup.cfg of `root` lists, parents first.
 
-    `package_dir` of setup.cfg names the roots only; a package below a root lies in the folder of the same path.
+    `package_dir` names the topmost ones only; a package below one of them lies in the folder of the same path.
     """
     config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
+    config.read(root / "setup.cfg")
     lines = config["options"]["package_dir"].strip().splitlines()
-    roots = {name.strip(): folder.strip() for name, folder in (line.split("=") for line in lines)}
+    topmost = {name.strip(): folder.strip() for name, folder in (line.split("=") for line in lines)}
     found = {}
     for name in sorted(config["options"]["packages"].split()):
-        root = max((root for root in roots if f"{name}.".startswith(f"{root}.")), key=len)
-        found[name] = "/".join([roots[root], *name[len(root) :].split(".")[1:]])
+        above = max((above for above in topmost if f"{name}.".startswith(f"{above}.")), key=len)
+        found[name] = "/".join([topmost[above], *name[len(above) :].split(".")[1:]])
     return found
 
 
