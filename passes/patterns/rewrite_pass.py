@@ -81,6 +81,13 @@ class RewritePass(Pass):
         return [(self.pattern, self.rewrite)]
 
     def run(self, model: onnx_ir.Model) -> PassResult:
-        """Apply the rules to `model` in place until none matches any more, and return the counts."""
+        """Apply the rules to `model` in place until none matches any more.
+
+        Args:
+            model: The model to change.
+
+        Returns:
+            The counts of matches, tries and declines, and the statistics of every rule.
+        """
         with collector_paused():
             return Driver(self, model).run()

@@ -13,7 +13,12 @@ from passopt.reporting.result import Result
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue(Result):
-    """All passes and named pipelines by name, as their sources describe them; none of them is imported."""
+    """All passes and named pipelines by name, as their sources describe them; none of them is imported.
+
+    Attributes:
+        passes: Name → what the source of the pass says: summary, options, accuracy, and where it is defined.
+        pipelines: Name → summary, steps, options and expectations.
+    """
 
     passes: Mapping[str, Entry]
     pipelines: Mapping[str, Pipeline]
@@ -40,6 +45,13 @@ class Catalogue(Result):
 def list_passes() -> Catalogue:
     """List all passes and pipelines, those of installed packages too.
 
-    Raises PassError if two passes have one name.
+    Returns:
+        The list, which prints as `passopt list` does.
+
+    Raises:
+        PassError: Two passes have one name, or an entry point of another package leads to no pass.
+
+    Example:
+        >>> passopt.list_passes().passes["fuse-rms-norm"].summary
     """
     return Catalogue(catalog(), PIPELINES)

@@ -124,9 +124,17 @@ def compile(
         workers: Threads that write weights; None for two per core, at most 8.
         reporter: Hears of progress, fallbacks and texts.
 
+    Returns:
+        The kernels that were used, what the library says of itself, and the bytes of its weights.
+
     Raises:
         UsageError: The output exists, or a step, CPU or GPU is unknown.
         ModelError: The model cannot be compiled: no native kernel for a node, or no interface that an engine serves.
+        ExpectationError: An expectation of `passes` does not hold.
+
+    Example:
+        >>> result = passopt.compile("baichuan2", "compiled", passes="baichuan2,slice-last-token,int8")
+        >>> result.library.mcpu
     """
     output = Path(output)
     refuse_existing(output)

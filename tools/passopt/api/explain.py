@@ -61,7 +61,13 @@ class Guard:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation(Result):
-    """What there is to know of a pass or a pipeline, as text and as JSON."""
+    """What there is to know of a pass or a pipeline, as text and as JSON.
+
+    Attributes:
+        name: The pass or pipeline.
+        text: What `passopt explain` prints.
+        facts: The same for programs: options, rules with their patterns, where it declines; for a pipeline its steps.
+    """
 
     name: str
     text: str
@@ -79,6 +85,9 @@ def explain(name: str) -> Explanation:
 
     Args:
         name: A name that `passopt list` shows, with options if they matter, such as `"tp{degree=4}"`.
+
+    Returns:
+        The explanation, which prints as `passopt explain` does.
 
     Raises:
         UsageError: There is no such pass or pipeline, or `name` is several of them.

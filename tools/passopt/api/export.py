@@ -107,9 +107,16 @@ def export(
         workers: Threads that write weights; None for two per core, at most 8.
         reporter: Hears of progress.
 
+    Returns:
+        The size of the graph, and the error of the self-check.
+
     Raises:
         UsageError: The output exists, or options contradict each other.
         ModelError: The checkpoint is incomplete, or its code cannot be exported.
+
+    Example:
+        >>> result = passopt.export("Baichuan2-7B-Base", "baichuan2", trust_remote_code=True)
+        >>> result.error
     """
     from passopt.frontends.checkpoint import open_checkpoint
     from passopt.frontends.options import ExportOptions

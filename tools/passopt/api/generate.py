@@ -174,6 +174,8 @@ def _message(item: object) -> Message:
 class Engine:
     """A compiled folder with its weights loaded, ready to continue prompts; a process per rank for a folder of ranks.
 
+    Use `Engine.load` instead of calling this class. An engine is closed at the end of a `with` block, or by `close`.
+
     Example:
         >>> with passopt.Engine.load("compiled") as engine:
         ...     print(engine.generate("The lexical structure of", max_new_tokens=32))
@@ -201,6 +203,9 @@ class Engine:
             verify_weights: Hash all weights again, not only when a file is seen for the first time.
             copy_weights: Copy weights to memory of the process, instead of mapping the file.
             reporter: Hears of progress while weights are read.
+
+        Returns:
+            The engine, which owns its processes and caches until it is closed.
 
         Raises:
             ModelError: The folder is damaged, or its library needs instructions that this CPU lacks.
@@ -250,7 +255,12 @@ class Engine:
         return self._folder.tokenizer
 
     def allocate(self, batch: int, capacity: int) -> None:
-        """Forget everything, and make room for `batch` sequences of `capacity` positions."""
+        """Forget everything, and make room in the cache for new sequences.
+
+        Args:
+            batch: Sequences that run side by side.
+            capacity: Positions of each of them, padding included.
+        """
         self._engine.allocate(batch, capacity)
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -274,6 +284,9 @@ class Engine:
             prompts: A text, or a list of prompts: texts, token ids, or conversations.
             on_text: Gets the number of a prompt and the next piece of its text, as tokens come.
             **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
+
+        Returns:
+            The texts or token ids of all prompts, with times and the bytes of the cache.
 
         Raises:
             UsageError: A prompt is empty or too long, or the request contradicts itself.
@@ -307,6 +320,9 @@ def generate(
         on_end: Gets the number of a prompt that has ended.
         reporter: Hears of progress.
         **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
+
+    Returns:
+        The texts or token ids of all prompts, with times and the bytes of the cache.
 
     Raises:
         ModelError: The folder is damaged, or its library needs instructions that this CPU lacks.

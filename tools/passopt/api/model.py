@@ -122,7 +122,13 @@ def changeable(model: ModelLike) -> Model:
 
 @dataclasses.dataclass(frozen=True)
 class SaveResult(Result):
-    """What `save` has written: the folder, the bytes of every file, and how the weights were streamed."""
+    """What `save` has written.
+
+    Attributes:
+        output: The new folder.
+        sizes: The exact bytes of every file.
+        stream: How the weights were written; None if they were not copied.
+    """
 
     output: Path
     sizes: OutputSizes
@@ -154,6 +160,9 @@ def save(
         memory: Bytes that the process may take; None for 1 GiB.
         workers: Threads that write weights; None for two per core, at most 8.
         reporter: Hears of progress.
+
+    Returns:
+        The folder and the bytes of its files.
 
     Raises:
         UsageError: The folder exists, or the disk is too small.

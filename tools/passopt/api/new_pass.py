@@ -119,7 +119,13 @@ addopts = "--import-mode=importlib"
 
 @dataclasses.dataclass(frozen=True)
 class NewPass(Result):
-    """What was written: all files, the file of tests, and the folder to install if it is a package of its own."""
+    """What `new_pass` has written.
+
+    Attributes:
+        files: All files.
+        tests: The file of tests among them.
+        package: The folder to install, if the pass is a package of its own; None in a checkout of passopt.
+    """
 
     files: tuple[Path, ...]
     tests: Path
@@ -146,6 +152,9 @@ def new_pass(name: str, directory: Path | str | None = None, *, room: str | None
         directory: A checkout of passopt, or the folder of a package; None for the checkout that this is, or for a new
             folder of the pass's name.
         room: The folder of passes/ in a checkout; None for the one that fits the verb.
+
+    Returns:
+        The files, and how to go on, which is what its text says.
 
     Raises:
         UsageError: The name is taken or no name of a pass, or a file exists.

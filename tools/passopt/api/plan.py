@@ -38,6 +38,11 @@ class PlanResult(Result):
         return bool(self.legal_degrees)
 
     def to_text(self, degrees: Sequence[int] = _DEGREES) -> str:
+        """Return the legal degrees, the groups of weights, and what blocks each of some degrees.
+
+        Args:
+            degrees: The degrees whose blockers are listed.
+        """
         found = self.found
         lines = [
             f"legal degrees: {', '.join(map(str, found.legal_degrees)) or 'none without padding'}",
@@ -63,6 +68,12 @@ class PlanResult(Result):
 
 def plan(model: ModelLike) -> PlanResult:
     """Find the degrees at which a model can be sharded, without changing it.
+
+    Args:
+        model: A model, or where it lies.
+
+    Returns:
+        The legal degrees, and for every other degree the weights that block it.
 
     Raises:
         UsageError: The model is sharded already.

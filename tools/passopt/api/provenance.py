@@ -70,12 +70,21 @@ def _parts(text: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance(Result):
-    """Where all nodes of a model come from: one row per node, in the order of the graph."""
+    """Where all nodes of a model come from.
+
+    Attributes:
+        rows: One per node of the main graph, in its order: name, operator, the passes that made it, the original nodes
+            it stands for, the module and the source line that the exporter recorded.
+    """
 
     rows: tuple[Row, ...]
 
     def to_text(self, *, fold: bool = True) -> str:
-        """Return a table per module. With `fold`, equal layers stand once."""
+        """Return a table per module.
+
+        Args:
+            fold: Show equal layers once, and neighbours that no pass touched on one line.
+        """
         return provenance_text(self.rows, fold=fold)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,7 +92,14 @@ class Provenance(Result):
 
 
 def provenance(model: ModelLike) -> Provenance:
-    """Tell for every node which passes made it, from which nodes of the export, of which module and source line."""
+    """Tell for every node which passes made it, from which nodes of the export, of which module and source line.
+
+    Args:
+        model: A model, or where it lies.
+
+    Returns:
+        One row per node, which print as `passopt print --provenance` does.
+    """
     return Provenance(tuple(rows_of(as_model(model).ir)))
 
 

@@ -81,6 +81,9 @@ def replay(directory: Path | str) -> ReplayResult:
     Args:
         directory: What a failing run has left.
 
+    Returns:
+        Whether it still fails, in the same way or another, and what changed since it was recorded.
+
     Raises:
         ModelError: The folder holds no reproducer.
         UsageError: Its pipeline names a pass that is not there.

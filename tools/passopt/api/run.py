@@ -43,6 +43,7 @@ class RunResult(Result):
         records: One record per pass, in their order: counts, CPU seconds, nodes before and after, notes.
         output: The folder that was written; None if nothing was.
         stream: How the weights were written; None if they were not copied.
+        planned: The files of the output, written or not; `sizes` gives their bytes.
     """
 
     model: Model
@@ -139,6 +140,9 @@ def run(
         memory: Bytes that the process may take while it writes weights; None for 1 GiB.
         workers: Threads that write weights; None for two per core, at most 8.
         reporter: Hears of progress, warnings and texts.
+
+    Returns:
+        The new model, one record per pass, and the folder that was written.
 
     Raises:
         UsageError: A pass or an option is unknown, or the output exists.

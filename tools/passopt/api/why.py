@@ -64,8 +64,14 @@ def why(
         after: A pipeline that runs first.
         within: A pipeline that holds the pass: what stands before the pass in it runs first.
 
+    Returns:
+        The nearest misses, or the report on one node.
+
     Raises:
         UsageError: A name is unknown, or `name` is a pipeline.
+
+    Example:
+        >>> print(passopt.why("fuse-attention", "model.onnx", within="baichuan2"))
     """
     before, item = _chosen(name, after, within)
     found = changeable(model).ir

@@ -17,16 +17,30 @@ class Bar(Protocol):
 
 
 class Reporter:
-    """Hears nothing and says nothing. The command line has one that writes to stderr."""
+    """Hears nothing and says nothing: subclass it to hear what happens, as the command line does to write to stderr."""
 
     def say(self, message: str) -> None:
-        """Take a message of one line for people, such as a warning or what is being done now."""
+        """Take a message for people, such as a warning or what is being done now.
+
+        Args:
+            message: One line, without a final period.
+        """
 
     def show(self, text: str) -> None:
-        """Take a text of many lines that was asked for, such as a graph after a pass."""
+        """Take a text that was asked for, such as a graph after a pass.
+
+        Args:
+            text: Many lines, with the last line break.
+        """
 
     def bar(self, label: str, total: int, *, in_items: bool = False) -> Bar:
-        """Return a bar for `total` bytes, or items."""
+        """Return a bar for one long piece of work. It is called with what was done since, and closed at the end.
+
+        Args:
+            label: What the bar is of.
+            total: The size of the work: bytes, or items.
+            in_items: True if `total` counts items.
+        """
         return _NoBar()
 
 

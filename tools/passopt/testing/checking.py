@@ -38,12 +38,28 @@ def check(
     matches: int | None = None,
     lengths: Mapping[str, int] | None = None,
 ) -> tuple[onnx_ir.Model, PassResult]:
-    """Run `item` on ONNX text (or a model) and check all that holds for every pass; returns the result.
+    """Run a pass over a small graph, and check all that holds for every pass.
 
-    In text, `float[6,4] w = random` is a weight with seeded values. Matrices become lazy weights, as of a checkpoint.
-    `feeds` replaces random inputs by name; `lengths` sets symbolic dimensions; `matches` is how often it must match.
-    `tolerance` replaces what the pass's declared accuracy allows.
-    Raises AssertionError.
+    It checks that `modified` says whether the text changed, that a second run changes nothing, that the structure and
+    ONNX's own checker accept the result, and that onnxruntime computes the same numbers before and after.
+
+    Args:
+        item: The pass with its options, such as ``FuseSilu()``.
+        model: ONNX text, or a model, which is not changed. In text, ``float[6,4] w = random`` is a weight with seeded
+            values; matrices become lazy weights, like those of a checkpoint.
+        tolerance: The largest relative error of outputs; None for what the pass's declared accuracy allows.
+        feeds: Inputs by name, in place of random ones.
+        matches: How often the pass must match; None for any number.
+        lengths: Lengths of symbolic dimensions, such as ``{"batch": 2}``; others get unequal small ones.
+
+    Returns:
+        The changed model, and the result of the first run.
+
+    Raises:
+        AssertionError: If anything of this does not hold.
+
+    Example:
+        ``model, result = check(FuseSilu(), TEXT, matches=1)``
     """
     original = read_model(model) if isinstance(model, str) else model
     changed = original.clone()
@@ -78,7 +94,19 @@ def compare_numbers(
     lengths: Mapping[str, int],
     accuracy: Accuracy = EXACT,
 ) -> None:
-    """Both models in onnxruntime on seeded inputs; the ranks of a sharded one are joined."""
+    """Run two models in onnxruntime on the same seeded inputs, and compare their outputs.
+
+    Args:
+        original: The model before a pass.
+        changed: The model after it; the ranks of a sharded one are joined.
+        tolerance: The largest relative error of outputs; None for what `accuracy` allows.
+        feeds: Inputs by name, in place of random ones.
+        lengths: Lengths of symbolic dimensions; others get unequal small ones.
+        accuracy: EXACT, REASSOCIATED or lossy(budget), as passes declare it.
+
+    Raises:
+        AssertionError: If names, shapes or numbers of outputs differ by more.
+    """
     from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
     from passopt.targets.onnxruntime.session import Session
 

@@ -39,7 +39,17 @@ _FILE_STEMS: Mapping[Format, str] = {"safetensors": "model", "bin": "pytorch_mod
 class CheckpointSpec:
     """The shape of a model: ``rotary`` is the code of the 7B, ``alibi`` that of the 13B.
 
-    Raises ValueError if `hidden` does not split into the heads, or a rotary head not into halves.
+    Attributes:
+        family: "rotary" or "alibi".
+        heads: Attention heads.
+        hidden: The width of the hidden state, over all heads.
+        intermediate: The width of the MLP.
+        layers: Decoder layers.
+        vocab: Rows of the embedding and of the head.
+        max_positions: The longest sequence that the configuration states.
+
+    Raises:
+        ValueError: If `hidden` does not split into the heads, or a rotary head not into halves.
     """
 
     family: Literal["rotary", "alibi"]
@@ -58,10 +68,11 @@ class CheckpointSpec:
 
     @property
     def head_dim(self) -> int:
+        """Return the width of one head."""
         return self.hidden // self.heads
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each tensor, in the order of the published checkpoints."""
+        """Return name and shape of each tensor, in the order of the published checkpoints."""
         hidden, wide = self.hidden, self.intermediate
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, hidden)}
         for layer in range(self.layers):
@@ -79,7 +90,9 @@ class CheckpointSpec:
 
 
 # No two dimensions of a spec are equal, so that a mixed-up axis cannot go unnoticed.
+#: A tiny model with the code of the 7B: rotary embedding, three layers. It comes trained.
 ROTARY = CheckpointSpec("rotary", heads=4, hidden=64, intermediate=168, layers=3, vocab=520, max_positions=128)
+#: A tiny model with the code of the 13B: ALiBi, two layers. It comes trained.
 ALIBI = CheckpointSpec("alibi", heads=6, hidden=72, intermediate=180, layers=2, vocab=516, max_positions=96)
 # Five heads: the only even split is by five; 505 = 5 * 101 rows of vocabulary need padding for any other.
 ODD = CheckpointSpec("alibi", heads=5, hidden=40, intermediate=100, layers=2, vocab=505, max_positions=56)
@@ -107,9 +120,25 @@ def make_checkpoint(
 ) -> Path:
     """Write a checkpoint directory: configuration, remote code, tokenizer and, unless told not to, weights.
 
-    Only `ROTARY` and `ALIBI` come trained; others need ``trained=False`` and get random weights from `seed`.
-    ``shards > 1`` writes that many weight files and the index that maps tensors to them.
-    Raises FileExistsError if `directory` holds anything, ValueError if the arguments do not fit together.
+    Args:
+        directory: The new folder.
+        spec: The shape of the model. Only `ROTARY` and `ALIBI` come trained.
+        trained: Use the trained weights; False makes random ones.
+        dtype: The dtype of the weights, "bf16", "fp16" or "fp32".
+        format: "safetensors", or "bin" for torch's own files, which needs torch.
+        shards: How many weight files; if more than one, an index maps tensors to them.
+        seed: Of random weights.
+        weights: Write weights; False leaves them out, for models of full size.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If `directory` holds anything.
+        ValueError: If the arguments do not fit together.
+
+    Example:
+        ``make_checkpoint("checkpoint-alibi", ALIBI)``
     """
     if dtype not in _TORCH_DTYPES:
         raise ValueError(f"dtype is one of {', '.join(_TORCH_DTYPES)}, not {dtype!r}")

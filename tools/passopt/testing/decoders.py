@@ -25,7 +25,20 @@ _TEXT_NAMES = {DataType.FLOAT: "float", DataType.FLOAT16: "float16", DataType.BF
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """Sizes of the unsplit model, and how it is split. With ``quantized``, decoder linears are int8."""
+    """Sizes of the unsplit model, and how it is split.
+
+    Attributes:
+        degree: Ranks; more than 1 makes the SPMD graph of every rank.
+        layers: Decoder layers.
+        heads: Attention heads.
+        head_dim: The width of one head.
+        hidden: The width of the hidden state, which need not be heads · head_dim.
+        intermediate: The width of the MLP.
+        vocab: Rows of the embedding and of the head.
+        positions: The longest sequence.
+        dtype: The dtype of weights and activations.
+        quantized: True if the linears of the decoder layers are int8.
+    """
 
     degree: int = 1
     layers: int = 2
@@ -39,15 +52,24 @@ class DecoderSpec:
     quantized: bool = False
 
     def padded(self, length: int) -> int:
-        """`length` rounded up to a multiple of the degree."""
+        """Return a length rounded up to a multiple of the degree.
+
+        Args:
+            length: The length of the unsplit model.
+        """
         return -(-length // self.degree) * self.degree
 
 
 def tiny_decoder(spec: DecoderSpec | None = None, *, seed: int = 0, checkpoint: Path | None = None) -> onnx_ir.Model:
-    """The model. Split, it has an AllReduce after each attention and MLP and one AllGather of the logits.
+    """Make a small decoder. Split, it has an AllReduce after each attention and MLP and one AllGather of the logits.
 
-    Weights are literals; with `checkpoint`, they are tensors of that safetensors file, which is written if need be and
-    is the same for every degree.
+    Args:
+        spec: The sizes; None for the defaults of `DecoderSpec`.
+        seed: Of the weights. The same seed gives the same model at every degree.
+        checkpoint: A safetensors file for the weights, which is written if need be; None keeps them in memory.
+
+    Returns:
+        The model.
     """
     return _Writer(spec or DecoderSpec(), seed).model(checkpoint)
 

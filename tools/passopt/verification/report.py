@@ -44,17 +44,24 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport(Result):
-    """`notes` say what was compared and how; `ok` is true if every row is within its tolerance."""
+    """The rows of all comparisons, and notes that say what was compared and how.
+
+    Attributes:
+        rows: One per scenario and output: the relative error, its tolerance, and a note.
+        notes: What was compared, and how.
+    """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
+        """Return whether there are rows and every row is within its tolerance."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     @property
     def worst(self) -> Row:
+        """Return the row that exceeds its tolerance most, or comes nearest to it."""
         return max(self.rows, key=lambda row: row.badness)
 
     def to_json(self) -> dict[str, object]:
@@ -65,7 +72,7 @@ class VerifyReport(Result):
         return {"ok": self.ok, "notes": list(self.notes), "rows": rows}
 
     def to_text(self) -> str:
-        """The notes, then per comparison a table with one line per scenario: its worst output."""
+        """Return the notes, then a table per comparison with one line per scenario that shows its worst output."""
         lines = list(self.notes)
         for comparison in dict.fromkeys(row.comparison for row in self.rows):
             lines += ["", f"{comparison}:", *_table([row for row in self.rows if row.comparison == comparison])]
