@@ -54,9 +54,11 @@ class Builder:
     `Editor.builder` makes one; use it instead of calling this class.
 
     Example:
-        b = editor.builder("mlp")
-        y = b.Gelu(b.MatMul(x, w), approximate="tanh")
-        editor.insert(b.built, before=node)
+        ::
+
+            b = editor.builder("mlp")
+            y = b.Gelu(b.MatMul(x, w), approximate="tanh")
+            editor.insert(b.built, before=node)
     """
 
     def __init__(

@@ -48,9 +48,11 @@ class Expression:
         shape: The shape in elements; under `Shard` it is the shape that one rank holds.
 
     Example:
-        weight = checkpoint.tensors["model.layers.0.self_attn.W_pack.weight"]
-        q, k, v = weight.split([4096, 4096, 4096], axis=0)
-        codes, scales = q.shard(axis=0, degree=2).quantize()
+        ::
+
+            weight = op.weight(w)  # the packed projection of q, k and v: [12288, 4096]
+            q, k, v = weight.split([4096, 4096, 4096], axis=0)
+            codes, scales = q.shard(axis=0, degree=2).quantize()
     """
 
     dtype: DataType
