@@ -4,7 +4,7 @@
 
 As a Sphinx extension (`extensions = ["reference"]`, with tools/docs on sys.path) it writes them before a build, and
 makes docstrings, whose bars and backslashes mean themselves, safe for reStructuredText. The pages are included by those
-beside the folder, which git ignores; nothing in them is written by hand.
+beside the folder, which git ignores; nothing in them is written by hand, and they are no pages by themselves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _WIDTH = 100
 
 def pages() -> dict[str, str]:
     """Return the text of every generated page by its file name."""
-    return {"passes.md": passes_page(), "pipelines.md": pipelines_page(), "cli.md": cli_page()}
+    return {"passes.inc": passes_page(), "pipelines.inc": pipelines_page(), "cli.inc": cli_page()}
 
 
 def write(folder: Path = FOLDER) -> list[Path]:
