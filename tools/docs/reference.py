@@ -306,6 +306,14 @@ def escape_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lin
             code = True
 
 
+def prepare() -> None:
+    """Write the pages, and the pictures of rooms that changed, before a build."""
+    import room_pictures
+
+    write()
+    room_pictures.main([])
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Register with Sphinx: write the pages when a build begins, and escape docstrings.
 
@@ -315,7 +323,7 @@ def setup(app: Any) -> dict[str, Any]:
     Returns:
         That the extension may run in parallel.
     """
-    app.connect("builder-inited", lambda _: write())
+    app.connect("builder-inited", lambda _: prepare())
     app.connect("autodoc-process-docstring", escape_docstring)
     return {"version": passopt.__version__, "parallel_read_safe": True, "parallel_write_safe": True}
 
