@@ -1,4 +1,4 @@
-"""The scripts of tools/docs: layouts keep their promises, pictures are SVG that any reader opens, pages name everything."""
+"""The scripts of tools/docs: layouts keep their promises, pictures are SVG with text, and pages name everything."""
 
 from __future__ import annotations
 
