@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.safetensors_layout import Layout, plan_layout
 from passopt.ir.weights.streaming.row_spans import Part, Span, base_of, in_order, is_by_columns, matrix_shape, spans_of
@@ -154,7 +155,7 @@ _ROUNDING_IN_PASSING = {ex.QuantizeCodes, ex.QuantizeScales, ex.NormalizeRows}
 
 def is_rounding(expression: ex.Expression) -> bool:
     """Return whether the expression is a cast between floats."""
-    return isinstance(expression, ex.Cast) and {expression.dtype, expression.operand.dtype} <= ex.FLOATS
+    return isinstance(expression, ex.Cast) and {expression.dtype, expression.operand.dtype} <= FLOATS
 
 
 def _chain(core: ex.Expression, base: ex.Expression) -> Iterator[ex.Expression]:

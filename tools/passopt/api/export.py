@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import onnx_ir
 
 from passopt.api.model import Model, refuse_existing, write
+from passopt.ir.dtypes import DTYPES
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.decoder import SELF_CHECK
 from passopt.ir.graph.shapes import complete_types
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
 from passopt.ir.version import __version__
-from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from passopt.frontends.options import Alibi, Attention, Exporter, ExportOptions, Phase
 
 Dtype = Literal["fp16", "fp32", "bf16"]
-DTYPES = {"fp16": DataType.FLOAT16, "fp32": DataType.FLOAT, "bf16": DataType.BFLOAT16}
 
 #: What every exported graph goes through: the exporter's arithmetic on constants and lengths is done once.
 CLEAN_UP = "fold-constants,dead-code"

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.fp32_twin import fp32_twin
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import FLOATS, DataType, Expression
+from passopt.ir.weights.expressions import DataType, Expression
 from passopt.passes.framework.accuracy import Accuracy
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.rewrites.region_models import LARGEST_WEIGHT, Runnable, runnable, shortened_axes

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 
-from passopt.ir.weights.expressions import FLOATS
+from passopt.ir.dtypes import FLOATS
 from passopt.verification.rewrites.symbol_lengths import Lengths
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights.evaluator import Box, Evaluator
-from passopt.ir.weights.expressions import FLOATS, Expression, Source
+from passopt.ir.weights.expressions import Expression, Source
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -9,8 +9,8 @@ import enum
 
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.operators import RANDOM
-from passopt.ir.weights.expressions import FLOATS
 from passopt.ir.weights.lazy_weight import SMALL_BYTES
 
 _GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
