@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
+.PHONY: help demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -44,11 +44,11 @@ drift: $(INSTALLED)  ## Write docs/drift.md, what the fusions find by family and
 	$(BIN)/python tools/docs/drift.py --write docs/drift.md
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	@echo "setting up $(VENV), a minute or two"
-	@$(PYTHON) -m venv $(VENV)
-	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[export,run,guests,fast,dev]' > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,dev]'
 	@touch $@
 
-clean:
+help:  ## Show the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+clean:  ## Remove the environment and everything that was built.
 	rm -rf $(VENV) build dist *.egg-info
