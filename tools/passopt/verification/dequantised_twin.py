@@ -136,7 +136,7 @@ def _operand(node: onnx_ir.Node, index: int) -> Expression | None:
 
 
 def _spread(vector: Array, rows: slice, axis: int, ndim: int) -> Array:
-    """Return a vector shaped to broadcast along `axis`, limited to `rows` if that is axis 0; a scalar stays as it is."""
+    """Return a vector shaped to broadcast along `axis`, limited to `rows` if that is axis 0, or a scalar as it is."""
     if not vector.ndim:
         return vector
     shape = [1] * ndim

@@ -52,7 +52,7 @@ class LayerwiseResult:
 
 @dataclasses.dataclass
 class _Trace:
-    """The outputs of one piece: per scenario and step the activations it hands on, and the observations per scenario."""
+    """The outputs of one piece: the activations it hands on per scenario and step, and observations per scenario."""
 
     hidden: list[list[Array]]
     seen: list[Observation]

@@ -86,7 +86,7 @@ def _first(folder: Path) -> Library:
     if isinstance(found, RankFolders):
         found = read_library(folder / found.ranks[0])
     if isinstance(found, RankFolders):
-        raise ModelError(f"{folder}: ranks within ranks")
+        raise ModelError(f"{folder}: its first rank folder holds ranks itself, expected one compiled library per rank")
     return found
 
 

@@ -68,7 +68,7 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A request for a cut: the roots on both sides, and the names of values that either side computes inside the cut."""
+    """The data of a cut: the roots on both sides, and the names of values that either side computes inside the cut."""
 
     old_roots: tuple[onnx_ir.Value, ...]
     new_roots: tuple[onnx_ir.Value, ...]
