@@ -28,7 +28,8 @@ _SECTION = re.compile(r"^(Before|After):\s*", re.MULTILINE)
 _CODE = re.compile(r"``(.+?)``", re.DOTALL)
 
 
-#: The modules that every pass builds on. Their guards are left out, because they are the same for every pass.
+#: The modules that every pass builds on. They are not searched for guards: the guard of `op.require_opset`, for
+#: example, is listed at the line of the pass that calls it.
 _FRAMEWORK = ("passopt.passes.framework.", "passopt.passes.patterns.")
 
 

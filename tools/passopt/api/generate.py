@@ -55,7 +55,7 @@ class Request:
     capacity: int | None = None
 
     def sampling(self, defaults: Sampling) -> Sampling:
-        """Return the model's own defaults, changed as requested; a seed, temperature, top-k or top-p turns sampling on.
+        """Return the model's defaults, changed as requested; a seed, temperature, top-k or top-p turns sampling on.
 
         Raises UsageError if a greedy request asks for sampling, or if an option is out of its range.
         """
@@ -254,10 +254,7 @@ class Engine:
         return self._folder.tokenizer
 
     def allocate(self, batch: int, capacity: int) -> None:
-        """Forget all sequences, and make room for `batch` new ones of `capacity` columns, padding included.
-
-        Raises UsageError if a number is out of its range, or if there is not enough memory.
-        """
+        """Forget all sequences and make room for `batch` new ones of `capacity` columns, or raise UsageError."""
         self._engine.allocate(batch, capacity)
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -305,11 +302,10 @@ def generate(
 ) -> GenerateResult:
     """Load a compiled folder, continue prompts and return the new tokens and texts, and release the folder.
 
-    Errors in the prompts are raised before weights are read.
-
     Args:
         folder: The folder that `passopt.compile` has written.
-        prompts: A text, or a list of prompts: texts, token ids, or conversations.
+        prompts: A text, or a list of prompts: texts, token ids, or conversations. They are checked before weights are
+            read.
         threads: As for `Engine.load`.
         verify_weights: As for `Engine.load`.
         copy_weights: As for `Engine.load`.

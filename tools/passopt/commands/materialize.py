@@ -1,4 +1,4 @@
-"""Write a model that only refers to its weights as a folder of its own: `passopt materialize DIR -o DIR`."""
+"""Write a model that only refers to its weights, together with its weights: `passopt materialize DIR -o DIR`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from passopt.terminal.arguments import add_streaming, streaming
 
-SUMMARY = "Write the weights of a model that only refers to them, as --weights=reference and --dump-dir leave it."
+SUMMARY = "Write a model that only refers to its weights (--weights=reference, --dump-dir) together with its weights."
 EXAMPLE = "passopt materialize dump/03-shard -o model.sharded"
 
 

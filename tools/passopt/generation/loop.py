@@ -150,6 +150,8 @@ def _checked_width(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tok
 
 
 class _Run:
+    """One run of the loop: the padded prompts of a batch, and the tokens found so far."""
+
     def __init__(
         self,
         engine: Engine,
@@ -177,6 +179,7 @@ class _Run:
         self.count = 0
 
     def result(self, steps: int, otherwise: Literal["length", "positions"]) -> Generation:
+        """Run the loop to its end, and return the rows; `otherwise` is the end of rows without an end token."""
         start = time.perf_counter()
         tokens = self._choose(self._prefill())
         first = time.perf_counter() - start

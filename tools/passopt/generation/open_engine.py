@@ -17,22 +17,33 @@ class Bounds(Protocol):
     """The limits of a model that prompts are checked against."""
 
     @property
-    def vocab(self) -> int: ...
+    def vocab(self) -> int:
+        """Return the number of token ids, which is that of logits per position."""
+
     @property
-    def max_positions(self) -> int | None: ...
+    def max_positions(self) -> int | None:
+        """Return the number of positions, or None if the model has no limit."""
 
 
 class Engine(Bounds, Protocol):
     """A decoder with its past: `batch` sequences that advance together, up to `capacity` columns."""
 
     @property
-    def batch(self) -> int: ...
+    def batch(self) -> int:
+        """Return the number of sequences."""
+
     @property
-    def capacity(self) -> int: ...
+    def capacity(self) -> int:
+        """Return the number of columns that the cache has room for."""
+
     @property
-    def cache_bytes(self) -> int: ...
+    def cache_bytes(self) -> int:
+        """Return the bytes of the cache."""
+
     @property
-    def past(self) -> int: ...
+    def past(self) -> int:
+        """Return the number of columns that are in the cache now."""
+
     def allocate(self, batch: int, capacity: int | None = None) -> None:
         """Forget all sequences, and make room for `batch` new ones of `capacity` columns."""
 

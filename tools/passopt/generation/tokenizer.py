@@ -67,6 +67,8 @@ def token_text(config: dict[str, Any], role: str) -> str | None:
 
 
 class _SentencePiece:
+    """A tokenizer from tokenizer.model, by the library sentencepiece."""
+
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         import sentencepiece
 
@@ -104,6 +106,8 @@ def _split(text: str, words: Sequence[str]) -> list[tuple[bool, str]]:
 
 
 class _Fast:
+    """A tokenizer from tokenizer.json, by the library tokenizers."""
+
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         import tokenizers
 

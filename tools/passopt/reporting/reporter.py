@@ -31,6 +31,8 @@ class Reporter:
 
 
 class _NoBar:
+    """A progress bar that shows nothing."""
+
     def __call__(self, count: int) -> None:
         pass
 

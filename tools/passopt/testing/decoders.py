@@ -58,6 +58,8 @@ def tiny_decoder(spec: DecoderSpec | None = None, *, seed: int = 0, checkpoint: 
 
 
 class _Writer:
+    """Write the ONNX text of a decoder line by line, and collect its constants."""
+
     def __init__(self, spec: DecoderSpec, seed: int) -> None:
         self.spec = spec
         self._random = np.random.default_rng(seed)

@@ -84,7 +84,7 @@ class Cut:
         return _extract(self.model, self.shared, {}) if self.shared else None
 
     def graph(self, piece: Piece, given: Mapping[str, Array]) -> onnx_ir.Model:
-        """Return the piece as a model that starts from the values in `given`, with the dtypes of their arrays."""
+        """Return the piece as a model that starts from the values in `given`; its inputs have the arrays' dtypes."""
         stops = {name: array for name, array in given.items() if name in {piece.carried, *self.shared}}
         return _extract(self.model, piece.targets, stops)
 

@@ -53,8 +53,8 @@ class PassCheck:
     """The results of checking one pass.
 
     `sites` counts the checked rewrites and `distinct` those of different structure. `worst` is the largest error among
-    them, `unchecked` counts rewrites that were not checked by reason, and `shortened` maps lengths of axes to what was
-    kept.
+    them. `unchecked` counts the rewrites that could not be checked, by reason. `shortened` maps lengths of axes that
+    were too long to run to the length that was kept.
     """
 
     accuracy: str

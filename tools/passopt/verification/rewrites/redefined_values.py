@@ -56,7 +56,7 @@ def _is_changed_constant(one: onnx_ir.Value, other: onnx_ir.Value) -> bool:
 
 def _same(one: onnx_ir.Value, other: onnx_ir.Value, opsets: tuple[int, int], changed: Set[str]) -> bool:
     if one.is_graph_input() and other.is_graph_input():
-        return True  # only a pass whose purpose it is changes the dtype of a graph input
+        return True  # their dtypes differ only if changing them is the purpose of the pass
     if None not in (one.dtype, other.dtype) and one.dtype != other.dtype:
         return False
     first, second = one.producer(), other.producer()

@@ -69,8 +69,8 @@ class Sampler:
     def _mask(self, dtype: onnx_ir.DataType, shape: tuple[int, ...]) -> Array:
         """Return a mask of one of the two shapes that decoders use.
 
-        [b, t] is 1 where a token stands. [b, 1, q, t] says what a query may see, as bool, as 1 and 0, or as a number to
-        add.
+        [b, t] is 1 where a token stands. [b, 1, q, t] says what a query may see, as bool, as 1 and 0, or as numbers to
+        add to the scores of attention.
         """
         total = shape[-1] if shape else 1
         tokens = np.arange(total) >= self._padding(shape[0] if len(shape) > 1 else 1)[:, None]
