@@ -26,23 +26,23 @@ from passopt.targets.tvm.engine.available_memory import check_caches
 
 #: A text, a conversation of messages (or mappings with "role" and "content"), or token ids.
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message | Mapping[str, str]]"
-#: Gets the number of the prompt and the next piece of its text, or of its ids.
+#: A function that gets the number of a prompt, from 0 on, and the next piece of its text or of its ids.
 OnText: TypeAlias = Callable[[int, str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a model, besides the prompts. None stands for what the model's own files say.
+    """The options of a generation besides the prompts; None stands for what the model's own files say.
 
     Attributes:
-        max_new_tokens: Tokens to generate for each prompt, at most.
-        greedy: Take the most likely token always, without a penalty unless one is given.
-        temperature: Sample; smaller is closer to greedy.
-        top_k: Sample from so many of the most likely tokens; 0 for all.
-        top_p: Sample from the tokens that together have this probability.
-        repetition_penalty: Above 1, less of what was said already.
-        seed: Sample, the same every time.
-        capacity: Columns of the cache; None for what is needed.
+        max_new_tokens: The largest number of new tokens for each prompt.
+        greedy: Always choose the most likely token, without a repetition penalty unless one is given.
+        temperature: Sample with this temperature; smaller is closer to greedy.
+        top_k: Sample from this many of the most likely tokens; 0 for all.
+        top_p: Sample from the most likely tokens that together have this probability.
+        repetition_penalty: Above 1, make tokens less likely that were said already.
+        seed: Sample with this seed, so that every run gives the same text.
+        capacity: The number of columns of the cache; None for what is needed.
     """
 
     max_new_tokens: int | None = None
@@ -55,7 +55,10 @@ class Request:
     capacity: int | None = None
 
     def sampling(self, defaults: Sampling) -> Sampling:
-        """Return the model's own defaults, changed as asked. A seed or a temperature asks for sampling."""
+        """Return the model's defaults, changed as requested; a seed, temperature, top-k or top-p turns sampling on.
+
+        Raises UsageError if a greedy request asks for sampling, or if an option is out of its range.
+        """
         names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         asked = [name for name in ("temperature", "top_k", "top_p", "seed") if name in given]
@@ -69,12 +72,12 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateResult(Result):
-    """What a model wrote.
+    """The result of a generation.
 
     Attributes:
         prompts: The token ids of each prompt, as the model got them.
-        generation: Token ids and ends of all rows, times in seconds, bytes of the cache.
-        texts: The text of each row; None where no prompt was a text.
+        generation: The new token ids of all rows and why they ended, times in seconds, bytes of the cache.
+        texts: The text of each row; None if all prompts were token ids.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -119,12 +122,12 @@ class GenerateResult(Result):
 
 
 def heading(row: int, rows: int) -> str:
-    """Return the line that tells one of several answers from the others; a single one stands for itself."""
+    """Return the line above answer `row`, counted from 0, that separates it from others; "" if `rows` is 1."""
     return "" if rows == 1 else f"== {row + 1}\n"
 
 
 class _Folder:
-    """A compiled folder before its weights are loaded: what it says of itself, its settings and its tokenizer."""
+    """A compiled folder before its weights are loaded: its description, its settings and its tokenizer."""
 
     def __init__(self, folder: Path, reporter: Reporter) -> None:
         self.path = folder
@@ -137,7 +140,7 @@ class _Folder:
         return load_tokenizer(self.path)
 
     def encode(self, prompt: Prompt, request: Request) -> list[int]:
-        """The token ids of a prompt. Raises UsageError for a conversation that is none."""
+        """Return the token ids of a prompt; raise UsageError if it is neither text nor ids nor a conversation."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         ids = [item for item in prompt if isinstance(item, (int, np.integer)) and not isinstance(item, bool)]
@@ -146,7 +149,7 @@ class _Folder:
         return self._chat([_message(item) for item in prompt], request)
 
     def _chat(self, messages: Sequence[Message], request: Request) -> list[int]:
-        """The prompt of one conversation; the reporter hears if its oldest rounds do not fit."""
+        """Return the token ids of a conversation, and report it if the oldest rounds do not fit."""
         new = request.max_new_tokens or self.settings.max_new_tokens
         limits = [limit for limit in (self.facts.max_positions, request.capacity) if limit is not None]
         room = min(limits) - new if limits else None
@@ -161,6 +164,7 @@ class _Folder:
 
 
 def _message(item: object) -> Message:
+    """Return the item as a message; raise UsageError if it is none."""
     if isinstance(item, Message):
         return item
     if isinstance(item, Mapping):
@@ -172,7 +176,7 @@ def _message(item: object) -> Message:
 
 
 class Engine:
-    """A compiled folder with its weights loaded, ready to continue prompts; a process per rank for a folder of ranks.
+    """A compiled folder with its weights loaded, ready to continue prompts; a folder of ranks runs a process per rank.
 
     Example:
         >>> with passopt.Engine.load("compiled") as engine:
@@ -193,18 +197,18 @@ class Engine:
         copy_weights: bool = False,
         reporter: Reporter = SILENT,
     ) -> Engine:
-        """Load what `passopt.compile` has written.
+        """Load a folder that `passopt.compile` has written.
 
         Args:
             folder: The compiled folder, or the folder of ranks.
-            threads: Threads of each process; None for the cores of this machine.
+            threads: The number of threads, of all ranks together; None for the cores of this machine.
             verify_weights: Hash all weights again, not only when a file is seen for the first time.
             copy_weights: Copy weights to memory of the process, instead of mapping the file.
-            reporter: Hears of progress while weights are read.
+            reporter: Is told about progress while weights are read.
 
         Raises:
             ModelError: The folder is damaged, or its library needs instructions that this CPU lacks.
-            UsageError: There is not enough memory.
+            UsageError: There is not enough memory, or `threads` is less than 1.
         """
         return cls._opened(
             _Folder(Path(folder), reporter), threads, verify_weights=verify_weights, copy_weights=copy_weights
@@ -229,7 +233,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End the processes of ranks; a single engine has none."""
+        """End the processes of ranks; an engine without ranks has none."""
         close = getattr(self._engine, "close", None)
         if close is not None:
             close()
@@ -241,42 +245,43 @@ class Engine:
 
     @property
     def max_positions(self) -> int | None:
-        """Return the longest sequence; None if the model has no limit."""
+        """Return the length of the longest sequence; None if the model has no limit."""
         return self._folder.facts.max_positions
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that lies beside the library."""
+        """Return the tokenizer beside the library; raise ModelError if there is none, or if it is damaged."""
         return self._folder.tokenizer
 
     def allocate(self, batch: int, capacity: int) -> None:
-        """Forget everything, and make room for `batch` sequences of `capacity` positions."""
+        """Forget all sequences and make room for `batch` new ones of `capacity` columns, or raise UsageError."""
         self._engine.allocate(batch, capacity)
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Append tokens to the sequences, and return their logits.
+        """Append tokens to the sequences, and return their logits in fp32 [batch, seq, vocab].
+
+        A model that slices the last token returns [batch, 1, vocab]. Raises UsageError if a shape or a token id is
+        wrong, or if the sequences outgrow the cache or the model's positions.
 
         Args:
             ids: Token ids [batch, seq].
             mask: 1 for tokens and 0 for padding on the left, [batch, past + seq].
-
-        Returns:
-            Logits in fp32 [batch, seq, vocab]; [batch, 1, vocab] of a model that slices the last token.
         """
         return self._engine.forward(ids, mask)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, on_text: OnText | None = None, **request: Any
     ) -> GenerateResult:
-        """Continue prompts together.
+        """Continue prompts together, and return the new tokens and texts.
 
         Args:
             prompts: A text, or a list of prompts: texts, token ids, or conversations.
-            on_text: Gets the number of a prompt and the next piece of its text, as tokens come.
+            on_text: A function that gets the number of a prompt and the next piece of its text, as tokens come.
             **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
 
         Raises:
             UsageError: A prompt is empty or too long, or the request contradicts itself.
+            ModelError: The tokenizer or the chat format is missing or damaged, or logits are not finite.
         """
         asked = Request(**request)
         encoded = _encoded(self._folder, _listed(prompts), asked)
@@ -295,21 +300,22 @@ def generate(
     reporter: Reporter = SILENT,
     **request: Any,
 ) -> GenerateResult:
-    """Load a compiled folder, continue prompts, and let it go. What is wrong with them is told before weights are read.
+    """Load a compiled folder, continue prompts and return the new tokens and texts, and release the folder.
 
     Args:
-        folder: What `passopt.compile` has written.
-        prompts: A text, or a list of prompts: texts, token ids, or conversations.
+        folder: The folder that `passopt.compile` has written.
+        prompts: A text, or a list of prompts: texts, token ids, or conversations. They are checked before weights are
+            read.
         threads: As for `Engine.load`.
         verify_weights: As for `Engine.load`.
         copy_weights: As for `Engine.load`.
-        on_text: Gets the number of a prompt and the next piece of its text, as tokens come.
-        on_end: Gets the number of a prompt that has ended.
-        reporter: Hears of progress.
+        on_text: A function that gets the number of a prompt and the next piece of its text, as tokens come.
+        on_end: A function that gets the number of each prompt that has ended.
+        reporter: Is told about progress.
         **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
 
     Raises:
-        ModelError: The folder is damaged, or its library needs instructions that this CPU lacks.
+        ModelError: The folder or its tokenizer is damaged, this CPU cannot run the library, or logits are not finite.
         UsageError: A prompt is empty or too long, the request contradicts itself, or there is not enough memory.
     """
     asked = Request(**request)
@@ -332,7 +338,7 @@ class _Encoded:
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Always a list of prompts: a text, ids or a conversation alone are one."""
+    """Return a list of prompts; a single text, list of ids or conversation becomes a list of one."""
     if isinstance(prompts, str):
         return [prompts]
     alone = all(isinstance(item, (int, np.integer, Message, Mapping)) for item in prompts)
@@ -389,7 +395,7 @@ def _run(
 
 
 class _IdStream:
-    """Token ids as text, separated by spaces."""
+    """Give token ids as text, separated by spaces."""
 
     def __init__(self) -> None:
         self._space = ""

@@ -33,15 +33,15 @@ from passopt.verification.rewrites.compare_sides import relative_error
 
 @dataclasses.dataclass(frozen=True)
 class ReplayResult(Result):
-    """What came of running a reproducer again.
+    """The result of running a reproducer again.
 
     Attributes:
         folder: The reproducer.
-        still_fails: The message if it still fails, in this way or another; None if it runs through.
-        same: True if it fails in the very pass and way that was recorded.
-        remarks: Versions that changed since, and how far the stored rewrite is off.
-        records: What the passes did, if they ran through.
-        recorded: The first line of the error that was recorded.
+        still_fails: The error message if it still fails, in the same way or another; None if it runs without an error.
+        same: True if it fails in the recorded pass and with the recorded class of error.
+        remarks: The versions that have changed since, and the error of the stored rewrite if there is one.
+        records: One record per pass, if all of them ran.
+        recorded: The first line of the recorded error.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class ReplayResult(Result):
 
     @property
     def ok(self) -> bool:
-        """Return True if it no longer fails."""
+        """Return whether it no longer fails."""
         return self.still_fails is None
 
     def to_text(self) -> str:
@@ -71,7 +71,7 @@ class ReplayResult(Result):
 
     @property
     def verdict(self) -> str:
-        """Return how it fails now, for an error message."""
+        """Return how it fails now, as an error message."""
         return f"{self.folder}: {'still fails' if self.same else 'fails in another way'}: {self.still_fails}"
 
 
@@ -79,11 +79,14 @@ def replay(directory: Path | str) -> ReplayResult:
     """Run the failing pass of a reproducer again, with the passes after it.
 
     Args:
-        directory: What a failing run has left.
+        directory: The folder that a failing run left.
+
+    Returns:
+        Whether it still fails and how, or the records of the passes.
 
     Raises:
-        ModelError: The folder holds no reproducer.
-        UsageError: Its pipeline names a pass that is not there.
+        ModelError: The folder holds no reproducer, or a stored rewrite that cannot be run.
+        UsageError: Its pipeline names a pass that does not exist.
     """
     folder = Path(directory)
     report = read_reproducer(folder)
@@ -122,7 +125,7 @@ def _pipeline(folder: Path, report: Reproducer) -> Resolved:
 
 
 def _compare_cut(folder: Path) -> str:
-    """How far the stored rewrite is off, whatever the pass does today."""
+    """Return a remark on how far the two sides of the stored rewrite differ, whatever the pass does today."""
     before, after = (Session(onnx_ir.load(folder / name), optimize=False) for name in (BEFORE_NAME, AFTER_NAME))
     with np.load(folder / INPUTS_NAME) as inputs:
         feeds = dict(inputs)
