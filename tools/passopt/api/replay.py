@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError, PassoptError, UsageError
 from passopt.ir.graph.run_context import RewriteLimit
+from passopt.ir.relative_error import rewrite_error
 from passopt.ir.serialization.model_files import load_model
 from passopt.passes.framework.records import PassRecord
 from passopt.passes.pipeline.instruments import summary_table
@@ -28,7 +30,6 @@ from passopt.verification.reproducer import (
     versions,
 )
 from passopt.verification.rewrites.check import NumericCheck
-from passopt.verification.rewrites.compare_sides import relative_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,10 @@ def replay(directory: Path | str) -> ReplayResult:
     if report.verify_each == "numeric":
         instruments.append(NumericCheck())
     recorded = report.message.partition("\n")[0]
+    model = load_model(folder)
     try:
         records = run_passes(
-            load_model(folder),
+            model,
             pipeline.passes,
             verify=report.verify_each != "off",
             instruments=instruments,
@@ -127,15 +129,18 @@ def _pipeline(folder: Path, report: Reproducer) -> Resolved:
 def _compare_cut(folder: Path) -> str:
     """Return a remark on how far the two sides of the stored rewrite differ, whatever the pass does today."""
     before, after = (Session(onnx_ir.load(folder / name), optimize=False) for name in (BEFORE_NAME, AFTER_NAME))
-    with np.load(folder / INPUTS_NAME) as inputs:
-        feeds = dict(inputs)
+    try:
+        with np.load(folder / INPUTS_NAME) as inputs:
+            feeds = dict(inputs)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{folder / INPUTS_NAME}: is damaged: {error}. Run the pipeline again.") from error
     expected = before.run(feeds)
     try:
         found = after.run(feeds)
     except ModelError as error:
         return f"{AFTER_NAME}: {error}"
     errors = [
-        relative_error(reference, found[name]) if reference.shape == found[name].shape else float("inf")
+        rewrite_error(reference, found[name]) if reference.shape == found[name].shape else float("inf")
         for name, reference in expected.items()
     ]
     return f"{AFTER_NAME} against {BEFORE_NAME}: max|Δ|/max|reference| = {max(errors):.2e}"

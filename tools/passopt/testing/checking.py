@@ -16,6 +16,7 @@ import onnx_ir
 
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.graph.verifier import verify_model
+from passopt.ir.relative_error import operator_error
 from passopt.ir.serialization.model_files import MODEL_NAME, save_materialized
 from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
@@ -115,30 +116,13 @@ def compare_numbers(
     for name, reference in expected.items():
         got = found[name]
         assert got.shape == reference.shape, f"{name}: shape {reference.shape} became {got.shape}"
-        error = relative_error(reference, got)
+        error = operator_error(reference, got)
         allowed = tolerance if tolerance is not None else _allowed(accuracy, reference)
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.0e}"
 
 
 def _allowed(accuracy: Accuracy, reference: Array) -> float:
     return accuracy.budget_of(onnx_ir.DataType.from_numpy(reference.dtype))
-
-
-def relative_error(reference: Array, found: Array) -> float:
-    """Return max|Δ| / max|reference|, 0 for two empty arrays.
-
-    It is infinite where one of the two is not finite, unless both are NaN or the same infinity.
-    """
-    if not reference.size:
-        return 0.0
-    wide, other = reference.astype(np.float64), found.astype(np.float64)
-    same = (wide == other) | (np.isnan(wide) & np.isnan(other))
-    with np.errstate(invalid="ignore"):  # inf - inf is NaN, but only where both are the same and count as no difference
-        difference = np.where(same, 0, wide - other)
-    if not np.isfinite(difference).all():
-        return float("inf")
-    scale = float(np.max(np.abs(wide[np.isfinite(wide)]), initial=0.0)) or 1.0
-    return float(np.max(np.abs(difference))) / scale
 
 
 def random_feeds(model: onnx_ir.Model, lengths: Mapping[str, int]) -> dict[str, Array]:

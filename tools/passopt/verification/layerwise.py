@@ -18,10 +18,11 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import LOGITS, decoder_of
+from passopt.ir.relative_error import relative_error
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.decoder_cut import Cut, Piece, cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, is_quantized
-from passopt.verification.report import Row, relative_error
+from passopt.verification.report import Row
 from passopt.verification.scenarios import Observation, Scenario, Step, empty_cache, vocabulary_of
 from passopt.verification.sliced_head import Logits, Part, UnexpectedWidthError, slice_head, whole
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from passopt.ir.relative_error import relative_error
 from passopt.reporting.result import Result
 from passopt.verification.scenarios import Observation, Scenario
 
@@ -101,30 +102,6 @@ def _table(rows: Sequence[Row]) -> list[str]:
         "  " + "  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[5]]).rstrip()
         for line in cells
     ]
-
-
-def relative_error(reference: Array, candidate: Array, where: Array | None = None) -> float:
-    """Return max|difference| / max|reference| over the elements that `where` selects.
-
-    `where` is a boolean array over the leading axes; None selects all. The result is infinite if the shapes differ or
-    if a value is not finite, so NaN never passes.
-    """
-    if reference.shape != candidate.shape:
-        return math.inf
-    if where is not None:
-        reference, candidate = reference[where], candidate[where]
-    if not reference.size:
-        return 0.0
-    wide = np.float64 if reference.dtype == np.float64 else np.float32
-    one: Array = reference.astype(wide)
-    other: Array = candidate.astype(wide)
-    with np.errstate(invalid="ignore", over="ignore"):
-        difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
-    if not math.isfinite(difference) or not math.isfinite(scale):
-        return math.inf
-    if not difference:
-        return 0.0
-    return difference / scale if scale else math.inf
 
 
 def compare(

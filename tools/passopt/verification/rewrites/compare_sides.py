@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
-from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.fp32_twin import fp32_twin
+from passopt.ir.relative_error import rewrite_error
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression
 from passopt.passes.framework.accuracy import Accuracy
@@ -24,12 +23,8 @@ from passopt.verification.rewrites.symbol_lengths import DRAWS, Draw, Lengths
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Values beyond this fraction of a dtype's largest number only mean "masked".
-_MASKED = 0.25
 #: A cut with a weight of more elements than this is run on the first two draws only, to save time.
 _LARGE = 1 << 22
-#: The number of elements that are compared at a time.
-_BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +108,7 @@ class Comparison:
                 return Outcome(float("inf"), budget, name, draw, f"the replacement does not run: {found}")
             one, other = expected[index], found[index]
             problem = "" if one.shape == other.shape else f"shape {list(one.shape)} became {list(other.shape)}"
-            error = float("inf") if problem else relative_error(one, other)
+            error = float("inf") if problem else rewrite_error(one, other)
             outcome = Outcome(error, budget, name, draw, problem)
             if worst is None or outcome.is_worse_than(worst):
                 worst = outcome
@@ -212,41 +207,3 @@ def _evaluated(evaluator: Evaluator, weight: Expression) -> Array:
 
 def _as(array: Array, dtype: DataType | None) -> Array:
     return array if dtype is None else array.astype(dtype.numpy(), copy=False)
-
-
-def relative_error(reference: Array, found: Array) -> float:
-    """Return max|Δ| / max|reference|, infinite where a finite number became infinite or NaN.
-
-    A NaN in the reference is undefined there and may become anything. Numbers near the dtype's largest only mean
-    "masked": such a place must stay masked with the same sign, but its number may differ.
-    """
-    scale = difference = 0.0
-    flat, other = reference.reshape(-1), found.reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        largest, apart = _errors(flat[block], other[block])
-        scale, difference = max(scale, largest), max(difference, apart)
-    return difference / (scale or 1.0)
-
-
-def _errors(reference: Array, found: Array) -> tuple[float, float]:
-    """Return max|reference| and max|Δ| over the places where the reference is a number that does not mean "masked"."""
-    masked = _masked(reference)
-    wide, near = reference.astype(np.float64), found.astype(np.float64)
-    defined = ~np.isnan(wide)
-    if (masked != _masked(found))[defined].any():
-        return 0.0, float("inf")
-    plain = defined & (masked == 0)
-    wide, near = wide[plain], near[plain]
-    if not np.isfinite(near).all():
-        return 0.0, float("inf")
-    return float(np.max(np.abs(wide), initial=0.0)), float(np.max(np.abs(wide - near), initial=0.0))
-
-
-def _masked(array: Array) -> Array:
-    """Return -1 or 1 where a value stands for minus or plus infinity, and 0 elsewhere."""
-    if DataType.from_numpy(array.dtype) not in FLOATS:
-        return np.zeros(array.shape)
-    limits: Any = ml_dtypes.finfo(array.dtype)  # type: ignore[no-untyped-call]
-    wide = array.astype(np.float64)
-    return np.where(np.abs(wide) >= _MASKED * float(limits.max), np.sign(wide), 0)
