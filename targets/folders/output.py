@@ -202,7 +202,7 @@ class Output:
         return [model_bytes(self._model, self._weights, rank) for rank in range(self.degree)]
 
     def _manifest(self, digests: Sequence[Mapping[str, str]]) -> Manifest:
-        """The manifest with the digests of each rank's tensors."""
+        """Return the manifest with the digests of each rank's tensors."""
         ranks = tuple(
             RankFiles(folder, blake3.blake3(graph).hexdigest(), root_digest(tensors), tensors)
             for folder, graph, tensors in zip(self._folders, self._graphs, digests, strict=True)
@@ -226,7 +226,7 @@ def _weight_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression]) ->
 
 
 def _unpadded(weight: ex.Expression) -> ex.Expression:
-    """The full tensor that the ranks share: sharding pads first, then cuts."""
+    """Return the full tensor that the ranks share: sharding pads first, then cuts."""
     while isinstance(weight, ex.Shard | ex.Pad):
         weight = weight.operand
     return weight
