@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
+.PHONY: help demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -39,6 +39,9 @@ bench-scale: $(INSTALLED)  ## Measure full-size weights against the disk's speed
 
 bench-scale-peers: $(INSTALLED)  ## Measure other tools' weights under a cap of memory; write docs/bench-scale-peers.md.
 	$(BIN)/python tools/bench peers $(BENCH)
+
+bench-startup: $(INSTALLED)  ## Measure how long passopt takes to start, and fail where that is beyond its goal.
+	$(BIN)/python tools/bench startup
 
 drift: $(INSTALLED)  ## Write docs/drift.md, what the fusions find by family and exporter, and fail on any miss.
 	$(BIN)/python tools/docs/drift.py --write docs/drift.md
