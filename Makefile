@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift clean
+.PHONY: help demo test check clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -17,6 +17,9 @@ test: $(INSTALLED)  ## Run all tests, with warnings as errors.
 
 check: $(INSTALLED)  ## Check format, lint, types and import rules.
 	$(BIN)/python tools/dev/check.py
+
+clean-install: $(INSTALLED)  ## Build wheel and sdist, install each in a clean environment, and use it as others would.
+	$(BIN)/python tools/dev/clean_install.py
 
 stock: $(INSTALLED)  ## Do the main job on published remote code; say where it is by STOCK=DIR.
 	$(BIN)/python tools/dev/stock.py "$(STOCK)"
