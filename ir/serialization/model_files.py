@@ -60,8 +60,10 @@ def load_model(path: Path | str) -> onnx_ir.Model:
         ModelError: If there is no such model, it cannot be read, or its weights do not fit it.
 
     Example:
-        model = load_model("exported/model.onnx")
-        print(print_model(model))
+        ::
+
+            model = load_model("exported/model.onnx")
+            print(print_model(model))
     """
     path = model_path(Path(path))
     if path.suffix == TEXT_SUFFIX:

@@ -64,9 +64,15 @@ class PassResult:
 
 @dataclasses.dataclass
 class PassRecord:
-    """One pass of a run: its result, the CPU seconds it took, and the number of graph nodes before and after it.
+    """One pass of a run, as `run_passes` and `passopt.run` record it.
 
-    `numeric` is the summary of `--verify-each=numeric` for this pass, if it ran.
+    Attributes:
+        name: The name of the pass.
+        result: What the pass reported: matches, declines and notes.
+        seconds: The CPU seconds that it took.
+        nodes_before: Nodes of the main graph before it.
+        nodes_after: Nodes of the main graph after it.
+        numeric: The findings of `--verify-each=numeric` for this pass; None if it did not run.
     """
 
     name: str

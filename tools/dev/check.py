@@ -1,4 +1,4 @@
-"""Run every gate but the tests: ruff format and lint, links for type checkers, mypy strict, import rules, rooms."""
+"""Run every gate but the tests: ruff, links for type checkers, mypy strict, import rules, rooms, docstrings."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ GATES = (
     ("types", ("mypy",)),
     ("imports", ("importlinter",)),
     ("rooms", ("tools/dev/rooms.py",)),
+    ("docstring", ("tools/dev/docstrings.py",)),
 )
 
 

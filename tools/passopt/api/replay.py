@@ -85,6 +85,9 @@ def replay(directory: Path | str) -> ReplayResult:
     Returns:
         Whether it still fails and how, or the records of the passes.
 
+    Returns:
+        Whether it still fails, in the same way or another, and what changed since it was recorded.
+
     Raises:
         ModelError: The folder holds no reproducer, or a stored rewrite that cannot be run.
         UsageError: Its pipeline names a pass that does not exist.
