@@ -278,7 +278,7 @@ def _problems(house: House, contracts: Sequence[Contract], found: Findings) -> I
         yield f"floors are not declared for {len(found.unordered)} of the edges: {edges}"
 
 
-def as_json(house: House, contracts: Sequence[Contract], found: Findings) -> dict[str, object]:
+def to_json(house: House, contracts: Sequence[Contract], found: Findings) -> dict[str, object]:
     """Return the same for programs."""
     return {
         "folders": {node: {"modules": house.sizes[node], "imports": _counts(house, node)} for node in _in_order(house)},

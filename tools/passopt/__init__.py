@@ -99,7 +99,7 @@ __getattr__, __dir__ = lazy_names(
         "ExportResult": "passopt.api.export",
         "export": "passopt.api.export",
         "Engine": "passopt.api.generate",
-        "GenerateResult": "passopt.api.generate",
+        "GenerateResult": "passopt.api.generate_result",
         "generate": "passopt.api.generate",
         "Model": "passopt.api.model",
         "SaveResult": "passopt.api.model",

@@ -285,7 +285,7 @@ def _pass_json(
         "after": doc.after,
         "notes": _one_line(doc.notes),
         "rules": [
-            {"name": rule.name, "source": rule.source, "doc": rule.doc, **rule.diagram.as_json()} for rule in rules
+            {"name": rule.name, "source": rule.source, "doc": rule.doc, **rule.diagram.to_json()} for rule in rules
         ],
         "declines": [dataclasses.asdict(guard) for guard in guards],
     }

@@ -67,7 +67,7 @@ class ReplayResult(Result):
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        records = [record.as_json() for record in self.records]
+        records = [record.to_json() for record in self.records]
         return {**dataclasses.asdict(self), "folder": str(self.folder), "ok": self.ok, "records": records}
 
     @property

@@ -78,7 +78,7 @@ class RunResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "passes": [record.as_json() for record in self.records],
+            "passes": [record.to_json() for record in self.records],
             "output": str(self.output) if self.output else None,
             "degree": self.model.degree,
             **self.sizes.to_json(),
