@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     house, contracts = read_house(options.root), read_contracts(options.root)
     found = examine(house, contracts)
     if options.json:
-        print(json.dumps(as_json(house, contracts, found), indent=2))
+        print(json.dumps(to_json(house, contracts, found), indent=2))
     else:
         print(text(house, contracts, found))
     return 0 if found.ok else 1
