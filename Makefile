@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
+.PHONY: help demo test check clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -17,6 +17,9 @@ test: $(INSTALLED)  ## Run all tests, with warnings as errors.
 
 check: $(INSTALLED)  ## Check format, lint, types and import rules.
 	$(BIN)/python tools/dev/check.py
+
+clean-install: $(INSTALLED)  ## Build wheel and sdist, install each in a clean environment, and use it as others would.
+	$(BIN)/python tools/dev/clean_install.py
 
 stock: $(INSTALLED)  ## Do the main job on published remote code; say where it is by STOCK=DIR.
 	$(BIN)/python tools/dev/stock.py "$(STOCK)"
@@ -40,15 +43,18 @@ bench-scale: $(INSTALLED)  ## Measure full-size weights against the disk's speed
 bench-scale-peers: $(INSTALLED)  ## Measure other tools' weights under a cap of memory; write docs/bench-scale-peers.md.
 	$(BIN)/python tools/bench peers $(BENCH)
 
+bench-startup: $(INSTALLED)  ## Measure how long passopt takes to start, and fail where that is beyond its goal.
+	$(BIN)/python tools/bench startup
+
 drift: $(INSTALLED)  ## Write docs/drift.md, what the fusions find by family and exporter, and fail on any miss.
 	$(BIN)/python tools/docs/drift.py --write docs/drift.md
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	@echo "setting up $(VENV), a minute or two"
-	@$(PYTHON) -m venv $(VENV)
-	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[export,run,guests,fast,dev]' > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,dev]'
 	@touch $@
 
-clean:
+help:  ## Show the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+clean:  ## Remove the environment and everything that was built.
 	rm -rf $(VENV) build dist *.egg-info

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 DataType = onnx_ir.DataType
-
-#: The dtypes that a weight may have before it is quantised.
-FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16, DataType.DOUBLE})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ class RuleStatistics:
     declines: collections.Counter[str]
     seconds: float | None = None
 
-    def as_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         """Return the statistics as JSON-compatible values; `cpu_seconds` only if the rule was timed."""
         return {
             "rule": self.name,
@@ -82,7 +82,7 @@ class PassRecord:
     nodes_after: int
     numeric: dict[str, object] | None = None
 
-    def as_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         """Return the record as JSON-compatible values, with the numbers rounded as they are reported."""
         body: dict[str, object] = {
             "pass": self.name,
@@ -90,7 +90,7 @@ class PassRecord:
             "matches": self.result.matches,
             "tries": self.result.tries,
             "declines": dict(self.result.declines),
-            "rules": [rule.as_json() for rule in self.result.rules],
+            "rules": [rule.to_json() for rule in self.result.rules],
             "notes": self.result.notes,
             "cpu_seconds": round(self.seconds, 6),
             "nodes_before": self.nodes_before,

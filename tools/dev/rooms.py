@@ -278,7 +278,7 @@ def _problems(house: House, contracts: Sequence[Contract], found: Findings) -> I
         yield f"floors are not declared for {len(found.unordered)} of the edges: {edges}"
 
 
-def as_json(house: House, contracts: Sequence[Contract], found: Findings) -> dict[str, object]:
+def to_json(house: House, contracts: Sequence[Contract], found: Findings) -> dict[str, object]:
     """Return the same for programs."""
     return {
         "folders": {node: {"modules": house.sizes[node], "imports": _counts(house, node)} for node in _in_order(house)},
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     house, contracts = read_house(options.root), read_contracts(options.root)
     found = examine(house, contracts)
     if options.json:
-        print(json.dumps(as_json(house, contracts, found), indent=2))
+        print(json.dumps(to_json(house, contracts, found), indent=2))
     else:
         print(text(house, contracts, found))
     return 0 if found.ok else 1

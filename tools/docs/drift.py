@@ -114,7 +114,7 @@ class Cell:
         error = "not finite" if self.error is None else f"{self.error:.0e}"
         return f"{counts} {error}" if self.ok else f"✗ {counts} {error}"
 
-    def as_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         return {
             **dataclasses.asdict(self),
             "row": self.row.name,
@@ -220,7 +220,7 @@ def main() -> int:
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     table = markdown(cells)
-    print(json.dumps([cell.as_json() for cell in cells], indent=2) if options.json else table, end="")
+    print(json.dumps([cell.to_json() for cell in cells], indent=2) if options.json else table, end="")
     if options.write:
         Path(options.write).write_text(document(table), encoding="utf-8")
     return 0 if all(cell.ok for cell in cells) else 1

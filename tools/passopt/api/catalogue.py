@@ -1,4 +1,4 @@
-"""List the passes and named pipelines that there are: `passopt.list_passes`."""
+"""List all passes and named pipelines: `passopt.list_passes`."""
 
 from __future__ import annotations
 
@@ -46,12 +46,9 @@ def list_passes() -> Catalogue:
     """List all passes and pipelines, those of installed packages too.
 
     Returns:
-        The list, which prints as `passopt list` does.
+        The passes and pipelines by name.
 
     Raises:
-        PassError: Two passes have one name, or an entry point of another package leads to no pass.
-
-    Example:
-        >>> passopt.list_passes().passes["fuse-rms-norm"].summary
+        PassError: Two passes have the same name, or an entry point does not lead to a pass.
     """
     return Catalogue(catalog(), PIPELINES)
