@@ -37,6 +37,14 @@ ROOMS: Mapping[str, str] = {
     "sharding": "Sharding: one graph for every rank",
     "decomposition": "Decomposition: one operator becomes many",
 }
+#: Passes with a picture in docs/pictures.
+PICTURES: Mapping[str, str] = {
+    "fuse-rms-norm": "fuse-rms-norm.svg",
+    "fuse-rotary": "fuse-rotary.svg",
+    "fuse-attention": "fuse-attention.svg",
+    "dematerialize-alibi": "alibi.svg",
+    "shard": "sharding.svg",
+}
 #: Diagrams longer than this are folded away.
 _LONG = 40
 _WIDTH = 100
@@ -106,6 +114,9 @@ def _pass_section(entry: Entry) -> Iterator[str]:
     yield f"**Before:** {_markdown(facts['before'])}"
     yield ""
     yield f"**After:** {_markdown(facts['after'])}"
+    if entry.name in PICTURES:
+        yield ""
+        yield f"![The graph before and after {entry.name}](../pictures/{PICTURES[entry.name]})"
     if facts["notes"]:
         yield ""
         yield _markdown(facts["notes"])
