@@ -253,7 +253,7 @@ def pipeline_picture() -> str:
         ("ranks", ("rank0 … rankN", "one graph each,", "its own weights"), "plain"),
         ("library", ("lib.so", "packed weights", "no torch needed"), "folder"),
     ]
-    width, height, gap = 150.0, 96.0, 68.0
+    width, height, gap = 146.0, 96.0, 44.0
     total = len(stations) * width + (len(stations) - 1) * gap + 2 * _PAD
     picture = Picture("From a checkpoint to a compiled library", total, 236)
     top = 92.0

@@ -26,7 +26,7 @@ from typepath import package_dirs  # noqa: E402
 
 FOLDER = ROOT / "docs" / "pictures"
 _PAD, _HEAD, _HEIGHT, _LINE = 24.0, 46.0, 30.0, 19.0
-_WIDEST = 900.0
+_WIDEST = 780.0
 #: Folders of tools that are no packages of passopt.
 SCRIPT_ROOMS = ("tools/bench", "tools/dev", "tools/docs")
 
@@ -242,7 +242,7 @@ def draw_house(root: Path = ROOT) -> str:
             edges.add((one, other))
     edges.add(("tools/passopt/cli", "tools/passopt/commands"))
     sizes = {name: (max(width_of(name), width_of(text, 11.5)) + 30, 46.0) for name, text in HOUSE.items()}
-    layout = layered(sizes, reduced(edges), widest=980, gap=18, rise=40)
+    layout = layered(sizes, reduced(edges), widest=820, gap=14, rise=38)
     width, height = layout.width + 2 * _PAD, layout.height + _HEAD + _PAD
     picture = Picture("The rooms of passopt and what they import", width, height)
     picture.text((_PAD, 25), "passopt: an arrow points to what a room imports", size=16, bold=True, anchor="start")
