@@ -97,13 +97,9 @@ CANDIDATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """The measurements to make of one model.
+    """The points to measure, for each number of threads: lengths of prompts, and numbers of tokens in the cache.
 
-    Attributes:
-        threads: The numbers of threads.
-        prefill: The lengths of prompts, in tokens.
-        decode: The numbers of tokens in the cache behind which one token is decoded.
-        seconds: About how long each point is repeated.
+    Each point is repeated for about `seconds`.
     """
 
     threads: tuple[int, ...]
@@ -114,10 +110,7 @@ class Points:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A candidate and the shape it is measured in.
-
-    The first of `plans` is measured in every round, the others in the first round only.
-    """
+    """A candidate in a shape; the first of `plans` is measured in every round, the others in the first one only."""
 
     candidate: Candidate
     shape: Shape
@@ -143,15 +136,9 @@ class Bench:
         return self.peers / "bin" / "python" if program == "llama" else Path(sys.executable)
 
     def call(self, task: str, candidate: Candidate, job: dict[str, Any]) -> dict[str, Any]:
-        """Write or measure a candidate in a process of its own, and return the JSON that it prints.
+        """Write or measure (`task`) a candidate in a process of its own, and return the JSON that it prints.
 
-        Args:
-            task: Either "write" or "measure".
-            candidate: The candidate; its program and variant become part of the job.
-            job: The rest of the job, as `candidates.py` reads it.
-
-        Raises:
-            Failure: The process took longer than `TIMEOUT` or failed; the message is the last line of its stderr.
+        Raises Failure with the last line of its stderr, or if it takes longer than `TIMEOUT`.
         """
         program = "with_llama_cpp.py" if candidate.program == "llama" else "candidates.py"
         file = self.work / "job.json"
@@ -170,9 +157,9 @@ class Bench:
         return result
 
     def install_peers(self) -> None:
-        """Install llama.cpp in an environment of its own, unless it is there or no candidate needs it.
+        """Install llama.cpp in an environment of its own if a candidate needs it, and build it if there is no wheel.
 
-        Where there is no wheel, this builds it. If it does not install, the page says so and the others are measured.
+        If it does not install, the page says so and the others are measured.
         """
         if not any(candidate.program == "llama" for candidate in self.candidates):
             return
@@ -192,20 +179,16 @@ class Bench:
     # Measurements.
 
     def machine(self) -> None:
-        """Measure the limits of the machine: its read bandwidth and its arithmetic.
-
-        This runs before and after everything else, and the best counts.
-        """
+        """Measure the machine's read bandwidth and arithmetic; of several calls, the best result counts."""
         for threads in self.threads:
             result = self.call("measure", Candidate("", "machine", "", 0), {"threads": [threads], "seconds": 0.7})
             self.run.machine(threads, {name: best[0] for name in LIMITS if (best := result.get(f"{name} 0 {threads}"))})
         print(f"machine: {self.run.limits}", flush=True)
 
     def model(self, label: str, jobs: Sequence[Job], rounds: int) -> None:
-        """Measure all candidates of one model, in `rounds` in which every candidate is launched once.
+        """Measure all candidates of one model, and launch each of them once per round.
 
-        The launches of different candidates are interleaved, because the speed of a shared machine's memory varies. So
-        the models of all candidates lie on the disk at the same time.
+        Launches are interleaved because the speed of a shared machine's memory varies, so all models are kept on disk.
         """
         ready = [job for job in jobs if self._write(label, job.shape, job.candidate)]
         slow: set[str] = set()
@@ -305,13 +288,10 @@ class Bench:
         for threads_ in plan.threads:
             yield {**points, "threads": [threads_]}
 
-    # The whole.
+    # Models.
 
     def layers(self) -> None:
-        """Measure decode in as many layers as fill 1 GiB, and prefill in a single layer.
-
-        Prefill is limited by arithmetic and not by memory, and it is slow, so that one layer is enough.
-        """
+        """Measure decode in as many layers as fill 1 GiB; prefill in one, since it is slow and bound by arithmetic."""
         quick = self.options.quick
         for label, shape in LAYERS.items():
             if quick and label != "7B":
@@ -350,14 +330,9 @@ class Bench:
 
 
 def check_memory(candidate: Candidate, shape: Shape, held: dict[str, int]) -> None:
-    """Raise Failure if a process held less memory than its weights take.
+    """Raise Failure if a process held less memory than its weights take; `held` comes from `Memory.held`.
 
-    Then it cannot have read every weight from its own memory: it kept equal weights once, or left them in mapped files.
-
-    Args:
-        candidate: The candidate that was measured; the weights of a mapped one may lie in mapped files.
-        shape: The shape that it was measured in.
-        held: Bytes as `Memory.held` returns them.
+    Then it kept equal weights only once, or left them in mapped files, which only a `mapped` candidate may do.
     """
     least = candidate.width * shape.read_parameters
     found = held["other"] + (held["mapped"] if candidate.mapped else 0)
