@@ -27,27 +27,27 @@ stock: $(INSTALLED)  ## Do the main job on published remote code; say where it i
 full-size: $(INSTALLED)  ## Measure time, memory and exact bytes on the published sizes, without weights.
 	$(BIN)/python tools/bench full-size
 
-why-docs: $(INSTALLED)  ## Write docs/why.md from what `passopt why` prints.
+why-docs: $(INSTALLED)  ## Write docs/measured/why.md from what `passopt why` prints.
 	$(BIN)/python tools/docs/why_page.py
 
-bench-rewrite: $(INSTALLED)  ## Measure the speed of rewriting against other tools, and write docs/bench-rewrite.md.
+bench-rewrite: $(INSTALLED)  ## Measure the speed of rewriting against other tools, and write docs/measured/bench-rewrite.md.
 	$(BIN)/python tools/bench rewriting
 
 # BENCH=--quick measures a part of it, and writes to build/.
-bench-tvm: $(INSTALLED)  ## Measure the speed of compiled models against other runtimes, and write docs/bench-tvm.md.
+bench-tvm: $(INSTALLED)  ## Measure the speed of compiled models against other runtimes, and write docs/measured/bench-tvm.md.
 	$(BIN)/python tools/bench compiled $(BENCH)
 
-bench-scale: $(INSTALLED)  ## Measure full-size weights against the disk's speed (60 GB), and write docs/bench-scale.md.
+bench-scale: $(INSTALLED)  ## Measure full-size weights against the disk's speed (60 GB), and write docs/measured/bench-scale.md.
 	$(BIN)/python tools/bench weights $(BENCH)
 
-bench-scale-peers: $(INSTALLED)  ## Measure other tools' weights under a cap of memory; write docs/bench-scale-peers.md.
+bench-scale-peers: $(INSTALLED)  ## Measure other tools' weights under a cap of memory; write docs/measured/bench-scale-peers.md.
 	$(BIN)/python tools/bench peers $(BENCH)
 
 bench-startup: $(INSTALLED)  ## Measure how long passopt takes to start, and fail where that is beyond its goal.
 	$(BIN)/python tools/bench startup
 
-drift: $(INSTALLED)  ## Write docs/drift.md, what the fusions find by family and exporter, and fail on any miss.
-	$(BIN)/python tools/docs/drift.py --write docs/drift.md
+drift: $(INSTALLED)  ## Write docs/measured/drift.md, what the fusions find by family and exporter, and fail on any miss.
+	$(BIN)/python tools/docs/drift.py --write docs/measured/drift.md
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,dev]'

@@ -88,7 +88,7 @@ def _class_problems(item: type, name: str) -> Iterator[str]:
 
 
 def _own_members(item: type) -> dict[str, Any]:
-    """The public members of a class and of its bases that are passopt's too."""
+    """Return the public members of a class and of its bases that are passopt's too."""
     found: dict[str, Any] = {}
     for base in reversed(item.__mro__):
         if base.__module__.split(".")[0] in {"passopt", item.__module__.split(".")[0]}:
@@ -97,7 +97,7 @@ def _own_members(item: type) -> dict[str, Any]:
 
 
 def _inherited_text(item: type, name: str) -> str:
-    """The docstring of a member, or of the one that it overrides."""
+    """Return the docstring of a member, or of the one that it overrides."""
     for base in item.__mro__:
         text = getattr(vars(base).get(name), "__doc__", None)
         if text:
@@ -129,7 +129,7 @@ def _summary_problems(text: str, name: str) -> Iterator[str]:
 
 
 def _arguments(function: Any) -> list[str]:
-    """The parameters that a caller gives; variadic ones carry their stars."""
+    """Return the parameters that a caller gives; variadic ones carry their stars."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     parameters = inspect.signature(function).parameters.values()
     names = [stars.get(item.kind, "") + item.name for item in parameters]
@@ -141,7 +141,7 @@ def _says_what_is_returned(text: str) -> bool:
 
 
 def _section(text: str, name: str) -> str:
-    """The body of a section, without its indentation; empty if there is none."""
+    """Return the body of a section, without its indentation; empty if there is none."""
     pieces = _SECTION.split(text)
     body = dict(zip(pieces[1::2], pieces[2::2])).get(name, "")
     lines = body.strip("\n").split("\n")
@@ -158,7 +158,7 @@ def _entries(text: str, section: str) -> set[str]:
 
 
 def _raised(function: Any) -> list[str]:
-    """The exceptions that the body raises by name: not those of functions it calls, nor of functions defined in it."""
+    """Return the exceptions that the body raises by name: not those of functions that it calls or defines."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError):

@@ -143,7 +143,7 @@ def _options(options: Sequence[Mapping[str, str]]) -> str:
 
 
 def _patterns(entry: Entry) -> Iterator[str]:
-    """The patterns of a pass of rules as diagrams, long ones folded away."""
+    """Yield the patterns of a pass of rules as diagrams, long ones folded away."""
     cls = pass_class(entry.name)
     if not issubclass(cls, RewritePass):
         return
@@ -230,7 +230,7 @@ def _command_section(name: str, command: argparse.ArgumentParser) -> Iterator[st
 
 
 def _usage(command: argparse.ArgumentParser) -> list[str]:
-    """The usage as `--help` begins, whatever the width of this terminal is."""
+    """Return the usage as `--help` begins, whatever the width of this terminal is."""
     parts = [f"passopt {command.prog.split()[-1]}"]
     positional = [action for action in command._actions if not action.option_strings]
     for action in (*positional, *(item for item in command._actions if item.option_strings)):
@@ -249,7 +249,7 @@ def _usage(command: argparse.ArgumentParser) -> list[str]:
 
 
 def _value(action: argparse.Action) -> str:
-    """What stands behind the flag: `DIR`, `{a,b}`, `[PASS]`; nothing for a switch."""
+    """Return what stands behind the flag: `DIR`, `{a,b}`, `[PASS]`; nothing for a switch."""
     if action.nargs == 0:
         return ""
     name = action.metavar or (f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper())
