@@ -44,7 +44,7 @@ class Graph:
         return sorted({pair for chain in chains for pair in itertools.pairwise(chain)})
 
     def lines(self, name: str) -> Sequence[str]:
-        """What is written in a box."""
+        """Return what is written in a box."""
         return self.boxes[name][0] or (name,)
 
     def sizes(self) -> dict[str, Point]:

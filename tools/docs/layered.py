@@ -102,7 +102,7 @@ def layered(
 def _rows(
     sizes: Mapping[str, tuple[float, float]], edges: Collection[Edge], widest: float, gap: float, *, from_top: bool
 ) -> list[list[str]]:
-    """The nodes by row, the top one first; a row that is full sends further nodes on to the next."""
+    """Return the nodes by row, the top one first; a row that is full sends further nodes on to the next."""
     behind: dict[str, set[str]] = {node: set() for node in sizes}
     for upper, lower in edges:
         behind[lower if from_top else upper].add(upper if from_top else lower)
@@ -144,7 +144,7 @@ def _across(
     below: Mapping[str, Sequence[str]],
     gap: float,
 ) -> dict[str, float]:
-    """The middle of every node: near its neighbours, and not too near beside another."""
+    """Return the middle of every node: near its neighbours, and not too near beside another."""
 
     def width(node: str) -> float:
         return sizes[node][0] if node in sizes else _DUMMY

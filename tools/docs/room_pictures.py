@@ -70,7 +70,7 @@ def rooms(root: Path = ROOT) -> list[Room]:
 
 
 def _room(house: House, folders: Mapping[str, str], package: str) -> Room:
-    """A package: its modules, and each package right inside of it as one box if the modules import it."""
+    """Return a package: its modules, and each package right inside of it as one box if the modules import it."""
 
     def name(module: str) -> str | None:
         if module == package or not module.startswith(f"{package}."):
@@ -123,7 +123,7 @@ def _script_rooms(root: Path, top: str) -> list[Room]:
 
 
 def _sources(path: Path) -> set[str]:
-    """What a script imports: modules, and names from modules, which may be modules as well."""
+    """Return what a script imports: modules, and names from modules, which may be modules as well."""
     found = set()
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
