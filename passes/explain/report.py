@@ -64,7 +64,10 @@ class Report:
         left = self.groups[len(shown) :]
         if left:
             places = sum(len(group.misses) for group in left)
-            lines.append(f"and {places} places of {len(left)} more kinds, less near (--limit 0 shows all)")
+            kinds = (
+                f"and {places} places of {len(left)} more kinds" if shown else f"{places} places of {len(left)} kinds"
+            )
+            lines.append(f"{kinds}, less near (--limit 0 shows all)")
         return lines
 
     def to_json(self) -> dict[str, Any]:

@@ -45,7 +45,11 @@ class Request:
     def sampling(self, defaults: Sampling) -> Sampling:
         """Return the model's defaults, changed as requested; a seed, temperature, top-k or top-p turns sampling on.
 
-        Raises UsageError if a greedy request asks for sampling, or if an option is out of its range.
+        Args:
+            defaults: What the model's generation_config.json says.
+
+        Raises:
+            UsageError: A greedy request asks for sampling, or an option is out of its range.
         """
         names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
