@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
+.PHONY: demo test check docs stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -17,6 +17,11 @@ test: $(INSTALLED)  ## Run all tests, with warnings as errors.
 
 check: $(INSTALLED)  ## Check format, lint, types and import rules.
 	$(BIN)/python tools/dev/check.py
+
+# DOCS=--update-docs writes what the examples print into the pages; read the difference.
+docs: $(INSTALLED)  ## Run the examples of the documentation, then build it into build/docs.
+	$(BIN)/python -m pytest -q README.md CONTRIBUTING.md docs $(DOCS)
+	$(BIN)/python -m sphinx -q -W --keep-going -b dirhtml docs build/docs
 
 stock: $(INSTALLED)  ## Do the main job on published remote code; say where it is by STOCK=DIR.
 	$(BIN)/python tools/dev/stock.py "$(STOCK)"
@@ -47,7 +52,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "setting up $(VENV), a minute or two"
 	@$(PYTHON) -m venv $(VENV)
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[export,run,guests,fast,dev]' > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+		--editable '.[export,run,guests,fast,docs,dev]' > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
 clean:
