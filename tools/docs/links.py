@@ -5,6 +5,7 @@ python tools/docs/links.py      (README.md, CONTRIBUTING.md and docs/**/*.md; ex
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def anchors(page: Path) -> set[str]:
     text = page.read_text(encoding="utf-8")
     found: set[str] = set(_EXPLICIT.findall(text))
     tokens = MarkdownIt("commonmark").parse(text)
-    for opening, content in zip(tokens, tokens[1:]):
+    for opening, content in itertools.pairwise(tokens):
         if opening.type == "heading_open":
             slug = _slug(_plain(content))
             found.add(
