@@ -227,7 +227,7 @@ def _make_environment(folder: Path) -> Path:
             script = programs / name
             script.write_text(
                 f"#!{programs / 'python'}\nimport sys\nfrom {module} import {attribute}\n"
-                f"sys.argv[0] = {name!r}\nsys.exit({attribute}())\n"
+                f"if __name__ == '__main__':\n    sys.argv[0] = {name!r}\n    sys.exit({attribute}())\n"
             )
             script.chmod(0o755)
     assert (programs / "passopt").exists(), f"passopt is not installed for {sys.executable}"
