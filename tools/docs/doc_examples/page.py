@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from doc_examples.blocks import Command, Example, PageError, Span, read_commands
-from doc_examples.compare import difference, same, updated
+from doc_examples.compare import ANYTHING, difference, same, updated
 
 #: What a page may call without a path. `pip` installs into the page's own environment.
 _SCRIPTS = ("passopt", "pytest", "pip", "filecheck")
@@ -35,6 +36,8 @@ _ENVIRONMENT = {
 }
 _UNSET = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTHONPATH", "VIRTUAL_ENV")
 _TIMEOUT = 600
+_CHECKOUT = Path(__file__).resolve().parents[3]
+_SECONDS = re.compile(r"(\d (?:passed|failed)[^\n]*) in \d+\.\d+s")
 _EXIT_CODE = "echo $?"
 
 
@@ -177,8 +180,14 @@ class Page:
             return ""
         if not self._update:
             return difference(shown.text, output)
-        self._replacements.append(Replacement(shown, updated(shown.text, output)))
+        self._replacements.append(Replacement(shown, updated(shown.text, self._without_places(output))))
         return ""
+
+    def _without_places(self, output: str) -> str:
+        """The output without what differs from run to run: temporary folders, the checkout, seconds of pytest."""
+        for folder in (self._folder, *self._bin.parent.glob("lib/python*/site-packages"), self._root, _CHECKOUT):
+            output = output.replace(str(folder), ANYTHING)
+        return _SECONDS.sub(rf"\1 in {ANYTHING}s", output)
 
 
 class _Python:
