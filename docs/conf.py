@@ -1,16 +1,23 @@
 """Configure Sphinx for the documentation: `make docs`."""
 
 import configparser
+import importlib.util
+import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools" / "docs"))
 _setup = configparser.ConfigParser()
-_setup.read(Path(__file__).resolve().parents[1] / "setup.cfg")
+_setup.read(ROOT / "setup.cfg")
 
 project = "passopt"
 author = "the passopt contributors"
 release = _setup["metadata"]["version"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+# Writes the generated pages of the reference before a build.
+if importlib.util.find_spec("reference"):
+    extensions.append("reference")
 source_suffix = {".md": "markdown"}
 # Pages that other pages include.
 exclude_patterns = ["**/generated/**"]
@@ -26,5 +33,7 @@ autodoc_typehints_format = "short"
 
 html_theme = "furo"
 html_title = f"passopt {release}"
-html_static_path = []
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}

@@ -156,6 +156,7 @@ def test_what_a_page_installs_stays_in_the_page(run_page: Run) -> None:
         ("a\n…\nd\n", "a\nb\n", False),
         ("took … s\n", "took 1.5 s\n", True),
         ("took … s\n", "took 1.5 s\nand more\n", False),
+        ("name    …      ok\n", "name  1.5e-07  ok\n", True),
         ("a.b\n", "axb\n", False),
         ("", "", True),
         ("", "a\n", False),

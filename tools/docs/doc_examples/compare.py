@@ -48,7 +48,8 @@ def _lines(text: str) -> list[str]:
 
 
 def _line_pattern(line: str) -> str:
-    return r"[^\n]*?".join(re.escape(piece) for piece in line.split(ANYTHING))
+    """A pattern for one line. Spaces around `…` may be more or fewer, so that columns can stay aligned."""
+    return r"[^\n]*?".join(re.escape(piece) for piece in re.split(f"(?<! ) *{ANYTHING} *", line))
 
 
 def _holds(expected: str, line: str) -> bool:

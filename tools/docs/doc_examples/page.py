@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ class Page:
     """
 
     def __init__(self, source: Path, *, update: bool) -> None:
-        self._source = source
+        self.source = source
         self._update = update
         self._root = Path(tempfile.mkdtemp(prefix="passopt-docs-"))
         self._folder = self._root / "work"
@@ -75,6 +76,7 @@ class Page:
         self._python: _Python | None = None
         self._last_code = 0
         self._replacements: list[Replacement] = []
+        self._cpu = _cpu_of_children()
 
     def add(self, name: str, source: Path) -> None:
         """Put a copy of a folder into the page's folder."""
@@ -93,17 +95,19 @@ class Page:
         elif example.kind == "python":
             self._run_python(example)
 
-    def close(self) -> None:
-        """End the processes, remove the folder, and write new outputs into the page."""
+    def close(self) -> float:
+        """End the processes, remove the folder, write new outputs into the page; returns its CPU seconds."""
         if self._python is not None:
             self._python.close()
+        cpu = _cpu_of_children() - self._cpu
         shutil.rmtree(self._root, ignore_errors=True)
         if not self._replacements:
-            return
-        text = self._source.read_text(encoding="utf-8")
+            return cpu
+        text = self.source.read_text(encoding="utf-8")
         for item in sorted(self._replacements, key=lambda item: item.span.start, reverse=True):
             text = text[: item.span.start] + item.text + text[item.span.end :]
-        self._source.write_text(text, encoding="utf-8")
+        self.source.write_text(text, encoding="utf-8")
+        return cpu
 
     def _write(self, example: Example) -> None:
         path = (self._here / example.argument).resolve()
@@ -159,7 +163,7 @@ class Page:
     def _run_python(self, example: Example) -> None:
         if self._python is None:
             self._python = _Python(self._bin / "python", self._here, self._variables)
-        answer = self._python.run(example.body.text, self._source.name, self._here)
+        answer = self._python.run(example.body.text, self.source.name, self._here)
         if answer["error"]:
             printed = answer["outputs"][0][2]
             raise Mismatch(answer["error"] + (f"\nIt printed:\n{printed}" if printed else ""))
@@ -217,6 +221,11 @@ class _Python:
         self._requests.close()
         self._answers.close()
         self._process.wait(timeout=30)
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _make_environment(folder: Path) -> Path:

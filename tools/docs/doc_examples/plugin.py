@@ -26,6 +26,7 @@ from doc_examples.page import Mismatch, Page
 MEASURED = ("docs/bench-*.md", "docs/drift.md", "docs/why.md", "docs/measured/*.md", "CHANGELOG.md")
 
 _NOT_RUN: list[str] = []
+_CPU: dict[str, float] = {}
 _SETTINGS = {"update": False}
 
 
@@ -43,6 +44,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("examples that are only shown", sep="-")
         for line in _NOT_RUN:
             terminalreporter.line(line)
+    if _CPU:
+        terminalreporter.section("CPU seconds of the pages", sep="-")
+        for name, seconds in _CPU.items():
+            terminalreporter.line(f"{seconds:6.1f}  {name}")
+        terminalreporter.line(f"{sum(_CPU.values()):6.1f}  all")
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Any:
@@ -94,7 +100,7 @@ def _page_of(example: sybil.Example) -> Page:
 def _close(namespace: dict[str, Any]) -> None:
     page = namespace.pop("page", None)
     if page is not None:
-        page.close()
+        _CPU[page.source.name] = page.close()
 
 
 @functools.cache
