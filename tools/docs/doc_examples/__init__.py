@@ -15,5 +15,5 @@ What a page may hold:
   export in fp32, into the folder of the page; the same with rotary.
 
 `blocks` reads the code blocks of a page, `compare` compares output, `page` runs commands and Python for one page in a
-virtual environment of its own, `worker` is its Python process, and `plugin` makes all of that tests of pytest, by sybil.
+virtual environment of its own, `worker` is its Python process, and `plugin` makes all of that tests of pytest.
 """
