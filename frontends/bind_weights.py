@@ -9,9 +9,10 @@ from typing import Any
 import onnx_ir
 
 from passopt.frontends.checkpoint import Checkpoint
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import FLOATS, DataType, Source
+from passopt.ir.weights.expressions import DataType, Source
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 

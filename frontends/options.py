@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
+from passopt.ir.dtypes import DTYPES, MODEL_FLOATS
 from passopt.ir.errors import UsageError
 from passopt.ir.weights.expressions import DataType
 
@@ -24,7 +25,6 @@ MODEL_TYPES = frozenset(
     {"bloom", "falcon", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mpt", "opt", "phi3", "qwen2", "qwen3"}
 )
 
-DTYPES = (DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16)
 OPSETS = range(18, 24)
 _DEFAULT_OPSETS = {"dynamo": 21, "torchscript": 20}
 #: The newest opset that torch writes with the torchscript exporter.
@@ -47,8 +47,10 @@ class ExportOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"export computes in {_listed(kind.name for kind in DTYPES)}, not in {self.dtype.name}")
+        if self.dtype not in MODEL_FLOATS:
+            raise UsageError(
+                f"export computes in {_listed(kind.name for kind in DTYPES.values())}, not in {self.dtype.name}"
+            )
         for name, kind in (("alibi", Alibi), ("exporter", Exporter), ("phase", Phase)):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name} is one of {_listed(get_args(kind))}, not {getattr(self, name)!r}")

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import MODEL_FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import constant_tensor, expression_of, small_constant
@@ -20,8 +21,6 @@ from passopt.ir.weights.lazy_weight import constant_tensor, expression_of, small
 #: Codes lie within ±127, so that the code of -x is the negated code of x.
 LARGEST_CODE = 127
 Activations: TypeAlias = Literal["float", "dynamic"]
-
-_FLOATS = frozenset({onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ def find_weight(node: onnx_ir.Node) -> LinearWeight | None:
         return None
     turned = node.op_type == "Gemm" and bool(_integer(node, "transB", 0))
     found = _weight(node.inputs[1], turned=turned)
-    return None if found is None or (found.scales is None and found.value.dtype not in _FLOATS) else found
+    return None if found is None or (found.scales is None and found.value.dtype not in MODEL_FLOATS) else found
 
 
 def find_dynamic_linear(node: onnx_ir.Node) -> Linear | None:
@@ -256,7 +255,7 @@ def _weight(operand: onnx_ir.Value | None, *, turned: bool) -> LinearWeight | No
         return None
     found = LinearWeight(operand, scales, turned, tuple(reversed(nodes)))
     if dequantize is None:
-        return found if operand.dtype in _FLOATS or operand.dtype == onnx_ir.DataType.INT8 else None
+        return found if operand.dtype in MODEL_FLOATS or operand.dtype == onnx_ir.DataType.INT8 else None
     along = _integer(dequantize, "axis", 1) % 2
     fits = operand.dtype == onnx_ir.DataType.INT8 and along == (0 if turned else 1)
     return found if fits and scales is not None and _is_vector(scales, found.channels) else None
@@ -324,7 +323,7 @@ def _is_number(value: onnx_ir.Value | None, number: float) -> bool:
 
 
 def _is_vector(scales: onnx_ir.Value, length: int | None) -> bool:
-    is_float = constant_tensor(scales) is not None and scales.dtype in _FLOATS
+    is_float = constant_tensor(scales) is not None and scales.dtype in MODEL_FLOATS
     return is_float and scales.shape is not None and list(scales.shape.dims) == [length]
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights import expressions as ex
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -35,7 +36,7 @@ def cast_rows(values: Array, dtype: ex.DataType, out: Array) -> int:
     """Write `values`, rounded to `dtype`, to `out`; return how many finite values became infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         out[...] = values.astype(dtype.numpy())
-    if dtype not in ex.FLOATS:
+    if dtype not in FLOATS:
         return 0
     return int(np.count_nonzero(np.isinf(out)) - np.count_nonzero(np.isinf(values)))
 

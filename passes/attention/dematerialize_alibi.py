@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.graph.shapes import DimOf, elements
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import FLOATS, Expression
+from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline

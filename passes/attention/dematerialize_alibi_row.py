@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.graph.shapes import dimensions
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import FLOATS, Expression
+from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.attention.dematerialize_alibi import equal_bias, single
 from passopt.passes.framework.accuracy import REASSOCIATED

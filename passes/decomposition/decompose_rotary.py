@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.attributes import attribute
 from passopt.ir.graph.shapes import dimensions
 from passopt.ir.weights.expressions import concat
@@ -16,8 +17,6 @@ from passopt.passes.decomposition.decompose_pass import DecomposePass, operand, 
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rules import Rewriter
-
-_END = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class DecomposeRotary(DecomposePass):
         rotate = _rotate_pairs if attribute(node, "interleaved", 0) else _rotate_halves
         result = rotate(op, node, part, turned // 2)
         if turned != width:
-            result = op.Concat(result, op.Slice(x, [turned], [_END], [3]), axis=-1)
+            result = op.Concat(result, op.Slice(x, [turned], [SLICE_END], [3]), axis=-1)
         if flat:
             result = op.Reshape(op.Transpose(result, perm=[0, 2, 1, 3]), [0, 0, -1])
         return [result]
@@ -69,14 +68,14 @@ def _width(x: onnx_ir.Value, given: onnx_ir.Value, heads: int) -> int:
 def _rotate_halves(op: Any, node: onnx_ir.Node, x: onnx_ir.Value, half: int) -> Any:
     """Rotate every channel of the lower half with the one at the same place in the upper half."""
     cos, sin = (_angles(op, node, index, doubled=True) for index in (1, 2))
-    lower, upper = op.Slice(x, [0], [half], [3]), op.Slice(x, [half], [_END], [3])
+    lower, upper = op.Slice(x, [0], [half], [3]), op.Slice(x, [half], [SLICE_END], [3])
     return op.Add(op.Mul(x, cos), op.Mul(op.Concat(op.Neg(upper), lower, axis=-1), sin))
 
 
 def _rotate_pairs(op: Any, node: onnx_ir.Node, x: onnx_ir.Value, half: int) -> Any:
     """Rotate neighbouring channels as pairs (interleaved)."""
     cos, sin = (_angles(op, node, index, doubled=False) for index in (1, 2))
-    even, odd = (op.Slice(x, [start], [_END], [3], [2]) for start in (0, 1))
+    even, odd = (op.Slice(x, [start], [SLICE_END], [3], [2]) for start in (0, 1))
     real = op.Sub(op.Mul(even, cos), op.Mul(odd, sin))
     imaginary = op.Add(op.Mul(even, sin), op.Mul(odd, cos))
     pairs = op.Concat(op.Unsqueeze(real, [-1]), op.Unsqueeze(imaginary, [-1]), axis=-1)

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import MODEL_FLOATS
 from passopt.ir.graph.shapes import dimensions
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.framework.base import Decline
@@ -112,10 +113,7 @@ def _addends(value: onnx_ir.Value) -> Iterator[onnx_ir.Value]:
 def _is_sum(value: onnx_ir.Value) -> bool:
     """Return True if the value may be a sum, or a part of one, in a floating dtype."""
     node = value.producer()
-    return node is not None and node.op_type in {"Add", "Unsqueeze", "Cast", "Mul"} and value.dtype in _FLOATING
-
-
-_FLOATING = frozenset({_FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16})
+    return node is not None and node.op_type in {"Add", "Unsqueeze", "Cast", "Mul"} and value.dtype in MODEL_FLOATS
 
 
 def _leads(node: onnx_ir.Node) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
+from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.linears import Linear, find_dynamic_linear
 from passopt.ir.graph.lm_head import head_path
@@ -16,8 +17,6 @@ from passopt.ir.graph.shapes import complete_types
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
-
-_END = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ class SliceLastToken(Pass):
             return _declined(reason)
         editor = Editor(model, self.name)
         builder = editor.builder(f"{hidden.name}.last")
-        last = builder.Slice(hidden, [-1], [_END], [1])
+        last = builder.Slice(hidden, [-1], [SLICE_END], [1])
         last.shape = onnx_ir.Shape([hidden.shape[0], 1, hidden.shape[2]])
         editor.insert(builder.built, inside[0], [inside[0]])
         for node in inside:

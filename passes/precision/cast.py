@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import DTYPES, MODEL_FLOATS, OPSET_OF_HALF_SCALES
 from passopt.ir.errors import PassError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.shapes import complete_types
@@ -20,21 +21,11 @@ from passopt.ir.weights.lazy_weight import LazyWeight, constant_tensor, is_check
 from passopt.passes.framework.accuracy import lossy
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
-from passopt.passes.precision.cast_islands import (
-    FLOATS,
-    Islands,
-    finite_limits,
-    is_dtype_cast,
-    is_float,
-    is_leaf,
-    uncast,
-)
+from passopt.passes.precision.cast_islands import Islands, finite_limits, is_dtype_cast, is_float, is_leaf, uncast
 
 DataType = onnx_ir.DataType
 
-_DTYPES = {"fp16": DataType.FLOAT16, "bf16": DataType.BFLOAT16, "fp32": DataType.FLOAT}
-_NUMBERS = frozenset(dtype.value for dtype in FLOATS)
-_OPSET_OF_HALF_SCALES = 19
+_NUMBERS = frozenset(dtype.value for dtype in MODEL_FLOATS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +48,7 @@ class CastModel(Pass):
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Cast the model in place; raise PassError if a dtype is unknown or cannot be cast."""
         complete_types(model)
-        target = _DTYPES[self.dtype]
+        target = DTYPES[self.dtype]
         editor = Editor(model, self.name)
         self._check(editor, target)
         moved = _constants_to_initializers(editor)
@@ -78,11 +69,11 @@ class CastModel(Pass):
                     f"{self.name}: {node.op_type} {node.name!r} has floating outputs that its bodies compute; "
                     f"the pass cannot cast inside of bodies"
                 )
-            too_old = target != DataType.FLOAT and editor.opset < _OPSET_OF_HALF_SCALES
+            too_old = target != DataType.FLOAT and editor.opset < OPSET_OF_HALF_SCALES
             if too_old and node.op_type == "DequantizeLinear" and not node.domain:
                 raise PassError(
                     f"{self.name}: {node.name!r}: DequantizeLinear takes 16-bit scales from opset "
-                    f"{_OPSET_OF_HALF_SCALES} on, this model has {editor.opset}. Run legalize first."
+                    f"{OPSET_OF_HALF_SCALES} on, this model has {editor.opset}. Run legalize first."
                 )
 
 
@@ -304,7 +295,7 @@ def _input(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
 
 
 def _suffix(dtype: DataType) -> str:
-    return next(name for name, item in _DTYPES.items() if item == dtype)
+    return next(name for name, item in DTYPES.items() if item == dtype)
 
 
 def _constants_to_initializers(editor: Editor) -> int:

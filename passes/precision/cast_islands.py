@@ -14,14 +14,12 @@ import numpy as np
 import onnx
 import onnx_ir
 
+from passopt.ir.dtypes import MODEL_FLOATS
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.ir.graph.operators import operators
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 
 DataType = onnx_ir.DataType
-
-#: The dtypes that are cast. fp64 stays, since a model that has it was given it on purpose.
-FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16})
 
 
 class Kind(enum.Enum):
@@ -64,7 +62,7 @@ _ROTARY = "RotaryEmbedding"
 
 def is_float(value: onnx_ir.Value | None) -> bool:
     """Return True if the value has one of the dtypes that the pass casts: fp32, fp16 or bf16."""
-    return value is not None and value.dtype in FLOATS
+    return value is not None and value.dtype in MODEL_FLOATS
 
 
 def is_dtype_cast(node: onnx_ir.Node | None) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES
 from passopt.ir.errors import PassError
 from passopt.ir.graph.builder import Builder
 from passopt.ir.graph.lm_head import is_head
@@ -20,8 +21,6 @@ from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter
 
 #: The dtypes that DequantizeLinear takes as scales. Weights of other dtypes, such as double, stay as they are.
-_SCALE_DTYPES = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}
-_OPSET_OF_HALF_SCALES = 19
 _LINEARS = frozenset({"MatMul", "Gemm"})
 
 
@@ -50,10 +49,10 @@ class QuantizeWeights(RewritePass):
         """Quantise weights in place; raise PassError if the opset does not allow scales in the dtype of the weights."""
         opset = model.graph.opset_imports.get("", 0)
         half = [v.name for v in model.graph.initializers.values() if is_checkpoint_weight(v) and _is_half(v.dtype)]
-        if half and opset < _OPSET_OF_HALF_SCALES:
+        if half and opset < OPSET_OF_HALF_SCALES:
             raise PassError(
                 f"{self.name}: {half[0]} and {len(half) - 1} more weights are 16-bit; DequantizeLinear takes such "
-                f"scales from opset {_OPSET_OF_HALF_SCALES} on, this model has {opset}. Export it at a later opset."
+                f"scales from opset {OPSET_OF_HALF_SCALES} on, this model has {opset}. Export it at a later opset."
             )
         return super().run(model)
 
@@ -116,7 +115,7 @@ class QuantizeWeights(RewritePass):
 
     def rewrite_looked_up(self, op: Rewriter, w: Any, ids: Any) -> Any:
         """Look up codes and scales, and multiply them; decline unless the option `embedding` is set."""
-        if w.dtype not in _SCALE_DTYPES or len(w.shape) != 2:
+        if w.dtype not in MODEL_FLOATS or len(w.shape) != 2:
             raise Decline(f"{w.name} is not a floating matrix")
         if not self.embedding:
             raise Decline(f"{w.name} is an embedding; int8{{embedding=true}} includes it")
@@ -127,7 +126,7 @@ class QuantizeWeights(RewritePass):
 
     def _linear_weight(self, op: Any, w: Any, operand: onnx_ir.Value, *, is_turned: bool) -> Expression:
         """Return the weight if all users of `operand` are linears that this pass includes; decline otherwise."""
-        if w.dtype not in _SCALE_DTYPES or len(w.shape) != 2:
+        if w.dtype not in MODEL_FLOATS or len(w.shape) != 2:
             raise Decline(f"{w.name} is not a floating matrix")
         if operand.is_graph_output():
             raise Decline(f"{w.name} is a graph output")

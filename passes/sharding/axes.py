@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
+from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.shapes import dimensions
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.placement import Product
@@ -147,7 +148,7 @@ def _slices_all(node: onnx_ir.Node, axis: int, axes: Sequence[int] | None) -> bo
         return False
     length = (dimensions(node.inputs[0]) or [])[axis]  # type: ignore[arg-type]
     end = int(ends.reshape(-1)[position])
-    whole = end == 2**63 - 1 or (isinstance(length, int) and end >= length)
+    whole = end == SLICE_END or (isinstance(length, int) and end >= length)
     return int(starts.reshape(-1)[position]) == 0 and whole
 
 

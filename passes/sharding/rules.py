@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.decoder import INPUT_IDS
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.axes import (
@@ -50,9 +51,6 @@ Rule: TypeAlias = Callable[[Propagation, onnx_ir.Node], "Spec | list[Spec]"]
 
 #: The dtypes of tables, as codes or as numbers, that are sharded by rows as embeddings.
 _CODES = frozenset({onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8})
-_FLOATS = frozenset(
-    {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.DOUBLE}
-)
 #: Operators that do not change token ids; some models flatten their leading axes before the look-up.
 _SAME_IDS = frozenset({"Reshape", "Identity", "Cast"})
 _PASSES_MASKED_ROWS = frozenset({"Cast", "Unsqueeze", "Mul"})
@@ -130,7 +128,7 @@ def _settle_masked_rows(state: Propagation, node: onnx_ir.Node, specs: Sequence[
     computed = [
         spec for spec, value in zip(specs, node.inputs, strict=True) if value is not None and not is_constant(value)
     ]
-    keeps = node.op_type in _PASSES_MASKED_ROWS and (node.op_type != "Cast" or node.outputs[0].dtype in _FLOATS)
+    keeps = node.op_type in _PASSES_MASKED_ROWS and (node.op_type != "Cast" or node.outputs[0].dtype in FLOATS)
     if keeps and all(spec == computed[0] for spec in computed):
         return list(specs)
     settled = list(specs)
@@ -260,7 +258,7 @@ def _is_embedding(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) 
     while ids is not None and (source := ids.producer()) is not None and source.op_type in _SAME_IDS:
         ids = source.inputs[0]
     by_rows = attribute_axis(node, 0, ndim_of(table)) == 0
-    if not by_rows or ids is None or not ids.is_graph_input() or table.dtype not in _CODES | _FLOATS:
+    if not by_rows or ids is None or not ids.is_graph_input() or table.dtype not in _CODES | FLOATS:
         return False
     if ids.name == INPUT_IDS:
         return ndim_of(table) in {1, 2}

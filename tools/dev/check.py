@@ -1,4 +1,7 @@
-"""Run every gate but the tests: ruff format and lint, links for type checkers, mypy strict, import rules, rooms."""
+"""Run every check but the tests: ruff, mypy strict, the import rules, rooms and docstrings.
+
+The links that type checkers need are made in between.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-#: The import rules are read off the links as well, where the folders form one package.
+#: import-linter needs the links of typepath.py too, through which the folders form one package.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "build" / "typepath")}
 GATES = (
     ("format", ("ruff", "format", "--check", ".")),
@@ -17,10 +20,12 @@ GATES = (
     ("types", ("mypy",)),
     ("imports", ("importlinter",)),
     ("rooms", ("tools/dev/rooms.py",)),
+    ("docstring", ("tools/dev/docstrings.py",)),
 )
 
 
 def main() -> int:
+    """Run all checks, print which failed with their output, and return 1 if any did."""
     failed = []
     for name, command in GATES:
         done = subprocess.run(_command(command), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -29,7 +34,9 @@ def main() -> int:
             failed.append(name)
             print(done.stdout + done.stderr, flush=True)
     if failed:
-        print(f"check: {', '.join(failed)} failed; `ruff format .` and `ruff check --fix .` mend what can be mended")
+        print(
+            f"check: {', '.join(failed)} failed; `ruff format .` and `ruff check --fix .` repair what can be repaired"
+        )
     return 1 if failed else 0
 
 

@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights import expressions as ex
-from passopt.ir.weights.safetensors_layout import Layout, plan_layout
+from passopt.ir.weights.safetensors_layout import Layout, layout_of
 from passopt.ir.weights.streaming.row_spans import Part, Span, base_of, in_order, is_by_columns, matrix_shape, spans_of
 
 
@@ -24,7 +25,7 @@ class WeightFile:
     @functools.cached_property
     def layout(self) -> Layout:
         """Return the layout of the file."""
-        return plan_layout(self.weights)
+        return layout_of(self.weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ _ROUNDING_IN_PASSING = {ex.QuantizeCodes, ex.QuantizeScales, ex.NormalizeRows}
 
 def is_rounding(expression: ex.Expression) -> bool:
     """Return whether the expression is a cast between floats."""
-    return isinstance(expression, ex.Cast) and {expression.dtype, expression.operand.dtype} <= ex.FLOATS
+    return isinstance(expression, ex.Cast) and {expression.dtype, expression.operand.dtype} <= FLOATS
 
 
 def _chain(core: ex.Expression, base: ex.Expression) -> Iterator[ex.Expression]:

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import onnx_ir
 
 from passopt.ir.atomic_folders import JOURNAL_NAME, keep_only, resumable_directory
+from passopt.ir.dtypes import DTYPES, DataType
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.graph.decoder import INPUT_IDS, LOGITS, decoder_of, degree_of, positions_of
 from passopt.ir.serialization.model_files import WEIGHTS_NAME
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import small_constant
-from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.streaming.budget import DEFAULT_STREAM, StreamOptions
 from passopt.ir.weights.streaming.output_groups import WeightFile
 from passopt.ir.weights.streaming.write_weights import StreamReport, write_weight_files
@@ -43,7 +44,6 @@ from passopt.targets.tvm.compiler.lowering.graph import MAIN, Lowered, lower
 from passopt.targets.tvm.compiler.relax_steps import run_steps
 from passopt.targets.tvm.machines import Gpu, Machine
 
-_DTYPES: dict[str, CacheDtype] = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 #: The keys under which config.json files store the length of the longest sequence.
 _LENGTH_KEYS = ("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len")
 
@@ -108,7 +108,7 @@ def compile_models(
     lowered, *others = _lowered(models, machine, allow_fallback=allow_fallback)
     interface = _Interface.of(models[0], lowered, origin.companions)
     weights = [_weights(item) for item in ([lowered, *others] if others else [lowered] * degree)]
-    needed = sum(plan_layout(item).nbytes for item in weights)
+    needed = sum(layout_of(item).nbytes for item in weights)
     folders = rank_folders(degree)
     with resumable_directory(directory, needed) as staged:
         keep_only(staged, {JOURNAL_NAME, *(str(Path(folder) / WEIGHTS_NAME) for folder in folders)})
@@ -224,10 +224,11 @@ class _Interface:
         """Return the interface of a model; raise ModelError if an engine could not call it."""
         decoder = decoder_of(model)
         check_inputs(model, lowered.inputs)
-        if decoder.cache_dtype.name not in _DTYPES:
-            raise ModelError(f"a cache in {decoder.cache_dtype.name}; libraries keep {', '.join(_DTYPES.values())}")
+        names: dict[DataType, CacheDtype] = {kind: name for name, kind in DTYPES.items()}
+        if decoder.cache_dtype not in names:
+            raise ModelError(f"a cache in {decoder.cache_dtype.name}; libraries keep {', '.join(names.values())}")
         kind: Literal["in-place", "functional"] = "in-place" if lowered.in_place else "functional"
-        dtype = _DTYPES[decoder.cache_dtype.name]
+        dtype = names[decoder.cache_dtype]
         cache = CacheLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, dtype, kind=kind)
         return cls(cache, _logits(model), max_positions(model, companions))
 

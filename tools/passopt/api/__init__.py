@@ -1,4 +1,4 @@
-"""Do what the commands do, one operation per module: every command is a thin layer over one of these functions.
+"""Provide the operations of the Python API, one per module; every command is a thin layer over one of them.
 
-The package `passopt` hands them on; import them from there.
+The package `passopt` exports them; import them from there.
 """

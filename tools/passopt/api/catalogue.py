@@ -1,4 +1,4 @@
-"""List the passes and named pipelines that there are: `passopt.list_passes`."""
+"""List all passes and named pipelines: `passopt.list_passes`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from passopt.reporting.result import Result
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue(Result):
-    """All passes and named pipelines by name, as their sources describe them; none of them is imported."""
+    """All passes and named pipelines by name, as their sources describe them; none of them is imported.
+
+    Attributes:
+        passes: Name → what the source of the pass says: summary, options, accuracy, and where it is defined.
+        pipelines: Name → summary, steps, options and expectations.
+    """
 
     passes: Mapping[str, Entry]
     pipelines: Mapping[str, Pipeline]
@@ -40,6 +45,10 @@ class Catalogue(Result):
 def list_passes() -> Catalogue:
     """List all passes and pipelines, those of installed packages too.
 
-    Raises PassError if two passes have one name.
+    Returns:
+        The passes and pipelines by name.
+
+    Raises:
+        PassError: Two passes have the same name, or an entry point does not lead to a pass.
     """
     return Catalogue(catalog(), PIPELINES)

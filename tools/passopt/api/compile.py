@@ -30,7 +30,13 @@ from passopt.targets.tvm.compiled_folder import Library
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is compiled: one model (which may be SPMD) or one per rank; the folder of tokenizer and configuration."""
+    """The models to compile: one model (which may be SPMD) or one per rank.
+
+    Attributes:
+        models: The models.
+        folder: The folder that holds the tokenizer and the configuration; None for a model in memory.
+        passes: The pipeline that made them, as far as it is known.
+    """
 
     models: tuple[onnx_ir.Model, ...]
     folder: Path | None
@@ -39,16 +45,16 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class CompileResult(Result):
-    """What was compiled.
+    """The result of a compilation.
 
     Attributes:
         output: The new folder.
-        library: What the library says of itself: CPU, instructions, cache, inputs.
-        kernels: How many of each native kernel.
-        fallbacks: Nodes without a native kernel, with the reason.
-        imported: Small operators that TVM's own importer took.
-        weight_bytes: Bytes of weights per rank.
-        degree: Ranks.
+        library: The description of the library: CPU, instructions, cache, inputs.
+        kernels: The number of native kernels by name.
+        fallbacks: The nodes without a native kernel, each with the reason.
+        imported: The small operators that TVM's own importer translated.
+        weight_bytes: The bytes of weights per rank.
+        degree: The number of ranks.
         stream: How the weights were written.
     """
 
@@ -114,23 +120,30 @@ def compile(
     Args:
         model: A model, a file, a folder, or a folder of ranks.
         output: The new folder for code and weights.
-        passes: A pipeline that runs before, in memory.
-        target: "llvm" for CPUs; "cuda" compiles only.
+        passes: A pipeline to run first, in memory.
+        target: "llvm" for CPUs; "cuda" only compiles, nothing can run the result yet.
         arch: The architecture of the GPU, for cuda.
-        mcpu: LLVM's name of the CPU; "native" for this machine's.
+        mcpu: LLVM's name of the CPU; "native" for that of this machine.
         allow_fallback: Use TVM's own code where there is no native kernel, instead of refusing.
-        print_after: Show the Relax module to the reporter after these steps; an empty list means all.
-        memory: Bytes that the process may take while it writes weights; None for 1 GiB.
-        workers: Threads that write weights; None for two per core, at most 8.
-        reporter: Hears of progress, fallbacks and texts.
+        print_after: The steps after which the Relax module is shown to the reporter; an empty list means all.
+        memory: The bytes of memory that the process may take while it writes weights; None for 1 GiB.
+        workers: The number of threads that write weights; None for two per core, at most 8.
+        reporter: Is told about progress, fallbacks and texts.
+
+    Returns:
+        The new folder, its kernels, and how the weights were written.
 
     Raises:
-        UsageError: The output exists, or a step, CPU or GPU is unknown.
-        ModelError: The model cannot be compiled: no native kernel for a node, or no interface that an engine serves.
+        UsageError: The output exists, a pass, step, CPU or GPU is unknown, no C compiler is installed, or memory or
+            disk is too small; also if `passes` is given for a folder of ranks.
+        ModelError: The model cannot be read or compiled: no native kernel for a node, or no interface that an engine
+            serves.
+        PassError: A pass cannot work on this model.
+        ExpectationError: An expectation of the pipeline does not hold.
     """
     output = Path(output)
     refuse_existing(output)
-    # What is wrong with the model is told before TVM is imported, which takes a second.
+    # Errors of the model are reported before TVM is imported, because that import takes a second.
     opened = _opened(model)
     from passopt.targets.tvm.compiler.compile_models import compile_models
     from passopt.targets.tvm.compiler.relax_steps import SKIPPED, check_step_names
@@ -175,12 +188,26 @@ def compile(
 
 
 def load_source(model: ModelLike, passes: str | None = None) -> Source:
-    """Return the model, or the models of ranks, after `passes`. Raises ModelError, UsageError."""
+    """Return the model, or the models of all ranks, after `passes`.
+
+    Args:
+        model: A model, a file, a folder, or a folder of ranks.
+        passes: A pipeline to run; None for none.
+
+    Returns:
+        The models, their folder, and the pipeline that made them.
+
+    Raises:
+        ModelError: A model or a manifest cannot be read, or the model is a single rank of several.
+        UsageError: `passes` is wrong, or is given for a folder of ranks.
+        PassError: A pass cannot work on this model.
+        ExpectationError: An expectation of the pipeline does not hold.
+    """
     return _transformed(_opened(model), passes)
 
 
 def _opened(model: ModelLike) -> Source:
-    """The model as it lies there, or the models of all ranks."""
+    """Return the model as it is, or the models of all ranks of a folder."""
     path = None if isinstance(model, (Model, onnx_ir.Model)) else Path(model)
     if path is not None and path.is_dir() and any(path.glob("rank*/model.onnx")) and not (path / MODEL_NAME).exists():
         manifest = read_manifest(path)
@@ -195,11 +222,12 @@ def _opened(model: ModelLike) -> Source:
 
 
 def _transformed(source: Source, passes: str | None) -> Source:
-    """The source after a pipeline, whose expectations hold here too."""
+    """Return the source after a pipeline ran on it, whose expectations must hold."""
     if len(source.models) > 1:
         if passes:
             raise UsageError(
-                f"{source.folder}: holds one model per rank; run passes before they come apart, with passopt run"
+                f"{source.folder}: holds one model per rank, on which passes cannot run any more; run them before the "
+                f"model is sharded, with passopt run"
             )
         return source
     (model,), done = source.models, source.passes
@@ -215,7 +243,7 @@ def _transformed(source: Source, passes: str | None) -> Source:
 
 
 def _weight_bytes(source: Source) -> int:
-    """About what will be written: for the progress bar."""
+    """Return about how many bytes of weights will be written, for the progress bar."""
     degree = len(source.models) if len(source.models) > 1 else degree_of(source.models[0])
     values = source.models[0].graph.initializers.values()
     return degree * sum(int(value.const_value.nbytes) for value in values if value.const_value is not None)

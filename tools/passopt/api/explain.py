@@ -1,4 +1,4 @@
-"""Explain a pass or a pipeline: `passopt.explain` gives its purpose, options, patterns as diagrams, and guards."""
+"""Explain a pass or a pipeline: its purpose, options, patterns as diagrams, and guards (`passopt.explain`)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ _SECTION = re.compile(r"^(Before|After):\s*", re.MULTILINE)
 _CODE = re.compile(r"``(.+?)``", re.DOTALL)
 
 
-#: What every pass builds on; its own guards are said where a rule runs into them.
+#: The modules that every pass builds on. They are not searched for guards: the guard of `op.require_opset`, for
+#: example, is listed at the line of the pass that calls it.
 _FRAMEWORK = ("passopt.passes.framework.", "passopt.passes.patterns.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Doc:
-    """A pass's docstring taken apart."""
+    """The parts of a pass's docstring: the sentence of why, Before, After, and the notes below."""
 
     why: str
     before: str
@@ -44,6 +45,8 @@ class Doc:
 
 @dataclasses.dataclass(frozen=True)
 class DrawnRule:
+    """A rule of a pass: its name, its source line, its docstring, and its pattern as a diagram."""
+
     name: str
     source: str
     doc: str
@@ -52,7 +55,7 @@ class DrawnRule:
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """A place where the pass may say no, as written there; `…` stands for what is known at run time only."""
+    """A place where the pass may decline or fail, with the reason as written there; `…` stands for a run-time value."""
 
     file: str
     line: int
@@ -61,7 +64,13 @@ class Guard:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation(Result):
-    """What there is to know of a pass or a pipeline, as text and as JSON."""
+    """The explanation of a pass or a pipeline.
+
+    Attributes:
+        name: The name of the pass or pipeline.
+        text: The explanation as text.
+        facts: The explanation as an object for JSON.
+    """
 
     name: str
     text: str
@@ -80,8 +89,12 @@ def explain(name: str) -> Explanation:
     Args:
         name: A name that `passopt list` shows, with options if they matter, such as `"tp{degree=4}"`.
 
+    Returns:
+        The explanation.
+
     Raises:
-        UsageError: There is no such pass or pipeline, or `name` is several of them.
+        UsageError: There is no such pass or pipeline, an option is wrong, or `name` names several passes.
+        PassError: Two installed passes have the same name.
     """
     steps = parse_steps(name)
     if len(steps) != 1:
@@ -100,7 +113,16 @@ def explain(name: str) -> Explanation:
 
 
 def parse_doc(text: str) -> Doc:
-    """The sentence of why, Before and After, and what follows them on lines that are not indented."""
+    """Split a pass's docstring into the sentence of why, Before, After, and notes.
+
+    Notes are what follows After on lines that are not indented.
+
+    Args:
+        text: The docstring, without its common indentation.
+
+    Returns:
+        The parts; "" for those that are missing.
+    """
     pieces = _SECTION.split(text)
     sections = dict(zip(pieces[1::2], pieces[2::2]))
     after, notes = _split_notes(sections.get("After", ""))
@@ -127,21 +149,24 @@ def _rules(item: Pass) -> list[DrawnRule]:
 
 
 def _near(source: str) -> str:
-    """`file:line`, the file named from here if it lies below."""
+    """Return `file:line` with the path relative to the current folder, if the file lies below that."""
     with contextlib.suppress(ValueError):
         return str(Path(source).relative_to(Path.cwd()))
     return source
 
 
 def _guards(entry: Entry) -> list[Guard]:
-    """Every `raise Decline(…)` and `raise PassError(…)` of the pass's file, and of its other rooms."""
+    """Return every `raise Decline(…)` and `raise PassError(…)` of the pass's file and of the files it is split into."""
     own = Path(entry.origin.rpartition(":")[0])
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in (own, *_parts(own, entry.module))}
     return [Guard(file.name, line, reason) for file, tree in trees.items() for line, reason in _said(tree)]
 
 
 def _parts(file: Path, module: str) -> list[Path]:
-    """The files beside a pass's own that it imports from, and those that these import from; no framework, no pass."""
+    """Return the files that belong to a pass besides its own: those in its folder that it imports, directly or not.
+
+    Files of the framework and of other passes are left out.
+    """
     package, known, found = module.rpartition(".")[0], {item.module for item in catalog().values()}, [file]
     for importer in found:
         for node in ast.walk(ast.parse(importer.read_text(encoding="utf-8"))):
@@ -159,7 +184,10 @@ def _parts(file: Path, module: str) -> list[Path]:
 
 
 def _said(tree: ast.Module) -> list[tuple[int, str]]:
-    """The line and the reason of every refusal: raised here, or by `op.require_opset`, which raises for its caller."""
+    """Return the line and the reason of every refusal.
+
+    A refusal is raised here, or by `op.require_opset`, which raises on behalf of its caller.
+    """
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(call := node.exc, ast.Call):
@@ -257,7 +285,7 @@ def _pass_json(
         "after": doc.after,
         "notes": _one_line(doc.notes),
         "rules": [
-            {"name": rule.name, "source": rule.source, "doc": rule.doc, **rule.diagram.as_json()} for rule in rules
+            {"name": rule.name, "source": rule.source, "doc": rule.doc, **rule.diagram.to_json()} for rule in rules
         ],
         "declines": [dataclasses.asdict(guard) for guard in guards],
     }

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import onnx_ir
 
 from passopt.api.model import Model, refuse_existing, write
+from passopt.ir.dtypes import DTYPES
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.decoder import SELF_CHECK
 from passopt.ir.graph.shapes import complete_types
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
 from passopt.ir.version import __version__
-from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     from passopt.frontends.options import Alibi, Attention, Exporter, ExportOptions, Phase
 
 Dtype = Literal["fp16", "fp32", "bf16"]
-DTYPES = {"fp16": DataType.FLOAT16, "fp32": DataType.FLOAT, "bf16": DataType.BFLOAT16}
 
-#: What every exported graph goes through: the exporter's arithmetic on constants and lengths is done once.
+#: The passes that every exported graph goes through, so that the exporter's arithmetic on constants and lengths is done
+#: once, and not at every run of the model.
 CLEAN_UP = "fold-constants,dead-code"
 _SKIPPED = "skipped"
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult(Result):
-    """What an export has written.
+    """The result of an export.
 
     Attributes:
         output: The new folder.
-        nodes: Nodes of the graph.
-        layers: Decoder layers.
+        nodes: The number of nodes of the graph.
+        layers: The number of decoder layers.
         dtype: The number type of the weights.
         opset: The opset of the graph.
-        error: max|difference| / max|reference| of a small model of the same class, exported, against eager torch; None
-            if this self-check was skipped.
+        error: The error of the self-check, max|difference| / max|reference|: a small model of the same class is
+            exported and compared with eager torch. None if the self-check was skipped.
     """
 
     output: Path
@@ -58,7 +58,7 @@ class ExportResult(Result):
 
     @property
     def model(self) -> Model:
-        """Load the exported model."""
+        """Load and return the exported model."""
         return Model(load_model(self.output), self.output / MODEL_NAME, CLEAN_UP)
 
     def to_text(self) -> str:
@@ -93,23 +93,29 @@ def export(
 
     Args:
         checkpoint: The folder with config.json, code and weights.
-        output: The new folder.
+        output: The new folder. It appears whole or not at all.
         dtype: The number type of the weights.
-        alibi: Keep ALiBi as a "formula" of slopes, or "baked" as a constant mask.
-        opset: 18 to 23; None for 21, or 20 by torchscript.
-        exporter: torch's exporter: "dynamo", or "torchscript", which runs the model once.
-        attention: The implementation of transformers that is traced; None for what suits the family.
-        phase: One graph for everything, or one for "prefill" without past, or one for single tokens ("decode").
-        weights: "copy" them into the output, or only "reference" where they lie.
-        trust_remote_code: Run the checkpoint's own Python files: read them first.
-        self_check: Compare a small model of the same class, exported, with eager torch.
-        memory: Bytes that the process may take while it writes weights; None for 1 GiB.
-        workers: Threads that write weights; None for two per core, at most 8.
-        reporter: Hears of progress.
+        alibi: "formula" keeps ALiBi as slopes, "baked" writes it as a constant mask.
+        opset: The opset, from 18 to 23; None for 21, or for 20 with torchscript.
+        exporter: The exporter of torch: "dynamo", or "torchscript", which runs the model once.
+        attention: The attention of transformers to trace, "eager" or "sdpa"; None for what suits the family.
+        phase: "merged" for one graph that does everything, "prefill" for a graph without past, "decode" for a graph of
+            single tokens.
+        weights: "copy" copies weights into the output; "reference" only refers to the files that hold them.
+        trust_remote_code: Run the checkpoint's own Python files. Read them first.
+        self_check: Export a small model of the same class too, and compare it with eager torch.
+        memory: The bytes of memory that the process may take while it writes weights; None for 1 GiB.
+        workers: The number of threads that write weights; None for two per core, at most 8.
+        reporter: Is told about progress and warnings.
+
+    Returns:
+        The folder, figures of the graph, and the error of the self-check.
 
     Raises:
-        UsageError: The output exists, or options contradict each other.
+        UsageError: The output exists, an option is unknown, options contradict each other, or memory or disk is too
+            small.
         ModelError: The checkpoint is incomplete, or its code cannot be exported.
+        CheckError: The self-check found a difference from eager torch.
     """
     from passopt.frontends.checkpoint import open_checkpoint
     from passopt.frontends.options import ExportOptions
@@ -146,7 +152,14 @@ def export(
 
 
 def clean_up(model: onnx_ir.Model) -> onnx_ir.Model:
-    """Fold the exporter's arithmetic and complete the types, in place; returns the model."""
+    """Fold the exporter's arithmetic on constants and complete the types of a graph, in place.
+
+    Args:
+        model: The graph as the exporter made it.
+
+    Returns:
+        The same model.
+    """
     run_passes(model, resolve(CLEAN_UP).passes)
     complete_types(model)
     return model
@@ -167,7 +180,7 @@ def _checked(checkpoint: Checkpoint, settings: ExportOptions, reporter: Reporter
 
 
 def _files(checkpoint: Checkpoint) -> list[dict[str, object]]:
-    """Name, size and header digest of each weight file that was read."""
+    """Return the name, the size and the digest of the header of each weight file that was read."""
     files = {Path(source.file.path).name: source.file for source in checkpoint.tensors.values()}
     return [
         {"name": name, "size": file.size, "header_digest": file.header_digest} for name, file in sorted(files.items())

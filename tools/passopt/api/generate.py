@@ -6,125 +6,26 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from passopt.api.generate_result import GenerateResult, OnText, Prompt, Request
 from passopt.generation.chat import Message, chat_ids
-from passopt.generation.loop import Generation, plan_room
 from passopt.generation.loop import generate as run
+from passopt.generation.loop import room_for
 from passopt.generation.open_engine import Engine as LoadedEngine
 from passopt.generation.open_engine import ModelFacts, open_engine, read_facts
-from passopt.generation.sampling import Sampling
 from passopt.generation.settings import Settings, read_settings
 from passopt.generation.tokenizer import TextStream, Tokenizer, load_tokenizer
 from passopt.ir.errors import UsageError
 from passopt.reporting.reporter import SILENT, Reporter, progress_bar
-from passopt.reporting.result import Result
 from passopt.targets.tvm.engine.available_memory import check_caches
-
-#: A text, a conversation of messages (or mappings with "role" and "content"), or token ids.
-Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message | Mapping[str, str]]"
-#: Gets the number of the prompt and the next piece of its text, or of its ids.
-OnText: TypeAlias = Callable[[int, str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is asked of a model, besides the prompts. None stands for what the model's own files say.
-
-    Attributes:
-        max_new_tokens: Tokens to generate for each prompt, at most.
-        greedy: Take the most likely token always, without a penalty unless one is given.
-        temperature: Sample; smaller is closer to greedy.
-        top_k: Sample from so many of the most likely tokens; 0 for all.
-        top_p: Sample from the tokens that together have this probability.
-        repetition_penalty: Above 1, less of what was said already.
-        seed: Sample, the same every time.
-        capacity: Columns of the cache; None for what is needed.
-    """
-
-    max_new_tokens: int | None = None
-    greedy: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    capacity: int | None = None
-
-    def sampling(self, defaults: Sampling) -> Sampling:
-        """Return the model's own defaults, changed as asked. A seed or a temperature asks for sampling."""
-        names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        asked = [name for name in ("temperature", "top_k", "top_p", "seed") if name in given]
-        if self.greedy:
-            if asked:
-                flag = asked[0].replace("_", "-")
-                raise UsageError(f"--greedy takes the most likely token; --{flag} says otherwise")
-            return Sampling(repetition_penalty=given.get("repetition_penalty", 1.0))
-        return dataclasses.replace(defaults, **given, do_sample=defaults.do_sample or bool(asked))
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateResult(Result):
-    """What a model wrote.
-
-    Attributes:
-        prompts: The token ids of each prompt, as the model got them.
-        generation: Token ids and ends of all rows, times in seconds, bytes of the cache.
-        texts: The text of each row; None where no prompt was a text.
-    """
-
-    prompts: tuple[tuple[int, ...], ...]
-    generation: Generation
-    texts: tuple[str, ...] | None
-
-    def to_text(self) -> str:
-        rows = len(self.prompts)
-        texts = self.texts or [" ".join(map(str, row.ids)) for row in self.generation.rows]
-        return "\n".join(heading(row, rows) + text for row, text in enumerate(texts))
-
-    def to_json(self) -> dict[str, Any]:
-        found = self.generation
-        rows: list[dict[str, Any]] = [
-            {"prompt_ids": list(prompt), "ids": list(row.ids), "end": row.end}
-            for prompt, row in zip(self.prompts, found.rows, strict=True)
-        ]
-        for row, text in zip(rows, self.texts or ()):
-            row["text"] = text
-        return {
-            "rows": rows,
-            "prompt_tokens": found.prompt_tokens,
-            "new_tokens": found.new_tokens,
-            "first_token_seconds": found.first_token,
-            "total_seconds": found.total,
-            "tokens_per_second": found.tokens_per_second,
-            "cache_bytes": found.cache_bytes,
-        }
-
-    def summary(self) -> str:
-        """Return the figures in one line: tokens, seconds to the first one, tokens per second, bytes of the cache."""
-        found = self.generation
-        speed = found.tokens_per_second
-        parts = [
-            f"{found.prompt_tokens} prompt tokens, first new token after {found.first_token:.3f} s",
-            f"{found.new_tokens} new tokens" + (f", {speed:.2f} tokens/s" if speed is not None else ""),
-            f"cache {found.cache_bytes:,} bytes",
-        ]
-        if any(row.end == "positions" for row in found.rows):
-            parts.append("ended where the model's positions end")
-        return "; ".join(parts)
-
-
-def heading(row: int, rows: int) -> str:
-    """Return the line that tells one of several answers from the others; a single one stands for itself."""
-    return "" if rows == 1 else f"== {row + 1}\n"
 
 
 class _Folder:
-    """A compiled folder before its weights are loaded: what it says of itself, its settings and its tokenizer."""
+    """A compiled folder before its weights are loaded: its description, its settings and its tokenizer."""
 
     def __init__(self, folder: Path, reporter: Reporter) -> None:
         self.path = folder
@@ -137,7 +38,7 @@ class _Folder:
         return load_tokenizer(self.path)
 
     def encode(self, prompt: Prompt, request: Request) -> list[int]:
-        """The token ids of a prompt. Raises UsageError for a conversation that is none."""
+        """Return the token ids of a prompt; raise UsageError if it is neither text nor ids nor a conversation."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         ids = [item for item in prompt if isinstance(item, (int, np.integer)) and not isinstance(item, bool)]
@@ -146,7 +47,7 @@ class _Folder:
         return self._chat([_message(item) for item in prompt], request)
 
     def _chat(self, messages: Sequence[Message], request: Request) -> list[int]:
-        """The prompt of one conversation; the reporter hears if its oldest rounds do not fit."""
+        """Return the token ids of a conversation, and report it if the oldest rounds do not fit."""
         new = request.max_new_tokens or self.settings.max_new_tokens
         limits = [limit for limit in (self.facts.max_positions, request.capacity) if limit is not None]
         room = min(limits) - new if limits else None
@@ -161,6 +62,7 @@ class _Folder:
 
 
 def _message(item: object) -> Message:
+    """Return the item as a message; raise UsageError if it is none."""
     if isinstance(item, Message):
         return item
     if isinstance(item, Mapping):
@@ -172,7 +74,13 @@ def _message(item: object) -> Message:
 
 
 class Engine:
-    """A compiled folder with its weights loaded, ready to continue prompts; a process per rank for a folder of ranks.
+    """A compiled folder with its weights loaded, ready to continue prompts; a folder of ranks runs a process per rank.
+
+    Use `Engine.load` to make one. An engine is closed at the end of a `with` block, or by `close`.
+
+    Args:
+        folder: What is known of the folder before its weights are loaded.
+        engine: The engine with the weights.
 
     Example:
         >>> with passopt.Engine.load("compiled") as engine:
@@ -197,14 +105,17 @@ class Engine:
 
         Args:
             folder: The compiled folder, or the folder of ranks.
-            threads: Threads of each process; None for the cores of this machine.
+            threads: The number of threads, of all ranks together; None for the cores of this machine.
             verify_weights: Hash all weights again, not only when a file is seen for the first time.
             copy_weights: Copy weights to memory of the process, instead of mapping the file.
-            reporter: Hears of progress while weights are read.
+            reporter: Is told about progress while weights are read.
+
+        Returns:
+            The engine, which owns its processes and caches until it is closed.
 
         Raises:
             ModelError: The folder is damaged, or its library needs instructions that this CPU lacks.
-            UsageError: There is not enough memory.
+            UsageError: There is not enough memory, or `threads` is less than 1.
         """
         return cls._opened(
             _Folder(Path(folder), reporter), threads, verify_weights=verify_weights, copy_weights=copy_weights
@@ -229,7 +140,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End the processes of ranks; a single engine has none."""
+        """End the processes of ranks; an engine without ranks has none."""
         close = getattr(self._engine, "close", None)
         if close is not None:
             close()
@@ -241,16 +152,24 @@ class Engine:
 
     @property
     def max_positions(self) -> int | None:
-        """Return the longest sequence; None if the model has no limit."""
+        """Return the length of the longest sequence; None if the model has no limit."""
         return self._folder.facts.max_positions
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that lies beside the library."""
+        """Return the tokenizer beside the library; raise ModelError if there is none, or if it is damaged."""
         return self._folder.tokenizer
 
     def allocate(self, batch: int, capacity: int) -> None:
-        """Forget everything, and make room for `batch` sequences of `capacity` positions."""
+        """Forget everything, and make room in the cache for new sequences.
+
+        Args:
+            batch: Sequences that run side by side.
+            capacity: Positions of each of them, padding included.
+
+        Raises:
+            UsageError: The caches do not fit into the available memory.
+        """
         self._engine.allocate(batch, capacity)
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -262,6 +181,9 @@ class Engine:
 
         Returns:
             Logits in fp32 [batch, seq, vocab]; [batch, 1, vocab] of a model that slices the last token.
+
+        Raises:
+            UsageError: A shape or a token id is wrong, or the sequences outgrow the cache or the model's positions.
         """
         return self._engine.forward(ids, mask)
 
@@ -272,11 +194,15 @@ class Engine:
 
         Args:
             prompts: A text, or a list of prompts: texts, token ids, or conversations.
-            on_text: Gets the number of a prompt and the next piece of its text, as tokens come.
+            on_text: A function that gets the number of a prompt and the next piece of its text, as tokens come.
             **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
+
+        Returns:
+            The texts or token ids of all prompts, with times and the bytes of the cache.
 
         Raises:
             UsageError: A prompt is empty or too long, or the request contradicts itself.
+            ModelError: The tokenizer or the chat format is missing or damaged, or logits are not finite.
         """
         asked = Request(**request)
         encoded = _encoded(self._folder, _listed(prompts), asked)
@@ -303,20 +229,23 @@ def generate(
         threads: As for `Engine.load`.
         verify_weights: As for `Engine.load`.
         copy_weights: As for `Engine.load`.
-        on_text: Gets the number of a prompt and the next piece of its text, as tokens come.
-        on_end: Gets the number of a prompt that has ended.
-        reporter: Hears of progress.
+        on_text: A function that gets the number of a prompt and the next piece of its text, as tokens come.
+        on_end: A function that gets the number of each prompt that has ended.
+        reporter: Is told about progress.
         **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
 
+    Returns:
+        The texts or token ids of all prompts, with times and the bytes of the cache.
+
     Raises:
-        ModelError: The folder is damaged, or its library needs instructions that this CPU lacks.
+        ModelError: The folder or its tokenizer is damaged, this CPU cannot run the library, or logits are not finite.
         UsageError: A prompt is empty or too long, the request contradicts itself, or there is not enough memory.
     """
     asked = Request(**request)
     found = _Folder(Path(folder), reporter)
     asked.sampling(found.settings.sampling)
     encoded = _encoded(found, _listed(prompts), asked)
-    room = plan_room(found.facts, encoded.ids, _longest(found, asked), asked.capacity)
+    room = room_for(found.facts, encoded.ids, _longest(found, asked), asked.capacity)
     copied = found.facts.weight_bytes if copy_weights else 0
     check_caches(found.facts.caches, len(encoded.ids), room.columns, copied=copied)
     with Engine._opened(found, threads, verify_weights=verify_weights, copy_weights=copy_weights) as engine:
@@ -332,7 +261,7 @@ class _Encoded:
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Always a list of prompts: a text, ids or a conversation alone are one."""
+    """Return a list of prompts; a single text, list of ids or conversation becomes a list of one."""
     if isinstance(prompts, str):
         return [prompts]
     alone = all(isinstance(item, (int, np.integer, Message, Mapping)) for item in prompts)
@@ -389,7 +318,7 @@ def _run(
 
 
 class _IdStream:
-    """Token ids as text, separated by spaces."""
+    """Give token ids as text, separated by spaces."""
 
     def __init__(self) -> None:
         self._space = ""

@@ -1,6 +1,7 @@
-"""Write a new pass and its tests, which run at once and are then changed into what is wanted: `passopt.new_pass`.
+"""Write a new pass and its tests, which work at once, to be changed into what you need: `passopt.new_pass`.
 
-In a checkout of passopt it is one more file in a room of `passes/`; anywhere else, a package with an entry point.
+In a checkout of passopt the pass becomes one more file in a folder of `passes/`; anywhere else, a package with an entry
+point.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from passopt.passes.framework.suggestions import unknown_name
 from passopt.passes.pipeline.named import PIPELINES
 from passopt.reporting.result import Result
 
-#: The room of a new pass by the verb of its name; of every other verb it is cleanup.
+#: The folder of passes/ for a new pass, called its room, by the verb of its name; for every other verb it is cleanup.
 _ROOMS = {
     "fuse": "fusion",
     "decompose": "decomposition",
@@ -119,7 +120,13 @@ addopts = "--import-mode=importlib"
 
 @dataclasses.dataclass(frozen=True)
 class NewPass(Result):
-    """What was written: all files, the file of tests, and the folder to install if it is a package of its own."""
+    """The result of `new_pass`.
+
+    Attributes:
+        files: All files that were written.
+        tests: The file of tests.
+        package: The folder to install, if the pass is a package of its own; None in a checkout.
+    """
 
     files: tuple[Path, ...]
     tests: Path
@@ -139,16 +146,19 @@ class NewPass(Result):
 
 
 def new_pass(name: str, directory: Path | str | None = None, *, room: str | None = None) -> NewPass:
-    """Write a pass, its tests and its golden text, all or nothing.
+    """Write a pass, its tests and its golden text, all of them or nothing.
 
     Args:
-        name: verb-object, such as `"fuse-silu"`.
-        directory: A checkout of passopt, or the folder of a package; None for the checkout that this is, or for a new
-            folder of the pass's name.
+        name: The name, made of a verb and an object, such as `"fuse-silu"`.
+        directory: A checkout of passopt, or the folder of a package. None for the current folder if that is a checkout,
+            otherwise for a new folder of the pass's name.
         room: The folder of passes/ in a checkout; None for the one that fits the verb.
 
+    Returns:
+        The files, and what to run next.
+
     Raises:
-        UsageError: The name is taken or no name of a pass, or a file exists.
+        UsageError: The name is taken or cannot be the name of a pass, the room is unknown, or a file exists.
     """
     name = _checked(name)
     root = Path(directory) if directory else Path.cwd()
@@ -162,7 +172,11 @@ def new_pass(name: str, directory: Path | str | None = None, *, room: str | None
 
 
 def _checked(name: str) -> str:
-    """The name, if a pass may be called that. Raises UsageError if not."""
+    """Return the name if a new pass may have it.
+
+    Raises:
+        UsageError: It is taken, is not in the form verb-object, or would be a module that Python has already.
+    """
     if not _NAME.match(name):
         raise UsageError(f"new-pass: {name!r} is no name of a pass; write verb-object in lower case, as in fuse-silu")
     module = name.replace("-", "_")
@@ -180,7 +194,7 @@ def _is_checkout(root: Path) -> bool:
 
 
 def _room(name: str, wanted: str | None) -> str:
-    """The folder of passes/ that the pass belongs to: the one asked for, or the one of its verb."""
+    """Return the folder of passes/ that the pass belongs to: the one asked for, or the one that fits the verb."""
     if wanted is None:
         return _ROOMS.get(name.partition("-")[0], "cleanup")
     rooms = sorted({Path(entry.origin).parent.name for entry in _built_in_passes()})
@@ -194,7 +208,7 @@ def _built_in_passes() -> list[Entry]:
 
 
 def _files(name: str, room: str | None) -> dict[str, str]:
-    """Contents by path below the root; without a room, those of a package of its own."""
+    """Return the contents of the new files by path below the root; without a room they form a package of their own."""
     module = name.replace("-", "_")
     words = {
         "name": name,
@@ -211,8 +225,10 @@ def _files(name: str, room: str | None) -> dict[str, str]:
 
 
 def _write(files: Mapping[Path, str], name: str, root: Path) -> list[Path]:
-    """All of the files and the golden text of the first test, or none; returns their paths. Raises UsageError if one
-    exists.
+    """Write all files and the golden text of the first test, or none of them, and return their paths.
+
+    Raises:
+        UsageError: One of the files exists.
     """
     module = name.replace("-", "_")
     golden = root / "tests" / "golden" / f"test_{module}" / "test_double_negation_goes.txt"
@@ -237,7 +253,7 @@ def _write(files: Mapping[Path, str], name: str, root: Path) -> list[Path]:
 
 
 def _result_of(source: Path, name: str) -> str:
-    """The text that the new pass, as it lies there, makes of the graph of its test."""
+    """Return the text of the graph of the first test after the new pass ran on it."""
     spec = importlib.util.spec_from_file_location(f"passopt_new_{name.replace('-', '_')}", source)
     assert spec is not None
     assert spec.loader is not None
@@ -254,7 +270,7 @@ def _result_of(source: Path, name: str) -> str:
 
 
 def _shown(path: Path) -> str:
-    """The path from here, if it lies below."""
+    """Return the path relative to the current folder, if it lies below that."""
     try:
         return str(path.resolve().relative_to(Path.cwd())) or "."
     except ValueError:

@@ -13,31 +13,37 @@ from passopt.passes.pipeline.text import resolve
 from passopt.passes.sharding.legal_degrees import ShardPlan, make_plan
 from passopt.reporting.result import Result
 
-#: The degrees whose blockers are listed.
+#: The degrees for which blockers are listed.
 _DEGREES = (2, 3, 4, 5, 6, 8, 10, 16, 20, 32)
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanResult(Result):
-    """How a model can be sharded.
+    """The result of `plan`: the ways in which a model can be sharded.
 
     Attributes:
-        found: What propagation found: groups of weights by their number of units, sharded and replicated tensors.
+        found: The findings of the propagation: groups of weights by their number of units, sharded and replicated
+            tensors.
     """
 
     found: ShardPlan
 
     @property
     def legal_degrees(self) -> tuple[int, ...]:
-        """Return the degrees from 2 that need no padding."""
+        """Return the degrees from 2 on that need no padding."""
         return self.found.legal_degrees
 
     @property
     def ok(self) -> bool:
-        """Return True if any degree is legal without padding."""
+        """Return whether any degree is legal without padding."""
         return bool(self.legal_degrees)
 
     def to_text(self, degrees: Sequence[int] = _DEGREES) -> str:
+        """Return the legal degrees, the collectives, the groups of weights, and what blocks each degree.
+
+        Args:
+            degrees: The degrees to list.
+        """
         found = self.found
         lines = [
             f"legal degrees: {', '.join(map(str, found.legal_degrees)) or 'none without padding'}",
@@ -64,8 +70,15 @@ class PlanResult(Result):
 def plan(model: ModelLike) -> PlanResult:
     """Find the degrees at which a model can be sharded, without changing it.
 
+    Args:
+        model: A model, or its path.
+
+    Returns:
+        The legal degrees, and what blocks the others.
+
     Raises:
         UsageError: The model is sharded already.
+        ModelError: There is no model at the path, or it is damaged.
         PassError: The model cannot be sharded at all; the message names the node.
     """
     found = changeable(model)

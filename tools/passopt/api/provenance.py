@@ -1,4 +1,7 @@
-"""Tell where the nodes of a model come from: `passopt.provenance`, from node to passes to original nodes to source."""
+"""Tell where the nodes of a model come from: which passes made them, from which original nodes and source lines.
+
+This is `passopt.provenance`.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,17 @@ from passopt.api.model import ModelLike, as_model
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, merged_sources
 from passopt.reporting.result import Result
 
-#: `model.layers.3.self_attn` is part of `model.layers.3`.
+#: Splits the path of a module behind its first number: `model.layers.3.self_attn` is part of `model.layers.3`.
 _LAYER = re.compile(r"(.*?\.\d+)(?:\.(.*))?\Z")
 _SHOWN_ORIGINS = 3
 _WIDEST = 44
-#: So many neighbours that no pass touched become one line.
+#: At least this many neighbouring nodes that no pass touched share one line.
 _SHORTEST_RUN = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Where one node of the model comes from. A node that no pass made is its own origin."""
+    """The origin of one node of the model; a node that no pass made is its own origin."""
 
     node: str
     op_type: str
@@ -35,24 +38,31 @@ class Row:
 
     @property
     def layer(self) -> str:
-        """The part of the module path up to its first number, or the whole path."""
+        """Return the path of the module up to its first number, or the whole path."""
         found = _LAYER.match(self.module)
         return found[1] if found else self.module
 
     @property
     def place(self) -> str:
-        """The module inside its layer."""
+        """Return the path of the module inside its layer."""
         found = _LAYER.match(self.module)
         return (found[2] or "") if found else ""
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What is equal in equal layers: all but names."""
+        """Return the parts that are equal in equal layers: all but names."""
         return self.op_type, self.passes, len(self.origins), self.place, self.source
 
 
 def rows_of(model: onnx_ir.Model) -> list[Row]:
-    """One row per node of the main graph, in its order."""
+    """Return one row per node of the main graph, in the order of the graph.
+
+    Args:
+        model: The graph.
+
+    Returns:
+        The rows.
+    """
     return [_row(node) for node in model.graph]
 
 
@@ -70,12 +80,20 @@ def _parts(text: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance(Result):
-    """Where all nodes of a model come from: one row per node, in the order of the graph."""
+    """The origins of all nodes of a model.
+
+    Attributes:
+        rows: One row per node, in the order of the graph.
+    """
 
     rows: tuple[Row, ...]
 
     def to_text(self, *, fold: bool = True) -> str:
-        """Return a table per module. With `fold`, equal layers stand once."""
+        """Return a table per module.
+
+        Args:
+            fold: Show equal layers once, and neighbouring nodes that no pass touched in one line.
+        """
         return provenance_text(self.rows, fold=fold)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,13 +101,29 @@ class Provenance(Result):
 
 
 def provenance(model: ModelLike) -> Provenance:
-    """Tell for every node which passes made it, from which nodes of the export, of which module and source line."""
+    """Tell for every node which passes made it, and from which nodes, module and source line of the export.
+
+    Args:
+        model: A model, or its path.
+
+    Returns:
+        One row per node.
+
+    Raises:
+        ModelError: There is no model at the path, or it is damaged.
+    """
     return Provenance(tuple(rows_of(as_model(model).ir)))
 
 
 def provenance_text(rows: Sequence[Row], *, fold: bool = True) -> str:
-    """A table per module, in the order of the graph. With `fold`, equal layers stand once, and neighbours of one
-    module that no pass touched share a line.
+    """Return a table per module, in the order of the graph.
+
+    Args:
+        rows: One row per node.
+        fold: Show equal layers once, and neighbouring nodes of one module that no pass touched in one line.
+
+    Returns:
+        The tables, with a common header.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -143,5 +177,8 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    """The end of a long text says more than its beginning, as of `model.layers.0.self_attn/MatMul`."""
+    """Return the end of a text that is too wide, because the end says more than the beginning.
+
+    An example is `model.layers.0.self_attn/MatMul`.
+    """
     return text if len(text) <= width else f"…{text[-(width - 1) :]}"

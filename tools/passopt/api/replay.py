@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError, PassoptError, UsageError
 from passopt.ir.graph.run_context import RewriteLimit
+from passopt.ir.relative_error import rewrite_error
 from passopt.ir.serialization.model_files import load_model
 from passopt.passes.framework.records import PassRecord
 from passopt.passes.pipeline.instruments import summary_table
@@ -28,20 +30,19 @@ from passopt.verification.reproducer import (
     versions,
 )
 from passopt.verification.rewrites.check import NumericCheck
-from passopt.verification.rewrites.compare_sides import relative_error
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplayResult(Result):
-    """What came of running a reproducer again.
+    """The result of running a reproducer again.
 
     Attributes:
         folder: The reproducer.
-        still_fails: The message if it still fails, in this way or another; None if it runs through.
-        same: True if it fails in the very pass and way that was recorded.
-        remarks: Versions that changed since, and how far the stored rewrite is off.
-        records: What the passes did, if they ran through.
-        recorded: The first line of the error that was recorded.
+        still_fails: The error message if it still fails, in the same way or another; None if it runs without an error.
+        same: True if it fails in the recorded pass and with the recorded class of error.
+        remarks: The versions that have changed since, and the error of the stored rewrite if there is one.
+        records: One record per pass, if all of them ran.
+        recorded: The first line of the recorded error.
     """
 
     folder: Path
@@ -53,7 +54,7 @@ class ReplayResult(Result):
 
     @property
     def ok(self) -> bool:
-        """Return True if it no longer fails."""
+        """Return whether it no longer fails."""
         return self.still_fails is None
 
     def to_text(self) -> str:
@@ -66,12 +67,12 @@ class ReplayResult(Result):
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        records = [record.as_json() for record in self.records]
+        records = [record.to_json() for record in self.records]
         return {**dataclasses.asdict(self), "folder": str(self.folder), "ok": self.ok, "records": records}
 
     @property
     def verdict(self) -> str:
-        """Return how it fails now, for an error message."""
+        """Return how it fails now, as an error message."""
         return f"{self.folder}: {'still fails' if self.same else 'fails in another way'}: {self.still_fails}"
 
 
@@ -79,11 +80,17 @@ def replay(directory: Path | str) -> ReplayResult:
     """Run the failing pass of a reproducer again, with the passes after it.
 
     Args:
-        directory: What a failing run has left.
+        directory: The folder that a failing run left.
+
+    Returns:
+        Whether it still fails and how, or the records of the passes.
+
+    Returns:
+        Whether it still fails, in the same way or another, and what changed since it was recorded.
 
     Raises:
-        ModelError: The folder holds no reproducer.
-        UsageError: Its pipeline names a pass that is not there.
+        ModelError: The folder holds no reproducer, or a stored rewrite that cannot be run.
+        UsageError: Its pipeline names a pass that does not exist.
     """
     folder = Path(directory)
     report = read_reproducer(folder)
@@ -100,9 +107,10 @@ def replay(directory: Path | str) -> ReplayResult:
     if report.verify_each == "numeric":
         instruments.append(NumericCheck())
     recorded = report.message.partition("\n")[0]
+    model = load_model(folder)
     try:
         records = run_passes(
-            load_model(folder),
+            model,
             pipeline.passes,
             verify=report.verify_each != "off",
             instruments=instruments,
@@ -122,17 +130,20 @@ def _pipeline(folder: Path, report: Reproducer) -> Resolved:
 
 
 def _compare_cut(folder: Path) -> str:
-    """How far the stored rewrite is off, whatever the pass does today."""
+    """Return a remark on how far the two sides of the stored rewrite differ, whatever the pass does today."""
     before, after = (Session(onnx_ir.load(folder / name), optimize=False) for name in (BEFORE_NAME, AFTER_NAME))
-    with np.load(folder / INPUTS_NAME) as inputs:
-        feeds = dict(inputs)
+    try:
+        with np.load(folder / INPUTS_NAME) as inputs:
+            feeds = dict(inputs)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{folder / INPUTS_NAME}: is damaged: {error}. Run the pipeline again.") from error
     expected = before.run(feeds)
     try:
         found = after.run(feeds)
     except ModelError as error:
         return f"{AFTER_NAME}: {error}"
     errors = [
-        relative_error(reference, found[name]) if reference.shape == found[name].shape else float("inf")
+        rewrite_error(reference, found[name]) if reference.shape == found[name].shape else float("inf")
         for name, reference in expected.items()
     ]
     return f"{AFTER_NAME} against {BEFORE_NAME}: max|Δ|/max|reference| = {max(errors):.2e}"

@@ -30,19 +30,20 @@ from passopt.targets.folders.output import Origin, Output, OutputSizes
 from passopt.verification.reproducer import Position, free_name, write_reproducer
 
 VerifyEach = Literal["off", "structure", "numeric"]
-#: What `stop_after` adds to the name of the output.
+#: The prefix of the step that `stop_after` adds to a pipeline, and so to the name of the output.
 _UNTIL = "until-"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult(Result):
-    """What a pipeline did.
+    """The result of a pipeline.
 
     Attributes:
         model: The model after the passes.
         records: One record per pass, in their order: counts, CPU seconds, nodes before and after, notes.
         output: The folder that was written; None if nothing was.
         stream: How the weights were written; None if they were not copied.
+        planned: The output as it was written or would be written.
     """
 
     model: Model
@@ -53,11 +54,11 @@ class RunResult(Result):
 
     @property
     def sizes(self) -> OutputSizes:
-        """Return the exact bytes of the output, also if it was not written. Reads no weight."""
+        """Return the exact bytes of the output, also if it was not written; no weight is read for that."""
         return self.planned.sizes
 
     def to_text(self, *, times: bool = False, rules: bool = False) -> str:
-        """Return a table of the passes, their notes, and what was written.
+        """Return a table of the passes, their notes, and the files that were written.
 
         Args:
             times: Add the CPU time of every pass.
@@ -77,7 +78,7 @@ class RunResult(Result):
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "passes": [record.as_json() for record in self.records],
+            "passes": [record.to_json() for record in self.records],
             "output": str(self.output) if self.output else None,
             "degree": self.model.degree,
             **self.sizes.to_json(),
@@ -119,30 +120,38 @@ def run(
     workers: int | None = None,
     reporter: Reporter = SILENT,
 ) -> RunResult:
-    """Run passes over a model, and write the result if an output is named. The model that is given stays as it is.
+    """Run passes over a model, and write the result if an output is named; the given model stays as it is.
 
     Args:
-        model: A model, or where it lies.
-        passes: The pipeline, such as `"tp{degree=4},int8"`; `passopt list` shows what there is.
+        model: A model, or its path.
+        passes: The pipeline, such as `"tp{degree=4},int8"`; `passopt list` shows all passes and pipelines.
         output: The new folder; None writes nothing.
-        weights: "copy" them into the output, or only "reference" where they lie.
-        dry_run: Write nothing, and leave no reproducer.
+        weights: "copy" copies weights into the output; "reference" only refers to the files that hold them.
+        dry_run: Write nothing, and leave no reproducer beside the output.
         expect: Expectations such as `"fuse-attention==40"`, besides those of the pipeline.
         stop_after: The name of the pass after whose first run the pipeline ends.
-        rewrite_limit: Apply the first rewrites only, so many; a whole-graph pass counts as one.
-        verify_each: Check the structure of the graph after every pass, or also each rewrite by sampled numbers.
-        print_after: Show the model to the reporter after these passes; an empty list means all.
-        print_after_change: Show it after every pass that changed its text.
-        dump_dir: Save the model after every pass into this folder, without its weights.
-        time_rules: Take the CPU time of every rule.
-        reproducer: The folder for a reproducer if a pass fails (default: beside the output, if there is one).
-        memory: Bytes that the process may take while it writes weights; None for 1 GiB.
-        workers: Threads that write weights; None for two per core, at most 8.
-        reporter: Hears of progress, warnings and texts.
+        rewrite_limit: The number of rewrites to apply, from the first on; a whole-graph pass counts as one. None for
+            all.
+        verify_each: "structure" checks the structure of the graph after every pass, "numeric" also checks each rewrite
+            on sampled inputs, "off" checks nothing.
+        print_after: The passes after which the model is shown to the reporter; an empty list means all.
+        print_after_change: Show the model after every pass that changed its text.
+        dump_dir: The new folder in which the model is saved after every pass, without its weights.
+        time_rules: Measure the CPU time of every rule.
+        reproducer: The folder for a reproducer if a pass fails; None for one beside the output, if there is an output.
+        memory: The bytes of memory that the process may take while it writes weights; None for 1 GiB.
+        workers: The number of threads that write weights; None for two per core, at most 8.
+        reporter: Is told about progress, warnings and texts.
+
+    Returns:
+        The model after the passes, a record of each pass, and the output.
 
     Raises:
-        UsageError: A pass or an option is unknown, or the output exists.
+        UsageError: A pass or an option is unknown, the output exists, or memory or disk is too small.
+        ModelError: The model or a weight cannot be read.
         PassError: A pass cannot work on this model; the message says where its reproducer lies.
+        VerifyError: A pass left a broken graph.
+        CheckError: `verify_each="numeric"` found a rewrite that changes numbers by more than its pass declares.
         ExpectationError: An expectation does not hold; the message shows what came near.
 
     Example:
@@ -151,7 +160,7 @@ def run(
     """
     pipeline = stopped_after(resolve(passes), stop_after)
     limit = RewriteLimit(rewrite_limit) if rewrite_limit is not None else None
-    if limit is not None:  # what a pipeline expects of a whole run does not hold of its beginning
+    if limit is not None:  # a pipeline's expectations are about a whole run, and this one stops early
         pipeline = dataclasses.replace(pipeline, expectations=())
     names = [item.name for item in pipeline.passes]
     expectations = [parse_expectation(text, names) for text in (*pipeline.expectations, *expect)]
@@ -200,9 +209,22 @@ def run(
 def default_output(
     model: Path | str, passes: str, *, stop_after: str | None = None, rewrite_limit: int | None = None
 ) -> Path:
-    """Return where the command writes without -o: model.onnx and `tp{degree=4},int8` → model.tp4.int8, beside it.
+    """Return the folder that the command writes if no output is named.
 
-    Raises UsageError if the pipeline is wrong, ModelError if there is no such model.
+    It lies beside the model: model.onnx and `tp{degree=4},int8` give model.tp4.int8.
+
+    Args:
+        model: The path of the model.
+        passes: The pipeline.
+        stop_after: As for `run`.
+        rewrite_limit: As for `run`.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        UsageError: The pipeline is wrong.
+        ModelError: There is no such model.
     """
     parts = []
     for step in stopped_after(resolve(passes), stop_after).steps:
@@ -214,9 +236,17 @@ def default_output(
 
 
 def stopped_after(pipeline: Resolved, name: str | None) -> Resolved:
-    """Return the pipeline up to the first pass `name`, with the expectations of what still runs whole.
+    """Return the pipeline up to the first pass `name`, with the expectations of the passes that still run in full.
 
-    Raises UsageError if the pipeline has no such pass. Without a name the pipeline is returned as it is.
+    Args:
+        pipeline: The whole pipeline.
+        name: The name of the last pass to run; None returns the pipeline as it is.
+
+    Returns:
+        The shorter pipeline, with a last step that names where it was stopped.
+
+    Raises:
+        UsageError: The pipeline has no such pass.
     """
     if name is None:
         return pipeline
@@ -261,7 +291,7 @@ def _instruments(
 
 
 def _reproducer_folder(named: Path | str | None, output: Path | None) -> Path | None:
-    """The folder for a reproducer: the one named, or one beside the output; runs that write nothing leave nothing."""
+    """Return the folder for a reproducer: the one named, or one beside the output, or None if nothing is written."""
     if named:
         return Path(named)
     return free_name(output.with_name(f"{output.name}.reproducer")) if output is not None else None
@@ -276,7 +306,10 @@ def _reproduce(
     verify_each: VerifyEach,
     rewrite_limit: int | None,
 ) -> None:
-    """Write a reproducer and say so in the error: the passes before the failing one run again, on the model as read."""
+    """Write a reproducer of the failing pass and add to the error how to run it.
+
+    The passes before the failing one run again on the model as it was given, which makes the input of the failing pass.
+    """
     limit = RewriteLimit(rewrite_limit) if rewrite_limit is not None else None
     try:
         model = changeable(given).ir
@@ -291,13 +324,16 @@ def _reproduce(
 
 
 def _origin(model: Model, pipeline: Resolved, limit: RewriteLimit | None) -> Origin:
-    """What the manifest says: size and digest of the model file, and the root digest of its weights if it is ours."""
+    """Return what the manifest says about the source of an output.
+
+    That is the size and digest of the model file, and the root digest of its weights if passopt wrote them.
+    """
     expanded = pipeline.expanded + (f" # rewrite-limit={limit.limit}" if limit is not None else "")
     if model.path is None:
         return Origin(__version__, expanded, {})
     file = identify(model.path)
     weights: str | None = None
-    with contextlib.suppress(ModelError):  # a manifest.json of another tool is none of our business
+    with contextlib.suppress(ModelError):  # a manifest.json may be missing, or belong to another tool
         weights = read_manifest(model.path.parent).root
     source = {"model": model.path.name, "size": file.size, "header_digest": file.header_digest, "weights": weights}
     return Origin(__version__, expanded, source, model.path.parent)

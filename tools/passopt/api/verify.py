@@ -1,4 +1,4 @@
-"""Compare two models, or a model and what was compiled of it: `passopt.verify`."""
+"""Compare two models, or a model and its compiled folder: `passopt.verify`."""
 
 from __future__ import annotations
 
@@ -30,25 +30,28 @@ def verify(
     layerwise: bool = False,
     reporter: Reporter = SILENT,
 ) -> VerifyReport:
-    """Run two models side by side: prefill, left padding, decode with cache, chunked prefill; and a text's perplexity.
+    """Run two models side by side, and compare their outputs and, with a text, their perplexity.
+
+    They run a prefill, left padding, decoding with a cache, and a chunked prefill.
 
     Args:
         reference: The original: a model, a file or a folder.
         candidate: The result: a model, a file, a folder, a folder of ranks, or a compiled folder.
         text: A UTF-8 file whose perplexity is compared too.
         tokenizer: A folder, tokenizer.json or tokenizer.model; None for the one beside the reference.
-        max_tokens: Tokens of the text that are used.
+        max_tokens: The number of tokens of the text to use, from its beginning.
         tolerance: The largest relative error of outputs; None for a default by number type.
-        seed: Of the random inputs.
+        seed: The seed of the random inputs.
         max_positions: The longest sequence to run; None for what the tables of positions hold.
         layerwise: Run one decoder layer at a time, in little memory.
-        reporter: Hears of the layers that are done.
+        reporter: Is told about the layers that are done.
 
     Returns:
         A report with a row per scenario and output. `report.ok` is False if anything is beyond its tolerance.
 
     Raises:
-        ModelError: A graph is no decoder, or the two do not have one interface.
+        ModelError: A model or the tokenizer cannot be read, a graph is no decoder, or the two differ in size.
+        UsageError: The text cannot be read or has no tokenizer, or `layerwise` is asked of a compiled folder.
     """
     tokens = _tokens(Path(text), _tokenizer_path(reference, tokenizer), max_tokens) if text is not None else ()
     layers = _Layers(reporter)
@@ -67,7 +70,7 @@ def verify(
 
 
 class _Layers:
-    """A bar of the layers that are done; how many there are, the first of them tells."""
+    """A progress bar of the layers that are done, opened with the first of them, which tells how many there are."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -94,13 +97,14 @@ def _report(reference: ModelLike, candidate: ModelLike, settings: VerifyOptions)
 
 
 def _graph(model: ModelLike) -> onnx_ir.Model:
-    """The graph; of a folder of ranks, all of them joined."""
+    """Return the graph of a model; the ranks of a folder of ranks are joined in one graph."""
     if isinstance(model, Model):
         return model.ir
     return model if isinstance(model, onnx_ir.Model) else load_any(model)
 
 
 def _tokenizer_path(reference: ModelLike, named: Path | str | None) -> Path:
+    """Return the tokenizer that was named, or the folder of the reference."""
     if named is not None:
         return Path(named)
     beside = reference.path if isinstance(reference, Model) else reference
@@ -111,7 +115,7 @@ def _tokenizer_path(reference: ModelLike, named: Path | str | None) -> Path:
 
 
 def _tokens(text: Path, tokenizer: Path, most: int) -> tuple[int, ...]:
-    """The first tokens of a text file."""
+    """Return the first tokens of a text file, at most `most`."""
     try:
         content = text.read_text(encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Explain where the rules of a pass came near and what kept them from matching: `passopt.why`."""
+"""Explain why a pass did not match: find where its rules came near and what kept them from matching (`passopt.why`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from passopt.reporting.result import Result
 
 @dataclasses.dataclass(frozen=True)
 class WhyResult(Result):
-    """Where a pass applied and where it did not.
+    """The result of `why`: where a pass matched and where it did not.
 
     Attributes:
         report: The report on the whole graph, or on one node.
@@ -31,25 +31,25 @@ class WhyResult(Result):
 
     @property
     def ok(self) -> bool:
-        """Return True if the pass matched something; of one node, True."""
+        """Return whether the pass matched anything; for a report on one node, return True."""
         return isinstance(self.report, NodeReport) or bool(self.report.matched)
 
     @property
     def matched(self) -> int | None:
-        """Return how often the pass matched; None if it failed, or if one node was asked for."""
+        """Return how often the pass matched; None if the pass failed, or if the report is on one node."""
         return self.report.matched if isinstance(self.report, Report) else None
 
     def to_text(self, limit: int = LIMIT) -> str:
-        """Return the nearest misses first.
+        """Return the report as text, the nearest misses first.
 
         Args:
-            limit: Kinds of misses that are shown, 0 for all.
+            limit: The number of kinds of misses to show, 0 for all.
         """
         lines = self.report.lines(limit) if isinstance(self.report, Report) else self.report.lines()
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        return self.report.as_json()
+        return self.report.to_json()
 
 
 def why(
@@ -59,13 +59,18 @@ def why(
 
     Args:
         name: The pass, with its options, such as `"quantize-weights{head=true}"`.
-        model: A model, or where it lies. It is not changed.
+        model: A model, or its path. It is not changed.
         node: The name of a node, or of a value: explain all rules at this node.
-        after: A pipeline that runs first.
-        within: A pipeline that holds the pass: what stands before the pass in it runs first.
+        after: A pipeline to run first.
+        within: A pipeline that contains the pass: its passes before the pass run first.
+
+    Returns:
+        A report on the whole graph, or on the node if one is named.
 
     Raises:
-        UsageError: A name is unknown, or `name` is a pipeline.
+        UsageError: A name is unknown, `name` is a pipeline, or the pass has no rules to try at a node.
+        ModelError: There is no model at the path, or it is damaged.
+        PassError: One of the passes that run first cannot work on this model.
     """
     before, item = _chosen(name, after, within)
     found = changeable(model).ir
@@ -78,7 +83,11 @@ def why(
 
 
 def _chosen(name: str, after: str | None, within: str | None) -> tuple[Sequence[Pass], Pass]:
-    """The passes to run first, and the pass to explain. Raises UsageError."""
+    """Return the passes to run first, and the pass to explain.
+
+    Raises:
+        UsageError: A name is unknown, or `name` is a pipeline.
+    """
     before = list(resolve(after).passes) if after else []
     item = _single(name)
     if within is None:

@@ -1,7 +1,7 @@
 """Run the command line: find the command, call it, and turn errors into messages and exit codes.
 
-Results go to stdout, logs and progress to stderr. Exit 0 ok, 1 check failed, 2 usage or input, 3 pass error,
-4 expectation unmet, 130 interrupted.
+Results go to stdout, messages and progress to stderr. The exit code is 0 for success, 1 for a check that failed, 2 for
+wrong usage or input, 3 for an error of a pass, 4 for an expectation that does not hold, and 130 for an interruption.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMMANDS = (
     "generate",
 )
 
-#: The extra that brings a package; `export` brings all others.
+#: The extra of passopt that installs a package; all other packages come with the extra `export`.
 _EXTRAS = {
     "onnx_graphsurgeon": "guests",
     "onnxsim": "guests",
@@ -55,10 +55,13 @@ _EPILOG = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code.
+    """Run one command.
 
     Args:
         arguments: The words after `passopt`; None for those of the process.
+
+    Returns:
+        The exit code.
     """
     options = parser().parse_args(arguments)
 
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"needs {error.name}, which is not installed; pip install 'passopt[{extra}]' brings it")
         return UsageError.exit_code
     except BrokenPipeError:
-        # The reader of stdout went away (`| head`); Python would complain once more at exit.
+        # The reader of stdout has gone, as in `| head`. Without this, Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -89,7 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands. Importing a command imports neither onnx nor numpy; calling it does."""
+    """Return the parser of all commands.
+
+    Importing a command imports neither onnx nor numpy; only calling it does.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser("passopt", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
     found.add_argument("--version", action="version", version=f"passopt {__version__}")

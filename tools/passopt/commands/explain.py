@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "Show what a pass or a pipeline is for: options, what it looks for and what it makes, where it declines."
+SUMMARY = "Show what a pass or a pipeline is for: its options, what it looks for and makes, and where it declines."
 EXAMPLE = "passopt explain fuse-rms-norm"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to its parser."""
-    command.add_argument("name", metavar="PASS", help="a pass or a named pipeline")
+    command.add_argument("name", metavar="PASS", help="name of a pass or a pipeline, as passopt list shows it")
     command.add_argument("--json", action="store_true", help="print the explanation as JSON")
 
 

@@ -12,57 +12,70 @@ EXAMPLE = "passopt export Baichuan2-7B-Base -o baichuan2 --dtype fp16 --trust-re
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to its parser."""
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, code and weights")
-    command.add_argument("-o", "--output", metavar="DIR", required=True, help="new folder for model.onnx and weights")
+    command.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="folder with config.json, the model's code and its weights"
+    )
+    command.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="new folder to write model.onnx and the weights to"
+    )
     command.add_argument(
         "--dtype",
         choices=["fp16", "fp32", "bf16"],
         default="fp16",
-        help="number type of the weights (default: %(default)s)",
+        help="number type of the weights in the graph (default: %(default)s)",
     )
     command.add_argument(
         "--alibi",
         choices=["formula", "baked"],
         default="formula",
-        help="write ALiBi as slopes, or as a constant mask (default: %(default)s)",
+        help="write the ALiBi biases as a formula of slopes, or as a large constant mask (default: %(default)s)",
     )
     command.add_argument(
         "--opset",
         type=int,
         choices=range(18, 24),
         metavar="N",
-        help="18 to 23 (default: 21, or 20 by torchscript, which writes no newer one); int8 of 16-bit weights needs 19",
+        help="opset of the graph, 18 to 23 (default: 21, or 20 with torchscript, which writes no newer one); int8 of "
+        "16-bit weights needs at least 19",
     )
     command.add_argument(
         "--exporter",
         choices=["dynamo", "torchscript"],
         default="dynamo",
-        help="torch's exporter (default: %(default)s); torchscript runs the model once, with all weights in memory",
+        help="exporter of torch to use; torchscript runs the model once, with all weights in memory "
+        "(default: %(default)s)",
     )
     command.add_argument(
         "--attention",
         choices=["eager", "sdpa"],
-        help="which implementation of transformers is traced (default: eager); not for code of the checkpoint",
+        help="attention of transformers to trace (default: eager); not for models whose code is in the checkpoint",
     )
     command.add_argument(
         "--phase",
         choices=["merged", "prefill", "decode"],
         default="merged",
-        help="one graph for everything, for a prefill without past, or for single tokens (default: %(default)s)",
+        help="write one graph for everything, one for a prefill without past, or one for decoding single tokens "
+        "(default: %(default)s)",
     )
     command.add_argument(
         "--weights",
         choices=["copy", "reference"],
         default="copy",
-        help="copy weights into the output, or only refer to where they lie (default: %(default)s)",
+        help="copy weights into the output, or only refer to the checkpoint's files (default: %(default)s)",
     )
-    command.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own Python files")
-    command.add_argument("--no-self-check", action="store_true", help="skip the comparison with eager torch")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's own Python files; read them first"
+    )
+    command.add_argument(
+        "--no-self-check",
+        action="store_true",
+        help="skip the self-check, which exports a small model of the same class and compares it with eager torch",
+    )
     add_streaming(command)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Export, and print the graph's size and the self-check."""
+    """Export the checkpoint, and print the size of the graph and the result of the self-check."""
     from passopt.api.export import export
     from passopt.terminal.console import Console
 

@@ -1,4 +1,4 @@
-"""Continue prompts by a compiled model: `passopt generate DIR --prompt TEXT`."""
+"""Continue prompts with a compiled model: `passopt generate DIR --prompt TEXT`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from passopt.ir.errors import UsageError
 from passopt.terminal.arguments import count, positive
 
 if TYPE_CHECKING:
-    from passopt.api.generate import Prompt
+    from passopt.api.generate_result import Prompt
 
-SUMMARY = "Continue prompts by a compiled model. Text on stdout; tokens/s, time to first token and memory on stderr."
+SUMMARY = "Continue prompts with a compiled model. Text goes to stdout; speed and memory of the cache to stderr."
 EXAMPLE = """passopt generate baichuan2.lib --prompt 'The lexical structure of' --max-new-tokens 64 --stream
   passopt generate baichuan2.lib --chat --prompt 'What is a compiler?' --temperature 0.3 --seed 1
   passopt generate baichuan2.lib --prompt-file questions.txt --chat --greedy --json
@@ -22,46 +22,82 @@ EXAMPLE = """passopt generate baichuan2.lib --prompt 'The lexical structure of' 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to its parser."""
-    command.add_argument("directory", metavar="DIR", help="what passopt compile has written")
-    command.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated (default: stdin)")
-    command.add_argument("--prompt-file", metavar="FILE", help="one prompt per line")
-    command.add_argument("--messages", metavar="FILE", help='a conversation: JSON list of {"role": …, "content": …}')
-    command.add_argument("--chat", action="store_true", help="prompts are questions, in the model's chat format")
-    command.add_argument("--system", metavar="TEXT", help="with --chat: what the system says first")
+    command.add_argument("directory", metavar="DIR", help="compiled folder that passopt compile has written")
     command.add_argument(
-        "--ids", action="store_true", help="token ids, separated by spaces, instead of text: in and out"
+        "--prompt", metavar="TEXT", action="append", help="continue this text; may be repeated (default: read stdin)"
+    )
+    command.add_argument("--prompt-file", metavar="FILE", help="continue every line of this UTF-8 file")
+    command.add_argument(
+        "--messages", metavar="FILE", help='answer a conversation: a JSON list of {"role": …, "content": …}'
+    )
+    command.add_argument(
+        "--chat", action="store_true", help="take prompts as questions, and write them in the model's chat format"
+    )
+    command.add_argument("--system", metavar="TEXT", help="with --chat: system text before each question")
+    command.add_argument(
+        "--ids",
+        action="store_true",
+        help="read prompts as token ids separated by spaces, and print token ids, instead of text",
     )
     command.add_argument(
         "--max-new-tokens",
         type=positive,
         metavar="N",
-        help="default: generation_config.json's, as for all of sampling; without one 256, greedy",
+        help="generate at most N tokens per prompt; the default of this and of all sampling options is read from "
+        "generation_config.json, or is 256 tokens and greedy without that file",
     )
     command.add_argument(
-        "--greedy", action="store_true", help="always the most likely token; no penalty unless you ask for one"
+        "--greedy",
+        action="store_true",
+        help="always choose the most likely token, without a repetition penalty unless one is given",
     )
-    command.add_argument("--temperature", type=float, metavar="T", help="sample; smaller is closer to greedy")
-    command.add_argument("--top-k", type=count, metavar="K", help="sample from the K most likely tokens; 0: all")
-    command.add_argument("--top-p", type=float, metavar="P", help="sample from those that together have probability P")
-    command.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: less of what was said already")
-    command.add_argument("--seed", type=int, metavar="N", help="sample, the same every time")
-    command.add_argument("--stream", action="store_true", help="print while tokens come")
-    command.add_argument("--threads", type=positive, metavar="N", help="default: the cores of this machine")
-    command.add_argument("--capacity", type=positive, metavar="N", help="columns of the cache (default: as needed)")
     command.add_argument(
-        "--verify-weights", action="store_true", help="hash all weights again (default: once per file)"
+        "--temperature", type=float, metavar="T", help="sample with temperature T; smaller is closer to greedy"
+    )
+    command.add_argument(
+        "--top-k", type=count, metavar="K", help="sample from the K most likely tokens; 0 means from all"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most likely tokens that together have probability P",
+    )
+    command.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="with R above 1: make tokens less likely that were said already",
+    )
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="sample with seed N, so that every run gives the same text"
+    )
+    command.add_argument("--stream", action="store_true", help="print text as tokens come, not only at the end")
+    command.add_argument(
+        "--threads", type=positive, metavar="N", help="use N threads, for all ranks together (default: one per core)"
+    )
+    command.add_argument(
+        "--capacity",
+        type=positive,
+        metavar="N",
+        help="make room for N columns (prompt and new tokens) in the cache (default: as many as needed)",
+    )
+    command.add_argument(
+        "--verify-weights",
+        action="store_true",
+        help="hash all weights again before they are used (default: only when a file is seen for the first time)",
     )
     command.add_argument(
         "--copy-weights",
         action="store_true",
-        help="copy weights to memory, instead of mapping the file: faster where the page cache lies on another NUMA "
-        "node, as in some virtual machines, but shared with no other process",
+        help="copy weights to memory instead of mapping the file; this is faster where the page cache lies on another "
+        "NUMA node, as in some virtual machines, but other processes cannot share the copy",
     )
-    command.add_argument("--json", action="store_true", help="print ids, text and figures as JSON")
+    command.add_argument("--json", action="store_true", help="print token ids, text and figures as JSON")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print what the model writes. Whatever is wrong with the prompts is told before weights are loaded."""
+    """Print the text that the model generates; errors in the prompts are reported before weights are loaded."""
     _check_sources(options)
     from passopt.api.generate import generate
     from passopt.terminal.console import Console, print_json
@@ -105,11 +141,11 @@ def _check_sources(options: argparse.Namespace) -> None:
     if options.system and not options.chat:
         raise UsageError("--system belongs to --chat")
     if options.stream and options.json:
-        raise UsageError("--json prints when all is known: it cannot --stream")
+        raise UsageError("--json prints one result at the end, so it cannot --stream; drop one of them")
 
 
 def _prompts(options: argparse.Namespace) -> list[Prompt]:
-    """One prompt per text: ids, a conversation, or the text itself."""
+    """Return one prompt per text: its ids, a conversation, or the text itself."""
     if options.messages:
         return [_messages(options.messages)]
     texts = _texts(options)
@@ -122,7 +158,7 @@ def _prompts(options: argparse.Namespace) -> list[Prompt]:
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
-    """One prompt per --prompt, one per line of --prompt-file, or all of stdin."""
+    """Return one text per --prompt, one per line of --prompt-file, or all of stdin."""
     if options.prompt:
         blank = [number for number, text in enumerate(options.prompt, 1) if not text.strip()]
         if blank:
@@ -177,10 +213,13 @@ def _ids(text: str) -> list[int]:
 
 
 class _Writer:
-    """Prints as text comes. Prompts are answered at once but printed in order: others wait until it is their turn."""
+    """Print answers as their text comes.
+
+    Prompts are answered at the same time but printed in order, so an answer waits until those before it have ended.
+    """
 
     def __init__(self, rows: int) -> None:
-        from passopt.api.generate import heading
+        from passopt.api.generate_result import heading
 
         self._waiting = [heading(row, rows) for row in range(rows)]
         self._ended = [False] * rows

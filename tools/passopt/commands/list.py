@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "List passes and named pipelines with their options."
+SUMMARY = "List all passes and named pipelines with their options."
 EXAMPLE = "passopt list --json"
 
 
@@ -14,7 +14,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the list; the passes are read from their sources, and not imported."""
+    """Print the list, which is read from the sources of the passes without importing them."""
     from passopt.api.catalogue import list_passes
 
     found = list_passes()

@@ -1,4 +1,4 @@
-"""Write out a model that only refers to its weights: `passopt materialize DIR -o DIR`."""
+"""Write a model that only refers to its weights, together with its weights: `passopt materialize DIR -o DIR`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 
 from passopt.terminal.arguments import add_streaming, streaming
 
-SUMMARY = "Write out a model whose weights are a plan (--weights=reference, --dump-dir), self-contained."
+SUMMARY = "Write a model that only refers to its weights (--weights=reference, --dump-dir) together with its weights."
 EXAMPLE = "passopt materialize dump/03-shard -o model.sharded"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to its parser."""
     command.add_argument("model", metavar="DIR", help="folder with model.onnx and weights.plan.json")
-    command.add_argument("-o", "--output", metavar="DIR", required=True, help="new folder")
+    command.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="new folder to write the model and all its weights to"
+    )
     add_streaming(command)
 
 

@@ -1,17 +1,17 @@
-"""Show legal degrees of tensor parallelism: `passopt plan MODEL`."""
+"""Show the legal degrees of tensor parallelism: `passopt plan MODEL`."""
 
 from __future__ import annotations
 
 import argparse
 
-SUMMARY = "Show legal tensor-parallel degrees and what blocks others."
+SUMMARY = "Show the legal degrees of tensor parallelism of a model, and what blocks the others."
 EXAMPLE = "passopt plan model.onnx"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to its parser."""
-    command.add_argument("model", metavar="MODEL", help="model.onnx or a folder")
-    command.add_argument("--json", action="store_true", help="print the plan as JSON")
+    command.add_argument("model", metavar="MODEL", help="model.onnx or its folder; it is not changed")
+    command.add_argument("--json", action="store_true", help="print the degrees and what blocks them as JSON")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -10,13 +10,20 @@ EXAMPLE = "passopt print model.onnx"
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to its parser."""
-    command.add_argument("model", metavar="MODEL", help="model.onnx or a folder")
-    command.add_argument("--no-fold", action="store_true", help="print every layer")
-    command.add_argument("--canonical", action="store_true", help="name values by operator and place")
+    command.add_argument("model", metavar="MODEL", help="model.onnx or its folder")
+    command.add_argument("--no-fold", action="store_true", help="print every layer, also equal ones")
     command.add_argument(
-        "--provenance", action="store_true", help="print which passes made each node, from what, and where"
+        "--canonical",
+        action="store_true",
+        help="name values by operator and place, so that texts of models with other names can be compared",
     )
-    command.add_argument("--json", action="store_true", help="print the provenance as JSON, every layer")
+    command.add_argument(
+        "--provenance",
+        action="store_true",
+        help="instead of the text, print for each node the passes that made it, its original nodes, and their module "
+        "and source line",
+    )
+    command.add_argument("--json", action="store_true", help="with --provenance: print every layer as JSON")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "Run the failing pass of a reproducer again: exit 1 if it still fails, 0 if it does not."
+SUMMARY = "Run the failing pass of a reproducer again, and exit with 1 if it still fails, with 0 if it does not."
 EXAMPLE = "passopt replay model.int8.reproducer"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to its parser."""
-    command.add_argument("directory", metavar="DIR", help="what passopt run left where a pass failed")
+    command.add_argument("directory", metavar="DIR", help="reproducer folder that passopt run left when a pass failed")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print what changed since, and exit 1 if it still fails, in this way or another."""
+    """Print what has changed since; raise CheckError, which exits with 1, if the pass still fails in any way."""
     from passopt.api.replay import replay
     from passopt.ir.errors import CheckError
 

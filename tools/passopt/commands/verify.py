@@ -6,36 +6,49 @@ import argparse
 
 from passopt.terminal.arguments import positive, tolerance
 
-SUMMARY = "Compare two models in onnxruntime: prefill, left padding, decode with cache, chunked prefill."
+SUMMARY = "Compare two models on the same inputs: prefill, left padding, decoding with a cache, chunked prefill."
 EXAMPLE = "passopt verify model.onnx model.tp2.int8 --text corpus.txt"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to its parser."""
-    command.add_argument("reference", metavar="A", help="the original: model.onnx or a folder")
+    command.add_argument("reference", metavar="A", help="original model: model.onnx or a folder")
     command.add_argument(
-        "candidate", metavar="B", help="the result: model.onnx, a folder, a folder of ranks, or a compiled folder"
+        "candidate", metavar="B", help="model to check: model.onnx, a folder, a folder of ranks, or a compiled folder"
     )
-    command.add_argument("--text", metavar="FILE", help="also compare perplexity on this text")
+    command.add_argument("--text", metavar="FILE", help="compare the perplexity on this UTF-8 text too")
     command.add_argument(
-        "--tokenizer", metavar="PATH", help="a folder, tokenizer.json or tokenizer.model (default: beside A)"
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer for the text: a folder, tokenizer.json or tokenizer.model (default: beside A)",
     )
     command.add_argument(
-        "--max-tokens", type=positive, default=2048, help="tokens of the text that are used (default: %(default)s)"
+        "--max-tokens",
+        type=positive,
+        default=2048,
+        help="use at most this many tokens from the beginning of the text (default: %(default)s)",
     )
-    command.add_argument("--tolerance", type=tolerance, help="largest relative error (default: by number type)")
+    command.add_argument(
+        "--tolerance",
+        type=tolerance,
+        help="largest relative error of outputs that is allowed (default: by number type, as the README lists them)",
+    )
     command.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: %(default)s)")
     command.add_argument(
         "--max-positions",
         type=positive,
-        help="longest sequence to run (default: the length of the tables of positions)",
+        help="length of the longest sequence to run, in tokens (default: what the models' tables of positions hold)",
     )
-    command.add_argument("--layerwise", action="store_true", help="run one decoder layer at a time, in little memory")
+    command.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="run one decoder layer at a time, so that only one layer's weights are in memory",
+    )
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the report; exit 1 if anything is beyond its tolerance."""
+    """Print the report; raise CheckError, which exits with 1, if anything is beyond its tolerance."""
     from passopt.api.verify import verify
     from passopt.ir.errors import CheckError
     from passopt.terminal.console import Console, print_json

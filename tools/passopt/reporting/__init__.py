@@ -1,1 +1,1 @@
-"""Tell users what happens: the results that operations return, and progress while they run."""
+"""Tell users what happens: define the results that operations return, and how progress is reported while they run."""

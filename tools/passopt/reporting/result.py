@@ -1,4 +1,4 @@
-"""Define what every operation of the Python face returns: a verdict, text, plain JSON, and a view for notebooks."""
+"""Define the base of all results of the Python API: a verdict, text, plain JSON, and a view for notebooks."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 
 
 class Result(abc.ABC):
-    """The outcome of an operation. `str` gives the text that the command of the same name prints."""
+    """The outcome of an operation; `str` gives the text that the command of the same name prints."""
 
     @property
     def ok(self) -> bool:
-        """Return True unless a check failed. Operations that cannot do their work raise instead."""
+        """Return whether every check passed; an operation that cannot do its work raises an error instead."""
         return True
 
     @abc.abstractmethod
     def to_text(self) -> str:
-        """Return what the command prints on stdout, without the last line break."""
+        """Return the text that the command prints on stdout, without the last line break."""
 
     @abc.abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Return what the command prints with --json, as dictionaries, lists, strings and numbers."""
+        """Return the object that the command prints with --json, as dictionaries, lists, strings and numbers."""
 
     def __str__(self) -> str:
         return self.to_text()
 
     def _repr_html_(self) -> str:
-        """Return a view for notebooks: the text, as it is aligned."""
+        """Return a view for notebooks: the text with its alignment kept."""
         return f"<pre>{html.escape(self.to_text())}</pre>"
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a small HTML table with escaped cells; numbers stand on the right."""
+    """Return a small HTML table with escaped cells; whole numbers are aligned to the right."""
     head = "".join(f"<th>{html.escape(text)}</th>" for text in header)
     body = "".join(f"<tr>{''.join(_cell(item) for item in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,1 +1,4 @@
-"""Talk to people at a terminal: values of options, messages on stderr, bars of progress. Commands are built on it."""
+"""Talk to people at a terminal: parse values of options, write messages to stderr, and draw progress bars.
+
+The commands are built on this package.
+"""

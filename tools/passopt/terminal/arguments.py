@@ -10,12 +10,20 @@ _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 1
 
 
 def positive(text: str) -> int:
-    """Return a whole number of at least 1."""
+    """Return the whole number in `text`, which must be at least 1.
+
+    Raises:
+        ArgumentTypeError: If it is not such a number.
+    """
     return _whole(text, 1, "is not a positive number")
 
 
 def count(text: str) -> int:
-    """Return a whole number of at least 0."""
+    """Return the whole number in `text`, which must be at least 0.
+
+    Raises:
+        ArgumentTypeError: If it is not such a number.
+    """
     return _whole(text, 0, "is negative")
 
 
@@ -30,7 +38,11 @@ def _whole(text: str, least: int, complaint: str) -> int:
 
 
 def size(text: str) -> int:
-    """Return the bytes of `1GiB`, `750MB` or `1073741824`."""
+    """Return the number of bytes that `text` says, such as `1GiB`, `750MB` or `1073741824`.
+
+    Raises:
+        ArgumentTypeError: If it is not a size above 0.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
     if match is None or match[2] not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text}: not a size; write it like 1GiB, 750MB or 1073741824")
@@ -41,7 +53,11 @@ def size(text: str) -> int:
 
 
 def tolerance(text: str) -> float:
-    """Return a finite number of at least 0."""
+    """Return the finite number in `text`, which must be at least 0.
+
+    Raises:
+        ArgumentTypeError: If it is not such a number.
+    """
     try:
         number = float(text)
     except ValueError:
@@ -52,22 +68,32 @@ def tolerance(text: str) -> float:
 
 
 def add_streaming(command: argparse.ArgumentParser) -> None:
-    """Add the options of commands that write weights."""
+    """Add the options --memory and --workers of commands that write weights."""
     command.add_argument(
-        "--memory", type=size, metavar="SIZE", help="limit the memory of the whole process (default: 1GiB)"
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="limit the memory that the whole process may take while it writes weights (default: 1GiB)",
     )
     command.add_argument(
-        "--workers", type=positive, metavar="N", help="threads that write weights (default: two per core, at most 8)"
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="write weights with N threads (default: two per core, at most 8)",
     )
 
 
 def streaming(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what --memory and --workers say, as keyword arguments of an operation."""
+    """Return the values of --memory and --workers as keyword arguments of an operation."""
     return {"memory": options.memory, "workers": options.workers}
 
 
 def named_or_all(names: list[str] | None) -> list[str] | None:
-    """Return what an option like --print-after asks for: None for nothing, an empty list for everything."""
+    """Return the names given to an option such as --print-after.
+
+    The result is None if the option was not given, and an empty list if it was given without a name and means
+    everything.
+    """
     if names is None:
         return None
     return names if all(names) else []

@@ -1,4 +1,4 @@
-"""Report to people at a terminal: messages on stderr, and a bar of progress if that is a terminal."""
+"""Report to people at a terminal: messages on stderr, and a progress bar if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from passopt.ir.weights.streaming.write_weights import StreamReport
 from passopt.reporting.reporter import Reporter
 from passopt.terminal.progress import Progress
 
-#: Shorter writes need no account on stderr.
+#: Writes of fewer bytes than this are so short that no report about them is worth a line.
 _REPORTED_FROM = 64 << 20
 
 
 class Console(Reporter):
-    """Says everything on stderr, under the name of the command."""
+    """A reporter that writes everything to stderr; messages begin with the name of the command."""
 
     def __init__(self, command: str) -> None:
         self._command = command
@@ -30,11 +30,11 @@ class Console(Reporter):
         return Progress(label, total, in_items=in_items)
 
     def say_stream(self, report: StreamReport | None) -> None:
-        """Say how weights were written, if that took its time."""
+        """Report how the weights were written, unless there were so few that it took no time."""
         if report is not None and report.written + report.resumed >= _REPORTED_FROM:
             self.say(report.to_text())
 
 
 def print_json(body: Any, **settings: Any) -> None:
-    """Print a result for machines."""
+    """Print a result as JSON on stdout, for programs to read; `settings` go to `json.dumps`."""
     print(json.dumps(body, **{"indent": 2, **settings}))

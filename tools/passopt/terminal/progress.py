@@ -1,4 +1,4 @@
-"""A progress bar for long work: on stderr, and only if that is a terminal."""
+"""Draw a progress bar for long work, on stderr and only if that is a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _INTERVAL = 0.1
 
 
 class Progress:
-    """Call it with the bytes done since the last call; or, `in_items`, with the number of things."""
+    """A progress bar; call it with the bytes that were done since the last call, or with the items if `in_items`."""
 
     def __init__(self, label: str, total: int, *, in_items: bool = False) -> None:
         self._label = label
@@ -29,12 +29,12 @@ class Progress:
             self._draw(now - self._start)
 
     def skip(self, count: int) -> None:
-        """So much was done before: it belongs to the whole, but not to the speed."""
+        """Count work that was done in an earlier run: it belongs to the whole, but not to the speed."""
         self._skipped += count
         self(count)
 
     def close(self) -> None:
-        """Clear the line."""
+        """Clear the line of the bar."""
         if self._visible and self._shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 

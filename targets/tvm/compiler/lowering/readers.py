@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import onnx_ir
 
-_FLOATS = frozenset({onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16})
+from passopt.ir.dtypes import MODEL_FLOATS
 
 
 def casts_floats(node: onnx_ir.Node) -> bool:
@@ -14,7 +14,7 @@ def casts_floats(node: onnx_ir.Node) -> bool:
     if node.op_type != "Cast" or node.domain:
         return False
     source = node.inputs[0]
-    return source is not None and source.dtype in _FLOATS and node.attributes["to"].as_int() in _FLOATS
+    return source is not None and source.dtype in MODEL_FLOATS and node.attributes["to"].as_int() in MODEL_FLOATS
 
 
 def read_by_none_but(value: onnx_ir.Value, nodes: Collection[onnx_ir.Node]) -> bool:
