@@ -75,6 +75,7 @@ def _slug(heading: str) -> str:
 
 
 def main() -> int:
+    """Print the broken links; return 1 if there are any."""
     found = [message for page in pages() for message in broken_links(page)]
     print("\n".join(found) or f"links of {len(pages())} pages: ok")
     return 1 if found else 0

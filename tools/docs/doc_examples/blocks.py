@@ -144,7 +144,7 @@ def read_commands(body: Span) -> list[Command]:
 
 
 def _read_fence(page: str, match: re.Match[str]) -> _Fence | None:
-    """A block of code; None for a directive that is text."""
+    """Return a block of code; None for a directive that is text."""
     if match["indent"]:
         raise PageError(f"line {page.count(chr(10), 0, match.start()) + 1}: a block begins at the first column")
     info, body, start = match["info"].strip(), match["body"], match.start("body")

@@ -48,7 +48,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _line_pattern(line: str) -> str:
-    """A pattern for one line. Spaces around `…` may be more or fewer, so that columns can stay aligned."""
+    """Return a pattern for one line. Spaces around `…` may be more or fewer, so that columns can stay aligned."""
     return r"[^\n]*?".join(re.escape(piece) for piece in re.split(f"(?<! ) *{ANYTHING} *", line))
 
 
@@ -57,7 +57,7 @@ def _holds(expected: str, line: str) -> bool:
 
 
 def _matching(expected: str, lines: list[str]) -> str:
-    """The first of the lines that fits, so that a difference shows only what does not."""
+    """Return the first of the lines that fits, so that a difference shows only what does not."""
     return next((line for line in lines if expected.strip() != ANYTHING and _holds(expected, line)), expected)
 
 

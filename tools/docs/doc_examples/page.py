@@ -179,7 +179,7 @@ class Page:
             raise Mismatch("\n\n".join(problems))
 
     def _compare(self, shown: Span, output: str) -> str:
-        """What differs, or nothing; with --update-docs, remember the new output instead."""
+        """Return what differs, or nothing; with --update-docs, remember the new output instead."""
         if same(shown.text, output):
             return ""
         if not self._update:
@@ -188,7 +188,7 @@ class Page:
         return ""
 
     def _without_places(self, output: str) -> str:
-        """The output without what differs from run to run: temporary folders, the checkout, seconds of pytest."""
+        """Return the output without what differs between runs: temporary folders, the checkout, seconds of pytest."""
         for folder in (self._folder, *self._bin.parent.glob("lib/python*/site-packages"), self._root, _CHECKOUT):
             output = output.replace(str(folder), ANYTHING)
         return _SECONDS.sub(rf"\1 in {ANYTHING}s", output)
@@ -229,7 +229,7 @@ def _cpu_of_children() -> float:
 
 
 def _make_environment(folder: Path) -> Path:
-    """A virtual environment that sees all packages of this one; returns its folder of programs.
+    """Make a virtual environment that sees all packages of this one; return its folder of programs.
 
     What a page installs stays in it.
     """

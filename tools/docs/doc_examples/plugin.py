@@ -31,15 +31,18 @@ _SETTINGS = {"update": False}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --update-docs."""
     group = parser.getgroup("passopt")
     group.addoption("--update-docs", action="store_true", help="write the output of examples into their pages")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Remember whether pages are updated."""
     _SETTINGS["update"] = bool(config.getoption("--update-docs"))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List what was not run, and the CPU seconds of each page."""
     if _NOT_RUN:
         terminalreporter.section("examples that are only shown", sep="-")
         for line in _NOT_RUN:
@@ -88,7 +91,7 @@ def _evaluate(example: sybil.Example) -> None:
 
 
 def _page_of(example: sybil.Example) -> Page:
-    """The page of an example, with what it needs in its folder."""
+    """Return the page of an example, with what it needs in its folder."""
     if "page" not in example.namespace:
         page = example.namespace["page"] = Page(Path(example.path), update=_SETTINGS["update"])
         for name in read_needs(example.document.text):
@@ -105,7 +108,7 @@ def _close(namespace: dict[str, Any]) -> None:
 
 @functools.cache
 def _made(name: str) -> Path:
-    """A checkpoint (`checkpoint-alibi`) or its export (`alibi`), made once per run of pytest; the same of `rotary`."""
+    """Return a folder that is made once per run of pytest: `checkpoint-alibi`, or its export `alibi`; or of rotary."""
     from passopt.testing import ALIBI, ROTARY, make_checkpoint
 
     specs = {"alibi": ALIBI, "rotary": ROTARY}

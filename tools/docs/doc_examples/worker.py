@@ -77,6 +77,7 @@ def run_session(source: str, name: str, namespace: dict[str, Any]) -> dict[str, 
 
 
 def main() -> None:
+    """Answer requests until their pipe is closed."""
     requests, answers = (os.fdopen(int(number), mode) for number, mode in zip(sys.argv[1:], "rw"))
     sys.path[0] = ""
     namespace: dict[str, Any] = {"__name__": "__main__"}
