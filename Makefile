@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift clean
+.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -17,6 +17,11 @@ test: $(INSTALLED)  ## Run all tests, with warnings as errors.
 
 check: $(INSTALLED)  ## Check format, lint, types and import rules.
 	$(BIN)/python tools/dev/check.py
+
+# DOCS=--update-docs writes what the examples print into the pages; read the difference.
+docs: $(INSTALLED)  ## Run the examples of the documentation, then build it into build/docs.
+	$(BIN)/python -m pytest -q README.md CONTRIBUTING.md docs $(DOCS)
+	$(BIN)/python -m sphinx -q -W --keep-going -b dirhtml docs build/docs
 
 clean-install: $(INSTALLED)  ## Build wheel and sdist, install each in a clean environment, and use it as others would.
 	$(BIN)/python tools/dev/clean_install.py
@@ -50,7 +55,7 @@ drift: $(INSTALLED)  ## Write docs/measured/drift.md, what the fusions find by f
 	$(BIN)/python tools/docs/drift.py --write docs/measured/drift.md
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,dev]'
+	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,docs,dev]'
 	@touch $@
 
 help:  ## Show the targets.
