@@ -15,8 +15,9 @@ demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 test: $(INSTALLED)  ## Run all tests, with warnings as errors.
 	$(BIN)/python -m pytest -q
 
-check: $(INSTALLED)  ## Check format, lint, types and import rules.
-	$(BIN)/python tools/dev/check.py
+# CHECK="format lint types" runs these gates only.
+check: $(INSTALLED)  ## Check format, lint, types, imports, docstrings, spelling, links, and all examples of the docs.
+	$(BIN)/python tools/dev/check.py $(CHECK)
 
 # DOCS=--update-docs writes what the examples print into the pages; read the difference.
 docs: $(INSTALLED)  ## Run the examples of the documentation, then build it into build/docs.

@@ -1,7 +1,6 @@
 """Configure Sphinx for the documentation: `make docs`."""
 
 import configparser
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -14,10 +13,8 @@ project = "passopt"
 author = "the passopt contributors"
 release = _setup["metadata"]["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-# Writes the generated pages of the reference before a build.
-if importlib.util.find_spec("reference"):
-    extensions.append("reference")
+# `reference` is ours, in tools/docs: it writes the generated pages before a build.
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "reference"]
 source_suffix = {".md": "markdown"}
 # Pages that other pages include.
 exclude_patterns = ["**/generated/**"]
@@ -30,6 +27,15 @@ suppress_warnings = ["misc.highlighting_failure"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_type_aliases = {"ModelLike": "ModelLike", "npt.ArrayLike": "ArrayLike", "Prompt": "Prompt"}
+napoleon_use_ivar = False
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 100
+python_use_unqualified_type_names = True
+# Single backquotes in docstrings are code, as everywhere else, and -- stays what a shell needs.
+default_role = "code"
+smartquotes = False
 
 html_theme = "furo"
 html_title = f"passopt {release}"
