@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from passopt.targets.tvm.compiler.code_generation import code_generation
 from passopt.targets.tvm.machines import Cpu, level
 
 #: A plain member of each level, so that LLVM is given nothing besides.
@@ -49,4 +50,6 @@ def _module(function: Any, cpu: Cpu) -> Any:
     import tvm
 
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-    return tvm.compile(module, target=cpu.target())
+    target = cpu.target()
+    with code_generation(target):
+        return tvm.compile(module, target=target)
