@@ -7,47 +7,48 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
+.PHONY: help demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
 
-demo: $(INSTALLED)  ## the main job end to end on two tiny models
+demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
 
-test: $(INSTALLED)  ## all tests; warnings are errors
+test: $(INSTALLED)  ## Run all tests, with warnings as errors.
 	$(BIN)/python -m pytest -q
 
-check: $(INSTALLED)  ## format, lint, types, import rules
-	$(BIN)/python tools/check.py
+check: $(INSTALLED)  ## Check format, lint, types and import rules.
+	$(BIN)/python tools/dev/check.py
 
-stock: $(INSTALLED)  ## make stock STOCK=DIR: the same on published remote code in DIR
-	$(BIN)/python tools/stock.py "$(STOCK)"
+stock: $(INSTALLED)  ## Do the main job on published remote code; say where it is by STOCK=DIR.
+	$(BIN)/python tools/dev/stock.py "$(STOCK)"
 
-full-size: $(INSTALLED)  ## time, memory and exact bytes on the published sizes, without weights
-	$(BIN)/python tools/full_size.py
+full-size: $(INSTALLED)  ## Measure time, memory and exact bytes on the published sizes, without weights.
+	$(BIN)/python tools/bench full-size
 
-why-docs: $(INSTALLED)  ## docs/why.md, from what `passopt why` prints
-	$(BIN)/python tools/why_docs.py
+why-docs: $(INSTALLED)  ## Write docs/why.md from what `passopt why` prints.
+	$(BIN)/python tools/docs/why_page.py
 
-bench-rewrite: $(INSTALLED)  ## speed of rewriting against other tools, to docs/bench-rewrite.md
-	$(BIN)/python tools/bench_rewrite.py
+bench-rewrite: $(INSTALLED)  ## Measure the speed of rewriting against other tools, and write docs/bench-rewrite.md.
+	$(BIN)/python tools/bench rewriting
 
-bench-tvm: $(INSTALLED)  ## speed of compiled models against other runtimes, to docs/bench-tvm.md (BENCH=--quick: a part, to build/)
-	$(BIN)/python tools/bench_tvm.py $(BENCH)
+# BENCH=--quick measures a part of it, and writes to build/.
+bench-tvm: $(INSTALLED)  ## Measure the speed of compiled models against other runtimes, and write docs/bench-tvm.md.
+	$(BIN)/python tools/bench compiled $(BENCH)
 
-bench-scale: $(INSTALLED)  ## full-size weights against the disk's speed, to docs/bench-scale.md; 60 GB of disk
-	$(BIN)/python tools/bench_scale.py $(BENCH)
+bench-scale: $(INSTALLED)  ## Measure full-size weights against the disk's speed (60 GB), and write docs/bench-scale.md.
+	$(BIN)/python tools/bench weights $(BENCH)
 
-bench-scale-peers: $(INSTALLED)  ## weights of other tools under a cap of memory, to docs/bench-scale-peers.md
-	$(BIN)/python tools/bench_scale_peers.py $(BENCH)
+bench-scale-peers: $(INSTALLED)  ## Measure other tools' weights under a cap of memory; write docs/bench-scale-peers.md.
+	$(BIN)/python tools/bench peers $(BENCH)
 
-drift: $(INSTALLED)  ## what the fusions find, families × exporters, to docs/drift.md; fails on any miss
-	$(BIN)/python tools/drift.py --write docs/drift.md
+drift: $(INSTALLED)  ## Write docs/drift.md, what the fusions find by family and exporter, and fail on any miss.
+	$(BIN)/python tools/docs/drift.py --write docs/drift.md
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	@echo "setting up $(VENV), a minute or two"
-	@$(PYTHON) -m venv $(VENV)
-	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[export,run,guests,fast,dev]' > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,dev]'
 	@touch $@
 
-clean:
+help:  ## Show the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+clean:  ## Remove the environment and everything that was built.
 	rm -rf $(VENV) build dist *.egg-info

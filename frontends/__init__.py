@@ -1,4 +1,4 @@
-"""Where graphs come from: Hugging Face checkpoints, exported without editing a line of their modeling code.
+"""Export Hugging Face checkpoints to graphs, without editing a line of their modeling code.
 
-Importing this package or `checkpoint` loads no torch; `export`, `baichuan2` and `self_check` do.
+Importing this package or `checkpoint` does not import torch; importing `export`, `baichuan2` or `self_check` does.
 """

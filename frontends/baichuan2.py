@@ -1,6 +1,6 @@
-"""What the stock Baichuan2 classes need to be traced faithfully: shims on instances, never on files or classes.
+"""Trace the stock Baichuan2 classes faithfully, with shims on instances, never on files or classes.
 
-Shapes: b batch, q positions of this step, p positions in the cache, kv = p + q.
+Shapes use b batch, q positions of this step, p positions in the cache, kv = p + q.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from passopt.ir.weights.sources import safetensors_sources
 FUTURE_MASK = "alibi.future_mask"
 SLOPES = "alibi.slopes"
 
-#: Tensors that published checkpoints hold although the class computes them.
+#: The end of the names of tensors that published checkpoints hold although the class computes them.
 _COMPUTED_SUFFIX = "rotary_emb.inv_freq"
 
-# No two dimensions equal, and heads that are no power of two, so that no mix-up of axes or slopes goes unnoticed.
-# The roots of 16 are exact; that of 10, as a folded bf16 constant, would move the logits by 4e-3 and hide real faults.
+# The sizes for a self-check. No two dimensions are equal, and the number of heads is no power of two, so that no mix-up
+# of axes or slopes goes unnoticed. Heads are 16 wide because the roots of 16 are exact; the root of 10, as a folded
+# bf16 constant, would move the logits by 4e-3 and hide real faults.
 _SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
@@ -49,7 +50,7 @@ _CHUNK_BYTES = 32 << 20
 
 
 class Baichuan2(Family):
-    """Both published sizes: packed QKV, NormHead, rotary (7B) or ALiBi (13B), by the checkpoint's own code."""
+    """Both published sizes, 7B (rotary) and 13B (ALiBi), with packed QKV and NormHead, by the checkpoint's code."""
 
     constants: ClassVar = {
         "model.alibi_slopes": SLOPES,
@@ -105,9 +106,10 @@ class Baichuan2(Family):
 
 
 def is_alibi(model: Any) -> bool:
-    """True for the ALiBi family (13B), False for the rotary one (7B), told by what the instance can do.
+    """Return True for the ALiBi family (13B) and False for the rotary one (7B), judging by the instance's attributes.
 
-    Raises ModelError if it is neither, or has no NormHead.
+    Raises:
+        ModelError: If the model is of neither family, or has no NormHead.
     """
     body, head = getattr(model, "model", None), getattr(model, "lm_head", None)
     attention = getattr(next(iter(getattr(body, "layers", [])), None), "self_attn", None)
@@ -122,9 +124,9 @@ def is_alibi(model: Any) -> bool:
 
 
 def prepare(model: Any, alibi: Alibi) -> None:
-    """Shim one instance in place. `alibi` does not matter to the rotary family."""
+    """Change one instance in place so that it can be traced; `alibi` does not matter to the rotary family."""
     model.eval()
-    # In evaluation the head normalises its own data in place, which tracing drops without a word.
+    # In evaluation mode the head normalises its own data in place, which tracing would silently drop.
     model.lm_head.train()
     if not is_alibi(model):
         _share_rotary_tables(model)
@@ -140,12 +142,12 @@ def prepare(model: Any, alibi: Alibi) -> None:
 
 
 def future_mask_shape(model: Any) -> tuple[int, int, int]:
-    """[heads, positions, positions], as long as the stock code would build it."""
+    """Return `[heads, positions, positions]`, the shape in which the stock code would build the mask."""
     return model.config.num_attention_heads, model.model.max_cache_pos, model.model.max_cache_pos
 
 
 def _share_rotary_tables(model: Any) -> None:
-    """Every layer builds the same two tables; as one pair they are traced as one pair of constants."""
+    """Let all layers share the two rotary tables of the first, which are equal, so that they are traced only once."""
     first = model.model.layers[0].self_attn.rotary_emb
     for layer in model.model.layers:
         rotary = layer.self_attn.rotary_emb
@@ -153,7 +155,10 @@ def _share_rotary_tables(model: Any) -> None:
 
 
 def _computed_mask(body: Any, embeddings: torch.Tensor, total: int) -> torch.Tensor:
-    """slope × column, −inf above the diagonal: [heads, q, kv] in fp32, since in fp16 column 4095 is off by 2."""
+    """Return slope × column, with −inf above the diagonal, as `[heads, q, kv]`.
+
+    It is computed in fp32, because in fp16 column 4095 would be off by 2.
+    """
     past = total - embeddings.shape[1]
     columns = torch.arange(total)
     rows = torch.arange(past, total)
@@ -163,14 +168,17 @@ def _computed_mask(body: Any, embeddings: torch.Tensor, total: int) -> torch.Ten
 
 
 def _sliced_mask(body: Any, embeddings: torch.Tensor, total: int) -> torch.Tensor:
-    """The rows of this step from the constant mask: [heads, q, kv] in fp32."""
+    """Return the rows of this step from the constant mask, as `[heads, q, kv]` in fp32."""
     past = total - embeddings.shape[1]
     mask: torch.Tensor = body.alibi_future_mask[:, past:total, :total]
     return mask
 
 
 def write_future_mask(path: Path, shape: tuple[int, int, int]) -> Source:
-    """Write the baked mask [heads, positions, positions] in fp32 as safetensors, never whole in memory."""
+    """Write the baked mask `[heads, positions, positions]` in fp32 to a safetensors file, piece by piece.
+
+    Return the tensor in the file. The whole mask is never in memory.
+    """
     heads, positions, _ = shape
     entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
     header = json.dumps({FUTURE_MASK: entry}).encode()
@@ -215,14 +223,18 @@ class _Step(Step):
 
 
 def _visible(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
-    """[b, kv] → [b, q, kv]: the stock code's own two-dimensional path fails as soon as there is a cache."""
+    """Expand a mask `[b, kv]` to `[b, q, kv]`: with a cache, the stock code fails on a mask of two axes."""
     past = attention_mask.shape[1] - length
     rows, columns = attention_mask[:, past:].unsqueeze(2), attention_mask.unsqueeze(1)
     return (rows == columns) & (columns > 0)
 
 
 def check_head(model: onnx_ir.Model) -> None:
-    """Raise ModelError unless the logits are a product with the normalised weight: tracing can lose that silently."""
+    """Check that the logits are a product with the normalised weight: tracing can silently lose the NormHead.
+
+    Raises:
+        ModelError: If the weight in that product is not computed with a ReduceL2.
+    """
     product = model.graph.outputs[0].producer()
     pending = list(product.inputs[1:]) if product is not None and product.op_type == "MatMul" else []
     while pending:

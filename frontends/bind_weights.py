@@ -1,4 +1,4 @@
-"""Bind the initializers of a traced graph to the tensors of the checkpoint, and leave none over on either side."""
+"""Bind the initializers of a traced graph to the tensors of the checkpoint, and check that none is left over."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from typing import Any
 import onnx_ir
 
 from passopt.frontends.checkpoint import Checkpoint
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import FLOATS, DataType, Source
+from passopt.ir.weights.expressions import DataType, Source
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 
 def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
-    """Before the slow tracing: do names, shapes and kinds of the tensors fit the model's parameters?"""
+    """Check that the checkpoint's tensors fit the model's parameters, before the slow tracing starts.
+
+    Raises:
+        ModelError: If tensors are missing or unknown, or if a shape or dtype does not fit.
+    """
     where = checkpoint.directory
     expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     if missing := expected.keys() - checkpoint.tensors.keys():
@@ -37,9 +42,15 @@ def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def untied(tensors: Mapping[str, Source], ties: Mapping[str, str], directory: Path) -> dict[str, Source]:
-    """Tensors without those that repeat a parameter under another name; `ties` maps such names to the parameter's own.
+    """Return the tensors without those that repeat a parameter under another name.
 
-    Raises ModelError if a repeated tensor holds other values: then the configuration is wrong that ties them.
+    Args:
+        tensors: The tensors of the checkpoint by name.
+        ties: Maps each such other name to the parameter's own name.
+        directory: The checkpoint's directory, for error messages.
+
+    Raises:
+        ModelError: If a repeated tensor holds other values, so that the configuration is wrong to tie them.
     """
     kept = {name: source for name, source in tensors.items() if name not in ties}
     for name in tensors.keys() & ties.keys():
@@ -61,7 +72,7 @@ def _equal(one: Source, other: Source) -> bool:
 
 
 def merge_tied(graph: onnx_ir.Graph, ties: Mapping[str, str]) -> None:
-    """One initializer per parameter: torch may trace a tied one under each of its names."""
+    """Merge initializers of the same parameter, since torch may trace a tied parameter under each of its names."""
     for name in ties.keys() & graph.initializers.keys():
         repeated, own = graph.initializers[name], graph.initializers.get(ties[name])
         if own is None:
@@ -74,9 +85,16 @@ def merge_tied(graph: onnx_ir.Graph, ties: Mapping[str, str]) -> None:
 def bind_weights(
     model: onnx_ir.Model, checkpoint: Checkpoint, dtype: DataType, extra: Mapping[str, Source] | None = None
 ) -> None:
-    """Give every initializer its lazy weight, cast to `dtype`; tensors of `extra` keep theirs.
+    """Give every initializer its lazy weight, cast to `dtype`; tensors in `extra` keep their dtype.
 
-    Raises ModelError for initializers without data, and for weights that tracing lost.
+    Args:
+        model: The traced model, whose initializers are changed in place.
+        checkpoint: The checkpoint whose tensors have the names of the initializers.
+        dtype: The dtype of the graph's weights.
+        extra: More tensors by initializer name, such as a baked ALiBi mask.
+
+    Raises:
+        ModelError: If an initializer has no data, or if the graph does not use a tensor of the checkpoint.
     """
     extra = extra or {}
     unbound: list[str] = []
@@ -90,7 +108,7 @@ def bind_weights(
         elif value.const_value is None or _is_fake(value.const_value):
             unbound.append(name)
         else:
-            # A copy in memory of our own, so that the model does not keep torch's storages alive.
+            # Copy, so that the model does not keep the memory of torch's tensors alive.
             value.const_value = onnx_ir.Tensor(value.const_value.numpy().copy(), name=name)
     if unbound:
         raise ModelError(f"{checkpoint.directory}: no tensor of the checkpoint for the weights {_listed(unbound)}")
@@ -99,7 +117,7 @@ def bind_weights(
 
 
 def _is_fake(tensor: onnx_ir.TensorProtocol) -> bool:
-    """Traced without data: such a tensor would be written as garbage."""
+    """Return whether the tensor was traced without data, so that it would be written as garbage."""
     return type(getattr(tensor, "raw", None)).__name__ == "FakeTensor"
 
 

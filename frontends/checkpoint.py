@@ -1,6 +1,7 @@
-"""A checkpoint directory as published: config.json beside safetensors or PyTorch .bin weights, whole or in shards.
+"""Open a checkpoint directory as published: config.json beside safetensors or PyTorch .bin weights, whole or in shards.
 
-Opening one reads headers and indexes only; no weight byte is read, no code of the checkpoint runs, torch is not needed.
+Opening one reads only headers and indexes. No byte of a weight is read, no code of the checkpoint runs, and torch is
+not needed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from passopt.ir.weights.sources import safetensors_sources, torch_sources
 
 CONFIG_NAME = "config.json"
 
-#: In order of preference: safetensors need no unpickling.
+#: The names of weight files in order of preference: safetensors come first, since they need no unpickling.
 WEIGHT_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -30,7 +31,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model's configuration and where each of its tensors lies, by state dict name. `directory` is absolute."""
+    """A model's configuration, and its tensors in files by state dict name. `directory` is absolute."""
 
     directory: Path
     config: Mapping[str, Any]
@@ -38,7 +39,11 @@ class Checkpoint:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint in `directory`. Raises ModelError saying what is missing or damaged."""
+    """Return the checkpoint in `directory`.
+
+    Raises:
+        ModelError: If something is missing or damaged; the message says what.
+    """
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such checkpoint directory")
     config_path = directory / CONFIG_NAME
@@ -100,6 +105,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _some(names: list[str], shown: int = 3) -> str:
-    """The first names and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

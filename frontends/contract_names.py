@@ -1,7 +1,7 @@
 """Give a traced graph the names that every pass and target relies on: inputs, outputs, initializers, dimensions.
 
-The exporter's own metadata goes; a node keeps `passopt.module` (`model.layers.0.self_attn`) and `passopt.source`
-(`modeling_baichuan.py:130`), which errors and reports quote.
+The exporter's own metadata is removed. A node keeps `passopt.module` (such as `model.layers.0.self_attn`) and
+`passopt.source` (such as `modeling_baichuan.py:130`), which errors and reports quote.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
 from passopt.ir.graph.provenance import MODULE, SOURCE
 
-#: The attribute of the step that holds the stock model: the prefix of every traced name.
+#: The attribute of the step that holds the stock model; it is the prefix of every traced name.
 PREFIX = "stock"
 
-#: The columns of attention_mask.
+#: The number of columns of attention_mask, as a symbol.
 COLUMNS: Mapping[Phase, str] = {"merged": "past+seq", "prefill": "seq", "decode": "past+1"}
 
 _SYMBOL = re.compile(r"\b[a-z]+\d+\b")
-#: What the dynamo exporter calls nodes that come from no module.
+#: The module name that the dynamo exporter gives nodes that come from no module.
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
-#: Frames as dynamo (outermost first) and torchscript (innermost first) write them.
+#: The frames of stack traces, as dynamo (outermost first) and torchscript (innermost first) write them.
 _DYNAMO_FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+)')
 _TORCHSCRIPT_FRAME = re.compile(r"^(?P<path>[^\n(]+)\((?P<line>\d+)\): ", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
-    """What the graph is to look like: `constants` maps traced constants, by attribute, to initializers."""
+    """The form that a traced graph must get: `constants` maps traced constants, by attribute, to initializer names."""
 
     layers: int
     phase: Phase
@@ -45,11 +45,15 @@ class Contract:
 
 
 def apply_contract(model: onnx_ir.Model, contract: Contract) -> None:
-    """Rename in place. Raises ModelError if the graph's inputs and outputs are not those of a step."""
+    """Rename inputs, outputs, initializers and dimensions in place, and condense the metadata of nodes.
+
+    Raises:
+        ModelError: If the graph's inputs and outputs are not those of a step.
+    """
     cached = 0 if contract.phase == "prefill" else contract.layers
     positions = len(model.graph.inputs) > len(input_names(cached, positions=False))
     _rename(model.graph.inputs, input_names(cached, positions=positions))
-    # The traced signature has the optional argument last; the contract has it before the cache.
+    # The traced signature has position_ids last, since they are optional; the contract has them before the cache.
     if positions:
         model.graph.inputs.insert(2, model.graph.inputs.pop())
     _rename(model.graph.outputs, output_names(contract.layers))
@@ -59,16 +63,17 @@ def apply_contract(model: onnx_ir.Model, contract: Contract) -> None:
 
 
 def cache_names(kind: str, layers: int) -> list[str]:
-    """`past` or `present`: per layer the key, then the value."""
+    """Return the names of the cache tensors of `kind` (`past` or `present`): per layer the key, then the value."""
     return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
 def input_names(layers: int, *, positions: bool) -> list[str]:
-    """In the order of the traced signature."""
+    """Return the names of the inputs in the order of the traced signature."""
     return [INPUT_IDS, ATTENTION_MASK, *cache_names("past", layers), *([POSITION_IDS] if positions else [])]
 
 
 def output_names(layers: int) -> list[str]:
+    """Return the names of the outputs: the logits, then the present keys and values."""
     return [LOGITS, *cache_names("present", layers)]
 
 
@@ -80,6 +85,11 @@ def _rename(values: Sequence[onnx_ir.Value], names: list[str]) -> None:
 
 
 def name_dimensions(graph: onnx_ir.Graph, phase: Phase) -> None:
+    """Rename the symbolic dimensions in place to batch, seq and past, and sums of them.
+
+    Raises:
+        ModelError: If a dimension contains an unknown symbol, or if attention_mask has other columns than expected.
+    """
     names = _symbol_names(graph, phase)
     for value in _values(graph):
         if value.shape is not None:
@@ -91,7 +101,10 @@ def name_dimensions(graph: onnx_ir.Graph, phase: Phase) -> None:
 
 
 def _symbol_names(graph: onnx_ir.Graph, phase: Phase) -> dict[str, str]:
-    """The tracer's symbols, as they stand in the inputs' shapes: it has several for one length."""
+    """Return the contract's name for each symbol in the inputs' shapes.
+
+    The tracer may have several symbols for one length.
+    """
     names: dict[str, str] = {}
     for value in graph.inputs:
         assert value.name is not None
@@ -107,7 +120,10 @@ def _symbol_names(graph: onnx_ir.Graph, phase: Phase) -> dict[str, str]:
 
 
 def _named(dimension: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
-    """`s62 + s70` → `past+seq`; summands in alphabetical order, numbers last, no spaces."""
+    """Return a dimension in the contract's names: `s62 + s70` becomes `past+seq`.
+
+    Summands are in alphabetical order, numbers last, without spaces.
+    """
     if isinstance(dimension, int) or dimension.value is None:
         return dimension if isinstance(dimension, int) else None
     text = _SYMBOL.sub(lambda symbol: names.get(symbol[0], symbol[0]), _divided(str(dimension.value)))
@@ -118,7 +134,7 @@ def _named(dimension: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> in
 
 
 def _divided(text: str) -> str:
-    """Divisions that leave none, done: `((s70**2)//s70)`, which torch writes for what a view makes, is `s70`."""
+    """Carry out divisions that leave no remainder: `((s70**2)//s70)`, which torch writes for views, becomes `s70`."""
     if "//" not in text:
         return text
     import sympy  # type: ignore[import-untyped]

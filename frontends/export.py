@@ -1,7 +1,7 @@
 """Export a checkpoint's own, unmodified class to an ONNX graph whose weights are lazy references to its files.
 
-The class is traced without weights, so memory does not grow with the model. Every tensor of the checkpoint must find
-its initializer and every initializer its tensor; otherwise ModelError names those left over.
+The class is traced without weights, so memory does not grow with the model. Every tensor of the checkpoint must match
+an initializer, and every initializer a tensor; otherwise a ModelError names those left over.
 """
 
 from __future__ import annotations
@@ -32,20 +32,27 @@ IR_VERSION = 10
 
 
 def export_graph(checkpoint: Checkpoint, options: ExportOptions, scratch: Path) -> onnx_ir.Model:
-    """One graph for prefill, chunked prefill and decode (or for one of them, by `options.phase`).
+    """Export a checkpoint to one graph for prefill, chunked prefill and decode, or for one of them by `options.phase`.
 
-    Inputs input_ids [batch, seq], attention_mask [batch, past+seq], position_ids [batch, seq] (where the model uses
-    them) and past.{layer}.{key,value} [batch, kv_heads, past, head_dim]; outputs logits [batch, seq, vocab] and
-    present.{layer}.{key,value} [batch, kv_heads, past+seq, head_dim]. What is computed for the export, such as a baked
-    ALiBi mask, is written to `scratch`, which has to outlive the model. Raises ModelError for checkpoint, class and
-    consent, UsageError for options that the checkpoint's family does not have.
+    The inputs are input_ids `[batch, seq]`, attention_mask `[batch, past+seq]`, position_ids `[batch, seq]` (if the
+    model uses them) and past.{layer}.{key,value} `[batch, kv_heads, past, head_dim]`. The outputs are logits
+    `[batch, seq, vocab]` and present.{layer}.{key,value} `[batch, kv_heads, past+seq, head_dim]`.
+
+    Args:
+        checkpoint: The checkpoint.
+        options: The options of the export.
+        scratch: A folder for what the export computes, such as a baked ALiBi mask. It must outlive the model.
+
+    Raises:
+        ModelError: If the checkpoint or its class is not supported or fails, or if consent to run its code is missing.
+        UsageError: If the checkpoint's family does not have one of the options.
     """
     with quiet(), open_family(checkpoint, options) as family:
         return export_family(family, options, scratch)
 
 
 def export_family(family: Family, options: ExportOptions, scratch: Path, *, small: bool = False) -> onnx_ir.Model:
-    """`export_graph` for an open family; `small` traces the model of a self-check."""
+    """Export the model of an open family as `export_graph` does; with `small`, the small model of a self-check."""
     dtype = TORCH_DTYPES[options.dtype]
     model = family.build(dtype, small=small)
     checkpoint = dataclasses.replace(family.checkpoint, tensors=family.sources(model))
@@ -55,7 +62,7 @@ def export_family(family: Family, options: ExportOptions, scratch: Path, *, smal
     step = family.step(model)
     try:
         graph = trace(step, shape, options, dtype, scratch)
-    except Exception as error:  # torch raises all kinds
+    except Exception as error:  # torch and the stock code may raise any error.
         raise ModelError(
             f"{checkpoint.directory}: {type(model).__name__} cannot be traced: {type(error).__name__}: {error}"
         ) from error

@@ -1,6 +1,6 @@
-"""What export needs to know of a kind of model, and the one step that all of them are traced as.
+"""Define what export needs to know of a kind of model, and the one step as which every model is traced.
 
-Shapes: b batch, q positions of this step, p positions in the cache, kv = p + q.
+Shapes use b batch, q positions of this step, p positions in the cache, kv = p + q.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from passopt.frontends.checkpoint import Checkpoint
 from passopt.ir.weights.expressions import Source
 
-#: Per layer, key and value [b, heads, length, width].
+#: Per layer, the key and the value, each `[b, heads, length, width]`.
 Cache: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """Sizes of the cache: every layer holds a key and a value [b, `heads`, p, `width`]."""
+    """The sizes of the cache: every layer holds a key and a value, each `[b, heads, p, width]`."""
 
     layers: int
     heads: int
@@ -31,7 +31,7 @@ class CacheShape:
 
 
 class Step(torch.nn.Module, abc.ABC):
-    """A model with tensors in and tensors out: one step of prefill, chunked prefill or decode."""
+    """A model with tensors in and tensors out, which computes one step of prefill, chunked prefill or decode."""
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Step(torch.nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def takes_positions(self) -> bool:
-        """Whether position_ids are an input."""
+        """Return whether position_ids are an input."""
 
     @abc.abstractmethod
     def run(
@@ -50,7 +50,14 @@ class Step(torch.nn.Module, abc.ABC):
         past: Cache,
         position_ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Cache]:
-        """[b, q], [b, kv], a cache of p positions (no layer at all: no cache), [b, q] → logits, a cache of kv."""
+        """Compute logits and the cache of kv positions.
+
+        Args:
+            input_ids: The tokens of this step, `[b, q]`.
+            attention_mask: 1 for tokens, 0 for padding, `[b, kv]`.
+            past: The cache of p positions; without any layer if there is no cache.
+            position_ids: The positions of the tokens, `[b, q]`, or None if the model does not take them.
+        """
 
     def forward(
         self,
@@ -59,19 +66,23 @@ class Step(torch.nn.Module, abc.ABC):
         past: tuple[tuple[torch.Tensor, torch.Tensor], ...],
         position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """→ logits, then each layer's key and value."""
+        """Return the logits, then each layer's key and value."""
         if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             for state in (state for layer in past for state in layer):
-                # Else the length of each layer's cache is a symbol of its own, which slows tracing by a third.
+                # Otherwise the cache of each layer would have a symbol of its own for its length, which slows down
+                # tracing by a third.
                 torch._check(state.shape[2] == past[0][0].shape[2])  # type: ignore[no-untyped-call]
         logits, present = self.run(input_ids, attention_mask, past, position_ids)
         return (logits, *(state for layer in present for state in layer))
 
 
 class Family(abc.ABC):
-    """How models of one kind are built, shimmed, traced and compared with. Holds no model: each build is fresh."""
+    """A kind of model: how it is built, prepared for tracing, traced and compared with the stock code.
 
-    #: Traced constants, as attributes of the stock instance, and the initializers that they become.
+    It holds no model: every build makes a new one.
+    """
+
+    #: Maps traced constants, named by attributes of the stock instance, to the initializers that they become.
     constants: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -80,41 +91,46 @@ class Family(abc.ABC):
     @property
     @abc.abstractmethod
     def source_root(self) -> Path:
-        """The folder whose lines `passopt.source` names."""
+        """Return the folder with the source files whose lines `passopt.source` names."""
 
     @abc.abstractmethod
     def build(self, dtype: torch.dtype, *, small: bool) -> Any:
-        """An instance of the stock class: parameters without data, its computed tables real.
+        """Build an instance of the stock class whose parameters have no data, but whose computed tables do.
 
-        `small`: the same architecture with sizes for a self-check. Raises ModelError if the class cannot be built.
+        Args:
+            dtype: The dtype of the parameters.
+            small: Build the same architecture in the sizes of a self-check.
+
+        Raises:
+            ModelError: If the class cannot be built.
         """
 
     @abc.abstractmethod
     def cache_shape(self, model: Any) -> CacheShape:
-        """Of a built model."""
+        """Return the cache sizes of a built model."""
 
     @abc.abstractmethod
     def sources(self, model: Any) -> Mapping[str, Source]:
-        """The checkpoint's tensors under the names of the model's parameters; what it computes itself left out."""
+        """Return the checkpoint's tensors by names of the model's parameters, without those that the model computes."""
 
     @abc.abstractmethod
     def step(self, model: Any) -> Step:
-        """What is traced; shims go onto this instance, never onto files or classes."""
+        """Return the step to trace; it may change this instance of the model, but never files or classes."""
 
     @abc.abstractmethod
     def reference(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, Cache]:
-        """What the untouched stock code computes, all at once and without a past."""
+        """Compute logits and cache with the untouched stock code, all positions at once and without a past."""
 
     def ties(self, model: Any) -> Mapping[str, str]:
-        """Names that repeat a parameter, and the name under which it is bound."""
+        """Return a mapping from each name that repeats a parameter to the name under which the parameter is bound."""
         return {}
 
     def extra_weights(self, model: Any, scratch: Path) -> Mapping[str, Source]:
-        """Weights that are in no checkpoint, written to `scratch`, by initializer."""
+        """Return weights that are in no checkpoint, by initializer, after writing them to `scratch`."""
         return {}
 
     def check(self, graph: onnx_ir.Model) -> None:
-        """Raise ModelError where tracing is known to lose something silently."""
+        """Raise ModelError if the graph lacks something that tracing is known to lose silently."""
         return

@@ -1,4 +1,4 @@
-"""Which family a checkpoint is of, by its config.json alone."""
+"""Choose the family of a checkpoint, by its config.json alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from passopt.frontends.options import MODEL_TYPES, ExportOptions
 
 @contextlib.contextmanager
 def open_family(checkpoint: Checkpoint, options: ExportOptions) -> Iterator[Family]:
-    """The checkpoint's family, its classes importable for the time of the block.
+    """Yield the checkpoint's family, whose classes can be imported within the block.
 
-    transformers' own class is preferred to code in the checkpoint, which runs only with consent. Raises ModelError for
-    checkpoints of no known family, and UsageError for options that the family does not have.
+    transformers' own class is preferred to code in the checkpoint, which runs only with consent.
+
+    Raises:
+        ModelError: If the checkpoint is of no known family, or without consent to run its code.
+        UsageError: If the family does not have one of the options.
     """
     if checkpoint.config.get("model_type") in MODEL_TYPES:
         from passopt.frontends.transformers_decoders import TransformersDecoder

@@ -1,4 +1,4 @@
-"""What can be asked of an export. Loads no torch, so the command line can say what is wrong at once."""
+"""Define the options of an export, without importing torch, so that the command line can report mistakes at once."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
+from passopt.ir.dtypes import DTYPES, MODEL_FLOATS
 from passopt.ir.errors import UsageError
 from passopt.ir.weights.expressions import DataType
 
-#: The ALiBi bias of Baichuan2 as slopes × columns, or as the constant [heads, positions, positions].
+#: The form of Baichuan2's ALiBi bias: slopes × columns, or a constant `[heads, positions, positions]`.
 Alibi: TypeAlias = Literal["formula", "baked"]
-#: torch.export, or the older exporter that records TorchScript; both are in use, and they spell graphs differently.
+#: The exporter: torch.export, or the older one that records TorchScript. Both are in use and write different graphs.
 Exporter: TypeAlias = Literal["dynamo", "torchscript"]
-#: Which of transformers' attention implementations is traced.
+#: The attention implementation of transformers that is traced.
 Attention: TypeAlias = Literal["eager", "sdpa"]
-#: One graph for everything, a graph without past for prefill only, or one that takes a single token.
+#: The phase of the graph: one for everything, one without past for prefill only, or one for a single token.
 Phase: TypeAlias = Literal["merged", "prefill", "decode"]
 
-#: `model_type`s of transformers' own classes, each exported, compared with eager torch and put through the passes.
+#: The `model_type`s of transformers' own classes that are supported: each was exported, compared with eager torch, and
+#: run through the passes.
 MODEL_TYPES = frozenset(
     {"bloom", "falcon", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mpt", "opt", "phi3", "qwen2", "qwen3"}
 )
 
-DTYPES = (DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16)
 OPSETS = range(18, 24)
 _DEFAULT_OPSETS = {"dynamo": 21, "torchscript": 20}
-#: torch writes no newer ones by this exporter.
+#: The newest opset that torch writes with the torchscript exporter.
 _LAST_TORCHSCRIPT_OPSET = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """`opset` None: 21, or 20 by torchscript. `attention` None: what suits the family. Raises UsageError."""
+    """The options of an export. A wrong value raises UsageError.
+
+    If `opset` is None, it is 21, or 20 for the torchscript exporter. If `attention` is None, the family decides.
+    """
 
     dtype: DataType = DataType.FLOAT16
     opset: int | None = None
@@ -43,8 +47,10 @@ class ExportOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"export computes in {_listed(kind.name for kind in DTYPES)}, not in {self.dtype.name}")
+        if self.dtype not in MODEL_FLOATS:
+            raise UsageError(
+                f"export computes in {_listed(kind.name for kind in DTYPES.values())}, not in {self.dtype.name}"
+            )
         for name, kind in (("alibi", Alibi), ("exporter", Exporter), ("phase", Phase)):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name} is one of {_listed(get_args(kind))}, not {getattr(self, name)!r}")
@@ -60,6 +66,7 @@ class ExportOptions:
 
     @property
     def target_opset(self) -> int:
+        """Return the opset of the graph: the one asked for, or the exporter's default."""
         return _DEFAULT_OPSETS[self.exporter] if self.opset is None else self.opset
 
 

@@ -1,4 +1,7 @@
-"""Scores and their softmax in fp32 while a half-precision model is traced: a mode, so no code of a model is touched."""
+"""Compute scores and their softmax in fp32 while a half-precision model is traced, without touching its code.
+
+torch calls such a thing a function mode: while it is active, it replaces calls of torch's functions.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class Fp32Islands(TorchFunctionMode):
-    """While active, a half-precision model computes masked scores and their softmax in fp32, and casts back.
+    """A torch function mode in which a half-precision model computes masked scores and their softmax in fp32.
 
-    The stock code would round the ALiBi bias, and sums of masks and scores. In fp32 nothing changes. The head's
-    normalisation stays as it is: `fold-norm-head` computes it in fp32 once.
+    The results are cast back. The stock code would round the ALiBi bias, and sums of masks and scores, to half
+    precision. In fp32 models nothing changes. The head's normalisation stays as it is: the pass `fold-norm-head`
+    computes it once, in fp32.
     """
 
     def __init__(self, dtype: torch.dtype, *, fused: bool) -> None:
-        """`fused`: the exporter writes fused attention operators."""
+        """Prepare the mode for a model of `dtype`; `fused` says that the exporter writes fused attention operators."""
         super().__init__()
         self._dtype = dtype
         self._fused = fused
@@ -30,7 +34,7 @@ class Fp32Islands(TorchFunctionMode):
         if function is functional.scaled_dot_product_attention:
             if self._dtype != torch.float32:
                 return _attention(*args, **kwargs)
-            # One key head for several queries broadcasts in torch; a fused operator wants to be told.
+            # torch broadcasts one key head over several queries; a fused operator needs `enable_gqa` for that.
             grouped = self._fused and args[0].shape[1] != args[1].shape[1]
             return function(*args, **kwargs | {"enable_gqa": True} if grouped else kwargs)
         if function in {functional.softmax, torch.softmax} and self._dtype != torch.float32:
@@ -49,7 +53,10 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Scores in the model's dtype, scaled on both sides as torch does so that fp16 holds them; softmax in fp32."""
+    """Compute attention with the softmax in fp32.
+
+    Scores are computed in the model's dtype, with both factors scaled as torch does, so that fp16 can hold them.
+    """
     assert not is_causal, "a step masks by attn_mask, since its queries do not start at position 0"
     if enable_gqa:
         repeats = query.shape[1] // key.shape[1]

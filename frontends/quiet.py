@@ -1,4 +1,4 @@
-"""Other people's chatter kept away: stdout is for results, and a warning of torch is none of the user's business."""
+"""Silence the output of other libraries: stdout is for results, and the user can do nothing about warnings of torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block no warnings and no log records below CRITICAL; what is printed goes to stderr."""
+    """Suppress warnings and log records below CRITICAL within the block, and send what is printed to stderr."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
-"""The modeling code that lies in a checkpoint: imported from where it is, with consent only, and forgotten afterwards.
+"""Import the modeling code in a checkpoint from where it is, with consent only, and remove it from Python afterwards.
 
-Nothing is copied to a module cache and nothing is downloaded. Each import is a fresh package, so two checkpoints whose
-files have the same names do not get into each other's way.
+Nothing is copied to a module cache and nothing is downloaded. Each import makes a new package, so that two checkpoints
+whose files have the same names do not get into each other's way.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class StockClasses:
 
 @contextlib.contextmanager
 def stock_classes(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterator[StockClasses]:
-    """The classes that config.json's auto_map names, importable for the time of the block.
+    """Yield the classes that config.json's auto_map names; they can be imported within the block.
 
-    Raises ModelError if the checkpoint names none, if they lie elsewhere, without consent, or if an import fails.
+    Raises:
+        ModelError: If the checkpoint names no classes, if they are elsewhere, without consent, or if an import fails.
     """
     config, model = (_reference(checkpoint, role) for role in ("AutoConfig", "AutoModelForCausalLM"))
     if not trust_remote_code:
@@ -48,7 +49,17 @@ def stock_classes(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterato
 
 
 def build_stock(checkpoint: Checkpoint, classes: StockClasses, dtype: Any, overrides: Mapping[str, Any]) -> Any:
-    """An instance in the torch dtype `dtype`, by config.json with `overrides`: parameters without data, tables real."""
+    """Build an instance from config.json, updated with `overrides`; its parameters have no data, but its tables do.
+
+    Args:
+        checkpoint: The checkpoint.
+        classes: Its classes.
+        dtype: The torch dtype of the parameters.
+        overrides: Values that replace those of config.json.
+
+    Raises:
+        ModelError: If the class cannot be built.
+    """
     import torch
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
@@ -58,7 +69,7 @@ def build_stock(checkpoint: Checkpoint, classes: StockClasses, dtype: Any, overr
         config = classes.config.from_dict({**checkpoint.config, **overrides})
         with init_empty_weights(include_buffers=False):
             model = classes.model(config)
-    except Exception as error:  # foreign code and foreign values
+    except Exception as error:  # The checkpoint's code and configuration may raise any error.
         raise ModelError(
             f"{checkpoint.directory}: {classes.model.__name__} cannot be built from config.json: "
             f"{type(error).__name__}: {error}"
@@ -69,7 +80,7 @@ def build_stock(checkpoint: Checkpoint, classes: StockClasses, dtype: Any, overr
 
 
 def _reference(checkpoint: Checkpoint, role: str) -> tuple[str, str]:
-    """Module and class name for a role of the auto_map."""
+    """Return the module and the class name that the auto_map gives for a role, such as "AutoConfig"."""
     auto_map = checkpoint.config.get("auto_map")
     found = auto_map.get(role) if isinstance(auto_map, Mapping) else None
     name = found[0] if isinstance(found, list) and found else found
@@ -93,7 +104,8 @@ def _package(checkpoint: Checkpoint) -> Iterator[str]:
     name = f"_passopt_remote_code_{next(_packages)}"
     package = types.ModuleType(name)
     package.__path__ = [str(checkpoint.directory)]
-    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the directory is the user's
+    # The directory belongs to the user: write no compiled files into it.
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     sys.modules[name] = package
     importlib.invalidate_caches()
     try:
@@ -108,7 +120,7 @@ def _load(checkpoint: Checkpoint, package: str, reference: tuple[str, str]) -> A
     module, attribute = reference
     try:
         return getattr(importlib.import_module(f"{package}.{module}"), attribute)
-    except Exception as error:  # the code is foreign: whatever it raises, the user needs to know in which file
+    except Exception as error:  # The checkpoint's code may raise any error: tell the user in which file.
         raise ModelError(
             f"{checkpoint.directory / module}.py: importing {attribute} failed: {type(error).__name__}: {error}"
         ) from error

@@ -1,7 +1,8 @@
-"""Does an export compute what the stock code computes? Answered on a small model of the checkpoint's own class.
+"""Check that an export computes what the stock code computes, on a small model of the checkpoint's own class.
 
-The stock class runs eagerly in fp32, the exported graph in onnxruntime, on the same weights rounded to the graph's
-dtype: prefill at once and in chunks, then decode, one sequence padded on the left. Errors are max|Δ| / max|reference|.
+The stock class runs eagerly in fp32 and the exported graph in onnxruntime, on the same weights, rounded to the graph's
+dtype. They run prefill at once and in chunks, then decode; one sequence is padded on the left. Errors are
+max|Δ| / max|reference|.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from passopt.ir.weights.sources import safetensors_sources
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Largest relative error by the graph's dtype; a bf16 graph is run as its fp32 twin.
+#: The largest relative error that is allowed, by the graph's dtype. A bf16 graph is run as its fp32 twin.
 TOLERANCES = {DataType.FLOAT: 1e-4, DataType.BFLOAT16: 1e-4, DataType.FLOAT16: 2e-2}
 
 _LENGTH, _PADDING = 13, 4
-#: Positions per step, for every way to feed a graph.
+#: The numbers of positions per step, for every way to feed a graph of a phase.
 _STEPS: dict[Phase, tuple[tuple[int, ...], ...]] = {
     "merged": ((13,), (6, 5, 1, 1)),
     "prefill": ((13,),),
@@ -46,7 +47,7 @@ _STEPS: dict[Phase, tuple[tuple[int, ...], ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-    """Inputs of a padded batch and what the stock code makes of them, all at once and in fp32."""
+    """The inputs of a padded batch, and the outputs of the stock code, computed all at once and in fp32."""
 
     shape: CacheShape
     ids: Array
@@ -58,9 +59,17 @@ class _Reference:
 def self_check(
     checkpoint: Checkpoint, options: ExportOptions, *, finish: Callable[[onnx_ir.Model], onnx_ir.Model]
 ) -> float:
-    """The largest relative error over all outputs. `finish` is what follows an export, such as cleaning passes.
+    """Return the largest relative error over all outputs of an exported small model, if it is within the tolerance.
 
-    Runs the checkpoint's code, so it needs the same consent. Raises CheckError beyond the tolerance.
+    This runs the checkpoint's code, so it needs the same consent as an export.
+
+    Args:
+        checkpoint: The checkpoint, of which only the class and configuration are used.
+        options: The options of the export to check.
+        finish: Changes the exported graph before it is checked, as the passes that clean up after an export do.
+
+    Raises:
+        CheckError: If the error is larger than the tolerance for the dtype.
     """
     with tempfile.TemporaryDirectory(prefix="passopt-self-check-") as name:
         scratch = Path(name)
@@ -82,7 +91,7 @@ def self_check(
 
 
 def _run_stock_code(family: Family, dtype: DataType, scratch: Path) -> _Reference:
-    """The reference that a small model computes from random weights, which the family's checkpoint then holds."""
+    """Run a small model with random weights, and let the family's checkpoint then hold those weights."""
     from safetensors.torch import save_file
 
     with torch.no_grad():
@@ -98,14 +107,14 @@ def _run_stock_code(family: Family, dtype: DataType, scratch: Path) -> _Referenc
 
 
 def _load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Give each parameter its weight, tied ones under all of their names."""
+    """Give each parameter its weight, and tied parameters the same weight under each of their names."""
     own = {parameter: name for name, parameter in model.named_parameters()}
     names = {name: own[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict({name: weights[first] for name, first in names.items()}, strict=False, assign=True)
 
 
 def _random_weights(model: Any) -> dict[str, torch.Tensor]:
-    """Weights under which activations keep their size; norm weights and lengths of rows are all distinct."""
+    """Return random weights that keep the size of activations; norm weights and lengths of rows are all distinct."""
     random = torch.Generator().manual_seed(0)
 
     def draw(shape: torch.Size) -> torch.Tensor:
@@ -142,7 +151,7 @@ def _session(graph: onnx_ir.Model, scratch: Path) -> Any:
 
 
 def _run_graph(session: Any, reference: _Reference, steps: Sequence[int]) -> dict[str, Array]:
-    """Feed `steps` positions at a time, each step with the cache of the one before; logits are joined."""
+    """Feed `steps` positions at a time, each step with the cache of the step before, and join the logits."""
     inputs = {value.name: value.type for value in session.get_inputs()}
     kind = np.float16 if "tensor(float16)" in inputs.values() else np.float32
     names = [value.name for value in session.get_outputs()]
@@ -166,7 +175,7 @@ def _run_graph(session: Any, reference: _Reference, steps: Sequence[int]) -> dic
 
 
 def _error(reference: _Reference, outputs: dict[str, Array]) -> float:
-    """Over the positions that are no padding; NaN in the graph's outputs is an infinite error."""
+    """Return the largest relative error over the positions that are no padding, or infinity for NaN in the outputs."""
     valid = reference.mask.astype(bool)
     errors = []
     for name, expected in reference.outputs.items():

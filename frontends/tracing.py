@@ -1,6 +1,6 @@
-"""From a step to a graph as torch writes it, by either of its exporters, without a byte of the weights.
+"""Trace a step to a graph with either of torch's exporters, without reading a byte of the weights.
 
-Dynamo traces weights without data, in memory of the graph alone; torchscript computes once, on zeros.
+Dynamo traces weights without data, so it needs memory for the graph only; torchscript runs the step once, on zeros.
 """
 
 from __future__ import annotations
@@ -22,14 +22,25 @@ from passopt.frontends.precision import Fp32Islands
 from passopt.frontends.weightless import fake_weights, zero_weights
 from passopt.ir.graph.decoder import ATTENTION_MASK
 
-# Unequal, and neither 0 nor 1, so that no branch of the stock code specialises on them.
+# The sample sizes are unequal, and neither 0 nor 1, so that no branch of the stock code specialises on them.
 _BATCH, _SEQ, _PAST = 2, 7, 3
-#: From this opset on, torch writes fused operators.
+#: The first opset for which torch writes fused operators.
 _FUSED_OPSET = 23
 
 
 def trace(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path) -> onnx_ir.Model:
-    """The graph under torch's names. Raises whatever torch and the stock code raise."""
+    """Return the graph of a step, under torch's names.
+
+    Args:
+        step: The step.
+        shape: The sizes of its cache.
+        options: The options of the export, such as the exporter and the phase.
+        dtype: The dtype of the model.
+        scratch: A folder for temporary files.
+
+    Raises:
+        Exception: Whatever torch or the stock code raises.
+    """
     fused = options.exporter == "dynamo" and options.target_opset >= _FUSED_OPSET
     run = _trace_dynamo if options.exporter == "dynamo" else _trace_torchscript
     with torch.no_grad(), Fp32Islands(dtype, fused=fused):
@@ -37,7 +48,7 @@ def trace(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dt
 
 
 def _sample(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of one step, by name."""
+    """Return sample arguments of one step, by name."""
     past = 0 if options.phase == "prefill" else _PAST
     seq = 1 if options.phase == "decode" else _SEQ
     layers = 0 if options.phase == "prefill" else shape.layers
@@ -73,7 +84,10 @@ def _trace_dynamo(
 def _trace_torchscript(
     step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path
 ) -> onnx_ir.Model:
-    """Weights come as inputs of the graph, so that none is written, and become initializers without data."""
+    """Trace with the torchscript exporter.
+
+    Weights are exported as graph inputs, so that none is written, and then become initializers without data.
+    """
     zero_weights(step)
     arguments = _sample(step, shape, options, dtype)
     layers = len(arguments["past"])
@@ -86,8 +100,8 @@ def _trace_torchscript(
             tuple(arguments.values()),
             file,
             dynamo=False,
-            verbose=True,  # which also keeps the source lines of nodes
-            training=torch.onnx.TrainingMode.PRESERVE,  # the step has chosen the mode of each of its modules
+            verbose=True,  # This also keeps the source lines of nodes.
+            training=torch.onnx.TrainingMode.PRESERVE,  # The step has set the mode of each of its modules.
             export_params=False,
             do_constant_folding=False,
             opset_version=options.target_opset,
@@ -100,7 +114,7 @@ def _trace_torchscript(
     vocabulary = model.graph.outputs[0].shape
     for node in model.graph.all_nodes():
         for value in node.outputs:
-            value.shape = None  # dimensions under names that say nothing
+            value.shape = None  # The exporter's names of dimensions say nothing.
     logits, *present = model.graph.outputs
     length = 1 if options.phase == "decode" else "seq"
     logits.shape = onnx_ir.Shape(["batch", length, vocabulary[2] if vocabulary is not None else None])
@@ -127,7 +141,7 @@ def _parameters_to_initializers(graph: onnx_ir.Graph) -> None:
 
 @contextlib.contextmanager
 def _discarded_output() -> Iterator[None]:
-    """Whatever C++ code prints to the standard output of the process."""
+    """Discard what C++ code prints to the standard output of the process within the block."""
     saved = os.dup(1)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)

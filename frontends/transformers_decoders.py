@@ -1,7 +1,7 @@
-"""Decoders whose classes transformers itself has: no code of the checkpoint runs, the cache is transformers' own.
+"""Export decoders whose classes transformers has itself: no code of the checkpoint runs.
 
-The cache is built from flat tensors, without a configuration: every layer keeps all positions, sliding windows too,
-whose mask then does what a shorter cache would do, also behind padding on the left.
+The cache is transformers' own class, built from flat tensors without a configuration. Every layer keeps all positions,
+also with sliding windows, where the mask then does what a shorter cache would do, also behind padding on the left.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from passopt.frontends.weightless import fake_weights
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.weights.expressions import Source
 
-#: Tensors of older checkpoints that every class computes by now.
+#: Patterns of tensors that older checkpoints hold, although every class now computes them.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
 
-#: Modules that older classes called otherwise: published GPT-NeoX checkpoints, and what transformers saves.
+#: Modules that have another name in files: in published GPT-NeoX checkpoints, and in what transformers saves.
 _RENAMED = {"embed_out": "lm_head"}
 
-# For a self-check: unequal sizes, keys grouped as config.json says. The roots of 16 are exact in bf16.
+# The sizes for a self-check are unequal, and keys are grouped as config.json says. The roots of 16 are exact in bf16.
 _LAYERS, _HEADS, _GROUPS, _WIDTH = 2, 6, 2, 16
 _SMALL = {
     "num_hidden_layers": _LAYERS,
@@ -47,7 +47,7 @@ _SMALL_WINDOW = 8
 
 
 class TransformersDecoder(Family):
-    """A decoder by its `model_type`, traced in the attention implementation that was asked for (default: eager)."""
+    """A decoder, known by its `model_type`, traced in the attention implementation asked for (default: eager)."""
 
     def __init__(self, checkpoint: Checkpoint, options: ExportOptions) -> None:
         super().__init__(checkpoint)
@@ -73,7 +73,7 @@ class TransformersDecoder(Family):
                 model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     config, dtype=dtype, attn_implementation=self._attention
                 )
-        except Exception as error:  # a foreign class and foreign values
+        except Exception as error:  # The class and the values of config.json may raise any error.
             message = str(error).partition("\n")[0]
             raise ModelError(
                 f"{self.checkpoint.directory}: {self.checkpoint.config['model_type']} with {self._attention} attention "
@@ -83,7 +83,7 @@ class TransformersDecoder(Family):
         return model.eval().requires_grad_(False)
 
     def cache_shape(self, model: Any) -> CacheShape:
-        """Measured on a copy: how a configuration says it differs from class to class."""
+        """Measure the cache on a copy of the model, because every class of configuration describes it differently."""
         probe = copy.deepcopy(model)
         fake_weights(probe)
         cache = transformers.DynamicCache()
@@ -145,7 +145,7 @@ class _Step(Step):
 
 
 def _cache(past: Cache) -> transformers.DynamicCache:
-    """transformers' cache over these very tensors: its own way in would copy them behind an empty one."""
+    """Return transformers' cache over these very tensors; its own update would copy them behind an empty cache."""
     cache = transformers.DynamicCache()
     for key, value in past:
         layer = transformers.cache_utils.DynamicLayer()  # type: ignore[no-untyped-call]
@@ -164,7 +164,7 @@ def _takes_positions(model: Any) -> bool:
 
 
 def _parameter_name(name: str, model: Any) -> str:
-    """The model's name for a tensor of the checkpoint: some were saved from the body alone, or by older classes."""
+    """Return the model's name for a tensor: some checkpoints were saved from the body alone, or by older classes."""
     prefix = f"{model.base_model_prefix}."
     parameters = model.state_dict(keep_vars=True).keys()
     part, _, rest = name.partition(".")
@@ -173,7 +173,10 @@ def _parameter_name(name: str, model: Any) -> str:
 
 
 def _shrink(config: Any) -> None:
-    """Set sizes for a self-check in place; biases, norms, windows, grouping and kinds of positions stay as they are."""
+    """Set the sizes of a self-check in place.
+
+    Biases, norms, windows, the grouping of heads and the kinds of positions stay as they are.
+    """
     width = _head_width(config) if _has_rotary_lists(config) else _WIDTH
     small = {**_SMALL, "hidden_size": _HEADS * width, "head_dim": width}
     for name in ("num_key_value_heads", "num_kv_heads"):
@@ -197,6 +200,6 @@ def _head_width(config: Any) -> int:
 
 
 def _has_rotary_lists(config: Any) -> bool:
-    """Whether config.json lists a factor per rotary frequency, which fixes the width of heads."""
+    """Return whether config.json lists a factor per rotary frequency, which fixes the width of heads."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return any(isinstance(value, list | tuple) for value in parameters.values())

@@ -1,4 +1,4 @@
-"""Weights with a shape and a dtype but no bytes, so that tracing costs no memory however large the model is."""
+"""Give weights a shape and a dtype but no bytes, so that tracing costs no memory, however large the model is."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-#: Integers below are distinct in bf16.
+#: The integers below this one are distinct in bf16.
 _EXACT_INTEGERS = 256
 
 
 def fake_weights(module: torch.nn.Module) -> None:
-    """Give parameters and buffers on the meta device a place on the CPU, but no memory; torch.export's way."""
+    """Put parameters and buffers of the meta device on the CPU without giving them memory, for torch.export."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         _replace(module, torch.empty)
 
 
 def zero_weights(module: torch.nn.Module) -> None:
-    """The same for tracing that computes: zeros, whose pages the system need not hold until they are written.
+    """Fill parameters, and buffers without data, with zeros whose pages take no memory until they are written.
 
-    Each starts with a number of its own: the torchscript exporter merges weights of equal values.
+    A tracer that computes needs them. Each parameter starts with a number of its own, because the torchscript exporter
+    merges weights of equal values.
     """
     _replace(module, _unwritten_zeros)
     for number, weight in enumerate(module.parameters()):
@@ -31,12 +32,12 @@ def zero_weights(module: torch.nn.Module) -> None:
 
 
 def _unwritten_zeros(shape: torch.Size, *, dtype: torch.dtype) -> torch.Tensor:
-    """numpy leaves the zeroing to the system; torch.zeros writes them."""
+    """Return zeros that the system provides on demand through numpy, while torch.zeros would write them."""
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _replace(module: torch.nn.Module, make: Callable[..., torch.Tensor]) -> None:
-    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # by identity: tied weights stay one
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # Keyed by identity, so that tied weights stay one.
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is None:

@@ -1,6 +1,7 @@
 """Hold models: graphs (`graph`), files and canonical text (`serialization`), and lazy weights (`weights`).
 
-This is the floor of the house: it stands on onnx-ir and imports nothing else of passopt. The names below are public.
+This is the lowest layer of passopt: it builds on onnx-ir and imports no other passopt package. The names below are its
+public interface.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Output folders appear whole or not at all: written to a temporary sibling and renamed when complete.
+"""Write output folders that appear whole or not at all.
 
-Long writes use a sibling of a fixed name, which an interruption leaves: the same command then goes on from there.
+A folder is written under a temporary name beside its final place, and renamed when it is complete. Long writes use a
+temporary name that is always the same: an interruption leaves that folder behind, and the same command resumes from it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from pathlib import Path
 
 from passopt.ir.errors import ModelError, UsageError
 
-#: In the temporary folder of a long write: what of it is finished (see ir.streaming.journal).
+#: The file in the temporary folder of a long write that lists its finished tensors (see ir.weights.streaming.journal).
 JOURNAL_NAME = "journal.jsonl"
 
 
 @contextlib.contextmanager
 def staged_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """A temporary folder that becomes `final` if the block succeeds and vanishes if it does not, Ctrl-C included.
+    """Yield a temporary folder that becomes `final` if the block succeeds, and is removed if it fails (or at Ctrl-C).
 
-    Raises UsageError if `final` exists or the disk has less than `needed_bytes` free.
+    Args:
+        final: The output folder, which must not exist yet. Missing parents are created.
+        needed_bytes: The disk space in bytes that has to be free before the block starts.
+
+    Raises:
+        UsageError: If `final` exists, if the disk has too little space, or if writing fails.
     """
     final = final.absolute()
     _refuse_existing(final)
@@ -44,10 +50,18 @@ def staged_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """Like `staged_directory`, but what the journal in it calls finished outlives an interruption or a crash.
+    """Yield a temporary folder like `staged_directory`, but keep it for the next run if the block does not finish.
 
-    A model that is wrong makes it worthless, and a full disk wants its space back: then it is removed. Raises
-    UsageError also if another process writes the same output.
+    The folder is kept only if its journal lists at least one finished tensor. It is removed after a ModelError, because
+    what was written for a wrong model is worthless, and when the disk is full, to give the space back.
+
+    Args:
+        final: The output folder, which must not exist yet. Missing parents are created.
+        needed_bytes: The size of the whole output in bytes; what an earlier run left in the folder counts towards it.
+
+    Raises:
+        UsageError: In the cases of `staged_directory`, and if another process writes the same output or the temporary
+            folder is a symbolic link.
     """
     final = final.absolute()
     _refuse_existing(final)
@@ -75,17 +89,20 @@ def resumable_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
 
 
 def keep_only(folder: Path, names: Collection[str]) -> None:
-    """Remove all files that an interrupted run of another output left there; names are relative to the folder."""
+    """Remove all files below `folder` that are not in `names`, and the folders that are then empty.
+
+    A run of another output may have left such files there before it was interrupted. Names are relative to `folder`.
+    """
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.rmdir()
         elif str(path.relative_to(folder)) not in names:
             path.unlink()
 
 
 def _given_up(temporary: Path, final: Path, error: BaseException) -> BaseException:
-    """Keep what is finished, or remove it; the error that says so."""
+    """Keep the temporary folder if it can be resumed, or remove it, and return the error that tells the user which."""
     full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
     keep = not full and not isinstance(error, ModelError) and _has_entries(temporary / JOURNAL_NAME)
     if not keep:
@@ -102,14 +119,14 @@ def _given_up(temporary: Path, final: Path, error: BaseException) -> BaseExcepti
 
 
 def _lock(descriptor: int, temporary: Path, final: Path) -> None:
-    """Only one process may write an output; the lock goes with the process, however it ends."""
+    """Lock the temporary folder, so that only one process writes an output; the lock ends with the process."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(f"{final}: another passopt is writing it, in {temporary}. Wait for it, or stop it.") from error
     except OSError:
-        return  # a file system without locks: two programs at once are then the user's own affair
-    _refuse_existing(final)  # the other may have finished between our look and our lock
+        return  # The file system has no locks: we cannot keep two processes apart there.
+    _refuse_existing(final)  # Another process may have finished between our check and our lock.
     if not temporary.exists() or not os.path.samestat(os.fstat(descriptor), temporary.stat()):
         raise UsageError(f"{final}: another passopt has just given it up. Run the same command again.")
 
@@ -138,7 +155,7 @@ def _failed(final: Path, error: OSError) -> UsageError:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Give the folder its name."""
+    """Rename the finished temporary folder to its final name."""
     temporary.chmod(0o755)
     sync_path(temporary)
     temporary.rename(final)
@@ -146,13 +163,13 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _sync_all(folder: Path) -> None:
-    """Wait until all files and folders below are on the disk."""
+    """Wait until all files and folders below `folder` are on the disk."""
     for path in folder.rglob("*"):
         sync_path(path)
 
 
 def sync_path(path: Path) -> None:
-    """Wait until a folder's names, or a file's bytes, are on the disk."""
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -161,10 +178,10 @@ def sync_path(path: Path) -> None:
 
 
 def _allocated(folder: Path) -> int:
-    """Bytes of the disk that the folder's files hold."""
+    """Return the disk space in bytes that the folder's files occupy."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def _has_entries(journal: Path) -> bool:
-    """Whether it names a finished tensor: its first line does not."""
+    """Return whether the journal names a finished tensor; its first line is only the key."""
     return journal.is_file() and journal.read_bytes().count(b"\n") > 1

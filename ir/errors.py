@@ -1,4 +1,4 @@
-"""Every error that passopt raises on purpose. Each carries the exit code of the command line.
+"""Define every error that passopt raises on purpose; each class carries the exit code of the command line.
 
 A message says what is wrong, where (pass, node, file), expected against found, and what to do.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class PassoptError(Exception):
-    """Base of all errors with a message for the user; `exit_code` is what the command line returns."""
+    """The base of all errors with a message for the user; `exit_code` is the exit status of the command line."""
 
     exit_code = 3
 
@@ -29,7 +29,7 @@ class PassError(PassoptError):
 
 
 class VerifyError(PassoptError):
-    """The graph breaks an invariant: a defect of a pass, not of the user's model."""
+    """The graph breaks an invariant: the defect is in a pass, not in the user's model."""
 
 
 class CheckError(PassoptError):

@@ -1,6 +1,7 @@
-"""Python's collector of cycles, held back while graphs are rewritten.
+"""Pause Python's cyclic garbage collector while graphs are rewritten.
 
-A graph is made of cycles that live; looking through all of them again and again takes a third of the time of a rewrite.
+A graph consists of reference cycles that stay alive. Scanning all of them again and again would take a third of the
+time of a rewrite.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """No collection in the block; what died in it is collected some time after."""
+    """Pause the cyclic collector within the block; garbage of the block is collected some time after it."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Hand on public names of a package when they are asked for, so that importing the package alone costs nothing."""
+"""Look up the public names of a package on first use, so that importing the package alone costs nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job from end to end on two tiny trained checkpoints: export, run, verify, compile, generate, a table.
+"""Run the main job from end to end on two tiny trained checkpoints: export, run, verify, compile, generate, a table.
 
 Both pipelines, `tp,int8` on the graph as exported and `baichuan2,tp,int8` on the fused one, are verified against it. So
 is what is compiled of them, one library and two ranks, before they write.
@@ -8,34 +8,41 @@ python tools/demo.py [DIR]      (default: a temporary folder that is removed)
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from passopt.testing.checkpoints import ALIBI, ROTARY, CheckpointSpec, evaluation_text, make_checkpoint
+import passopt
+from passopt.testing import ALIBI, ROTARY, CheckpointSpec, make_checkpoint
+from passopt.testing.checkpoints import evaluation_text
 
 FAMILIES = {"rotary": ROTARY, "alibi": ALIBI}
 PIPELINES = ("tp,int8", "baichuan2,tp,int8")
-MAX_TOKENS = "4000"
+MAX_TOKENS = 4000
 PROMPT = "The expression list"
 
 
-def passopt(folder: Path, *arguments: str, show: bool = True) -> str:
-    """Run one command in `folder`, as a user would; what it prints is shown unless it is JSON for the table."""
-    quoted = " ".join(f"'{item}'" if set(item) & set("{ ") else item for item in arguments)
-    print(f"$ passopt {quoted}", flush=True)
-    command = [sys.executable, "-m", "passopt", *arguments]
-    done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE, check=False)
-    if show:
-        print("\n".join(f"    {line}" for line in done.stdout.splitlines()), flush=True)
-    if done.returncode:
-        raise SystemExit(f"demo: passopt {arguments[0]} failed with exit code {done.returncode}")
-    return done.stdout
+class Shown(passopt.Reporter):
+    """Prints what an operation says while it runs."""
+
+    def say(self, message: str) -> None:
+        print(f"    {message}", flush=True)
+
+
+def show(call: str, result: object) -> None:
+    """Print a call as a user would write it, and its result as the command of the same name prints it."""
+    print(f">>> {call}")
+    print("\n".join(f"    {line}" for line in str(result).splitlines()), flush=True)
+
+
+def check(report: passopt.VerifyReport, call: str) -> passopt.VerifyReport:
+    """Show a verification, and end the demo if anything is beyond its tolerance."""
+    show(call, report)
+    if not report.ok:
+        raise SystemExit(f"demo: {call} is beyond its tolerance")
+    return report
 
 
 def run_family(root: Path, name: str, spec: CheckpointSpec) -> tuple[list[list[str]], str]:
@@ -43,62 +50,59 @@ def run_family(root: Path, name: str, spec: CheckpointSpec) -> tuple[list[list[s
     print(f"\n== {name}: {spec.layers} layers, {spec.heads} heads, hidden {spec.hidden}, vocabulary {spec.vocab}")
     checkpoint = make_checkpoint(root / f"checkpoint-{name}", spec, format="bin", shards=2)
     (root / "text.txt").write_text(evaluation_text(), encoding="utf-8")
-    passopt(root, "export", checkpoint.name, "-o", name, "--dtype", "fp32", "--trust-remote-code")
-    rows = [run_pipeline(root / name, name, pipeline) for pipeline in PIPELINES]
-    return rows, run_compiled(root / name)
+    exported = passopt.export(checkpoint, root / name, dtype="fp32", trust_remote_code=True, reporter=Shown())
+    show(f"passopt.export('{checkpoint.name}', '{name}', dtype='fp32', trust_remote_code=True)", exported)
+    rows = [run_pipeline(root / name, name, pipeline, root / "text.txt") for pipeline in PIPELINES]
+    return rows, run_compiled(root / name, root / "text.txt")
 
 
-def run_compiled(folder: Path) -> str:
-    """Compile the fused int8 model and its ranks, verify both, and let them write; returns the text of the first."""
-    passopt(folder, "compile", "model.onnx", "--passes", "baichuan2,int8", "-o", "compiled")
-    passopt(folder, "compile", "model.baichuan2.tp2.int8", "-o", "compiled.tp2")
-    passopt(folder, "verify", "model.onnx", "compiled", "--text", "../text.txt", "--max-tokens", MAX_TOKENS)
-    passopt(folder, "verify", "model.onnx", "compiled.tp2")
-    arguments = ("--prompt", PROMPT, "--max-new-tokens", "48", "--greedy")
-    texts = {name: passopt(folder, "generate", name, *arguments) for name in ("compiled", "compiled.tp2")}
-    same = texts["compiled"] == texts["compiled.tp2"]
-    print("both write the same" if same else "they part where two tokens are nearly equal: ranks sum in another order")
-    return texts["compiled"].strip()
-
-
-def run_pipeline(folder: Path, name: str, pipeline: str) -> list[str]:
+def run_pipeline(folder: Path, name: str, pipeline: str, text: Path) -> list[str]:
     """Transform and verify with one pipeline; returns its row of the table."""
-    output = "model." + pipeline.replace(",", ".").replace("tp", "tp2")
-    passopt(folder, "run", "model.onnx", "--passes", pipeline)
-    against = ("verify", "model.onnx", output, "--text", "../text.txt", "--max-tokens", MAX_TOKENS)
-    passopt(folder, *against)
-    return _row(name, pipeline, folder, output, json.loads(passopt(folder, *against, "--json", show=False)))
+    output = folder / ("model." + pipeline.replace(",", ".").replace("tp", "tp2"))
+    result = passopt.run(folder, pipeline, output)
+    show(f"passopt.run('{name}', '{pipeline}', '{output.name}')", result)
+    report = passopt.verify(folder, output, text=text, max_tokens=MAX_TOKENS)
+    check(report, f"passopt.verify('{name}', '{output.name}', text='{text.name}', max_tokens={MAX_TOKENS})")
+    counts = {record.name: record.result.notes for record in result.records}
+    sizes = [folder / "weights.safetensors", *output.glob("rank*/weights.safetensors")]
+    before, *after = (file.stat().st_size for file in sizes)
+    collectives = counts["shard"][0].partition("sharded, ")[2]
+    return [name, pipeline, f"{before:,}", f"{sum(after):,}", collectives, *_figures(report)]
 
 
-def _row(name: str, pipeline: str, folder: Path, output: str, report: dict[str, Any]) -> list[str]:
-    manifest = json.loads((folder / output / "manifest.json").read_text())
-    collectives = [entry["op"] for entry in manifest["collectives"]]
-    patterns = ("weights.safetensors", f"{output}/rank*/weights.safetensors")
-    sizes = [sum(file.stat().st_size for file in folder.glob(pattern)) for pattern in patterns]
-    counts = f"{collectives.count('AllReduce')} + {collectives.count('AllGather')}"
-    return [name, pipeline, f"{sizes[0]:,}", f"{sizes[1]:,}", counts, *_figures(report)]
+def run_compiled(folder: Path, text: Path) -> str:
+    """Compile the fused int8 model and its ranks, verify both, and let them write; returns the text of the first."""
+    name = folder.name
+    compiled = passopt.compile(folder, folder / "compiled", passes="baichuan2,int8")
+    show(f"passopt.compile('{name}', 'compiled', passes='baichuan2,int8')", compiled)
+    ranks = passopt.compile(folder / "model.baichuan2.tp2.int8", folder / "compiled.tp2")
+    show("passopt.compile('model.baichuan2.tp2.int8', 'compiled.tp2')", ranks)
+    report = passopt.verify(folder, compiled.output, text=text, max_tokens=MAX_TOKENS)
+    check(report, f"passopt.verify('{name}', 'compiled', text='{text.name}', max_tokens={MAX_TOKENS})")
+    check(passopt.verify(folder, ranks.output), f"passopt.verify('{name}', 'compiled.tp2')")
+    texts = []
+    for output in (compiled.output, ranks.output):
+        with passopt.Engine.load(output) as engine:
+            found = engine.generate(PROMPT, max_new_tokens=48, greedy=True)
+        show(f"passopt.Engine.load('{output.name}').generate({PROMPT!r}, max_new_tokens=48, greedy=True)", found)
+        texts.append(str(found))
+    same = texts[0] == texts[1]
+    print("both write the same" if same else "they part where two tokens are nearly equal: ranks sum in another order")
+    return texts[0].strip()
 
 
-_HEADER = (
-    "family",
-    "passes",
-    "fp32 bytes",
-    "2 ranks int8",
-    "AllReduce + AllGather",
-    "twin error",
-    "perplexity",
-    "change",
-)
+_HEADER = ("family", "passes", "fp32 bytes", "2 ranks int8", "collectives", "twin error", "perplexity", "change")
 
 
-def _figures(report: dict[str, Any]) -> list[str]:
+def _figures(report: passopt.VerifyReport) -> list[str]:
     """The worst error against the graph's own dequantised codes, and what int8 costs in perplexity."""
-    twin = [row["error"] for row in report["rows"] if "dequantised" in row["comparison"] and row["scenario"] != "text"]
-    (text,) = [row for row in report["rows"] if row["scenario"] == "text" and "original" in row["comparison"]]
-    return [f"{max(twin):.1e}", text["note"].removeprefix("perplexity "), f"{text['error']:.3%}"]
+    twin = [row.error for row in report.rows if "dequantised" in row.comparison and row.scenario != "text"]
+    (text,) = [row for row in report.rows if row.scenario == "text" and "original" in row.comparison]
+    return [f"{max(twin):.1e}", text.note.removeprefix("perplexity "), f"{text.error:.3%}"]
 
 
 def main() -> None:
+    """Run both families and print their table."""
     start = time.monotonic()
     root = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="passopt-demo-"))
     root.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Read and edit graphs: operators, shapes, attributes, provenance, and what is recognised in a decoder.
+"""Read and edit graphs: operators, shapes, attributes, provenance, and the known parts of a decoder.
 
 Every module works on onnx-ir objects and reads no weight of the checkpoint.
 """

@@ -1,4 +1,7 @@
-"""ALiBi slopes: how much each attention head favours late columns. Needs the true head count, never a rank's share."""
+"""Compute ALiBi slopes, which say how much each attention head favours late columns.
+
+The slopes depend on the head count of the whole model, never on the share of one rank.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def alibi_slopes(heads: int) -> Array:
-    """[heads] in fp32, as in "Train Short, Test Long" (Press et al., 2022) and its reference code.
+    """Return the slope of each of `heads` attention heads, as an fp32 array `[heads]`.
 
-    For a power of two the slopes are 2^(-8/heads), its square, its cube …; for another count, those of the power of two
-    below are followed by every other slope of the power of two above. So padding the count changes existing slopes.
+    The formula is that of "Train Short, Test Long" (Press et al., 2022) and its reference code. For a power of two the
+    slopes are 2^(-8/heads), its square, its cube and so on. For another count, the slopes of the power of two below are
+    followed by every other slope of the power of two above. So padding the head count would change existing slopes.
+
+    Raises:
+        ValueError: If `heads` is less than 1.
     """
     if heads < 1:
         raise ValueError(f"a model has at least one head, not {heads}")

@@ -1,4 +1,4 @@
-"""What attributes hold: one by its name; or all of a node as a key, equal where only inputs differ."""
+"""Read attributes of nodes: one by its name, or all of them as a key for finding nodes that differ only in inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _Type = onnx_ir.AttributeType
 
 
 def attributes_key(node: onnx_ir.Node) -> tuple[object, ...]:
-    """A hashable key of all attributes of a node. Tensors count by every byte, subgraphs are equal to nothing."""
+    """Return a hashable key of all attributes of a node, equal for nodes with equal attributes.
+
+    Tensors are compared by all of their bytes. A subgraph equals nothing, not even itself.
+    """
     return tuple(sorted(((name, _content(item)) for name, item in node.attributes.items()), key=lambda pair: pair[0]))
 
 
@@ -23,7 +26,7 @@ def _content(attribute: onnx_ir.Attr) -> object:
     if attribute.type == _Type.TENSORS:
         return tuple(_tensor(tensor) for tensor in attribute.value)
     if attribute.type == _Type.FLOAT:
-        return attribute.type, repr(attribute.as_float())  # 0.0 == -0.0, but 1/x of them differs
+        return attribute.type, repr(attribute.as_float())  # 0.0 == -0.0, but 1/0.0 and 1/-0.0 differ
     if attribute.type == _Type.FLOATS:
         return attribute.type, repr(list(attribute.as_floats()))
     if attribute.type in {_Type.INT, _Type.STRING}:
@@ -34,7 +37,7 @@ def _content(attribute: onnx_ir.Attr) -> object:
 
 
 def _tensor(tensor: onnx_ir.TensorProtocol) -> tuple[object, ...]:
-    """A digest of the bytes: the text of a long array leaves out its middle."""
+    """Return dtype, shape and a digest of the bytes; the text of a long array would leave out its middle."""
     if tensor.dtype == onnx_ir.DataType.STRING:
         content: object = tuple(tensor.numpy().reshape(-1).tolist())
     else:
@@ -43,6 +46,6 @@ def _tensor(tensor: onnx_ir.TensorProtocol) -> tuple[object, ...]:
 
 
 def attribute(node: onnx_ir.Node, name: str, default: Any) -> Any:
-    """The value of an attribute, or `default`."""
+    """Return the value of the attribute `name`, or `default` if the node does not have it."""
     found = node.attributes.get(name)
     return default if found is None else found.value

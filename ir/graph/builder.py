@@ -1,6 +1,6 @@
-"""Build nodes whose outputs have types and shapes at once; the only way in which passes make nodes.
+"""Build nodes whose outputs have types and shapes at once; passes make nodes in no other way.
 
-Types and shapes come from ONNX's own inference per operator, and from the rules below for collectives,
+Types and shapes come from ONNX's own inference for single operators, and from the rules below for collectives,
 caches and passopt's own functions.
 """
 
@@ -29,27 +29,33 @@ TypesMemo: TypeAlias = dict[Hashable, list[Inferred]]
 _SCALARS = frozenset({int, float, str})
 _GRAPHS = frozenset({onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS})
 
-#: Domains of the operators that passopt writes beside ONNX's own.
+#: The domain of the collectives, which passopt writes beside ONNX's own operators.
 MICROSOFT = "com.microsoft"
 
 
 @dataclasses.dataclass
 class Built:
-    """What a builder has made and nobody has put into a graph yet."""
+    """The nodes and initializers that a builder has made, before anybody inserts them into a graph."""
 
     nodes: list[onnx_ir.Node] = dataclasses.field(default_factory=list)
     initializers: list[onnx_ir.Value] = dataclasses.field(default_factory=list)
-    #: The dtype and shape that inference gave each output.
+    #: The dtype and shape that inference found for each output.
     inferred: dict[onnx_ir.Value, tuple[onnx_ir.DataType | None, onnx_ir.Shape | None]] = dataclasses.field(
         default_factory=dict
     )
 
 
 class Builder:
-    """`b.MatMul(x, w)` makes a node and returns its output; numbers and arrays become initializers.
+    """Makes nodes: `b.MatMul(x, w)` makes a MatMul and returns its output; numbers and arrays become initializers.
 
-    Keyword arguments are attributes, but for `outputs=` (how many) and `domain=`. Names come from `hint` and are made
-    unique by `unique`, so a rule never chooses one. Nothing enters a graph here: the caller inserts `built`.
+    Keyword arguments are attributes, except `outputs=` (the number of outputs) and `domain=`. Names start with `hint`
+    and are made unique by the function `unique`, so a rule never chooses one. Nothing enters a graph here: the caller
+    inserts `built`. The optional `types` remembers what inference found, so that equal nodes are inferred once.
+
+    Example:
+        b = editor.builder("mlp")
+        y = b.Gelu(b.MatMul(x, w), approximate="tanh")
+        editor.insert(b.built, before=node)
     """
 
     def __init__(
@@ -68,7 +74,19 @@ class Builder:
         return lambda *inputs, **keywords: self.node(op_type, *inputs, **keywords)
 
     def node(self, op_type: str, *inputs: Operand, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """One node; returns its output, or a tuple of them if `outputs` is not 1."""
+        """Make one node and return its output, or a tuple of outputs if `outputs` is not 1.
+
+        Args:
+            op_type: The operator, such as "MatMul".
+            *inputs: Values, or None for an omitted input, or numbers, lists and arrays, which become initializers.
+            outputs: The number of outputs.
+            domain: The operator's domain; empty for standard ONNX.
+            **attributes: The node's attributes.
+
+        Raises:
+            VerifyError: If the operator does not exist in the opset or does not accept these inputs, or if there is a
+                float among the inputs but no value whose dtype it could take.
+        """
         values = self._operands(op_type, inputs)
         converted = [_attribute(name, value) for name, value in attributes.items()]
         name = self._unique(f"{self.hint}/{op_type}")
@@ -81,7 +99,7 @@ class Builder:
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
     def initializer(self, name: str, tensor: Expression | np.ndarray[Any, np.dtype[Any]]) -> Value:
-        """A new initializer called `name` (made unique) holding an expression or a small array."""
+        """Make an initializer from an expression or a small array; its name is `name`, made unique."""
         name = self._unique(name)
         data: onnx_ir.TensorProtocol
         data = LazyWeight(tensor, name) if isinstance(tensor, Expression) else onnx_ir.tensor(tensor, name=name)
@@ -90,14 +108,14 @@ class Builder:
         return value
 
     def literal(self, array: np.ndarray[Any, np.dtype[Any]]) -> Value:
-        """A small constant; equal constants of one builder are one initializer."""
+        """Return an initializer for a small constant; equal constants of one builder share one initializer."""
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._constants:
             self._constants[key] = self.initializer(f"{self.hint}.constant", array)
         return self._constants[key]
 
     def _operands(self, op_type: str, inputs: Sequence[Operand]) -> list[Value | None]:
-        """Integers and lists are int64; a float takes the dtype of the node's first value."""
+        """Turn operands into values: integers and lists become int64, a float takes the dtype of the first value."""
         like = next((item.dtype for item in inputs if isinstance(item, onnx_ir.Value) and item.dtype), None)
         values: list[Value | None] = []
         for item in inputs:
@@ -115,7 +133,7 @@ class Builder:
 
 
 def _attribute(name: str, value: Any) -> onnx_ir.Attr:
-    """As onnx-ir converts attributes, with its checks of every other type left out for the frequent ones."""
+    """Convert an attribute like onnx-ir, but without its many type checks for the two most frequent types."""
     if type(value) is int:
         return onnx_ir.AttrInt64(name, value)
     if type(value) is float:
@@ -123,14 +141,17 @@ def _attribute(name: str, value: Any) -> onnx_ir.Attr:
     return onnx_ir.convenience.convert_attribute(name, value)
 
 
-def types_memo(model: onnx_ir.Model) -> TypesMemo:
-    """What inference has found in this model, by operator, attributes and inputs: every layer asks the same."""
-    memo: TypesMemo = model.meta.setdefault("passopt.types", {})
-    return memo
-
-
 def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -> None:
-    """Set dtype and shape of the node's outputs from its inputs. Leaves unknown what inference does not know."""
+    """Set dtype and shape of the node's outputs from its inputs, leaving unknown what inference cannot find.
+
+    Args:
+        node: The node, whose outputs are changed in place.
+        opset: The version of the standard operators.
+        memo: Results of earlier calls, which this call uses and extends (see `RunContext.types`).
+
+    Raises:
+        VerifyError: If the operator does not exist in this opset or does not accept its inputs.
+    """
     if node.domain == MICROSOFT:
         _infer_collective(node)
         return
@@ -155,7 +176,7 @@ def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -
 
 
 def _inference_key(node: onnx_ir.Node, opset: int) -> Hashable | None:
-    """All that inference looks at; None for nodes with subgraphs, which look at anything."""
+    """Return a key of everything that inference looks at; None for a node with subgraphs, which may read any value."""
     attributes: list[Hashable] = []
     for item in node.attributes.data.values():
         content = item.value
@@ -179,14 +200,14 @@ def _inference_key(node: onnx_ir.Node, opset: int) -> Hashable | None:
 
 
 def _shape_data(value: Value) -> np.ndarray[Any, np.dtype[Any]] | None:
-    """The numbers of an int64 constant, which shapes depend on."""
+    """Return the numbers of a small int64 constant, since output shapes may depend on them; None for anything else."""
     if value.dtype != onnx_ir.DataType.INT64:
         return None
     return small_constant(value)
 
 
 def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
-    """ONNX's own inference: dtype and dimensions of each output, None where it says nothing."""
+    """Run ONNX's own inference: return dtype and dimensions of each output, with None for what it does not find."""
     types, data = {}, {}
     for value in node.inputs:
         if value is None or not value.name:
@@ -220,7 +241,7 @@ def _read_type(proto: onnx.TypeProto | None) -> Inferred:
 
 
 def _infer_cache(node: onnx_ir.Node) -> None:
-    """ONNX's inference leaves the present keys and values of Attention without a length."""
+    """Set the shape of Attention's present keys and values, whose length ONNX's inference leaves open."""
     for new, past, output in zip(node.inputs[1:3], node.inputs[4:6], node.outputs[1:3]):
         if new is not None and past is not None:
             output.type = output.type or new.type
@@ -238,7 +259,10 @@ def _dim(dim: int | onnx_ir.SymbolicDim) -> int | str | None:
 
 
 def _infer_collective(node: onnx_ir.Node) -> None:
-    """AllReduce keeps the shape; AllGather multiplies its axis. onnxruntime's inference gives nothing here."""
+    """Set type and shape of a collective's output, which onnxruntime's inference does not give.
+
+    AllReduce keeps the shape; AllGather multiplies the length of its axis by the group size.
+    """
     source = node.inputs[0]
     assert source is not None
     target = node.outputs[0]

@@ -1,4 +1,4 @@
-"""Read the schedule of collectives off a graph, and check that all ranks of an output run the same one."""
+"""Read the schedule of collectives from a graph, and check that all ranks of an output run the same schedule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Dim: TypeAlias = "int | str | None"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One entry of the schedule. `shape` and `dtype` are those of what each rank contributes."""
+    """One entry of the schedule. `shape` and `dtype` are those of the tensor that each rank contributes."""
 
     index: int
     op: str
@@ -31,7 +31,11 @@ class Collective:
 
 
 def schedule_of(model: onnx_ir.Model) -> tuple[Collective, ...]:
-    """The collectives in the order in which ranks run them. Raises VerifyError if their indexes are not 0, 1, …"""
+    """Return the collectives of the graph in the order in which ranks run them.
+
+    Raises:
+        VerifyError: If the indexes stored in the nodes' metadata are not 0, 1, 2, … in graph order.
+    """
     nodes = [node for node in model.graph if is_collective(node)]
     schedule = tuple(_entry(node) for node in nodes)
     for position, (entry, node) in enumerate(zip(schedule, nodes, strict=True)):
@@ -44,6 +48,7 @@ def schedule_of(model: onnx_ir.Model) -> tuple[Collective, ...]:
 
 
 def is_collective(node: onnx_ir.Node) -> bool:
+    """Return whether the node is an AllReduce or AllGather of onnxruntime's domain."""
     return node.domain == MICROSOFT and node.op_type in COLLECTIVE_OPS
 
 
@@ -67,7 +72,11 @@ def _dim(dim: int | onnx_ir.SymbolicDim) -> Dim:
 
 
 def check_schedules(schedules: Iterable[tuple[str, Sequence[Collective]]]) -> None:
-    """Raise ModelError at the first place where two `(owner, schedule)` differ."""
+    """Check that all schedules are equal; each comes with the owner's name for the error message.
+
+    Raises:
+        ModelError: At the first entry where a schedule differs from the first schedule.
+    """
     pairs = list(schedules)
     for other_owner, other in pairs[1:]:
         owner, first = pairs[0]

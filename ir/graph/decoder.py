@@ -1,4 +1,4 @@
-"""The names that an exported decoder keeps through every pass, and the sizes that follow from them."""
+"""Name the inputs, outputs and metadata that a decoder keeps through every pass, and read its sizes from them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 LOGITS = "logits"
 
-#: Model metadata: the tensor-parallel degree of an SPMD graph, absent before `shard`.
+#: Key of model metadata: the tensor-parallel degree of an SPMD graph; absent before the pass `shard`.
 DEGREE = "passopt.degree"
-#: Model metadata: the number of kv heads before sharding, without padding. A single one is whole on every rank.
+#: Key of model metadata: the number of kv heads before sharding, without padding. A single kv head is replicated.
 KV_HEADS = "passopt.kv_heads"
-#: Node metadata: the place of a collective in the order in which every rank runs them.
+#: Key of node metadata: the index of a collective in the order in which every rank runs the collectives.
 COLLECTIVE = "passopt.collective"
-#: Model metadata: what export's self-check measured, or "skipped".
+#: Key of model metadata: the error that export's self-check measured, or "skipped".
 SELF_CHECK = "passopt.self_check"
 
 _LAYER_WEIGHT = re.compile(r"\b(?:layers|h|blocks)\.(\d+)\.")
@@ -29,7 +29,7 @@ _PAST_KEY = re.compile(r"past\.(\d+)\.key\Z")
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Sizes read off the graph's inputs: past is [batch, kv_heads, past, head_dim] per layer."""
+    """The sizes of a decoder, read from the graph's inputs: a past is `[batch, kv_heads, past, head_dim]` per layer."""
 
     layers: int
     kv_heads: int
@@ -39,7 +39,7 @@ class Decoder:
 
 
 def find_decoder(model: onnx_ir.Model) -> Decoder | None:
-    """The sizes of an exported decoder; None for any other graph."""
+    """Return the sizes of an exported decoder, or None for any other graph."""
     inputs = {value.name: value for value in model.graph.inputs}
     pasts = [value for name, value in inputs.items() if name and _PAST_KEY.match(name)]
     if INPUT_IDS not in inputs or not pasts:
@@ -54,7 +54,10 @@ def find_decoder(model: onnx_ir.Model) -> Decoder | None:
 
 
 def layer_count(model: onnx_ir.Model) -> int | None:
-    """The number of decoder layers: of cache inputs, or else of the layers that weights are named after."""
+    """Return the number of decoder layers, or None if the graph shows none.
+
+    The cache inputs are counted; without a cache, the layer numbers in the names of the weights.
+    """
     decoder = find_decoder(model)
     if decoder is not None:
         return decoder.layers
@@ -63,7 +66,11 @@ def layer_count(model: onnx_ir.Model) -> int | None:
 
 
 def decoder_of(model: onnx_ir.Model) -> Decoder:
-    """The sizes of an exported decoder. Raises ModelError that names what is missing."""
+    """Return the sizes of an exported decoder.
+
+    Raises:
+        ModelError: If the graph does not have a decoder's inputs; the message lists the expected ones and those found.
+    """
     decoder = find_decoder(model)
     if decoder is None:
         names = ", ".join(str(value.name) for value in model.graph.inputs)
@@ -75,12 +82,15 @@ def decoder_of(model: onnx_ir.Model) -> Decoder:
 
 
 def degree_of(model: onnx_ir.Model) -> int:
-    """The tensor-parallel degree; 1 for a model that is not sharded."""
+    """Return the tensor-parallel degree; 1 for a model that is not sharded."""
     return int(model.metadata_props.get(DEGREE, "1"))
 
 
 def positions_of(model: onnx_ir.Model) -> int | None:
-    """How many positions the model's tables hold: of rotary angles, learned positions or a baked ALiBi mask."""
+    """Return the number of positions for which the model has table entries, or None if it has no such table.
+
+    Tables are rotary angles, learned positions and a baked ALiBi mask; the shortest one counts.
+    """
     tables = model.graph.initializers.items()
     found: list[tuple[onnx_ir.Value | None, int]] = [
         (value, -2) for name, value in tables if name.startswith("rotary.") or name == "alibi.future_mask"

@@ -1,4 +1,4 @@
-"""Changing a graph safely: the editor owns names, insertion points, provenance and the removal of what died.
+"""Change a graph safely: the editor chooses names and insertion points, keeps provenance, and removes dead nodes.
 
 A rule or pass builds nodes with `Builder`; only the editor puts them into the graph.
 """
@@ -11,31 +11,31 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.graph.builder import Builder, Built, types_memo
+from passopt.ir.graph.builder import Builder, Built
 from passopt.ir.graph.functions import DOMAIN, local_function
 from passopt.ir.graph.node_order import NodeOrder
 from passopt.ir.graph.provenance import provenance_of
-from passopt.ir.graph.rewrite_listener import LISTENER, Replacement, announce
+from passopt.ir.graph.run_context import Replacement, RunContext
 from passopt.ir.graph.shapes import merged_shapes
 
 _GRAPH, _GRAPHS = onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS
 
 
 class Editor:
-    """Edits the main graph of `model` on behalf of the pass `author`."""
+    """Edits the main graph of `model` on behalf of the pass named `author`."""
 
     def __init__(self, model: onnx_ir.Model, author: str) -> None:
         self.model = model
         self.graph = model.graph
         self.author = author
         self.opset = model.graph.opset_imports.get("", 0)
-        self.types = types_memo(model)
+        self.types = RunContext.of(model).types
         self._names: set[str] | None = None
         self._counters: dict[str, int] = {}
         self._order = NodeOrder(model.graph)
 
     def unique(self, name: str) -> str:
-        """`name`, or `name.2`, `name.3` …, whichever no value or node has yet."""
+        """Return `name`, or the first of `name.2`, `name.3` and so on that no value or node has yet, and reserve it."""
         if self._names is None:
             self.survey()
             assert self._names is not None
@@ -48,7 +48,7 @@ class Editor:
         return found
 
     def survey(self) -> bool:
-        """Look once at the whole graph, for its names, before the first is made; True if all types are known."""
+        """Collect all names of the graph before the first new name is made, and return whether all types are known."""
         names: set[Any] = set()
         is_typed, graphs = True, [self.graph]
         while graphs:
@@ -71,6 +71,7 @@ class Editor:
         return is_typed
 
     def builder(self, hint: str) -> Builder:
+        """Return a builder for this graph, whose names start with `hint`."""
         return Builder(self.opset, self.unique, hint, types=self.types)
 
     def insert(
@@ -81,7 +82,17 @@ class Editor:
         *,
         after: onnx_ir.Node | None = None,
     ) -> None:
-        """Put built nodes before or after a node (neither: at the end) and register their initializers."""
+        """Insert built nodes before or after a node (given neither, at the end) and register their initializers.
+
+        Args:
+            built: The nodes and initializers of a builder.
+            before: The node in front of which the nodes are inserted.
+            origins: The nodes that the new ones stand for; their provenance is passed on.
+            after: The node behind which the nodes are inserted; it takes precedence over `before`.
+
+        Raises:
+            VerifyError: If a node calls a passopt function that has no definition over the model's opset.
+        """
         for value in built.initializers:
             self.graph.register_initializer(value)
         provenance = provenance_of(self.author, list(origins))
@@ -99,7 +110,7 @@ class Editor:
         self._order.insert(built.nodes, before=before, after=after)
 
     def _define_function(self, node: onnx_ir.Node) -> None:
-        """A call of a function of passopt's own brings its definition into the model."""
+        """Add the definition of a passopt function to the model if the node calls one."""
         if node.domain != DOMAIN or node.op_identifier() in self.model.functions:
             return
         function = local_function(node.op_type, self.opset)
@@ -116,17 +127,27 @@ class Editor:
         *,
         rule: str = "",
     ) -> None:
-        """Insert `built`, let every use of an old value read the new one, and drop what nobody reads any more.
+        """Insert `built`, let every reader of an old value read the new one, and remove the nodes that are then dead.
 
-        The new value takes the name of the old one and must have its dtype and shape; one that stands for several keeps
-        the first name. `rule` says in errors who does this, if not the author. Raises VerifyError if not.
+        The new value takes the name of the old one; if it replaces several, it takes the name of the first.
+
+        Args:
+            replaced: Maps each old value to the new value, which must have the same dtype and a compatible shape.
+            built: The nodes and initializers that compute the new values.
+            origins: The nodes that the new ones stand for; their provenance is passed on.
+            before: The node in front of which to insert. By default, the editor finds the place.
+            rule: The name that errors give as the culprit, if it is not the author.
+
+        Raises:
+            VerifyError: If dtypes or shapes do not fit, or if the rewrite would make values depend on themselves.
         """
         rule = rule or self.author
         _check_statements(built, rule)
         for old, new in replaced.items():
             _check_replacement(old, new, rule)
-        if self.model.meta.get(LISTENER) is not None:
-            announce(self.model, Replacement(rule, replaced, built, tuple(origins)))
+        context = RunContext.of(self.model)
+        if context.listener is not None:
+            context.announce(Replacement(rule, replaced, built, tuple(origins)))
         roots = [node for old in replaced if (node := old.producer()) is not None]
         self._insert_at(roots, built, origins, before)
         unnamed = {value for node in built.nodes for value in node.outputs}
@@ -135,7 +156,7 @@ class Editor:
                 new = self._identity(new, old, origins)
                 unnamed.add(new)
             new.type = new.type or old.type
-            # What a model says of its outputs stays: exporters and inference spell `past + seq` differently.
+            # Graph outputs keep the stated shape: exporters and inference spell `past + seq` differently.
             shapes = (old.shape, new.shape) if old.is_graph_output() else (new.shape, old.shape)
             new.shape = merged_shapes(*shapes)
             old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -151,15 +172,25 @@ class Editor:
     def follow(
         self, value: onnx_ir.Value, result: onnx_ir.Value, built: Built, suffix: str, *, outputs_only: bool = False
     ) -> None:
-        """Insert `built` right after the producer of `value`; all former users read `result`, which takes its name.
+        """Insert `built` right after the producer of `value`, and let readers of `value` read `result` instead.
 
-        With `outputs_only`, nodes go on reading `value`, and only graph outputs become `result`.
+        `result` takes the name of `value`, which is renamed with `suffix`.
+
+        Args:
+            value: The output of a node.
+            result: The value, computed by `built`, that takes its place.
+            built: The nodes and initializers to insert. Those that read `value` go on reading it.
+            suffix: What is appended to the old name of `value`.
+            outputs_only: Let all nodes go on reading `value`, and replace it only as a graph output.
+
+        Raises:
+            VerifyError: If `value` is not the output of a node.
         """
         producer = value.producer()
         if producer is None:
             raise VerifyError(f"{self.author}: {value.name!r} is not the output of a node")
         if not outputs_only:
-            announce(self.model, Replacement(self.author, {value: result}, built, (producer,)))
+            RunContext.of(self.model).announce(Replacement(self.author, {value: result}, built, (producer,)))
         inside = {id(node) for node in built.nodes}
         users = [(use.node, use.idx) for use in value.uses() if id(use.node) not in inside and not outputs_only]
         self.insert(built, None, [producer], after=producer)
@@ -172,7 +203,7 @@ class Editor:
         result.name, value.name = name, self.unique(f"{name}.{suffix}")
 
     def remove_dead(self, nodes: Iterable[onnx_ir.Node]) -> int:
-        """Remove those nodes whose outputs nobody reads, then what only they read; returns how many nodes went."""
+        """Remove those of `nodes` whose outputs nobody reads, then what only they read; return the number removed."""
         dead: dict[onnx_ir.Node, None] = {}
         work = list(nodes)
         while work:
@@ -191,11 +222,14 @@ class Editor:
                 if value.is_initializer():
                     self.remove_unused_initializer(value)
         if dead:
-            self.graph.remove(dead)  # once for all: it looks at every graph output
+            self.graph.remove(dead)  # All at once, because every call looks at every graph output.
         return len(dead)
 
     def remove_unused_initializer(self, value: onnx_ir.Value) -> bool:
-        """Drop an initializer that no node reads, unless the caller of the model can see it."""
+        """Remove an initializer that no node reads, and return whether it was removed.
+
+        One that is also a graph input or output stays, because callers of the model can see it.
+        """
         if is_read(value) or value.is_graph_input() or value.name is None:
             return False
         if self.graph.initializers.get(value.name) is not value:
@@ -204,7 +238,7 @@ class Editor:
         return True
 
     def _identity(self, value: onnx_ir.Value, old: onnx_ir.Value, origins: Sequence[onnx_ir.Node]) -> onnx_ir.Value:
-        """A graph output needs a name of its own, which an input or initializer cannot take."""
+        """Insert an Identity of `value`, since a graph output cannot take the name of an input or initializer."""
         builder = self.builder(old.name or "value")
         copy = builder.Identity(value)
         self.insert(builder.built, old.producer(), origins)
@@ -218,7 +252,7 @@ class Editor:
         origins: Sequence[onnx_ir.Node],
         before: onnx_ir.Node | None,
     ) -> None:
-        """Before the first root; or, if something the new nodes read comes later, right after that."""
+        """Insert before the first root, or behind the last producer of the new nodes' inputs if that comes later."""
         if before is not None or len(roots) == 1:
             self.insert(built, before or roots[0], origins)
             return
@@ -233,7 +267,7 @@ class Editor:
             self.insert(built, None, origins, after=latest)
 
     def _restore_order(self, built: Built) -> None:
-        """What reads the new nodes and stands before them, as a user of the first root may, moves behind them."""
+        """Move nodes that read the new nodes but stand before them, as readers of the first root may, behind them."""
         if not built.nodes:
             return
         position = self._order.position
@@ -259,14 +293,14 @@ class Editor:
 
 
 def discard(built: Built) -> None:
-    """Let go of nodes that were built and are not wanted, so that they do not count as uses of their inputs."""
+    """Disconnect built nodes that are not wanted from their inputs, so that they do not count as readers of them."""
     for node in built.nodes:
         for index in range(len(node.inputs)):
             node.replace_input_with(index, None)
 
 
 def _check_statements(built: Built, rule: str) -> None:
-    """A rewrite may say more about its values than inference knows, but nothing else."""
+    """Check that the rewrite states nothing about its values that contradicts inference; it may state more."""
     for value, (dtype, shape) in built.inferred.items():
         if dtype is not None and value.dtype != dtype:
             raise VerifyError(f"{rule}: states {value.dtype} for {value.name!r}, {_operator(value)} gives {dtype.name}")
@@ -280,7 +314,10 @@ def _operator(value: onnx_ir.Value) -> str:
 
 
 def _clash(one: onnx_ir.Shape | None, other: onnx_ir.Shape | None) -> bool:
-    """True if both are known and cannot be the same shape: other numbers, or the same symbols in another order."""
+    """Return whether both shapes are known and cannot be equal.
+
+    They cannot be equal if numbers differ, or if the same symbols stand in another order.
+    """
     if one is None or other is None:
         return False
     if len(one) != len(other):
@@ -311,17 +348,18 @@ def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, rule: str) -> Non
 
 
 def is_read(value: onnx_ir.Value) -> bool:
-    """True if a node or the caller of the model reads the value."""
-    return bool(value._uses) or value.is_graph_output()  # uses() copies: a shared constant is read in every layer
+    """Return whether a node or the caller of the model reads the value."""
+    # The public uses() copies, which is slow for a constant that every layer reads.
+    return bool(value._uses) or value.is_graph_output()
 
 
 def use_count(value: onnx_ir.Value) -> int:
-    """How many inputs of nodes read the value."""
+    """Return how many inputs of nodes read the value."""
     return len(value._uses)
 
 
 def _is_read_only_by(node: onnx_ir.Node, readers: Container[onnx_ir.Node]) -> bool:
-    """True if nobody but these nodes reads what `node` gives."""
+    """Return whether only the nodes `readers` read the outputs of `node`."""
     for value in node.outputs:
         if value.is_graph_output():
             return False

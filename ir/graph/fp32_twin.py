@@ -1,4 +1,4 @@
-"""The fp32 twin of a bf16 graph: onnxruntime on a CPU has no bf16 kernels, and a graph must run to be checked."""
+"""Make the fp32 twin of a bf16 graph, so that onnxruntime, which has no bf16 kernels on a CPU, can run and check it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import onnx_ir
 from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
 
-#: Attributes of standard ops that hold a data type.
+#: Attributes of standard operators that hold a data type.
 _DTYPE_ATTRIBUTES = {"to", "dtype", "output_dtype"}
 
 
 def fp32_twin(model: onnx_ir.Model) -> onnx_ir.Model:
-    """A clone with every BFLOAT16 (values, casts, constants, weights) replaced by FLOAT; weights stay lazy."""
+    """Return a clone with every BFLOAT16 (values, casts, constants, weights) replaced by FLOAT; weights stay lazy."""
     twin = model.clone()
     for graph in _all_graphs(twin):
         for value in (*graph.inputs, *graph.initializers.values()):
@@ -29,7 +29,7 @@ def fp32_twin(model: onnx_ir.Model) -> onnx_ir.Model:
 
 
 def _all_graphs(model: onnx_ir.Model) -> Iterator[onnx_ir.Graph]:
-    """The main graph, the bodies of functions, and the subgraphs of both."""
+    """Yield the main graph, the bodies of functions, and the subgraphs of both."""
     yield from model.graphs()
     for function in model.functions.values():
         yield function.graph
@@ -38,7 +38,7 @@ def _all_graphs(model: onnx_ir.Model) -> Iterator[onnx_ir.Graph]:
 
 def _widen_value(value: onnx_ir.Value) -> None:
     if value.dtype == DataType.BFLOAT16:
-        value.type = onnx_ir.TensorType(DataType.FLOAT)  # a new one: clones share theirs with the original
+        value.type = onnx_ir.TensorType(DataType.FLOAT)  # A new object: a clone shares its types with the original.
     if value.const_value is not None and value.const_value.dtype == DataType.BFLOAT16:
         value.const_value = _wide(value.const_value)
 

@@ -1,7 +1,7 @@
-"""passopt's own operators: ONNX local functions in domain `passopt`, with a body of standard operators.
+"""Define passopt's own operators: ONNX local functions in domain `passopt`, with bodies of standard operators.
 
-Whoever knows the name may dispatch on it; every other tool runs the body. Shapes: b batch, h heads, q positions of this
-step, p positions in the cache, t = p + q, d channels of a head.
+A target that knows an operator's name may run a kernel of its own for it; every other tool runs the body. Shapes use
+b batch, h heads, q positions of this step, p positions in the cache, t = p + q, d channels of a head.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ DOMAIN = "passopt"
 ALIBI_ATTENTION = "AlibiAttention"
 ALIBI_ATTENTION_NO_CACHE = "AlibiAttentionNoCache"
 
-#: The oldest opset whose Attention the bodies can call.
+#: The oldest opset that has the Attention operator which the bodies call.
 OLDEST_OPSET = 23
 
-#: Scores below half of fp32's lowest number are masked; at the lowest itself, Attention gives 0 for a fully masked row.
+#: The bias is clamped to half of fp32's lowest number, which still masks. At the lowest number itself, Attention would
+#: return 0 for a fully masked row.
 _CORE = """
     axes = Constant <value_ints = [1, 2]> ()
     columns = Unsqueeze (positions, axes)
@@ -45,13 +46,15 @@ AlibiAttentionNoCache <scale> (query, key, value, slopes, positions, mask) => (y
 
 
 def local_function(op_type: str, opset: int) -> onnx_ir.Function | None:
-    """The definition of an operator of domain `passopt` over `opset` (at least 23); None if there is none.
+    """Return the definition of an operator of domain `passopt` over `opset`, or None if there is none.
 
-    AlibiAttention: query [b, h, q, d], key and value [b, h_kv, q, d], slopes [h, 1, 1] and positions [1 or b, t] and
-    mask [1 or b, 1, q, t] in fp32, past_key and past_value [b, h_kv, p, d], attribute scale; gives y [b, h, q, d] and
-    the grown cache, present_key and present_value [b, h_kv, t, d]. y = softmax(query·keyᵀ·scale + slopes·positions +
-    mask)·value, computed in fp32: in fp16, column 4095 of the bias is off by 2. AlibiAttentionNoCache has neither past
-    nor present.
+    There is none for an unknown name, nor for an opset below 23.
+
+    AlibiAttention computes y = softmax(query·keyᵀ·scale + slopes·positions + mask)·value in fp32, because in fp16
+    column 4095 of the bias would be off by 2. Its inputs are query `[b, h, q, d]`, key and value `[b, h_kv, q, d]`;
+    slopes `[h, 1, 1]`, positions `[1 or b, t]` and mask `[1 or b, 1, q, t]`, all three in fp32; past_key and past_value
+    `[b, h_kv, p, d]`. Its attribute is scale. Its outputs are y `[b, h, q, d]` and the grown cache, present_key and
+    present_value `[b, h_kv, t, d]`. AlibiAttentionNoCache is the same with neither past nor present.
     """
     body = _BODIES.get(op_type)
     if body is None or opset < OLDEST_OPSET:
@@ -61,7 +64,10 @@ def local_function(op_type: str, opset: int) -> onnx_ir.Function | None:
 
 
 def infer_function_types(node: onnx_ir.Node) -> None:
-    """Types and shapes of a call's outputs: y as the query, as wide as the values; the cache grown by what is new."""
+    """Set types and shapes of the outputs of a call of a passopt function.
+
+    The result y has the shape of the query, but the width of the values; the cache grows by the new positions.
+    """
     if node.op_type not in _BODIES:
         return
     query, value = node.inputs[0], node.inputs[2]
@@ -76,7 +82,10 @@ def infer_function_types(node: onnx_ir.Node) -> None:
 
 
 def grown(past: onnx_ir.Shape | None, new: onnx_ir.Shape | None) -> onnx_ir.Shape | None:
-    """[b, h, p, d] and [b, h, q, d] joined along positions; symbols are summed in alphabetical order, as exports do."""
+    """Return the shape of a past `[b, h, p, d]` and new positions `[b, h, q, d]` joined along the positions.
+
+    Symbols are summed in alphabetical order, as exports do. The result is None unless both shapes have four known axes.
+    """
     if past is None or new is None or len(past) != 4 or len(new) != 4:
         return None
     lengths = [past[2], new[2]]
@@ -99,7 +108,7 @@ def _set(value: onnx_ir.Value, kind: onnx_ir.TypeProtocol | None, shape: onnx_ir
 
 
 def called_functions(model: onnx_ir.Model) -> set[onnx_ir.OperatorIdentifier]:
-    """Functions that the graph calls, or that such functions call."""
+    """Return the identifiers of the functions that the graph calls, directly or through other functions."""
     called: set[onnx_ir.OperatorIdentifier] = set()
     work = list(model.graph.all_nodes())
     while work:

@@ -1,4 +1,7 @@
-"""What a caller sees of a model: names, order, dtypes and shapes of its inputs and outputs. Passes keep it."""
+"""Record what callers see of a model, and check that passes keep it.
+
+That is the names, the order, the dtypes and the shapes of its inputs and outputs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class _Port:
     name: str | None
     dtype: onnx_ir.DataType | None
     dims: tuple[Dimension, ...] | None
-    #: Symbols that no input has, such as an exporter makes up for a length that it does not know.
+    #: Symbols that no input has: an exporter makes one up for a length that it does not know.
     made_up: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
@@ -25,7 +28,7 @@ class _Port:
         return f"{self.dtype.name if self.dtype is not None else 'any dtype'}{dims}"
 
     def allows(self, other: _Port) -> bool:
-        """True if `other` says the same, or more where nothing was said."""
+        """Return whether `other` states the same, or more where this port states nothing."""
         if self.dtype is not None and self.dtype != other.dtype:
             return False
         if self.dims is None:
@@ -38,20 +41,21 @@ class _Port:
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """Inputs and outputs as they stood when `of` was called."""
+    """The inputs and outputs of a model at the time when `of` was called."""
 
     inputs: tuple[_Port, ...]
     outputs: tuple[_Port, ...]
 
     @classmethod
     def of(cls, model: onnx_ir.Model) -> Interface:
+        """Return the interface that the model has now."""
         inputs = _ports(model.graph.inputs)
         stated = {dim for port in inputs for dim in port.dims or () if isinstance(dim, str)}
         named = {name for dim in stated for name in _names(dim)}
         return cls(inputs, tuple(_with_made_up(port, named) for port in _ports(model.graph.outputs)))
 
     def check(self, model: onnx_ir.Model) -> None:
-        """Raise VerifyError if the model's interface is another one now."""
+        """Raise VerifyError if the model's interface is a different one now."""
         now = Interface.of(model)
         _check("graph input", self.inputs, now.inputs)
         _check("graph output", self.outputs, now.outputs)
@@ -64,7 +68,7 @@ def _with_made_up(port: _Port, named: set[str]) -> _Port:
 
 
 def _names(symbol: str) -> set[str]:
-    """`past+2*seq` names past and seq."""
+    """Return the names in a symbolic length: `past+2*seq` contains past and seq."""
     return {name for name in re.split(r"[^A-Za-z0-9_.]+", symbol) if not name.isdigit()} - {""}
 
 

@@ -1,7 +1,8 @@
-"""What linear a node computes, and of which weight: the one reading that passes, sharding and code generation share.
+"""Recognise linear layers: find the input, weight, scales and bias behind a MatMul or Gemm.
 
-A linear is y = x · wᵀ (+ bias) with a constant weight: MatMul or Gemm, plain or of int8 codes per output channel, and
-the integer form with activations quantised row by row, whose last Mul stands for the whole. Nothing is changed here.
+Passes, sharding and code generation all use this module; it changes nothing. A linear is y = x · wᵀ (+ bias) with a
+constant weight: a MatMul or Gemm over floats or over int8 codes with a scale per output channel. It may also be the
+integer form, whose activations are quantised row by row; then the last Mul stands for the whole linear.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from typing import Literal, TypeAlias
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import MODEL_FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import constant_tensor, expression_of, small_constant
 
-#: Codes are within ±127, so that -x has the code of x negated.
+#: Codes lie within ±127, so that the code of -x is the negated code of x.
 LARGEST_CODE = 127
 Activations: TypeAlias = Literal["float", "dynamic"]
-
-_FLOATS = frozenset({onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16})
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearWeight:
-    """A constant matrix as a linear reads it. `transposed`: stored [n, k], else [k, n]; n output channels.
+    """A constant matrix as a linear reads it, with n output channels: stored `[n, k]` if `transposed`, else `[k, n]`.
 
-    `scales` [n] are None for a float weight; then `value` holds floats, else int8 codes without a zero point.
+    For a float weight, `scales` is None and `value` holds floats. Otherwise `scales` is `[n]` and `value` holds int8
+    codes without a zero point. `nodes` are those between the constant and the linear.
     """
 
     value: onnx_ir.Value
@@ -37,12 +38,12 @@ class LinearWeight:
 
     @property
     def channels(self) -> int | None:
-        """n; None if it is not a number."""
+        """Return n, the number of output channels; None if it is not a known number."""
         return self._length(0 if self.transposed else 1)
 
     @property
     def contracted(self) -> int | None:
-        """k; None if it is not a number."""
+        """Return k, the length that is summed over; None if it is not a known number."""
         return self._length(1 if self.transposed else 0)
 
     def _length(self, axis: int) -> int | None:
@@ -50,14 +51,14 @@ class LinearWeight:
         return length if isinstance(length, int) else None
 
     def expression(self) -> Expression:
-        """The floats or codes as [n, k], however they are stored."""
+        """Return the floats or codes as `[n, k]`, however they are stored."""
         found = _expression(self.value)
         return found if self.transposed else found.transpose()
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedRows:
-    """Rows of `input` [.., k] as int8 `codes` [.., k], fp32 `scales` [.., 1] each: x ≈ codes · scales."""
+    """The rows of `input` `[.., k]` as int8 `codes` `[.., k]` with fp32 `scales` `[.., 1]`: x ≈ codes · scales."""
 
     input: onnx_ir.Value
     codes: onnx_ir.Value
@@ -67,10 +68,10 @@ class QuantizedRows:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """`output` [.., n] = `input` [.., k] · weightᵀ + `bias`. `rows` are the input quantised, if it is dynamic.
+    """A linear: `output` `[.., n]` = `input` `[.., k]` · weightᵀ + `bias`; `rows` is the input quantised, if it is.
 
-    `nodes` are all that compute it, in order from the input to the output. Those of `rows` may serve several linears
-    of one input, and those of the weight several linears of one weight.
+    `nodes` are all nodes that compute it, in order from the input to the output. Nodes of `rows` may be shared with
+    other linears of the same input, and nodes of the weight with other linears of the same weight.
     """
 
     input: onnx_ir.Value
@@ -82,19 +83,24 @@ class Linear:
 
     @property
     def activations(self) -> Activations:
+        """Return "dynamic" if the input is quantised row by row at run time, else "float"."""
         return "float" if self.rows is None else "dynamic"
 
     @property
     def scales(self) -> onnx_ir.Value | None:
+        """Return the scales `[n]` of the weight; None for a float weight."""
         return self.weight.scales
 
     def scales_expression(self) -> Expression | None:
-        """[n], None for a float weight."""
+        """Return the scales `[n]` of the weight as an expression; None for a float weight."""
         return None if self.weight.scales is None else _expression(self.weight.scales)
 
 
 def find_linear(node: onnx_ir.Node) -> Linear | None:
-    """The linear whose last operator is this MatMul, Gemm or, with dynamic activations, Mul; None if it is none."""
+    """Return the linear whose last operator is `node`, or None if there is none.
+
+    That operator is a MatMul or Gemm or, with dynamic activations, a Mul.
+    """
     if node.domain:
         return None
     if node.op_type == "Mul":
@@ -108,22 +114,24 @@ def find_linear(node: onnx_ir.Node) -> Linear | None:
 
 
 def find_weight(node: onnx_ir.Node) -> LinearWeight | None:
-    """The weight on the right of a MatMul: [Transpose of] [DequantizeLinear of] a constant; or of a plain Gemm.
+    """Return the weight on the right of a MatMul or plain Gemm, or None if there is no such constant weight.
 
-    None for computed operands, weights of other than two axes, a Gemm with factors or a transposed input, and codes
-    with a zero point, blocks, or scales along the contraction.
+    The weight is a constant, optionally behind a DequantizeLinear, a Transpose, or both. The result is None for a
+    computed operand, for a weight that does not have two axes, for a Gemm with factors or a transposed input, and for
+    codes with a zero point, blocks, or scales along the contracted axis.
     """
     if node.domain or node.op_type not in {"MatMul", "Gemm"} or (node.op_type == "Gemm" and not _is_plain(node)):
         return None
     turned = node.op_type == "Gemm" and bool(_integer(node, "transB", 0))
     found = _weight(node.inputs[1], turned=turned)
-    return None if found is None or (found.scales is None and found.value.dtype not in _FLOATS) else found
+    return None if found is None or (found.scales is None and found.value.dtype not in MODEL_FLOATS) else found
 
 
 def find_dynamic_linear(node: onnx_ir.Node) -> Linear | None:
-    """The linear with dynamic activations whose last operator is this Mul (by the weight's scales); None if it is none.
+    """Return the linear with dynamic activations whose last operator is this Mul by the weight's scales, else None.
 
-    ``Mul(Mul(Cast<fp32>(MatMulInteger(rows.codes, Transpose(codes))), rows.scales), scales)``, factors in any order.
+    The form is ``Mul(Mul(Cast<fp32>(MatMulInteger(rows.codes, Transpose(codes))), rows.scales), scales)``, with the
+    factors of both Mul in any order.
     """
     if node.op_type != "Mul" or node.domain:
         return None
@@ -155,10 +163,10 @@ def _of_codes(last: onnx_ir.Node, scales: onnx_ir.Value, product: onnx_ir.Node) 
 
 
 def find_rows(codes: onnx_ir.Value | None) -> QuantizedRows | None:
-    """The quantisation by rows that gives these codes; None for anything else.
+    """Return the row-by-row quantisation that produces these codes; None for anything else.
 
-    ``q = Div(ReduceMax(Abs(x), -1, keepdims), 127)``, ``scales = Where(Equal(q, 0), 1, q)``,
-    ``codes = Cast<int8>(Clip(Round(Div(x, scales)), -127, 127))``
+    The form is ``q = Div(ReduceMax(Abs(x), -1, keepdims), 127)``, ``scales = Where(Equal(q, 0), 1, q)``,
+    ``codes = Cast<int8>(Clip(Round(Div(x, scales)), -127, 127))``.
     """
     chain = _chain(codes, ("Cast", "Clip", "Round", "Div"))
     if chain is None or _integer(chain[0], "to", 0) != onnx_ir.DataType.INT8 or not _clips_to_codes(chain[1]):
@@ -181,7 +189,7 @@ def find_rows(codes: onnx_ir.Value | None) -> QuantizedRows | None:
 
 
 def quantized_rows_of(data: onnx_ir.Value) -> QuantizedRows | None:
-    """The quantisation by rows that the graph already computes of this value; None if there is none."""
+    """Return the row-by-row quantisation that the graph already computes from this value; None if there is none."""
     for divided in _results(data, "Div"):
         for rounded in _results(divided, "Round"):
             for clipped in _results(rounded, "Clip"):
@@ -193,13 +201,13 @@ def quantized_rows_of(data: onnx_ir.Value) -> QuantizedRows | None:
 
 
 def linears_of_rows(rows: QuantizedRows) -> list[Linear]:
-    """The linears that multiply these rows."""
+    """Return the linears that multiply these rows."""
     sums = [use.node for use in rows.codes.uses() if use.node.op_type == "MatMulInteger" and use.idx == 0]
     return [linear for node in sums if (linear := linear_of_sums(node)) is not None]
 
 
 def linear_of_sums(node: onnx_ir.Node) -> Linear | None:
-    """The linear with dynamic activations that this MatMulInteger is the integer product of; None if it is of none."""
+    """Return the linear with dynamic activations whose integer product is this MatMulInteger; None if there is none."""
     if node.op_type != "MatMulInteger" or node.domain:
         return None
     for cast in node.outputs[0].consumers():
@@ -212,14 +220,14 @@ def linear_of_sums(node: onnx_ir.Node) -> Linear | None:
 
 
 def reads_codes(node: onnx_ir.Node, index: int) -> bool:
-    """True if input `index` is the codes of a weight, dequantised or multiplied as integers."""
+    """Return whether input `index` is the codes of a weight, to be dequantised or multiplied as integers."""
     if node.op_type == "Transpose":
         return any(reads_codes(use.node, use.idx) for use in node.outputs[0].uses() if use.node.op_type != "Transpose")
     return (node.op_type, index) in {("DequantizeLinear", 0), ("MatMulInteger", 1)} and not node.domain
 
 
 def reads_scales(node: onnx_ir.Node, index: int) -> bool:
-    """True if input `index` is the scales of a weight's codes, dequantised or multiplied as integers."""
+    """Return whether input `index` is the scales of a weight's codes, to dequantise them or scale integer products."""
     if node.op_type == "DequantizeLinear":
         return index == 1
     linear = find_dynamic_linear(node)
@@ -227,7 +235,7 @@ def reads_scales(node: onnx_ir.Node, index: int) -> bool:
 
 
 def _weight(operand: onnx_ir.Value | None, *, turned: bool) -> LinearWeight | None:
-    """The constant behind a right operand, [k, n], or [n, k] if it is `turned`."""
+    """Return the constant weight behind a right operand, `[n, k]` if `turned`, else `[k, n]`; None if there is none."""
     nodes: list[onnx_ir.Node] = []
     transpose = _producer(operand, "Transpose")
     if transpose is not None:
@@ -247,7 +255,7 @@ def _weight(operand: onnx_ir.Value | None, *, turned: bool) -> LinearWeight | No
         return None
     found = LinearWeight(operand, scales, turned, tuple(reversed(nodes)))
     if dequantize is None:
-        return found if operand.dtype in _FLOATS or operand.dtype == onnx_ir.DataType.INT8 else None
+        return found if operand.dtype in MODEL_FLOATS or operand.dtype == onnx_ir.DataType.INT8 else None
     along = _integer(dequantize, "axis", 1) % 2
     fits = operand.dtype == onnx_ir.DataType.INT8 and along == (0 if turned else 1)
     return found if fits and scales is not None and _is_vector(scales, found.channels) else None
@@ -272,7 +280,7 @@ def _producer(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
 
 
 def _chain(value: onnx_ir.Value | None, op_types: tuple[str, ...]) -> list[onnx_ir.Node] | None:
-    """The producers from `value` back along first inputs, if they are these operators."""
+    """Return the producers from `value` back along first inputs, if they are exactly these operators, else None."""
     nodes: list[onnx_ir.Node] = []
     for op_type in op_types:
         node = _producer(value, op_type)
@@ -284,7 +292,7 @@ def _chain(value: onnx_ir.Value | None, op_types: tuple[str, ...]) -> list[onnx_
 
 
 def _results(value: onnx_ir.Value, op_type: str) -> list[onnx_ir.Value]:
-    """The first outputs of the nodes of this operator that read `value` first."""
+    """Return the first outputs of the nodes of type `op_type` that read `value` as their first input."""
     uses = [use for use in value.uses() if use.idx == 0 and use.node.op_type == op_type and not use.node.domain]
     return [use.node.outputs[0] for use in uses]
 
@@ -299,7 +307,7 @@ def _clips_to_codes(clip: onnx_ir.Node) -> bool:
 
 
 def _reduces_last_axis(node: onnx_ir.Node, data: onnx_ir.Value) -> bool:
-    """With the axis kept. Axes are an attribute before opset 18."""
+    """Return whether the node reduces the last axis and keeps it; before opset 18, axes are an attribute."""
     if not _integer(node, "keepdims", 1):
         return False
     last = {-1} if data.shape is None else {-1, len(data.shape) - 1}
@@ -315,7 +323,7 @@ def _is_number(value: onnx_ir.Value | None, number: float) -> bool:
 
 
 def _is_vector(scales: onnx_ir.Value, length: int | None) -> bool:
-    is_float = constant_tensor(scales) is not None and scales.dtype in _FLOATS
+    is_float = constant_tensor(scales) is not None and scales.dtype in MODEL_FLOATS
     return is_float and scales.shape is not None and list(scales.shape.dims) == [length]
 
 

@@ -1,4 +1,4 @@
-"""Where the language-model head is: the linear that makes the logits, whatever stands between it and the output."""
+"""Find the language-model head: the linear that makes the logits, even if other operators stand behind it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import onnx_ir
 from passopt.ir.graph.decoder import LOGITS
 from passopt.ir.graph.linears import find_dynamic_linear
 
-#: Operators that keep a position's logits a position's logits.
+#: Operators behind which the logits of a position are still the logits of that position.
 _AFTER_HEAD = frozenset({"Add", "Cast", "Identity", "AllGather", "Slice", "Mul", "Div", "Tanh"})
 
 
 def head_path(model: onnx_ir.Model) -> list[onnx_ir.Node]:
-    """The nodes from the head's MatMul or Gemm to the logits, in order; empty if the graph has no such head.
+    """Return the nodes from the head's MatMul or Gemm to the logits, in order; empty if the graph has no such head.
 
-    Of a head with dynamic activations, the first node is the last Mul, which stands for the whole linear.
+    If the head has dynamic activations, the first node is its last Mul, which stands for the whole linear.
     """
     outputs = {value.name: value for value in model.graph.outputs}
     value: onnx_ir.Value | None = outputs.get(LOGITS)
@@ -30,7 +30,7 @@ def head_path(model: onnx_ir.Model) -> list[onnx_ir.Node]:
 
 
 def is_head(node: onnx_ir.Node) -> bool:
-    """True if nothing but `_AFTER_HEAD` operators stands between this linear and the logits."""
+    """Return whether only `_AFTER_HEAD` operators stand between this linear and the logits."""
     value = node.outputs[0]
     while True:
         if value.is_graph_output():

@@ -1,4 +1,4 @@
-"""Which of two nodes of a graph comes first, kept up to date while nodes are inserted, without counting anew."""
+"""Tell which of two nodes of a graph comes first, and stay up to date on insertion without renumbering all nodes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-#: Gaps narrower than this are exhausted, and the graph is counted again.
+#: If the gap between two nodes gets narrower than this, the whole graph is numbered again.
 _NARROWEST = 1e-9
 
 
 class NodeOrder:
-    """Positions of the nodes of a graph as numbers between which others fit.
+    """Gives each node of a graph a number that grows with its position, and leaves room for numbers in between.
 
-    Whoever inserts nodes says so; nodes that entered in another way are counted when they are asked for. A removed node
-    keeps its number, which means nothing.
+    Whoever inserts nodes must report them with `insert`. If a node without a number is asked for, the graph is numbered
+    again. A removed node keeps its number, which then means nothing.
     """
 
     def __init__(self, graph: onnx_ir.Graph) -> None:
         self._graph = graph
         self._positions: dict[onnx_ir.Node, float] = {}
-        #: The free numbers on both sides of a node.
+        #: For each node, the limits below and above it between which numbers are free.
         self._gaps: dict[onnx_ir.Node, tuple[float, float]] = {}
 
     def position(self, node: onnx_ir.Node) -> float:
-        """Smaller for what comes first; for nodes of the graph only."""
+        """Return the node's number, which is smaller for a node that comes first; the node must be in the graph."""
         if node not in self._positions:
             self._count()
         return self._positions[node]
@@ -32,7 +32,13 @@ class NodeOrder:
     def insert(
         self, nodes: Sequence[onnx_ir.Node], *, before: onnx_ir.Node | None = None, after: onnx_ir.Node | None = None
     ) -> None:
-        """These nodes, in this order, were put right before or right after a node (neither: at the end)."""
+        """Report that these nodes, in this order, were inserted next to a node, or at the end if none is given.
+
+        Args:
+            nodes: The inserted nodes.
+            before: The node in front of which they stand.
+            after: The node behind which they stand; it takes precedence over `before`.
+        """
         anchor = after if after is not None else before
         if not nodes or not self._positions:
             return

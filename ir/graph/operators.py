@@ -1,15 +1,15 @@
-"""What is known of ONNX's operators by their names."""
+"""List facts about ONNX operators by their names."""
 
 from __future__ import annotations
 
-#: Give other numbers in every run. (Dropout does not, as long as nobody trains.)
+#: Operators whose results differ in every run. (Dropout is not among them, since it does nothing outside of training.)
 RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
 
 
 def operators(*lines: str) -> frozenset[str]:
-    """The names in lines of text."""
+    """Return the operator names in lines of text, where they are separated by spaces."""
     return frozenset(name for line in lines for name in line.split())
 
 

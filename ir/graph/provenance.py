@@ -1,7 +1,7 @@
-"""Where a node comes from, in its metadata: it survives every pass and lies in model.onnx.
+"""Record in a node's metadata where it comes from; the record survives every pass and is saved in model.onnx.
 
-`passopt.pass` the passes that made it, oldest first · `passopt.from` the original nodes it stands for ·
-`passopt.module` the module of the checkpoint's class · `passopt.source` the lines of the modeling source.
+The keys are `passopt.pass`, the passes that made the node, oldest first; `passopt.from`, the original nodes that it
+stands for; `passopt.module`, the module of the checkpoint's class; `passopt.source`, the lines of the modeling source.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ SOURCE = "passopt.source"
 
 
 def set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.Node]) -> None:
-    """The pass `author` made `node` of `origins`: their names, passes, modules and source lines become its own."""
+    """Record that the pass `author` made `node` from `origins`, and pass their names, passes, modules and lines on."""
     node.metadata_props.update(provenance_of(author, origins))
 
 
 def provenance_of(author: str, origins: Sequence[onnx_ir.Node]) -> dict[str, str]:
-    """The metadata of whatever the pass `author` makes of `origins`."""
+    """Return the metadata of a node that the pass `author` makes from the nodes `origins`."""
     stated = [origin.metadata_props for origin in origins]
     found = {MADE_BY: _joined([*(item[MADE_BY] for item in stated if MADE_BY in item), author])}
     if origins:
@@ -35,12 +35,12 @@ def provenance_of(author: str, origins: Sequence[onnx_ir.Node]) -> dict[str, str
 
 
 def absorb_provenance(kept: onnx_ir.Node, removed: onnx_ir.Node, author: str) -> None:
-    """`kept` stands for the equal node `removed` as well, by the pass `author`."""
+    """Record that, by the pass `author`, `kept` now also stands for the equal node `removed`."""
     set_provenance(kept, author, [kept, removed])
 
 
 def _common_module(modules: Sequence[str]) -> str:
-    """The innermost module that holds them all: an attention's projections and scores are `self_attn`'s."""
+    """Return the innermost module that contains all of `modules`: `self_attn` for its projections and its scores."""
     first, *others = [module.split(".") for module in modules]
     common = first
     for other in others:
@@ -50,7 +50,7 @@ def _common_module(modules: Sequence[str]) -> str:
 
 
 def merged_sources(sources: Iterable[str]) -> str:
-    """`modeling.py:70` and `modeling.py:74` → `modeling.py:70-74`, file by file."""
+    """Merge source lines file by file: `modeling.py:70` and `modeling.py:74` become `modeling.py:70-74`."""
     lines: dict[str, list[int]] = {}
     for source in (part for text in sources for part in text.split(",")):
         file, _, numbers = source.rpartition(":")

@@ -1,7 +1,7 @@
-"""Find the decoder layers in a node list: the longest run of blocks that are equal but for an index that advances.
+"""Find the decoder layers in a node list: the longest run of blocks that are equal except for the layer number.
 
-Used by canonical text, so that 40 identical layers print as one. Nothing is assumed about names but that a layer's
-weights differ in one number, as in `model.layers.3.mlp` and `model.layers.4.mlp`.
+Canonical text uses this to print 40 identical layers as one. The only assumption about names is that the weights of
+two successive layers differ in one number, as in `model.layers.3.mlp` and `model.layers.4.mlp`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ _SHORTEST_BLOCK = 8
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Nodes [start, start + period × count) are `count` equal blocks of `period` nodes."""
+    """A run of equal blocks: the nodes [start, start + period × count) are `count` blocks of `period` nodes.
+
+    `carried` pairs the name of each value that enters the first block with the one that the second block reads in its
+    place.
+    """
 
     start: int
     period: int
@@ -32,11 +36,12 @@ class Run:
 
     @property
     def stop(self) -> int:
+        """Return the index of the first node behind the run."""
         return self.start + self.period * self.count
 
 
 def longest_run(nodes: list[onnx_ir.Node]) -> Run | None:
-    """The longest run of at least two blocks, or None."""
+    """Return the longest run of at least two blocks, or None if nothing repeats."""
     finder = _Finder(nodes)
     runs = [run for anchor, period in finder.candidates() if (run := finder.run(anchor, period))]
     return max(runs, key=lambda run: run.period * run.count, default=None)
@@ -49,7 +54,7 @@ class _Finder:
         self._keys = [_key(node) for node in nodes]
 
     def candidates(self) -> list[tuple[int, int]]:
-        """Likely (first weight's position, block length), from nodes that read weights whose names advance."""
+        """Return likely pairs (position of a layer's first weight, block length), guessed from the numbers in names."""
         places: dict[object, list[int]] = collections.defaultdict(list)
         for index, node in enumerate(self.nodes):
             for value in node.inputs:
@@ -60,12 +65,12 @@ class _Finder:
             gaps.update(later - earlier for earlier, later in itertools.pairwise(found))
         likely = [gap for gap, _ in gaps.most_common(3) if gap >= _SHORTEST_BLOCK]
         repeated = [found for found in places.values() if len(found) > 1]
-        # The first layer may differ from the others, where it computes what they share.
+        # The first layer may differ from the others, because it computes what they share: start at the second, too.
         anchors = [min(found[layer] for found in repeated) for layer in (0, 1)] if repeated else []
         return [(anchor, gap) for gap in likely for anchor in anchors]
 
     def run(self, anchor: int, period: int) -> Run | None:
-        """The longest run of blocks of `period` nodes, the first of which holds node `anchor`."""
+        """Return the longest run of blocks of `period` nodes whose first block contains the node `anchor`."""
         best: Run | None = None
         for start in range(max(0, anchor - period + 1), anchor + 1):
             carried: dict[str, str] = {}
@@ -80,9 +85,10 @@ class _Finder:
         return best
 
     def _same_block(self, start: int, period: int, origin: int, carried: dict[str, str] | None) -> bool:
-        """True if the block at `start` equals the next one; `carried` allows another value to enter the first block.
+        """Return whether the block at `start` equals the next one.
 
-        `origin` is where the first block starts: what lies before it, all blocks may share.
+        `origin` is where the first block starts: all blocks may share what lies before it. `carried`, if given,
+        collects the values that enter the first block where the second reads a result of the block before it.
         """
         if start + 2 * period > len(self.nodes):
             return False
@@ -113,7 +119,7 @@ class _Finder:
             return x is y
         first, second = x.producer(), y.producer()
         inside = first is not None and self.position[id(first)] >= origin
-        if x is y:  # what all layers read is neither made by one of them nor handed on
+        if x is y:  # A value that all layers read is made before them, and is not passed from layer to layer.
             shared = carried is None or carried.setdefault(x.name or "", y.name or "") == (y.name or "")
             return shared and not inside
         if first is None and second is None:
@@ -122,18 +128,18 @@ class _Finder:
             return False
         back = later - self.position[id(second)]
         if first is not None and x.index() == y.index():
-            # A value from before the layers has its place by chance: in the first one it is carried, see below.
+            # Equal distances mean something only inside of the layers: a value from before them stands anywhere.
             if inside and index - self.position[id(first)] == back:
                 return True
             if self.position[id(second)] < origin and self._same_prelude(first, second):
                 return True
         if carried is None or inside or not index - origin < back <= later - origin:
             return False
-        # What enters the first layer from before is what later layers get from the layer before them.
+        # The first layer reads a value from before the layers, where later ones read a result of the layer before.
         return carried.setdefault(x.name or "", y.name or "") == (y.name or "")
 
     def _same_prelude(self, first: onnx_ir.Node, second: onnx_ir.Node) -> bool:
-        """Nodes before all layers that stand for a layer each, such as the length of its cache."""
+        """Return whether two nodes before the layers correspond, each serving one layer, such as its cache's length."""
         if self._keys[self.position[id(first)]] != self._keys[self.position[id(second)]]:
             return False
         for x, y in zip(first.inputs, second.inputs, strict=True):
@@ -170,7 +176,7 @@ def _same_leaf(x: onnx_ir.Value, y: onnx_ir.Value) -> bool:
 
 
 def _advances(earlier: str | None, later: str | None) -> bool:
-    """Equal but for numbers between dots, each of which is equal or one more, and at least one is more."""
+    """Return whether two names are equal except that at least one number between dots is one more in the later name."""
     one, other = _NUMBER.split(f".{earlier}."), _NUMBER.split(f".{later}.")
     if len(one) != len(other) or one[0::2] != other[0::2]:
         return False

@@ -1,4 +1,4 @@
-"""What is known of shapes without running anything: missing types filled in, integer vectors read by element.
+"""Find shapes without running anything: fill in missing types, and read integer vectors element by element.
 
 Exporters compute reshape targets in the graph (`Concat(batch, seq, 6, 12)`); `elements` reads such a vector back.
 """
@@ -13,17 +13,18 @@ from typing import TypeAlias
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.graph.builder import MICROSOFT, infer_types, types_memo
+from passopt.ir.graph.builder import MICROSOFT, infer_types
 from passopt.ir.graph.functions import DOMAIN
+from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import small_constant
 
-#: Targets of reshapes have a handful of elements; longer vectors are data.
+#: The target of a reshape has a handful of elements; a longer vector is data and is not read.
 _LONGEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class DimOf:
-    """An element that is the length of `axis` of `value` at run time."""
+    """An element of a vector that is, at run time, the length of `axis` of `value`."""
 
     value: onnx_ir.Value
     axis: int
@@ -31,7 +32,7 @@ class DimOf:
 
 @dataclasses.dataclass(frozen=True)
 class ConstantElement:
-    """An element that is a constant: element `index` of the small initializer `value`."""
+    """An element of a vector that is the constant `number`: element `index` of the small initializer `value`."""
 
     number: int
     value: onnx_ir.Value
@@ -43,7 +44,11 @@ Dimension: TypeAlias = "int | str | None"
 
 
 def elements(value: onnx_ir.Value | None) -> list[Element] | None:
-    """The elements of an int64 scalar or vector; None if not even their number is known."""
+    """Return the elements of an int64 scalar or vector, or None if not even their number is known.
+
+    An element is a `ConstantElement`, a `DimOf`, or None if nothing is known about it. A vector of more than 16
+    elements is data and gives None.
+    """
     if value is None:
         return None
     array = small_constant(value)
@@ -107,7 +112,7 @@ def _sliced(node: onnx_ir.Node) -> list[Element] | None:
 
 
 def _chosen(node: onnx_ir.Node) -> list[Element] | None:
-    """Where(Equal(shape, -1), ones, shape), as exporters write an Expand that keeps lengths marked by -1."""
+    """Read Where(Equal(shape, -1), ones, shape), which exporters write for an Expand that keeps lengths given as -1."""
     compared = node.inputs[0].producer() if node.inputs[0] is not None else None
     if compared is None or compared.op_type != "Equal":
         return None
@@ -123,7 +128,7 @@ def _chosen(node: onnx_ir.Node) -> list[Element] | None:
 
 
 def _equal(first: Element, second: Element) -> bool | None:
-    """None if it is not known; a length is never negative."""
+    """Return whether two elements are equal, or None if that is unknown; a length is never negative."""
     if isinstance(first, ConstantElement) and isinstance(second, ConstantElement):
         return first.number == second.number
     numbers = [item.number for item in (first, second) if isinstance(item, ConstantElement)]
@@ -132,7 +137,7 @@ def _equal(first: Element, second: Element) -> bool | None:
 
 
 def known_numbers(value: onnx_ir.Value | None) -> list[int] | None:
-    """The elements of an int64 scalar or vector, if every one is a constant or a length that the shapes state."""
+    """Return the numbers in an int64 scalar or vector if all are constants or lengths that shapes state, else None."""
     numbers = []
     for item in elements(value) or [None]:
         number = item.number if isinstance(item, ConstantElement) else None
@@ -146,35 +151,36 @@ def known_numbers(value: onnx_ir.Value | None) -> list[int] | None:
 
 
 def dimensions(value: onnx_ir.Value) -> list[Dimension] | None:
-    """The shape as integers, symbol names and None (unknown); None without a known rank."""
+    """Return the shape as a list of integers, symbol names and None (unknown), or None if the axes are not known."""
     if value.shape is None:
         return None
     return [dim if isinstance(dim, int) else _sorted_sum(dim.value) for dim in value.shape.dims]
 
 
 def _sorted_sum(symbol: str | None) -> str | None:
-    """`seq+past` is `past+seq`, in whichever order an exporter adds."""
+    """Return a sum of symbols in alphabetical order: exporters write `seq+past` or `past+seq` for the same length."""
     if symbol is None or "+" not in symbol or "(" in symbol:
         return symbol
     return "+".join(sorted(part.strip() for part in symbol.split("+")))
 
 
 def complete_types(model: onnx_ir.Model) -> None:
-    """Fill in dtypes and shapes that the model does not state. What a model states is never changed.
+    """Fill in dtypes and shapes that the model does not state, and never change those that it states.
 
-    Nor are graph outputs, whose types are part of the text: `complete_outputs` does those, where a model is read.
+    Graph outputs are left alone, because their types are part of the text; `complete_outputs` fills them in when a
+    model is read.
     """
     _complete(model, lambda value: not value.is_graph_output())
 
 
 def complete_outputs(model: onnx_ir.Model) -> None:
-    """Give graph outputs the dtypes and shapes that they lack, for whoever reads a model: passes then find them."""
+    """Fill in the dtypes and shapes of graph outputs; whoever reads a model calls this, so that passes find them."""
     if not all(_is_complete(value) for value in model.graph.outputs):
         _complete(model, lambda value: True)
 
 
 def _complete(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool]) -> None:
-    opset, memo = model.graph.opset_imports.get("", 0), types_memo(model)
+    opset, memo = model.graph.opset_imports.get("", 0), RunContext.of(model).types
     for node in model.graph:
         if node.domain not in {"", MICROSOFT, DOMAIN}:
             continue
@@ -184,7 +190,7 @@ def _complete(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool]) -> 
         try:
             infer_types(node, opset, memo)
         except VerifyError:
-            continue  # the checker will say so; here the node merely stays without a shape
+            continue  # The checker reports this error; here the node only stays without a shape.
         for value, (kind, shape) in zip(node.outputs, stated, strict=True):
             value.type = kind or (value.type if wanted(value) else None)
             value.shape = merged_shapes(shape, value.shape) if wanted(value) else shape
@@ -199,7 +205,7 @@ def _is_complete(value: onnx_ir.Value) -> bool:
 
 
 def merged_shapes(stated: onnx_ir.Shape | None, inferred: onnx_ir.Shape | None) -> onnx_ir.Shape | None:
-    """`stated`, with what it does not say taken from `inferred`."""
+    """Return `stated`, with the lengths that it leaves open taken from `inferred`."""
     if stated is None or inferred is None or len(stated) != len(inferred):
         return stated or inferred
     pairs = zip(stated.dims, inferred.dims, strict=True)
@@ -207,7 +213,7 @@ def merged_shapes(stated: onnx_ir.Shape | None, inferred: onnx_ir.Shape | None) 
 
 
 def _complete_target(node: onnx_ir.Node) -> None:
-    """Reshape, Expand and Slice: read the target or the axes where inference gave up on them."""
+    """Set the output shape of a Reshape, Expand or Slice from its target or axes, where inference gave up on them."""
     if node.op_type == "Slice":
         _complete_slice(node)
         return
@@ -235,9 +241,10 @@ def _complete_target(node: onnx_ir.Node) -> None:
 
 
 def _expanded(target: Dimension, length: Dimension) -> Dimension:
-    """The length of an axis of `length` after Expand to `target`. Of two symbols either may be 1, and broadcast.
+    """Return the length of an axis of `length` after Expand to `target`.
 
-    Exporters expand to the length that comes out, so that a target is believed where the length is unknown.
+    Either of two symbols may be 1 and broadcast, so their result is unknown. If `length` is unknown, the result is
+    `target`, because exporters expand to the length that comes out.
     """
     if target == length or length in (1, None):
         return target
@@ -247,7 +254,7 @@ def _expanded(target: Dimension, length: Dimension) -> Dimension:
 
 
 def _complete_slice(node: onnx_ir.Node) -> None:
-    """A bound that is computed leaves all axes unknown to inference, also those that are not cut."""
+    """Keep the lengths of axes that are not cut: a computed bound makes inference give up on all axes."""
     source, output = node.inputs[0], node.outputs[0]
     axes = small_constant(node.inputs[3]) if len(node.inputs) > 3 else None
     before = dimensions(source) if source is not None else None
@@ -259,7 +266,7 @@ def _complete_slice(node: onnx_ir.Node) -> None:
 
 
 def _symbols_of_parts(target: onnx_ir.Value | None) -> list[Dimension] | None:
-    """The elements of a Concat as lengths, with those that are a multiple or a fraction of a length."""
+    """Return the elements of a Concat as lengths, including multiples and fractions of a length; None if unreadable."""
     node = target.producer() if target is not None else None
     if node is None or node.op_type != "Concat":
         return None
@@ -273,7 +280,10 @@ def _symbols_of_parts(target: onnx_ir.Value | None) -> list[Dimension] | None:
 
 
 def single_length(value: onnx_ir.Value | None) -> Dimension:
-    """One int64 element as a length: of an axis, or `6*batch`, as torch writes it, for what is computed from one."""
+    """Return one int64 element as a length: a number, a symbol, or a multiple such as `6*batch`, as torch writes it.
+
+    The result is None if the element is neither a constant, the length of an axis, nor computed from one.
+    """
     node = value.producer() if value is not None else None
     found = elements(value)
     if found is not None and len(found) == 1 and found[0] is not None:
@@ -308,21 +318,24 @@ def _fraction(first: Dimension, second: Dimension) -> Dimension:
 
 
 def _factors(dims: Sequence[Dimension]) -> tuple[int, list[str]]:
-    """Numbers multiplied, and the symbols; `6*batch` counts as both."""
+    """Return the product of the numbers, and the symbols; `6*batch` counts as both."""
     number, symbols = 1, []
     for dim in dims:
         if isinstance(dim, int):
             number *= dim
         elif dim is not None:
             factor, _, symbol = dim.partition("*")
-            is_multiple = factor.isdigit() and symbol.isidentifier()  # 2*past+seq is none
+            is_multiple = factor.isdigit() and symbol.isidentifier()  # The sum 2*past+seq is not a multiple.
             number *= int(factor) if is_multiple else 1
             symbols.append(symbol if is_multiple else dim)
     return number, symbols
 
 
 def _remaining(before: list[Dimension] | None, after: list[Dimension]) -> Dimension:
-    """The length that a reshape infers: what is left of the number of elements; a symbol is one length everywhere."""
+    """Return the length that a reshape infers for -1: what remains of the number of elements, or None if unknown.
+
+    A symbol stands for the same length everywhere.
+    """
     if before is None or None in before or after.count(None) != 1:
         return None
     (total, symbols), (known, others) = _factors(before), _factors(after)
@@ -345,7 +358,12 @@ def _dimension(item: Element, source: onnx_ir.Value, position: int, *, keeps_zer
 
 
 def fits(found: Sequence[Dimension], wanted: Sequence[Dimension]) -> bool:
-    """True unless lengths are known to differ: 1 broadcasts. An exporter may leave one out, or make up a name."""
+    """Return whether two shapes may be the same one.
+
+    They may not if they have different numbers of axes, if two lengths are different numbers, or if one length is 1 and
+    the other is not, since that would broadcast. An exporter may leave a length out or make up a name for it, so
+    otherwise None and symbols fit any length.
+    """
     if len(found) != len(wanted):
         return False
     pairs = [{one, other} - {None} for one, other in zip(found, wanted, strict=True)]

@@ -1,8 +1,8 @@
-"""The cheap structure check that runs after every pass. A finding is a defect of the pass that ran last.
+"""Check the structure of a graph, cheaply, after every pass; whatever it finds is a defect of the pass that ran last.
 
-Invariants: names are unique (SSA), every input is fed or produced earlier, nothing points at removed nodes, graph
-inputs and outputs have types, those of graph outputs and casts are what the operator gives, weights are whole.
-Messages show the ten nodes around the fault.
+Invariants: names are unique (SSA); every input is fed or produced earlier; nothing points at removed nodes; graph
+inputs and outputs have types; the types of graph outputs and casts are those that the operator gives; weights are
+complete. Messages show the ten nodes before and after the fault.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import onnx
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.graph.builder import infer_types, types_memo
+from passopt.ir.graph.builder import infer_types
+from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 _CONTEXT = 10
@@ -33,7 +34,7 @@ def verify_model(model: onnx_ir.Model) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Scope:
-    """What a graph sees: its opsets and, for the body of an If or Loop, the values and nodes around it."""
+    """The surroundings of a graph: its opsets and, for the body of an If or Loop, the values and nodes around it."""
 
     opsets: Mapping[str, int]
     known: frozenset[int] = frozenset()
@@ -112,7 +113,7 @@ def _verify_initializer(name: str, value: onnx_ir.Value) -> None:
 
 
 def _verify_files(model: onnx_ir.Model) -> None:
-    """The files that weights are read from exist. Whether they changed is checked when they are opened."""
+    """Check that the files of the weights exist; whether they have changed is checked when they are opened."""
     needed: dict[str, str] = {}
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, LazyWeight):
@@ -142,7 +143,10 @@ class _Signature:
 
 @functools.cache
 def _signature(op_type: str, version: int) -> _Signature | None:
-    """What ONNX says of an operator; None if the opset has none such. Asking ONNX for every node takes its time."""
+    """Return the inputs and attributes that ONNX allows for an operator; None if the opset does not have the operator.
+
+    The result is cached, because asking ONNX for every node takes time.
+    """
     try:
         schema = onnx.defs.get_schema(op_type, version, "")
     except onnx.defs.SchemaError:
@@ -176,9 +180,9 @@ def _verify_operator(
 def _verify_types(
     node: onnx_ir.Node, model: onnx_ir.Model, opsets: Mapping[str, int], index: int, fail: object
 ) -> None:
-    """The stated dtypes of a node's outputs are those that the operator gives.
+    """Check that the stated dtypes of a node's outputs are those that the operator gives.
 
-    Not for every node: inference of a whole large graph takes seconds, and this runs after every pass.
+    This is not done for every node: inference over a large graph takes seconds, and this runs after every pass.
     """
     assert callable(fail)
     for value, given in zip(node.outputs, _given_dtypes(node, model, opsets), strict=True):
@@ -194,7 +198,7 @@ def _verify_types(
 def _given_dtypes(
     node: onnx_ir.Node, model: onnx_ir.Model, opsets: Mapping[str, int]
 ) -> Sequence[onnx_ir.DataType | None]:
-    """The dtypes that inference finds for a node's outputs, None where it finds none."""
+    """Return the dtypes that inference finds for a node's outputs, with None for those that it does not find."""
     unknown = [None] * len(node.outputs)
     if node.domain or node.op_identifier() in model.functions or next(_bodies(node), None) is not None:
         return unknown
@@ -205,10 +209,10 @@ def _given_dtypes(
     try:
         for value in node.outputs:
             value.type = None
-        infer_types(node, opsets[""], types_memo(model))
+        infer_types(node, opsets[""], RunContext.of(model).types)
         return [value.dtype for value in node.outputs]
     except VerifyError:
-        return unknown  # shapes that an exporter stated may contradict each other, which is no pass's defect
+        return unknown  # The shapes that an exporter stated may contradict each other; no pass is to blame for that.
     finally:
         for value, (kind, shape) in zip(node.outputs, stated, strict=True):
             value.type, value.shape = kind, shape

@@ -1,6 +1,6 @@
-"""Models on disk: model.onnx with weights beside it, or with a plan that says where they come from.
+"""Load and save models: model.onnx with its weights beside it, or with a plan that says where they come from.
 
-Data outside the model's folder is read only through a plan, never through `..`, absolute paths or links.
+Data outside of the model's folder is read only through a plan, never through `..`, absolute paths or links.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ from passopt.ir.weights.streaming.write_weights import write_safetensors
 MODEL_NAME = "model.onnx"
 WEIGHTS_NAME = "weights.safetensors"
 
-#: IR versions that are written: 10 has all that passopt writes, 13 is the last that current runtimes read.
+#: The ONNX IR versions that are written: 10 has all that passopt needs, 13 is the newest that current runtimes read.
 _OLDEST_IR, _NEWEST_IR = 10, 13
 
 
 def model_path(path: Path) -> Path:
-    """The model file that `path` (a file or an output folder) means. Raises ModelError with what to do."""
+    """Return the model file for `path`, which is a file or an output folder.
+
+    Raises:
+        ModelError: If there is no such model, or if the folder holds one model per rank; the message says what to do.
+    """
     if path.is_dir():
         inside = path / MODEL_NAME
         if not inside.exists() and (path / "rank0" / MODEL_NAME).exists():
@@ -44,9 +48,20 @@ def model_path(path: Path) -> Path:
 
 
 def load_model(path: Path | str) -> onnx_ir.Model:
-    """Read model.onnx; every external tensor becomes a lazy weight and no weight byte is read.
+    """Read a model; every external tensor becomes a lazy weight, so no byte of the weights is read.
 
-    A file `*.onnxtxt` is read as ONNX text.
+    Args:
+        path: A model.onnx, a folder that contains one, or a file `*.onnxtxt` with ONNX text.
+
+    Returns:
+        The model, with the types of its graph outputs completed.
+
+    Raises:
+        ModelError: If there is no such model, it cannot be read, or its weights do not fit it.
+
+    Example:
+        model = load_model("exported/model.onnx")
+        print(print_model(model))
     """
     path = model_path(Path(path))
     if path.suffix == TEXT_SUFFIX:
@@ -109,12 +124,12 @@ def _external(path: Path, value: onnx_ir.Value, tensor: onnx_ir.ExternalTensor) 
 
 
 def file_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
-    """What goes to the weight file, by name: checkpoint weights, and every constant above `SMALL_BYTES`."""
+    """Return the weights that go to the weight file, by name: checkpoint weights and constants above `SMALL_BYTES`."""
     return {name: weight for name, weight in _lazy_weights(model).items() if not _is_inline(weight)}
 
 
 def _lazy_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
-    """Every initializer that is unevaluated or too large to stay inside model.onnx."""
+    """Return every initializer that is unevaluated or too large to stay inside model.onnx, by name."""
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -128,13 +143,16 @@ def _lazy_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
 
 
 def _is_inline(weight: ex.Expression) -> bool:
-    """Small and made of literals only, such as a rank's slopes: stock tools want such constants inside model.onnx."""
+    """Return whether a weight is small and made of literals only, such as a rank's ALiBi slopes.
+
+    Other tools expect such constants inside model.onnx.
+    """
     return weight.nbytes <= SMALL_BYTES and next(weight.sources(), None) is None
 
 
 @contextlib.contextmanager
 def _standing_in(model: onnx_ir.Model, tensors: Mapping[str, onnx_ir.TensorProtocol]) -> Iterator[None]:
-    """For the time of a serialisation, these tensors stand for the initializers of their names."""
+    """Let `tensors` replace the initializers of the same names within the block, for a serialisation."""
     initializers = model.graph.initializers
     saved = {name: initializers[name].const_value for name in tensors}
     try:
@@ -158,7 +176,7 @@ def _serialized(model: onnx_ir.Model) -> bytes:
 
 
 def _ir_version(model: onnx_ir.Model) -> int:
-    """The lowest version that the opsets allow, whatever the input had: runtimes refuse versions newer than theirs."""
+    """Return the lowest IR version that the opsets allow, because runtimes refuse versions newer than theirs."""
     imports = [model.graph.opset_imports, *(function.opset_imports for function in model.functions.values())]
     opsets = [onnx.helper.make_opsetid("", versions[""]) for versions in imports if "" in versions]
     needed = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
@@ -166,7 +184,10 @@ def _ir_version(model: onnx_ir.Model) -> int:
 
 
 def model_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression], rank: int = 0) -> bytes:
-    """model.onnx of a rank as it lies beside weights.safetensors. Its length is the same for every rank."""
+    """Return the bytes of the model.onnx of a rank that refers to weights.safetensors beside it.
+
+    The number of bytes is the same for every rank.
+    """
     tensors: dict[str, onnx_ir.TensorProtocol] = {}
     for name, offset in plan_layout(weights).offsets.items():
         tensors[name] = _reference(WEIGHTS_NAME, name, weights[name], offset)
@@ -179,7 +200,7 @@ def model_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression], rank
 
 
 def save_materialized(model: onnx_ir.Model, directory: Path, rank: int = 0) -> dict[str, str]:
-    """Write model.onnx and weights.safetensors of a rank into an existing folder; returns each weight's digest."""
+    """Write model.onnx and weights.safetensors of a rank into an existing folder, and return each weight's digest."""
     weights = file_weights(model)
     (directory / MODEL_NAME).write_bytes(model_bytes(model, weights, rank))
     return write_safetensors(directory / WEIGHTS_NAME, weights, rank)

@@ -1,7 +1,7 @@
-"""Canonical text of a model, in ONNX's own syntax: what `passopt print` shows and golden tests compare.
+"""Print and parse the canonical text of a model in ONNX's syntax, as `passopt print` shows and golden tests compare.
 
-Constants of at most 16 elements stand as they are; other tensors as dtype, shape and the digest of their expression
-over tensor names. Identical decoder layers fold to one. Node metadata and doc strings are left out.
+Constants of at most 16 elements are printed in full; other tensors as dtype, shape and a digest of their expression
+over tensor names. Identical decoder layers are printed once. Node metadata and doc strings are left out.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ _NODE_NAME = re.compile(r"^\s*\[[^\]]*\] ")
 
 
 def print_model(model: onnx_ir.Model, *, fold: bool = True, canonical: bool = False) -> str:
-    """The canonical text. With `fold=False`, a model of small tensors parses back to an equal one.
+    """Return the canonical text of a model.
 
-    With `canonical=True`, values and constants are named by operator and place, so that graphs of equal structure have
-    equal texts, whatever an exporter called things.
+    Args:
+        model: The model, which is not changed.
+        fold: Print identical decoder layers once. Without folding, a model of small tensors parses back to an equal
+            one.
+        canonical: Name values and constants by operator and position, so that graphs of equal structure have equal
+            texts, whatever names an exporter gave.
     """
     if canonical:
         model = _renamed(model)
@@ -55,7 +59,7 @@ def print_model(model: onnx_ir.Model, *, fold: bool = True, canonical: bool = Fa
 
 
 def _renamed(model: onnx_ir.Model) -> onnx_ir.Model:
-    """A copy in depth-first order, whose values are `operator.N` and whose small constants `constant.N`."""
+    """Return a copy in depth-first order, with values named `operator.N` and small constants `constant.N`."""
     copy = model.clone()
     nodes = _depth_first(copy.graph)
     copy.graph.remove(list(copy.graph))
@@ -82,7 +86,10 @@ def _renamed(model: onnx_ir.Model) -> onnx_ir.Model:
 
 
 def _depth_first(graph: onnx_ir.Graph) -> list[onnx_ir.Node]:
-    """The order that follows from the structure alone: what each output needs, inputs first; then unused nodes."""
+    """Return the nodes in an order that depends on the structure alone.
+
+    That is what each output needs, inputs first, then the unused nodes.
+    """
     order: dict[onnx_ir.Node, None] = {}
     roots = [value.producer() for value in graph.outputs]
     for root in (*roots, *graph):
@@ -102,7 +109,7 @@ def _depth_first(graph: onnx_ir.Graph) -> list[onnx_ir.Node]:
 
 
 def _is_nameless(value: onnx_ir.Value) -> bool:
-    """A constant that an exporter or a pass wrote as a number: its name says nothing."""
+    """Return whether a constant is one that an exporter or pass wrote as a number, so that its name says nothing."""
     tensor = value.const_value
     if tensor is None or isinstance(tensor, LazyWeight) or not value.is_initializer():
         return False
@@ -110,7 +117,11 @@ def _is_nameless(value: onnx_ir.Value) -> bool:
 
 
 def parse_model(text: str) -> onnx_ir.Model:
-    """A model from ONNX text, its graph outputs' types completed. Raises ModelError with the parser's position."""
+    """Return the model that ONNX text describes, with the types of its graph outputs completed.
+
+    Raises:
+        ModelError: If the text is not a model; the message has the parser's position.
+    """
     try:
         model = onnx_ir.from_proto(onnx.parser.parse_model(text))
     except onnx.parser.ParseError as error:
@@ -140,7 +151,7 @@ def _body(nodes: list[onnx_ir.Node], run: Run | None) -> list[str]:
 
 
 def _hidden_names(nodes: list[onnx_ir.Node], run: Run | None) -> set[str]:
-    """Leaves and graph outputs that only folded layers use."""
+    """Return the names of leaves and graph outputs that only folded layers use."""
     if run is None:
         return set()
     folded = nodes[run.start + run.period : run.stop]
@@ -188,7 +199,7 @@ def _initializer(value: onnx_ir.Value) -> str:
 def _elements(tensor: onnx_ir.TensorProtocol) -> str:
     array = tensor.numpy().reshape(-1)
     if tensor.dtype in {onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}:
-        return ",".join(str(bits) for bits in array.view(np.uint16))  # ONNX text holds 16-bit floats as bit patterns
+        return ",".join(str(bits) for bits in array.view(np.uint16))  # ONNX text writes 16-bit floats as bit patterns.
     if array.dtype == np.bool_:
         return ",".join(str(int(item)) for item in array)
     return ",".join(str(item) for item in array)

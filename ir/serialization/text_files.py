@@ -1,6 +1,7 @@
-"""Models written by hand as ONNX text: what tests, samples and `passopt run graph.onnxtxt` read.
+"""Read models that are written by hand as ONNX text: tests and samples, and the files of `passopt run graph.onnxtxt`.
 
-`float[6,4] w = random` is a weight with seeded values; floating matrices become lazy weights, as of a checkpoint.
+`float[6,4] w = random` declares a weight with seeded random values. Matrices of floats become lazy weights, as in a
+model that was exported from a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ _RANDOM = re.compile(r'(float16|float)\[([\d,\s]+)\]\s*("[^"]+"|\w+)\s*=\s*rando
 
 
 def load_text_model(path: Path) -> onnx_ir.Model:
-    """The model of a text file. Raises ModelError that names the file, and the place the parser stopped at."""
+    """Return the model in a text file.
+
+    Raises:
+        ModelError: If the file cannot be read or parsed; the message names the file and the parser's position.
+    """
     try:
         return read_model(path.read_text(encoding="utf-8"))
     except ModelError as error:
@@ -34,7 +39,7 @@ def load_text_model(path: Path) -> onnx_ir.Model:
 
 
 def read_model(text: str) -> onnx_ir.Model:
-    """Parse ONNX text, fill in `random` weights, and make floating matrices lazy weights."""
+    """Parse ONNX text, fill in `random` weights, and turn matrices of floats into lazy weights."""
     model = parse_model(_RANDOM.sub(_random_values, text))
     for name, value in model.graph.initializers.items():
         tensor = value.const_value

@@ -1,6 +1,7 @@
-"""Turn weight expressions into bytes, streamed in row chunks so that memory never grows with the model.
+"""Turn weight expressions into values, in chunks of rows, so that memory does not grow with the model.
 
-An expression is read box by box (a range per axis); every operation maps a box of its result to boxes of its operands.
+An expression is read box by box, where a box is a range (start, stop) per axis. Every operation maps a box of its
+result to boxes of its operands.
 """
 
 from __future__ import annotations
@@ -21,27 +22,32 @@ from passopt.ir.weights.sources import check_unchanged
 
 Box: TypeAlias = tuple[tuple[int, int], ...]
 
-#: Bytes of fp32 working copy per chunk. A few chunks are alive at once, so peak memory is some multiples of this.
+#: The bytes of a chunk as an fp32 working copy. A few chunks are alive at once, so peak memory is a multiple of this.
 CHUNK_BYTES = 32 << 20
-#: Unsigned integers by their bytes.
+#: Unsigned integer types by their size in bytes.
 _WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @dataclasses.dataclass
 class Report:
-    """What happened while evaluating: per tensor, the finite values that became infinite in a narrower dtype."""
+    """Counts, per tensor, the finite values that became infinite when they were cast to fp16."""
 
     overflows: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def count(self, cast: ex.Cast, lost: int) -> None:
-        """Note `lost` overflows of a cast, if it is one to fp16."""
+        """Add `lost` overflows of a cast to the count of its tensors; only casts to fp16 are counted."""
         if lost and cast.dtype == ex.DataType.FLOAT16:
             name = ", ".join(source.name for source in cast.sources())
             self.overflows[name] = self.overflows.get(name, 0) + lost
 
 
 class Evaluator:
-    """Reads expressions for one rank. Files stay open until `close`; use as a context manager."""
+    """Computes expressions for one rank. Files stay open until `close`; use it as a context manager.
+
+    Example:
+        with Evaluator(rank=1) as evaluator:
+            values = evaluator.array(weight.shard(axis=0, degree=2))
+    """
 
     def __init__(self, rank: int = 0, chunk_bytes: int = CHUNK_BYTES) -> None:
         self.rank = rank
@@ -58,16 +64,17 @@ class Evaluator:
         self.close()
 
     def close(self) -> None:
+        """Close the files that were read."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
     def array(self, expression: ex.Expression) -> Array:
-        """The whole tensor in memory: for small ones and for tests. Shape and dtype are the expression's."""
+        """Return the whole tensor in the expression's shape and dtype; meant for small tensors and tests."""
         return self.read(expression, tuple((0, length) for length in expression.shape))
 
     def chunks(self, expression: ex.Expression) -> Iterator[Array]:
-        """Consecutive row ranges of the tensor, C-contiguous; each fits the chunk size unless one row is larger."""
+        """Yield consecutive row ranges, C-contiguous; each fits the chunk size unless a single row is larger."""
         if not expression.shape:
             yield self.array(expression)
             return
@@ -76,7 +83,12 @@ class Evaluator:
             yield np.ascontiguousarray(self.read(expression, ((start, stop), *rest)))
 
     def read(self, expression: ex.Expression, box: Box) -> Array:
-        """The values inside `box`, one (start, stop) per axis."""
+        """Return the values inside `box`, which has one (start, stop) per axis.
+
+        Raises:
+            ModelError: If a file is missing, has changed or is too short, or if a row to be quantised or normalised
+                holds NaN or Inf.
+        """
         try:
             reader = _READERS[type(expression)]
         except KeyError:
@@ -91,12 +103,12 @@ class Evaluator:
         return ((row, min(row + step, stop)) for row in range(start, stop, step))
 
     def _full_rows(self, expression: ex.Expression, box: Box, compute: Callable[[int, int], Array]) -> Array:
-        """Values that need whole rows: `compute(start, stop)` gives full rows, of which the box keeps its columns."""
+        """Return the values of `box`, cropped from the whole rows that `compute(start, stop)` returns."""
         columns = tuple(slice(*bounds) for bounds in box[1:])
         if all(bounds == (0, length) for bounds, length in zip(box[1:], expression.shape[1:], strict=True)):
             return compute(*box[0])
         return np.concatenate(
-            # Copies: views would hold the whole rows of all chunks until they are joined.
+            # Copy, because views would keep the whole rows of all chunks in memory until they are joined.
             [compute(*rows)[(slice(None), *columns)].copy() for rows in self._row_ranges(expression, *box[0])]
         )
 
@@ -106,7 +118,8 @@ class Evaluator:
         if not source.shape:
             return self._read_rows(source, 0, 1).reshape(())
         (start, stop), *rest = box
-        if stop - start == 1 and rest:  # one row is a tensor of its own: a row of a mask is read without its head
+        # A single row is read as a tensor of its own, so that one row of a mask does not cost its whole head.
+        if stop - start == 1 and rest:
             offset = source.offset + start * int(math.prod(source.shape[1:]) * source.dtype.itemsize)
             row = dataclasses.replace(source, shape=source.shape[1:], offset=offset)
             return self._read_source(row, tuple(rest))[None]
@@ -220,7 +233,7 @@ class Evaluator:
         return self._column_scales[weight]
 
     def _finite(self, weight: ex.Expression, start: int, stop: int) -> Array:
-        """Full rows in fp32, a copy that may be written to. NaN or Inf is an error that names the tensor."""
+        """Return full rows as an fp32 copy that may be overwritten; NaN or Inf is an error that names the tensor."""
         rest = tuple((0, length) for length in weight.shape[1:])
         wide = np.array(self.read(weight, ((start, stop), *rest)), np.float32)
         if not np.isfinite(wide).all():
@@ -256,7 +269,7 @@ class Evaluator:
 
 
 def not_finite(weight: ex.Expression, row: int) -> ModelError:
-    """The error for a row that has no scale and no norm."""
+    """Return the error for a row with NaN or Inf, which has neither a scale nor a norm."""
     names = ", ".join(sorted({source.name for source in weight.sources()})) or "a constant"
     return ModelError(
         f"{names}: NaN or Inf in row {row}; such a weight has no scale. Repair the checkpoint, or "
@@ -265,14 +278,15 @@ def not_finite(weight: ex.Expression, row: int) -> ModelError:
 
 
 def pack_blocks(values: Array, out: Array) -> None:
-    """A matrix into blocks `out` [row blocks, column blocks, rows, columns], with zeros where it ends before them."""
+    """Copy a matrix into blocks `out` `[row blocks, column blocks, rows, columns]`, with zeros beyond its end."""
     down, across, rows, columns = out.shape
     missing = (down * rows - values.shape[0], across * columns - values.shape[1])
     if any(missing):
         values = np.pad(values, ((0, missing[0]), (0, missing[1])))
     word = _WORDS.get(columns * values.itemsize)
     if word is not None and columns > 1 and values.flags.c_contiguous and out.flags.c_contiguous:
-        values, out, columns = values.view(word), out.view(word), 1  # a group is moved as one number, not byte by byte
+        # The columns of a block are adjacent bytes: move them as one number instead of byte by byte.
+        values, out, columns = values.view(word), out.view(word), 1
     out[...] = values.reshape(down, rows, across, columns).transpose(0, 2, 1, 3)
 
 
@@ -303,7 +317,7 @@ _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
 
 
 def weight_digest(expression: ex.Expression) -> str:
-    """blake3 of the bytes that a weight evaluates to, read chunk by chunk."""
+    """Return the blake3 digest of the bytes that a weight evaluates to, reading it chunk by chunk."""
     hasher = blake3.blake3()
     with Evaluator() as evaluator:
         for chunk in evaluator.chunks(expression):

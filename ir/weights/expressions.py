@@ -1,8 +1,8 @@
-"""Weights as lazy expressions over byte ranges of files.
+"""Describe weights as lazy expressions over byte ranges of files.
 
-A pass builds expressions; dtype and shape are known at once and no byte moves. `ir.evaluate` turns an expression into
-bytes, streamed in row chunks. An expression of the rank (`Shard`) has the shape that one rank holds.
-Invariant: `quantize(shard(w))` is built as `shard(quantize(w))`, so scales always come from the full weight.
+A pass builds expressions: dtype and shape are known at once, and no byte is read. `ir.weights.evaluator` turns an
+expression into values, in chunks of rows. An expression that depends on the rank (`Shard`) has the shape that one rank
+holds. Invariant: `quantize(shard(w))` is built as `shard(quantize(w))`, so scales always come from the full weight.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 
 if TYPE_CHECKING:
@@ -23,13 +24,10 @@ if TYPE_CHECKING:
 
 DataType = onnx_ir.DataType
 
-#: What a weight of a linear may hold.
-FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16, DataType.DOUBLE})
-
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """Identity of a file that weights are read from: a later mismatch is an error, never a silent re-read."""
+    """The identity of a file that weights are read from: if the file differs later, reading it is an error."""
 
     path: str
     size: int
@@ -39,44 +37,54 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-    """A tensor that is not evaluated yet. `shape` is in elements; under `Shard` it is the shape of one rank."""
+    """A tensor that is not evaluated yet. `shape` is in elements; under `Shard` it is the shape that one rank holds.
+
+    Example:
+        weight = checkpoint.tensors["model.layers.0.self_attn.W_pack.weight"]
+        q, k, v = weight.split([4096, 4096, 4096], axis=0)
+        codes, scales = q.shard(axis=0, degree=2).quantize()
+    """
 
     dtype: DataType
     shape: tuple[int, ...]
 
     @property
     def operands(self) -> tuple[Expression, ...]:
+        """Return the expressions that this one is computed from."""
         return ()
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the evaluated tensor in bytes."""
         return math.ceil(math.prod(self.shape) * self.dtype.itemsize)
 
     @property
     def depends_on_rank(self) -> bool:
+        """Return whether ranks hold different values, because there is a `Shard` inside."""
         return any(operand.depends_on_rank for operand in self.operands)
 
     def walk(self) -> Iterator[Expression]:
-        """The expression and all it is made of, outermost first."""
+        """Yield the expression and everything it is made of, outermost first."""
         yield self
         for operand in self.operands:
             yield from operand.walk()
 
     def sources(self) -> Iterator[Source]:
-        """The named tensors of files that the bytes come from."""
+        """Yield the tensors in files that the values come from."""
         return (part for part in self.walk() if isinstance(part, Source))
 
     def text(self) -> str:
-        """Canonical text over tensor names: equal texts mean equal values, wherever the files lie."""
+        """Return canonical text over tensor names: equal texts mean equal values, wherever the files are."""
         raise NotImplementedError
 
     def digest(self) -> str:
-        """12 hexadecimal digits that stand for the value in golden text."""
+        """Return 12 hexadecimal digits that stand for the value in golden text."""
         return hashlib.blake2b(self.text().encode(), digest_size=6).hexdigest()
 
-    # Building. Every method returns a new expression and checks its arguments at once.
+    # The methods below build new expressions. They check their arguments at once and raise ModelError.
 
     def slice(self, axis: int, start: int, stop: int) -> Expression:
+        """Return elements `start` to `stop` (exclusive) along `axis`."""
         axis = self.axis(axis)
         if not 0 <= start <= stop <= self.shape[axis]:
             raise ModelError(f"slice {start}:{stop} of axis {axis} is outside of shape {list(self.shape)}")
@@ -85,7 +93,7 @@ class Expression:
         return Slice(self.dtype, _with(self.shape, axis, stop - start), self, axis, start)
 
     def split(self, widths: Sequence[int], axis: int) -> list[Expression]:
-        """Consecutive slices of `widths` elements along `axis`, which they must fill exactly."""
+        """Return consecutive slices of `widths` elements along `axis`, which they must fill exactly."""
         axis = self.axis(axis)
         if sum(widths) != self.shape[axis]:
             raise ModelError(f"widths {list(widths)} do not fill axis {axis} of shape {list(self.shape)}")
@@ -93,12 +101,13 @@ class Expression:
         return [self.slice(axis, start, start + width) for start, width in zip(starts, widths, strict=True)]
 
     def transpose(self, permutation: Sequence[int] | None = None) -> Expression:
+        """Return the tensor with its axes in the order of `permutation`; by default, in reversed order."""
         permutation = tuple(permutation if permutation is not None else reversed(range(len(self.shape))))
         if permutation == tuple(range(len(self.shape))):
             return self
         if isinstance(self, Transpose):
             return self.operand.transpose([self.permutation[axis] for axis in permutation])
-        # Shards and padding stay outermost: quantisation looks through them only there.
+        # Keep shards and padding outermost, because quantisation looks through them only there.
         if isinstance(self, Shard):
             return self.operand.transpose(permutation).shard(permutation.index(self.along), self.degree, self.segments)
         if isinstance(self, Pad):
@@ -108,10 +117,11 @@ class Expression:
         return Transpose(self.dtype, tuple(self.shape[axis] for axis in permutation), self, permutation)
 
     def cast(self, dtype: DataType) -> Expression:
+        """Return the values rounded to `dtype`."""
         return self if dtype == self.dtype else Cast(dtype, self.shape, self)
 
     def pad(self, axis: int, length: int, segments: int = 1, value: float = 0.0) -> Expression:
-        """Extend each of `segments` equal parts of `axis` at its end, until the axis has `length` elements."""
+        """Extend each of `segments` equal parts of `axis` at its end by `value`, to `length` elements in total."""
         axis = self.axis(axis)
         if length == self.shape[axis]:
             return self
@@ -120,26 +130,30 @@ class Expression:
         return Pad(self.dtype, _with(self.shape, axis, length), self, axis, segments, value)
 
     def normalize_rows(self, epsilon: float) -> Expression:
-        """Each row divided by max(its L2 norm, epsilon), in fp32, back in the weight's own dtype."""
+        """Divide each row of a matrix by max(its L2 norm, epsilon), in fp32, and round to the weight's own dtype."""
         self._check_matrix("normalize_rows")
         return NormalizeRows(self.dtype, self.shape, self, epsilon)
 
     def quantize(self, axis: int = 0) -> tuple[Expression, Expression]:
-        """Codes (int8, within ±127) and scales (absmax/127, own dtype) per index of `axis`, from the full weight."""
+        """Return int8 codes within ±127 and scales (absmax/127, in the weight's dtype) per index of `axis`.
+
+        The scales are computed from the full weight, even if this expression is a shard of it.
+        """
         self._check_matrix("quantize")
         return _quantize(self, self.axis(axis))
 
     def shard(self, axis: int, degree: int, segments: int = 1) -> Expression:
-        """The part of rank r: of each of `segments` equal parts of `axis`, its r-th of `degree` equal pieces."""
+        """Return the share of rank r: the r-th of `degree` equal pieces of each of `segments` equal parts of `axis`."""
         axis = self.axis(axis)
         if self.shape[axis] % (segments * degree):
             raise ModelError(f"axis {axis} of {list(self.shape)} does not divide by {segments} segments × {degree}")
         return Shard(self.dtype, _with(self.shape, axis, self.shape[axis] // degree), self, axis, segments, degree)
 
     def pack(self, rows: int, columns: int = 1) -> Expression:
-        """Blocks that a kernel reads one after the other: [n, k] → [⌈n/rows⌉, ⌈k/columns⌉, rows, columns].
+        """Return a matrix as blocks that a kernel reads one after the other.
 
-        Element [i, j, r, c] is [i·rows + r, j·columns + c] of the matrix, 0 outside of it.
+        The shape `[n, k]` becomes `[⌈n/rows⌉, ⌈k/columns⌉, rows, columns]`. Element [i, j, r, c] is element
+        [i·rows + r, j·columns + c] of the matrix, or 0 outside of it.
         """
         if len(self.shape) != 2 or rows < 1 or columns < 1:
             raise ModelError(f"cannot pack {self.dtype.name}{list(self.shape)} into blocks of {rows} × {columns}")
@@ -147,7 +161,10 @@ class Expression:
         return Pack(self.dtype, (*blocks, rows, columns), self)
 
     def row_sums(self) -> Expression:
-        """Per row of an int8 matrix the sum of its codes, int32: what a zero point of the other operand adds."""
+        """Return the sum of codes in each row of an int8 matrix, as int32 `[n]`.
+
+        A kernel needs the sums if the other operand has a zero point.
+        """
         if len(self.shape) != 2 or self.dtype != DataType.INT8:
             raise ModelError(f"row sums are of an int8 matrix, not {self.dtype.name}{list(self.shape)}")
         return RowSums(DataType.INT32, self.shape[:1], self)
@@ -157,7 +174,7 @@ class Expression:
             raise ModelError(f"{operation} takes a floating matrix, not {self.dtype.name}{list(self.shape)}")
 
     def axis(self, axis: int) -> int:
-        """`axis` counted from the front; negative ones count from the back as in ONNX."""
+        """Return `axis` counted from the front; a negative axis counts from the back, as in ONNX."""
         if not -len(self.shape) <= axis < len(self.shape):
             raise ModelError(f"axis {axis} is outside of shape {list(self.shape)}")
         return axis % len(self.shape)
@@ -169,7 +186,7 @@ def _with(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Source(Expression):
-    """A named tensor of a file: `nbytes` bytes from `offset`, little-endian, row-major."""
+    """A named tensor in a file: `nbytes` bytes from byte `offset` on, little-endian, row-major."""
 
     name: str
     file: SourceFile
@@ -187,6 +204,7 @@ class Literal(Expression):
 
     @classmethod
     def of(cls, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Self:
+        """Return a literal that holds a copy of the array."""
         array = np.asarray(array)
         return cls(DataType.from_numpy(array.dtype), tuple(array.shape), array.tobytes())
 
@@ -197,7 +215,7 @@ class Literal(Expression):
 
 @dataclasses.dataclass(frozen=True)
 class Fill(Expression):
-    """One number everywhere, such as a bias of zeros: as long as it needs to be, and nothing in memory."""
+    """One number in every element, such as a bias of zeros; it takes no memory, whatever its shape."""
 
     value: float
 
@@ -214,12 +232,14 @@ class _Unary(Expression):
         return (self.operand,)
 
     def with_operand(self, operand: Expression) -> Expression:
-        """The same operation on another operand of the same shape and dtype."""
+        """Return the same operation on another operand of the same shape and dtype."""
         return dataclasses.replace(self, operand=operand)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice(_Unary):
+    """The elements of `operand` along the axis `along`, from `start` on."""
+
     along: int
     start: int
 
@@ -230,6 +250,8 @@ class Slice(_Unary):
 
 @dataclasses.dataclass(frozen=True)
 class Concat(Expression):
+    """The `parts`, joined along the axis `along`."""
+
     parts: tuple[Expression, ...]
     along: int
 
@@ -243,6 +265,8 @@ class Concat(Expression):
 
 @dataclasses.dataclass(frozen=True)
 class Transpose(_Unary):
+    """The `operand` with its axes in the order of `permutation`."""
+
     permutation: tuple[int, ...]
 
     def text(self) -> str:
@@ -251,12 +275,16 @@ class Transpose(_Unary):
 
 @dataclasses.dataclass(frozen=True)
 class Cast(_Unary):
+    """The `operand`, rounded to `dtype`."""
+
     def text(self) -> str:
         return f"cast({self.operand.text()}, {self.dtype.name})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Pad(_Unary):
+    """The `operand`, each of its `segments` equal parts along the axis `along` extended at its end by `value`."""
+
     along: int
     segments: int
     value: float
@@ -270,6 +298,8 @@ class Pad(_Unary):
 
 @dataclasses.dataclass(frozen=True)
 class NormalizeRows(_Unary):
+    """The rows of `operand`, each divided by max(its L2 norm, epsilon)."""
+
     epsilon: float
 
     def text(self) -> str:
@@ -278,6 +308,8 @@ class NormalizeRows(_Unary):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeCodes(_Unary):
+    """The int8 codes of `operand`, with one scale per index of the axis `along`."""
+
     along: int
 
     def text(self) -> str:
@@ -286,6 +318,8 @@ class QuantizeCodes(_Unary):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeScales(_Unary):
+    """The scales of `operand`: absmax/127 per index of the axis `along`."""
+
     along: int
 
     def text(self) -> str:
@@ -294,6 +328,8 @@ class QuantizeScales(_Unary):
 
 @dataclasses.dataclass(frozen=True)
 class Pack(_Unary):
+    """The matrix `operand` as blocks `[row blocks, column blocks, rows, columns]`."""
+
     def text(self) -> str:
         rows, columns = self.shape[2:]
         return f"pack({self.operand.text()}, rows={rows}, columns={columns})"
@@ -301,12 +337,16 @@ class Pack(_Unary):
 
 @dataclasses.dataclass(frozen=True)
 class RowSums(_Unary):
+    """The sum of each row of the int8 matrix `operand`, as int32."""
+
     def text(self) -> str:
         return f"row_sums({self.operand.text()})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard(_Unary):
+    """The share of rank r: the r-th of `degree` equal pieces of each of `segments` equal parts of the axis `along`."""
+
     along: int
     segments: int
     degree: int
@@ -320,26 +360,29 @@ class Shard(_Unary):
 
 
 def concat(parts: Iterable[Expression], axis: int) -> Expression:
-    """Join `parts` of one dtype along `axis`; their other axes must agree."""
+    """Join `parts` of one dtype along `axis`; their other axes must agree, else ModelError is raised."""
     parts = tuple(parts)
     if not parts:
         raise ModelError("concat needs at least one part")
     axis = parts[0].axis(axis)
     rests = {(part.dtype, _with(part.shape, axis, 0)) for part in parts}
     if len(rests) != 1:
-        raise ModelError(f"concat of {[(part.dtype.name, list(part.shape)) for part in parts]} along {axis}")
+        raise ModelError(
+            f"concat of {[(part.dtype.name, list(part.shape)) for part in parts]} along axis {axis}: "
+            f"the parts must agree in dtype and in all other axes"
+        )
     if len(parts) == 1:
         return parts[0]
     length = sum(part.shape[axis] for part in parts)
     return Concat(parts[0].dtype, _with(parts[0].shape, axis, length), parts, axis)
 
 
-#: A row of zeros has no scale of its own; any positive number dequantises its zero codes to zero.
+#: The scale of a row of zeros, which has none of its own: any positive number dequantises its zero codes to zero.
 SCALE_OF_ZEROS = 1.0
 
 
 def _quantize(weight: Expression, axis: int) -> tuple[Expression, Expression]:
-    """Look through `Shard` and zero `Pad` only: absmax over part of a row would be another number."""
+    """Quantise below any `Shard` and zero `Pad`, and repeat these outside, since part of a row has another absmax."""
     if isinstance(weight, Shard):
         codes, scales = _quantize(weight.operand, axis)
         codes = codes.shard(weight.along, weight.degree, weight.segments)

@@ -1,4 +1,4 @@
-"""The bridge between onnx-ir tensors and weight expressions: a `LazyWeight` is a tensor whose bytes nobody has read."""
+"""Connect onnx-ir tensors with weight expressions: a `LazyWeight` is a tensor whose bytes have not been read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL_BYTES = 1024
 
 
 class LazyWeight(onnx_ir.LazyTensor):
-    """An initializer's tensor given by an expression. Reading it (`numpy()`) evaluates it: never in a pass."""
+    """A tensor given by an expression, for an initializer. Passes never read it: `numpy()` evaluates the expression."""
 
     def __init__(self, expression: Expression, name: str | None = None) -> None:
         super().__init__(self._evaluate, expression.dtype, onnx_ir.Shape(expression.shape), name=name)
@@ -26,7 +26,7 @@ class LazyWeight(onnx_ir.LazyTensor):
     def __repr__(self) -> str:
         return f"LazyWeight({self.name}: {self.expression.dtype.name}{list(self.expression.shape)})"
 
-    __str__ = __repr__  # onnx-ir's own shows the numbers
+    __str__ = __repr__  # The method of onnx-ir shows the numbers, so it would evaluate the weight.
 
     def _evaluate(self) -> onnx_ir.TensorProtocol:
         if self.expression.depends_on_rank:
@@ -36,9 +36,9 @@ class LazyWeight(onnx_ir.LazyTensor):
 
 
 def expression_of(value: onnx_ir.Value) -> Expression | None:
-    """The expression of an initializer or constant; None for a computed value.
+    """Return the expression of an initializer or constant, or None for a computed value.
 
-    A tensor in memory becomes a literal, so every constant weight can be sliced or sharded in one way.
+    A tensor in memory becomes a literal, so that every constant weight can be sliced or sharded in the same way.
     """
     tensor = value.const_value if value.const_value is not None else constant_tensor(value)
     if tensor is None:
@@ -51,12 +51,16 @@ def expression_of(value: onnx_ir.Value) -> Expression | None:
 
 
 def is_checkpoint_weight(value: onnx_ir.Value) -> bool:
-    """True for initializers whose bytes lie in files: no pass may read them."""
-    return type(value.const_value) is LazyWeight and not value.is_graph_input()  # isinstance asks a protocol
+    """Return whether the value is an initializer with a lazy weight, which no pass may read."""
+    # Compare types, because isinstance would go through a slow protocol check.
+    return type(value.const_value) is LazyWeight and not value.is_graph_input()
 
 
 def constant_tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant node; None for anything computed or fed, a default included."""
+    """Return the tensor of an initializer or of a Constant node, or None for any other value.
+
+    A graph input gives None even if it has an initializer as its default, because callers may feed another value.
+    """
     if value.is_graph_input():
         return None
     if value.const_value is not None:
@@ -66,7 +70,7 @@ def constant_tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
         return None
     for name, attribute in node.attributes.items():
         if name == "value":
-            tensor: onnx_ir.TensorProtocol = attribute.value  # as_tensor() checks a protocol, which takes its time
+            tensor: onnx_ir.TensorProtocol = attribute.value  # as_tensor() would check a protocol, which is slow.
             return tensor
         if name in {"value_int", "value_ints"}:
             return onnx_ir.tensor(np.array(attribute.value, np.int64))
@@ -76,11 +80,11 @@ def constant_tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
 
 
 def small_constant(value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]] | None:
-    """The array of a constant of at most `SMALL_BYTES`; None otherwise. Never touches a checkpoint weight."""
+    """Return the array of a constant of at most `SMALL_BYTES`, or None; never read a weight of the checkpoint."""
     if value is None:
         return None
     tensor = constant_tensor(value)
-    kind = type(tensor)  # isinstance would go through a protocol's metaclass
+    kind = type(tensor)  # isinstance would go through a slow protocol check.
     if tensor is None or kind is LazyWeight:
         return None
     if kind is onnx_ir.serde.TensorProtoTensor:
@@ -91,8 +95,8 @@ def small_constant(value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]
     return tensor.numpy() if tensor.nbytes <= SMALL_BYTES else None
 
 
-#: Dtypes whose bytes are numpy's own. Rules read hundreds of small constants; onnx-ir's general way takes five times
-#: as long.
+#: Dtypes that numpy can read from raw bytes. Rules read hundreds of small constants, and the general way of onnx-ir
+#: takes five times as long.
 _PLAIN: dict[int, np.dtype[Any]] = {
     onnx_ir.DataType.FLOAT.value: np.dtype("<f4"),
     onnx_ir.DataType.FLOAT16.value: np.dtype("<f2"),

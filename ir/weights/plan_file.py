@@ -1,7 +1,7 @@
-"""weights.plan.json: the form on disk of a model's unevaluated weights, so that dumps and references copy no gigabytes.
+"""Read and write weights.plan.json, which stores unevaluated weights, so that no gigabytes have to be copied.
 
-`{"version": 1, "files": [{path, size, mtime_ns, header_digest}], "weights": {name: expression}}`, where an expression
-is `[operation, fields…]` and a source names its file by index.
+The file is `{"version": 1, "files": [{path, size, mtime_ns, header_digest}], "weights": {name: expression}}`, where an
+expression is `[operation, fields…]` and a source gives the index of its file in `files`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _OPERATIONS: dict[str, type[ex.Expression]] = {
 
 
 def write_plan(path: Path, weights: Mapping[str, ex.Expression]) -> None:
-    """Write the expressions by weight name. Files below the plan's own folder are named relative to it."""
+    """Write the expressions by weight name; files below the plan's own folder are stored relative to it."""
     files: dict[ex.SourceFile, int] = {}
     encoded = {name: _encode(expression, files) for name, expression in weights.items()}
     folder = path.parent.resolve()
@@ -52,7 +52,11 @@ def write_plan(path: Path, weights: Mapping[str, ex.Expression]) -> None:
 
 
 def read_plan(path: Path) -> dict[str, ex.Expression]:
-    """The expressions by weight name. Raises ModelError if the file is not a plan."""
+    """Return the expressions by weight name.
+
+    Raises:
+        ModelError: If the file cannot be read, has another version, or is not a weight plan.
+    """
     try:
         plan = json.loads(path.read_text())
         if plan["version"] != _VERSION:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file as bytes; nothing of ONNX is needed to read it."""
+"""Read the header of a safetensors file as bytes, without importing anything of ONNX."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ _MAX_BYTES = 100 << 20
 
 
 def read_header(path: Path) -> bytes:
-    """The header's length (8 bytes) and the header; the tensors follow. Raises ModelError if the file is shorter."""
+    """Return the first bytes of the file: the header's length (8 bytes) and the header, behind which the tensors start.
+
+    Raises:
+        ModelError: If the file cannot be read, is truncated or is not a safetensors file.
+    """
     try:
         with path.open("rb") as stream:
             return read_header_of(stream, path)
@@ -22,7 +26,12 @@ def read_header(path: Path) -> bytes:
 
 
 def read_header_of(stream: BinaryIO, path: Path) -> bytes:
-    """As `read_header`, of the file at `path` that is open at its start. Raises OSError too."""
+    """Return what `read_header` returns, from a stream that is open at the start of the file `path`.
+
+    Raises:
+        ModelError: If the file is truncated or not a safetensors file.
+        OSError: If it cannot be read.
+    """
     size = os.fstat(stream.fileno()).st_size
     prefix = stream.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

@@ -1,6 +1,7 @@
-"""weights.safetensors that can be memory-mapped without a copy: data and every tensor start at multiples of 64 bytes.
+"""Lay out weights.safetensors so that it can be memory-mapped without a copy: tensors start at multiples of 64 bytes.
 
-The format refuses holes, so sizes that are no multiple of 64 come last, each followed by a named U8 padding tensor.
+The format does not allow holes. So tensors whose size is no multiple of 64 bytes come last, each followed by a named U8
+padding tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PADDING_PREFIX = "__padding."
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where each tensor lies. `offsets` are from the start of the file, in file order; `nbytes` is the whole file."""
+    """The places of the tensors in a file: `offsets` are bytes from its start, in file order; `nbytes` is its size."""
 
     header: bytes
     offsets: Mapping[str, int]
@@ -28,7 +29,11 @@ class Layout:
 
 
 def plan_layout(weights: Mapping[str, ex.Expression]) -> Layout:
-    """The exact file that `passopt.ir.weights.streaming` would write, without reading a byte of the weights."""
+    """Return the layout of the file that `passopt.ir.weights.streaming` writes for these weights, without reading them.
+
+    Raises:
+        ModelError: If a weight has a dtype that safetensors does not have.
+    """
     entries: dict[str, dict[str, object]] = {}
     position = 0
 

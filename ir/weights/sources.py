@@ -1,6 +1,7 @@
-"""Where weight bytes lie: safetensors, PyTorch .bin (zip entries) and plain files, read by their headers only.
+"""Find the tensors in safetensors files, PyTorch .bin files (zip archives) and plain files, reading only the headers.
 
-No tensor data is read here and no pickle is executed: the .bin index goes through an unpickler that knows tensors only.
+No tensor data is read and no pickle is executed: the index of a .bin file goes through an unpickler that knows only
+tensors.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ _TORCH_STORAGES = {
 
 
 def identify(path: Path) -> SourceFile:
-    """The file's identity: resolved path, size in bytes, modification time and a digest of its first 64 KiB."""
+    """Return the file's identity: resolved path, size in bytes, modification time and a digest of its first 64 KiB.
+
+    Raises:
+        ModelError: If the file cannot be read.
+    """
     path = path.resolve()
     try:
         with path.open("rb") as file:
@@ -66,7 +71,7 @@ def identify(path: Path) -> SourceFile:
 
 
 def check_unchanged(file: SourceFile) -> None:
-    """Raise ModelError if the file is missing or no longer the one that was identified."""
+    """Raise ModelError if the file is missing or is no longer the one that was identified."""
     path = Path(file.path)
     if not path.exists():
         raise ModelError(f"{path}: weight file is missing. Put it back, or export again.")
@@ -84,7 +89,11 @@ def check_unchanged(file: SourceFile) -> None:
 
 
 def safetensors_sources(path: Path) -> dict[str, Source]:
-    """The tensors of a safetensors file by name. Raises ModelError if the header does not describe the file."""
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        ModelError: If the file cannot be read, or if its header does not describe it.
+    """
     file = identify(path)
     text = read_header(path)
     try:
@@ -111,7 +120,18 @@ def _safetensors_source(file: SourceFile, name: str, entry: Mapping[str, Any], d
 
 
 def external_source(path: Path, name: str, dtype: DataType, shape: tuple[int, ...], offset: int) -> Source:
-    """A tensor of ONNX external data. Raises ModelError if the file ends before the tensor does."""
+    """Return a tensor of ONNX external data.
+
+    Args:
+        path: The file with the data.
+        name: The tensor's name.
+        dtype: Its dtype.
+        shape: Its shape in elements.
+        offset: Its first byte in the file.
+
+    Raises:
+        ModelError: If the file is missing or ends before the tensor does.
+    """
     return _checked(Source(dtype, shape, name, identify_cached(path), offset))
 
 
@@ -119,7 +139,7 @@ _identified: dict[tuple[str, int, int], SourceFile] = {}
 
 
 def identify_cached(path: Path) -> SourceFile:
-    """`identify`, once per version of a file: a model names the same file for every tensor."""
+    """Return `identify(path)`, computed once per version of a file: a model names the same file for each tensor."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -131,7 +151,10 @@ def identify_cached(path: Path) -> SourceFile:
 
 
 def _whole_numbers(file: SourceFile, name: str, what: str, numbers: object) -> tuple[int, ...]:
-    """Numbers that a file states, none negative. `True` and `4.0` are refused: a plan could not be read back."""
+    """Return numbers that a file states, or raise ModelError unless all are integers and none is negative.
+
+    `True` and `4.0` are refused too, because a plan that contains them could not be read back.
+    """
     listed = isinstance(numbers, (list, tuple))
     if not listed or not all(type(number) is int and number >= 0 for number in numbers):  # type: ignore[attr-defined]
         raise ModelError(
@@ -152,7 +175,12 @@ def _checked(source: Source) -> Source:
 
 
 def torch_sources(path: Path) -> dict[str, Source]:
-    """The tensors of a PyTorch .bin/.pt zip file by name, as byte ranges of its uncompressed entries."""
+    """Return the tensors of a PyTorch .bin or .pt zip file by name, as byte ranges of its uncompressed entries.
+
+    Raises:
+        ModelError: If the file is not such a zip file, is damaged, or needs other code than that of tensors to load; or
+            if its tensors are compressed, not contiguous or not little-endian.
+    """
     file = identify(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -212,7 +240,7 @@ def _torch_source(
 
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Row-major; the stride of an axis of one element does not matter, nor any stride of an empty tensor."""
+    """Return whether the tensor is row-major; strides of axes of one element, and of empty tensors, do not matter."""
     expected = (math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     axes = zip(shape, stride, expected, strict=True)
     return 0 in shape or all(length == 1 or stride == wanted for length, stride, wanted in axes)
@@ -239,12 +267,12 @@ def _unpickled(data: bytes, path: Path) -> object:
         return _TensorUnpickler(io.BytesIO(data), str(path)).load()
     except ModelError:
         raise
-    except Exception as error:  # a damaged pickle may raise anything
+    except Exception as error:  # A damaged pickle may raise any error.
         raise ModelError(f"{path}: its data.pkl does not describe tensors: {error!r}") from error
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Knows state dicts of tensors and nothing else, so that no code of the file can run."""
+    """Loads state dicts of tensors and refuses everything else, so that no code in the file can run."""
 
     def __init__(self, stream: io.BytesIO, where: str) -> None:
         super().__init__(stream)

@@ -1,1 +1,1 @@
-"""Passes that change how attention is written without fusing it: heads, packed projections, ALiBi masks."""
+"""Rewrite how attention is expressed, without fusing it: separate heads, packed projections, ALiBi masks."""

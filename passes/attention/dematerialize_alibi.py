@@ -1,4 +1,4 @@
-"""dematerialize-alibi: the baked mask constant becomes slopes times positions."""
+"""Replace a baked ALiBi mask, a large constant, by slopes times positions (the dematerialize-alibi pass)."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.graph.shapes import DimOf, elements
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import FLOATS, Expression
+from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter
 
-#: Rows of each head that are compared with the formula; a mask of at most as many rows is compared whole.
+#: How many rows of each head are compared with the formula; a mask with no more rows is compared whole.
 _SAMPLED_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class DematerializeAlibi(RewritePass):
-    """Compute ALiBi's bias from one slope per head: a baked mask is gigabytes, and cannot be split by heads as numbers.
+    """Compute ALiBi's bias from one slope per head: a baked mask is gigabytes, which cannot be split by heads.
 
     Before: ``bias = Slice(Slice(mask, past:total, axis=1), 0:total, axis=2)``, mask [heads, n, n] a constant
     After:  ``bias = slopes · Range(total) + Where(column > row, -inf, 0)``, in fp32, slopes [heads, 1, 1]
-    Only for bounds that are lengths or constants. More positions than the mask has follow the formula too; with the
-    mask, such an input fails at the addition to the scores.
-    It reads from a constant of gigabytes: up to 128 rows per head, to be sure that it is such a mask.
+    The bounds of the slices must be constants, lengths of graph inputs or sums of these. The formula also serves inputs
+    of more positions than the mask has; with the mask, such an input fails where the mask is added to the scores.
+    To be sure that the constant is an ALiBi mask, the pass reads up to 128 rows per head of it.
     """
 
     name = "dematerialize-alibi"
@@ -42,10 +43,12 @@ class DematerializeAlibi(RewritePass):
         return [(self.rows_first, self.rewrite), (self.columns_first, self.rewrite)]
 
     def rows_first(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
+        """Match a mask that is cut along its rows first, then along its columns."""
         steps = op.any_of("steps", ones=[1], absent=None)
         return op.Slice(op.Slice(mask, start, stop, [1], steps), [0], width, [2], steps)
 
     def columns_first(self, op: Any, mask: Any, start: Any, stop: Any, width: Any) -> Any:
+        """Match a mask that is cut along its columns first, then along its rows."""
         steps = op.any_of("steps", ones=[1], absent=None)
         return op.Slice(op.Slice(mask, [0], width, [2], steps), start, stop, [1], steps)
 
@@ -67,9 +70,10 @@ class DematerializeAlibi(RewritePass):
 
 
 def _bound(vector: onnx_ir.Value, length: int) -> int | None:
-    """The position that a constant bound of Slice means on an axis of `length`, None for a length known at run time.
+    """Resolve a bound of a Slice on an axis of `length`: return its position, or None if it is a run-time length.
 
-    Declines for any other bound: Slice counts a negative one from the end and clamps it, Range would take it as it is.
+    Raises Decline for a bound that is neither a constant nor the length of a graph input: Slice counts negative bounds
+    from the end and clamps them, but Range would take them as they are.
     """
     constant = small_constant(vector)
     if constant is None:
@@ -81,7 +85,7 @@ def _bound(vector: onnx_ir.Value, length: int) -> int | None:
 
 
 def _is_length(value: onnx_ir.Value | None) -> bool:
-    """True for the length of an axis of a graph input, and for a sum of such."""
+    """Return True for the length of an axis of a graph input, and for a sum of such lengths."""
     node = value.producer() if value is not None else None
     if node is not None and not node.domain:
         if node.op_type in {"Reshape", "Squeeze", "Unsqueeze", "Identity"}:
@@ -93,7 +97,10 @@ def _is_length(value: onnx_ir.Value | None) -> bool:
 
 
 def single(op: Any, vector: onnx_ir.Value, constant: int | None) -> Any:
-    """The single element of a Slice bound: what an exporter reshaped to a vector, where it did so."""
+    """Return the bound of a Slice as a scalar.
+
+    That is `constant` if it is given, else the scalar that an exporter reshaped to the vector, else a Squeeze of it.
+    """
     if constant is not None:
         return np.int64(constant)
     node = vector.producer()
@@ -104,7 +111,10 @@ def single(op: Any, vector: onnx_ir.Value, constant: int | None) -> Any:
 
 
 def _slopes(name: str, mask: Expression) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The slopes [heads] in fp32. Declines, naming the element, unless the mask is slope · column, causal."""
+    """Return the slopes [heads] in fp32, after comparing rows of the mask with slope · column.
+
+    Raises Decline that names the first element in which the constant is not a causal ALiBi mask.
+    """
     heads, length, _ = mask.shape
     if length < 2:
         raise Decline(f"{name} has {length} positions; the slopes cannot be read from it")
@@ -113,10 +123,10 @@ def _slopes(name: str, mask: Expression) -> np.ndarray[Any, np.dtype[np.float32]
         column = evaluator.read(mask, ((0, heads), (length - 1, length), (1, 2)))
         found = np.asarray(column, np.float32).reshape(heads)
         formula = np.asarray(alibi_slopes(heads), np.float32)
-        # In a 16-bit mask the slopes are rounded; the formula's are the true ones.
+        # A 16-bit mask holds rounded slopes. If rounding the formula's slopes gives the same, those are the exact ones.
         slopes = formula if np.array_equal(formula.astype(kind), found.astype(kind)) else found
         for head, row, values in _sample(evaluator, mask):
-            with np.errstate(over="ignore", invalid="ignore"):  # a slope may be anything, if this is another mask
+            with np.errstate(over="ignore", invalid="ignore"):  # if this is no ALiBi mask, the slope may be any number
                 expected = (slopes[head] * np.arange(length, dtype=np.float32)).astype(kind)
             expected[row + 1 :] = -np.inf
             wrong = np.flatnonzero(~equal_bias(values, expected))
@@ -130,6 +140,7 @@ def _slopes(name: str, mask: Expression) -> np.ndarray[Any, np.dtype[np.float32]
 
 
 def _sample(evaluator: Evaluator, mask: Expression) -> Iterator[tuple[int, int, np.ndarray[Any, np.dtype[Any]]]]:
+    """Yield (head, row, values) for up to `_SAMPLED_ROWS` evenly spaced rows of each head."""
     heads, length, _ = mask.shape
     rows = np.unique(np.linspace(0, length - 1, min(length, _SAMPLED_ROWS)).astype(int)).tolist()
     for head in range(heads):
@@ -138,7 +149,10 @@ def _sample(evaluator: Evaluator, mask: Expression) -> Iterator[tuple[int, int, 
 
 
 def equal_bias(values: Any, expected: Any) -> Any:
-    """Equal to one rounding step; a masked place may hold the dtype's smallest number instead of -inf."""
+    """Compare two arrays element by element, up to one rounding step of the dtype of `values`.
+
+    Where -inf is expected, the lowest number of the dtype is equal as well. Returns a boolean array.
+    """
     limits: Any = ml_dtypes.finfo(values.dtype)  # type: ignore[no-untyped-call]
     masked = (values == limits.min) | np.isneginf(values)
     wide, target = values.astype(np.float32), expected.astype(np.float32)

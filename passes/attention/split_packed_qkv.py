@@ -1,4 +1,4 @@
-"""split-packed-qkv: three projections with a weight each, instead of one packed."""
+"""Split one packed projection into query, key and value projections with a weight each (the split-packed-qkv pass)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SplitPackedQkv(RewritePass):
         ]
 
     def gathered(self, op: Any, x: Any, w: Any, shape: Any, squeezed: Any) -> Any:
-        """Baichuan's unflatten, unsqueeze, transpose, squeeze and three selects."""
+        """Match Baichuan's spelling: unflatten, unsqueeze, transpose, squeeze and three selects."""
         unflattened = op.Reshape(_packed(op, x, w), shape, bind="unflattened")
         turned = op.Transpose(op.Unsqueeze(unflattened, [0]), perm=[3, 1, 2, 0, 4])
         stacked = op.Squeeze(turned, squeezed)
@@ -49,7 +49,7 @@ class SplitPackedQkv(RewritePass):
         return _project(op, x, w, layout, [dims[3]] * 3)
 
     def divided(self, op: Any, x: Any, w: Any, sizes: Any) -> Any:
-        """One Split along the last axis."""
+        """Match one Split along the last axis."""
         return op.Split(_packed(op, x, w), sizes, axis=-1, outputs=3)
 
     def rewrite_divided(self, op: Rewriter, x: Any, w: Any, layout: str, sizes: Any) -> Any:
@@ -58,12 +58,13 @@ class SplitPackedQkv(RewritePass):
     def sliced(
         self, op: Any, x: Any, w: Any, start0: Any, end0: Any, start1: Any, end1: Any, start2: Any, end2: Any, axis: Any
     ) -> Any:
-        """Phi-3's three slices along the last axis, in any order."""
+        """Match Phi-3's three slices along the last axis, in any order."""
         return _slices(op, _packed(op, x, w), ((start0, end0), (start1, end1), (start2, end2)), [axis])
 
     def sliced_by_one(
         self, op: Any, x: Any, w: Any, start0: Any, end0: Any, start1: Any, end1: Any, start2: Any, end2: Any, axis: Any
     ) -> Any:
+        """Match the same three slices with their steps of 1 written out."""
         return _slices(op, _packed(op, x, w), ((start0, end0), (start1, end1), (start2, end2)), [axis, [1]])
 
     def rewrite_sliced(
@@ -95,19 +96,25 @@ class SplitPackedQkv(RewritePass):
 
 
 def _slices(op: Any, packed: Any, bounds: Sequence[tuple[Any, Any]], rest: Sequence[Any]) -> list[Any]:
+    """Return the pattern of three slices of `packed` with these bounds and the further inputs `rest`."""
     first, *others = bounds
     return [op.Slice(packed, *first, *rest, bind="part"), *(op.Slice(packed, *both, *rest) for both in others)]
 
 
 def _packed(op: Any, x: Any, w: Any) -> Any:
+    """Return the pattern of the packed projection; its weight is stored [out, in] behind a Transpose, or [in, out]."""
     weight = op.any_of("layout", out_in=op.Transpose(w, perm=[1, 0]), in_out=w)
     return op.MatMul(x, weight)
 
 
 def _project(op: Any, x: Any, w: Any, layout: str, widths: list[int]) -> list[Any]:
+    """Build the three projections, with `widths` output channels each, from pieces of the packed weight.
+
+    Raises Decline if the weight is computed in the graph, or if the widths do not add up to its output channels.
+    """
     producer = w.producer()
     if producer is not None:
-        raise Decline(f"the weight is computed by {producer.op_type}; split-packed-qkv stands before int8")
+        raise Decline(f"the weight is computed by {producer.op_type}; run split-packed-qkv before int8")
     weight = op.weight(w)
     axis = 0 if layout == "out_in" else 1
     if sum(widths) != weight.shape[axis]:

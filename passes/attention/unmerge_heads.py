@@ -1,4 +1,4 @@
-"""unmerge-heads: attention over [batch·heads, …] becomes attention over [batch, heads, …]."""
+"""Rewrite attention over [batch·heads, …] as attention over [batch, heads, …] (the unmerge-heads pass)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UnmergeHeads(RewritePass):
 
     Before: ``y = Reshape(MatMul(Reshape(q, [b·h, s, d]), Transpose(Reshape(k, [b·h, t, d]))), [b, h, s, t])``
     After:  ``y = MatMul(q, Transpose(k))`` on [b, h, …]
-    Goes through products, sums, scalings, softmax and casts, up to what has both axes already.
+    The pass goes back through products, sums, scalings, softmax and casts, up to values that have both axes already.
     """
 
     name = "unmerge-heads"
@@ -36,7 +36,7 @@ class UnmergeHeads(RewritePass):
         inner, outer = dimensions(merged) or [], dimensions(result) or []
         heads = outer[1] if len(outer) == 4 else None
         if not isinstance(heads, int) or not _parts_heads(inner, outer):
-            raise Decline(f"{merged.name} {inner} → {outer} does not part batch and heads")
+            raise Decline(f"{merged.name} {inner} → {outer} does not split [batch·heads, …] into batch and heads")
         node = merged.producer()
         if node is None or node.op_type not in _ARITHMETIC:
             raise Decline(f"{merged.name} is not computed with batch and heads merged")
@@ -44,7 +44,10 @@ class UnmergeHeads(RewritePass):
 
 
 def _parts_heads(inner: list[Dimension], outer: list[Dimension]) -> bool:
-    """[b·h, x, y] → [b, h, x, y]. An exporter may state one of x and y as `(seq**2)//seq`: it follows from the rest."""
+    """Return True if a Reshape takes [b·h, x, y] to [b, h, x, y].
+
+    An exporter may state one of x and y as `(seq**2)//seq`; that it is the same length follows from the other axes.
+    """
     if len(inner) != 3:
         return False
     same = [before is not None and before == after for before, after in zip(inner[1:], outer[2:])]
@@ -53,13 +56,17 @@ def _parts_heads(inner: list[Dimension], outer: list[Dimension]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Unmerging:
-    """Rebuilds values [batch·heads, x, y] as [batch, heads, x, y]. The same elements stand in the same order."""
+    """Rebuild values [batch·heads, x, y] as [batch, heads, x, y], with the same elements in the same order."""
 
     op: Any
     batch: Dimension
     heads: int
 
     def value(self, value: onnx_ir.Value) -> onnx_ir.Value:
+        """Return `value` rebuilt as [batch, heads, x, y].
+
+        Raises Decline if it is computed in a way that has no form with batch and heads apart.
+        """
         node, dims = value.producer(), dimensions(value) or []
         if len(dims) != 3 or node is None or node.domain:
             raise Decline(f"{value.name} {dims} does not have batch and heads merged in front of two axes")
@@ -77,7 +84,7 @@ class _Unmerging:
         raise Decline(f"{value.name} comes from {node.op_type}, which has no form with batch and heads apart")
 
     def _operand(self, value: onnx_ir.Value | None) -> onnx_ir.Value:
-        """A number, such as a scale, broadcasts to any shape."""
+        """Rebuild an operand; a single number, such as a scale, stays, because it broadcasts to any shape."""
         assert value is not None
         constant = small_constant(value)
         return value if constant is not None and constant.size == 1 else self.value(value)
@@ -85,6 +92,7 @@ class _Unmerging:
     def _before_merging(
         self, value: onnx_ir.Value, source: onnx_ir.Value | None, rest: list[Dimension]
     ) -> onnx_ir.Value:
+        """Return `source`, which a Reshape merged into `value`, as [batch, heads, *rest]."""
         before = dimensions(source) or [] if source is not None else []
         if before == [self.batch, self.heads, *rest]:
             assert source is not None
@@ -100,12 +108,16 @@ class _Unmerging:
         return self._shaped(self.op.Reshape(source, self.op.Concat([-1], [self.heads], *lengths, axis=0)), rest)
 
     def _shaped(self, value: onnx_ir.Value, rest: list[Dimension]) -> onnx_ir.Value:
-        """Inference does not see through the arithmetic of a target; later rules need the lengths."""
+        """State that `value` is [batch, heads, *rest], and return it.
+
+        Shape inference does not see through the arithmetic of a Reshape's target, but later rules need these lengths.
+        """
         value.shape = onnx_ir.Shape([self.batch, self.heads, *rest])
         return value
 
 
 def _long(dims: list[Dimension]) -> list[Dimension]:
+    """Return the dimensions other than 1."""
     return [dim for dim in dims if dim != 1]
 
 

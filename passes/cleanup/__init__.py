@@ -1,1 +1,1 @@
-"""Passes that tidy any graph: folding, canonical spellings, common subexpressions, dead code, guests."""
+"""Tidy any graph: fold constants, unify spellings, merge common subexpressions, drop dead code, run guest passes."""

@@ -1,4 +1,4 @@
-"""canonicalize: one spelling for what exporters write in many."""
+"""Rewrite what exporters spell in many ways to one spelling (the canonicalize pass)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _END = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Canonicalize(RewritePass):
-    """Remove operators that only move data to where it is already, so that patterns see what a graph computes.
+    """Remove operators that leave data as it is, so that patterns see what a graph computes.
 
     Before: ``Transpose(x, perm=[0, 1])`` or ``Slice(x, 0, end)`` or ``Concat(x)`` or ``CastLike(x, y)``
     After:  ``x``, and ``Cast(x, to=…)`` for the last
-    Chains of Transpose or of Reshape become one. A Transpose of the last two axes that went through three axes, and a
-    look-up by GatherND with one index, are written as Transpose and Gather.
+    A chain of Transpose or of Reshape becomes one operator. A Transpose of the last two axes that goes through three
+    axes becomes a plain Transpose, and a look-up by GatherND with one index becomes a Gather.
     """
 
     name = "canonicalize"
@@ -45,6 +45,7 @@ class Canonicalize(RewritePass):
         ]
 
     def transpose(self, op: Any, x: Any, perm: Any) -> Any:
+        """Match a Transpose, which is dropped if it moves no axis."""
         return op.Transpose(x, perm=perm)
 
     def drop_still_transpose(self, op: Any, x: Any, perm: Any) -> Any:
@@ -53,6 +54,7 @@ class Canonicalize(RewritePass):
         return x
 
     def transpose_of_transpose(self, op: Any, x: Any, first: Any, second: Any) -> Any:
+        """Match two Transposes in a row, which become one or none."""
         return op.Transpose(op.Transpose(x, perm=first), perm=second)
 
     def compose(self, op: Any, x: Any, first: Any, second: Any) -> Any:
@@ -60,16 +62,18 @@ class Canonicalize(RewritePass):
         return x if perm == sorted(perm) else op.Transpose(x, perm=perm)
 
     def alone(self, op: Any, x: Any) -> Any:
-        """A variadic operator of one input."""
+        """Match an operator of any number of inputs that has only one, which takes its place."""
         return op.any_op("kind", ("Concat", "Max", "Min", "Sum", "Mean"), x)
 
     def drop_alone(self, op: Any, x: Any) -> Any:
         return x
 
     def slice(self, op: Any, x: Any, starts: Any, ends: Any, axes: Any) -> Any:
+        """Match a Slice without steps, which is dropped if it takes all of its input."""
         return op.Slice(x, starts, ends, axes, bind="result")
 
     def slice_by_one(self, op: Any, x: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> Any:
+        """Match a Slice with steps, which are dropped if all are 1."""
         return op.Slice(x, starts, ends, axes, steps)
 
     def drop_steps(self, op: Any, x: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> Any:
@@ -90,9 +94,11 @@ class Canonicalize(RewritePass):
         return x
 
     def expand(self, op: Any, x: Any, shape: Any) -> Any:
+        """Match an Expand, which is dropped if it keeps the shape."""
         return op.Expand(x, shape, bind="result")
 
     def reshape(self, op: Any, x: Any, shape: Any) -> Any:
+        """Match a Reshape, which is dropped if it keeps the shape."""
         return op.Reshape(x, shape, bind="result")
 
     def drop_same_shape(self, op: Any, x: Any, shape: Any, result: Any) -> Any:
@@ -101,7 +107,7 @@ class Canonicalize(RewritePass):
         return x
 
     def transpose_in_three_axes(self, op: Any, x: Any, merged: Any, restored: Any) -> Any:
-        """As torch writes the key of scaled dot product attention: [b, h, t, d] → [b·h, t, d] → … → [b, h, d, t]."""
+        """Match torch's key of scaled dot product attention: [b, h, t, d] → [b·h, t, d] → … → [b, h, d, t]."""
         return op.Reshape(op.Transpose(op.Reshape(x, merged), perm=[0, 2, 1]), restored, bind="result")
 
     def transpose_directly(self, op: Any, x: Any, merged: Any, restored: Any) -> Any:
@@ -116,6 +122,7 @@ class Canonicalize(RewritePass):
         return op.Transpose(x, perm=[0, 1, 3, 2])
 
     def reshape_of_reshape(self, op: Any, x: Any, inner: Any, shape: Any) -> Any:
+        """Match two Reshapes in a row, which become one or none."""
         zero = op.maybe(op.variable("allowzero"))
         return op.Reshape(op.Reshape(x, inner, bind="between"), shape, allowzero=zero, bind="result")
 
@@ -130,6 +137,7 @@ class Canonicalize(RewritePass):
         return op.Reshape(x, shape, **({"allowzero": 1} if allowzero else {}))
 
     def squeeze_of_unsqueeze(self, op: Any, x: Any, added: Any, removed: Any) -> Any:
+        """Match a Squeeze of an Unsqueeze; both are dropped if they name the same axes."""
         return op.Squeeze(op.Unsqueeze(x, added), removed)
 
     def drop_pair(self, op: Any, x: Any, added: Any, removed: Any) -> Any:
@@ -144,6 +152,7 @@ class Canonicalize(RewritePass):
         return x
 
     def times_one(self, op: Any, x: Any) -> Any:
+        """Match a product with, or a quotient by, a constant number, which is dropped if that is 1."""
         one = op.scalar("one")
         return op.any_of("kind", product=op.Mul(x, one), quotient=op.Div(x, one))
 
@@ -156,6 +165,7 @@ class Canonicalize(RewritePass):
         return x
 
     def cast_like(self, op: Any, x: Any, like: Any) -> Any:
+        """Match a CastLike, which becomes a Cast to the dtype of its second input."""
         return op.CastLike(x, like)
 
     def cast(self, op: Any, x: Any, like: Any) -> Any:
@@ -164,6 +174,7 @@ class Canonicalize(RewritePass):
         return x if like.dtype == x.dtype else op.Cast(x, to=like.dtype.value)
 
     def gather_rows(self, op: Any, table: Any, ids: Any, axis: Any) -> Any:
+        """Match a GatherND that looks up rows of a table by one index each."""
         return op.GatherND(table, op.Unsqueeze(ids, axis), batch_dims=0)
 
     def gather(self, op: Any, table: Any, ids: Any, axis: Any) -> Any:
@@ -174,7 +185,7 @@ class Canonicalize(RewritePass):
 
 
 def is_own_shape(x: onnx_ir.Value, shape: onnx_ir.Value) -> bool:
-    """True if the target shape consists of the lengths of `x` itself."""
+    """Return True if the target shape consists of the lengths of `x` itself."""
     dims, target = dimensions(x), elements(shape)
     if dims is None or target is None or len(dims) != len(target):
         return False
@@ -182,7 +193,7 @@ def is_own_shape(x: onnx_ir.Value, shape: onnx_ir.Value) -> bool:
 
 
 def _is_length(item: object, x: onnx_ir.Value, axis: int) -> bool:
-    """True if an element of a target shape is the length of this axis of `x`."""
+    """Return True if an element of a target shape is the length of this axis of `x`."""
     dim = (dimensions(x) or [])[axis]
     if isinstance(item, ConstantElement):
         return item.number == dim
@@ -195,6 +206,9 @@ def _is_length(item: object, x: onnx_ir.Value, axis: int) -> bool:
 
 
 def _same_known_shape(x: onnx_ir.Value, result: onnx_ir.Value) -> bool:
-    """True if both shapes are stated in full and equal; a symbol is one length wherever it stands."""
+    """Return True if both shapes are stated in full and are equal.
+
+    A symbol means the same length wherever it stands.
+    """
     dims, others = dimensions(x), dimensions(result)
     return dims is not None and dims == others and None not in dims

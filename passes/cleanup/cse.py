@@ -1,4 +1,4 @@
-"""cse: what is computed twice is computed once, and what all layers read stands before them."""
+"""Compute once what is computed twice, and move what several layers read before the first layer (the cse pass)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class MergeCommonSubexpressions(Pass):
 
     Before: ``a = Cos(t) … b = Cos(t)``
     After:  ``a = Cos(t) …``, all readers of ``b`` read ``a``
-    Equal means: one operator with equal attributes on equal inputs, small constants compared by content, the inputs of
-    commutative operators in any order. Random operators, collectives and nodes with bodies stay, and so does every
-    graph output. What several layers read is moved before the first one, so that all layers look alike.
+    Two nodes are equal if they are the same operator with equal attributes on equal inputs. Small constants are
+    compared by content, and the inputs of commutative operators in any order. Random operators, collectives and nodes
+    with bodies stay, and so does every graph output. What several layers read is moved before the first one, so that
+    all layers look alike.
     """
 
     name = "cse"
@@ -47,13 +48,18 @@ class MergeCommonSubexpressions(Pass):
 
 
 class _Merger:
+    """Merge equal nodes of one graph."""
+
     def __init__(self, editor: Editor) -> None:
         self.editor = editor
         self._numbers: dict[object, int] = {}
         self._of_value: dict[onnx_ir.Value, int] = {}
 
     def run(self) -> int:
-        """One sweep in topological order: inputs are merged before what reads them. Returns how many nodes changed."""
+        """Merge equal nodes in one sweep in topological order, and return how many nodes were merged into others.
+
+        The inputs of a node are merged before the node itself is looked at.
+        """
         first: dict[tuple[Any, ...], onnx_ir.Node] = {}
         merged: dict[onnx_ir.Node, list[onnx_ir.Node]] = {}
         changed = 0
@@ -71,7 +77,10 @@ class _Merger:
         return changed
 
     def _may_merge(self, node: onnx_ir.Node) -> bool:
-        """Known to give the same result each time; of other domains, nothing is known."""
+        """Return True if the node is known to give the same result each time.
+
+        Of nodes outside the ONNX domain that is known only for calls of local functions made of such operators.
+        """
         if not node.domain:
             return node.op_type not in _NEVER_EQUAL
         function = self.editor.model.functions.get(node.op_identifier())
@@ -80,6 +89,7 @@ class _Merger:
         return all(not inner.domain and inner.op_type not in _NEVER_EQUAL for inner in function.all_nodes())
 
     def _key(self, node: onnx_ir.Node) -> tuple[Any, ...]:
+        """Return a key that is equal for nodes that compute the same."""
         inputs = [None if value is None else self._number(value) for value in node.inputs]
         while inputs and inputs[-1] is None:
             inputs.pop()
@@ -88,7 +98,7 @@ class _Merger:
         return (*node.op_identifier(), len(node.outputs), attributes_key(node), tuple(inputs))
 
     def _number(self, value: onnx_ir.Value) -> int:
-        """Equal numbers mean the same value, or equal small constants."""
+        """Return a number that is equal for the same value and for equal small constants."""
         if value not in self._of_value:
             array = small_constant(value) if value.producer() is None else None
             key = value if array is None else (value.dtype, array.shape, array.tobytes())
@@ -97,7 +107,10 @@ class _Merger:
 
 
 def _redirect(node: onnx_ir.Node, kept: onnx_ir.Node) -> bool:
-    """Let all readers of `node` read `kept`. An output of the graph moves with its name, unless `kept` is one too."""
+    """Let all readers of `node` read `kept`, and return False if `node` has to stay as it is.
+
+    A graph output moves to `kept` with its name, unless `kept` gives a graph output itself.
+    """
     changed = False
     for old, new in zip(node.outputs, kept.outputs, strict=True):
         taken = old.is_graph_output() and not new.is_graph_output()
@@ -116,9 +129,9 @@ def _redirect(node: onnx_ir.Node, kept: onnx_ir.Node) -> bool:
 
 
 def _hoist_shared(graph: onnx_ir.Graph) -> int:
-    """Move what several layers read, and all that it needs, before the first layer; returns how many nodes moved.
+    """Move what several layers read, and all that it needs, before the first layer; return how many nodes moved.
 
-    A layer is known by its leaves: weights and caches whose names hold its number.
+    A layer is recognised by its leaves: weights and caches whose names hold its number.
     """
     shared = _shared_by_layers(graph)
     start, late = None, []
@@ -137,6 +150,7 @@ def _hoist_shared(graph: onnx_ir.Graph) -> int:
 
 
 def _shared_by_layers(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
+    """Return the nodes that belong to no layer and are read by several, and all nodes that these need."""
     layer_of: dict[onnx_ir.Node, int | None] = {}
     readers: dict[onnx_ir.Node, set[int]] = {}
     for node in graph:
@@ -157,7 +171,7 @@ def _shared_by_layers(graph: onnx_ir.Graph) -> set[onnx_ir.Node]:
 
 
 def _producers(node: onnx_ir.Node) -> list[onnx_ir.Node]:
-    """The nodes of the graph that a node reads, in its bodies too."""
+    """Return the nodes of its graph that a node reads, also from inside its bodies."""
     found: dict[onnx_ir.Node, None] = {}
     work = [node]
     while work:
@@ -173,9 +187,10 @@ def _producers(node: onnx_ir.Node) -> list[onnx_ir.Node]:
 
 
 def _leaf_layers(node: onnx_ir.Node) -> list[int]:
-    """The numbers in the names of weights and caches that a node reads.
+    """Return the layer numbers in the names of the weights and caches that a node reads.
 
-    The length of a cache is that of all, and a single number is shared, whichever layer an exporter named it after.
+    A Shape node has none, because the length of one cache is that of all. A leaf of a single number has none either:
+    layers share it, whichever layer the exporter named it after.
     """
     if node.op_type == "Shape":
         return []
@@ -185,6 +200,6 @@ def _leaf_layers(node: onnx_ir.Node) -> list[int]:
 
 
 def _is_integral(node: onnx_ir.Node) -> bool:
-    """Lengths, positions and masks are no part of a layer."""
+    """Return True if all outputs are integers or booleans: lengths, positions and masks belong to no layer."""
     dtypes = {value.dtype for value in node.outputs}
     return all(dtype is not None and (dtype.is_integer() or dtype == onnx_ir.DataType.BOOL) for dtype in dtypes)

@@ -1,4 +1,4 @@
-"""dead-code: remove what no output depends on."""
+"""Remove nodes, initializers and local functions that no graph output depends on (the dead-code pass)."""
 
 from __future__ import annotations
 

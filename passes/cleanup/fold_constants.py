@@ -1,4 +1,4 @@
-"""fold-constants: evaluate what depends on small constants only."""
+"""Evaluate operators that depend on small constants only (the fold-constants pass)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ class FoldConstants(Pass):
 
     Before: ``y = Reshape(x, Concat(Reshape(Cast(two), [-1]), [3]))``
     After:  ``y = Reshape(x, [2, 3])``
-    A weight of the checkpoint is never read and a DequantizeLinear never folded. Equal constants become one; operators
-    without effect (Identity, a Cast to the same dtype) go; Shape of known dimensions is a constant.
+    A weight of the checkpoint is never read, and a DequantizeLinear is never folded. Equal constants become one.
+    Operators without effect (Identity, a Cast to the same dtype) are removed, and the Shape of known dimensions becomes
+    a constant.
     `limit`: bytes of the largest result that is stored instead of computed.
     """
 
@@ -48,15 +49,15 @@ class FoldConstants(Pass):
         editor = Editor(model, self.name)
         result = PassResult()
         while self._sweep(editor, result):
-            pass  # a folded bound may tell the length of an axis, and that length another number
+            pass  # a folded bound may reveal the length of an axis, and that length may make more nodes constant
         result.matches += _unify_sizes(editor)
         merged = _merge_equal_constants(editor) + _merge_equal_sizes(editor) + _hoist_sizes(editor)
         result.modified = result.matches > 0 or merged > 0
         return result
 
     def _sweep(self, editor: Editor, result: PassResult) -> bool:
-        """Every node once; True if something was folded."""
-        complete_types(editor.model)  # the length of an axis may be a number that no exporter stated
+        """Visit every node once, and return True if something was folded."""
+        complete_types(editor.model)  # inference may find lengths that the exporter did not state
         before = result.matches
         for node in list(editor.graph):
             if node.graph is None:
@@ -67,7 +68,7 @@ class FoldConstants(Pass):
         return result.matches > before
 
     def explain(self, model: onnx_ir.Model) -> Iterable[Refusal]:
-        """Operators that read nothing but constants and stay."""
+        """Yield the operators that read nothing but constants and yet stay, each with the reason."""
         copy = model.clone()
         self.run(copy)
         for node in copy.graph:
@@ -87,7 +88,7 @@ class FoldConstants(Pass):
         return f"its result or what it reads is larger than {self.limit} bytes; fold-constants{{limit=…}} allows more"
 
     def _bypass(self, editor: Editor, node: onnx_ir.Node) -> bool:
-        """Let users of a node without effect read its input."""
+        """Let the users of a node without effect read its input; return True if that was done."""
         source, target = node.inputs[0] if node.inputs else None, node.outputs[0]
         if source is None or node.domain or not _has_no_effect(node, source) or target.is_graph_output():
             return False
@@ -98,6 +99,7 @@ class FoldConstants(Pass):
         return True
 
     def _fold(self, editor: Editor, node: onnx_ir.Node) -> bool:
+        """Replace a node by a constant if it can be evaluated; return True if that was done."""
         target = node.outputs[0]
         if target.is_graph_output():
             return False
@@ -112,12 +114,13 @@ class FoldConstants(Pass):
         constant.const_value = tensor
         target.replace_all_uses_with(constant)
         editor.remove_dead([node])
-        constant.name = name  # free now, and the text stays as it was
+        constant.name = name  # the name is free now; reusing it keeps the printed text as it was
         if constant.uses():
             editor.graph.register_initializer(constant)
         return True
 
     def _value_of(self, node: onnx_ir.Node, opset: int) -> np.ndarray[Any, np.dtype[Any]] | None:
+        """Return the constant that a node computes; None if it is unknown, not to be evaluated, or too large."""
         if node.domain or node.op_type in _KEPT or len(node.outputs) != 1:
             return None
         if node.op_type == "Constant":
@@ -142,7 +145,10 @@ class FoldConstants(Pass):
         return _evaluate(node, opset, arrays) if arrays and not self._is_too_large(node, opset) else None
 
     def _is_too_large(self, node: onnx_ir.Node, opset: int) -> bool:
-        """Asked before evaluating: an Expand of one number may be gigabytes."""
+        """Return True if the result is known to have more than `limit` elements.
+
+        This is checked before evaluating, because an Expand of one number may be gigabytes.
+        """
         target = node.outputs[0]
         if target.shape is None:
             with contextlib.suppress(VerifyError):
@@ -163,6 +169,7 @@ def _dtype_of(value: onnx_ir.Value | None) -> np.dtype[Any]:
 
 
 def _has_no_effect(node: onnx_ir.Node, source: onnx_ir.Value) -> bool:
+    """Return True for an Identity, and for a cast to the dtype that `source` has already."""
     if node.op_type == "Identity":
         return True
     if node.op_type == "Cast":
@@ -174,6 +181,7 @@ def _has_no_effect(node: onnx_ir.Node, source: onnx_ir.Value) -> bool:
 
 
 def _known_dimensions(node: onnx_ir.Node) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """Return the dimensions that a Shape node gives; None unless all of them are known numbers."""
     source = node.inputs[0]
     if source is None or source.shape is None:
         return None
@@ -184,7 +192,10 @@ def _known_dimensions(node: onnx_ir.Node) -> np.ndarray[Any, np.dtype[Any]] | No
 
 
 def _known_sizes(value: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]] | None:
-    """A scalar or vector of lengths that the shapes state, such as the head_dim of Gather(Shape(q), -1)."""
+    """Return the lengths in an int64 scalar or vector if the shapes state them, else None.
+
+    An example is the head_dim of Gather(Shape(q), -1).
+    """
     if value.dtype != onnx_ir.DataType.INT64 or value.shape is None or len(value.shape) > 1:
         return None
     numbers = known_numbers(value)
@@ -196,7 +207,7 @@ def _known_sizes(value: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]] | None:
 def _evaluate(
     node: onnx_ir.Node, opset: int, arrays: dict[str, np.ndarray[Any, np.dtype[Any]]]
 ) -> np.ndarray[Any, np.dtype[Any]] | None:
-    """ONNX's reference implementation of one operator; None where it has none."""
+    """Evaluate one operator by ONNX's reference implementation; return None where it has none, or fails."""
     proto = onnx_ir.to_proto(node)
     inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in arrays]
     outputs = [onnx.helper.make_tensor_value_info(proto.output[0], onnx.TensorProto.UNDEFINED, None)]
@@ -208,11 +219,15 @@ def _evaluate(
             (value,) = onnx.reference.ReferenceEvaluator(model).run(None, arrays)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
         return None
-    return np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else None  # a sequence is no constant
+    # The value may also be a sequence, which cannot become a constant.
+    return np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else None
 
 
 def _merge_equal_constants(editor: Editor) -> int:
-    """One initializer per small constant: exporters write the same shape piece once per layer."""
+    """Merge equal small constants into one initializer, and return how many were merged into others.
+
+    Exporters write the same piece of a shape once per layer.
+    """
     first: dict[tuple[Any, ...], onnx_ir.Value] = {}
     merged = 0
     for value in list(editor.graph.initializers.values()):
@@ -235,10 +250,13 @@ _SIZE_ARITHMETIC = frozenset(
 
 
 def _unify_sizes(editor: Editor) -> int:
-    """Read a length that several inputs share from the first of them; an exporter picks any, not always the same."""
+    """Read a length that several graph inputs share from the first of these; return how many nodes changed.
+
+    An exporter reads it from any of them, and not always from the same one.
+    """
     places: dict[str, tuple[onnx_ir.Value, int]] = {}
     if editor.opset < 15:
-        return 0  # Shape of a single axis is not an operator yet
+        return 0  # before opset 15, Shape cannot give a single axis
     for value in editor.graph.inputs:
         for axis, dim in enumerate(dimensions(value) or []):
             if isinstance(dim, str):
@@ -255,7 +273,11 @@ def _unify_sizes(editor: Editor) -> int:
 
 
 def _single_length(node: onnx_ir.Node) -> tuple[int, str] | None:
-    """(axis, symbol) if the node gives one length of a value: Shape of one axis, one element of a Shape, a fraction."""
+    """Return (axis, symbol) if the node gives a single length of a value, else None.
+
+    Such a node is a Shape of one axis, a Gather of one element of a Shape, or a Div that gives a fraction of a length.
+    The axis is -1 if the node does not give the length of an axis as it is.
+    """
     target = node.outputs[0]
     if node.domain or node.op_type not in {"Shape", "Gather", "Div"} or target.is_graph_output():
         return None
@@ -268,7 +290,10 @@ def _single_length(node: onnx_ir.Node) -> tuple[int, str] | None:
 
 
 def _read_from(editor: Editor, node: onnx_ir.Node, value: onnx_ir.Value, axis: int) -> None:
-    """Let a length be that of an axis of a graph input: nothing computed is waited for, and equal lengths are one."""
+    """Make a node give the length of an axis of the graph input `value` instead.
+
+    That length depends on nothing that is computed, and equal lengths become one.
+    """
     if node.op_type == "Shape":
         node.replace_input_with(0, value)
         node.attributes["start"] = onnx_ir.AttrInt64("start", axis)
@@ -282,7 +307,7 @@ def _read_from(editor: Editor, node: onnx_ir.Node, value: onnx_ir.Value, axis: i
 
 
 def _merge_equal_sizes(editor: Editor) -> int:
-    """One node per length: the same arithmetic on the same inputs."""
+    """Merge nodes that compute the same length by the same arithmetic; return how many went."""
     first: dict[tuple[Any, ...], onnx_ir.Node] = {}
     merged = 0
     for node in list(editor.graph):
@@ -299,7 +324,10 @@ def _merge_equal_sizes(editor: Editor) -> int:
 
 
 def _hoist_sizes(editor: Editor) -> int:
-    """Compute lengths first: shared ones would otherwise stand in the first layer and make it unlike the others."""
+    """Move the arithmetic on lengths to the start of the graph, and return how many nodes are there.
+
+    Otherwise shared lengths would stand in the first layer and make it unlike the others. Returns 0 if nothing moved.
+    """
     hoisted: list[onnx_ir.Node] = []
     known: set[int] = set()
     for node in editor.graph:
@@ -320,5 +348,6 @@ def _hoist_sizes(editor: Editor) -> int:
 
 
 def _is_size(value: onnx_ir.Value) -> bool:
+    """Return True for what may be a length: int64 or of unknown dtype, at most one axis, no graph output."""
     known_rank = value.shape is None or len(value.shape) <= 1
     return value.dtype in {onnx_ir.DataType.INT64, None} and known_rank and not value.is_graph_output()

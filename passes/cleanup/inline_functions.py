@@ -1,4 +1,4 @@
-"""inline-functions: the bodies of local functions in place of their calls, by onnx-ir's inliner."""
+"""Replace calls of local functions by their bodies, with onnx-ir's inliner (the inline-functions pass)."""
 
 from __future__ import annotations
 

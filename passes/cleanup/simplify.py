@@ -1,4 +1,4 @@
-"""simplify: onnxsim, with the weights held out of its way."""
+"""Run onnxsim with the weights held out of its way (the simplify pass)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from passopt.passes.guests.decorators import optional_module
 
 @dataclasses.dataclass(frozen=True)
 class Simplify(Pass):
-    """Run onnxsim's clean-ups, in the memory of the graph alone: it sees every weight as an input, so it folds none.
+    """Run onnxsim's clean-ups without loading weights: it sees every weight as an input, so it folds none.
 
     Before: ``y = Transpose(Transpose(Reshape(x, Concat(Shape(x), [3])), p), q)``
     After:  ``y = Reshape(x, [0, 3])``
-    A DequantizeLinear is never folded, and a product stays a MatMul, which other passes look for. Names of inputs and
-    outputs stay; nodes that survive keep their metadata.
+    It takes no more memory than the graph without weights. A DequantizeLinear is never folded, and a product stays a
+    MatMul, which other passes look for. Inputs and outputs keep their names; nodes that survive keep their metadata.
     `limit`: bytes of the largest constant that folding may make.
     """
 

@@ -1,1 +1,1 @@
-"""Passes that undo fusions, for targets that want primitive operators."""
+"""Undo fusions, for targets that want primitive operators."""

@@ -1,4 +1,4 @@
-"""decompose-activations: Gelu and Swish as the arithmetic they stand for."""
+"""Decompose Gelu and Swish into the arithmetic that they stand for (the decompose-activations pass)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decompose-attention: attention as products, masks and softmax."""
+"""Decompose attention into matrix products, masks and softmax (the decompose-attention pass)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rules import Rewriter
 
 _FLOAT = onnx_ir.DataType.FLOAT
-#: Half of fp32's lowest number: a masked score that is still a number.
+#: Half of fp32's lowest number: a score that is masked but still finite.
 _LOWEST = -1.7014117e38
 
 
@@ -30,8 +30,8 @@ class DecomposeAttention(DecomposePass):
 
     Before: ``y, k, v = Attention(q, new_k, new_v, mask, past_k, past_v, scale=s)`` or ``passopt.AlibiAttention(…)``
     After:  ``k, v = Concat(past, new); y = MatMul(Softmax(Add(MatMul(q·√s, Transpose(k)·√s), mask)), v)``
-    Heads that share keys are repeated, a soft cap becomes Tanh, causal order and windows become a mask. A row that sees
-    nothing gives 0, as the operator does. ALiBi's bias and softmax are computed in fp32.
+    Keys and values that heads share are repeated, a soft cap becomes Tanh, causal order and windows become a mask. A
+    row that sees nothing gives 0, as the operator does. ALiBi's bias and softmax are computed in fp32.
     """
 
     name = "decompose-attention"
@@ -40,7 +40,7 @@ class DecomposeAttention(DecomposePass):
     decomposes = ("Attention", f"{DOMAIN}::{ALIBI_ATTENTION}", f"{DOMAIN}::{ALIBI_ATTENTION_NO_CACHE}")
 
     def run(self, model: onnx_ir.Model) -> PassResult:
-        """As all decompositions; then the functions go that nobody calls any more."""
+        """Decompose every node, then remove passopt's local functions that nothing calls any more."""
         result = super().run(model)
         called = called_functions(model)
         for identifier in [key for key in model.functions if key[0] == DOMAIN and key not in called]:
@@ -53,6 +53,7 @@ class DecomposeAttention(DecomposePass):
 
 
 def _standard(op: Any, node: onnx_ir.Node) -> list[onnx_ir.Value]:
+    """Build what ONNX's Attention computes, and return the values of its four outputs."""
     flat = len(_dims(required(node, 0))) == 3
     query, key, value = (
         _four_axes(op, required(node, index), attribute(node, name, 0))
@@ -70,7 +71,7 @@ def _standard(op: Any, node: onnx_ir.Node) -> list[onnx_ir.Value]:
     precision = attribute(node, "softmax_precision", None)
     wide = cast(op, stages[-1], onnx_ir.DataType(precision) if precision else None)
     shares = op.Softmax(wide, axis=-1)
-    if may_hide:  # a row that sees nothing is 0/0
+    if may_hide:  # in a row that sees nothing, softmax is 0/0
         assert wide.dtype is not None
         shares = op.Where(op.IsNaN(shares), np.zeros((), wide.dtype.numpy()), shares)
     stages.append(cast(op, shares, query.dtype))
@@ -82,6 +83,7 @@ def _standard(op: Any, node: onnx_ir.Node) -> list[onnx_ir.Value]:
 
 
 def _alibi(op: Any, node: onnx_ir.Node) -> list[onnx_ir.Value]:
+    """Build what a passopt function of ALiBi attention computes: return its output, the keys and the values."""
     query, key, value, slopes, positions, mask = (required(node, index) for index in range(6))
     dtype = query.dtype
     if node.op_type == ALIBI_ATTENTION:
@@ -94,7 +96,10 @@ def _alibi(op: Any, node: onnx_ir.Node) -> list[onnx_ir.Value]:
 
 
 def _scores(op: Any, node: onnx_ir.Node, query: onnx_ir.Value, key: onnx_ir.Value) -> Any:
-    """q · kᵀ · scale; each side takes √scale, so that half precision does not overflow before the scale."""
+    """Return q · kᵀ · scale.
+
+    Each side is multiplied by √scale, so that half precision does not overflow before the scale is applied.
+    """
     scale = attribute(node, "scale", None)
     if scale is None:
         scale = 1 / math.sqrt(_length(query, 3))
@@ -105,13 +110,15 @@ def _scores(op: Any, node: onnx_ir.Node, query: onnx_ir.Value, key: onnx_ir.Valu
 
 
 def _dims(value: onnx_ir.Value) -> list[int | str | None]:
+    """Return the lengths of the axes of a value. Raises Decline if not even their number is known."""
     dims = dimensions(value)
     if dims is None:
-        raise Decline(f"the rank of {value.name} is unknown")
+        raise Decline(f"the number of axes of {value.name} is unknown")
     return dims
 
 
 def _length(value: onnx_ir.Value, axis: int) -> int:
+    """Return the length of an axis. Raises Decline unless it is a known number."""
     length = _dims(value)[axis]
     if not isinstance(length, int):
         raise Decline(f"axis {axis} of {value.name} {_dims(value)} has no known length")
@@ -119,7 +126,7 @@ def _length(value: onnx_ir.Value, axis: int) -> int:
 
 
 def _four_axes(op: Any, value: onnx_ir.Value, heads: int) -> onnx_ir.Value:
-    """[b, s, heads · d] → [b, heads, s, d]."""
+    """Turn [b, s, heads · d] into [b, heads, s, d]; a value of four axes stays as it is."""
     if len(_dims(value)) == 4:
         return value
     made: onnx_ir.Value = op.Transpose(op.Reshape(value, [0, 0, heads, -1]), perm=[0, 2, 1, 3])
@@ -127,7 +134,7 @@ def _four_axes(op: Any, value: onnx_ir.Value, heads: int) -> onnx_ir.Value:
 
 
 def _repeated(op: Any, value: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Value:
-    """Keys or values [b, h_kv, t, d], each repeated for the query heads that share it: [b, h, t, d]."""
+    """Repeat keys or values [b, h_kv, t, d] for the query heads that share them: [b, h, t, d]."""
     wanted, given, width = _length(query, 1), _length(value, 1), _length(value, 3)
     if wanted == given:
         return value
@@ -137,7 +144,7 @@ def _repeated(op: Any, value: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Va
 
 
 def _bias(op: Any, node: onnx_ir.Node, query: onnx_ir.Value, key: onnx_ir.Value) -> tuple[Any, bool]:
-    """What is added to the scores [b, h, q, t], and whether it may hide a whole row."""
+    """Return what is added to the scores [b, h, q, t], or None, and whether it may hide a whole row."""
     mask = operand(node, 3)
     order, may_hide = _order(op, node, query, key)
     terms: list[Any] = []
@@ -157,7 +164,7 @@ def _bias(op: Any, node: onnx_ir.Node, query: onnx_ir.Value, key: onnx_ir.Value)
 
 
 def _whole_mask(op: Any, mask: onnx_ir.Value, key: onnx_ir.Value) -> Any:
-    """A mask that is shorter than the keys hides the rest."""
+    """Pad a mask that is shorter than the keys, so that it hides the rest of them."""
     given, total = _dims(mask)[-1], _dims(key)[2]
     if given == total or not isinstance(given, int):
         return mask
@@ -171,7 +178,10 @@ def _whole_mask(op: Any, mask: onnx_ir.Value, key: onnx_ir.Value) -> Any:
 
 
 def _order(op: Any, node: onnx_ir.Node, query: onnx_ir.Value, key: onnx_ir.Value) -> tuple[Any, bool]:
-    """Which columns each row sees by its position: bool [q, t] or [b, 1, q, t]; and whether a row may see none."""
+    """Return which columns each row sees by its position, and whether a row may see none.
+
+    The first is a boolean value [q, t] or [b, 1, q, t], or None if position hides nothing.
+    """
     causal = bool(attribute(node, "is_causal", 0))
     left, right = (attribute(node, f"{side}_window_size", -1) for side in ("left", "right"))
     valid, past = operand(node, 6), operand(node, 4)
@@ -195,7 +205,10 @@ def _order(op: Any, node: onnx_ir.Node, query: onnx_ir.Value, key: onnx_ir.Value
 
 
 def _rows(op: Any, query: onnx_ir.Value, past: onnx_ir.Value | None, filled: Any) -> Any:
-    """Positions of the queries, [q, 1] or [b, 1, q, 1]: they follow the cache, or end where valid keys end."""
+    """Return the positions of the queries as [q, 1] or [b, 1, q, 1].
+
+    They follow the cache; or, if `filled` gives the numbers of valid keys, they end where the valid keys end.
+    """
     count = _length_of(op, query, 2)
     if filled is not None:
         rows = op.Unsqueeze(op.Range(np.int64(0), count, np.int64(1)), [1])
@@ -206,6 +219,6 @@ def _rows(op: Any, query: onnx_ir.Value, past: onnx_ir.Value | None, filled: Any
 
 
 def _length_of(op: Any, value: onnx_ir.Value, axis: int) -> Any:
-    """The length of an axis as a scalar, a number where it is known."""
+    """Return the length of an axis as a scalar: a number where it is known, else computed in the graph."""
     known = _dims(value)[axis]
     return np.int64(known) if isinstance(known, int) else op.Squeeze(op.Shape(value, start=axis, end=axis + 1), [0])

@@ -1,4 +1,7 @@
-"""Base of the passes that write one operator as several: the inverses of the fusions, for targets without kernels."""
+"""Define the base class of passes that write one operator as several.
+
+These passes are the inverses of the fusions, for targets without kernels for the fused operators.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,19 @@ from passopt.passes.patterns.rules import Rewriter
 
 
 class DecomposePass(Pass):
-    """Replaces every node of the operators that it `decomposes` by what `expand` builds.
+    """Replace every node of the operators that the pass `decomposes` by what `expand` builds.
 
-    `expand` gives one value per output and may raise Decline. Nodes whose outputs nobody reads are left to dead-code.
+    Nodes whose outputs nobody reads are left to dead-code.
     """
 
     accuracy: ClassVar[Accuracy] = REASSOCIATED
 
     @abc.abstractmethod
     def expand(self, op: Rewriter, node: onnx_ir.Node) -> Sequence[onnx_ir.Value]:
-        """Build what `node` computes; the values of its outputs, in their order."""
+        """Build what `node` computes, and return one value per output of the node, in their order.
+
+        May raise Decline, with the reason; the node then stays.
+        """
 
     def run(self, model: onnx_ir.Model) -> PassResult:
         complete_types(model)
@@ -54,12 +60,12 @@ class DecomposePass(Pass):
 
 
 def operand(node: onnx_ir.Node, index: int) -> onnx_ir.Value | None:
-    """An input that may be absent."""
+    """Return input number `index` of a node, or None if it is absent."""
     return node.inputs[index] if index < len(node.inputs) else None
 
 
 def required(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
-    """An input that the operator always has, with known dtype. Declines if the dtype is unknown."""
+    """Return an input that the operator always has. Raises Decline if its dtype is unknown."""
     value = node.inputs[index]
     assert value is not None
     if value.dtype is None:
@@ -68,7 +74,7 @@ def required(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
 
 
 def cast(op: Any, value: onnx_ir.Value, dtype: onnx_ir.DataType | None) -> onnx_ir.Value:
-    """`value` in another dtype; no node if it has that already."""
+    """Cast `value` to `dtype`; return `value` itself if it has that dtype already or `dtype` is None."""
     if dtype is None or value.dtype == dtype:
         return value
     made: onnx_ir.Value = op.Cast(value, to=dtype.value)

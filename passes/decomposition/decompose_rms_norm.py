@@ -1,4 +1,4 @@
-"""decompose-rms-norm: a root mean square norm as the arithmetic it stands for."""
+"""Decompose RMSNormalization into the arithmetic that it stands for (the decompose-rms-norm pass)."""
 
 from __future__ import annotations
 
@@ -37,9 +37,12 @@ class DecomposeRmsNorm(DecomposePass):
 
 
 def _axes(x: onnx_ir.Value, axis: int) -> list[int]:
-    """From `axis` to the last, counted from the back: one axis needs no rank."""
+    """Return the axes from `axis` to the last, counted from the back.
+
+    Raises Decline if `axis` counts from the front and the number of axes is unknown.
+    """
     if axis >= 0:
         if x.shape is None:
-            raise Decline(f"normalises from axis {axis} on, and the rank of {x.name} is unknown")
+            raise Decline(f"normalises from axis {axis} on, and the number of axes of {x.name} is unknown")
         axis -= len(x.shape)
     return list(range(axis, 0))

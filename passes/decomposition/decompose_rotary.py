@@ -1,4 +1,4 @@
-"""decompose-rotary: rotary position embedding as products with cos and sin."""
+"""Decompose rotary position embedding into products with cos and sin (the decompose-rotary pass)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.attributes import attribute
 from passopt.ir.graph.shapes import dimensions
 from passopt.ir.weights.expressions import concat
@@ -17,8 +18,6 @@ from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rules import Rewriter
 
-_END = 2**63 - 1
-
 
 @dataclasses.dataclass(frozen=True)
 class DecomposeRotary(DecomposePass):
@@ -26,9 +25,9 @@ class DecomposeRotary(DecomposePass):
 
     Before: ``y = RotaryEmbedding(x, cos, sin, position_ids)``, x [b, heads, s, 2h], tables [positions, h]
     After:  ``y = Add(Mul(x, cos2), Mul(Concat(Neg(x[h:]), x[:h]), sin2))``, where ``cos2 = Gather(Concat(cos, cos),
-            position_ids)`` for every layer that reads the same table at the same positions
-    A table that is a weight is doubled in the weight. Channels in pairs (interleaved), heads rotated in part and inputs
-    [b, s, heads · channels] are decomposed as well.
+            position_ids)``, and sin2 alike
+    A table that is a weight is doubled in the weight, once for all layers that read it. Channels rotated in pairs
+    (interleaved), heads rotated in part and inputs [b, s, heads · channels] are decomposed as well.
     """
 
     name = "decompose-rotary"
@@ -41,7 +40,7 @@ class DecomposeRotary(DecomposePass):
         heads = attribute(node, "num_heads", 0)
         dims = dimensions(given)
         if dims is None:
-            raise Decline(f"the rank of {given.name} is unknown")
+            raise Decline(f"the number of axes of {given.name} is unknown")
         flat = len(dims) == 3
         x: Any = given
         if flat:
@@ -52,14 +51,14 @@ class DecomposeRotary(DecomposePass):
         rotate = _rotate_pairs if attribute(node, "interleaved", 0) else _rotate_halves
         result = rotate(op, node, part, turned // 2)
         if turned != width:
-            result = op.Concat(result, op.Slice(x, [turned], [_END], [3]), axis=-1)
+            result = op.Concat(result, op.Slice(x, [turned], [SLICE_END], [3]), axis=-1)
         if flat:
             result = op.Reshape(op.Transpose(result, perm=[0, 2, 1, 3]), [0, 0, -1])
         return [result]
 
 
 def _width(x: onnx_ir.Value, given: onnx_ir.Value, heads: int) -> int:
-    """Channels of a head."""
+    """Return the number of channels of a head. Raises Decline if it is unknown."""
     last = (dimensions(given) or [None])[-1]
     if not isinstance(last, int):
         raise Decline(f"the number of channels of {given.name} is unknown")
@@ -67,14 +66,16 @@ def _width(x: onnx_ir.Value, given: onnx_ir.Value, heads: int) -> int:
 
 
 def _rotate_halves(op: Any, node: onnx_ir.Node, x: onnx_ir.Value, half: int) -> Any:
+    """Rotate every channel of the lower half with the one at the same place in the upper half."""
     cos, sin = (_angles(op, node, index, doubled=True) for index in (1, 2))
-    lower, upper = op.Slice(x, [0], [half], [3]), op.Slice(x, [half], [_END], [3])
+    lower, upper = op.Slice(x, [0], [half], [3]), op.Slice(x, [half], [SLICE_END], [3])
     return op.Add(op.Mul(x, cos), op.Mul(op.Concat(op.Neg(upper), lower, axis=-1), sin))
 
 
 def _rotate_pairs(op: Any, node: onnx_ir.Node, x: onnx_ir.Value, half: int) -> Any:
+    """Rotate neighbouring channels as pairs (interleaved)."""
     cos, sin = (_angles(op, node, index, doubled=False) for index in (1, 2))
-    even, odd = (op.Slice(x, [start], [_END], [3], [2]) for start in (0, 1))
+    even, odd = (op.Slice(x, [start], [SLICE_END], [3], [2]) for start in (0, 1))
     real = op.Sub(op.Mul(even, cos), op.Mul(odd, sin))
     imaginary = op.Add(op.Mul(even, sin), op.Mul(odd, cos))
     pairs = op.Concat(op.Unsqueeze(real, [-1]), op.Unsqueeze(imaginary, [-1]), axis=-1)
@@ -82,7 +83,10 @@ def _rotate_pairs(op: Any, node: onnx_ir.Node, x: onnx_ir.Value, half: int) -> A
 
 
 def _angles(op: Any, node: onnx_ir.Node, index: int, *, doubled: bool) -> Any:
-    """[b, 1, s, h] of cos or sin at this step's positions, or [b, 1, s, 2h] with every angle for both halves."""
+    """Return cos or sin at this step's positions: [b, 1, s, h], or [b, 1, s, 2h] if `doubled`.
+
+    With `doubled`, every angle is there for both halves of a head.
+    """
     table, positions = required(node, index), operand(node, 3)
     weight = None if table.is_graph_input() else expression_of(table)
     if doubled and weight is not None:

@@ -1,4 +1,4 @@
-"""Patterns and docstrings' code as text diagrams: a value on top, what it is computed from below.
+"""Draw patterns, and the code in docstrings, as text diagrams: a value on top, below it what it is computed from.
 
 y ← Mul
 ├─ x
@@ -19,18 +19,19 @@ from passopt.passes.patterns import language as pt
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A label and what stands below it."""
+    """A label and the trees that stand below it."""
 
     label: str
     children: tuple[Tree, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
+        """Return the label and, if there are any, the trees below it."""
         body: dict[str, Any] = {"label": self.label}
         return {**body, "inputs": [child.as_json() for child in self.children]} if self.children else body
 
 
 def draw(tree: Tree, first: str = "", rest: str = "") -> list[str]:
-    """The lines of a diagram; `first` stands before the first one, `rest` before the others."""
+    """Return the lines of a diagram; `first` stands before the first line, `rest` before the others."""
     lines = [f"{first}{tree.label}"]
     for index, child in enumerate(tree.children):
         last = index == len(tree.children) - 1
@@ -40,29 +41,36 @@ def draw(tree: Tree, first: str = "", rest: str = "") -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Diagram:
-    """A pattern: a tree per root, in the order in which `rewrite` returns them, and what several places share."""
+    """A drawn pattern.
+
+    `roots` holds one tree per root, in the order in which `rewrite` returns them; `parts` what several places share.
+    """
 
     roots: tuple[Tree, ...]
     parts: tuple[Tree, ...]
 
     def lines(self) -> list[str]:
-        """The roots, and below them each shared part under its ‹name›, as in a grammar."""
+        """Return the lines of the roots, and below them each shared part under its ‹name›, as in a grammar."""
         text = [line for root in self.roots for line in draw(root)]
         for part in self.parts:
             text += ["", *draw(part)]
         return text
 
     def as_json(self) -> dict[str, Any]:
+        """Return the trees of the roots and of the shared parts."""
         return {"roots": [tree.as_json() for tree in self.roots], "parts": [tree.as_json() for tree in self.parts]}
 
 
 def diagram(pattern: pt.Pattern) -> Diagram:
-    """What a traced pattern looks for."""
+    """Draw what a traced pattern looks for."""
     return _Drawing(pattern).diagram()
 
 
 class _Drawing:
-    """What several places share is a part of its own: an optional wrapper would else double all below it."""
+    """Draw one pattern, with a part of its own for whatever several places share.
+
+    Otherwise every optional wrapper would double all that is below it.
+    """
 
     def __init__(self, pattern: pt.Pattern) -> None:
         self._pattern = pattern
@@ -122,7 +130,7 @@ class _Drawing:
 
 
 def _shared_key(value: Any) -> int | None:
-    """Equal for two places of one node or one choice; None for what has nothing below it."""
+    """Return a key that is equal for two places of one node or one choice; None if nothing is below `value`."""
     if isinstance(value, pt.Output):
         return id(value.node)
     return id(value) if isinstance(value, pt.Alternatives) else None
@@ -144,7 +152,7 @@ def _title(value: pt.ValuePattern) -> str:
 
 
 def _which(value: pt.ValuePattern) -> str:
-    """Which of a node's outputs is meant, where it has several."""
+    """Say which of a node's outputs is meant, if it has several."""
     if not isinstance(value, pt.Output) or value.node.outputs == 1:
         return ""
     return f"  output {value.index + 1} of {value.node.outputs}"
@@ -176,7 +184,10 @@ def _leaf(value: Any) -> str:
 
 
 def code_trees(code: str) -> list[Tree] | None:
-    """`y = Swish(x); z = Abs(y)` as trees, one per statement; None where it is not written as Python would be."""
+    """Parse code such as `y = Swish(x); z = Abs(y)` into trees, one per statement.
+
+    Returns None if the code is not valid Python, or holds other statements than assignments and expressions.
+    """
     try:
         statements = ast.parse(code).body
     except SyntaxError:

@@ -1,4 +1,4 @@
-"""What kept a rule from matching, in words: expected against found, and where in the graph."""
+"""Say in words what kept a rule from matching: what was expected, what was found, and where in the graph."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ from passopt.passes.patterns.language import (
     outputs_of,
 )
 
-#: Longer constants are shown by dtype and shape.
+#: Constants of more elements are shown by dtype and shape.
 _SHOWN_ELEMENTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """A text, and the name in the graph that belongs to this very place: equal places differ in `symbol` only."""
+    """A text, and the name in the graph that belongs to this very place.
+
+    Equal differences of several layers have the same `text` and differ in `symbol` only.
+    """
 
     text: str
     symbol: str = ""
@@ -45,8 +48,9 @@ class Words:
 class Difference:
     """One thing that kept a pattern from matching.
 
-    `kind` is operator, extra, absent, attribute, constant, weight, value, inputs, outputs or root. `node` is where to
-    look: the node whose input or attribute differs; `found_node` the node that stands there instead, if one does.
+    `kind` is operator, extra, absent, attribute, constant, weight, value, inputs, outputs or root. `owner` is the
+    pattern node that does not fit because of it, if there is one. `node` is where to look: the node whose input or
+    attribute differs. `found_node` is the node that stands there instead, if there is one.
     """
 
     kind: str
@@ -59,7 +63,7 @@ class Difference:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Equal for the same divergence in another layer."""
+        """Return a key that is equal for the same difference in another layer."""
         return (self.kind, self.node.op_type, self.place, self.expected.text, self.found.text)
 
     def __str__(self) -> str:
@@ -73,6 +77,7 @@ class Difference:
         return f": no {self.expected.text} in between" if self.kind == "absent" else ""
 
     def as_json(self) -> dict[str, Any]:
+        """Return the difference, and what the graph knows about where its node comes from."""
         return {
             "kind": self.kind,
             "node": self.node.name,
@@ -86,30 +91,33 @@ class Difference:
 
 
 def provenance(node: onnx_ir.Node) -> dict[str, str]:
-    """What the graph knows of where a node comes from."""
+    """Return what the graph knows about where a node comes from.
+
+    The keys are source, module, made_by and made_from, as far as they are known.
+    """
     keys = {"source": SOURCE, "module": MODULE, "made_by": MADE_BY, "made_from": MADE_FROM}
     return {name: node.metadata_props[key] for name, key in keys.items() if key in node.metadata_props}
 
 
 def describe_node(node: onnx_ir.Node) -> str:
-    """`mul_3 (Mul)`: a node by its first output, as `passopt print` shows it."""
+    """Describe a node by its first output, as `passopt print` shows it: `mul_3 (Mul)`."""
     return f"{node.outputs[0].name or node.name} ({operator(node)})"
 
 
 def operator(item: onnx_ir.Node | NodePattern) -> str:
-    """The operator with its domain, if that is not ONNX's own."""
+    """Return the operator with its domain, or without it if that is ONNX's own."""
     return f"{item.domain}::{item.op_type}" if item.domain else item.op_type
 
 
 def input_place(index: int, pattern: ValuePattern) -> str:
-    """`input 1 (epsilon)`, if the pattern has a name for it."""
+    """Name an input, such as `input 1 (epsilon)` if the pattern has a name for it, else `input 1`."""
     name = pattern.name if isinstance(pattern, Variable) else ""
     name = pattern.variable.name if isinstance(pattern, (Weight, Scalar, Maybe)) else name
     return f"input {index} ({name})" if name else f"input {index}"
 
 
 def expected_words(pattern: ValuePattern, bindings: Mapping[str, Any]) -> Words:
-    """What a pattern asks of a value."""
+    """Say what a pattern asks of a value."""
     if isinstance(pattern, Number):
         return Words(f"the constant {pattern.value:g}" + (" or near it" if pattern.tolerance else ""))
     if isinstance(pattern, Numbers):
@@ -136,7 +144,7 @@ def expected_words(pattern: ValuePattern, bindings: Mapping[str, Any]) -> Words:
 
 
 def found_words(value: Any) -> Words:
-    """What a value is: computed by which operator, or which constant, weight or input."""
+    """Say what a value is: computed by which operator, or which constant, weight or graph input."""
     if value is None:
         return Words("no input")
     if not isinstance(value, onnx_ir.Value):
@@ -175,7 +183,7 @@ def _dtype(value: onnx_ir.Value) -> str:
 
 
 def attribute_text(name: str, value: Any) -> str:
-    """The value of an attribute; dtypes by name."""
+    """Return the value of an attribute as text, with dtypes by name."""
     if value is None:
         return "no such attribute"
     if isinstance(value, bytes):
@@ -190,5 +198,5 @@ def attribute_text(name: str, value: Any) -> str:
 
 
 def children(pattern: NodePattern) -> list[Output]:
-    """The operators that a pattern node reads, those of alternatives included."""
+    """Return the operators that a pattern node reads, including those of alternatives."""
     return [choice for item in pattern.inputs for choice in outputs_of(item)]

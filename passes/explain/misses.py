@@ -1,4 +1,4 @@
-"""Where rules came near without matching: places, grouped if they differ alike, nearest first."""
+"""Collect the places where rules came near without matching: those that differ alike in one group, nearest first."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from passopt.passes.explain.differences import Difference, describe_node, proven
 
 _NAME = re.compile(r"[\w./:]*\w")
 _NUMBERED = re.compile(r"(?=[\w./:]*[A-Za-z])[\w./:]+")
-#: Misses of fewer nodes are places of their own, whatever they share.
+#: A miss of fewer nodes is a place of its own, unless all of its nodes lie inside of a better one.
 _LEAST_SHARED = 3
-#: The label of an optional operator that is not there, which goes without saying; and how many others are said.
+#: The label of an optional operator that is not there, which is not worth showing.
 _DEFAULT = "absent"
+#: How many of the other labels are shown.
 _LABELS = 4
 _DIGITS = re.compile(r"\d+")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Miss:
-    """A place where a rule did not apply: it differs, or (`reason`) the rule or pass itself declined it.
+    """A place where a rule did not apply: its pattern differs, or the rule or pass itself declined it for a `reason`.
 
-    `node` is the root, or None for the whole graph; `nodes` are all nodes that the pattern was laid over. `rule` is
-    where the rule is written, `rule_name` its pattern method; of a pass over the whole graph, its name and nothing.
+    `node` is the root, or None for the whole graph. `nodes` are all nodes that the pattern was laid over; `matched` of
+    the pattern's `total` nodes fit. `rule` is where the rule is written, and `rule_name` the name of its pattern
+    method. For a pass over the whole graph, `rule` is the name of the pass and `rule_name` is empty.
     """
 
     rule: str
@@ -44,25 +46,28 @@ class Miss:
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """Declines first, then by the share of nodes that fit."""
+        """Return a key that sorts declines first, then places by the share of nodes that fit."""
         if self.reason is not None:
             return (0, 0, 0)
         return (1, -self.matched / max(self.total, 1), len(self.differences))
 
     @property
     def is_near(self) -> bool:
-        """More than half of the pattern fits."""
+        """Return True for a decline, and where more than half of the pattern fits."""
         return self.reason is not None or 2 * self.matched > self.total
 
     @functools.cached_property
     def key(self) -> tuple[object, ...]:
-        """Equal for the same miss in another layer."""
+        """Return a key that is equal for the same miss in another layer."""
         op_type = self.node.op_type if self.node is not None else None
         keys = tuple(item.key for item in self.differences)
         return (self.rule, op_type, self.matched, self.total, keys, self._reason_without_names())
 
     def _reason_without_names(self) -> str:
-        """The reason, but for names of this very place and the digits of others, such as the number of the layer."""
+        """Return the reason without what differs between layers.
+
+        Names of this very place are replaced, and in other names the digits, such as the number of the layer.
+        """
         if self.reason is None:
             return ""
         nodes = self.nodes or {node for node in (self.node,) if node is not None}
@@ -73,7 +78,10 @@ class Miss:
 
     @property
     def origin(self) -> str:
-        """`modeling_x.py:12 in model.layers.0.mlp`, as far as the graph tells: of the first difference, or the root."""
+        """Return where to look in the model's source, such as `modeling_x.py:12 in model.layers.0.mlp`.
+
+        That is the place of the first difference or else of the root, as far as the graph tells; empty if it does not.
+        """
         first = self.differences[0] if self.differences else None
         nodes = [first.found_node, first.node] if first is not None else []
         for node in (*nodes, self.node):
@@ -82,7 +90,7 @@ class Miss:
         return ""
 
     def lines(self, count: int) -> list[str]:
-        """The explanation itself: the reason, or the first `count` differences."""
+        """Return the explanation itself: the reason, or the first `count` differences."""
         if self.reason is not None:
             return self.reason.splitlines()
         lines = [str(item) for item in self.differences[:count]]
@@ -90,6 +98,7 @@ class Miss:
         return [*lines[:-1], f"{lines[-1]} (and {more} more)"] if more else lines
 
     def as_json(self) -> dict[str, Any]:
+        """Return everything about this place, with all differences."""
         return {
             "rule": self.rule,
             "rule_name": self.rule_name,
@@ -113,11 +122,12 @@ class Group:
 
     @property
     def example(self) -> Miss:
+        """Return the first miss, which stands for all of them."""
         return self.misses[0]
 
     @property
     def title(self) -> str:
-        """`declined × 40, such as mul_3 (Mul)`."""
+        """Return a title such as `declined × 40, such as mul_3 (Mul)`."""
         first = self.example
         how = "declined" if first.reason is not None else f"{first.matched} of {first.total} nodes fit"
         count = len(self.misses)
@@ -130,7 +140,7 @@ class Group:
         )
 
     def lines(self, differences: int = 1) -> list[str]:
-        """The title, the first differences, and where to look."""
+        """Return the title, the first differences, and where to look."""
         first = self.example
         chosen = [f"{name}={label}" for name, label in first.labels.items() if label != _DEFAULT]
         labels = ", ".join(chosen[:_LABELS]) + (" …" if len(chosen) > _LABELS else "")
@@ -139,12 +149,16 @@ class Group:
         return [self.title, *(f"    {line}" for line in (*first.lines(differences), tail) if line)]
 
     def as_json(self) -> dict[str, Any]:
+        """Return the example, how many misses there are, and the first output of each one's root."""
         sites = [miss.node.outputs[0].name for miss in self.misses if miss.node is not None]
         return {"count": len(self.misses), **self.example.as_json(), "sites": sites}
 
 
 def grouped(misses: Iterable[Miss]) -> list[Group]:
-    """Nearest first; misses of one key together, in the order of the graph."""
+    """Group misses of equal key, and return the groups nearest first.
+
+    Within a group, misses keep their order.
+    """
     found: dict[tuple[object, ...], list[Miss]] = {}
     for miss in misses:
         found.setdefault(miss.key, []).append(miss)
@@ -152,7 +166,10 @@ def grouped(misses: Iterable[Miss]) -> list[Group]:
 
 
 def distinct(misses: Iterable[Miss], matches: Iterable[frozenset[onnx_ir.Node]] = ()) -> list[Miss]:
-    """Without those that lie inside of a match or of a nearer miss, but for their root; in their own order."""
+    """Return the misses, in their own order, without those that a match or a nearer miss explains better.
+
+    Such a miss lies inside of that with all of its nodes, or with all but one, such as its root.
+    """
     misses = _best_of_root(misses)
     covering: dict[onnx_ir.Node, list[Miss | frozenset[onnx_ir.Node]]] = {}
     for nodes in matches:
@@ -161,7 +178,7 @@ def distinct(misses: Iterable[Miss], matches: Iterable[frozenset[onnx_ir.Node]] 
     kept: set[int] = set()
     for index in sorted(range(len(misses)), key=lambda index: _coverage(misses[index])):
         miss = misses[index]
-        # All but one of its nodes must be shared, so one of any two is.
+        # At most one of its nodes may lie outside, so whatever covers it holds one of any two of its nodes.
         others = [other for node in itertools.islice(miss.nodes, 2) for other in covering.get(node, ())]
         if any(_lies_inside(miss, other) for other in others):
             continue
@@ -172,7 +189,7 @@ def distinct(misses: Iterable[Miss], matches: Iterable[frozenset[onnx_ir.Node]] 
 
 
 def _best_of_root(misses: Iterable[Miss]) -> list[Miss]:
-    """Of the rules that do not fit at one root, the nearest; of those that decline, every reason."""
+    """Keep the nearest miss of each root, and of rules that decline there, every distinct reason."""
     misses = list(misses)
     best: dict[onnx_ir.Node | None, tuple[float, ...]] = {}
     for miss in misses:
@@ -187,11 +204,12 @@ def _best_of_root(misses: Iterable[Miss]) -> list[Miss]:
 
 
 def _coverage(miss: Miss) -> tuple[int, ...]:
+    """Return a key that sorts declines first, then misses by how much of the pattern and graph they cover."""
     return (miss.reason is None, -miss.matched, -len(miss.nodes), len(miss.differences))
 
 
 def _lies_inside(miss: Miss, other: Miss | frozenset[onnx_ir.Node]) -> bool:
-    """True if `other` is the better explanation of the same place."""
+    """Return True if `other` is the better explanation of the same place."""
     nodes = other if isinstance(other, frozenset) else other.nodes
     alone = len(miss.nodes - nodes)
     if alone > 1 or (alone == 1 and (miss.reason is not None or len(miss.nodes) < _LEAST_SHARED)):
@@ -199,18 +217,18 @@ def _lies_inside(miss: Miss, other: Miss | frozenset[onnx_ir.Node]) -> bool:
     if isinstance(other, frozenset):
         return True
     if miss.reason is not None:
-        return False  # another rule's reason is none of this one's
+        return False  # what another rule does there does not explain why this one declines
     if other.key == miss.key:
         return False  # the same miss in another layer, which shares a mask or a table
     return other.rule == miss.rule or other.rank <= miss.rank
 
 
 def short_rule(where: str) -> str:
-    """`pass (folder/file.py:12)` → `file.py:12`."""
+    """Shorten `pass (folder/file.py:12)` to `file.py:12`."""
     return where.partition(" (")[2].rstrip(")").replace("\\", "/").rpartition("/")[2] or where
 
 
 def origin_of(node: onnx_ir.Node) -> str:
-    """The exporter's source line and the module, if the graph has them."""
+    """Return the exporter's source line and the module of a node, as far as the graph has them."""
     source, module = node.metadata_props.get(SOURCE), node.metadata_props.get(MODULE)
     return " in ".join(part for part in (source, module) if part)

@@ -1,7 +1,7 @@
-"""How near a pattern comes at a node: a tolerant match that goes on where the matcher gives up.
+"""Find out how near a pattern comes at a node, by a tolerant match that goes on where the matcher gives up.
 
-It explores commuted inputs and alternatives, steps over an extra or an absent operator, and keeps the attempt in which
-most nodes fit. Every difference is recorded. For explanations only: `matching` decides what matches.
+The search explores commuted inputs and alternatives, steps over an extra or an absent operator, and keeps the attempt
+in which most nodes fit. Every difference is recorded. This serves explanations only: the matcher decides what matches.
 """
 
 from __future__ import annotations
@@ -43,32 +43,42 @@ from passopt.passes.patterns.language import (
 )
 from passopt.passes.patterns.literals import attribute_value, is_constant, same_attribute
 
-#: Attempts that are followed at the same time; a rule has few commuted inputs that matter at once.
+#: How many attempts are followed at the same time: of a rule's commuted inputs, few matter at once.
 _BEAM = 6
-#: Pattern nodes visited per place; after that no operator is stepped over any more.
+#: How many pattern nodes are visited per place; after that, no operator is stepped over any more.
 _BUDGET = 1500
-#: The same where the root is another operator: most such places are nothing alike, and there are many.
+#: The same where the root is another operator: there are many such places, and most are nothing like the pattern.
 _BUDGET_BELOW = 250
 _MISSING = object()
 
 
 def nearest(pattern: Pattern, node: onnx_ir.Node, opset: int, labels: Mapping[str, str] | None = None) -> Attempt:
-    """The attempt that comes nearest with the pattern's first root at `node`; `labels` fixes alternatives by name."""
+    """Return the attempt that comes nearest with the pattern's first root at `node`.
+
+    `opset` is the opset of the model, and `labels` fixes alternatives by name.
+    """
     return _Search(opset).at_root(pattern, node, _begun(labels or {}))
 
 
 def nearest_below(
     pattern: Pattern, child: Output, source: onnx_ir.Node, reader: onnx_ir.Node | None, opset: int
 ) -> Attempt:
-    """The nearest attempt where the root is another operator: `reader` reads what `child` of the root matches."""
+    """Return the nearest attempt where the root is another operator, or is missing.
+
+    `child`, an operator that the root reads, is laid over `source`. `reader` is the node that reads `source` where the
+    root should stand, or None if nothing does. `opset` is the opset of the model.
+    """
     return _Search(opset, _BUDGET_BELOW).below_root(pattern, child, source, reader)
 
 
 def _begun(labels: Mapping[str, str]) -> Attempt:
+    """Return an empty attempt with these labels chosen."""
     return Attempt(bindings=dict(labels), labels=dict(labels))
 
 
 class _Search:
+    """One search at one place, which steps over no more operators once its budget of visits is spent."""
+
     def __init__(self, opset: int, budget: int = _BUDGET) -> None:
         self._opset = opset
         self._budget = budget
@@ -76,12 +86,14 @@ class _Search:
         self._below: dict[NodePattern, tuple[NodePattern, ...]] = {}
 
     def at_root(self, pattern: Pattern, node: onnx_ir.Node, begun: Attempt) -> Attempt:
+        """Return the nearest attempt with the first root at `node`; see `nearest`."""
         options = [(root, labels) for root, labels in choices(pattern.roots[0]) if begun.allows(labels)]
         fitting = [option for option in options if same_operator(option[0].node, node)] or options
         found = [made for root, labels in fitting for made in self.node(begun.takes(labels), root.node, node)]
         return self._others(pattern, _best(found))
 
     def below_root(self, pattern: Pattern, child: Output, source: onnx_ir.Node, reader: onnx_ir.Node | None) -> Attempt:
+        """Return the nearest attempt without the first root itself; see `nearest_below`."""
         root, labels = next(item for item in choices(pattern.roots[0]) if child in children(item[0].node))
         name = source.outputs[child.index].name or ""
         expected = Words(f"{operator(root.node)} that reads", name)
@@ -100,7 +112,7 @@ class _Search:
     # Nodes.
 
     def node(self, attempt: Attempt, pattern: NodePattern, node: onnx_ir.Node) -> list[Attempt]:
-        """The ways in which a node fits a node pattern, best first; there is always one."""
+        """Return the ways in which a node fits a node pattern, best first; there is always at least one."""
         if not same_operator(pattern, node):
             difference = Difference(
                 "operator", pattern, node, "", Words(operator(pattern)), Words(operator(node)), node
@@ -114,7 +126,7 @@ class _Search:
         return [_settled(option, pattern) for option in found]
 
     def _own(self, attempt: Attempt, pattern: NodePattern, node: onnx_ir.Node) -> Attempt:
-        """What a node differs in by itself: attributes, the numbers of inputs and outputs."""
+        """Record what differs in the node itself: attributes, and the numbers of inputs and outputs."""
         used = len(node.inputs)
         _, most = pattern.input_counts
         while used > most and node.inputs[used - 1] is None:
@@ -163,7 +175,7 @@ class _Search:
     # Values.
 
     def _value(self, attempt: Attempt, pattern: ValuePattern, place: _Place) -> list[Attempt]:
-        """The ways in which what stands at a place fits a value pattern, best first; there is always one."""
+        """Return the ways in which the value at a place fits a value pattern, best first; always at least one."""
         if isinstance(pattern, Alternatives):
             return self._alternatives(attempt, pattern, place)
         if isinstance(pattern, Output):
@@ -209,7 +221,7 @@ class _Search:
             expected = Words(f"the same {difference.expected.text} as before,", same.name or "")
             return [attempt.differs(dataclasses.replace(difference, expected=expected))]
         if any(item.owner is pattern.node for item in attempt.differences):
-            return [attempt]  # explained already
+            return [attempt]  # the same pattern node is explained already
         difference = dataclasses.replace(place.differs("operator", pattern, attempt), owner=pattern.node)
         if producer is None or value is None:
             return [attempt.differs(difference, self._nodes(pattern))]
@@ -224,7 +236,12 @@ class _Search:
     def _astray(
         self, attempt: Attempt, pattern: NodePattern, node: onnx_ir.Node, difference: Difference, place: _Place | None
     ) -> list[Attempt]:
-        """Give the pattern node up; or step over `node`, or over the pattern node; or take `node` for another one."""
+        """Return the ways to go on where the graph has another operator than the pattern.
+
+        The pattern node is given up; or `node` is stepped over as an extra operator; or the pattern node is stepped
+        over as an absent one; or `node` is taken for another spelling of it; or only the pattern node itself is given
+        up, and one of the operators that it reads is looked for behind `node`.
+        """
         found = [attempt.differs(difference, self._nodes(pattern))]
         if self._visits > self._budget:
             return found
@@ -257,7 +274,7 @@ class _Search:
     def _siblings(
         self, found: list[Attempt], root: NodePattern, child: Output, source: onnx_ir.Node, reader: onnx_ir.Node | None
     ) -> list[Attempt]:
-        """The other inputs of a root that is another operator: looked for among the other inputs of `reader`."""
+        """Lay the root's inputs other than `child` over what `reader` reads in place of the root."""
         inputs = reader.inputs if reader is not None else ()
         producers = [node for value in inputs if value is not None and (node := value.producer()) not in {None, source}]
         for item in root.inputs:
@@ -272,7 +289,7 @@ class _Search:
         return found
 
     def _further_root(self, attempt: Attempt, root: ValuePattern, place: str) -> list[Attempt]:
-        """A further root is looked for among the users of what is bound already."""
+        """Look for a further root among the users of what is bound already."""
         options = [(output.node, labels) for output, labels in choices(root) if attempt.allows(labels)]
         if any(node in attempt.nodes for node, _ in options):
             return [attempt]
@@ -288,11 +305,11 @@ class _Search:
             return found or [attempt]
         lost = self._nodes(options[0][0])
         if stuck is None and attempt.differences:
-            return [attempt.gives_up(lost)]  # what it reads is missing already
+            return [attempt.gives_up(lost)]  # what the root reads is missing, which another difference explains already
         return [attempt.differs(_no_root(attempt, options[0][0], stuck, place), lost)]
 
     def _nodes(self, item: NodePattern | ValuePattern) -> tuple[NodePattern, ...]:
-        """The node patterns of a piece, of the smallest alternatives, each once."""
+        """Return the node patterns of a piece, each once; of alternatives, those of the smallest one."""
         piece = Output(item, 0) if isinstance(item, NodePattern) else item
         if isinstance(piece, Alternatives):
             return min((self._nodes(choice) for choice in piece.choices.values()), key=len)
@@ -304,14 +321,14 @@ class _Search:
         return self._below[piece.node]
 
     def _without(self, pattern: NodePattern, child: Output) -> list[NodePattern]:
-        """A pattern node and what is below it, but for what is below `child`."""
+        """Return a pattern node and what is below it, except for what is below `child`."""
         kept = set(self._nodes(child))
         return [item for item in self._nodes(pattern) if item not in kept]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Input `position` of a graph node that `owner` was laid over."""
+    """Input number `position` of a graph node that the pattern node `owner` was laid over."""
 
     owner: NodePattern
     node: onnx_ir.Node
@@ -331,7 +348,7 @@ class _Place:
         return Difference(kind, self.owner, self.node, place, expected, found_words(self.value), self.producer)
 
     def is_where(self, differences: Sequence[Difference]) -> bool:
-        """True if the first of these differences is that something else stands at this very place."""
+        """Return True if the first of these differences is that something else stands at this very place."""
         first = differences[0] if differences else None
         stands = first is not None and first.kind in {"operator", "constant", "weight", "value"}
         return (
@@ -345,6 +362,7 @@ class _Place:
 def _no_root(
     attempt: Attempt, root: NodePattern, stuck: tuple[NodePattern, onnx_ir.Value] | None, place: str
 ) -> Difference:
+    """Return the difference for a further root that was not found, at the value where the search got stuck."""
     first = next(iter(attempt.nodes.values()))
     if stuck is None:
         return Difference("root", root, first, place, Words(operator(root)), Words("nothing that it could read"))
@@ -362,4 +380,5 @@ def _settled(attempt: Attempt, pattern: NodePattern) -> Attempt:
 
 
 def _best(attempts: list[Attempt]) -> list[Attempt]:
+    """Return the best attempts, best first, as many as are followed at the same time."""
     return sorted(attempts, key=lambda item: (-item.score, -item.matched))[:_BEAM]

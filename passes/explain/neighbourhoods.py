@@ -1,4 +1,4 @@
-"""What a search sees of the graph from a node on: equal in every layer, so that one layer is searched for all.
+"""Survey what a search sees of the graph from a node on, so that one layer is searched for all equal ones.
 
 Two places of one key have the same operators, attributes, constants and sharing of values, in the same order.
 """
@@ -15,7 +15,7 @@ from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.explain.attempt import Attempt
 from passopt.passes.explain.differences import Difference, Words, found_words
 
-#: Users of a value that more nodes read are not looked at: a mask is read by every layer.
+#: If more nodes read a value, they are not surveyed: a mask, for example, is read by every layer.
 _MOST_USERS = 4
 
 
@@ -28,7 +28,10 @@ class Neighbourhood:
     names: Sequence[str]
 
     def moved(self, attempt: Attempt, other: Neighbourhood) -> Attempt | None:
-        """An attempt found here, as it stands at `other`, of the same key; None if it reaches beyond."""
+        """Return an attempt found here, as it stands at `other`, which has the same key.
+
+        Returns None if the attempt reaches beyond this neighbourhood.
+        """
         nodes = dict(zip(self.nodes, other.nodes, strict=True))
         names = {"": "", **dict(zip(self.names, other.names, strict=True))}
         try:
@@ -40,6 +43,7 @@ class Neighbourhood:
 
 
 def _moved(item: Difference, nodes: dict[onnx_ir.Node, onnx_ir.Node], names: dict[str, str]) -> Difference:
+    """Return the difference as it stands at the other place."""
     return dataclasses.replace(
         item,
         node=nodes[item.node],
@@ -50,7 +54,7 @@ def _moved(item: Difference, nodes: dict[onnx_ir.Node, onnx_ir.Node], names: dic
 
 
 class Surveyor:
-    """Makes neighbourhoods of one graph."""
+    """Make the neighbourhoods of one graph."""
 
     def __init__(self) -> None:
         self._of_node: dict[onnx_ir.Node, Hashable] = {}
@@ -58,7 +62,10 @@ class Surveyor:
         self._kinds: dict[int, dict[onnx_ir.Node, int]] = {}
 
     def kinds(self, graph: onnx_ir.Graph, levels: int) -> dict[onnx_ir.Node, int]:
-        """A number per node, equal where the trees of `levels` operators above are: cheap, and blind to sharing."""
+        """Return a number per node that is equal where the trees of `levels` operators above the nodes are.
+
+        Above a node is what it is computed from. This is cheap, and does not see which values are shared.
+        """
         if levels not in self._kinds:
             own = {node: hash(self._node(node)) for node in graph}
             found = own
@@ -74,7 +81,10 @@ class Surveyor:
         return self._leaf(value) if producer is None else (kinds.get(producer), value.index())
 
     def survey(self, starts: Sequence[onnx_ir.Node], levels: int, *, users: bool) -> Neighbourhood:
-        """What lies up to `levels` operators above the start nodes; with `users`, also who reads these values."""
+        """Survey what lies up to `levels` operators above the start nodes, that is, what they are computed from.
+
+        With `users`, also survey who reads these values.
+        """
         nodes: dict[onnx_ir.Node, int] = {node: index for index, node in enumerate(starts)}
         values: dict[onnx_ir.Value, int] = {}
         key: list[Hashable] = []

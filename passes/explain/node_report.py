@@ -1,4 +1,4 @@
-"""What the rules of a pass say about one node: each rule, and each label of its alternatives."""
+"""Report what the rules of a pass say about one node: each rule, and each label of its alternatives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from passopt.passes.patterns.language import Alternatives, NodePattern, Output, 
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rule, rules_of
 
-#: Places of a rule that hold the node as an inner node.
+#: How many places of a rule are reported that hold the node as an inner node.
 _PLACES = 2
 
 
@@ -37,7 +37,10 @@ class Spelling:
 
 @dataclasses.dataclass(frozen=True)
 class RuleOnNode:
-    """One rule at one node: the places where it takes part, nearest first; none if the rule has no such operator."""
+    """One rule at one node: the places where the node takes part in it, nearest first.
+
+    There are none if the rule has no such operator, or if nothing that reads the node fits.
+    """
 
     rule: Rule
     sites: tuple[Site, ...]
@@ -45,6 +48,7 @@ class RuleOnNode:
     remark: str
 
     def lines(self) -> Iterator[str]:
+        """Yield the lines of text about this rule."""
         yield f"rule {self.rule.name} ({short_rule(self.rule.where)}): {self.remark}"
         for site in self.sites:
             yield f"    {_verdict(site)}"
@@ -53,6 +57,7 @@ class RuleOnNode:
         yield from (f"    {spelling}" for spelling in self.spellings)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the rule, all its places and all its spellings, with every difference."""
         return {
             "rule": self.rule.where,
             "rule_name": self.rule.name,
@@ -83,6 +88,7 @@ class NodeReport:
     rules: tuple[RuleOnNode, ...]
 
     def lines(self) -> list[str]:
+        """Return the lines of text: where the node comes from, then every rule."""
         made = provenance(self.node)
         history = f"; made by {made['made_by']} from {made.get('made_from', '?')}" if "made_by" in made else ""
         origin = origin_of(self.node)
@@ -90,6 +96,7 @@ class NodeReport:
         return [head, *(line for rule in self.rules for line in rule.lines())]
 
     def as_json(self) -> dict[str, Any]:
+        """Return the node, where it comes from, and every rule."""
         return {
             "pass": self.name,
             "node": self.node.name,
@@ -100,9 +107,18 @@ class NodeReport:
 
 
 def explain_node(item: RewritePass, model: onnx_ir.Model, name: str) -> NodeReport:
-    """Try every rule at the node `name` (or that makes the value `name`), as root or as an inner node.
+    """Try every rule of a pass at one node, as the root or as an inner node.
 
-    The model is not changed. Raises UsageError with the nearest names if there is no such node.
+    Args:
+        item: The pass.
+        model: The model, which is not changed.
+        name: The name of the node, or of a value that it makes.
+
+    Returns:
+        What every rule says about the node.
+
+    Raises:
+        UsageError: If there is no such node; the message gives the nearest names.
     """
     model = model.clone()
     complete_types(model)
@@ -152,6 +168,7 @@ def _details(miss: Miss) -> list[str]:
 
 
 def _spellings(pattern: Pattern, node: onnx_ir.Node, opset: int) -> Iterator[Spelling]:
+    """Yield the nearest attempt at `node` for every label of every alternative of the pattern."""
     names: dict[str, dict[str, None]] = {}
     for item in _pieces(pattern):
         if isinstance(item, Alternatives):
@@ -166,7 +183,7 @@ def _node_patterns(pattern: Pattern) -> Iterator[NodePattern]:
 
 
 def _pieces(pattern: Pattern) -> Iterator[Any]:
-    """All pieces of a pattern, those of alternatives included, each once."""
+    """Yield all pieces of a pattern, including those of alternatives, each once."""
     work: list[Any] = list(reversed(pattern.roots))
     seen: set[int] = set()
     while work:

@@ -1,6 +1,7 @@
-"""Why a pass did not apply: every place where one of its rules came near, nearest first. The model is never changed.
+"""Report why a pass did not apply: every place where one of its rules came near, nearest first.
 
-Rules are explained by `nearest`; a pass over the whole graph explains itself (`Pass.explain`), or by what its run says.
+The model is never changed. Rules are explained by `nearest`. A pass over the whole graph explains itself
+(`Pass.explain`), or by what its run says.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from passopt.passes.patterns.language import outputs_of
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import rules_of
 
-#: Groups that a report shows: 20 lines with their differences.
+#: How many groups a report shows: about 20 lines with their differences.
 LIMIT = 4
-#: Differences of the nearest group; of the others one.
+#: How many differences of the nearest group are shown; of the others, one is.
 _DETAILS = 3
-#: Groups that are shown where none is near and nothing matched.
+#: How many groups are shown where none is near and nothing matched.
 _FAR = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What there is to say about one pass on one model. `matched` is None if the pass did not finish."""
+    """The explanation of one pass on one model; `matched` is None if the pass did not finish."""
 
     name: str
     matched: int | None
@@ -41,7 +42,10 @@ class Report:
     remarks: tuple[str, ...] = ()
 
     def lines(self, limit: int = LIMIT) -> list[str]:
-        """Readable text: a headline, the nearest groups, and how many more there are. With `limit` 0, all of them."""
+        """Return readable text: a headline, the nearest groups, and how many more there are.
+
+        With `limit` 0, all groups are shown.
+        """
         near = [group for group in self.groups if group.example.is_near]
         declined = sum(len(group.misses) for group in near if group.example.reason is not None)
         places = sum(len(group.misses) for group in near) - declined
@@ -49,7 +53,7 @@ class Report:
         return [f"{self.name}: {matched}, declined {declined} times, came near at {places} places", *self.body(limit)]
 
     def body(self, limit: int = LIMIT) -> list[str]:
-        """The lines below the headline."""
+        """Return the lines below the headline."""
         near = [group for group in self.groups if group.example.is_near]
         far = [] if self.matched else list(self.groups[: min(limit, _FAR)])
         shown = list(self.groups) if not limit else near[:limit] or far
@@ -64,6 +68,7 @@ class Report:
         return lines
 
     def as_json(self) -> dict[str, Any]:
+        """Return the numbers, the remarks and every group with all its differences."""
         return {
             "pass": self.name,
             "matched": self.matched,
@@ -73,9 +78,16 @@ class Report:
 
 
 def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Report:
-    """Run the pass on a copy and explain what it left. Places that other rewrites made possible count as matched.
+    """Run the pass on a copy and explain what it left.
 
-    `before` names the passes that ran on the model: the report says which others belong before this one.
+    Args:
+        item: The pass.
+        model: The model, which is not changed.
+        before: The names of the passes that ran on the model; the report says which others belong before this one.
+
+    Returns:
+        The report. A place that fits only after other rewrites of the pass counts as matched. If the pass fails, its
+        error is the first thing that the report explains.
     """
     copy = model.clone()
     try:
@@ -93,7 +105,10 @@ def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Rep
 
 
 def explain_rest(item: Pass, model: onnx_ir.Model, result: PassResult) -> Report:
-    """Explain what a pass that ran with `result` left in `model`; one over the whole graph also takes it as it was."""
+    """Explain what a pass that ran with `result` left in `model`.
+
+    For a pass over the whole graph, `model` may also be the model as it was before the run.
+    """
     if isinstance(item, RewritePass):
         return _report(item, result.matches, misses(item, model), _rules_that_never_start(item, result))
     reasons = [Miss(item.name, None, reason=reason) for reason in result.declines.elements()]
@@ -105,11 +120,12 @@ def _report(item: Pass, matched: int | None, found: Iterable[Miss], remarks: Seq
 
 
 def _refusals(item: Pass, model: onnx_ir.Model) -> list[Miss]:
-    """What a pass over the whole graph says of itself, as misses of a rule that bears the pass's name."""
+    """Return what a pass over the whole graph says about itself, as misses of a rule named like the pass."""
     return [Miss(item.name, refusal.node, reason=refusal.reason) for refusal in item.explain(model)]
 
 
 def _report_of_failure(item: Pass, model: onnx_ir.Model, error: str) -> Report:
+    """Report that the pass fails with `error` on this model, and where its rules come near."""
     copy = model.clone()
     complete_types(copy)
     found = misses(item, copy) if isinstance(item, RewritePass) else _refusals(item, model)
@@ -118,19 +134,19 @@ def _report_of_failure(item: Pass, model: onnx_ir.Model, error: str) -> Report:
 
 
 def _node_named_in(text: str, model: onnx_ir.Model) -> onnx_ir.Node | None:
-    """The node that a message names in quotes, for where it comes from."""
+    """Return the node that a message names in quotes, so that the report can say where it comes from."""
     quoted = set(re.findall(r"'([^']+)'", text))
     return next((node for node in model.graph if quoted.intersection({node.name, node.outputs[0].name})), None)
 
 
 def _remarks(item: Pass, result: PassResult) -> list[str]:
-    """What a pass over the whole graph says of its own run."""
+    """Return what a pass over the whole graph says about its own run."""
     changed = "it changes this one" if result.modified else "it changes nothing here"
     return [f"{item.name} works on the whole graph, by no rule that could come near; {changed}", *result.notes]
 
 
 def _rules_that_never_start(item: RewritePass, result: PassResult) -> list[str]:
-    """The rules that no node of the graph could start, in one line."""
+    """Name, in one line, the rules that no node of the graph could start."""
     idle: dict[str, None] = {}
     for rule, statistics in zip(rules_of(item), result.rules):
         if not statistics.tries:

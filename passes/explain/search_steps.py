@@ -1,4 +1,4 @@
-"""Steps over patterns and graphs that the search for the nearest attempt takes."""
+"""Provide the steps over patterns and graphs that the search for the nearest attempt takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from passopt.passes.patterns.language import (
     Weight,
 )
 
-#: Operators that may stand between two nodes of a pattern, in a row.
+#: How many extra operators in a row may stand between two nodes of a pattern.
 _EXTRA_IN_A_ROW = 2
 #: Operators that no exporter slips in or leaves out: what lies behind them is another part of the model.
 _LANDMARKS = frozenset(
@@ -28,7 +28,7 @@ _LANDMARKS = frozenset(
 
 
 def choices(root: ValuePattern) -> list[tuple[Output, dict[str, str]]]:
-    """The outputs that a root may be, with the labels that choose them."""
+    """Return the outputs that a root may be, each with the labels that choose it."""
     if isinstance(root, Output):
         return [(root, {})]
     if not isinstance(root, Alternatives):
@@ -38,11 +38,15 @@ def choices(root: ValuePattern) -> list[tuple[Output, dict[str, str]]]:
 
 
 def same_operator(pattern: NodePattern, node: onnx_ir.Node) -> bool:
+    """Return True if the pattern node and the graph node have the same operator and domain."""
     return (pattern.op_type, pattern.domain) == (node.op_type, node.domain)
 
 
 def behind(node: onnx_ir.Node, pattern: NodePattern, levels: int = _EXTRA_IN_A_ROW) -> list[onnx_ir.Node]:
-    """The nodes of the pattern's operator that `node` computes from, through a few others."""
+    """Return the nodes of the pattern's operator that `node` computes from, at most `levels` operators away.
+
+    The search goes through other operators, but not through landmarks.
+    """
     edge, found = [node], dict[onnx_ir.Node, None]()
     for _ in range(levels):
         edge = [item for item in edge if not is_landmark(item)]
@@ -55,12 +59,15 @@ def behind(node: onnx_ir.Node, pattern: NodePattern, levels: int = _EXTRA_IN_A_R
 
 
 def is_landmark(item: NodePattern | onnx_ir.Node) -> bool:
-    """True for operators that are not stepped over."""
+    """Return True for an operator that is not stepped over."""
     return item.op_type in _LANDMARKS
 
 
 def may_stand_for(node: onnx_ir.Node, pattern: NodePattern) -> bool:
-    """True if the node could be another spelling of the pattern node, of the same inputs: Mul for Div."""
+    """Return True if the node could be another spelling of the pattern node, such as Mul for Div.
+
+    Then it has as many inputs, and one of the operators that the pattern node reads is among them.
+    """
     if is_landmark(node) != is_landmark(pattern) or len(node.inputs) != len(pattern.inputs):
         return False
     producers = {producer for value in node.inputs if value is not None and (producer := value.producer())}
@@ -70,9 +77,10 @@ def may_stand_for(node: onnx_ir.Node, pattern: NodePattern) -> bool:
 def readers(
     attempt: Attempt, pattern: NodePattern
 ) -> tuple[list[onnx_ir.Node], tuple[NodePattern, onnx_ir.Value] | None]:
-    """The nodes that may be `pattern`, found upward from what is bound: users, or users of users.
+    """Find the nodes that may be `pattern`, upward from what is bound: among its users, or users of users.
 
-    Also the pattern node and the value whose users were looked at last; None if nothing is bound.
+    Returns these nodes, and the pattern node and the value whose users were looked at last; the latter is None if
+    nothing is bound.
     """
     stuck: tuple[NodePattern, onnx_ir.Value] | None = None
     for item in pattern.inputs:
@@ -89,7 +97,10 @@ def readers(
 def _climb(
     attempt: Attempt, item: ValuePattern
 ) -> tuple[list[onnx_ir.Value], tuple[NodePattern, onnx_ir.Value] | None]:
-    """The values that `item` may be, given what is bound below it; and how far up the way went."""
+    """Return the values that `item` may be, given what is bound below it, and where the climb ended.
+
+    The second is the pattern node and the value whose users were looked at last, or None.
+    """
     if isinstance(item, (Weight, Scalar, Maybe)):
         item = item.variable
     if isinstance(item, Variable):
@@ -108,7 +119,7 @@ def _climb(
 
 
 def levels_of(pattern: Pattern) -> int:
-    """The most nodes on a way from a root to a leaf."""
+    """Return the largest number of nodes on a way from a root to a leaf."""
     known: dict[NodePattern, int] = {}
 
     def levels(item: ValuePattern) -> int:

@@ -1,4 +1,4 @@
-"""Where the rules of a pass match, decline or come near in a graph. The model is never changed."""
+"""Find where the rules of a pass match, decline or come near in a graph, without changing the model."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from passopt.passes.patterns.matcher import Match, Matcher
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter, Rule, rules_of
 
-#: Where the root itself is another operator, so much else must fit: any MatMul is half of a small pattern.
+#: How many nodes must fit where the root itself is another operator: any single MatMul is half of a small pattern.
 _FITTING_BELOW = 3
-#: How much deeper than its pattern a search may look, for operators that it steps over.
+#: How many levels deeper than its pattern a search may look, for operators that it steps over.
 _FURTHER_LEVELS = 4
 
 
 def misses(item: RewritePass, model: onnx_ir.Model) -> list[Miss]:
-    """Every place where a rule declines or does not fit, each once, in the order of rules and graph.
+    """Return every place where a rule declines or does not fit, each once, in the order of rules and graph.
 
-    What the pass itself made is no place that it missed.
+    Nodes that the pass itself made are left out, since it did not miss those.
     """
     found = list(sites(item, model, rules_of(item)))
     matches = [site.nodes for site in found if site.is_match]
@@ -47,7 +47,7 @@ def _is_made_by(name: str, node: onnx_ir.Node) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
-    """A place where a rule was tried: a match if `miss` is None."""
+    """A place where a rule was tried; it is a match if `miss` is None."""
 
     rule: Rule
     node: onnx_ir.Node
@@ -60,7 +60,7 @@ class Site:
 
 
 def sites(item: RewritePass, model: onnx_ir.Model, rules: Sequence[Rule]) -> Iterator[Site]:
-    """Every node at which one of the rules may start, and places where all but the root is there."""
+    """Yield every node at which one of the rules may start, and places where all but the root is there."""
     editor, surveyor = Editor(model, item.name), Surveyor()
     operators = {(node.domain, node.op_type) for node in model.graph}
     starting = [rule for rule in rules if operators.intersection(rule.pattern.root_keys)]
@@ -69,12 +69,16 @@ def sites(item: RewritePass, model: onnx_ir.Model, rules: Sequence[Rule]) -> Ite
         for node in model.graph:
             if (node.domain, node.op_type) in rule.pattern.root_keys:
                 yield explorer.at(node)
-        if rule in starting or not starting:  # a rule that starts at what the graph has nowhere is not the one meant
+        # Where some rules can start, a rule whose root operators the graph has nowhere is not the one meant.
+        if rule in starting or not starting:
             yield from explorer.without_root(model.graph)
 
 
 class _Explorer:
-    """Tries one rule everywhere. What is the same in every layer is searched once and moved to the others."""
+    """Try one rule everywhere in a graph.
+
+    What is the same in every layer is searched once, and the attempt is moved to the other layers.
+    """
 
     def __init__(self, rule: Rule, editor: Editor, surveyor: Surveyor) -> None:
         self._rule = rule
@@ -86,7 +90,7 @@ class _Explorer:
         self._known: dict[Hashable, tuple[Neighbourhood, Attempt]] = {}
 
     def at(self, node: onnx_ir.Node) -> Site:
-        """The rule with its first root at `node`."""
+        """Try the rule with its first root at `node`."""
         match = self._matcher.match(node)
         if match is not None:
             return _matched(self._rule, node, match, self._editor)
@@ -94,7 +98,10 @@ class _Explorer:
         return _near(self._rule, node, self._once("at", [node], lambda: nearest(self._pattern, node, opset)))
 
     def without_root(self, graph: onnx_ir.Graph) -> Iterator[Site]:
-        """Places where all is there but the root itself; only where most of the pattern fits."""
+        """Yield places where all is there but the root itself.
+
+        At least half of the pattern must fit there, and at least `_FITTING_BELOW` nodes.
+        """
         keys = self._pattern.root_keys
         kinds = self._surveyor.kinds(graph, self._levels)
         hopeless: set[Hashable] = set()
@@ -122,7 +129,7 @@ class _Explorer:
         return self._once(child.node, starts, search)
 
     def _once(self, kind: Hashable, starts: Sequence[onnx_ir.Node], search: Callable[[], Attempt]) -> Attempt:
-        """The attempt of `search`, or that of an equal place, moved here."""
+        """Return the attempt that `search` finds, or that of an equal place, moved here."""
         here = self._surveyor.survey(starts, self._levels, users=len(self._pattern.roots) > 1)
         known = self._known.get((kind, here.key))
         moved = known[0].moved(known[1], here) if known is not None else None
@@ -144,7 +151,10 @@ def _matched(rule: Rule, node: onnx_ir.Node, match: Match, editor: Editor) -> Si
 
 
 def _reason(rule: Rule, match: Match, editor: Editor) -> str | None:
-    """Why the rule declines this match, from its own `rewrite`, whose nodes are thrown away; None if it does not."""
+    """Return why the rule declines this match; None if it does not.
+
+    The rule's own `rewrite` is run to find out, and the nodes that it builds are thrown away.
+    """
     op = Rewriter(editor.opset, editor.unique, match.roots()[0].name or "value")
     try:
         rule.rewrite(op, **rule.arguments(match))
@@ -167,7 +177,10 @@ def _near(rule: Rule, node: onnx_ir.Node, attempt: Attempt) -> Site:
 
 
 def find_node(model: onnx_ir.Model, name: str) -> onnx_ir.Node:
-    """The node of this name, or whose output has it. Raises UsageError with the nearest names."""
+    """Return the node of this name, or the one with an output of this name.
+
+    Raises UsageError with the nearest names if there is none.
+    """
     names: dict[str, onnx_ir.Node] = {}
     for node in model.graph:
         names.setdefault(node.name or "", node)

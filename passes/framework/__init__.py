@@ -1,1 +1,1 @@
-"""Define what a pass is, how exact it declares itself to be, what it reports, and how passes are found by name."""
+"""Define the base class of passes, their declared accuracy, the records of a run, and how passes are found by name."""

@@ -1,4 +1,8 @@
-"""Declare how exactly a pass keeps the numbers: EXACT, REASSOCIATED or lossy(budget), with the errors they allow."""
+"""Declare how exactly a pass preserves the numbers: as EXACT, REASSOCIATED or lossy(budget).
+
+Every declaration allows a relative error per dtype. `--verify-each=numeric` and the `check_pass` test fixture measure
+max|difference| / max|reference| of what a pass replaced, and compare it with that allowance.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +14,32 @@ import onnx_ir
 DataType = onnx_ir.DataType
 
 
-#: Largest error of one rewrite by the dtype of the value: a rounding step of a sum that a kernel blocks otherwise.
+#: The largest relative error that EXACT allows one rewrite, by the dtype of the value. It is not 0, because a kernel
+#: may split a sum into other blocks, which rounds differently.
 _EXACT: Mapping[DataType, float] = {DataType.FLOAT: 1e-6, DataType.FLOAT16: 1e-3, DataType.BFLOAT16: 8e-3}
 
 
-#: The same sums in another order, intermediate values in fp32 or not.
+#: The largest relative error that REASSOCIATED allows, by dtype: sums in another order, and intermediate values that
+#: are in fp32 on one side only.
 _REASSOCIATED: Mapping[DataType, float] = {DataType.FLOAT: 1e-5, DataType.FLOAT16: 5e-3, DataType.BFLOAT16: 2e-2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """A declaration, printed as `exact`, `reassociated` or `lossy(0.02)`; made by the names below."""
+    """A declared accuracy, printed as `exact`, `reassociated` or `lossy(0.02)`.
+
+    Use EXACT, REASSOCIATED or `lossy(budget)` instead of calling this class.
+
+    Attributes:
+        kind: "exact", "reassociated" or "lossy".
+        budget: The largest relative error that a lossy pass may cause; None for the other two kinds.
+    """
 
     kind: str
     budget: float | None = None
 
     def budget_of(self, dtype: DataType) -> float:
-        """The largest relative error that the declaration allows a value of `dtype`; 0 for integers unless lossy."""
+        """Return the largest relative error that is allowed for a value of `dtype`; 0 for integers unless lossy."""
         if self.budget is not None:
             return self.budget
         table = _EXACT if self.kind == "exact" else _REASSOCIATED
@@ -36,16 +49,30 @@ class Accuracy:
         return self.kind if self.budget is None else f"{self.kind}({self.budget:g})"
 
 
-#: The same numbers, but for roundings that depend on how a kernel blocks its sums.
+#: The pass computes the same numbers, except for roundings that depend on how a kernel splits its sums into blocks.
 EXACT = Accuracy("exact")
 
 
-#: Equal in exact arithmetic: sums in another order, intermediate values of another precision.
+#: The pass is equal in exact arithmetic, but orders sums differently or changes the precision of intermediate values.
 REASSOCIATED = Accuracy("reassociated")
 
 
 def lossy(budget: float) -> Accuracy:
-    """Other numbers by design, within `budget` for every value that the pass replaces."""
+    """Declare that a pass changes the numbers by design, as quantization does, but by no more than `budget`.
+
+    Args:
+        budget: The largest allowed relative error, max|difference| / max|reference|, of every value that the pass
+            replaces; more than 0 and less than 1.
+
+    Returns:
+        The declaration for the class attribute `accuracy` of a pass.
+
+    Raises:
+        ValueError: If `budget` is not between 0 and 1.
+
+    Example:
+        ``accuracy = lossy(2e-2)`` in the body of a pass allows an error of 2 %.
+    """
     if not 0 < budget < 1:
         raise ValueError(f"a lossy pass needs a budget between 0 and 1, not {budget}")
     return Accuracy("lossy", budget)

@@ -1,6 +1,7 @@
-"""What a pass is: a frozen dataclass with a name, a docstring with Before/After, and typed fields as options.
+"""Define `Pass`, the base class of all passes, and `Decline`, by which a rule says that it does not apply.
 
-Subclassing with a `name` registers it; two passes of one name are an error. `Decline` is a rule's one way to say no.
+A pass is a frozen dataclass with a `name`, a docstring with `Before:` and `After:`, and typed fields, which are its
+options on the command line. Defining a subclass with a `name` registers it.
 """
 
 from __future__ import annotations
@@ -19,33 +20,80 @@ from passopt.passes.framework.records import PassResult
 
 
 class Decline(Exception):
-    """Raised by a rule that does not apply here, with the reason for `--stats` and explanations."""
+    """Say that a rule does not apply at the place where its pattern matched, and why.
+
+    A `rewrite` method raises it, and the matched nodes then stay as they are. This is no error: the driver counts the
+    reason, and `passopt run --stats`, `passopt why` and unmet expectations show it. If the model or an option of the
+    user is wrong, raise `PassError` instead.
+
+    Args:
+        reason: A sentence without a final period that names the value, what was expected and what was found.
+
+    Example:
+        ``raise Decline(f"Swish needs opset 24, this model has {op.opset}")``
+    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Refusal:
-    """Name a node that a pass over the whole graph leaves alone, and the reason; None stands for the whole graph."""
+    """A node that a whole-graph pass leaves unchanged, and the reason, as `passopt why` shows it.
+
+    Attributes:
+        node: The node that stays as it is; None if the reason concerns the whole graph.
+        reason: Why the pass does not change it, such as "its inputs are not constant".
+
+    Example:
+        ``yield Refusal(node, f"{node.inputs[0].name} is not constant")`` in the method `explain` of a pass.
+    """
 
     node: onnx_ir.Node | None
     reason: str
 
 
-#: `Model.meta` key: true while rules are to take their own time, which slows them a little.
-TIME_RULES = "passopt.time_rules"
-
-
+#: All passes whose modules were imported, by their names.
 REGISTERED: dict[str, type[Pass]] = {}
 
 
 class Pass(abc.ABC):
-    """Base of all passes; subclass `RewritePass` for rules, this one for whole-graph work.
+    """The base class of all passes: subclass `RewritePass` to write rules, and this class for whole-graph work.
 
-    `after` names passes that must come earlier if they are in the pipeline at all; it is validated, never sorted by.
-    `makes` names the operators that stand for the pass's success, such as "Attention" or "passopt::AlibiAttention":
-    expectations count them in the final graph instead of the matches; before a pass that `decomposes` them, if one is
-    asked for.
-    `accuracy` is EXACT, REASSOCIATED or lossy(budget), and checked by `--verify-each=numeric`. A pass that gives graph
-    inputs or outputs another dtype or shape by design `changes_interface`.
+    A pass is a frozen dataclass; its fields are its options, such as `shard{degree=2}`. It holds no state of a model,
+    changes the model in place in `run`, and must find nothing more to do when it runs a second time.
+
+    Attributes:
+        name: The name on the command line, such as "fuse-rms-norm". A subclass that sets it is registered; one that
+            does not set it is taken as a base class. Two passes of one name raise PassError.
+        after: Names of passes that must run earlier if the pipeline has them at all. The order of a pipeline is
+            checked against this, and never changed.
+        makes: The operators that show the success of the pass, such as "Attention" or "passopt::AlibiAttention". An
+            expectation `PASS==N` counts these nodes in the final graph instead of the matches, or before the first
+            later pass that takes them apart.
+        decomposes: The operators that this pass takes apart on purpose.
+        accuracy: EXACT, REASSOCIATED or lossy(budget), which `--verify-each=numeric` checks.
+        changes_interface: True if the pass changes the dtype or shape of graph inputs or outputs by design. Such a
+            change is an error otherwise.
+
+    Example:
+        A whole-graph pass without options::
+
+            @dataclasses.dataclass(frozen=True)
+            class DropIdentity(Pass):
+                '''Remove operators that only hand on their input.
+
+                Before: ``y = Relu(Identity(x))``
+                After:  ``y = Relu(x)``
+                '''
+
+                name = "drop-identity"
+
+                def run(self, model: onnx_ir.Model) -> PassResult:
+                    editor, removed = Editor(model, self.name), 0
+                    for node in list(model.graph):
+                        if node.op_type == "Identity" and not node.outputs[0].is_graph_output():
+                            node.outputs[0].replace_all_uses_with(node.inputs[0])
+                            editor.remove_dead([node])
+                            removed += 1
+                    return PassResult(modified=removed > 0, matches=removed)
     """
 
     name: ClassVar[str]
@@ -69,12 +117,29 @@ class Pass(abc.ABC):
 
     @abc.abstractmethod
     def run(self, model: onnx_ir.Model) -> PassResult:
-        """Change `model` in place. Raises PassError if the model or an option is wrong."""
+        """Change `model` in place and report what was done.
+
+        Args:
+            model: The model to change. Edit it through `passopt.ir.graph.editor.Editor`, which keeps names unique and
+                records which nodes a new node stands for.
+
+        Returns:
+            The counts and notes of this run; `modified` must be true exactly if the printed text of the model changed.
+
+        Raises:
+            PassError: If the model or an option of the pass is wrong.
+        """
 
     def explain(self, model: onnx_ir.Model) -> Iterable[Refusal]:
-        """Say where the pass would do nothing, and why, for `passopt why`; `model` is not changed.
+        """Say where the pass would do nothing, and why, for `passopt why`.
 
-        Only passes over the whole graph need this: rules are explained by laying their patterns over the graph.
+        Only whole-graph passes need this. Rules are explained by comparing their patterns with the graph.
+
+        Args:
+            model: The model to look at; it must not be changed.
+
+        Returns:
+            One `Refusal` for every node that the pass leaves unchanged; nothing by default.
         """
         return ()
 

@@ -1,6 +1,7 @@
 """Find all passes without importing them, so that `passopt list` answers at once and `run` imports only what it uses.
 
-Built-in passes are modules in the rooms of passes/; others come from the entry-point group `passopt.passes`.
+Names, options and docstrings are read from the source text. Built-in passes are the modules below passes/; passes of
+other packages come from the entry-point group `passopt.passes`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,22 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "passopt.passes"
 _NAME = re.compile(r"^\s+name\b[^=\n]* = [\"']|\b(?:graphsurgeon_pass|ir_pass)\(", re.MULTILINE)
-#: Decorators that make a pass of a function, and how many of its parameters come before the options.
+#: The decorators that turn a function into a pass, and how many of its parameters stand before the options.
 _DECORATORS = {"graphsurgeon_pass": 1, "ir_pass": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is known of a pass from its source: `options` are (name, type, default) as written there.
+    """The description of one pass, as read from its source text.
 
-    `accuracy` is what the class itself declares, such as `lossy(0.02)`; "" if it takes that of its base.
+    Attributes:
+        name: The name on the command line.
+        module: The import name of the module that defines it.
+        class_name: The name of the class, or of the variable or function of a guest pass.
+        summary: The first paragraph of its docstring, in one line.
+        options: A triple (name, type, default) for every option, as written in the source; "" for what is not given.
+        origin: The file and line of the definition, as `file:line`.
+        accuracy: The declared accuracy, such as `lossy(0.02)`; "" if the class inherits that of its base class.
     """
 
     name: str
@@ -44,7 +52,7 @@ class Entry:
 
 
 def catalog() -> dict[str, Entry]:
-    """All passes by name, built-in ones first. Raises PassError if two have one name."""
+    """Return the entries of all passes by name, built-in ones first; raise PassError if two have the same name."""
     entries: dict[str, Entry] = {}
     for entry in (*_built_in(), *_plugins()):
         earlier = entries.get(entry.name)
@@ -55,7 +63,7 @@ def catalog() -> dict[str, Entry]:
 
 
 def pass_class(name: str) -> type[Pass]:
-    """The class of a pass. Raises UsageError with the nearest names if there is none."""
+    """Import and return the class of the pass `name`; raise UsageError with the nearest names if there is none."""
     from passopt.passes.framework.base import REGISTERED
 
     if name not in REGISTERED:
@@ -74,11 +82,12 @@ def _built_in() -> tuple[Entry, ...]:
 
 
 def _module_name(path: Path) -> str:
-    """The import name of a file below passes/: `fusion/fuse_rotary.py` → `passopt.passes.fusion.fuse_rotary`."""
+    """Return the import name of a file below passes/: `fusion/fuse_rotary.py` → `passopt.passes.fusion.fuse_rotary`."""
     return ".".join(("passopt", "passes", *path.with_suffix("").parts))
 
 
 def _plugins() -> list[Entry]:
+    """Read the passes of other packages; raise PassError if an entry point does not lead to a pass."""
     found = []
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         module, _, class_name = point.value.partition(":")
@@ -93,6 +102,7 @@ def _plugins() -> list[Entry]:
 
 
 def _entries(file: Path, module: str) -> list[Entry]:
+    """Read the passes that a source file defines at its top level."""
     text = file.read_text(encoding="utf-8")
     if not _NAME.search(text):
         return []
@@ -111,7 +121,7 @@ def _entry(node: ast.stmt, module: str, origin: str) -> Entry | None:
 
 
 def _decorator(call: ast.expr) -> str:
-    """The name of the decorator that this is a call of, or nothing."""
+    """Return the name of the pass decorator that `call` calls; "" if it calls something else."""
     name = ast.unparse(call.func).rpartition(".")[2] if isinstance(call, ast.Call) else ""
     return name if name in _DECORATORS else ""
 
@@ -119,7 +129,10 @@ def _decorator(call: ast.expr) -> str:
 def _guest_entry(
     variable: str, call: ast.expr, function: ast.FunctionDef | None, module: str, origin: str
 ) -> Entry | None:
-    """A pass that a decorator makes of a function, whose parameters are the options."""
+    """Return the entry of a pass that a decorator makes from a function, whose parameters are the options.
+
+    It is None if the name of the pass is not a string literal.
+    """
     assert isinstance(call, ast.Call)
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     name = given.get("name", call.args[0] if call.args else None)
@@ -134,7 +147,7 @@ def _guest_entry(
 
 
 def _parameters(arguments: ast.arguments) -> list[tuple[str, str, str]]:
-    """(name, type, default) of each, as written."""
+    """Return (name, type, default) of each parameter, as written in the source; "" for what is not given."""
     positional = [*arguments.posonlyargs, *arguments.args]
     missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
     defaults = [*missing, *arguments.defaults, *arguments.kw_defaults]
@@ -145,6 +158,7 @@ def _parameters(arguments: ast.arguments) -> list[tuple[str, str, str]]:
 
 
 def _class_entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
+    """Return the entry of a pass that is a class; None if the class sets no `name` and so is not a pass."""
     name, options, accuracy = None, [], ""
     for statement in node.body:
         if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
@@ -166,7 +180,7 @@ def _class_entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
 
 
 def _accuracy(declared: ast.expr) -> str:
-    """`REASSOCIATED` → reassociated, `lossy(2e-2)` → lossy(0.02)."""
+    """Return a declared accuracy as it is printed: `REASSOCIATED` → reassociated, `lossy(2e-2)` → lossy(0.02)."""
     if isinstance(declared, ast.Call) and declared.args:
         budget = ast.literal_eval(declared.args[0])
         return f"{ast.unparse(declared.func)}({float(budget):g})"

@@ -1,4 +1,4 @@
-"""Hold what a run tells of its passes: what one pass did, what each of its rules did, and the time it took."""
+"""Hold the results of a run: what each pass and each of its rules did, and how much CPU time it took."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import dataclasses
 
 @dataclasses.dataclass
 class RuleStatistics:
-    """What one rule of a pass did. `source` is the file:line of its pattern, `seconds` CPU time, if that was asked for.
+    """The statistics of one rule of a pass in one run.
 
-    `declines` counts the nodes where it matched and declined at last, by reason.
+    Attributes:
+        name: The name of the rule's pattern method.
+        source: The `file:line` of the pattern method.
+        tries: How many times the rule was tried at a node of the right operator.
+        hits: How many times it was applied.
+        declines: The nodes where the pattern matched but the rule declined when last tried, counted by reason.
+        seconds: The CPU seconds that it took; None unless the run was asked to time rules.
     """
 
     name: str
@@ -21,6 +27,7 @@ class RuleStatistics:
     seconds: float | None = None
 
     def as_json(self) -> dict[str, object]:
+        """Return the statistics as JSON-compatible values; `cpu_seconds` only if the rule was timed."""
         return {
             "rule": self.name,
             "source": self.source,
@@ -33,7 +40,19 @@ class RuleStatistics:
 
 @dataclasses.dataclass
 class PassResult:
-    """What one pass did. `modified` is true exactly if the canonical text changed."""
+    """The result of one run of a pass, which `Pass.run` returns.
+
+    Attributes:
+        modified: True exactly if the pass changed the printed text of the model (`passopt print`).
+        matches: How many changes the pass made. For a pass of rules, the number of rewrites that were applied.
+        tries: How many nodes were examined as places for a change.
+        declines: The places where a rule matched but declined, counted by reason.
+        notes: Short texts for the user, which `passopt run` prints, such as "14 tensors sharded".
+        rules: The statistics of every rule; empty for whole-graph passes.
+
+    Example:
+        ``return PassResult(modified=removed > 0, matches=removed)``
+    """
 
     modified: bool = False
     matches: int = 0
@@ -45,17 +64,20 @@ class PassResult:
 
 @dataclasses.dataclass
 class PassRecord:
-    """One pass of a run: what it did, in CPU seconds and nodes."""
+    """One pass of a run: its result, the CPU seconds it took, and the number of graph nodes before and after it.
+
+    `numeric` is the summary of `--verify-each=numeric` for this pass, if it ran.
+    """
 
     name: str
     result: PassResult
     seconds: float
     nodes_before: int
     nodes_after: int
-    #: What `--verify-each=numeric` sampled of it.
     numeric: dict[str, object] | None = None
 
     def as_json(self) -> dict[str, object]:
+        """Return the record as JSON-compatible values, with the numbers rounded as they are reported."""
         body: dict[str, object] = {
             "pass": self.name,
             "modified": self.result.modified,

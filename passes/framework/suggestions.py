@@ -1,4 +1,4 @@
-"""Suggest the names that a user may have meant where one is unknown."""
+"""Suggest similar names when a user gives an unknown one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ import difflib
 
 
 def unknown_name(what: str, name: str, known: list[str], shown_by: str = "passopt list") -> str:
-    """A message that offers what the user may have meant."""
+    """Return an error message for an unknown name, with up to two similar names that the user may have meant.
+
+    Args:
+        what: The kind of thing that was named, such as "pass" or "option".
+        name: The unknown name.
+        known: All names that would be right.
+        shown_by: The command that lists all names; it is mentioned if no known name is similar.
+
+    Returns:
+        A message such as ``unknown pass 'fuse-rotry'; did you mean 'fuse-rotary'?``
+    """
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(other) for other in close)}?" if close else f"{shown_by} shows all."
     return f"unknown {what} {name!r}; {hint}"

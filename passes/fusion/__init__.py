@@ -1,1 +1,1 @@
-"""Passes that fuse the exporter's primitive operators to RMSNormalization, RotaryEmbedding and Attention."""
+"""Fuse the exporter's primitive operators to RMSNormalization, RotaryEmbedding and Attention."""

@@ -1,7 +1,7 @@
-"""What is added to attention scores, as the fused operators want it: ALiBi apart, and masked places finite.
+"""Bring what is added to attention scores into the form of the fused operators: ALiBi apart, masked places finite.
 
-Attention gives 0 for a row whose scores all are the lowest number or -inf, softmax the mean of the values for a row of
-lowest numbers. So masked places are lifted to half of the lowest, which masks as well.
+For a row whose scores are all the lowest number or -inf, Attention gives 0, but for a row of lowest numbers softmax
+gives the mean of the values. So masked places are lifted to half of the lowest number, which masks as well.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import MODEL_FLOATS
 from passopt.ir.graph.shapes import dimensions
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.framework.base import Decline
@@ -23,14 +24,17 @@ _FLOAT = onnx_ir.DataType.FLOAT
 
 @dataclasses.dataclass(frozen=True)
 class AlibiBias:
-    """slopes [h, 1, 1] in fp32 times positions [1 or b, t] in fp32."""
+    """An ALiBi bias: `slopes` [h, 1, 1] in fp32 times `positions` [1 or b, t] in fp32."""
 
     slopes: onnx_ir.Value
     positions: onnx_ir.Value
 
 
 def split_alibi(op: Any, terms: Sequence[onnx_ir.Value], heads: int) -> tuple[AlibiBias | None, list[onnx_ir.Value]]:
-    """The ALiBi bias among what is added to the scores, and the other terms; without one, the terms as they are."""
+    """Find the ALiBi bias among the terms that are added to the scores; return it and the other terms.
+
+    Without an ALiBi bias, returns None and the terms as they are.
+    """
     addends = [addend for term in terms for addend in _addends(term)]
     for addend in addends:
         found = _slopes_times_positions(op, addend, heads)
@@ -40,7 +44,10 @@ def split_alibi(op: Any, terms: Sequence[onnx_ir.Value], heads: int) -> tuple[Al
 
 
 def alibi_mask(op: Any, terms: Sequence[onnx_ir.Value], query: onnx_ir.Value) -> onnx_ir.Value:
-    """The other terms as one mask [1 or b, 1, q, t] in fp32. Declines if one of them differs between heads."""
+    """Return the terms beside an ALiBi bias as one mask [1 or b, 1, q, t] in fp32.
+
+    Raises Decline if there are none, or if one of them differs between heads.
+    """
     for term in terms:
         dims = dimensions(term) or []
         if len(dims) >= 3 and dims[-3] != 1:
@@ -57,7 +64,11 @@ def alibi_mask(op: Any, terms: Sequence[onnx_ir.Value], query: onnx_ir.Value) ->
 def visible_mask(
     op: Any, terms: Sequence[onnx_ir.Value], query: onnx_ir.Value, *, floored: bool
 ) -> onnx_ir.Value | None:
-    """The terms as the mask of Attention; None without any. With `floored`, -inf counts as the lowest number."""
+    """Return the terms as one mask for Attention; None if there are no terms.
+
+    Masked places are lifted to half of the lowest number. With `floored`, -inf is lifted like the lowest number,
+    because the model itself lifts its scores to that; otherwise -inf stays.
+    """
     kinds = {term.dtype for term in terms}
     mask = _sum(op, terms, kinds.pop() if len(kinds) == 1 else _FLOAT)
     if mask is None:
@@ -69,9 +80,10 @@ def visible_mask(
 
 
 def chosen(op: Any, condition: onnx_ir.Value, low: float, *, shown: bool, query: onnx_ir.Value) -> onnx_ir.Value:
-    """What to add to scores that are kept where `condition` is `shown`, and `low` elsewhere.
+    """Return what to add to scores that are kept where `condition` is `shown`, and are `low` elsewhere.
 
-    A low number is added as the lowest of all: chosen, it hid what the scores were; added, -1e9 would not.
+    A finite `low` is added as the lowest number of all. Put in place of a score, -1e9 hides it; added to the
+    score, it might not.
     """
     zero, masked = np.float32(0), np.float32(low if np.isneginf(low) else _lowest(query))
     mask: onnx_ir.Value = op.Where(condition, zero, masked) if shown else op.Where(condition, masked, zero)
@@ -79,7 +91,10 @@ def chosen(op: Any, condition: onnx_ir.Value, low: float, *, shown: bool, query:
 
 
 def _addends(value: onnx_ir.Value) -> Iterator[onnx_ir.Value]:
-    """The values whose sum this is, each broadcast from the right; leading axes of length 1 and casts do not matter."""
+    """Yield the values whose sum this is, each broadcast from the right.
+
+    The search goes through casts and leading axes of length 1, which do not matter.
+    """
     node = value.producer()
     if node is not None and not node.domain:
         if node.op_type == "Add":
@@ -96,21 +111,22 @@ def _addends(value: onnx_ir.Value) -> Iterator[onnx_ir.Value]:
 
 
 def _is_sum(value: onnx_ir.Value) -> bool:
+    """Return True if the value may be a sum, or a part of one, in a floating dtype."""
     node = value.producer()
-    return node is not None and node.op_type in {"Add", "Unsqueeze", "Cast", "Mul"} and value.dtype in _FLOATING
-
-
-_FLOATING = frozenset({_FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16})
+    return node is not None and node.op_type in {"Add", "Unsqueeze", "Cast", "Mul"} and value.dtype in MODEL_FLOATS
 
 
 def _leads(node: onnx_ir.Node) -> bool:
-    """True for an Unsqueeze that adds axes in front."""
+    """Return True for an Unsqueeze that adds its axes in front."""
     axes = small_constant(node.inputs[1])
     return axes is not None and sorted(axes.reshape(-1).tolist()) == list(range(axes.size))
 
 
 def _slopes_times_positions(op: Any, value: onnx_ir.Value, heads: int) -> AlibiBias | None:
-    """slopes · positions, [.., h, 1, t]; or [b, h, t] that got its axis for the rows afterwards."""
+    """Return the ALiBi bias that `value` is, if it is slopes · positions, [.., h, 1, t]; else None.
+
+    It may also be [b, h, t] that got its axis for the rows afterwards.
+    """
     node, rows = value.producer(), True
     if node is not None and node.op_type in {"Unsqueeze", "Reshape"} and not _leads(node):
         inner, dims = node.inputs[0], dimensions(value) or []
@@ -133,7 +149,7 @@ def _slopes_times_positions(op: Any, value: onnx_ir.Value, heads: int) -> AlibiB
 
 
 def _line(op: Any, positions: onnx_ir.Value, rows: bool) -> onnx_ir.Value | None:
-    """Positions as [1 or b, t] in fp32; None if they differ between heads or rows."""
+    """Return positions as [1 or b, t] in fp32; None if they differ between heads or rows."""
     dims = dimensions(positions)
     if not dims:
         return None
@@ -150,7 +166,7 @@ def _line(op: Any, positions: onnx_ir.Value, rows: bool) -> onnx_ir.Value | None
 
 
 def _column(op: Any, slopes: onnx_ir.Value, heads: int) -> onnx_ir.Value:
-    """Slopes as a constant [h, 1, 1] in fp32."""
+    """Return slopes as a constant [h, 1, 1] in fp32."""
     if dimensions(slopes) == [heads, 1, 1] and slopes.dtype == _FLOAT:
         return slopes
 
@@ -164,7 +180,7 @@ def _column(op: Any, slopes: onnx_ir.Value, heads: int) -> onnx_ir.Value:
 
 
 def _sum(op: Any, terms: Sequence[onnx_ir.Value], dtype: onnx_ir.DataType | None) -> onnx_ir.Value | None:
-    """One value for all terms in `dtype`; None without any."""
+    """Return the sum of all terms in `dtype`; None if there are no terms."""
     total = None
     for term in terms:
         wide = term if term.dtype == dtype or dtype is None else op.Cast(term, to=dtype.value)
@@ -173,7 +189,10 @@ def _sum(op: Any, terms: Sequence[onnx_ir.Value], dtype: onnx_ir.DataType | None
 
 
 def _with_rows(op: Any, mask: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Value:
-    """The mask with a row for every query: Attention does not broadcast that axis."""
+    """Expand the mask to a row for every query, because Attention does not broadcast that axis.
+
+    Raises Decline if the mask has no axes for queries and columns.
+    """
     dims, rows = dimensions(mask) or [], (dimensions(query) or [])[2]
     if len(dims) < 2 or dims[-1] == 1:
         raise Decline(f"the mask {mask.name} {dims} does not have axes for queries and columns")
@@ -185,7 +204,7 @@ def _with_rows(op: Any, mask: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Va
 
 
 def _lowest(value: onnx_ir.Value) -> float:
-    """The lowest number of the dtype of `value`."""
+    """Return the lowest number of the dtype of `value`."""
     assert value.dtype is not None
     limits: Any = ml_dtypes.finfo(value.dtype.numpy())  # type: ignore[no-untyped-call]
     return float(limits.min)
@@ -197,7 +216,10 @@ def _half_of_lowest(mask: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]]:
 
 
 def _is_finite(mask: onnx_ir.Value) -> bool:
-    """True for a choice between finite constants, moved about: nothing was added that could overflow to -inf."""
+    """Return True for a choice between finite constants, perhaps moved about.
+
+    Nothing was added to it that could overflow to -inf.
+    """
     node = mask.producer()
     if node is None or node.domain:
         return False

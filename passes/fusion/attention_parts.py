@@ -1,4 +1,4 @@
-"""What attention consists of, as fuse-attention found it; and what must hold for the operator to mean the same."""
+"""Hold the parts of an attention that fuse-attention found, and check that the fused operator means the same."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from passopt.passes.patterns.rules import Rewriter
 
 #: Scores at or below this are masked, whatever number an exporter chose.
 _MASKED = -1e4
-#: How many operators may read the joined keys and values, such as their lengths, before a rewrite is given up.
+#: How many operators may depend on the joined keys and values, such as on their lengths, before a match is declined.
 _FURTHEST = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a match found, by the names in the pattern; None for what the spelling does not have.
+    """The parts that a match found, by their names in the pattern; None for what the spelling does not have.
 
-    query [b, h, q, d]; key and value [b, h_kv, kv, d] of this step, as [b, kv, h_kv, d] in layout "bshd"; past_key and
-    past_value [b, h_kv, p, d]; mask and bias are added to scores [b, h, q, p + kv].
+    query is [b, h, q, d]. key and value of this step are [b, h_kv, kv, d], but [b, kv, h_kv, d] in layout "bshd".
+    past_key and past_value are [b, h_kv, p, d]. mask and bias are added to scores [b, h, q, p + kv].
     """
 
     query: onnx_ir.Value
@@ -58,23 +58,30 @@ class Parts:
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Parts:
+        """Return the parts among what a match bound, by name."""
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: item for name, item in found.items() if name in names and item is not None})
 
     @property
     def cached(self) -> bool:
+        """Return True if there is a KV cache."""
         return self.past_key is not None
 
     @property
     def outputs(self) -> int:
+        """Return the number of outputs of the fused operator: with a cache, also present keys and values."""
         return 3 if self.cached else 1
 
     @property
     def past(self) -> tuple[onnx_ir.Value | None, ...]:
+        """Return the cached keys and values, or nothing without a cache."""
         return (self.past_key, self.past_value) if self.cached else ()
 
     def check(self) -> None:
-        """Decline what looks like attention and is none: other axes, other shapes, heads shared in another order."""
+        """Raise Decline for what looks like attention and is not.
+
+        That is: other axes, other shapes, heads shared in another order, inputs that depend on the grown cache.
+        """
         for name, item in (("query", self.query), ("key", self.key), ("value", self.value)):
             if len(dimensions(item) or []) != 4:
                 raise Decline(
@@ -93,7 +100,10 @@ class Parts:
         self._check_cycle()
 
     def _check_lengths(self) -> None:
-        """Products and sums broadcast; the operator does so for heads only, and a mask for batch and heads."""
+        """Raise Decline where the spelled-out form broadcasts and the operator would not.
+
+        Products and sums broadcast on any axis. The operator broadcasts heads only, and a mask over batch and heads.
+        """
         query, key, value, y = (dimensions(item) or [] for item in (self.query, self.key, self.value, self.y))
         if self.key_layout == "bshd":
             key = [key[0], key[2], key[1], key[3]]
@@ -109,7 +119,10 @@ class Parts:
                 raise Decline(f"the cached keys are {pasts[0]}, the cached values {pasts[1]}")
 
     def _check_cycle(self) -> None:
-        """The operator gives the grown cache, so nothing that it reads may depend on that."""
+        """Raise Decline if something that the operator reads depends on the grown cache.
+
+        The operator itself gives the grown cache, so this would be a cycle.
+        """
         needed = [self.query, self.key, self.value, self.mask, self.bias, self.condition, *self.past]
         targets = {item.producer() for item in needed if item is not None} - {None}
         joined = [item for item in (self._joined(self.key), self._joined(self.value)) if item is not None]
@@ -126,13 +139,16 @@ class Parts:
             work += [use.node for output in node.outputs for use in output.uses()]
 
     def _joined(self, new: onnx_ir.Value) -> onnx_ir.Value | None:
-        """The Concat of the cache and what is new."""
+        """Return the Concat of the cache with the new keys or values; None if there is none."""
         past = {self.past_key, self.past_value}
         nodes = [use.node for use in new.uses() if use.node.op_type == "Concat" and use.node.inputs[0] in past]
         return nodes[0].outputs[0] if nodes else None
 
     def _check_groups(self) -> None:
-        """Query head i must read key head i // groups: each key head stands `groups` times in a row."""
+        """Raise Decline unless query head i reads key head i // groups.
+
+        That is so if each key head stands `groups` times in a row.
+        """
         if (self.key_groups is None) != (self.value_groups is None):
             raise Decline("only one of keys and values is repeated for the heads that share it")
         for spread, repeated in ((self.key_groups, self.key_repeated), (self.value_groups, self.value_repeated)):
@@ -147,7 +163,7 @@ class Parts:
                 raise Decline(f"{repeated.name} {flat} has other axes than the repeated heads {wide}")
 
     def plain_key(self, op: Rewriter) -> onnx_ir.Value:
-        """The keys of this step as [b, h_kv, kv, d]."""
+        """Return the keys of this step as [b, h_kv, kv, d]."""
         if self.key_layout == "bhsd":
             return self.key
         turned: onnx_ir.Value = op.Transpose(self.key, perm=[0, 2, 1, 3])
@@ -155,11 +171,15 @@ class Parts:
 
     @property
     def heads(self) -> int:
+        """Return the number of query heads, or 0 if it is unknown."""
         heads = (dimensions(self.query) or [])[1]
         return heads if isinstance(heads, int) else 0
 
     def bias_terms(self, op: Rewriter) -> list[onnx_ir.Value]:
-        """What is added to the scores; a choice between scores and a low number becomes such a term."""
+        """Return the terms that are added to the scores.
+
+        A choice between scores and a low number becomes such a term. Raises Decline if that number is too high to mask.
+        """
         for name, item in (("low", self.low), ("floor", self.floor)):
             if item is not None and not op.number(item) <= _MASKED:
                 raise Decline(f"{name} scores are {op.number(item)}, which does not mask anything")
@@ -171,7 +191,10 @@ class Parts:
         return terms
 
     def total_scale(self, op: Rewriter) -> float:
-        """What the scores are multiplied with, on all sides together."""
+        """Return the number by which the scores are multiplied, on all sides together.
+
+        Raises Decline unless it is above 0 and finite.
+        """
         factors = [op.number(item, 1.0) for item in (self.query_scale, self.key_scale, self.scale)]
         if self.scaling == "quotient":
             factors[2] = 1 / factors[2] if factors[2] else math.inf
@@ -181,7 +204,10 @@ class Parts:
         return scale
 
     def softcap(self, op: Rewriter) -> float:
-        """0 without a cap. Declines unless the scores are divided by what the tanh is multiplied with."""
+        """Return the soft cap of the scores, or 0 without one.
+
+        Raises Decline unless the scores are divided by the same number that their tanh is multiplied by.
+        """
         if self.cap is None:
             return 0.0
         inside, outside = op.number(self.cap), op.number(self.uncap)

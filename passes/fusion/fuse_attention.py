@@ -1,4 +1,4 @@
-"""fuse-attention: scores, mask, softmax and values in one operator, with the KV cache as past and present."""
+"""Fuse scores, mask, softmax and values into one operator, with the KV cache as past and present (fuse-attention)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class FuseAttention(RewritePass):
     After:  ``y, k, v = Attention(q, new_k, new_v, mask, past_k, past_v, scale=scale)``; with slopes · positions in the
             mask, ``y, k, v = passopt.AlibiAttention(q, new_k, new_v, slopes, positions, mask, past_k, past_v)``
     Heads that share keys (GQA) are no longer repeated; without a cache, past and present are absent. Masked scores stay
-    above the lowest number: Attention gives 0 for a row of nothing else, softmax the mean of its values. A row of
-    nothing but -inf, where softmax gives NaN, becomes 0.
+    above the lowest number: for a row of nothing else, Attention gives 0, but softmax the mean of its values. A row
+    of nothing but -inf, where softmax gives NaN, becomes 0.
     """
 
     name = "fuse-attention"
@@ -47,24 +47,24 @@ class FuseAttention(RewritePass):
         ]
 
     def with_cache(self, op: Any, past_key: Any, key: Any, past_value: Any, value: Any, along: Any) -> Any:
-        """What is attended to is the cache, with the keys and values of this step behind it."""
+        """Match attention to a KV cache that is joined with the keys and values of this step."""
         keys = op.Concat(past_key, key, axis=along)
         values = op.Concat(past_value, value, axis=along)
         return [attention(op, keys, values), keys, values]
 
     def without_cache(self, op: Any, key: Any, value: Any) -> Any:
-        """Prefill only, or a cache that something else joins."""
+        """Match attention without a cache, in a prefill or where something else joins the cache."""
         return attention(op, key, value)
 
     def exported(self, op: Any, query: Any, past_key: Any, key: Any, past_value: Any, value: Any, along: Any) -> Any:
-        """An Attention that an exporter wrote, with the cache joined and shared heads repeated outside of it."""
+        """Match an exporter's Attention, with the cache joined and shared heads repeated outside of it."""
         keys = op.Concat(past_key, key, axis=along)
         values = op.Concat(past_value, value, axis=along)
         inputs = (query, _heads(op, "key", keys), _heads(op, "value", values), op.maybe(op.variable("mask")))
         return [op.Attention(*inputs, is_causal=0, bind="y"), keys, values]
 
     def exported_without_cache(self, op: Any, query: Any, key: Any, value: Any) -> Any:
-        """The same, where only the repetition of shared heads is left to take in."""
+        """Match an exporter's Attention without a cache, with shared heads repeated outside of it."""
         inputs = (query, _repeated(op, "key", key), _repeated(op, "value", value), op.maybe(op.variable("mask")))
         return op.Attention(*inputs, is_causal=op.variable("is_causal"), bind="y")
 
@@ -84,7 +84,7 @@ class FuseAttention(RewritePass):
         query, key, value, outputs = parts.query, parts.plain_key(op), parts.value, parts.outputs
         terms, floored = parts.bias_terms(op), parts.floor is not None
         alibi, others = split_alibi(op, terms, parts.heads)
-        # AlibiAttention floors all scores alike; without a floor, one of several masks may reach -inf and another not.
+        # AlibiAttention floors all scores alike. Without a floor, one of several masks may reach -inf and another not.
         if alibi is not None and (floored or len(others) < 2):
             if softcap:
                 raise Decline("caps the scores and adds an ALiBi bias; no operator does both")
@@ -99,7 +99,7 @@ class FuseAttention(RewritePass):
 
 
 def attention(op: Any, keys: Any, values: Any) -> Any:
-    """The spellings of softmax(q · kᵀ · scale + mask) · v, from [b, h, q, d] to [b, h, q, d]."""
+    """Return the pattern of softmax(q · kᵀ · scale + mask) · v, from [b, h, q, d] to [b, h, q, d], in all spellings."""
     scores = _masked(op, _widened(op, _capped(op, _scaled(op, _products(op, keys)))))
     probabilities = op.Softmax(scores, axis=op.variable("axis"))
     guarded = op.optional("guard", probabilities, lambda p: op.Where(op.IsNaN(p), 0, p))
@@ -108,7 +108,7 @@ def attention(op: Any, keys: Any, values: Any) -> Any:
 
 
 def _products(op: Any, keys: Any) -> Any:
-    """q · kᵀ; torch scales both sides by √scale, others the query alone."""
+    """Return the pattern of q · kᵀ: torch scales both sides by √scale, other exporters the query alone."""
     query = op.variable("query")
     shared = _heads(op, "key", keys)
     turned = op.any_of(
@@ -120,34 +120,42 @@ def _products(op: Any, keys: Any) -> Any:
 
 
 def _heads(op: Any, name: str, x: Any) -> Any:
-    """Keys or values, each repeated for the query heads that share them, or one for each."""
+    """Return the pattern of keys or values, repeated for the query heads that share them or one for each head."""
     return op.any_of(f"{name}_heads", repeated=_repeated(op, name, x), own=x)
 
 
 def _repeated(op: Any, name: str, x: Any) -> Any:
+    """Return the pattern of keys or values that are repeated for the query heads that share them."""
     spread = op.Expand(op.Unsqueeze(x, [2]), op.anything(), bind=f"{name}_groups")
     return op.Reshape(spread, op.anything(), bind=f"{name}_repeated")
 
 
 def _scaled(op: Any, x: Any) -> Any:
+    """Add an optional scale to the pattern, as a product or a quotient."""
     factor = op.scalar("scale")
     return op.any_of("scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), none=x)
 
 
 def _capped(op: Any, x: Any) -> Any:
-    """A soft cap: cap · tanh(x / cap)."""
+    """Add an optional soft cap to the pattern: cap · tanh(x / cap)."""
     cap = op.scalar("cap")
     inner = op.any_of("cap_spelling", quotient=op.Div(x, cap), product=op.Mul(x, cap))
     return op.optional("capping", x, lambda _: op.Mul(op.Tanh(inner), op.scalar("uncap")))
 
 
 def _widened(op: Any, x: Any) -> Any:
-    """A half-precision model casts its scores to fp32 before the mask or before the softmax."""
+    """Add an optional Cast to the pattern.
+
+    A half-precision model casts its scores to fp32 before the mask or before the softmax.
+    """
     return op.optional("widening", x, lambda y: op.Cast(y, bind="widened"))
 
 
 def _masked(op: Any, x: Any) -> Any:
-    """A bias (ALiBi) and a mask, added or chosen; then the lowest number as a floor."""
+    """Add an optional bias (ALiBi) and an optional mask to the pattern, then the lowest number as an optional floor.
+
+    The mask is added, or chosen by a condition.
+    """
     biased = op.optional("biasing", x, lambda y: op.Add(y, op.variable("bias")))
     condition, low = op.variable("condition"), op.scalar("low")
     masked = op.any_of(

@@ -1,4 +1,4 @@
-"""fuse-rms-norm: the arithmetic of a root mean square norm in one operator."""
+"""Fuse the arithmetic of a root mean square norm into one operator (the fuse-rms-norm pass)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from passopt.passes.patterns.rules import Rewriter
 
 @dataclasses.dataclass(frozen=True)
 class FuseRmsNorm(RewritePass):
-    """Say "root mean square norm" where an exporter wrote six operators, for kernels that compute it in one sweep.
+    """Write a root mean square norm as one operator instead of six, for kernels that compute it in one sweep.
 
     Before: ``y = Mul(w, Mul(x, Reciprocal(Sqrt(Add(ReduceMean(Pow(x, 2)), eps)))))``
     After:  ``y = RMSNormalization(x, w, epsilon=eps)``
@@ -58,7 +58,10 @@ class FuseRmsNorm(RewritePass):
 
 
 def _before_widening(x: onnx_ir.Value, w: onnx_ir.Value) -> onnx_ir.Value | None:
-    """What a half-precision model cast to fp32 before the norm: the operator does so inside."""
+    """Return what a half-precision model cast to fp32 before the norm; None if it did not.
+
+    The operator widens its input itself.
+    """
     node = x.producer()
     if node is None or node.op_type != "Cast" or x.dtype != onnx_ir.DataType.FLOAT:
         return None

@@ -1,4 +1,4 @@
-"""fuse-rotary: rotary position embedding in one operator, with tables of half the width."""
+"""Fuse rotary position embedding into one operator, with tables of half the width (the fuse-rotary pass)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class FuseRotary(RewritePass):
     Before: ``y = Add(Mul(x, cos), Mul(Concat(Neg(x[h:]), x[:h]), sin))``, x [b, heads, s, 2h], cos, sin [b, 1, s, 2h]
     After:  ``y = RotaryEmbedding(x, cos.half, sin.half, position_ids)``, tables [positions, h];
             where angles are computed from the positions, ``y = RotaryEmbedding(x, cos[..., :h], sin[..., :h])``
-    Positions are 0 … positions − 1, as the contract says; a table cut to the length of the sequence becomes whole.
-    A head that is rotated in part is one operator as well (rotary_embedding_dim).
+    Ids are 0 … positions − 1, as the export contract says, so a table cut to the length of the sequence is taken whole.
+    A head that is rotated in part becomes one operator as well (rotary_embedding_dim).
     """
 
     name = "fuse-rotary"
@@ -38,6 +38,7 @@ class FuseRotary(RewritePass):
     def pattern(
         self, op: Any, x: Any, cos: Any, sin: Any, start: Any, middle: Any, end: Any, axis: Any, sizes: Any
     ) -> Any:
+        """Match heads that are rotated whole, with their halves taken by two Slices or by one Split."""
         lower, upper = op.Split(x, sizes, axis=-1, outputs=2)
         halves = op.any_of(
             "halves",
@@ -76,6 +77,7 @@ class FuseRotary(RewritePass):
     def partial(
         self, op: Any, x: Any, cos: Any, sin: Any, ids: Any, start: Any, middle: Any, end: Any, axis: Any
     ) -> Any:
+        """Match heads of which only the first channels are rotated, already in one operator."""
         turned = op.RotaryEmbedding(
             op.Slice(x, start, middle, axis), cos, sin, op.maybe(ids), interleaved=0, rotary_embedding_dim=0
         )
@@ -94,19 +96,25 @@ class FuseRotary(RewritePass):
 
 
 def _check_halves(op: Any, bounds: Sequence[onnx_ir.Value], width: int) -> None:
+    """Raise Decline unless the bounds of the slices cut the channels into two halves."""
     first, middle, last, axis = (int(op.number(value)) for value in bounds)
     if axis % 4 != 3 or first != 0 or 2 * middle != width or last < width:
         raise Decline(f"{first}:{middle}:{last} along axis {axis} are not the two halves of {width} channels")
 
 
 def _check_equal_parts(op: Any, sizes: onnx_ir.Value, width: int) -> None:
+    """Raise Decline unless the sizes of the Split are two halves of the channels."""
     found = op.constant(sizes).reshape(-1).tolist()
     if found != [width // 2, width // 2]:
         raise Decline(f"splits {width} channels into {found}, not into halves")
 
 
 def _table(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value | None]:
-    """The cache for `value`, [b, 1, s, 2h]: a table [positions, h] with the ids [b, s], or [b, s, h] without."""
+    """Return the cos or sin input of the operator for `value` [b, 1, s, 2h], and the position ids.
+
+    That is a table [positions, h] with ids [b, s]; or angles [b, s, h] and None, if they are not looked up in a table.
+    Raises Decline if the shape is another, or if the halves are not known to be equal.
+    """
     dims, wanted = dimensions(value) or [], dimensions(x) or []
     if len(dims) != 4 or dims[1] != 1 or dims[3] != wanted[3] or not fits(dims[2:3], wanted[2:3]):
         raise Decline(f"{value.name} {dims} is not {[wanted[0], 1, *wanted[2:]]}")
@@ -127,7 +135,7 @@ def _takes_rows(gather: onnx_ir.Node) -> bool:
 
 
 def _for_every_batch(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> onnx_ir.Value:
-    """Angles [b, s, h] or ids [b, s] in int64, with the batch of x: the operator does not broadcast."""
+    """Expand angles [b, s, h] or ids [b, s] to the batch of x, as the operator does not broadcast; ids become int64."""
     dims, batch = dimensions(value) or [], (dimensions(x) or [])[0]
     if value.dtype == onnx_ir.DataType.INT32:
         value = op.Cast(value, to=onnx_ir.DataType.INT64.value)
@@ -137,7 +145,7 @@ def _for_every_batch(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> onnx_ir
 
 
 def _before_unsqueeze(op: Any, value: onnx_ir.Value) -> onnx_ir.Value | None:
-    """The angles [b, s, 2h] before they got an axis for the heads."""
+    """Return the angles [b, s, 2h] before they got an axis for the heads; None if that was not by Unsqueeze."""
     node = value.producer()
     if (
         node is None
@@ -149,7 +157,10 @@ def _before_unsqueeze(op: Any, value: onnx_ir.Value) -> onnx_ir.Value | None:
 
 
 def _whole_table(op: Any, table: onnx_ir.Value) -> onnx_ir.Value:
-    """The table as it was before it was cut to the length of the sequence: the rows that ids name are the same."""
+    """Return the table as it was before it was cut to the length of the sequence.
+
+    The rows that ids name are the same in both.
+    """
     node = table.producer()
     if node is None or node.op_type not in {"Slice", "Squeeze"} or not keeps_last_axis(node):
         return table
@@ -164,6 +175,6 @@ def _whole_table(op: Any, table: onnx_ir.Value) -> onnx_ir.Value:
 
 
 def _can_squeeze(op: Any, whole: onnx_ir.Value, axes: onnx_ir.Value | None, source: onnx_ir.Value) -> bool:
-    """Whether the table still has length 1 where axes go, before it was cut."""
+    """Return True if the table, before it was cut, already had length 1 where axes are squeezed."""
     dims = dimensions(whole) or []
     return whole is not source and all(dims[axis] == 1 for axis in op.constant(axes).reshape(-1).tolist())

@@ -1,6 +1,7 @@
-"""Rotary tables at half their width: exporters repeat every angle for both halves of a head.
+"""Halve the width of rotary tables: exporters repeat every angle for both halves of a head.
 
-A table whose halves are equal is rebuilt from the half that it came from; nothing that is not provably so is taken.
+A table whose halves are equal is rebuilt from the half that it came from. Any other, and any whose halves are not
+provably equal, is declined.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.shapes import dimensions
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import FLOATS, Expression
+from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import constant_tensor, expression_of, small_constant
 from passopt.passes.framework.base import Decline
 
-#: Operators that treat every element alike; inputs that do not have the last axis are taken as they are.
+#: Operators that treat every element alike. Those of their inputs that lack the last axis are taken as they are.
 _ELEMENTWISE = frozenset({"Cos", "Sin", "Cast", "Mul", "Div", "Add", "Neg", "Where", "Identity"})
 
 
 def first_half(op: Any, value: onnx_ir.Value) -> onnx_ir.Value:
-    """The first half, along the last axis, of a value whose two halves are equal. Declines for any other value."""
+    """Return the first half, along the last axis, of a value whose two halves are equal.
+
+    Raises Decline if the halves differ, or are not known to be equal.
+    """
     if constant_tensor(value) is not None:
         return _half_of_constant(op, value)
     node = value.producer()
@@ -40,7 +45,7 @@ def first_half(op: Any, value: onnx_ir.Value) -> onnx_ir.Value:
 
 
 def keeps_last_axis(node: onnx_ir.Node) -> bool:
-    """True for operators that only move or select along other axes than the last of their first input."""
+    """Return True for operators that only move or select along other axes than the last of their first input."""
     source = dimensions(_first(node)) if node.inputs and node.inputs[0] is not None else None
     if source is None:
         return False
@@ -67,12 +72,13 @@ def _first(node: onnx_ir.Node) -> onnx_ir.Value:
 
 
 def _again(op: Any, node: onnx_ir.Node, inputs: list[onnx_ir.Value | None]) -> onnx_ir.Value:
-    """The same operator on other inputs."""
+    """Build the same operator on other inputs."""
     made: onnx_ir.Value = op.node(node.op_type, *inputs, **{name: item.value for name, item in node.attributes.items()})
     return made
 
 
 def _has_last_axis(item: onnx_ir.Value, result: onnx_ir.Value) -> bool:
+    """Return True unless `item` is broadcast along the last axis of `result`. Raises Decline if that is unknown."""
     dims = dimensions(item)
     if dims is None:
         raise Decline(f"the shape of {item.name} is unknown")
@@ -80,6 +86,7 @@ def _has_last_axis(item: onnx_ir.Value, result: onnx_ir.Value) -> bool:
 
 
 def _half_of_concat(node: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value:
+    """Return the one value that a Concat along the last axis joins with itself; else raise Decline."""
     dims = dimensions(value)
     axis = node.attributes["axis"].as_int()
     along_last = axis == -1 or (dims is not None and axis == len(dims) - 1)
@@ -89,7 +96,7 @@ def _half_of_concat(node: onnx_ir.Node, value: onnx_ir.Value) -> onnx_ir.Value:
 
 
 def _half_of_constant(op: Any, value: onnx_ir.Value) -> onnx_ir.Value:
-    """A new table of half the width; one for all sites of a pass."""
+    """Return a table of half the width as a new initializer, one for all sites of a pass."""
 
     def make() -> onnx_ir.Value:
         expression = expression_of(value)
@@ -107,7 +114,10 @@ def _half_of_constant(op: Any, value: onnx_ir.Value) -> onnx_ir.Value:
 
 
 def _check_equal(name: str | None, first: Expression, second: Expression) -> None:
-    """Compares the halves chunk by chunk: a table is a computed constant, not a weight that was trained."""
+    """Raise Decline unless the halves are equal; they are compared chunk by chunk.
+
+    Reading them is fine: a table is a computed constant, not a weight that was trained.
+    """
     with Evaluator() as evaluator:
         for left, right in zip(evaluator.chunks(first), evaluator.chunks(second), strict=True):
             if not np.array_equal(left, right):

@@ -1,4 +1,4 @@
-"""Passes written for other frameworks, run as passopt's own: `graphsurgeon_pass` and `ir_pass` declare them."""
+"""Run passes written for other frameworks as passopt's own: `graphsurgeon_pass` and `ir_pass` declare them."""
 
 from passopt.passes.guests.decorators import graphsurgeon_pass, ir_pass
 

@@ -1,4 +1,4 @@
-"""The decorators that make a pass of a guest: its keyword parameters are the options, its docstring the pass's own.
+"""Declare passes of other frameworks: keyword parameters become options, the docstring becomes that of the pass.
 
 `@graphsurgeon_pass(name="…")` takes `def f(graph, *, limit: int = 3)` that changes an onnx_graphsurgeon Graph;
 `@ir_pass("…")` takes `def f(*, limit: int = 3)` that returns an onnx-ir PassBase.
@@ -27,10 +27,21 @@ _OPTION_KINDS = {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR
 def graphsurgeon_pass(
     *, name: str, accuracy: Accuracy = EXACT, after: tuple[str, ...] = (), changes_interface: bool = False
 ) -> Callable[[Callable[..., Any]], type[Pass]]:
-    """A function over an `onnx_graphsurgeon.Graph` as a pass. It changes the graph in place, or returns another.
+    """Declare a function over an `onnx_graphsurgeon.Graph` as a pass.
 
-    Weights cross as handles: nothing is read unless the function asks for `values`, which are read-only. What it hands
-    back untouched, sliced or transposed stays lazy. Metadata that graphsurgeon drops is put back by output name.
+    The function changes the graph in place, or returns another. Weights cross as handles: nothing is read unless the
+    function asks for `values`, which are read-only. What it hands back untouched, sliced or transposed stays lazy.
+    Metadata that graphsurgeon drops is put back by output name.
+
+    Args:
+        name: The name of the pass on the command line.
+        accuracy: How exactly the changed graph computes what the old one did, checked by `--verify-each=numeric`.
+        after: Passes that must come earlier if they are in the pipeline at all.
+        changes_interface: True if the pass gives graph inputs or outputs another dtype or shape by design.
+
+    Returns:
+        A decorator that turns the function into a pass class. It raises PassError if the function takes no graph, or
+        has a parameter that cannot be an option.
     """
 
     def declare(function: Callable[..., Any]) -> type[Pass]:
@@ -77,10 +88,23 @@ def ir_pass(
     after: tuple[str, ...] = (),
     changes_interface: bool = False,
 ) -> Callable[[_Factory], type[Pass]] | type[Pass]:
-    """An onnx-ir pass, in place or functional, as a pass: `ir_pass("lift", LiftPass)`, or a decorator of a factory.
+    """Declare an onnx-ir pass, in place or functional, as a pass of passopt.
 
-    As a decorator, the factory's keyword parameters are options. Whether the model changed is read off its text, not
-    believed. Returns the pass class, or the decorator.
+    Either `ir_pass("lift", LiftPass)`, which has no options; or a decorator of a factory, whose keyword parameters are
+    the options. Whether the model changed is read off its text; the guest's own word is not relied on.
+
+    Args:
+        name: The name of the pass on the command line.
+        factory: What makes the onnx-ir pass; None for use as a decorator.
+        accuracy: How exactly the changed graph computes what the old one did, checked by `--verify-each=numeric`.
+        after: Passes that must come earlier if they are in the pipeline at all.
+        changes_interface: True if the pass gives graph inputs or outputs another dtype or shape by design.
+
+    Returns:
+        The pass class; or the decorator, if there is no `factory`.
+
+    Raises:
+        PassError: If the factory has a parameter that cannot be an option; as a decorator, when it is applied.
     """
 
     def declare(made_by: _Factory) -> type[Pass]:
@@ -96,7 +120,10 @@ def ir_pass(
 
 
 def optional_module(module: str, owner: str) -> Any:
-    """Import a module of ours that stands on an optional package. Raises UsageError that says how to install it."""
+    """Import a module of passopt that needs an optional package.
+
+    Raises UsageError, which says how to install the package, if it is missing.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -106,12 +133,16 @@ def optional_module(module: str, owner: str) -> Any:
 
 
 def _options_of(item: Pass) -> dict[str, Any]:
+    """Return the options of a pass by name."""
     assert dataclasses.is_dataclass(item)
     return {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
 
 
 def _pass_class(function: Callable[..., Any], graphs: int | None, members: Mapping[str, Any]) -> type[Pass]:
-    """A frozen dataclass whose fields are the parameters after the first `graphs` (None: no options)."""
+    """Make a pass class: a frozen dataclass whose fields are the parameters of `function` after the first `graphs`.
+
+    With `graphs` None, the pass has no options.
+    """
     inner = members["name"]
     fields = _fields(function, graphs, inner) if graphs is not None else []
     namespace = {
@@ -126,6 +157,7 @@ def _pass_class(function: Callable[..., Any], graphs: int | None, members: Mappi
 
 
 def _fields(function: Callable[..., Any], graphs: int, name: str) -> Sequence[tuple[str, Any, Any]]:
+    """Return (name, type, default) for every option. Raises PassError for a parameter that cannot be one."""
     parameters = list(inspect.signature(function).parameters.values())
     if len(parameters) < graphs:
         raise PassError(f"{name} ({_where(function)}): the function takes no graph")

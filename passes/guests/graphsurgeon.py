@@ -1,4 +1,4 @@
-"""The bridge to onnx_graphsurgeon: a model goes out as its Graph, weights as handles, and comes back."""
+"""Bridge to onnx_graphsurgeon: a model goes out as its Graph, with weights as handles, and comes back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from passopt.passes.guests.weight_handles import (
 )
 
 _Type = onnx_ir.AttributeType
-#: What its importer skips with a warning, so that a model would come back without it.
+#: Attributes that graphsurgeon's importer skips with a warning, so that a model would come back without them.
 _LOST_ATTRIBUTES = {
     _Type.TENSORS,
     _Type.GRAPHS,
@@ -43,9 +43,18 @@ _LOST_ATTRIBUTES = {
 
 
 def run_graphsurgeon(model: onnx_ir.Model, author: str, change: Callable[[Any], Any]) -> PassResult:
-    """Let `change` work on the model as a graphsurgeon Graph; what it returns, if anything, is the graph from then on.
+    """Let `change` work on the model as a graphsurgeon Graph.
 
-    Its printing goes to stderr. Raises PassError for what graphsurgeon would drop without a word.
+    Args:
+        model: The model, which is changed in place.
+        author: The name of the pass.
+        change: Changes the Graph in place, or returns the Graph to go on with. What it prints goes to stderr.
+
+    Returns:
+        Whether the model changed, and how many nodes were made, changed or removed.
+
+    Raises:
+        PassError: If a node has an attribute that graphsurgeon would drop, or if `change` returns something else.
     """
     _check_attributes(model, author)
     before, handles, defaults = Snapshot(model), Handles(), defaulted_inputs(model)
@@ -72,7 +81,7 @@ def run_graphsurgeon(model: onnx_ir.Model, author: str, change: Callable[[Any], 
 
 
 class HandleValues(LazyValues):  # type: ignore[misc]
-    """A weight that nobody has read: graphsurgeon asks `load` for the numbers when a pass wants them."""
+    """A weight that nobody has read yet: graphsurgeon calls `load` when a pass asks for the numbers."""
 
     def __init__(self, proto: onnx.TensorProto, handles: Handles) -> None:
         super().__init__(proto)
@@ -80,15 +89,19 @@ class HandleValues(LazyValues):  # type: ignore[misc]
 
     @property
     def weight(self) -> Expression:
+        """Return the weight as an expression, without reading it."""
         return self.handles.weight(_handle_index(self.tensor))
 
     def load(self) -> Array:
+        """Return the numbers of the weight, read-only."""
         return self.handles.load(_handle_index(self.tensor))
 
 
 def lazy_weight(constant: Any) -> Expression:
-    """The expression of a Constant, for edits that read nothing: `slice split transpose cast pad …`, then
-    `lazy_constant`. `constant.values` would load the whole weight.
+    """Return the expression of a graphsurgeon Constant, for edits that read nothing.
+
+    Edit it by its methods, such as `slice`, `split`, `transpose`, `cast` and `pad`, and make a Constant of the result
+    by `lazy_constant`. `constant.values` would load the whole weight instead.
     """
     if isinstance(constant._values, HandleValues):
         return constant._values.weight
@@ -96,12 +109,13 @@ def lazy_weight(constant: Any) -> Expression:
 
 
 def lazy_constant(name: str, weight: Expression) -> Any:
-    """A new Constant of an expression, nothing of which is read."""
+    """Return a new graphsurgeon Constant of an expression, without reading any of it."""
     handles = Handles()
     return gs.Constant(name, HandleValues(_reference(name, weight, handles), handles))
 
 
 def _check_attributes(model: onnx_ir.Model, author: str) -> None:
+    """Raise PassError if a node has an attribute that graphsurgeon would drop."""
     for node in model.graph.all_nodes():
         for name, attribute in node.attributes.items():
             if attribute.type in _LOST_ATTRIBUTES:
@@ -112,6 +126,7 @@ def _check_attributes(model: onnx_ir.Model, author: str) -> None:
 
 
 def _constants(graph: Any) -> Iterator[Any]:
+    """Yield the Constants of a graph and of its subgraphs."""
     for inner in (graph, *graph.subgraphs(recursive=True)):
         for tensor in inner.tensors().values():
             if isinstance(tensor, gs.Constant):
@@ -119,6 +134,7 @@ def _constants(graph: Any) -> Iterator[Any]:
 
 
 def _give_handles(graph: Any, handles: Handles) -> None:
+    """Let Constants that stand for handles load their numbers only when asked."""
     for constant in _constants(graph):
         values = constant._values
         if isinstance(values, LazyValues) and _is_handle(values.tensor):
@@ -126,7 +142,7 @@ def _give_handles(graph: Any, handles: Handles) -> None:
 
 
 def _take_handles(graph: Any, handles: Handles) -> None:
-    """Arrays that a pass loaded or made become handles again, so that no weight is serialised."""
+    """Turn arrays that a pass loaded or made back into handles, so that no weight is serialised."""
     for constant in _constants(graph):
         values = constant._values
         if isinstance(values, HandleValues) and values.handles is not handles:
@@ -149,7 +165,10 @@ def _handle_index(tensor: onnx.TensorProto) -> int:
 
 
 def _name_nodes(model: onnx_ir.Model) -> None:
-    """A pass of graphsurgeon need not name its nodes; ours have names, by which messages find them."""
+    """Name the nodes that have no name, after their first output.
+
+    A graphsurgeon pass need not name its nodes, but passopt's messages find nodes by name.
+    """
     taken = {node.name for node in model.graph.all_nodes()}
     for node in model.graph.all_nodes():
         if not node.name:

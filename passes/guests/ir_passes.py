@@ -1,4 +1,4 @@
-"""Passes of onnx-ir (`onnx_ir.passes.PassBase`): run on the model itself, in place or functional."""
+"""Run passes of onnx-ir (`onnx_ir.passes.PassBase`) on the model itself, in place or functional."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from passopt.passes.guests.restore_metadata import Snapshot, take_over
 
 
 def run_ir_pass(model: onnx_ir.Model, author: str, guest: onnx_ir.passes.PassBase) -> PassResult:
-    """Run `guest` on `model`, which becomes the result. Raises PassError where its own conditions do not hold."""
+    """Run `guest` on `model`, which becomes the result.
+
+    Raises PassError if `guest` is no onnx-ir pass, or where onnx-ir says that its conditions do not hold.
+    """
     if not isinstance(guest, onnx_ir.passes.PassBase):
         raise PassError(f"{author}: made a {type(guest).__name__}, expected an onnx_ir.passes.PassBase")
     before = Snapshot(model)

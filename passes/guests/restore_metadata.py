@@ -1,6 +1,6 @@
-"""What a guest loses is put back: node, value and graph metadata, doc strings, types; and it is said who made what.
+"""Put back what a guest loses: metadata of nodes, values and graph, doc strings, types; and record who made what.
 
-Nodes are known again by operator and output name. A new node's origins are the old nodes whose place it took.
+Nodes are recognised by operator and output name. A new node's origins are the old nodes whose place it took.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _OldValue:
 
 
 class Snapshot:
-    """A model before its guest runs. `finish` completes what came back and counts what changed."""
+    """A model before its guest runs; `finish` completes what came back and counts what changed."""
 
     def __init__(self, model: onnx_ir.Model) -> None:
         self.text = print_model(model, fold=False)
@@ -56,9 +56,10 @@ class Snapshot:
         self._old_functions = dict(model.functions)
 
     def finish(self, changed: onnx_ir.Model, author: str) -> PassResult:
-        """Put back what the guest dropped from `changed`. `modified` is read off the text.
+        """Put back what the guest dropped from `changed`, and return the result of the pass.
 
-        `matches` counts the nodes that it made, changed or removed.
+        `modified` is true if the text of the model changed. `matches` counts the nodes that the guest made, changed or
+        removed.
         """
         complete_types(changed)
         complete_outputs(changed)
@@ -77,9 +78,10 @@ class Snapshot:
         return PassResult(modified=True, matches=max(1, touched + len(gone)))
 
     def put_back_initializers(self, graph: onnx_ir.Graph) -> None:
-        """Into their old order, those that nobody read included: protobuf guests do not see them.
+        """Put the initializers of `graph` into their old order, including those that nobody read.
 
-        To be called before `finish`, for a `graph` that is not the old one.
+        Guests that work on protobuf do not see the latter. Call this before `finish`, for a `graph` that is not the old
+        one.
         """
         found = dict(graph.initializers)
         for name in self._unused - set(found):
@@ -102,13 +104,16 @@ class Snapshot:
                 value.shape = merged_shapes(value.shape, old.shape)
 
     def _restore_functions(self, changed: onnx_ir.Model) -> None:
-        """A function whose body came back as it was is taken as it was, metadata and all."""
+        """Take a function whose body came back unchanged as it was, with its metadata."""
         for key, function in list(changed.functions.items()):
             if self._functions.get(key) == _function_key(function):
                 changed.functions[key] = self._old_functions[key]
 
     def _restore_nodes(self, changed: onnx_ir.Model, author: str) -> int:
-        """From the last node to the first, since the origins of a new node are known by who reads it."""
+        """Put back the metadata of nodes, and record the origins of new and changed ones; return how many these are.
+
+        The nodes are visited from the last to the first, since the origins of a new node are known by who reads it.
+        """
         survivors = {id(old) for node in changed.graph.all_nodes() if (old := self._same(node)) is not None}
         origins: dict[onnx_ir.Node, list[onnx_ir.Node]] = {}
         touched = 0
@@ -122,7 +127,7 @@ class Snapshot:
                 same_attributes = attributes_key(node) == old.attributes
                 if same_attributes and tuple(_names(node.inputs)) == old.inputs:
                     continue
-                # With other attributes it does the work of those before it too, as one Transpose does that of two.
+                # A node with other attributes also does the work of nodes before it, as one Transpose does that of two.
                 origins_of = [old.ghost] if same_attributes else self._with_dead(_names(node.outputs), survivors)
                 set_provenance(node, author, origins_of)
             else:
@@ -133,6 +138,7 @@ class Snapshot:
         return touched
 
     def _same(self, node: onnx_ir.Node) -> _OldNode | None:
+        """Return the old node with the operator and an output name of `node`; None if there is none."""
         for name in _names(node.outputs):
             old = self._nodes.get(name) if name else None
             if old is not None and old.operator == (node.domain, node.op_type):
@@ -142,7 +148,11 @@ class Snapshot:
     def _origins(
         self, node: onnx_ir.Node, known: dict[onnx_ir.Node, list[onnx_ir.Node]], survivors: set[int]
     ) -> list[onnx_ir.Node]:
-        """The old nodes that gave the values which the new node's values stand for, and what died with those."""
+        """Return the old nodes whose place a new node took.
+
+        These gave the values that the new node's values stand for, or died with those nodes. If there are none, the new
+        node has the origins of the nodes that read it.
+        """
         replaced: dict[str, None] = {}
         inherited: list[onnx_ir.Node] = []
         for value in node.outputs:
@@ -156,7 +166,7 @@ class Snapshot:
         return self._with_dead(replaced, survivors) or list(dict.fromkeys(inherited))
 
     def _with_dead(self, names: Iterable[str], survivors: set[int]) -> list[onnx_ir.Node]:
-        """The old nodes that gave these values, and those before them that are gone."""
+        """Return the old nodes that gave these values, and the nodes before them that are gone."""
         found: dict[onnx_ir.Node, None] = {}
         work = list(names)
         while work:
@@ -168,7 +178,10 @@ class Snapshot:
 
 
 def take_over(model: onnx_ir.Model, other: onnx_ir.Model) -> None:
-    """`model` becomes what `other` is, in place; its own metadata and `meta` stay."""
+    """Turn `model`, in place, into what `other` is.
+
+    Its own `meta` and metadata stay; metadata of `other` is added.
+    """
     if other is model:
         return
     model.graph = other.graph
@@ -191,6 +204,7 @@ def _is_sorted(graph: onnx_ir.Graph) -> bool:
 
 
 def _ghost(node: onnx_ir.Node) -> onnx_ir.Node:
+    """Return a node without inputs and outputs that carries name, metadata and doc string of `node`."""
     ghost = onnx_ir.Node(node.domain, node.op_type, [], name=node.name, num_outputs=0)
     ghost.metadata_props.update(node.metadata_props)
     ghost.doc_string = node.doc_string
@@ -202,7 +216,7 @@ def _is_read(value: onnx_ir.Value) -> bool:
 
 
 def _copy(value: onnx_ir.Value) -> onnx_ir.Value:
-    """The same constant, for another graph."""
+    """Return the same constant as a new value, for another graph."""
     return onnx_ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
 
 

@@ -1,4 +1,4 @@
-"""onnxsim on a graph without weights: what is held out enters as an input and becomes an initializer again after."""
+"""Run onnxsim on a graph without weights: those enter as inputs, and become initializers again afterwards."""
 
 from __future__ import annotations
 
@@ -24,13 +24,26 @@ from passopt.passes.guests.weight_handles import (
     without_defaults,
 )
 
-#: Fusions into operators that the passes after it do not look for, and one that needs the numbers of weights.
+#: Optimizers that are left out: fusions into operators that later passes do not look for, and one that needs the
+#: numbers of weights.
 _SKIPPED = ("fuse_matmul_add_bias_into_gemm", "fuse_transpose_into_gemm", "fuse_qkv", "fuse_bn_into_conv")
 _QUANTISATION = {"DequantizeLinear", "QuantizeLinear"}
 
 
 def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
-    """Simplify `model` in place; constants of up to `limit` bytes may be made. Raises PassError if onnxsim fails."""
+    """Simplify `model` in place by onnxsim.
+
+    Args:
+        model: The model, which is changed in place.
+        author: The name of the pass.
+        limit: Bytes of the largest constant that folding may make.
+
+    Returns:
+        Whether the model changed, and how many nodes were made, changed or removed.
+
+    Raises:
+        PassError: If onnxsim fails, calls its own result invalid, or changes the inputs and outputs.
+    """
     before, handles, defaults = Snapshot(model), Handles(), defaulted_inputs(model)
     quantised = _read_by_quantisation(model)
     proto = to_proto(model, handles)
@@ -44,7 +57,7 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
             f"{author}: onnxsim changed the inputs and outputs from {interface} to {_interface(simplified.graph)}; "
             f"this is a defect of onnxsim. Leave out the pass for this model."
         )
-    del simplified.metadata_props[:]  # its diary of changed nodes: a model says what passes made it by its own means
+    del simplified.metadata_props[:]  # onnxsim's list of changed nodes; passopt records in its own way what made a node
     changed = from_proto(simplified, handles)
     _name_new_values(changed, _value_names(model))
     restore_defaults(changed, defaults)
@@ -56,12 +69,13 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
 
 
 def _call(proto: onnx.ModelProto, author: str, limit: int) -> onnx.ModelProto:
+    """Run onnxsim; what it prints goes to stderr."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             simplified, valid = onnxsim.simplify(
                 proto, skipped_optimizers=list(_SKIPPED), tensor_size_threshold=f"{limit}B"
             )
-    except Exception as error:  # it raises whatever its C++ core, the checker or onnxruntime raise
+    except Exception as error:  # onnxsim raises whatever its C++ core, the checker or onnxruntime raise
         raise PassError(f"{author}: onnxsim failed with {type(error).__name__}: {error}") from error
     if not valid:
         raise PassError(f"{author}: onnxsim says that its own result is not valid. Leave out the pass for this model.")
@@ -70,7 +84,10 @@ def _call(proto: onnx.ModelProto, author: str, limit: int) -> onnx.ModelProto:
 
 
 def _read_by_quantisation(model: onnx_ir.Model) -> set[str]:
-    """Constants that a (de)quantisation reads: folding it would undo it."""
+    """Return the names of constants that a QuantizeLinear or DequantizeLinear reads.
+
+    Folding these would undo the quantisation.
+    """
     found: set[str] = set()
     for node in model.graph.all_nodes():
         if node.op_type in _QUANTISATION:
@@ -80,7 +97,10 @@ def _read_by_quantisation(model: onnx_ir.Model) -> set[str]:
 
 
 def _hold_out(proto: onnx.ModelProto, quantised: set[str], author: str) -> dict[str, onnx.TensorProto]:
-    """Turn handles, and small constants of quantisation, into inputs, in whatever body they stand."""
+    """Turn handles and small constants of quantisation into graph inputs, in whatever body they stand.
+
+    Returns the tensors by name.
+    """
     held: dict[str, onnx.TensorProto] = {}
     for graph in (proto.graph, *bodies(proto.graph)):
         kept = []
@@ -101,7 +121,7 @@ def _hold_out(proto: onnx.ModelProto, quantised: set[str], author: str) -> dict[
 
 
 def _put_back(graph: onnx.GraphProto, held: dict[str, onnx.TensorProto]) -> None:
-    """Inputs that stood for weights are weights; one that no node reads any more is gone."""
+    """Turn the inputs that stood for weights back into weights, except for those that no node reads any more."""
     read = {name for inner in (graph, *bodies(graph)) for node in inner.node for name in node.input}
     read.update(value.name for inner in (graph, *bodies(graph)) for value in inner.output)
     inputs = [value for value in graph.input if value.name not in held]
@@ -115,7 +135,10 @@ def _is_handle(tensor: onnx.TensorProto) -> bool:
 
 
 def _name_new_values(model: onnx_ir.Model, old: set[str]) -> None:
-    """onnxsim numbers what it makes through the whole graph; here it is called after the value that it is for."""
+    """Call each new value after the value that it is computed for.
+
+    onnxsim itself numbers what it makes, through the whole graph.
+    """
     taken = old | _value_names(model)
     for node in reversed(list(model.graph)):
         hint = node.outputs[0].name if node.outputs else node.name
@@ -146,4 +169,5 @@ def _value_names(model: onnx_ir.Model) -> set[str]:
 
 
 def _interface(graph: onnx.GraphProto) -> tuple[list[str], list[str]]:
+    """Return the names of the inputs and of the outputs."""
     return [value.name for value in graph.input], [value.name for value in graph.output]

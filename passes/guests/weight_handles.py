@@ -1,4 +1,4 @@
-"""Weights cross to a guest as handles: references to a file that does not exist, whose offset is a number of a table.
+"""Pass weights to a guest as handles: references to a file that does not exist, whose offset is an index of a table.
 
 So a model of any size is a few hundred kB of protobuf, and what comes back is the very expression that went out.
 """
@@ -25,20 +25,20 @@ LOCATION = "passopt.handle"
 
 
 class Handles:
-    """The table of what is held out of a guest's reach."""
+    """The table of tensors that are held out of a guest's reach."""
 
     def __init__(self) -> None:
         self._tensors: list[onnx_ir.TensorProtocol] = []
         self._loaded: list[tuple[Expression, Array]] = []
 
     def add(self, tensor: onnx_ir.TensorProtocol) -> onnx_ir.ExternalTensor:
-        """A reference that stands for `tensor`."""
+        """Return a reference that stands for `tensor`."""
         self._tensors.append(tensor)
         index, shape = len(self._tensors) - 1, onnx_ir.Shape(tensor.shape.numpy())
         return onnx_ir.ExternalTensor(LOCATION, index, tensor.nbytes, tensor.dtype, shape=shape, name=tensor.name or "")
 
     def tensor(self, index: int, name: str | None) -> onnx_ir.TensorProtocol:
-        """What went out as number `index`, under the name that it has now."""
+        """Return the tensor that went out as number `index`, under the name that it has now."""
         tensor = self._tensors[index]
         if tensor.name == name:
             return tensor
@@ -47,12 +47,15 @@ class Handles:
         return onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
 
     def weight(self, index: int) -> Expression:
-        """Number `index` as an expression."""
+        """Return the tensor of number `index` as an expression."""
         tensor = self._tensors[index]
         return tensor.expression if isinstance(tensor, LazyWeight) else Literal.of(tensor.numpy())
 
     def load(self, index: int) -> Array:
-        """The numbers, read-only, because a guest asked for them. A tensor of a file is mapped, not read."""
+        """Return the numbers of tensor `index`, read-only, because a guest asked for them.
+
+        A tensor of a file is mapped, not read. Raises PassError if the tensor differs between ranks.
+        """
         expression = self.weight(index)
         for known, array in self._loaded:
             if known == expression:
@@ -65,7 +68,7 @@ class Handles:
         return array
 
     def expression(self, array: Array) -> Expression:
-        """What an array of a guest is: (a part of) what it was given, or else numbers of its own."""
+        """Return an array of a guest as (a part of) an expression that it was given, or else as its own numbers."""
         for expression, loaded in self._loaded:
             if (found := part_of(expression, loaded, array)) is not None:
                 return found
@@ -74,7 +77,7 @@ class Handles:
 
 @contextlib.contextmanager
 def held_out(model: onnx_ir.Model, handles: Handles) -> Iterator[None]:
-    """For the time of a serialisation, handles stand for every lazy weight and every large tensor of the model."""
+    """Let handles stand for every lazy weight and large tensor of the model while the context is open."""
     saved: list[tuple[onnx_ir.Value, onnx_ir.TensorProtocol]] = []
     try:
         for graph in model.graphs():
@@ -90,13 +93,13 @@ def held_out(model: onnx_ir.Model, handles: Handles) -> Iterator[None]:
 
 
 def to_proto(model: onnx_ir.Model, handles: Handles) -> onnx.ModelProto:
-    """The model as protobuf, its weights as handles."""
+    """Return the model as protobuf, with its weights as handles."""
     with held_out(model, handles):
         return onnx_ir.to_proto(model)
 
 
 def from_proto(proto: onnx.ModelProto, handles: Handles) -> onnx_ir.Model:
-    """The model that a guest gave back, with the weights that its handles stand for."""
+    """Return the model that a guest gave back, with the weights that its handles stand for."""
     model = onnx_ir.from_proto(proto)
     for graph in model.graphs():
         for value in graph.initializers.values():
@@ -109,7 +112,10 @@ def from_proto(proto: onnx.ModelProto, handles: Handles) -> onnx_ir.Model:
 
 
 def defaulted_inputs(model: onnx_ir.Model) -> dict[str, onnx_ir.TensorProtocol]:
-    """Graph inputs with a default value, which guests take for constants: a caller may feed something else."""
+    """Return the graph inputs that have a default value, with that value.
+
+    Guests take such inputs for constants, but a caller may feed something else.
+    """
     found = {}
     for value in model.graph.inputs:
         if value.is_initializer() and value.const_value is not None and value.name:
@@ -118,7 +124,7 @@ def defaulted_inputs(model: onnx_ir.Model) -> dict[str, onnx_ir.TensorProtocol]:
 
 
 def without_defaults(proto: onnx.ModelProto, defaults: dict[str, onnx_ir.TensorProtocol]) -> None:
-    """Make such inputs plain inputs for the time of the visit."""
+    """Make inputs with default values plain inputs, for as long as the model is with the guest."""
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in defaults]
     if defaults:
         del proto.graph.initializer[:]
@@ -126,7 +132,10 @@ def without_defaults(proto: onnx.ModelProto, defaults: dict[str, onnx_ir.TensorP
 
 
 def lift_initializers(graph: onnx.GraphProto, names: Iterable[str]) -> None:
-    """Constants of the main graph that a guest wrote into the bodies which read them stand in the main graph again."""
+    """Move initializers called `names` from bodies, into which a guest wrote them, to the main graph.
+
+    They stood in the main graph before, and are read in those bodies.
+    """
     wanted = set(names)
     known = {tensor.name for tensor in graph.initializer}
     for body in bodies(graph):
@@ -138,7 +147,7 @@ def lift_initializers(graph: onnx.GraphProto, names: Iterable[str]) -> None:
 
 
 def bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    """The graphs inside of a graph's nodes, at every depth."""
+    """Return the graphs inside of a graph's nodes, at every depth."""
     found: list[onnx.GraphProto] = []
     for node in graph.node:
         for attribute in node.attribute:
@@ -148,7 +157,7 @@ def bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
 
 
 def restore_defaults(model: onnx_ir.Model, defaults: dict[str, onnx_ir.TensorProtocol]) -> None:
-    """Inputs that were optional are optional again."""
+    """Give inputs their default values back, so that they are optional again."""
     for value in model.graph.inputs:
         if value.name in defaults:
             value.const_value = defaults[value.name]
@@ -156,9 +165,10 @@ def restore_defaults(model: onnx_ir.Model, defaults: dict[str, onnx_ir.TensorPro
 
 
 def part_of(expression: Expression, whole: Array, part: Array) -> Expression | None:
-    """`part` as slices and a transpose of `expression`, whose values are `whole`; None if it is not a view of them.
+    """Return `part` as slices and a transpose of `expression`, whose values are `whole`.
 
-    Only the addresses are compared. `whole` is contiguous and read-only, so equal addresses are equal numbers.
+    Returns None if `part` is not a view of `whole`. Only the addresses are compared: `whole` is contiguous and
+    read-only, so equal addresses are equal numbers.
     """
     if part.dtype != whole.dtype or part.ndim != whole.ndim or not part.size or part.flags.writeable:
         return None
@@ -181,7 +191,7 @@ def part_of(expression: Expression, whole: Array, part: Array) -> Expression | N
 
 
 def _matching_axes(whole: Array, part: Array) -> tuple[int, ...] | None:
-    """For each axis of `part`, the axis of `whole` that it runs along."""
+    """Return, for each axis of `part`, the axis of `whole` that it runs along; None if there is none."""
     free = list(range(whole.ndim))
     axes = []
     for length, stride in zip(part.shape, part.strides, strict=True):
@@ -199,6 +209,7 @@ def _address(array: Array) -> int:
 
 
 def _read_only(expression: Expression) -> Array:
+    """Return the values of an expression as a read-only array: mapped if it is a tensor of a file, else computed."""
     if isinstance(expression, Source) and expression.nbytes and float(expression.dtype.itemsize).is_integer():
         check_unchanged(expression.file)
         raw = np.memmap(expression.file.path, np.uint8, "r", expression.offset, (expression.nbytes,))

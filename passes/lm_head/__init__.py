@@ -1,1 +1,1 @@
-"""Passes over the last linear of a decoder: NormHead, its bias, and the columns whose logits are wanted."""
+"""Change the last linear of a decoder: its NormHead, its bias, and the positions whose logits it computes."""

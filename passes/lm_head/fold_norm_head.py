@@ -1,4 +1,4 @@
-"""fold-norm-head: move NormHead's normalisation from the graph into the weight."""
+"""Move NormHead's normalisation from the graph into the weight (the fold-norm-head pass)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter
 
-#: torch's own; a 16-bit graph rounds it to 0, and a row of zeros would become NaN.
+#: The least norm to divide by, torch's own. A 16-bit graph rounds it to 0, and a row of zeros would become NaN.
 _EPSILON = 1e-12
 
 
@@ -30,11 +30,11 @@ class FoldNormHead(RewritePass):
         return [(self.widened, self.rewrite), (self.plain, self.rewrite)]
 
     def plain(self, op: Any, w: Any, axes: Any, floor: Any, shape: Any) -> Any:
-        """In the weight's own dtype."""
+        """Match a normalisation in the weight's own dtype."""
         return _normalized(op, op.weight(w), axes, floor, shape, "result")
 
     def widened(self, op: Any, w: Any, axes: Any, floor: Any, shape: Any) -> Any:
-        """A 16-bit weight normalised in fp32, as `normalize_rows` does it too."""
+        """Match a 16-bit weight that is normalised in fp32, as `normalize_rows` does it too."""
         return op.Cast(_normalized(op, op.Cast(op.weight(w)), axes, floor, shape, None), bind="result")
 
     def rewrite(self, op: Rewriter, w: Any, floor: Any, spelling: str, result: Any, axes: Any = None) -> Any:
@@ -52,6 +52,7 @@ class FoldNormHead(RewritePass):
 
 
 def _normalized(op: Any, wide: Any, axes: Any, floor: Any, shape: Any, bind: str | None) -> Any:
+    """Return the pattern of `wide` divided by the norms of its rows."""
     # Without axes ReduceL2 reduces over all of them: one norm for the whole weight, which is no NormHead.
     norm = op.any_of(
         "spelling",

@@ -1,4 +1,4 @@
-"""inject-norm-head-bias: give the head a bias, which a vocab split needs."""
+"""Give the head a bias, which splitting the vocabulary between ranks needs (the inject-norm-head-bias pass)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""slice-last-token: compute logits for the last position only."""
+"""Compute logits for the last position only (the slice-last-token pass)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
+from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.linears import Linear, find_dynamic_linear
 from passopt.ir.graph.lm_head import head_path
@@ -17,12 +18,10 @@ from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
 
-_END = 2**63 - 1
-
 
 @dataclasses.dataclass(frozen=True)
 class SliceLastToken(Pass):
-    """Let the head see only the last position of whatever came in: a prefill needs no other logits.
+    """Compute logits for the last position of the input only, because a prefill needs no others.
 
     Before: ``logits = MatMul(x, w)``, logits [batch, seq, vocab]
     After:  ``logits = MatMul(Slice(x, -1:, axis=1), w)``, logits [batch, 1, vocab]
@@ -48,7 +47,7 @@ class SliceLastToken(Pass):
             return _declined(reason)
         editor = Editor(model, self.name)
         builder = editor.builder(f"{hidden.name}.last")
-        last = builder.Slice(hidden, [-1], [_END], [1])
+        last = builder.Slice(hidden, [-1], [SLICE_END], [1])
         last.shape = onnx_ir.Shape([hidden.shape[0], 1, hidden.shape[2]])
         editor.insert(builder.built, inside[0], [inside[0]])
         for node in inside:
@@ -63,7 +62,10 @@ class SliceLastToken(Pass):
 
 
 def _other_reader(path: Sequence[onnx_ir.Node]) -> str | None:
-    """Only the logits may become one position, nothing else that is computed from the head."""
+    """Return why the head may not be cut, if anything but the logits is computed from it; else None.
+
+    Only the logits may become one position.
+    """
     for node, after in itertools.zip_longest(path, path[1:]):
         value = node.outputs[0]
         if any(user is not after for user in value.consumers()) or value.is_graph_output() != (after is None):
@@ -72,12 +74,15 @@ def _other_reader(path: Sequence[onnx_ir.Node]) -> str | None:
 
 
 def _along_positions(linear: Linear) -> list[onnx_ir.Node]:
-    """What a linear with dynamic activations computes position by position: all but its weight."""
+    """Return what a linear with dynamic activations computes position by position: all but its weight."""
     return [node for node in linear.nodes if node not in linear.weight.nodes]
 
 
 def _reader_outside(inside: Sequence[onnx_ir.Node]) -> str | None:
-    """Rows that another linear multiplies as well must stay whole."""
+    """Return why the input may not be cut, if another linear multiplies the same rows; else None.
+
+    Those rows must stay whole.
+    """
     for node in inside[:-1]:
         value = node.outputs[0]
         if value.is_graph_output() or any(user not in inside for user in value.consumers()):
@@ -86,7 +91,10 @@ def _reader_outside(inside: Sequence[onnx_ir.Node]) -> str | None:
 
 
 def _other_operand(path: Sequence[onnx_ir.Node]) -> str | None:
-    """What stands between head and logits must treat every position alike."""
+    """Return why the logits may not be cut, if an operator after the head tells positions apart; else None.
+
+    Everything between the head and the logits must treat every position alike.
+    """
     for before, node in itertools.pairwise(path):
         if node.op_type == "Slice" and _selects_positions(node):
             return f"{node.name} picks positions of the logits"
@@ -104,9 +112,11 @@ def _other_operand(path: Sequence[onnx_ir.Node]) -> str | None:
 
 
 def _selects_positions(node: onnx_ir.Node) -> bool:
+    """Return True if a Slice may cut the axis of positions."""
     axes = small_constant(node.inputs[3]) if len(node.inputs) > 3 else None
     return axes is None or any(axis in {1, -2} for axis in axes.reshape(-1).tolist())
 
 
 def _declined(reason: str) -> PassResult:
+    """Return the result of a run that declined for this reason."""
     return PassResult(tries=1, declines=collections.Counter([reason]))

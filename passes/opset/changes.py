@@ -1,7 +1,8 @@
-"""What changed in ONNX's own operators between opsets, as data: the base of `legalize`.
+"""List, as data for `legalize`, which changes of ONNX's own operators leave the meaning of a node as it was.
 
-Every change of 12 to 26 stands in one place: here, if a node keeps its meaning without an edit; in `opset_converters`,
-if it needs one. What stands in neither is refused. The tests compare both with the schemas of onnx.
+Every change from opset 12 to 26 stands in one place: in `UNCHANGED`, if a node keeps its meaning without an edit, or in
+`converters`, if it needs one. `legalize` refuses changes that stand in neither. The tests compare both tables with the
+operator schemas of the onnx package.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import onnx
 
 from passopt.ir.graph.operators import operators
 
-#: The first opset that is read, the first that a model is lowered to, and the last that onnxruntime runs.
+#: The oldest opset that is read, the oldest that a model can be lowered to, and the newest that onnxruntime runs.
 OLDEST, LOWEST_TARGET, NEWEST = 11, 18, 26
 
 
-#: Changes that only admit more: dtypes, optional inputs, and attributes whose default is what the operator did before.
+#: By opset, the operators whose change only admits more: further dtypes, optional inputs, and attributes whose default
+#: is what the operator did before.
 UNCHANGED: Mapping[int, frozenset[str]] = {
     12: operators("ArgMax ArgMin Clip Constant GatherND Max Min Pow ReduceMax ReduceMin"),
     13: operators(
@@ -61,7 +63,7 @@ UNCHANGED: Mapping[int, frozenset[str]] = {
     ),
 }
 
-#: The pass to run first where a target has no such operator.
+#: The pass that takes an operator apart, for models that are lowered to an opset without it.
 DECOMPOSED_BY: Mapping[str, str] = {
     "Attention": "decompose-attention",
     "Gelu": "decompose-activations",
@@ -73,7 +75,10 @@ DECOMPOSED_BY: Mapping[str, str] = {
 
 @functools.cache
 def changes(op_type: str) -> tuple[int, ...]:
-    """The opsets in which an operator of the default domain was made or changed, in order; empty if there is none."""
+    """Return the opsets, in order, in which an operator of ONNX's default domain was added or changed.
+
+    The result is empty if there is no such operator.
+    """
     return _history().get(op_type, ())
 
 

@@ -1,4 +1,4 @@
-"""legalize: bring a model to another opset, operator by operator."""
+"""Define the pass `legalize`, which converts a model to another opset, operator by operator."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from passopt.passes.opset.converters import CONVERTERS, Place, Step
 
 @dataclasses.dataclass(frozen=True)
 class Legalize(Pass):
-    """Bring a model to the opset that later passes or a target need: fused operators exist from 23 on.
+    """Convert a model to the opset that later passes or a target need; fused operators exist from opset 23 on.
 
     Before: ``<opset_import: ["" : 17]> … m = ReduceMean <axes = [-1]> (x)``
     After:  ``<opset_import: ["" : 23]> … m = ReduceMean (x, axes)``
-    Upwards from 11 to at most 26; downwards to 18 at least, where no node uses what the older operator lacks. Every
-    operator that changed on the way is either known to mean the same, or converted, or an error: the number alone is
-    never changed. Names, types, metadata and lazy weights stay; bodies of If and Loop and local functions follow.
+    Models of opset 11 or newer are raised to at most 26. Models are lowered to 18 or newer, if no node uses what the
+    older operators lack. For every operator that changed on the way, the pass knows that its meaning stayed the same,
+    or converts the node, or stops with an error; it never just changes the number. Names, types, metadata and lazy
+    weights are kept. Bodies of If and Loop and local functions are converted too.
     """
 
     name = "legalize"
@@ -36,13 +37,14 @@ class Legalize(Pass):
     opset: int = 23
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Convert the main graph and all local functions in place; raise PassError if a node cannot be converted."""
         if not OLDEST <= self.opset <= NEWEST:
             raise PassError(f"{self.name}: opset {self.opset} is not between {OLDEST} and {NEWEST}")
         every: list[onnx_ir.Graph | onnx_ir.Function] = [model.graph, *model.functions.values()]
         bodies = [body for body in every if body.opset_imports.get("", self.opset) != self.opset]
         if not bodies:
             return PassResult()
-        complete_types(model)  # whether an older operator takes a dtype can only be said if it is known
+        complete_types(model)  # `_check_fits` must know the dtypes to tell whether an older operator takes them.
         unique = _unique_names(model, self.name)
         result = PassResult(modified=True)
         for body in bodies:
@@ -65,7 +67,7 @@ class Legalize(Pass):
             )
 
     def _raise(self, place: Place, version: int) -> int:
-        """From `version` - 1 to `version`; returns how many nodes were edited."""
+        """Convert the nodes from opset `version` - 1 to `version`; return how many were edited."""
         edited = 0
         for node in _changed(place, version):
             converter = CONVERTERS.get((node.op_type, version))
@@ -77,7 +79,7 @@ class Legalize(Pass):
         return edited
 
     def _lower(self, place: Place, version: int) -> int:
-        """From `version` to `version` - 1; returns how many nodes were edited."""
+        """Convert the nodes from opset `version` to `version` - 1; return how many were edited."""
         edited = 0
         for node in _changed(place, version):
             if changes(node.op_type)[0] == version:
@@ -91,12 +93,12 @@ class Legalize(Pass):
         return edited
 
 
-#: Conversions that only refuse a rare dtype, so that the way back is the plain one.
+#: Changes whose converter edits nothing and only refuses a rare dtype, so that nodes can be lowered without one.
 _REVERSIBLE = frozenset({("Cast", 24), ("CastLike", 24)})
 
 
 def _changed(place: Place, version: int) -> Iterator[onnx_ir.Node]:
-    """Nodes, inner ones included, whose operator of the default domain changed in `version`."""
+    """Return the nodes, those of subgraphs included, whose operator of the default domain changed in `version`."""
     nodes = [node for node in place.container.all_nodes() if not node.domain]
     return (node for node in nodes if version in changes(node.op_type))
 
@@ -106,7 +108,10 @@ def _refuse(node: onnx_ir.Node, given: int, wanted: int, reason: str) -> NoRetur
 
 
 def _drop_defaults(node: onnx_ir.Node, version: int) -> int:
-    """Remove attributes that the older operator lacks, if they say what it does anyway."""
+    """Remove attributes that the older operator lacks, if they have their default value; refuse any other value.
+
+    Returns 1 if an attribute was removed, and 0 otherwise.
+    """
     newer, older = (_schema(node.op_type, number) for number in (version, version - 1))
     unknown = [name for name in node.attributes if name not in older.attributes]
     for name in unknown:
@@ -121,7 +126,7 @@ def _drop_defaults(node: onnx_ir.Node, version: int) -> int:
 
 
 def _check_fits(node: onnx_ir.Node, version: int) -> None:
-    """The older operator takes these inputs, in these dtypes."""
+    """Check that the older operator takes the node's inputs and outputs in their dtypes; refuse the node if not."""
     older = _schema(node.op_type, version - 1)
     while node.inputs and node.inputs[-1] is None and len(node.inputs) > older.max_input:
         node.resize_inputs(len(node.inputs) - 1)
@@ -137,7 +142,7 @@ def _check_fits(node: onnx_ir.Node, version: int) -> None:
 def _paired(
     values: Sequence[onnx_ir.Value | None], formals: Sequence[onnx.defs.OpSchema.FormalParameter]
 ) -> Iterator[tuple[onnx_ir.Value | None, onnx.defs.OpSchema.FormalParameter]]:
-    """Each value with its formal parameter; the last one may be variadic."""
+    """Pair each value with its formal parameter; further values belong to the last one, which may be variadic."""
     return ((value, formals[min(index, len(formals) - 1)]) for index, value in enumerate(values))
 
 
@@ -151,6 +156,7 @@ def _schema(op_type: str, version: int) -> onnx.defs.OpSchema:
 
 
 def _unique_names(model: onnx_ir.Model, author: str) -> _Names:
+    """Return a maker of names that nothing in the model has, values inside of local functions included."""
     inner = {
         value.name for function in model.functions.values() for node in function.all_nodes() for value in node.outputs
     }
@@ -160,7 +166,7 @@ def _unique_names(model: onnx_ir.Model, author: str) -> _Names:
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-    """Names that neither the graph nor a function has."""
+    """Make names that neither the graph nor a local function has."""
 
     editor: Editor
     of_functions: frozenset[str]

@@ -1,5 +1,5 @@
 """Match patterns written as Python functions, and apply the rewrites of what matched.
 
-`language` is what an author writes, `compiler` and `matcher` find it, `rules` and `driver` apply it, `rewrite_pass` is
-the base class that ties them together.
+Authors of passes write patterns in the `language` and subclass the base class in `rewrite_pass`. Patterns are checked
+by `validation`, and found in a graph by `compiler` and `matcher`; `rules` and `driver` apply the rewrites.
 """

@@ -1,7 +1,8 @@
-"""Compile a traced pattern into closures, from the last step to the first, for the `matcher` to run.
+"""Compile a traced pattern into closures, called steps, for the `matcher` to run.
 
-A step looks at one piece of the graph, writes what it finds into a register, and calls the step after it; where that
-fails it undoes its write and tries its next choice.
+A step looks at one piece of the graph, writes what it finds into a register, and calls the step after it. If that step
+fails, the first one undoes its write and tries its next choice; so the search is complete. Since every step holds the
+one after it, the steps are made from the last to the first.
 """
 
 from __future__ import annotations
@@ -35,11 +36,17 @@ Enter: TypeAlias = Callable[[onnx_ir.Node, Registers], bool]
 
 
 def _accept(registers: Registers) -> bool:
+    """End a successful match; it is the step after all others."""
     return True
 
 
 class PatternCompiler:
-    """Makes steps from the last to the first: each holds the one after it. Register 0 is the first root's node."""
+    """Make the steps of one pattern, which use `size` registers.
+
+    `nodes` gives the register of each node pattern, which holds the matched graph node; `names` that of each name,
+    which holds what the name is bound to. Register 0 holds the node at which the match starts, if the first root is a
+    choice.
+    """
 
     def __init__(self, opset: int, constants: Constants) -> None:
         self.size = 1
@@ -53,7 +60,7 @@ class PatternCompiler:
         self._search = RootSearch(self._slot_of_name, self._slot_of_node)
 
     def pattern(self, pattern: Pattern) -> Enter:
-        """The step that matches all roots."""
+        """Return the function that starts a match of all roots at a node."""
         for root in pattern.roots:
             self._count_uses(root)
         then: Step = _accept
@@ -62,6 +69,7 @@ class PatternCompiler:
         return self._first_root(pattern.roots[0], then)
 
     def _count_uses(self, item: ValuePattern) -> None:
+        """Count how often each node and each choice of alternatives is used, and all that stands below it."""
         if isinstance(item, Alternatives):
             self._uses[item] += 1
             if self._uses[item] == 1:
@@ -101,7 +109,7 @@ class PatternCompiler:
         return enter
 
     def _root(self, root: ValuePattern, source: int, then: Step) -> Step:
-        """Match the node in register `source` as the root."""
+        """Return the step that matches the node in register `source` as the root."""
         if isinstance(root, Output):
             enter, key = self._node(root.node, then), (root.node.op_type, root.node.domain)
 
@@ -115,7 +123,10 @@ class PatternCompiler:
         return self._labelled(root.name, choices)
 
     def _further_root(self, root: Output | Alternatives, then: Step) -> Step:
-        """Look for the root among the users of what is bound already, unless it stands inside of an earlier one."""
+        """Return the step that looks for a later root among the users of what is bound already.
+
+        It has nothing to look for if the root's node was matched as a part of an earlier root.
+        """
         if isinstance(root, Alternatives):
             choices = {}
             for label, choice in root.choices.items():
@@ -137,7 +148,7 @@ class PatternCompiler:
 
         return step
 
-    # Values: input `index` of the inputs in register `source`
+    # Values. Register `source` holds the inputs of a node; the step matches the one at `index`.
 
     def _value(self, item: ValuePattern, source: int, index: int, then: Step) -> Step:
         if isinstance(item, (Number, Numbers, Absent)):
@@ -158,7 +169,10 @@ class PatternCompiler:
         return self._labelled(item.name, choices)
 
     def _several_times(self, item: Alternatives, source: int, index: int, then: Step) -> Step:
-        """Alternatives inside of alternatives: compiled once, or their number doubles with every level."""
+        """Return the step of alternatives that are used in several places, which are compiled only once.
+
+        Otherwise the number of steps would double with every level of alternatives inside of alternatives.
+        """
         if item not in self._shared_choices:
             inputs, resume = self._register(), self._register()
             go_on: Step = lambda registers: bool(registers[resume](registers))  # noqa: E731
@@ -167,7 +181,7 @@ class PatternCompiler:
         inputs, resume, body = self._shared_choices[item]
 
         def step(registers: Registers) -> bool:
-            around = registers[inputs], registers[resume]  # of the same alternatives at another place
+            around = registers[inputs], registers[resume]  # They may hold a use at another place, which still runs.
             registers[inputs], registers[resume] = (registers[source][index],), then
             if body(registers):
                 return True
@@ -216,7 +230,7 @@ class PatternCompiler:
         return lambda registers: bind(list(registers[source][index:]), registers)
 
     def _bound(self, name: str, then: Step) -> Callable[[Any, Registers], bool]:
-        """Bind a name to something compared by equality."""
+        """Return a function that binds a name to something that later uses are compared with by equality."""
         slot = self._slot_of_name(name)
 
         def step(found: Any, registers: Registers) -> bool:
@@ -265,7 +279,10 @@ class PatternCompiler:
     # Nodes
 
     def _node(self, pattern: NodePattern, then: Step) -> Enter:
-        """The step that matches a given node. What is used several times is compiled once, and told where to go on."""
+        """Return the function that matches a given node.
+
+        A pattern used in several places is compiled once; each use puts the step to continue with into a register.
+        """
         if self._uses[pattern] == 1:
             return self._body(pattern, then)
         slot = self._slot_of_node(pattern)
@@ -284,7 +301,10 @@ class PatternCompiler:
         return enter
 
     def _body(self, pattern: NodePattern, then: Step) -> Enter:
-        """The step that matches a node of the right operator: what is cheap to ask first, the inputs in order last."""
+        """Return the function that matches a node of the right operator: cheap tests first, then the inputs in order.
+
+        The inputs of a commuting operator are tried as they are and then swapped.
+        """
         slot, source = self._slot_of_node(pattern), self._register()
         after_node = self._inputs(pattern, source, then)
         for name, expected in reversed(list(pattern.attributes.items())):
@@ -333,7 +353,7 @@ class PatternCompiler:
         return body
 
     def _inputs(self, pattern: NodePattern, source: int, then: Step) -> Step:
-        """The steps of all inputs, in order. What the tests of a node have settled needs no step."""
+        """Return the steps of all inputs in order, without those that the tests of the node have settled already."""
         for index in reversed(range(len(pattern.inputs))):
             item = pattern.inputs[index]
             if not isinstance(item, (Number, Numbers, Absent)):
@@ -356,7 +376,7 @@ class PatternCompiler:
         return step
 
     def _node_tests(self, pattern: NodePattern) -> tuple[Test, ...]:
-        """What is asked of the node itself: attributes that are not variables, the number of outputs."""
+        """Return the tests of the node itself: its attributes that are not variables, and its number of outputs."""
         tests = [
             attribute_test(name, expected, self._opset)
             for name, expected in pattern.attributes.items()
@@ -368,7 +388,7 @@ class PatternCompiler:
 
 
 def _adjusted(pattern: NodePattern, inputs: Sequence[onnx_ir.Value | None]) -> Sequence[onnx_ir.Value | None] | None:
-    """As many inputs as the pattern has, absent ones as None; None if a node of these inputs cannot match."""
+    """Fill up a node's inputs with None to the number that the pattern has; return None if the numbers cannot match."""
     least, most = pattern.input_counts
     if len(inputs) < least or any(value is not None for value in inputs[most:]):
         return None

@@ -1,6 +1,7 @@
-"""Apply the rules of one pass to one model, with a worklist, until nothing matches any more.
+"""Apply the rules of one pass to one model with a worklist, until nothing matches any more.
 
-The driver owns names, insertion point, order, types, provenance and the counts of tries, matches and declines.
+The driver decides everything that a rule does not: the names of new nodes and values, where they are inserted, their
+order, types and provenance. It also counts tries, matches and declines.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ import onnx_ir
 
 from passopt.ir.errors import PassError
 from passopt.ir.graph.editor import Editor, discard
+from passopt.ir.graph.run_context import RunContext
 from passopt.ir.graph.shapes import complete_types
-from passopt.passes.framework.base import TIME_RULES, Decline
+from passopt.passes.framework.base import Decline
 from passopt.passes.framework.records import PassResult, RuleStatistics
-from passopt.passes.framework.rewrite_limit import rewrite_limit
 from passopt.passes.patterns.matcher import Match, Matcher
 from passopt.passes.patterns.mutation_guard import Untouched
 from passopt.passes.patterns.quick_tests import Constants
 from passopt.passes.patterns.rules import Rewriter, Rule, RuleOwner, rules_of, source_line
 
-#: A pass may fire this often per node of the graph before it is taken to loop.
+#: If the rules of a pass apply more often than this per node of the graph, they are taken to loop for ever.
 _REWRITES_PER_NODE = 20
 
 
-#: Or this often in a row on its own results, where it may push an operator past a thousand others.
+#: A pass may apply this often in a row to its own results, since it may push one operator past a thousand others.
 _MOST_GENERATIONS = 1000
 
 
 class _Active:
-    """A rule at work on one model: its matcher, and what became of every node that it was tried at."""
+    """A rule at work on one model, with its matcher, its counts and the reasons of the nodes where it declined."""
 
     def __init__(self, rule: Rule, opset: int, constants: Constants, *, timed: bool) -> None:
         self.rule = rule
@@ -50,26 +51,35 @@ class _Active:
         return found
 
     def statistics(self, *, timed: bool) -> RuleStatistics:
+        """Return the counts of this run, with the CPU seconds if `timed`."""
         declines = collections.Counter(self.declined.values())
         seconds = self.seconds if timed else None
         return RuleStatistics(self.rule.name, self.rule.source, self.tries, self.hits, declines, seconds)
 
 
 class Driver:
-    """Applies the rules of one pass to one model.
+    """Apply the rules of one pass to one model.
 
-    It sweeps over the nodes in the order of the graph, tries at once what a rewrite has made, and sweeps again until
-    nothing more matches: a second run of the pass then finds nothing by construction.
+    The driver sweeps over the nodes in the order of the graph. Nodes that a rewrite makes are tried right after it. The
+    sweeps are repeated until nothing matches any more, so a second run of the pass finds nothing to do.
+
+    Args:
+        owner: The pass, with its name and rules.
+        model: The model to change in place.
+
+    Raises:
+        PassError: If a rule can never work.
     """
 
     def __init__(self, owner: RuleOwner, model: onnx_ir.Model) -> None:
         self.owner = owner
         rules = rules_of(owner)
         self.editor = Editor(model, owner.name)
+        context = RunContext.of(model)
         self.result = PassResult()
         self._memory: dict[Hashable, onnx_ir.Value] = {}
         self._constants = Constants()
-        self._timed = bool(model.meta.get(TIME_RULES))
+        self._timed = context.times_rules
         self._active = [_Active(rule, self.editor.opset, self._constants, timed=self._timed) for rule in rules]
         self._at: dict[tuple[str, str], list[_Active]] = collections.defaultdict(list)
         for active in self._active:
@@ -78,10 +88,17 @@ class Driver:
         self._is_typed = False
         self._generations: dict[onnx_ir.Node, int] = {}
         self._most_generations = min(len(model.graph) + 20, _MOST_GENERATIONS)
-        self._budget = rewrite_limit(model)
+        self._budget = context.rewrite_limit
         self._limit = _REWRITES_PER_NODE * (len(model.graph) + 100)
 
     def run(self) -> PassResult:
+        """Apply the rules until nothing matches, and return the counts.
+
+        Raises:
+            PassError: If a rewrite returns something else than one value per root, or if the rules never come to an
+                end.
+            VerifyError: If a rewrite changed the graph itself.
+        """
         at = self._at
         op_types = {op_type for _, op_type in at}
         nodes = (node for node in self.editor.graph if node.op_type in op_types)
@@ -96,7 +113,10 @@ class Driver:
         return self.result
 
     def _sweep(self, candidates: Sequence[onnx_ir.Node]) -> Sequence[onnx_ir.Node]:
-        """Try the rules at these nodes and at those that are made on the way; returns all of them if one applied."""
+        """Try the rules at these nodes and at those that rewrites make meanwhile.
+
+        Returns the nodes to try in the next sweep: all of them if a rule applied, and none otherwise.
+        """
         at, matches = self._at, self.result.matches
         queue, seen = collections.deque(candidates), []
         while queue:
@@ -116,7 +136,7 @@ class Driver:
         return seen if self.result.matches > matches else ()
 
     def _rewrite(self, active: _Active, node: onnx_ir.Node, match: Match) -> Sequence[onnx_ir.Node]:
-        """Apply a rule to a match, if it does not decline; returns the nodes that it made."""
+        """Apply a rule to a match and return the nodes that it made, or nothing if it declined."""
         start = time.process_time() if self._timed else 0.0
         root = match.roots()[0].name
         op = self._rewriter(root or node.op_type)
@@ -139,13 +159,14 @@ class Driver:
 
     def _rewriter(self, hint: str) -> Rewriter:
         editor = self.editor
-        if not self._is_typed:  # at the first match: most rules on most graphs need no types
+        if not self._is_typed:  # Types are completed at the first match only: most rules match nothing in most graphs.
             self._is_typed = True
             if not editor.survey():
-                complete_types(editor.model)  # a number takes the dtype of what it is multiplied with
+                complete_types(editor.model)  # The builder gives a number the dtype of the value it is combined with.
         return Rewriter(editor.opset, editor.unique, hint, self._memory, types=editor.types, constants=self._constants)
 
     def _apply(self, rule: Rule, node: onnx_ir.Node, match: Match, op: Rewriter, returned: Any) -> None:
+        """Replace the roots of a match by the values that `rewrite` returned, and check that the pass will end."""
         roots = match.roots()
         site = roots[0].name
         values = list(returned) if isinstance(returned, (list, tuple)) else [returned]
@@ -166,10 +187,10 @@ class Driver:
     def _check_progress(
         self, rule: Rule, root: onnx_ir.Node, made: Sequence[onnx_ir.Node], site: str | None, *, shrank: bool
     ) -> None:
-        """Stop a rule that goes on for ever at one place, or in all.
+        """Raise PassError if a rule seems to apply for ever, at one place or in the whole graph.
 
-        A generation is a rewrite at a node that an earlier rewrite made, unless the graph got smaller: that ends by
-        itself.
+        The generation of a rewrite is how many rewrites in a row led to it, each at a node that the one before it made.
+        A rewrite that makes the graph smaller does not count, since such a chain ends by itself.
         """
         generation = self._generations.get(root, 0) + (not shrank)
         self._generations.update(dict.fromkeys(made, generation))

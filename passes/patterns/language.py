@@ -1,7 +1,9 @@
-"""Patterns as data, traced from a rule's `pattern` method: `return op.MatMul(op.Relu(x), w)`.
+"""Define the pattern language: run a rule's `pattern` method once, and record what it builds as data.
 
-Method parameters are variables; numbers match constants; None matches an absent input; keywords match attributes (a
-variable binds the attribute).
+A method such as ``def pattern(self, op, x, w): return op.MatMul(op.Relu(x), w)`` matches a MatMul whose first input is
+made by a Relu. The parameters after `op` are variables, each of which stands for one value. As an input, a number
+matches a constant, a list of integers matches a constant vector, and None matches an absent input. A keyword argument
+matches an attribute; if it is a variable, it binds the attribute's value.
 """
 
 from __future__ import annotations
@@ -18,49 +20,52 @@ from passopt.ir.graph.operators import COMMUTATIVE
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variable:
-    """Matches any value and binds it; a second use must be the same value. An absent input is no value."""
+    """Match any value and bind it to a name.
+
+    If the name is used again, it must match the same value there. An absent optional input is not matched.
+    """
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight:
-    """Matches what the variable matches, if it is a weight of the checkpoint."""
+    """Match what the variable matches, but only if it is a weight of the checkpoint."""
 
     variable: Variable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scalar:
-    """Matches what the variable matches, if it is a small constant of one element, such as a scale."""
+    """Match what the variable matches, but only if it is a small constant of one element, such as a scale."""
 
     variable: Variable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Maybe:
-    """Matches what the variable matches, or an absent input or attribute, which binds None."""
+    """Match what the variable matches, or an absent input or attribute; the name is then bound to None."""
 
     variable: Variable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Absent:
-    """Matches an optional input that is not there."""
+    """Match an optional input that is absent."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rest:
-    """Matches all further inputs of a node, however many; binds the list of them."""
+    """Match all further inputs of a node, however many there are, and bind the list of them to a name."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Number:
-    """Matches a constant of one element with this value, compared in the constant's own dtype.
+    """Match a small constant of one element that has this value.
 
-    `tolerance` is relative: 0 asks for the number itself, rounded to the constant's dtype.
+    `tolerance` is relative. With a tolerance of 0, `value` is rounded to the constant's dtype and must then be equal.
     """
 
     value: float
@@ -69,14 +74,17 @@ class Number:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Numbers:
-    """Matches a constant with exactly these integers."""
+    """Match a small constant that holds exactly these integers, in this order and whatever its shape."""
 
     values: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NodePattern:
-    """Matches a node. `bind` names the node's first output for `rewrite`."""
+    """Match a node by its operator, its inputs, its attributes and, if it is more than 1, its number of outputs.
+
+    `bind` is the name under which `rewrite` gets the node's first output, or None.
+    """
 
     op_type: str
     domain: str
@@ -87,12 +95,13 @@ class NodePattern:
 
     @property
     def commutes(self) -> bool:
+        """Return True if the two inputs may stand in either order, as those of ONNX's Add and Mul may."""
         is_binary = len(self.inputs) == 2 and not any(isinstance(item, Rest) for item in self.inputs)
         return not self.domain and self.op_type in COMMUTATIVE and is_binary
 
     @property
     def input_counts(self) -> tuple[int, int]:
-        """The least and the most inputs that a node may have."""
+        """Return the smallest and the largest number of inputs that a matching node may have."""
         if self.inputs and isinstance(self.inputs[-1], Rest):
             return len(self.inputs) - 1, sys.maxsize
         least = len(self.inputs)
@@ -109,7 +118,7 @@ def _may_be_absent(item: ValuePattern) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Output:
-    """Output `index` of a matched node."""
+    """Match the value that is output number `index` of a node that matches `node`."""
 
     node: NodePattern
     index: int
@@ -117,7 +126,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Alternatives:
-    """Matches any of several labelled patterns, tried in order; binds the label to `name`."""
+    """Match the first of several labelled patterns that fits, and bind its label to `name`."""
 
     name: str
     choices: Mapping[str, ValuePattern]
@@ -131,10 +140,13 @@ _PIECES = (Variable, Weight, Scalar, Maybe, Absent, Rest, Number, Numbers, Outpu
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A traced rule: its roots (the values that `rewrite` replaces) and the names it binds.
+    """A traced pattern: the values that `rewrite` replaces, and the names that a match binds.
 
-    A root is the output of a node, or alternatives of such. `certain` are the names that every match binds; the others
-    stand in some alternatives only.
+    Attributes:
+        roots: What the `pattern` method returned: the values to replace. Each is the output of a node, or alternatives
+            of such outputs.
+        variables: All names that the pattern can bind, sorted.
+        certain: The names that every match binds. The other names stand in some alternatives only.
     """
 
     roots: tuple[Output | Alternatives, ...]
@@ -143,17 +155,17 @@ class Pattern:
 
     @property
     def root_nodes(self) -> tuple[NodePattern, ...]:
-        """The distinct nodes of the roots, of all alternatives, in order."""
+        """Return the node patterns of all roots and all their alternatives, in order and each once."""
         return tuple(dict.fromkeys(output.node for root in self.roots for output in outputs_of(root)))
 
     @property
     def root_keys(self) -> tuple[tuple[str, str], ...]:
-        """(domain, op type) of the nodes at which a match may start: those of the first root."""
+        """Return (domain, op type) of the nodes at which a match may start, which are those of the first root."""
         return tuple(dict.fromkeys((root.node.domain, root.node.op_type) for root in outputs_of(self.roots[0])))
 
 
 def outputs_of(root: ValuePattern) -> Iterator[Output]:
-    """The outputs that a root may be, alternatives in order."""
+    """Yield the node outputs that a root stands for: itself, or those of its alternatives in order."""
     if isinstance(root, Output):
         yield root
     elif isinstance(root, Alternatives):
@@ -162,7 +174,20 @@ def outputs_of(root: ValuePattern) -> Iterator[Output]:
 
 
 class Tracer:
-    """The `op` of a `pattern` method: every call makes a piece of the pattern."""
+    """The `op` that a `pattern` method gets: every call of it makes a piece of the pattern.
+
+    ``op.OPERATOR(*inputs, attribute=…)`` matches a node of that operator, such as ``op.Softmax(x, axis=-1)``; see
+    `node` for its keyword arguments. The other methods match special inputs.
+
+    Example:
+        A rule for ``x · Sigmoid(x)`` or ``x · Sigmoid(k · x)``, where `rewrite` gets `form`, `x` and `k`::
+
+            def pattern(self, op, x, k):
+                gates = {"plain": op.Sigmoid(x), "scaled": op.Sigmoid(op.Mul(x, k))}
+                return op.Mul(x, op.any_of("form", **gates))
+
+            def rewrite(self, op, form, x, k=None): ...
+    """
 
     def __init__(self, where: str) -> None:
         self._where = where
@@ -176,43 +201,64 @@ class Tracer:
     def node(
         self, op_type: str, *inputs: Any, outputs: int = 1, domain: str = "", bind: str | None = None, **attributes: Any
     ) -> Any:
-        """A node pattern; returns its output, or a tuple if `outputs` is not 1."""
+        """Match a node; this is what ``op.OPERATOR(…)`` calls.
+
+        Args:
+            op_type: The operator, such as "MatMul".
+            *inputs: Variables, other pieces of the pattern, numbers, lists of integers, or None for an absent input.
+            outputs: The number of outputs that the node has.
+            domain: The operator's domain; "" stands for ONNX's own operators.
+            bind: A name under which `rewrite` gets the node's first output.
+            **attributes: The attributes and their values. An attribute that a node lacks counts as its default.
+
+        Returns:
+            The node's output, as an input for other pieces; a tuple of all outputs if `outputs` is not 1.
+        """
         node = NodePattern(op_type, domain, tuple(self._value(item) for item in inputs), attributes, outputs, bind)
         return Output(node, 0) if outputs == 1 else tuple(Output(node, index) for index in range(outputs))
 
     def weight(self, variable: Variable) -> Weight:
-        """A variable that only a weight of the checkpoint may take; anything else is no match, not a decline."""
+        """Return a piece that matches a weight of the checkpoint and binds it; anything else is no match."""
         return Weight(variable)
 
     def scalar(self, name: str) -> Scalar:
-        """A variable that only a small constant of one element may take; anything else is no match."""
+        """Return a piece that matches a small constant of one element and binds it to `name`."""
         return Scalar(Variable(name))
 
     def variable(self, name: str) -> Variable:
-        """A variable that is no parameter of the method; one name is one variable everywhere."""
+        """Return the variable `name`, which need not be a parameter; equal names are one variable."""
         return Variable(name)
 
     def anything(self) -> Variable:
-        """Any value, which `rewrite` does not get."""
+        """Match any value, which `rewrite` does not get."""
         self._unnamed += 1
         return Variable(f"_{self._unnamed}")
 
     def maybe(self, variable: Variable) -> Maybe:
-        """A variable for an optional input or attribute: None where it is absent."""
+        """Return a piece for an optional input or attribute, which binds None where it is absent."""
         return Maybe(variable)
 
     def rest(self, name: str) -> Rest:
-        """As the last input: all further inputs of the node, bound as a list."""
+        """Match all further inputs of the node and bind the list of them; it must be the last input."""
         return Rest(name)
 
     def near(self, value: float, tolerance: float = 1e-3) -> Number:
-        """A number up to a relative tolerance: what exporters write with more or fewer digits."""
+        """Match a number up to a relative tolerance, since exporters write constants with more or fewer digits."""
         return Number(float(value), tolerance)
 
     def any_of(self, name: str, **choices: Any) -> Any:
-        """One of several spellings; `rewrite` gets the label of the one that matched as `name`.
+        """Match the first of several spellings that fits; `rewrite` gets its label as `name`.
 
-        Choices that are lists of one length give a tuple: alternatives of several values under one label.
+        Args:
+            name: The name that is bound to the label. Equal names in one pattern are one label everywhere.
+            **choices: A piece of the pattern for each label. If the choices are lists of one length, the spellings
+                consist of several values each.
+
+        Returns:
+            The alternatives, as an input or a root; a tuple of them, one per value, if the choices are lists.
+
+        Raises:
+            PassError: If the choices are lists of different lengths.
         """
         several = [choice for choice in choices.values() if _is_several(choice)]
         if not several:
@@ -224,11 +270,11 @@ class Tracer:
         return tuple(Alternatives(name, column) for column in columns)
 
     def any_op(self, name: str, op_types: Sequence[str], *inputs: Any, **keywords: Any) -> Any:
-        """A node of one of several operators with the same inputs; `rewrite` gets the op type as `name`."""
+        """Match a node of one of several operators with the same inputs; `rewrite` gets the op type as `name`."""
         return self.any_of(name, **{op_type: self.node(op_type, *inputs, **keywords) for op_type in op_types})
 
     def optional(self, name: str, value: Any, wrap: Callable[[Any], Any]) -> Alternatives:
-        """`wrap(value)` or `value` alone; `rewrite` gets "present" or "absent" as `name`."""
+        """Match `wrap(value)` or else `value` alone; `rewrite` gets "present" or "absent" as `name`."""
         found: Alternatives = self.any_of(name, present=wrap(value), absent=value)
         return found
 
@@ -249,7 +295,19 @@ def _is_several(choice: Any) -> bool:
 
 
 def trace(method: Callable[..., Any], where: str) -> Pattern:
-    """Run a rule's bound `pattern` method once. Raises PassError, with the rule's place, if it cannot work."""
+    """Run a `pattern` method once and return the pattern that it describes.
+
+    Args:
+        method: The bound method, or a function whose first parameter is `op`; the other parameters become variables.
+        where: The rule's name and source line, which error messages begin with.
+
+    Returns:
+        The traced pattern.
+
+    Raises:
+        PassError: If the method returns no output of an operator, does not use one of its parameters, takes `*args`
+            or `**kwargs`, or gives an operator something that cannot be an input.
+    """
     parameters = tuple(inspect.signature(method).parameters.values())[1:]
     loose = [item.name for item in parameters if item.kind in {item.VAR_POSITIONAL, item.VAR_KEYWORD}]
     names = [item.name for item in parameters if item.name not in loose]
@@ -274,7 +332,7 @@ def _is_root(value: Any) -> bool:
 
 
 class _Names:
-    """The names that pieces of a pattern bind: `found` in any way, `certain` in every way to match."""
+    """Collect the names that a pattern binds: `found` are all of them, `certain(piece)` those of every match."""
 
     def __init__(self) -> None:
         self.found: set[str] = set()

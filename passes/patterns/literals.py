@@ -1,4 +1,7 @@
-"""What a pattern's attributes and numbers mean: compared alike by the matcher and by `why`."""
+"""Compare the numbers and attributes of a pattern with those of a graph.
+
+The matcher and `passopt why` both use these functions, so that they always agree.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from passopt.passes.patterns.language import Number, Numbers
 
 
 def attribute_value(node: onnx_ir.Node, name: str, opset: int) -> Any:
-    """The attribute's value, or the default that the operator's schema gives it."""
+    """Return an attribute's value, or the default of ONNX's schema at `opset`; None if there is neither."""
     attribute = node.attributes.get(name)
     if attribute is not None:
         return attribute.value
@@ -27,24 +30,24 @@ def attribute_value(node: onnx_ir.Node, name: str, opset: int) -> Any:
 
 
 def same_attribute(expected: Any, found: Any) -> bool:
-    """True if an attribute of a pattern, as written there, is what a node holds."""
+    """Return True if an attribute value as written in a pattern equals the value that a node holds."""
     if isinstance(expected, (list, tuple)):
         return found is not None and list(expected) == list(found)
     if isinstance(expected, onnx_ir.DataType):
         return bool(found == expected.value)
     if isinstance(expected, float) and isinstance(found, float):
-        return bool(np.float32(expected) == np.float32(found))  # what ONNX stores
+        return bool(np.float32(expected) == np.float32(found))  # ONNX stores float attributes as float32
     return bool(expected == (found.decode() if isinstance(found, bytes) else found))
 
 
 def is_constant(pattern: Number | Numbers, value: onnx_ir.Value | None) -> bool:
-    """True if `value` is the small constant that a pattern asks for."""
+    """Return True if `value` is a small constant that the pattern matches."""
     array = small_constant(value)
     return array is not None and same_constant(pattern, array)
 
 
 def same_constant(pattern: Number | Numbers, array: np.ndarray[Any, np.dtype[Any]]) -> bool:
-    """True if the array is what a pattern asks for: a number in the array's own dtype, or exactly these integers."""
+    """Return True if the array is the number (compared in the array's dtype) or the integers of the pattern."""
     if isinstance(pattern, Numbers):
         return array.dtype.kind in "iu" and array.reshape(-1).tolist() == list(pattern.values)
     if array.size != 1:

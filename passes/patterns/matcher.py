@@ -1,6 +1,6 @@
-"""Match a traced pattern at a node: complete search over commuted inputs, alternatives and places of further roots.
+"""Match a traced pattern at a node, trying all orders of commuting inputs, alternatives and places of further roots.
 
-`Matcher` compiles a pattern once into closures (`compiler`), and runs them at one node after another.
+`Matcher` compiles a pattern once into closures (see `compiler`), and then runs them at one node after another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from passopt.passes.patterns.root_search import UNSET
 
 
 class Match:
-    """One way in which a pattern matched: what the names are bound to, and the nodes, in the order of the search."""
+    """One way in which a pattern matched.
+
+    Attributes:
+        pattern: The pattern.
+        bindings: What every bound name stands for: a value, a list of values, an attribute, a label or None.
+        nodes: The graph node that each matched node pattern stands for.
+    """
 
     def __init__(self, pattern: Pattern, bindings: dict[str, Any], nodes: dict[NodePattern, onnx_ir.Node]) -> None:
         self.pattern = pattern
@@ -24,7 +30,7 @@ class Match:
         self.nodes = nodes
 
     def roots(self) -> list[onnx_ir.Value]:
-        """The values that the rewrite replaces, in the order of the pattern's return."""
+        """Return the values that the rewrite replaces, in the order in which the pattern returned its roots."""
         outputs = [self._chosen(root) for root in self.pattern.roots]
         return [self.nodes[output.node].outputs[output.index] for output in outputs]
 
@@ -36,7 +42,7 @@ class Match:
 
 
 class Matcher:
-    """A pattern made ready for graphs of one opset. The matchers of a run share what `constants` has read."""
+    """A pattern compiled for graphs of one opset; matchers that are given the same `constants` read each one once."""
 
     def __init__(self, pattern: Pattern, opset: int, constants: Constants | None = None) -> None:
         self.pattern = pattern
@@ -47,7 +53,10 @@ class Matcher:
         self._names = tuple(compiler.names.items())
 
     def match(self, node: onnx_ir.Node) -> Match | None:
-        """The first way in which the first root matches `node`, whose operator is one of `root_keys`; or None."""
+        """Return the first match whose first root is made by `node`, or None.
+
+        The caller must make sure that the operator of `node` is one of the pattern's `root_keys`.
+        """
         registers = self._registers.copy()
         if not self._start(node, registers):
             return None

@@ -1,6 +1,6 @@
-"""What a rewrite may not do: change the graph that it matched in. It builds nodes; the driver replaces and removes.
+"""Check that a rewrite did not change the graph itself: a rewrite builds nodes, and the driver replaces and removes.
 
-A node that others still read would otherwise change under them, and the fault show far from the rule that made it.
+If a rewrite changed a node that other nodes still read, the fault would show up far away from the rule that caused it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import onnx_ir
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.editor import use_count
 
-#: Of values with more readers only the number is remembered: all layers may read one mask.
+#: If a value has more readers than this, only their number is compared, since all layers may read one mask.
 _FEW_READERS = 8
 
 
 class Untouched:
-    """The matched nodes, who reads what they give and how many what they read, and the graph's outputs, as before.
+    """A record of the matched part of a graph before a rewrite: its nodes, their readers, and the graph's outputs.
 
-    What it costs depends on the match, not on the graph.
+    Making and checking it takes time in proportion to the match, not to the graph.
     """
 
     def __init__(self, graph: onnx_ir.Graph, nodes: Iterable[onnx_ir.Node]) -> None:
@@ -35,9 +35,15 @@ class Untouched:
         self._readers = [(value, set(value.uses())) for value in own if use_count(value) <= _FEW_READERS]
 
     def check(self, where: str, root: str | None, built: Sequence[onnx_ir.Node]) -> None:
-        """Raise VerifyError, naming the rule `where` and its site, if anything is not as it was.
+        """Compare the graph with the record.
 
-        `built` are the nodes that the rewrite made; they may read whatever they like.
+        Args:
+            where: The rule's name and source line, for the message.
+            root: The name of the value that the rewrite was to replace, for the message.
+            built: The nodes that the rewrite made. They may read any value.
+
+        Raises:
+            VerifyError: If a matched node, one of its readers or the graph's outputs changed.
         """
         fault = self._fault(built)
         if fault:
@@ -47,11 +53,12 @@ class Untouched:
             )
 
     def _fault(self, built: Sequence[onnx_ir.Node]) -> str:
+        """Say what the rewrite changed, as the end of a sentence; "" if it changed nothing."""
         for node, kind, inputs, attributes, outputs in self._nodes:
             if node.graph is None:
                 return f"removed {node.op_type} {node.name!r}{_read_by(node.outputs)}"
             now = _facts(node)
-            # Attributes by identity: they are immutable, and comparing their tensors would read them.
+            # Attributes are compared by identity: they are immutable, and comparing their tensors would read them.
             same_attributes = len(now[2]) == len(attributes) and all(x is y for x, y in zip(now[2], attributes))
             if now[0] != kind or now[3] != outputs or not same_attributes or not _same_values(now[1], inputs):
                 return f"changed {kind[1]} {node.name!r}{_read_by(node.outputs)}"
@@ -78,7 +85,7 @@ class Untouched:
 
 
 def _outputs(graph: onnx_ir.Graph) -> tuple[onnx_ir.Value, ...]:
-    return tuple(graph.outputs.data)  # type: ignore[attr-defined]  # ten times as fast as through the container
+    return tuple(graph.outputs.data)  # type: ignore[attr-defined]  # ten times as fast as iterating over the container
 
 
 def _facts(node: onnx_ir.Node) -> tuple[tuple[str, str], Sequence[onnx_ir.Value | None], tuple[Any, ...], list[Any]]:

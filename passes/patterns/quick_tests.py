@@ -1,4 +1,7 @@
-"""Cheap tests made once per pattern, which bind nothing: whether it is worth looking further at a value or a node."""
+"""Make cheap tests, once per pattern, that tell whether a value or a node is worth a closer look.
+
+The tests bind no names. They let the matcher give up early at most nodes.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,27 @@ _Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 class Constants:
-    """The small constants of one model, read once for all rules of a run."""
+    """A cache of the small constants of one model, so that all rules of a run read each of them once."""
 
     def __init__(self) -> None:
         self._arrays: dict[onnx_ir.Value, _Array | None] = {}
 
     def array(self, value: onnx_ir.Value) -> _Array | None:
-        """As `small_constant`."""
+        """Return what `small_constant` returns: the array of a small constant, or None."""
         if value.const_value is None:
             node = value.producer()
             if node is None or node.op_type != "Constant":
-                return None  # most values: not worth remembering
+                return None  # Most values are computed, so remembering them would only cost memory.
         if value not in self._arrays:
             self._arrays[value] = small_constant(value)
         return self._arrays[value]
 
 
 def input_test(item: ValuePattern, constants: Constants) -> Test | None:
-    """A test that an input passes whatever is bound; None if any input does.
+    """Return a test that every matching input passes, whatever is bound; None if every input would pass.
 
-    For numbers and absent inputs it says all there is to say; for outputs of nodes it looks at the operator only.
+    For numbers and absent inputs the test is complete: what passes it matches. For outputs of nodes it only looks at
+    the operator type of the node.
     """
     if isinstance(item, Output):
         return _made_by(frozenset((item.node.op_type,)))
@@ -90,7 +94,7 @@ def _constant_test(item: Number | Numbers, constants: Constants) -> Test:
 
 
 def attribute_reader(name: str, opset: int) -> Callable[[onnx_ir.Node], Any]:
-    """As `attribute_value`, but looks a default up once per operator."""
+    """Return a function that does the same as `attribute_value`, but looks up each operator's default only once."""
     defaults: dict[str, Any] = {}
 
     def read(node: onnx_ir.Node) -> Any:
@@ -105,6 +109,6 @@ def attribute_reader(name: str, opset: int) -> Callable[[onnx_ir.Node], Any]:
 
 
 def attribute_test(name: str, expected: Any, opset: int) -> Test:
-    """A test of a node's attribute, or of its default."""
+    """Return a test for nodes whose attribute `name`, or else its default, equals the `expected` value."""
     read = attribute_reader(name, opset)
     return lambda node: same_attribute(expected, read(node))

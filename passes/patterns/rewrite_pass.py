@@ -14,25 +14,73 @@ from passopt.passes.patterns.driver import Driver
 
 
 class RewritePass(Pass):
-    """A pass of one rule. `pattern(self, op, …)` says what to match; `rewrite(self, op, …)` gives what replaces it.
+    """The base class of passes that are made of rules: a `pattern` says what to match, a `rewrite` what replaces it.
 
-    `rewrite` takes any of the pattern's variables by name and returns one value per root, in the pattern's order. It
-    raises `Decline` where the rule does not apply. It never deletes a node: the driver removes what died. A name that
-    only some alternatives bind has a default in `rewrite`: what it gets where another one matched.
+    A pass with one rule defines the methods `pattern` and `rewrite`. A pass with several rules overrides `rules`. The
+    rules are applied until none matches any more. `Pass` describes the class attributes, such as `name` and `accuracy`.
+
+    Example:
+        A pass that uses the fused activation of opset 24, which the model must have::
+
+            @dataclasses.dataclass(frozen=True)
+            class FuseSilu(RewritePass):
+                '''Let targets with a fused activation use it.
+
+                Before: ``y = Mul(x, Sigmoid(x))``
+                After:  ``y = Swish(x)``
+                '''
+
+                name = "fuse-silu"
+                accuracy = REASSOCIATED
+
+                def pattern(self, op, x):
+                    return op.Mul(x, op.Sigmoid(x))  # Mul commutes: both orders match
+
+                def rewrite(self, op, x):
+                    if op.opset < 24:
+                        raise Decline(f"Swish needs opset 24, this model has {op.opset}")
+                    return op.Swish(x)
     """
 
     def pattern(self, op: Any, *variables: Any) -> Any:
-        """Trace what to match; the parameters after `op` are the variables."""
+        """Describe what to match; the method is run once, before any graph is looked at.
+
+        Args:
+            op: Builds the pattern; see `passopt.passes.patterns.language.Tracer` for all that it can match.
+            *variables: Name them in your method, as in ``def pattern(self, op, x, w)``. Each matches one value.
+
+        Returns:
+            The root: the output of an operator, which the rewrite replaces. A sequence of several outputs makes several
+            roots; each must share a value with those before it.
+        """
         raise NotImplementedError(f"{self.name} has no pattern")
 
     def rewrite(self, op: Any, *variables: Any) -> Any:
-        """Build the replacement of one match."""
+        """Build what replaces one match.
+
+        The method only builds nodes and reads constants. It never changes or deletes a node: the driver does that.
+
+        Args:
+            op: A `Rewriter`, which makes nodes, such as ``op.MatMul(x, w)``, and reads constants and weights.
+            *variables: Any of the names that the pattern binds. If only some alternatives of the pattern bind a name,
+                give it a default, such as ``k=None``, which is used where another alternative matched.
+
+        Returns:
+            The value that replaces the root; for several roots a list of one value per root, in the pattern's order.
+
+        Raises:
+            Decline: If the rule does not apply to this match, with the reason.
+        """
         raise NotImplementedError(f"{self.name} has no rewrite")
 
     def rules(self) -> Sequence[tuple[Callable[..., Any], Callable[..., Any]]]:
-        """(pattern, rewrite) pairs, tried in order: override where one idea has roots of several operators."""
+        """Return the (pattern, rewrite) pairs of the pass, which are tried in this order at every node.
+
+        Override this if one idea needs several patterns, such as roots of different operators.
+        """
         return [(self.pattern, self.rewrite)]
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Apply the rules to `model` in place until none matches any more, and return the counts."""
         with collector_paused():
             return Driver(self, model).run()

@@ -1,6 +1,7 @@
-"""Find the nodes at which a further root of a pattern may match, from what is bound already.
+"""Find the nodes at which the second and later roots of a pattern may match.
 
-A pattern of several roots is searched from its first root: the others stand among the users of what that has bound.
+A pattern of several roots is matched from its first root. The other roots share values with it, so they are found among
+the users of values and nodes that are bound already.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from passopt.passes.patterns.language import (
     Weight,
 )
 
-#: What a register holds before a step has written to it.
+#: The content of a register that no step has written to.
 UNSET: Any = object()
 
 Registers: TypeAlias = "list[Any]"
@@ -29,7 +30,7 @@ Climb: TypeAlias = Callable[[Registers], "list[onnx_ir.Value] | None"]
 
 
 class RootSearch:
-    """Makes the functions that list candidates, given the registers of names and of pattern nodes."""
+    """Make functions that list candidate nodes, given the registers of names and of node patterns."""
 
     def __init__(self, slot_of_name: Callable[[str], int], slot_of_node: Callable[[NodePattern], int]) -> None:
         self._slot_of_name = slot_of_name
@@ -37,7 +38,10 @@ class RootSearch:
         self._climbs: dict[ValuePattern, Climb] = {}
 
     def users(self, pattern: NodePattern) -> Callable[[Registers], Iterator[onnx_ir.Node]]:
-        """The nodes that may match, found from an input that is bound already or stands above something bound."""
+        """Return a function that yields the nodes that may match `pattern`.
+
+        It starts from the first input that is bound already, or that is computed from something bound.
+        """
         climbs = [self._climb(item) for item in pattern.inputs]
         key = (pattern.op_type, pattern.domain)
 
@@ -56,7 +60,10 @@ class RootSearch:
         return users
 
     def _climb(self, item: ValuePattern) -> Climb:
-        """The values that `item` may take given what is bound; None if nothing below it is bound."""
+        """Return a function that lists the values which `item` may be; it gives None if nothing below `item` is bound.
+
+        The functions are cached, since several parents may ask for the same piece of a pattern.
+        """
         if item not in self._climbs:
             self._climbs[item] = self._new_climb(item)
         return self._climbs[item]

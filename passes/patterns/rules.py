@@ -1,6 +1,6 @@
-"""Trace the rules of a rewrite pass, and give their `rewrite` methods the `op` that builds and reads.
+"""Prepare the rules of a rewrite pass, and define `Rewriter`, the `op` that their `rewrite` methods get.
 
-A rule is a pattern and a rewrite; `Rewriter` is the `op` that a rewrite gets.
+A rule is a pair of a pattern method and a rewrite method.
 """
 
 from __future__ import annotations
@@ -21,23 +21,37 @@ from passopt.passes.patterns.matcher import Match
 from passopt.passes.patterns.quick_tests import Constants
 from passopt.passes.patterns.validation import check_pattern, wanted_names
 
-#: RMSNormalization, RotaryEmbedding and Attention came with this opset.
+#: The first opset that has RMSNormalization, RotaryEmbedding and Attention.
 FUSED_OPSET = 23
 
 
 class RuleOwner(Protocol):
-    """What the rules and their driver need of a pass: its name, and its pairs of pattern and rewrite."""
+    """The part of a pass that its rules and the driver need: its name, and its pairs of pattern and rewrite."""
 
     @property
     def name(self) -> str:
-        """The pass's name on the command line."""
+        """Return the name of the pass on the command line."""
 
     def rules(self) -> Sequence[tuple[Callable[..., Any], Callable[..., Any]]]:
-        """Pairs of pattern and rewrite, tried in order."""
+        """Return the pairs of pattern and rewrite methods, in the order in which they are tried."""
 
 
 class Rewriter(Builder):
-    """The `op` of a `rewrite` method: builds nodes, and reads constants and weights (declining if they are not)."""
+    """The `op` that a `rewrite` method gets: it builds nodes, and reads constants and weights.
+
+    ``op.OPERATOR(*inputs, attribute=…)`` makes a node and returns its output; numbers, lists of integers and arrays
+    become initializers. ``op.initializer(name, tensor)`` makes an initializer from an array or a weight expression.
+    ``op.opset`` is the opset of the model. The methods that read a value decline if it is not of the expected kind.
+
+    Example:
+        Replace ``MatMul(x, Transpose(w))`` by a product with a weight that is stored transposed::
+
+            def rewrite(self, op, x, w):
+                weight = op.weight(w)  # a lazy expression: nothing is read from the checkpoint
+                if len(weight.shape) != 2:
+                    raise Decline(f"{w.name} has {len(weight.shape)} axes, expected 2")
+                return op.MatMul(x, op.initializer(f"{w.name}.transposed", weight.transpose()))
+    """
 
     def __init__(
         self,
@@ -54,7 +68,15 @@ class Rewriter(Builder):
         self._known = constants or Constants()
 
     def shared(self, key: Hashable, make: Callable[[], onnx_ir.Value]) -> onnx_ir.Value:
-        """The initializer that `make` returns, made once for all sites of a pass: one table for every layer."""
+        """Return an initializer that is made once and used at all matches of a pass, such as one table for all layers.
+
+        Args:
+            key: What identifies the initializer among those of this pass and model.
+            make: Makes the initializer with `op.initializer`; it is called only if `key` is new.
+
+        Returns:
+            The initializer for this key.
+        """
         value = self._memory.get(key)
         if value is None:
             value = self._memory[key] = make()
@@ -63,38 +85,83 @@ class Rewriter(Builder):
         return value
 
     def weight(self, value: onnx_ir.Value) -> Expression:
-        """The lazy expression of a constant weight; declines for a computed value."""
+        """Return the lazy expression of a weight or constant, from which slices, casts and so on can be made.
+
+        Args:
+            value: An initializer or the output of a Constant node.
+
+        Returns:
+            The expression. Nothing is read from the checkpoint.
+
+        Raises:
+            Decline: If the value is computed or is a graph input.
+        """
         expression = expression_of(value) if not value.is_graph_input() else None
         if expression is None:
             raise Decline(f"{value.name} is not a constant weight")
         return expression
 
     def constant(self, value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]]:
-        """The array of a small constant; declines for anything else."""
+        """Return the array of a small constant.
+
+        Args:
+            value: An initializer or the output of a Constant node, of at most 1024 bytes and not a checkpoint weight.
+
+        Returns:
+            The array, which must not be changed.
+
+        Raises:
+            Decline: If the value is absent, or anything else than a small constant.
+        """
         array = self._known.array(value) if value is not None else None
         if array is None:
             raise Decline(f"{value.name if value is not None else 'an absent input'} is not a small constant")
         return array
 
     def number(self, value: onnx_ir.Value | None, default: float | None = None) -> float:
-        """The number that a constant holds, a scalar or a vector of one; `default` if the match did not bind one."""
+        """Return the number that a small constant holds, which must be a scalar or a vector of one element.
+
+        Args:
+            value: The constant, or None if the match did not bind it.
+            default: What to return if `value` is None.
+
+        Returns:
+            The number as a float.
+
+        Raises:
+            Decline: If the value is no small constant, has more elements or axes, or is None without a `default`.
+        """
         if value is None and default is not None:
             return default
         array = self.constant(value)
-        if array.size != 1 or array.ndim > 1:  # one number on more axes broadcasts what it is combined with
+        if array.size != 1 or array.ndim > 1:  # One number on more axes may add axes to what it is combined with.
             raise Decline(f"{value.name if value is not None else 'a constant'} is {list(array.shape)}, not one number")
         return float(array.reshape(-1)[0])
 
     def require_opset(self, opset: int = FUSED_OPSET) -> None:
-        """Decline, with what to do, in a model whose opset does not have the fused operator."""
+        """Decline if the model's opset does not have the fused operator, and tell the user to run `legalize` first.
+
+        Args:
+            opset: The first opset that has the operator.
+
+        Raises:
+            Decline: If the opset of the model is lower.
+        """
         if self.opset < opset:
             raise Decline(f"the fused operator needs opset {opset}, this model has {self.opset}; run legalize first")
 
 
 class Rule:
-    """A rule made ready: the traced pattern, `where` it is written, and the names that its rewrite takes.
+    """A rule made ready for matching: its traced and checked pattern, and its rewrite.
 
-    `wanted` gives for each of these names what `rewrite` gets where a match does not bind it.
+    Attributes:
+        name: The name of the pattern method.
+        source: The `file:line` of the pattern method.
+        where: The name of the pass and `source`, with which messages begin.
+        pattern: The traced pattern.
+        rewrite: The rewrite method.
+        wanted: The names that `rewrite` takes after `op`, each with its default, which is used if a match does not
+            bind the name.
     """
 
     def __init__(self, owner: RuleOwner, pattern: Callable[..., Any], rewrite: Callable[..., Any]) -> None:
@@ -109,18 +176,22 @@ class Rule:
         self.wanted = wanted_names(self.pattern, rewrite, self.where)
 
     def arguments(self, match: Match) -> dict[str, Any]:
-        """What `rewrite` gets after `op`, by name; one that takes `**found` gets all that is bound."""
+        """Return the keyword arguments of `rewrite` for a match; a method that takes `**found` gets all bound names."""
         bindings = match.bindings
         wanted = {name: bindings.get(name, default) for name, default in self.wanted.items()}
         return {**bindings, **wanted} if self._takes_all else wanted
 
 
 def rules_of(owner: RuleOwner) -> tuple[Rule, ...]:
-    """The rules of a pass, traced, in the order in which they are tried. Raises PassError for one that cannot work."""
+    """Trace and check the rules of a pass, in the order in which they are tried.
+
+    Raises:
+        PassError: If a rule can never work.
+    """
     return tuple(Rule(owner, pattern, rewrite) for pattern, rewrite in owner.rules())
 
 
 def source_line(method: Callable[..., Any]) -> str:
-    """`file:line` of a function."""
+    """Return the `file:line` at which a function is defined."""
     code = inspect.unwrap(method).__code__
     return f"{code.co_filename}:{code.co_firstlineno}"

@@ -1,4 +1,7 @@
-"""Refuses patterns and rewrites that could never work, before anything is matched, with the rule's place."""
+"""Check patterns and rewrites before anything is matched, and refuse those that could never work.
+
+Messages name the pass and the source line of the rule.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,17 @@ from passopt.passes.patterns.language import (
 
 
 def check_pattern(pattern: Pattern, where: str) -> None:
-    """Raise PassError for operators that no opset knows so, names that collide, roots that could not be found."""
+    """Raise PassError if a pattern could never match, or uses one name for two things.
+
+    Args:
+        pattern: The traced pattern.
+        where: The rule's name and source line, with which messages begin.
+
+    Raises:
+        PassError: If ONNX has no such operator in any version, or never with these inputs, outputs and attributes; if
+            two things that the pattern binds have one name; or if a later root shares no value with the roots before
+            it.
+    """
     nodes = _nodes(pattern.roots)
     for node in nodes:
         _check_operator(node, where)
@@ -36,10 +49,18 @@ def check_pattern(pattern: Pattern, where: str) -> None:
 
 
 def wanted_names(pattern: Pattern, rewrite: Callable[..., Any], where: str) -> dict[str, Any]:
-    """The names that `rewrite` takes after `op`, with what it gets where a match does not bind one: its default.
+    """Return the names that `rewrite` takes after `op`, each with the default that is used if a match does not bind it.
 
-    Raises PassError for names that the pattern never binds, and for those without a default that only some
-    alternatives bind.
+    Args:
+        pattern: The traced pattern.
+        rewrite: The rewrite method.
+        where: The rule's name and source line, with which messages begin.
+
+    Returns:
+        The default for each name; None for names without one, which every match binds.
+
+    Raises:
+        PassError: If the pattern never binds one of the names, or only some alternatives bind it and it has no default.
     """
     parameters = list(inspect.signature(rewrite).parameters.values())[1:]
     parameters = [item for item in parameters if item.kind is not item.VAR_KEYWORD]
@@ -56,7 +77,7 @@ def wanted_names(pattern: Pattern, rewrite: Callable[..., Any], where: str) -> d
 
 
 def _nodes(roots: Iterable[ValuePattern]) -> list[NodePattern]:
-    """All node patterns, each once."""
+    """List all node patterns at and below the roots, each once."""
     found: dict[NodePattern, None] = {}
     work = list(roots)
     while work:
@@ -94,7 +115,7 @@ def _check_operator(node: NodePattern, where: str) -> None:
 
 @functools.cache
 def _schemas(op_type: str) -> tuple[_Schema, ...]:
-    """What ONNX says of the operator in all its versions, newest first."""
+    """Return ONNX's schemas of all versions of an operator, newest first; empty if there is no such operator."""
     found = []
     version = onnx.defs.onnx_opset_version()
     while version > 0:
@@ -115,7 +136,7 @@ def _suggestion(op_type: str) -> str:
 
 
 def _misfit(node: NodePattern, schema: _Schema) -> str | None:
-    """Why nodes of this version of the operator never match; None if they may."""
+    """Say why no node of this version of the operator can match; return None if one may."""
     is_open = bool(node.inputs) and isinstance(node.inputs[-1], Rest)
     count = len(node.inputs) - is_open
     if count > schema.max_input or (count < schema.min_input and not is_open):
@@ -173,7 +194,11 @@ def _check_binds(
     visited: set[tuple[NodePattern, frozenset[tuple[str, str]]]],
     where: str,
 ) -> None:
-    """Two nodes of one `bind` name must stand under different labels of one any_of."""
+    """Raise PassError if one match could contain two nodes that have the same `bind` name.
+
+    Two nodes may share a name only if they stand under different labels of one `any_of`. `conditions` holds the labels
+    under which `item` stands.
+    """
     if isinstance(item, Alternatives):
         for label, choice in item.choices.items():
             if conditions.get(item.name, label) == label:
@@ -196,7 +221,7 @@ def _check_binds(
 
 
 def _check_roots(pattern: Pattern, where: str) -> None:
-    """A root after the first is found through what it shares with those before it."""
+    """Check that each root after the first shares a value with earlier roots, through which it is found."""
     known = _leaves([pattern.roots[0]])
     for number, root in enumerate(pattern.roots[1:], start=2):
         for output in outputs_of(root):
@@ -209,7 +234,7 @@ def _check_roots(pattern: Pattern, where: str) -> None:
 
 
 def _leaves(roots: Iterable[ValuePattern]) -> set[object]:
-    """The nodes and the names of variables under `roots`."""
+    """Return the node patterns and the names of variables at and below `roots`."""
     roots = list(roots)
     nodes = _nodes(roots)
     found: set[object] = set(nodes)
@@ -222,7 +247,7 @@ def _leaves(roots: Iterable[ValuePattern]) -> set[object]:
 
 
 def _with_choices(items: Iterable[Any]) -> Iterator[Any]:
-    """The items and, once each, all that alternatives among them offer."""
+    """Yield the items, and each choice of the alternatives among them once."""
     work, seen = list(items), set()
     while work:
         item = work.pop()

@@ -1,4 +1,5 @@
-"""Parse pipelines, run them pass after pass, and check what they are expected to have matched.
+"""Parse pipelines of passes, run them, and check that they matched what was expected.
 
-`text` reads `tp{degree=4},int8`, `named` holds the built-in tuples, `runner` runs them under its `instruments`.
+`text` parses pipeline text such as `tp{degree=4},int8`, `named` holds the built-in pipelines, `runner` runs the passes,
+`instruments` observe the run, and `expectations` check its result.
 """

@@ -1,4 +1,4 @@
-"""What must hold after a pipeline (`PASS==N`), and the explanation where it does not."""
+"""Check how often passes matched against expectations such as `PASS==N`, and explain those that are not met."""
 
 from __future__ import annotations
 
@@ -22,16 +22,22 @@ if TYPE_CHECKING:
 _TERM = r"(?:(?:\d+\s*\*\s*)?(?:num_layers|rotary_layers)|\d+)"
 _EXPECTATION = re.compile(rf"\s*([a-z0-9-]+)\s*(==|>=|<=)\s*({_TERM}(?:\s*[+-]\s*{_TERM})*)\s*\Z")
 _SIGNED_TERM = re.compile(r"([+-]?)(?:(\d+)\*)?(num_layers|rotary_layers|\d+)")
-#: Groups of misses in the message of an unmet expectation.
+#: How many groups of similar misses the message of an unmet expectation shows.
 _GROUPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """`PASS==N`: how often a pass must have matched, N such as `2*num_layers+1`.
+    """A statement of how often a pass must have matched: `PASS==N`, where N is a number or such as `2*num_layers+1`.
 
-    Of a pass that says what it `makes`, the nodes of these operators in the final graph are counted instead: a model
-    that was fused before holds what it should. If a later pass decomposes them on purpose, they are counted before it.
+    If the pass says what it `makes`, the nodes of these operators in the final graph are counted instead of its
+    matches, so that a model which was fused before also meets the expectation. If a later pass decomposes these
+    operators on purpose, they are counted right after the last run of this pass.
+
+    Attributes:
+        name: The name of the pass.
+        relation: "==", ">=" or "<=".
+        count: The text of N, without spaces: a sum of numbers and multiples of `num_layers` or `rotary_layers`.
     """
 
     name: str
@@ -39,11 +45,12 @@ class Expectation:
     count: str
 
     def holds(self, found: int, model: onnx_ir.Model) -> bool:
+        """Return True if the count `found` meets the expectation for `model`."""
         wanted = self.wanted(model)
         return {"==": found == wanted, ">=": found >= wanted, "<=": found <= wanted}[self.relation]
 
     def wanted(self, model: onnx_ir.Model) -> int:
-        """The number on the right. Raises UsageError if it asks for the layers of a graph that is no decoder."""
+        """Return the number that N stands for in `model`; raise UsageError if its number of layers is unknown."""
         total = 0
         for sign, factor, base in _SIGNED_TERM.findall(self.count):
             number = int(base) if base.isdigit() else self._layers(model, base)
@@ -51,7 +58,11 @@ class Expectation:
         return total
 
     def _layers(self, model: onnx_ir.Model, base: str) -> int:
-        """rotary_layers are those of a model that takes the positions of its tokens, and 0 for any other."""
+        """Return the value of `num_layers` or `rotary_layers`.
+
+        A model that takes the positions of its tokens as an input has rotary embedding in every layer; any other model
+        has 0 rotary layers.
+        """
         layers = layer_count(model)
         if layers is None:
             raise UsageError(
@@ -66,7 +77,18 @@ class Expectation:
 
 
 def parse_expectation(text: str, known: Sequence[str]) -> Expectation:
-    """`fuse-attention==num_layers`. Raises UsageError for bad text or a pass that is not in `known`."""
+    """Parse an expectation such as `fuse-attention==num_layers`.
+
+    Args:
+        text: The text of the expectation.
+        known: The names of the passes in the pipeline.
+
+    Returns:
+        The expectation.
+
+    Raises:
+        UsageError: If the text has another form, or names a pass that is not in `known`.
+    """
     found = _EXPECTATION.match(text)
     if found is None:
         raise UsageError(
@@ -78,7 +100,15 @@ def parse_expectation(text: str, known: Sequence[str]) -> Expectation:
 
 
 class Watch:
-    """Watches the expectations of one run: an unmet one is explained in the graph as its pass left it."""
+    """Check the expectations of one run, and explain unmet ones by the graph as it was right after their passes.
+
+    Args:
+        expectations: What must hold at the end of the run.
+        passes: The passes of the run, in order.
+
+    Raises:
+        UsageError: If an expectation names a pass that is not in the run.
+    """
 
     def __init__(self, expectations: Sequence[Expectation], passes: Sequence[Pass]) -> None:
         self._passes = {item.name: item for item in passes}
@@ -92,7 +122,10 @@ class Watch:
         self._early: dict[Expectation, int] = {}
 
     def after_pass(self, index: int, model: onnx_ir.Model, records: Sequence[PassRecord]) -> None:
-        """Explain what is missing after the last run of a pass; whether it counts is known at the end."""
+        """Count and explain what is missing if pass number `index` was the last run of an expected pass.
+
+        The report is kept until `finish`, since later passes may still change what is counted.
+        """
         for expectation in self._expectations:
             if self._last[expectation.name] != index:
                 continue
@@ -104,7 +137,7 @@ class Watch:
                 self._reports[expectation] = "\n".join(report.body(_GROUPS))
 
     def finish(self, model: onnx_ir.Model, records: Sequence[PassRecord]) -> None:
-        """Raise ExpectationError for the first expectation that does not hold."""
+        """Raise ExpectationError, with the report of what is missing, for the first expectation that does not hold."""
         for expectation in self._expectations:
             found = self._early.get(expectation)
             if found is None:
@@ -114,7 +147,7 @@ class Watch:
             raise ExpectationError(self._message(expectation, found, model, records))
 
     def _is_decomposed_after(self, index: int) -> bool:
-        """Whether a later pass takes apart what this one makes."""
+        """Return True if a pass after number `index` decomposes what that one makes."""
         made = set(self._order[index].makes)
         return any(made.intersection(item.decomposes) for item in self._order[index + 1 :])
 
@@ -133,6 +166,7 @@ class Watch:
         return f"expected {expectation}{meant}: {counted}" + (f"\n{report}" if report else "")
 
     def _found(self, expectation: Expectation, model: onnx_ir.Model, records: Sequence[PassRecord]) -> int:
+        """Count the nodes that the expected pass makes, or its matches if it does not say what it makes."""
         makes = self._passes[expectation.name].makes
         if not makes:
             return _total(expectation.name, records).matches
@@ -143,7 +177,18 @@ class Watch:
 def unwatched_misses(
     passes: Sequence[Pass], watched: Sequence[Expectation], records: Sequence[PassRecord], model: onnx_ir.Model
 ) -> list[str]:
-    """Passes that tried, matched nothing and left nothing of what they make, while no expectation watches them."""
+    """List the passes that had no effect although nothing says that they may, so that the user can be warned.
+
+    Args:
+        passes: The passes of the run.
+        watched: The expectations of the run; their passes are not listed.
+        records: The records of the run.
+        model: The model after the run.
+
+    Returns:
+        The names of the passes that say what they make, were tried at some node, matched nothing, and whose operators
+        are not in the model; but not if a pass of the run decomposes these operators.
+    """
     names = {item.name for item in watched}
     found = {(node.domain, node.op_type) for node in model.graph.all_nodes()}
     silent = []
@@ -156,13 +201,13 @@ def unwatched_misses(
 
 
 def _identifier(text: str) -> tuple[str, str]:
-    """`passopt::AlibiAttention` → (domain, op type)."""
+    """Split the name of an operator, such as `passopt::AlibiAttention`, into (domain, op type)."""
     domain, _, op_type = text.rpartition("::")
     return domain, op_type
 
 
 def _total(name: str, records: Sequence[PassRecord]) -> PassResult:
-    """What all runs of a pass did together."""
+    """Add up the results of all runs of a pass; the statistics of rules are those of its last run."""
     total = PassResult()
     for record in records:
         if record.name == name:

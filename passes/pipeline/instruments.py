@@ -1,4 +1,4 @@
-"""Instruments for `passopt run`: print after passes, dump between passes, tables of times and counts."""
+"""Observe the passes of `passopt run`: print or save the model after each pass, and tabulate counts and times."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from passopt.ir.serialization.text import print_model
 from passopt.passes.framework.records import PassRecord
 from passopt.passes.pipeline.runner import Instrument
 
-#: Reasons to decline that the table of rules shows per rule.
+#: How many reasons to decline the table of rules shows for each rule.
 _SHOWN_REASONS = 5
 
 
 @dataclasses.dataclass
 class PrintAfter(Instrument):
-    """Writes the canonical text after passes: the named ones, all, or those that changed it."""
+    """Write the text of the model after passes.
+
+    Attributes:
+        write: Called with the text of the model, headed by a line with the number and name of the pass.
+        names: The passes after which the model is written; all if empty.
+        only_changes: Write only after passes that changed the model.
+    """
 
     write: Callable[[str], None]
     names: tuple[str, ...] = ()
@@ -35,7 +41,7 @@ class PrintAfter(Instrument):
 
 @dataclasses.dataclass
 class Dump(Instrument):
-    """Saves model.onnx + weights.plan.json after every pass, numbered; no weight is copied."""
+    """Save model.onnx and weights.plan.json after every pass, in a numbered folder each; no weight is copied."""
 
     directory: Path
 
@@ -46,7 +52,7 @@ class Dump(Instrument):
 
 
 def summary_table(records: Sequence[PassRecord], *, times: bool = False) -> str:
-    """One aligned line per pass: matches, declines, nodes, and CPU milliseconds if `times`."""
+    """Return a table with one line per pass: matches, declines, nodes before and after, CPU milliseconds if `times`."""
     rows = [["pass", "matches", "declined", "nodes", *(["CPU ms"] if times else [])]]
     for record in records:
         nodes = f"{record.nodes_before} → {record.nodes_after}"
@@ -57,7 +63,11 @@ def summary_table(records: Sequence[PassRecord], *, times: bool = False) -> str:
 
 
 def rule_table(records: Sequence[PassRecord]) -> str:
-    """One line per rule: nodes tried, hits, declines, CPU milliseconds if timed, source line; below it its reasons."""
+    """Return a table with one line per rule, and its most frequent reasons to decline below it.
+
+    The columns are the pass, the rule, how often it was tried, applied and declined, its CPU milliseconds ("-" if rules
+    were not timed) and its source line.
+    """
     rules = [(record.name, rule) for record in records for rule in record.result.rules]
     if not rules:
         return "no pass of this pipeline has rules"
@@ -75,13 +85,13 @@ def rule_table(records: Sequence[PassRecord]) -> str:
 
 
 def _relative(source: str) -> str:
-    """A path from here, if the file lies below."""
+    """Return `source` relative to the working folder if it lies below it, and unchanged otherwise."""
     path = Path(source)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else source
 
 
 def _aligned(rows: Sequence[Sequence[str]], texts: Container[int]) -> str:
-    """Columns of one width each: those of `texts` to the left, numbers to the right."""
+    """Align the columns of a table: those with an index in `texts` to the left, all others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

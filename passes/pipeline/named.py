@@ -1,6 +1,7 @@
-"""Named pipelines: plain tuples of steps, expanded visibly. `{option}` hands the pipeline's option to a step.
+"""Define the named pipelines, such as `baichuan2` and `tp`, as plain tuples of steps.
 
-Passes are idempotent, so steps that pipelines share may repeat.
+In a step, `$option` stands for the value of the pipeline's own option of that name. Passes are idempotent, so it does
+no harm if two pipelines in one run contain the same step.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Steps in order, the options with their defaults, and what must hold after it ran (`PASS==N`).
+    """A named pipeline.
 
-    `expected_with` adds what must hold where an option has a value: `(option, value, expectation)`.
+    Attributes:
+        summary: What the pipeline does, as `passopt list` shows it.
+        steps: The passes in order, as pipeline text.
+        options: The options of the pipeline with their defaults.
+        expectations: What must hold after the run, such as `fuse-attention==num_layers`.
+        expected_with: Triples (option, value, expectation): an expectation that is added if the option has this value.
     """
 
     summary: str
@@ -23,7 +29,8 @@ class Pipeline:
     expected_with: tuple[tuple[str, str, str], ...] = ()
 
 
-#: One spelling of everything, and each constant and length once. Folding finds more in what has one spelling.
+#: These steps leave one spelling of every computation, and each constant and length once, so that the patterns of later
+#: passes match. Constants are folded twice because folding finds more once a computation has one spelling.
 _CLEAN_UP = (
     "legalize{opset=$opset}",
     "fold-constants",
@@ -38,7 +45,7 @@ _FUSE = ("fuse-rms-norm", "fuse-rotary", "fuse-attention", "fold-constants", "cs
 
 PIPELINES: Mapping[str, Pipeline] = {
     "baichuan2": Pipeline(
-        "Fuse norms, rotary embedding and attention of Baichuan2, ALiBi from slopes, q, k and v apart.",
+        "Fuse norms, rotary embedding and attention of Baichuan2; compute ALiBi from slopes and split q, k and v.",
         (*_CLEAN_UP, *_ALIBI, "split-packed-qkv", *_FUSE),
         {"opset": "23"},
         (
@@ -54,13 +61,13 @@ PIPELINES: Mapping[str, Pipeline] = {
         ("fuse-attention==num_layers",),
     ),
     "tp": Pipeline(
-        "Tensor parallelism: one SPMD graph whose weights are shards; ranks come apart in the target.",
+        "Shard the weights for tensor parallelism, in one SPMD graph from which a model per rank is written.",
         ("fold-norm-head", "inject-norm-head-bias", "shard{degree=$degree,pad=$pad}", "dead-code"),
         {"degree": "2", "pad": "false"},
     ),
     "int8": Pipeline(
-        "Symmetric per-channel int8 weights, dequantised, or multiplied as integers with activations=dynamic; "
-        "embedding and head stay unless asked for.",
+        "Quantise the weights of linears to symmetric int8 per channel; activations=dynamic multiplies as integers, "
+        "embedding=true and head=true include these weights.",
         (
             "fold-norm-head",
             "quantize-weights{embedding=$embedding,head=$head}",
@@ -68,7 +75,7 @@ PIPELINES: Mapping[str, Pipeline] = {
             "dead-code",
         ),
         {"embedding": "false", "head": "false", "activations": "none"},
-        # A model without a single linear that was found is a surprise, not a success.
+        # If not a single linear was found, something is wrong with the model or the pipeline.
         ("quantize-weights>=1",),
         (("activations", "dynamic", "quantize-activations>=1"),),
     ),

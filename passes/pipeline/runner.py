@@ -1,4 +1,4 @@
-"""Runs a pipeline: one pass after another, each verified, timed and counted; instruments only look on."""
+"""Run the passes of a pipeline in order, and verify the model, count and time after each of them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ import onnx_ir
 
 from passopt.ir.errors import PassError, PassoptError, VerifyError
 from passopt.ir.graph.interface import Interface
+from passopt.ir.graph.run_context import RewriteLimit, RunContext
 from passopt.ir.graph.verifier import verify_model
-from passopt.passes.framework.base import TIME_RULES, Pass
+from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassRecord, PassResult
-from passopt.passes.framework.rewrite_limit import rewrite_limit
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.pipeline.expectations import Expectation, Watch
 
 
 class Instrument:
-    """Looks on before and after every pass; must not change the model, and stops the run by raising."""
+    """The base class of observers that are called before and after every pass.
+
+    An instrument must not change the model. It may stop the run by raising an exception.
+    """
 
     def before_pass(self, index: int, item: Pass, model: onnx_ir.Model) -> None:
-        """Pass number `index` is about to run."""
+        """Observe `model` before pass number `index`, counted from 0, runs."""
 
     def after_pass(self, index: int, record: PassRecord, model: onnx_ir.Model) -> None:
-        """Pass number `index` has run, and the structure was verified."""
+        """Observe `model` and the `record` of pass number `index` after it has run and the model was verified."""
 
 
 def run_passes(
@@ -35,17 +38,41 @@ def run_passes(
     instruments: Sequence[Instrument] = (),
     expectations: Sequence[Expectation] = (),
     time_rules: bool = False,
+    rewrite_limit: RewriteLimit | None = None,
 ) -> list[PassRecord]:
-    """Run the passes on `model` in place. Errors name the passes that already ran.
+    """Run the passes on `model` in place, in the given order.
 
-    With `time_rules`, the statistics of every rule hold its CPU time.
+    Args:
+        model: The model to change.
+        passes: The passes, such as `resolve("fuse,int8").passes`.
+        verify: Check the structure of the model before the first and after every pass, and that a pass kept the names,
+            dtypes and shapes of the model's inputs and outputs unless it declares `changes_interface`.
+        instruments: Observers, called before and after every pass.
+        expectations: How often passes must have matched; they are checked after the last pass.
+        time_rules: Measure the CPU time of every rule, which slows rules a little.
+        rewrite_limit: Stop changing the model after so many rewrites; it counts them.
 
-    Raises PassError, VerifyError (a pass broke the graph) or ExpectationError.
+    Returns:
+        One record per pass, in order.
+
+    Raises:
+        PassError: If a pass cannot work on this model, or fails with an unexpected exception. Like VerifyError, it
+            names the pass and those that ran before it.
+        VerifyError: If the model is broken before the first pass, or a pass left it broken.
+        ExpectationError: If an expectation does not hold at the end.
+        UsageError: If an expectation names a pass that is not among `passes`.
+
+    Example:
+        ::
+
+            model = passopt.ir.load_model("model.onnx")
+            records = run_passes(model, resolve("fuse,int8").passes)
+            print([(record.name, record.result.matches) for record in records])
     """
     records: list[PassRecord] = []
     watch = Watch(expectations, passes)
-    if time_rules:
-        model.meta[TIME_RULES] = True
+    context = RunContext.of(model)
+    context.times_rules, context.rewrite_limit = time_rules, rewrite_limit
     if verify:
         verify_model(model)
     for index, item in enumerate(passes):
@@ -66,7 +93,8 @@ def run_passes(
 
 
 def _run_one(item: Pass, model: onnx_ir.Model, records: Sequence[PassRecord]) -> PassResult:
-    limit = rewrite_limit(model)
+    """Run one pass within the rewrite limit; its errors name the pass and those that ran before it."""
+    limit = RunContext.of(model).rewrite_limit
     whole = limit is not None and not isinstance(item, RewritePass)
     if whole and limit is not None and limit.reached:
         return PassResult(notes=["not run: the rewrite limit is reached"])
@@ -88,6 +116,7 @@ def _before(records: Sequence[PassRecord]) -> str:
 
 
 def _verify_after(item: Pass, model: onnx_ir.Model, interface: Interface, records: Sequence[PassRecord]) -> None:
+    """Raise VerifyError if a pass left a broken graph, or changed the interface without declaring it."""
     try:
         verify_model(model)
         if not item.changes_interface:

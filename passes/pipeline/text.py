@@ -1,6 +1,7 @@
-"""Pipeline text, as in MLIR: `tp{degree=4},int8` or `shard{degree=2,pad=true},dead-code`.
+"""Parse pipeline text, such as `tp{degree=4},int8` or `shard{degree=2,pad=true},dead-code`, into passes.
 
-Named pipelines expand to their steps; options are parsed by the type of the pass's field.
+The syntax is that of MLIR. Named pipelines expand to their steps. The text of an option is converted to the type of the
+field that the pass has for it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _STEP = re.compile(r"\s*([A-Za-z0-9_-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|\Z)")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A name and its options as text."""
+    """One step of pipeline text: the name of a pass or pipeline, and its options as pairs of texts."""
 
     name: str
     options: tuple[tuple[str, str], ...] = ()
@@ -35,7 +36,14 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A pipeline ready to run: the text as given, the expanded passes, and the expectations that come with it."""
+    """A pipeline that is ready to run.
+
+    Attributes:
+        text: The pipeline text as given.
+        steps: The steps of that text, before named pipelines are expanded.
+        passes: The passes to run, in order, with named pipelines expanded.
+        expectations: The expectations of the named pipelines in the text, such as `fuse-attention==num_layers`.
+    """
 
     text: str
     steps: tuple[Step, ...]
@@ -44,14 +52,27 @@ class Resolved:
 
     @property
     def expanded(self) -> str:
-        """The resolved pipeline text: every pass with all of its options."""
+        """Return the expanded pipeline as text: every pass with the values of all its options."""
         return ",".join(describe(item) for item in self.passes)
 
 
 def resolve(text: str, *, complete: bool = True) -> Resolved:
-    """Parse, expand and instantiate a pipeline. Raises UsageError with the position or the nearest name.
+    """Parse pipeline text, expand named pipelines, and make the passes with their options.
 
-    Of the rest of a pipeline (not `complete`) the order is not checked: what a pass comes after may stand before it.
+    Args:
+        text: Passes and named pipelines, separated by commas, such as `baichuan2,tp{degree=4},int8`.
+        complete: Check that every pass stands after those that its `after` names. False if the text is only a part of
+            a longer pipeline, whose other passes are not seen here.
+
+    Returns:
+        The passes to run, and the expectations of the named pipelines.
+
+    Raises:
+        UsageError: If the text cannot be parsed, a pass, pipeline or option is unknown, a value is of the wrong type,
+            or the order is wrong. The message shows the position or suggests a similar name.
+
+    Example:
+        ``run_passes(model, resolve("fuse,shard{degree=2}").passes)``
     """
     steps = parse_steps(text)
     passes: list[Pass] = []
@@ -71,7 +92,7 @@ def resolve(text: str, *, complete: bool = True) -> Resolved:
 
 
 def parse_steps(text: str) -> tuple[Step, ...]:
-    """`a,b{key=value}` → steps. Raises UsageError that points at the first character that does not fit."""
+    """Parse `a,b{key=value}` into steps; raise UsageError that points at the first character that does not fit."""
     steps, position = [], 0
     if not text.strip():
         raise UsageError("the pipeline is empty; give passes such as --passes 'tp{degree=2},int8'")
@@ -87,6 +108,7 @@ def parse_steps(text: str) -> tuple[Step, ...]:
 
 
 def _parse_options(name: str, text: str) -> tuple[tuple[str, str], ...]:
+    """Parse `key=value,key=value`, the options of the step `name`."""
     pairs: list[tuple[str, str]] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, separator, value = item.partition("=")
@@ -100,7 +122,11 @@ def _parse_options(name: str, text: str) -> tuple[tuple[str, str], ...]:
 
 
 def option_values(step: Step, pipeline: Pipeline) -> dict[str, str]:
-    """All options of a named pipeline, as given or by default. Raises UsageError for one that it does not have."""
+    """Return the values of all options of a named pipeline, as given in the step or by default.
+
+    Raises:
+        UsageError: If the step gives an option that the pipeline does not have.
+    """
     values = dict(pipeline.options)
     for key, value in step.options:
         if key not in values:
@@ -110,7 +136,7 @@ def option_values(step: Step, pipeline: Pipeline) -> dict[str, str]:
 
 
 def expand(step: Step, pipeline: Pipeline) -> list[Step]:
-    """The steps of a named pipeline with the given options filled in."""
+    """Return the steps of a named pipeline, with the values of its options filled in for `$option`."""
     values = option_values(step, pipeline)
     steps = []
     for inner in pipeline.steps:
@@ -121,7 +147,12 @@ def expand(step: Step, pipeline: Pipeline) -> list[Step]:
 
 
 def instantiate(step: Step) -> Pass:
-    """The pass of a step. Raises UsageError for unknown names, unknown options and values of the wrong type."""
+    """Make the pass of a step.
+
+    Raises:
+        UsageError: If the pass or an option is unknown, a value is of the wrong type, or a value is missing for an
+            option without a default.
+    """
     if step.name not in catalog():
         from passopt.passes.framework.base import REGISTERED
 
@@ -156,6 +187,8 @@ def _has_no_default(field: dataclasses.Field[Any]) -> bool:
 
 
 def _convert(owner: str, key: str, text: str, kind: Any) -> Any:
+    """Convert the text of option `key` of the pass `owner` to the type `kind`, or raise UsageError."""
+
     def wrong(expected: str) -> UsageError:
         return UsageError(f"{owner}: option {key}={text} is not {expected}")
 
@@ -183,7 +216,7 @@ def _convert(owner: str, key: str, text: str, kind: Any) -> Any:
 
 
 def describe(item: Pass) -> str:
-    """A pass with all its options as pipeline text."""
+    """Return a pass with the values of all its options as pipeline text."""
     if not dataclasses.is_dataclass(item):
         return item.name
     pairs = ((field.name, getattr(item, field.name)) for field in dataclasses.fields(item))
@@ -197,7 +230,7 @@ def _option_text(value: object) -> str:
 
 
 def check_order(passes: Sequence[Pass]) -> None:
-    """Raise UsageError if a pass stands before one that its `after` names. The order is never changed."""
+    """Raise UsageError if a pass stands before one that its `after` names; the order itself is never changed."""
     names = [item.name for item in passes]
     for index, item in enumerate(passes):
         for earlier in item.after:

@@ -1,1 +1,1 @@
-"""Passes that change how numbers are stored: casts to 16 bits, int8 weights, int8 activations."""
+"""Change how numbers are stored and computed: cast models to 16 bits, and quantise weights and activations to int8."""

@@ -1,4 +1,7 @@
-"""cast: a model in another floating dtype, with fp32 where the narrow one would do harm."""
+"""Define the pass `cast`, which converts a model to another floating dtype but keeps fp32 where a narrow one does harm.
+
+`cast_islands` decides the dtype of every value; this module changes the graph accordingly.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir
 
+from passopt.ir.dtypes import DTYPES, MODEL_FLOATS, OPSET_OF_HALF_SCALES
 from passopt.ir.errors import PassError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.shapes import complete_types
@@ -18,7 +22,6 @@ from passopt.passes.framework.accuracy import lossy
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
 from passopt.passes.precision.cast_islands import (
-    FLOATS,
     Islands,
     finite_limits,
     is_dtype_cast,
@@ -29,19 +32,18 @@ from passopt.passes.precision.cast_islands import (
 
 DataType = onnx_ir.DataType
 
-_DTYPES = {"fp16": DataType.FLOAT16, "bf16": DataType.BFLOAT16, "fp32": DataType.FLOAT}
-_NUMBERS = frozenset(dtype.value for dtype in FLOATS)
-_OPSET_OF_HALF_SCALES = 19
+_NUMBERS = frozenset(dtype.value for dtype in MODEL_FLOATS)
 
 
 @dataclasses.dataclass(frozen=True)
 class CastModel(Pass):
-    """Halve a model, or widen it: weights, caches and logits in another dtype, fp32 where sums and positions need it.
+    """Halve a model by storing weights, caches and logits in 16 bits, with fp32 where sums and positions need it.
 
     Before: ``n = Mul(w, Mul(x, Reciprocal(Sqrt(…)))); y = MatMul(n, w2)``, all float
     After:  ``n = Mul(w, Cast(Mul(Cast(x), Reciprocal(Sqrt(…))))); y = MatMul(n, w2)``, float16 but for the norm
     Norms, softmax, rotary embedding and whatever is computed from positions and masks alone (ALiBi, angles) stay in
-    fp32. Weights become lazy casts. Casts between floating dtypes that a model holds already are decided anew.
+    fp32. Weights become lazy casts. Casts between floating dtypes that the model has already are removed, and placed
+    where they are needed. With `dtype=fp32` the pass widens a model of 16 bits.
     """
 
     name = "cast"
@@ -51,8 +53,9 @@ class CastModel(Pass):
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Cast the model in place; raise PassError if a dtype is unknown or cannot be cast."""
         complete_types(model)
-        target = _DTYPES[self.dtype]
+        target = DTYPES[self.dtype]
         editor = Editor(model, self.name)
         self._check(editor, target)
         moved = _constants_to_initializers(editor)
@@ -69,20 +72,26 @@ class CastModel(Pass):
                 raise PassError(f"{self.name}: {node.op_type} {node.name!r}: the dtype of {unknown.name} is unknown")
             bodies = any(attribute.type == onnx_ir.AttributeType.GRAPH for attribute in node.attributes.values())
             if bodies and any(map(is_float, node.outputs)):
-                raise PassError(f"{self.name}: {node.op_type} {node.name!r} has bodies; their dtypes cannot be cast")
-            too_old = target != DataType.FLOAT and editor.opset < _OPSET_OF_HALF_SCALES
+                raise PassError(
+                    f"{self.name}: {node.op_type} {node.name!r} has floating outputs that its bodies compute; "
+                    f"the pass cannot cast inside of bodies"
+                )
+            too_old = target != DataType.FLOAT and editor.opset < OPSET_OF_HALF_SCALES
             if too_old and node.op_type == "DequantizeLinear" and not node.domain:
                 raise PassError(
                     f"{self.name}: {node.name!r}: DequantizeLinear takes 16-bit scales from opset "
-                    f"{_OPSET_OF_HALF_SCALES} on, this model has {editor.opset}. Run legalize first."
+                    f"{OPSET_OF_HALF_SCALES} on, this model has {editor.opset}. Run legalize first."
                 )
 
 
 def _is_sequence(value: onnx_ir.Value) -> bool:
+    """Return True if the value is no tensor, such as a sequence of tensors."""
     return value.type is not None and not isinstance(value.type, onnx_ir.TensorType)
 
 
 class _Caster:
+    """Change the dtypes of one graph as `Islands` decides; `changed` counts the edits."""
+
     def __init__(self, editor: Editor, target: DataType) -> None:
         self.editor = editor
         self.target = target
@@ -92,10 +101,12 @@ class _Caster:
         self._clamped: dict[onnx_ir.Value, onnx_ir.Value] = {}
 
     def notes(self) -> list[str]:
+        """Return how many casts were inserted or kept, for the user."""
         inserted = len({id(value) for value in self._casts.values()})
         return [f"{inserted} casts between fp32 and {self.target.name.lower()}"] if inserted else []
 
     def run(self) -> None:
+        """Set the dtype of every value, then connect every input to its source in the dtype that it needs."""
         nodes = list(self.editor.graph)
         wanted = {
             (node, index): dtype
@@ -130,14 +141,14 @@ class _Caster:
             self.changed += 1
 
     def _retype(self, node: onnx_ir.Node, dtypes: dict[onnx_ir.Value, DataType]) -> None:
-        """The dtypes of a node's results, and the attributes that say them."""
+        """Set the dtypes of a node's outputs, and the attributes that state these dtypes."""
         for value in node.outputs:
             if value in dtypes:
                 self._set(value, dtypes[value])
         dtype = next((dtypes[value] for value in node.outputs if value in dtypes), None)
         if dtype is None or node.domain:
             return
-        if node.op_type == "CastLike":  # of integers: what it was like may get another dtype than its result
+        if node.op_type == "CastLike":  # It casts integers, and its second input may get another dtype than its output.
             node.op_type = "Cast"
             node.resize_inputs(1)
             self._state(node, "to", dtype)
@@ -151,13 +162,17 @@ class _Caster:
             self._state(node, "softmax_precision", DataType.FLOAT)
 
     def _state(self, node: onnx_ir.Node, name: str, dtype: DataType) -> None:
-        """Let an attribute say a dtype."""
+        """Set an attribute to a dtype, and count it if that changed it."""
         if name not in node.attributes or node.attributes[name].value != dtype.value:
             node.attributes[name] = onnx_ir.AttrInt64(name, dtype.value)
             self.changed += 1
 
     def _constants(self, leaf: onnx_ir.Value, needs: list[DataType]) -> dict[DataType, onnx_ir.Value]:
-        """A constant in each dtype that is needed: itself, and a second one if it is small; a weight has only one."""
+        """Return a constant in each dtype that its readers need.
+
+        The constant itself is cast to one of them, and small constants get a copy in every other one. A weight of the
+        checkpoint is stored only once: its other readers go through a Cast.
+        """
         assert leaf.const_value is not None
         kept = self.target if is_checkpoint_weight(leaf) else leaf.dtype
         first = kept if kept is not None and kept in needs else needs[0]
@@ -176,7 +191,7 @@ class _Caster:
         return found
 
     def _outputs(self) -> None:
-        """Results of the graph are in the model's dtype, under their own names."""
+        """Let the floating outputs of the graph have the model's dtype, under the names that they had."""
         graph = self.editor.graph
         for index, value in enumerate(list(graph.outputs)):
             if not is_float(value):
@@ -194,7 +209,11 @@ class _Caster:
                 self.changed += 1
 
     def _cast_output(self, index: int, value: onnx_ir.Value, source: onnx_ir.Value, node: onnx_ir.Node) -> None:
-        """A graph output that is a cast: it stays one if it has to, and else gives its name to what it cast."""
+        """Convert a graph output that is made by a cast.
+
+        If its source has another dtype than the model, or is a graph output itself, the cast stays. Otherwise the
+        source becomes the graph output and takes its name.
+        """
         if self.islands.dtype(source) != self.target or source.is_graph_output():
             self._read(node, 0, source)
             node.resize_inputs(1)
@@ -215,7 +234,7 @@ class _Caster:
         dtype: DataType,
         constants: dict[onnx_ir.Value, dict[DataType, onnx_ir.Value]],
     ) -> None:
-        """Let `node` read its input in `dtype`."""
+        """Let `node` read input number `index` in `dtype`: a constant of that dtype, the source, or a cast of it."""
         given = _input(node, index)
         source = uncast(given)
         operand = constants.get(source, {}).get(dtype)
@@ -231,7 +250,10 @@ class _Caster:
             self.changed += 1
 
     def _cast(self, source: onnx_ir.Value, given: onnx_ir.Value, dtype: DataType, *, clamped: bool) -> onnx_ir.Value:
-        """`source` in `dtype`: the cast that is there, or a new one behind the producer."""
+        """Return `source` in `dtype`, through a cast that exists already or a new one right after its producer.
+
+        If `clamped`, `source` is a mask of Attention, whose numbers are first limited to what float16 can hold.
+        """
         producer = given.producer()
         if given.dtype == dtype and is_dtype_cast(producer) and producer is not None and producer.inputs[0] is source:
             return self._casts.setdefault((source, dtype), given)
@@ -245,9 +267,10 @@ class _Caster:
         return self._casts[(source, dtype)]
 
     def _bounded(self, mask: onnx_ir.Value) -> onnx_ir.Value:
-        """Masked places of an fp32 mask as numbers that fp16 has; at its lowest one, Attention would see nothing.
+        """Return an fp32 mask whose numbers are at least half of the lowest fp16 number.
 
-        An infinity stays one: what it hides is hidden even where nothing else is seen.
+        At the lowest fp16 number itself, Attention would see nothing. An infinity stays one: what it hides is hidden
+        even where nothing else is seen.
         """
         if mask not in self._clamped:
             builder = self.editor.builder(mask.name or "mask")
@@ -264,7 +287,7 @@ class _Caster:
             self.editor.insert(builder.built, self.editor.graph[0])
 
     def _clean(self, nodes: list[onnx_ir.Node]) -> None:
-        """Casts that nobody reads go; those that stay say the dtype that they give."""
+        """Remove the casts between floating dtypes that nothing reads any more."""
         for node in reversed(nodes):
             if node.graph is None or not is_dtype_cast(node):
                 continue
@@ -279,11 +302,11 @@ def _input(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
 
 
 def _suffix(dtype: DataType) -> str:
-    return next(name for name, item in _DTYPES.items() if item == dtype)
+    return next(name for name, item in DTYPES.items() if item == dtype)
 
 
 def _constants_to_initializers(editor: Editor) -> int:
-    """A floating Constant node becomes an initializer, whose dtype can be chosen; returns how many did."""
+    """Turn floating Constant nodes into initializers, whose dtype can then be chosen; return how many there were."""
     moved = 0
     for node in list(editor.graph):
         if node.op_type != "Constant" or node.domain or not is_float(node.outputs[0]):
@@ -305,7 +328,11 @@ def _constants_to_initializers(editor: Editor) -> int:
 
 
 def _cast_tensor(tensor: onnx_ir.TensorProtocol, dtype: DataType, name: str | None) -> onnx_ir.TensorProtocol:
-    """A weight stays lazy; a number that `dtype` does not have becomes the nearest one that it has, never infinity."""
+    """Return a tensor in another dtype; a weight stays a lazy expression.
+
+    A finite number of a small constant that is too large or too small for `dtype` becomes its largest or its smallest
+    normal number of the same sign, never infinity or zero.
+    """
     if tensor.dtype == dtype:
         return tensor
     if isinstance(tensor, LazyWeight):
@@ -319,7 +346,7 @@ def _cast_tensor(tensor: onnx_ir.TensorProtocol, dtype: DataType, name: str | No
 
 
 def _narrowed(expression: ex.Expression, dtype: DataType) -> ex.Expression:
-    """A cast that only undoes a widening gives back what was widened."""
+    """Cast an expression, or return its operand if the cast would only undo a widening to fp32."""
     if isinstance(expression, ex.Cast) and expression.dtype == DataType.FLOAT and expression.operand.dtype == dtype:
         return expression.operand
     return expression.cast(dtype)

@@ -1,7 +1,8 @@
-"""Which values of a graph `cast` narrows and which stay in fp32, from what each is computed of and for.
+"""Decide for the pass `cast` which values of a graph become narrow and which stay in fp32.
 
-Narrow: products with weights and what flows between them. Wide: norms, softmax, and everything that is computed from
-positions and masks, such as ALiBi biases and rotary angles. Weights take the dtype that their readers need.
+The decision follows from what a value is computed from and what reads it. Narrow are products with weights and what
+flows between them. Wide (fp32) are norms, softmax, and everything that is computed from positions and masks, such as
+ALiBi biases and rotary angles. Weights take the dtype that their readers need.
 """
 
 from __future__ import annotations
@@ -13,18 +14,16 @@ import numpy as np
 import onnx
 import onnx_ir
 
+from passopt.ir.dtypes import MODEL_FLOATS
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.ir.graph.operators import operators
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 
 DataType = onnx_ir.DataType
 
-#: The dtypes that are cast; fp64 is somebody's intention.
-FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.BFLOAT16})
-
 
 class Kind(enum.Enum):
-    """What a value is made of."""
+    """The kind of a value, by what it is computed from."""
 
     NARROW = "activations, in the dtype of the model"
     WIDE = "activations inside an fp32 island"
@@ -37,42 +36,44 @@ class Kind(enum.Enum):
 _CONSTANT = frozenset({Kind.WEIGHT, Kind.ROWS, Kind.RANGE})
 _PICKS = {"Gather": Kind.ROWS, "GatherND": Kind.ROWS, "GatherElements": Kind.ROWS, "Slice": Kind.RANGE}
 
-#: Operators that move data: the result is in the dtype of what it moves.
+#: Operators that only move data, so that their outputs have the dtype of what they move.
 _MOVES = operators(
     "AllGather AllReduce Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Pad Reshape",
     "ScatterElements ScatterND Slice SpaceToDepth Split Squeeze TensorScatter Tile TopK Transpose Trilu Unsqueeze",
 )
-#: Operators that a narrow dtype does no harm to, if what they read is narrow.
+#: Operators that may compute in a narrow dtype without harm, if what they read is narrow.
 _FOLLOWS = operators(
     "Abs Add ArgMax ArgMin Celu Clip Div Dropout Elu Equal Erf Gelu Greater GreaterOrEqual HardSigmoid HardSwish",
     "IsInf IsNaN LeakyRelu Less LessOrEqual Max Mean Min Mish Mul Neg PRelu Relu Selu Sigmoid Sign Sub Sum Swish Tanh",
     "ThresholdedRelu Where",
 )
-#: Products with weights, and operators that keep their own sums in fp32.
+#: Products with weights, and operators that keep their own sums in fp32; they compute in the narrow dtype.
 _NARROWS = operators(
     "Attention Conv ConvTranspose DequantizeLinear Einsum Gemm LayerNormalization MatMul RMSNormalization",
 )
-#: Operators that move a cast from behind them to what they read, where that is read in fp32 anyway.
+#: Operators that are moved to fp32 if their outputs are only read in fp32 and their inputs are read in fp32 anyway; one
+#: cast before them then replaces several behind them.
 _LIFTS = operators("Concat Neg Slice Split")
-#: Inputs of a function of passopt's own that are fp32 whatever the model's dtype: slopes, positions, mask.
+#: passopt's own attention functions, and their inputs that are fp32 in a model of any dtype: slopes, positions, mask.
 _ALIBI = frozenset({ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE})
 _ALIBI_WIDE = (3, 4, 5)
 _ROTARY = "RotaryEmbedding"
 
 
 def is_float(value: onnx_ir.Value | None) -> bool:
-    return value is not None and value.dtype in FLOATS
+    """Return True if the value has one of the dtypes that the pass casts: fp32, fp16 or bf16."""
+    return value is not None and value.dtype in MODEL_FLOATS
 
 
 def is_dtype_cast(node: onnx_ir.Node | None) -> bool:
-    """A cast between floating dtypes: what this pass takes away and puts where it belongs."""
+    """Return True if the node is a cast between floating dtypes, which the pass removes and places anew."""
     if node is None or node.domain or node.op_type not in {"Cast", "CastLike"}:
         return False
     return is_float(node.inputs[0]) and is_float(node.outputs[0])
 
 
 def uncast(value: onnx_ir.Value) -> onnx_ir.Value:
-    """What a value is before all casts between floating dtypes."""
+    """Follow a value back through casts between floating dtypes, and return the value that the first of them reads."""
     node = value.producer()
     while node is not None and is_dtype_cast(node):
         value = node.inputs[0]  # type: ignore[assignment]
@@ -81,7 +82,7 @@ def uncast(value: onnx_ir.Value) -> onnx_ir.Value:
 
 
 def readers(value: onnx_ir.Value) -> list[tuple[onnx_ir.Node, int]]:
-    """Who reads a value, through casts between floating dtypes, and as which input."""
+    """List the nodes that read a value, directly or through casts between floating dtypes, with the input number."""
     found: list[tuple[onnx_ir.Node, int]] = []
     work = [value]
     while work:
@@ -94,12 +95,20 @@ def readers(value: onnx_ir.Value) -> list[tuple[onnx_ir.Node, int]]:
 
 
 def is_leaf(value: onnx_ir.Value) -> bool:
-    """A weight or constant that the caller cannot replace."""
+    """Return True for a weight or constant; False for an initializer that is also a graph input, and so replaceable."""
     return constant_tensor(value) is not None
 
 
 class Islands:
-    """The decision for every floating value of the main graph, made in one sweep in topological order."""
+    """The dtypes of all floating values of the main graph.
+
+    The values are classified in one sweep in topological order; a second step then moves casts to better places.
+
+    Args:
+        graph: The main graph.
+        target: The dtype of the model: narrow, or fp32 to widen it.
+        opset: The opset of the model, to tell which operators exist for `target`.
+    """
 
     def __init__(self, graph: onnx_ir.Graph, target: DataType, opset: int) -> None:
         self.target = target
@@ -114,14 +123,14 @@ class Islands:
         self._lift(nodes)
 
     def dtype(self, value: onnx_ir.Value) -> DataType:
-        """The dtype that a computed value or graph input gets."""
+        """Return the dtype that a computed value or graph input is to have."""
         value = uncast(value)
         kind = self.kind(value)
         wide = kind in {Kind.WIDE, Kind.POSITION} or (kind in _CONSTANT and value in self._wide_tables)
         return DataType.FLOAT if wide else self.target
 
     def wanted(self, node: onnx_ir.Node, index: int) -> DataType | None:
-        """The dtype in which `node` reads input `index`; None if any will do."""
+        """Return the dtype in which `node` must read input number `index`; None if it can read any."""
         if node.domain == DOMAIN and node.op_type in _ALIBI:
             return DataType.FLOAT if index in _ALIBI_WIDE else self.target
         if not node.domain and node.op_type in {"Shape", "Size", "Cast", "CastLike"}:
@@ -132,7 +141,7 @@ class Islands:
         return DataType.FLOAT if self._readers[node] in {Kind.WIDE, Kind.POSITION} else self.target
 
     def kind(self, value: onnx_ir.Value) -> Kind | None:
-        """None for integers and booleans that are computed."""
+        """Return the kind of a value; None for computed integers and booleans."""
         value = uncast(value)
         found = self._kinds.get(value)
         if found is not None:
@@ -142,6 +151,7 @@ class Islands:
         return Kind.NARROW if is_float(value) else None
 
     def _sweep(self, node: onnx_ir.Node) -> None:
+        """Classify a node and its outputs, whose inputs were classified before."""
         kind = self._kind_of(node)
         self._readers[node] = kind
         for value in node.outputs:
@@ -151,13 +161,14 @@ class Islands:
             self._biases.update(node.outputs)
 
     def _makes_bias(self, node: onnx_ir.Node) -> bool:
-        """Positions times one number per head, and what is computed of that."""
+        """Return True if a node makes an ALiBi bias: positions times one number per head, or computed from such."""
         inputs = [value for value in node.inputs if value is not None]
         if any(uncast(value) in self._biases for value in inputs):
             return True
         return node.op_type in {"Mul", "MatMul"} and any(self._is_constant(x) and _is_vector(x) for x in inputs)
 
     def _kind_of(self, node: onnx_ir.Node) -> Kind:
+        """Return the kind of what a node computes, and keep constants in fp32 that it combines with positions."""
         inputs = [value for value in node.inputs if value is not None]
         floats = [value for value in inputs if is_float(value)]
         if node.domain == DOMAIN and node.op_type in _ALIBI:
@@ -187,11 +198,15 @@ class Islands:
         return Kind.NARROW if node.op_type in _NARROWS else Kind.WIDE
 
     def _cast_kind(self, source: onnx_ir.Value) -> Kind:
-        """Integers become numbers: codes of an int8 table are rows of a weight, anything else is a position."""
+        """Return the kind of integers that are cast to a floating dtype.
+
+        Constants, such as the codes of an int8 table, keep their kind; anything else is taken as positions.
+        """
         kind = self.kind(source)
         return kind if kind in _CONSTANT else Kind.POSITION
 
     def _moved(self, node: onnx_ir.Node) -> Kind:
+        """Return the kind of what an operator moves; rows or ranges if indices pick a part of a constant."""
         inputs = [value for value in node.inputs if value is not None]
         data = [value for value in inputs if is_float(value)] or inputs[:1]
         kinds = {kind for value in data if (kind := self.kind(value)) is not None}
@@ -206,12 +221,15 @@ class Islands:
         return _weakest(kinds | picked)
 
     def _followed(self, node: onnx_ir.Node, floats: list[onnx_ir.Value]) -> Kind:
-        """Activations with anything: wide if something is that a narrow dtype would spoil."""
+        """Return the kind of what an elementwise operator makes of activations and other values.
+
+        It is wide if a narrow dtype would spoil one of the values, such as angles or positions.
+        """
         if not all(self._holds(value) for value in floats):
             return Kind.WIDE
         kinds = {value: self.kind(value) for value in floats}
         found = set(kinds.values())
-        # Rows that activations are multiplied with are angles; an embedding is added to.
+        # Rows of a table that activations are multiplied with are angles; rows that they are added to are an embedding.
         angles = {Kind.ROWS} if node.op_type == "Mul" and Kind.NARROW in found else set()
         tables = [value for value, kind in kinds.items() if kind in {Kind.RANGE, *angles}]
         if tables:
@@ -220,12 +238,15 @@ class Islands:
         if Kind.WIDE in found:
             weighted = any(kind == Kind.WEIGHT and _is_vector(value) for value, kind in kinds.items())
             return Kind.NARROW if weighted and node.op_type in {"Mul", "Add"} else Kind.WIDE
-        if node.op_type in {"Mul", "Div"}:  # a computed scale, such as 1/√d
+        if node.op_type in {"Mul", "Div"}:  # A single number computed from lengths is a scale, such as 1/√d.
             found = {kind for value, kind in kinds.items() if kind != Kind.POSITION or _is_vector(value)}
         return Kind.WIDE if Kind.POSITION in found else Kind.NARROW
 
     def _attention(self, node: onnx_ir.Node) -> Kind:
-        """A mask that holds slopes · positions makes the whole operator an island: its sum is in the dtype of q."""
+        """Return WIDE for an Attention whose mask holds an ALiBi bias, and NARROW for any other.
+
+        The operator adds the mask in the dtype of the queries, so with a bias all of it has to be in fp32.
+        """
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         if mask is None or not is_float(mask):
             return Kind.NARROW
@@ -235,7 +256,10 @@ class Islands:
         return Kind.WIDE if biased else Kind.NARROW
 
     def _lift(self, nodes: list[onnx_ir.Node]) -> None:
-        """Move pieces of what is read in fp32 anyway in fp32 too: one cast before them, none behind each."""
+        """Let Concat, Neg, Slice and Split work in fp32 if their inputs and outputs are read in fp32 anyway.
+
+        One cast before such an operator then replaces a cast behind each of its outputs.
+        """
         candidates: set[onnx_ir.Node] = set()
         for node in reversed(nodes):
             if node.op_type in _LIFTS and self._readers[node] == Kind.NARROW and self._only_read_wide(node, candidates):
@@ -264,12 +288,12 @@ class Islands:
         return self.kind(value) in _CONSTANT
 
     def _holds(self, value: onnx_ir.Value) -> bool:
-        """True unless this is a constant that the narrow dtype has no normal number for."""
+        """Return False if this is a small constant with a number that the narrow dtype cannot hold."""
         array = small_constant(uncast(value))
         return array is None or fits(array, self.target)
 
     def _widen(self, values: Iterable[onnx_ir.Value]) -> None:
-        """Tables that positions are combined with stay in fp32, from the constant on."""
+        """Keep constant tables that are combined with positions in fp32, from the constant itself on."""
         work = [uncast(value) for value in values if self._is_constant(value)]
         while work:
             value = work.pop()
@@ -280,7 +304,7 @@ class Islands:
             work += [uncast(item) for item in node.inputs if is_float(item) and item is not None]
 
     def _admits(self, node: onnx_ir.Node) -> bool:
-        """Whether the operator exists for the narrow dtype."""
+        """Return True if ONNX defines the operator for the target dtype."""
         name = f"tensor({onnx.TensorProto.DataType.Name(self.target.value).lower()})"
         schema = onnx.defs.get_schema(node.op_type, self.opset, "")
         formals = [*schema.inputs[: len(node.inputs)], *schema.outputs[: len(node.outputs)]]
@@ -288,7 +312,10 @@ class Islands:
 
 
 def fits(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: DataType) -> bool:
-    """Whether no finite number of a constant is too large for `dtype`, and a single one not too small."""
+    """Return True if a constant can be stored in `dtype`.
+
+    No finite number may be too large. Only if the constant is a single number, it must not be too small either.
+    """
     smallest, largest = finite_limits(dtype)
     sizes = np.abs(np.asarray(array, np.float64))
     sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
@@ -296,7 +323,7 @@ def fits(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: DataTy
 
 
 def finite_limits(dtype: DataType) -> tuple[float, float]:
-    """The smallest normal and the largest number."""
+    """Return the smallest positive normal number and the largest number of a floating dtype."""
     import ml_dtypes
 
     found = ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
@@ -304,12 +331,12 @@ def finite_limits(dtype: DataType) -> tuple[float, float]:
 
 
 def _weakest(kinds: set[Kind]) -> Kind:
-    """Rows of an embedding stay rows, whatever constant is added to them."""
+    """Return the kind of constants that are combined: rows or a range if there is one, since they stay such."""
     return next((kind for kind in (Kind.ROWS, Kind.RANGE) if kind in kinds), Kind.WEIGHT)
 
 
 def _is_vector(value: onnx_ir.Value) -> bool:
-    """More than one element; so is a value of unknown shape."""
+    """Return True if the value has more than one element, or its shape is unknown."""
     if value.shape is None:
         return True
     return any(dim != 1 for dim in value.shape.dims)

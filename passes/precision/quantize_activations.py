@@ -1,4 +1,7 @@
-"""quantize-activations: products of int8 codes as integers; activations are quantised row by row at run time."""
+"""Define the pass `quantize-activations`, which multiplies int8 codes of weights and activations as integers.
+
+Activations are quantised row by row while the model runs.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,23 @@ from passopt.passes.framework.base import Decline
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
 
-#: Above this many channels a sum of products of codes may leave int32.
+#: With more channels than this, a sum of products of codes may overflow int32.
 _LONGEST = (2**31 - 1) // LARGEST_CODE**2
 _OPSET_OF_AXES_INPUT = 18
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeActivations(RewritePass):
-    """Multiply int8 by int8: integer products are several times as fast as floating ones, and no weight is widened.
+    """Multiply int8 by int8, since integer products are several times as fast as floating ones and widen no weight.
 
     Before: ``y = MatMul(x, Transpose(DequantizeLinear(w.codes, w.scales, axis=0)))``
     After:  ``y = Mul(Mul(Cast<fp32>(MatMulInteger(codes, Transpose(w.codes))), scale), w.scales)``
             with ``absmax = ReduceMax(Abs(x), -1)``, ``q = Div(absmax, 127)``, ``scale = Where(q == 0, 1, q)``,
             ``codes = Cast<int8>(Clip(Round(Div(x, scale)), -127, 127))``, once for all linears of one ``x``
-    A row of x is a position, so that no position depends on another. Of a 16-bit x all this is computed in fp32, and
-    y cast back: sums overflow 16 bits. onnxruntime sums int8 · int8 exactly in int32, also on a CPU with AVX2 alone.
-    On ranks, a row-parallel linear quantises its share of each row: other roundings than those of the whole row.
+    Every row of x, which is one position, has a scale of its own, so that no position depends on another. If x has 16
+    bits, all this is computed in fp32, since sums overflow 16 bits, and y is cast back. onnxruntime sums int8 · int8
+    exactly in int32, also on a CPU that has only AVX2. On ranks, a row-parallel linear quantises its own part of each
+    row, which rounds differently from the whole row.
     """
 
     name = "quantize-activations"
@@ -42,6 +46,7 @@ class QuantizeActivations(RewritePass):
     activations: Literal["dynamic", "none"] = "dynamic"
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Quantise the inputs of int8 linears in place; do nothing with `activations=none`."""
         return PassResult() if self.activations == "none" else super().run(model)
 
     def pattern(self, op: Any, x: Any, codes: Any, scales: Any) -> Any:
@@ -69,7 +74,7 @@ class QuantizeActivations(RewritePass):
 
 
 def _kind(codes: onnx_ir.Value, zero: onnx_ir.Value | None) -> str:
-    """Why codes are not those of a linear's weight."""
+    """Say why `codes` are not the codes of a linear's weight."""
     if codes.dtype != DataType.INT8:
         return f"is {codes.dtype}, expected int8"
     if zero is not None:
@@ -78,7 +83,10 @@ def _kind(codes: onnx_ir.Value, zero: onnx_ir.Value | None) -> str:
 
 
 def _check_only_multiplied(value: onnx_ir.Value, codes: onnx_ir.Value) -> None:
-    """Another reader would keep the dequantised weight in the graph, computed at every step."""
+    """Decline if anything but linears reads the dequantised weight `value`.
+
+    Such a reader would keep the dequantised weight in the graph, where it is computed at every step.
+    """
     if value.is_graph_output():
         raise Decline(f"{codes.name} is a graph output once dequantised")
     for node, index in value.uses():
@@ -87,7 +95,7 @@ def _check_only_multiplied(value: onnx_ir.Value, codes: onnx_ir.Value) -> None:
 
 
 def _rows(op: Any, x: onnx_ir.Value) -> QuantizedRows:
-    """The rows of x as codes and scales: those that another linear of x has already, or new ones."""
+    """Return the rows of x as codes and scales: those that another linear of x has already, or new ones."""
     wide = x if x.dtype == DataType.FLOAT else _wide(x)
     found = quantized_rows_of(wide) if wide is not None else None
     if found is not None:
@@ -113,7 +121,7 @@ _BOUNDS = (("smallest-code", -LARGEST_CODE), ("largest-code", LARGEST_CODE))
 
 
 def _wide(x: onnx_ir.Value) -> onnx_ir.Value | None:
-    """A Cast of x to fp32 whose rows are quantised already."""
+    """Return a Cast of x to fp32 whose rows are quantised already; None if there is none."""
     for node, _ in x.uses():
         casts = node.op_type == "Cast" and node.attributes["to"].as_int() == DataType.FLOAT
         if casts and quantized_rows_of(node.outputs[0]) is not None:
@@ -122,13 +130,13 @@ def _wide(x: onnx_ir.Value) -> onnx_ir.Value | None:
 
 
 def _turned(op: Any, weight: LinearWeight) -> onnx_ir.Value:
-    """The codes as [k, n]."""
+    """Return the codes of a weight as `[in, out]`, the right operand of a product."""
     value: onnx_ir.Value = op.Transpose(weight.value, perm=[1, 0]) if weight.transposed else weight.value
     return value
 
 
 def _wide_scales(op: Any, scales: onnx_ir.Value) -> onnx_ir.Value:
-    """The same numbers in fp32."""
+    """Return the scales of a weight in fp32; equal scales are cast once for all linears."""
     if scales.dtype == DataType.FLOAT:
         return scales
     cast = op.weight(scales).cast(DataType.FLOAT)
@@ -137,5 +145,6 @@ def _wide_scales(op: Any, scales: onnx_ir.Value) -> onnx_ir.Value:
 
 
 def _constant(op: Any, name: str, number: Any) -> onnx_ir.Value:
+    """Return an initializer with a number, which all quantised rows of the model share."""
     shared: onnx_ir.Value = op.shared(name, lambda: op.initializer(f"rows.{name}", np.asarray(number)))
     return shared

@@ -1,4 +1,4 @@
-"""quantize-weights: int8 weights per output channel, dequantised in the graph."""
+"""Define the pass `quantize-weights`, which stores weights as int8 codes and dequantises them in the graph."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES
 from passopt.ir.errors import PassError
 from passopt.ir.graph.builder import Builder
 from passopt.ir.graph.lm_head import is_head
@@ -19,9 +20,7 @@ from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter
 
-#: What DequantizeLinear takes as scales; a double weight stays as it is.
-_SCALE_DTYPES = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}
-_OPSET_OF_HALF_SCALES = 19
+#: The dtypes that DequantizeLinear takes as scales. Weights of other dtypes, such as double, stay as they are.
 _LINEARS = frozenset({"MatMul", "Gemm"})
 
 
@@ -31,30 +30,34 @@ class QuantizeWeights(RewritePass):
 
     Before: ``y = MatMul(x, Transpose(w))``, w [out, in]
     After:  ``y = MatMul(x, Transpose(DequantizeLinear(w.codes, w.scales, axis=0)))``
-    So are a weight [in, out] and that of a Gemm, whose bias becomes an Add: codes are always [out, in].
-    Embedding and head stay unless asked for: an embedding becomes ``Gather(codes) · Gather(scales)``, since a
-    dequantised table would be computed whole at every step.
+    A weight [in, out] of a MatMul, and the weight of a Gemm, whose bias becomes an Add, are stored in the same way:
+    codes are always [out, in]. Embedding and head stay as they are unless the options include them. An embedding
+    becomes ``Gather(codes) · Gather(scales)``, since a table behind a DequantizeLinear would be dequantised whole at
+    every step.
     """
 
     name = "quantize-weights"
     after = ("fold-norm-head", "split-packed-qkv")
-    #: A code is off by at most 1/254 of its channel's largest weight, a product of normal weights by 1 % of its own.
+    #: A code is off by at most 1/254 of its channel's largest weight; a product with normally distributed weights is
+    #: off by about 1 %.
     accuracy = lossy(2e-2)
 
     embedding: bool = False
     head: bool = False
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Quantise weights in place; raise PassError if the opset does not allow scales in the dtype of the weights."""
         opset = model.graph.opset_imports.get("", 0)
         half = [v.name for v in model.graph.initializers.values() if is_checkpoint_weight(v) and _is_half(v.dtype)]
-        if half and opset < _OPSET_OF_HALF_SCALES:
+        if half and opset < OPSET_OF_HALF_SCALES:
             raise PassError(
                 f"{self.name}: {half[0]} and {len(half) - 1} more weights are 16-bit; DequantizeLinear takes such "
-                f"scales from opset {_OPSET_OF_HALF_SCALES} on, this model has {opset}. Export it at a later opset."
+                f"scales from opset {OPSET_OF_HALF_SCALES} on, this model has {opset}. Export it at a later opset."
             )
         return super().run(model)
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
+        """Return one rule for each way in which a graph reads a weight."""
         return [
             (self.transposed, self.rewrite_transposed),
             (self.direct, self.rewrite_direct),
@@ -64,49 +67,55 @@ class QuantizeWeights(RewritePass):
         ]
 
     def transposed(self, op: Any, w: Any) -> Any:
-        """A weight as the checkpoint holds it, [out, in]."""
+        """Match a weight as the checkpoint holds it, [out, in]."""
         return op.Transpose(op.weight(w), perm=[1, 0], bind="turned")
 
     def rewrite_transposed(self, op: Rewriter, w: Any, turned: Any) -> Any:
+        """Transpose the dequantised codes instead of the weight."""
         weight = self._linear_weight(op, w, turned, is_turned=False)
         return op.Transpose(_dequantized(op, w.name, weight), perm=[1, 0])
 
     def direct(self, op: Any, x: Any, w: Any) -> Any:
-        """A weight that was transposed before, [in, out]."""
+        """Match a weight that was transposed before, [in, out]."""
         return op.MatMul(x, op.weight(w))
 
     def rewrite_direct(self, op: Rewriter, x: Any, w: Any) -> Any:
+        """Store the weight as codes [out, in], and transpose them in the graph."""
         return self._product(op, x, w, is_turned=False)
 
     def gemm(self, op: Any, x: Any, w: Any, turned: Any) -> Any:
+        """Match a Gemm without a bias."""
         return op.Gemm(x, op.weight(w), transB=turned, bind="linear")
 
     def gemm_with_bias(self, op: Any, x: Any, w: Any, bias: Any, turned: Any) -> Any:
+        """Match a Gemm with a bias."""
         return op.Gemm(x, op.weight(w), bias, transB=turned, bind="linear")
 
     def rewrite_gemm(self, op: Rewriter, x: Any, w: Any, turned: Any, linear: Any) -> Any:
-        """As MatMul, whose quantised form onnxruntime has a kernel for."""
+        """Write the Gemm as a MatMul, for whose quantised form onnxruntime has a kernel."""
         node = linear.producer()
         factors = {name: node.attributes[name].value for name in ("alpha", "beta", "transA") if name in node.attributes}
         if factors.get("transA", 0) or factors.get("alpha", 1) != 1 or factors.get("beta", 1) != 1:
-            raise Decline(f"{node.name} is no plain linear: {factors}")
+            raise Decline(f"{node.name} is no plain linear: expected alpha 1, beta 1 and transA 0, found {factors}")
         return self._product(op, x, w, is_turned=bool(turned))
 
     def rewrite_gemm_with_bias(self, op: Rewriter, x: Any, w: Any, turned: Any, linear: Any, bias: Any) -> Any:
+        """Write the Gemm as a MatMul and an Add."""
         return op.Add(self.rewrite_gemm(op, x, w, turned, linear), bias)
 
     def _product(self, op: Any, x: Any, w: Any, *, is_turned: bool) -> Any:
-        """x · w, with w kept as [out, in]."""
+        """Return x · w with quantised weights, whose codes are stored as [out, in]."""
         weight = self._linear_weight(op, w, w, is_turned=is_turned)
         kept = _dequantized(op, w.name, weight if is_turned else weight.transpose())
         return op.MatMul(x, op.Transpose(kept, perm=[1, 0]))
 
     def looked_up(self, op: Any, w: Any, ids: Any) -> Any:
-        """An embedding, [vocab, hidden]."""
+        """Match the table of an embedding, [vocab, hidden]."""
         return op.Gather(op.weight(w), ids, axis=0)
 
     def rewrite_looked_up(self, op: Rewriter, w: Any, ids: Any) -> Any:
-        if w.dtype not in _SCALE_DTYPES or len(w.shape) != 2:
+        """Look up codes and scales, and multiply them; decline unless the option `embedding` is set."""
+        if w.dtype not in MODEL_FLOATS or len(w.shape) != 2:
             raise Decline(f"{w.name} is not a floating matrix")
         if not self.embedding:
             raise Decline(f"{w.name} is an embedding; int8{{embedding=true}} includes it")
@@ -116,8 +125,8 @@ class QuantizeWeights(RewritePass):
         return op.Mul(op.Cast(rows, to=w.dtype.value), op.Unsqueeze(factor, [-1]))
 
     def _linear_weight(self, op: Any, w: Any, operand: onnx_ir.Value, *, is_turned: bool) -> Expression:
-        """The weight if all users of `operand` are linears that this pass includes; declines otherwise."""
-        if w.dtype not in _SCALE_DTYPES or len(w.shape) != 2:
+        """Return the weight if all users of `operand` are linears that this pass includes; decline otherwise."""
+        if w.dtype not in MODEL_FLOATS or len(w.shape) != 2:
             raise Decline(f"{w.name} is not a floating matrix")
         if operand.is_graph_output():
             raise Decline(f"{w.name} is a graph output")
@@ -131,13 +140,16 @@ class QuantizeWeights(RewritePass):
 
 
 def _reads_columns(node: onnx_ir.Node, operand: onnx_ir.Value, is_turned: bool) -> bool:
-    """True for a linear whose output channels are the columns of `operand`, or its rows if that `is_turned`."""
+    """Return True for a linear whose output channels are the columns of `operand`, or its rows if `is_turned`."""
     turned = node.op_type == "Gemm" and "transB" in node.attributes and bool(node.attributes["transB"].as_int())
     return node.op_type in _LINEARS and node.inputs[1] is operand and turned == is_turned
 
 
 def _dequantized(op: Builder, name: str | None, weight: Expression) -> Any:
-    """DequantizeLinear of a weight's codes [out, in], a scale per row; no zero point, since it is symmetric."""
+    """Return the DequantizeLinear of a weight's codes [out, in], with one scale per row.
+
+    There is no zero point, since the codes are symmetric.
+    """
     codes, scales = weight.quantize(0)
     return op.DequantizeLinear(op.initializer(f"{name}.codes", codes), op.initializer(f"{name}.scales", scales), axis=0)
 

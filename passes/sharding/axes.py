@@ -1,4 +1,7 @@
-"""Where an axis goes when a value passes through an operator that only moves axes; for rules and column layouts."""
+"""Follow an axis through operators that only move, select or reshape data.
+
+The sharding rules use this, and so does `output_channels` to read off what the channels of a linear consist of.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ from collections.abc import Sequence
 
 import onnx_ir
 
+from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.shapes import dimensions
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.placement import Product
 
-#: Every output element depends on the input elements at the same (broadcast) place.
+#: Operators whose output elements depend only on the input elements at the same place, after broadcasting.
 ELEMENTWISE = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mod", "And", "Or", "Xor", "Not", "Equal", "Greater", "Less"}
     | {"GreaterOrEqual", "LessOrEqual", "Where", "Sqrt", "Reciprocal", "Neg", "Sigmoid", "Tanh", "Exp", "Log", "Erf"}
@@ -20,14 +24,23 @@ ELEMENTWISE = frozenset(
 
 
 def ndim_of(value: onnx_ir.Value | None) -> int:
-    """The number of axes. Raises ValueError if it is unknown."""
+    """Return the number of axes of a value; raise ValueError if its shape is unknown."""
     if value is None or value.shape is None:
         raise ValueError(f"the shape of {value.name if value is not None else 'an absent input'} is unknown")
     return len(value.shape)
 
 
 def constant_axes(node: onnx_ir.Node, position: int, ndim: int) -> list[int] | None:
-    """Axes given as input `position` or as the attribute `axes`, counted from the front; None if not given."""
+    """Return the axes that a node is given, counted from the front; None if it is given none.
+
+    Args:
+        node: A node that takes axes, such as a reduction or Squeeze.
+        position: The number of the input that holds the axes, if they are not in the attribute `axes`.
+        ndim: The number of axes of the data, to which negative axes refer.
+
+    Raises:
+        ValueError: If the axes are computed, or too many for a small constant.
+    """
     attribute = node.attributes.get("axes")
     if attribute is not None:
         return [int(axis) % ndim for axis in attribute.value]
@@ -40,18 +53,29 @@ def constant_axes(node: onnx_ir.Node, position: int, ndim: int) -> list[int] | N
 
 
 def attribute_axis(node: onnx_ir.Node, default: int, ndim: int) -> int:
+    """Return the attribute `axis` of a node, or its default, counted from the front of `ndim` axes."""
     attribute = node.attributes.get("axis")
     return (attribute.as_int() if attribute is not None else default) % ndim
 
 
 def squeezed_axes(node: onnx_ir.Node) -> list[int]:
+    """Return the axes that a Squeeze removes: those that it is given, or else all that are known to have length 1."""
     ndim = ndim_of(node.inputs[0])
     axes = constant_axes(node, 1, ndim)
     return axes if axes is not None else [i for i, dim in enumerate(dimensions(node.inputs[0]) or []) if dim == 1]  # type: ignore[arg-type]
 
 
 def moved_axis(node: onnx_ir.Node, index: int, axis: int) -> int | None:
-    """The output axis that input `index`'s `axis` becomes, where every element keeps its place along it; else None."""
+    """Return the output axis that an input axis becomes, if every element keeps its place along it; else None.
+
+    Args:
+        node: The operator.
+        index: The number of the input.
+        axis: The axis of that input, counted from the front.
+
+    Raises:
+        ValueError: If a shape or the axes of the operator are unknown.
+    """
     kind = node.op_type
     if kind in ELEMENTWISE:
         return axis + ndim_of(node.outputs[0]) - ndim_of(node.inputs[index])
@@ -83,7 +107,7 @@ def moved_axis(node: onnx_ir.Node, index: int, axis: int) -> int | None:
 
 
 def indexed_axes(node: onnx_ir.Node) -> int:
-    """How many leading axes of its data a GatherND picks from."""
+    """Return how many leading axes of its data a GatherND indexes; raise ValueError if that is unknown."""
     width = (dimensions(node.inputs[1]) or [None])[-1]  # type: ignore[arg-type]
     if not isinstance(width, int) or ("batch_dims" in node.attributes and node.attributes["batch_dims"].as_int()):
         raise ValueError("expected indices of a known width and no batch dimensions")
@@ -91,7 +115,10 @@ def indexed_axes(node: onnx_ir.Node) -> int:
 
 
 def source_axis(node: onnx_ir.Node, index: int, axis: int) -> int | None:
-    """The inverse of `moved_axis`: the axis of input `index` that becomes output `axis`; None if it has none."""
+    """Return the axis of input `index` that becomes output axis `axis`; None if none does.
+
+    This is the inverse of `moved_axis`.
+    """
     for candidate in range(ndim_of(node.inputs[index])):
         if moved_axis(node, index, candidate) == axis:
             return candidate
@@ -99,7 +126,7 @@ def source_axis(node: onnx_ir.Node, index: int, axis: int) -> int | None:
 
 
 def selects_along(node: onnx_ir.Node, index: int, axis: int) -> bool:
-    """True if the operator picks elements along this axis of its data input, so that it cannot be sharded whole."""
+    """Return True if the operator picks elements along this axis of its data, so that a shard may lack some of them."""
     if index != 0:
         return False
     ndim = ndim_of(node.inputs[0])
@@ -114,18 +141,22 @@ def selects_along(node: onnx_ir.Node, index: int, axis: int) -> bool:
 
 
 def _slices_all(node: onnx_ir.Node, axis: int, axes: Sequence[int] | None) -> bool:
+    """Return True if a Slice takes all elements along an axis, and so does not select."""
     position = axes.index(axis) if axes is not None else axis
     starts, ends = small_constant(node.inputs[1]), small_constant(node.inputs[2])
     if starts is None or ends is None or not _steps_by_one(node):
         return False
     length = (dimensions(node.inputs[0]) or [])[axis]  # type: ignore[arg-type]
     end = int(ends.reshape(-1)[position])
-    whole = end == 2**63 - 1 or (isinstance(length, int) and end >= length)
+    whole = end == SLICE_END or (isinstance(length, int) and end >= length)
     return int(starts.reshape(-1)[position]) == 0 and whole
 
 
 def slice_bounds(node: onnx_ir.Node, axis: int) -> tuple[int, int] | None:
-    """Start and end along an axis of known length, counted from the front; None if they are not constant."""
+    """Return where a Slice starts and ends along an axis, counted from the front.
+
+    It is None if starts, ends or the length of the axis are not constant, or if the steps are not 1.
+    """
     starts, ends = small_constant(node.inputs[1]), small_constant(node.inputs[2])
     length = products(node.inputs[0])[axis]
     if starts is None or ends is None or length is None or length.symbols or not _steps_by_one(node):
@@ -136,7 +167,7 @@ def slice_bounds(node: onnx_ir.Node, axis: int) -> tuple[int, int] | None:
 
 
 def sliced_position(node: onnx_ir.Node, axis: int) -> int:
-    """Which element of a Slice's starts and ends is for this axis."""
+    """Return the position of an axis in the starts and ends of a Slice."""
     axes = constant_axes(node, 3, ndim_of(node.inputs[0]))
     return axes.index(axis) if axes is not None else axis
 
@@ -156,7 +187,13 @@ def _permutation(node: onnx_ir.Node) -> list[int]:
 
 
 def products(value: onnx_ir.Value | None) -> list[Product | None]:
-    """Each dimension as a product. A reshape's unknown dimension follows from the number of elements."""
+    """Return each dimension of a value as a product; None for a dimension that is unknown.
+
+    A single unknown dimension of a Reshape is computed from the number of elements.
+
+    Raises:
+        ValueError: If the shape is unknown altogether.
+    """
     if value is None:
         return []
     dims = dimensions(value)
@@ -176,7 +213,7 @@ def products(value: onnx_ir.Value | None) -> list[Product | None]:
 
 
 def product_of(factors: Sequence[Product | None]) -> Product | None:
-    """None if a factor is unknown."""
+    """Multiply the factors; return None if one of them is unknown."""
     result = Product(1)
     for factor in factors:
         if factor is None:
@@ -192,11 +229,23 @@ def reshaped_axis(
     segments: Product,
     units: int,
 ) -> tuple[int, Product] | None:
-    """Where `units` groups per segment of `axis` lie after a reshape: (axis, segments), or None if they fall apart."""
+    """Find the axis on which the units of a sharded axis lie after a reshape.
+
+    Args:
+        before: The shape before the reshape.
+        after: The shape after it.
+        axis: The sharded axis of `before`.
+        segments: The number of equal segments of that axis.
+        units: The number of indivisible groups in each segment.
+
+    Returns:
+        The axis of `after` and its number of segments; None if no axis holds all units whole.
+    """
     outer, behind = product_of(before[:axis]), product_of(before[axis:])
     for position in reversed(range(len(after))):
         ahead, rest, length = product_of(after[:position]), product_of(after[position:]), after[position]
-        # Both hold the same elements: what lies ahead, or else what lies behind, tells how often segments repeat.
+        # Both shapes hold the same elements, so the axes ahead of `position`, or if one of them is unknown those from
+        # it on, tell how many segments the axis at `position` has.
         if outer is not None and ahead is not None:
             kept = outer.times(segments).divided_by(ahead)
         elif behind is not None and rest is not None:

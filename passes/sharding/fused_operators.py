@@ -1,7 +1,8 @@
-"""Sharding rules of fused operators: norms, rotary embedding, and attention, whose heads are the sharded axis.
+"""Define the sharding rules of fused operators: norms, rotary embedding, and attention, which is sharded by heads.
 
-Attention takes queries [b, h, s, d] and keys [b, h_kv, t, d], or [b, s, h·d] with the head counts as attributes. A unit
-is a key-value head with the query heads of its group: where query heads are finer units, they become such groups.
+Attention takes queries [b, h, s, d] and keys [b, h_kv, t, d], or both as [b, s, h·d] with the numbers of heads as
+attributes. A unit is a key-value head together with the query heads of its group; single query heads, which are finer
+units, are made such groups.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from passopt.passes.sharding.propagate import Backward, Conflict, Forward, Propa
 _HEADS = 1
 _FLAT_HEADS = 2
 _QUERY, _KEY, _VALUE = range(3)
-#: Positions of what broadcasts over the scores [b, h, s, t], and of the cache.
+#: The input numbers of the mask, which broadcasts over the scores [b, h, s, t], and of the past keys and values.
 _MASK, _CACHE = 3, (4, 5)
 _SLOPES, _POSITIONS, _ALIBI_MASK, _ALIBI_CACHE = 3, 4, 5, (6, 7)
 
@@ -31,7 +32,10 @@ def _norm(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
 
 
 def _norm_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    """Rows are normalised one by one, over `axis` and all axes behind it."""
+    """Demand inputs that are sharded as the output; axes that the norm normalises over cannot be sharded.
+
+    These are `axis` and all axes behind it.
+    """
     first = attribute_axis(node, -1, ndim_of(node.inputs[0]))
     if wanted.axis >= first:
         raise Conflict(f"normalises over axes from {first} on, of which {wanted.axis} is {wanted}")
@@ -49,7 +53,7 @@ def _rotary(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
 
 
 def _rotary_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    """Every head is turned alike, by tables that know positions only."""
+    """Demand data that is sharded by heads, and whole tables, since they depend on positions only."""
     flat = ndim_of(node.inputs[0]) == 3
     if wanted.axis != (_FLAT_HEADS if flat else _HEADS):
         raise Conflict(f"turns whole heads by their positions; expected sharded heads, found what is {wanted}")
@@ -76,7 +80,7 @@ def _attention(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
 
 
 def _alibi_attention(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
-    """The slopes [h, 1, 1] belong to heads; their padding with zeros biases nothing."""
+    """Shard an AlibiAttention by heads, with its slopes [h, 1, 1]; slopes that are padded with zeros add no bias."""
     heads = _sharded_heads(state, node, _SLOPES, _ALIBI_CACHE)
     if heads is None:
         return [REPLICATED] * len(node.outputs)
@@ -88,7 +92,11 @@ def _alibi_attention(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
 
 
 def _sharded_heads(state: Propagation, node: onnx_ir.Node, broadcast: int, cache: Sequence[int]) -> Sharded | None:
-    """The heads as queries, keys, cache, or a mask of one row per head say it, along axis 1. Raises Conflict."""
+    """Return how the heads are sharded, along axis 1, as queries, keys, values, cache, mask or slopes show it.
+
+    Input number `broadcast` is the mask or the slopes. Raises Conflict if an input is sharded by anything but heads, or
+    if they disagree.
+    """
     found: list[Spec] = []
     for index in (_QUERY, _KEY, _VALUE, broadcast, *cache):
         if index >= len(node.inputs):
@@ -106,7 +114,7 @@ def _sharded_heads(state: Propagation, node: onnx_ir.Node, broadcast: int, cache
 
 
 def _demand_heads(state: Propagation, node: onnx_ir.Node, heads: Sharded, indices: Sequence[int]) -> None:
-    """Inputs with heads are sharded by them; a single key-value head, which all query heads share, is whole."""
+    """Demand inputs that are sharded by heads; a single key-value head, which all query heads share, must be whole."""
     for index in indices:
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is None:
@@ -122,6 +130,7 @@ def _demand_heads(state: Propagation, node: onnx_ir.Node, heads: Sharded, indice
 
 
 def _is_single_head(node: onnx_ir.Node, index: int) -> bool:
+    """Return True if input `index` holds one key-value head, which all query heads share."""
     value = node.inputs[index]
     if index == _QUERY or value is None:
         return False
@@ -131,11 +140,12 @@ def _is_single_head(node: onnx_ir.Node, index: int) -> bool:
 
 
 def _grown_cache(state: Propagation, node: onnx_ir.Node, heads: Sharded) -> list[Spec]:
+    """Return the specs of the present keys and values."""
     return [REPLICATED if _is_single_head(node, index) else heads for index in (_KEY, _VALUE)]
 
 
 def _demand_broadcast(state: Propagation, node: onnx_ir.Node, index: int, heads: Sharded) -> None:
-    """Of an input that broadcasts over [b, h, s, t], aligned at the end as the scores are."""
+    """Demand an input that broadcasts over the scores [b, h, s, t]: sharded by heads if it has them, or else whole."""
     value = node.inputs[index] if index < len(node.inputs) else None
     if value is None:
         return
@@ -153,12 +163,13 @@ def _demand_whole(state: Propagation, node: onnx_ir.Node, indices: Sequence[int]
 
 
 def _shrink_heads(state: Propagation, node: onnx_ir.Node, name: str, heads: Sharded) -> None:
+    """Let the attribute `name`, a number of heads, become that of one rank."""
     state.divide_into(heads, node.attributes[name].as_int(), name)
     state.shrink_attribute(node, name, heads)
 
 
 def _attention_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    """Of replicated operands: nothing but their heads can be sharded."""
+    """Demand queries that are sharded by heads, since the output of attention can be sharded by nothing else."""
     flat = ndim_of(node.inputs[_QUERY]) == 3
     if wanted.axis != (_FLAT_HEADS if flat else _HEADS):
         raise Conflict(f"{node.outputs[0].name} must be {wanted}, which attention does not give")
@@ -167,12 +178,14 @@ def _attention_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded)
 
 _NORMS = ("RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization")
 _ALIBI = ("passopt::AlibiAttention", "passopt::AlibiAttentionNoCache")
+#: The forward rules by operator; `rules` includes them in its own table.
 FUSED_FORWARD: dict[str, Forward] = {
     **dict.fromkeys(_NORMS, _norm),
     **dict.fromkeys(_ALIBI, _alibi_attention),
     "RotaryEmbedding": _rotary,
     "Attention": _attention,
 }
+#: The backward rules by operator.
 FUSED_BACKWARD: dict[str, Backward] = {
     **dict.fromkeys(_NORMS, _norm_backward),
     **dict.fromkeys((*_ALIBI, "Attention"), _attention_backward),

@@ -1,4 +1,7 @@
-"""Which tensor-parallel degrees a model allows and what blocks the others: `passopt plan`, and errors of `shard`."""
+"""Find the tensor-parallel degrees that a model allows, and what blocks the others.
+
+`passopt plan` prints this, and `shard` names it in its errors.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,13 @@ _LARGEST_DEGREE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Tensors that are divided into the same number of units: heads, intermediate channels, vocabulary."""
+    """The sharded tensors that are divided into the same number of units, such as heads or vocabulary rows.
+
+    Attributes:
+        units: The number of units.
+        example: The name of one of the tensors.
+        tensors: How many tensors there are.
+    """
 
     units: int
     example: str
@@ -27,7 +36,15 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class ShardPlan:
-    """The outcome of propagation, whatever the degree."""
+    """A summary of how a model would be sharded, which is the same for every degree.
+
+    Attributes:
+        groups: The sharded tensors, grouped by their number of units.
+        sharded: Pairs of the name of a sharded tensor and a description of its sharding.
+        replicated: The names of the weights that every rank holds whole.
+        all_reduces: The number of AllReduce.
+        all_gathers: The number of AllGather.
+    """
 
     groups: tuple[Group, ...]
     sharded: tuple[tuple[str, str], ...]
@@ -37,23 +54,27 @@ class ShardPlan:
 
     @property
     def legal_degrees(self) -> tuple[int, ...]:
-        """Degrees from 2 that divide every group without padding."""
+        """Return the degrees from 2 to 64 that divide the units of every group, so that nothing is padded."""
         common = math.gcd(*(group.units for group in self.groups)) if self.groups else 0
         return tuple(degree for degree in range(2, min(common, _LARGEST_DEGREE) + 1) if common % degree == 0)
 
     def blockers(self, degree: int) -> list[Group]:
-        """The groups that do not divide by the degree."""
+        """Return the groups whose units cannot be divided by the degree."""
         return [group for group in self.groups if group.units % degree]
 
 
 def make_plan(model: onnx_ir.Model) -> ShardPlan:
-    """Propagate without changing anything but missing types. Raises PassError if the model cannot be sharded."""
+    """Find out how a model would be sharded, without changing it except for missing types.
+
+    Raises:
+        PassError: If the model cannot be sharded.
+    """
     complete_types(model)
     return plan_of(propagate(model))
 
 
 def plan_of(state: Propagation) -> ShardPlan:
-    """Summarise a propagation."""
+    """Summarise a finished propagation as a `ShardPlan`."""
     tensors: dict[str, Sharded] = {}
     for use, spec in state.constant_uses.items():
         value = use.node.inputs[use.index]

@@ -1,4 +1,8 @@
-"""Sharding of MatMul and Gemm: the seeds (a linear of a replicated input is column-parallel) and what follows."""
+"""Define the sharding rules of MatMul and Gemm.
+
+A linear whose input is replicated is column-parallel, and so starts a sharding; one whose input is sharded along the
+channels is row-parallel.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from passopt.passes.sharding.propagate import Conflict, Propagation, is_weight_s
 
 
 def matmul_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
+    """Return the spec of a product: of a linear, if the right operand is a weight, or of two computed operands."""
     left, right = state.spec(node, 0), state.spec(node, 1)
     if isinstance(left, LocalDims) or isinstance(right, LocalDims):
         raise Conflict("computes with the length of a sharded axis")
@@ -24,12 +29,19 @@ def matmul_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def linear_forward(state: Propagation, node: onnx_ir.Node, output: onnx_ir.Value, reduced: onnx_ir.Value) -> Spec:
-    """A product with a weight on the right, [in, out]. `output` is the linear's; partial sums meet in `reduced`."""
+    """Return the spec of a product with a weight [in, out] on the right.
+
+    Args:
+        state: The propagation.
+        node: The MatMul or MatMulInteger.
+        output: The output of the whole linear, from whose uses the layout of its channels is read.
+        reduced: The value behind which partial sums are added up, if the linear is row-parallel.
+    """
     data = state.spec(node, 0)
     last = ndim_of(node.inputs[0]) - 1
     if isinstance(data, Sharded):
         if data.axis != last:
-            # Also not along the contraction, which the data has whole; no axis is alike.
+            # The data has all channels, so the weight must be whole; axis -1 is a spec that no weight has.
             state.demand_whole(node, 1, data.at(-1))
             return data
         state.demand(node, 1, data.at(0))
@@ -43,10 +55,10 @@ def linear_forward(state: Propagation, node: onnx_ir.Node, output: onnx_ir.Value
 
 
 def _seed(state: Propagation, node: onnx_ir.Node, output: onnx_ir.Value, channels: int = 1) -> Sharded | None:
-    """Column parallelism of a linear whose input is replicated: its layout follows from how `output` is used.
+    """Return how the weight of a linear with a replicated input is sharded by columns; None if it stays whole.
 
-    `channels` is the weight's axis of output channels. A layout of one unit, such as the key that all query heads
-    share, stays whole on every rank.
+    The layout of its channels follows from how `output` is used. `channels` is the weight's axis of output channels. A
+    layout of one unit, such as a key that all query heads share, stays whole on every rank.
     """
     if node not in state.seeds:
         width = products(node.inputs[1])[channels]
@@ -60,7 +72,10 @@ def _seed(state: Propagation, node: onnx_ir.Node, output: onnx_ir.Value, channel
 
 
 def gemm_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
-    """alpha · A' · B' + beta · C with a weight B'. The bias of a partial sum waits for the AllReduce."""
+    """Return the spec of a Gemm, alpha · A' · B' + beta · C, whose B' must be a weight.
+
+    The bias C of a partial sum must be whole, since it is added after the AllReduce.
+    """
     data = state.spec(node, 0)
     if not is_weight_side(node.inputs[1]):
         if all(isinstance(state.spec(node, index), Replicated) for index in range(len(node.inputs))):
@@ -100,7 +115,7 @@ def _demand_bias_whole(state: Propagation, node: onnx_ir.Node, alike: Sharded) -
 
 
 def _product(state: Propagation, node: onnx_ir.Node, left: Spec, right: Spec) -> Spec:
-    """Two computed operands, such as scores and values."""
+    """Return the spec of a product of two computed operands, such as scores and values."""
     ndim = ndim_of(node.outputs[0])
     if min(ndim_of(value) for value in node.inputs) < 2:
         raise Conflict(f"expected operands of at least two axes, found {left} and {right}, one of them a vector")
@@ -130,7 +145,7 @@ def _demand_batch(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> No
 
 
 def matmul_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    """A sharded output is needed of operands that are replicated: possible along a batch axis only."""
+    """Demand operands that are sharded along a batch axis; a product cannot be made sharded along any other axis."""
     if wanted.axis >= ndim_of(node.outputs[0]) - 2:
         raise Conflict(f"{node.outputs[0].name} must be {wanted}, which this MatMul does not give")
     _demand_batch(state, node, wanted)

@@ -1,7 +1,7 @@
-"""What the output channels of a linear are made of, read off how its output is used.
+"""Find out what the output channels of a linear consist of, from how its output is used.
 
-A packed projection is reshaped to [.., 3, width] and indexed along the 3: three segments. A projection that is
-reshaped to [.., heads, head_dim] has heads as units. Names are never looked at.
+A packed projection is reshaped to [.., 3, width] and indexed along the 3, so it has three segments. A projection that
+is reshaped to [.., heads, head_dim] has heads as units. Names are never looked at.
 """
 
 from __future__ import annotations
@@ -19,14 +19,23 @@ _FURTHEST = 24
 
 @dataclasses.dataclass(frozen=True)
 class ColumnLayout:
-    """The channels are `segments` × `units` × any number of channels per unit."""
+    """The layout of output channels: `segments` parts of `units` groups, each of any number of channels."""
 
     segments: int
     units: int
 
 
 def column_layout(value: onnx_ir.Value, axis: int, length: int) -> ColumnLayout:
-    """The layout of `axis`, of `length` channels, of a linear's output. Raises ValueError for unequal parts."""
+    """Return the layout of the channels of a linear's output.
+
+    Args:
+        value: The output of the linear.
+        axis: The axis of the channels.
+        length: The number of channels.
+
+    Raises:
+        ValueError: If the channels are split into unequal parts, or a length along them is unknown.
+    """
     segments = 1
     found = _next_division(value, axis)
     while found is not None:
@@ -56,7 +65,7 @@ def column_layout(value: onnx_ir.Value, axis: int, length: int) -> ColumnLayout:
 
 
 def _next_division(value: onnx_ir.Value, axis: int) -> tuple[onnx_ir.Node, list[int]] | None:
-    """The first Reshape, Split or Slice downstream that divides the axis, with the output axes it becomes."""
+    """Return the nearest Reshape, Split or Slice downstream that divides the axis, with the output axes it becomes."""
     for node, index, position in _followed(value, axis):
         if node.op_type == "Slice" and selects_along(node, index, position) and _equal_slices(node, position):
             return node, [position]
@@ -70,7 +79,7 @@ def _next_division(value: onnx_ir.Value, axis: int) -> tuple[onnx_ir.Node, list[
 
 
 def _equal_slices(node: onnx_ir.Node, axis: int) -> int:
-    """How many equal parts this Slice and its siblings divide an axis into; 0 if the parts are not equal."""
+    """Return into how many equal parts all Slices of a Slice's input divide an axis; 0 if the parts are not equal."""
     value = node.inputs[0]
     assert value is not None
     slices = [use.node for use in value.uses() if use.idx == 0 and use.node.op_type == "Slice"]
@@ -83,7 +92,11 @@ def _equal_slices(node: onnx_ir.Node, axis: int) -> int:
 
 
 def _is_indexed(value: onnx_ir.Value, axis: int) -> bool:
-    """Whether the axis holds segments, picked one by one. Raises ValueError for slices, whose parts are unequal."""
+    """Return True if the axis holds segments, which are picked one by one.
+
+    Raises:
+        ValueError: If a Slice takes some of them, since its parts are then unequal.
+    """
     picks = [node for node, index, position in _followed(value, axis) if selects_along(node, index, position)]
     sliced = next((node for node in picks if node.op_type == "Slice"), None)
     if sliced is not None:
@@ -95,7 +108,7 @@ def _is_indexed(value: onnx_ir.Value, axis: int) -> bool:
 
 
 def _followed(value: onnx_ir.Value, axis: int) -> Iterator[tuple[onnx_ir.Node, int, int]]:
-    """Every (node, input index, axis) that the axis reaches with its elements in place, nearest first."""
+    """Yield every (node, input number, axis) that the axis reaches with its elements in place, nearest first."""
     work, steps = [(value, axis)], 0
     while work and steps < _FURTHEST:
         current, position = work.pop(0)
@@ -115,7 +128,7 @@ def _followed(value: onnx_ir.Value, axis: int) -> Iterator[tuple[onnx_ir.Node, i
 
 
 def _divided_into(node: onnx_ir.Node, axis: int) -> list[int]:
-    """The output axes whose lengths multiply to the input axis; empty if the reshape merges it with others."""
+    """Return the output axes into which a Reshape divides an input axis; none if it merges the axis with others."""
     before, after = products(node.inputs[0]), products(node.outputs[0])
     length, outer, behind = before[axis], product_of(before[:axis]), product_of(before[axis:])
     if length is None or length.symbols:
@@ -126,7 +139,7 @@ def _divided_into(node: onnx_ir.Node, axis: int) -> list[int]:
         if (outer is not None and product_of(after[:count]) == outer)
         or (behind is not None and product_of(after[count:]) == behind)
     ]
-    # An axis of length 1 may be a single head or a single position: as many axes as before are not divided.
+    # Axes of length 1 leave several places where the axis may start; if its old place is one of them, it stays there.
     start = axis if axis in starts else min(starts, default=len(after))
     axes, left = [], length.number
     for position in range(start, len(after)):
@@ -141,6 +154,7 @@ def _divided_into(node: onnx_ir.Node, axis: int) -> list[int]:
 
 
 def _length(value: onnx_ir.Value, axis: int) -> int:
+    """Return the length of an axis; raise ValueError if it is not a known number."""
     length = products(value)[axis]
     if length is None or length.symbols:
         raise ValueError(f"the length of axis {axis} of {value.name} is not a number")

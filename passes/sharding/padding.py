@@ -1,7 +1,8 @@
-"""Whether zeros added to weights stay harmless: a padded channel may only meet a contraction as finite times zero.
+"""Check that padding weights with zeros changes no result.
 
-Followed forward over a finished propagation: what the padded part of each sharded value is. It mixes with true
-elements in contractions only; gathered outputs cut it off, so elsewhere even NaN does no harm.
+Over a finished propagation, the check follows forward what the padded part of each sharded value holds. Padded elements
+mix with true ones only in contractions, where a padded channel must add a finite number times zero. Elsewhere even NaN
+does no harm, since gathered outputs cut the padding off.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from passopt.passes.sharding.quantized_activations import scale_uses
 
 
 class Padded(enum.IntEnum):
-    """What the padded part holds, from the best to the worst."""
+    """The content of the padded part of a value, from the best case to the worst."""
 
     ZERO = 0
     POSITIVE = 1
@@ -28,13 +29,13 @@ class Padded(enum.IntEnum):
     UNKNOWN = 3
 
 
-#: Zero becomes zero, finite stays finite.
+#: Operators that make zero of zero, and finite numbers of finite ones.
 _KEEP = frozenset(
     {"Transpose", "Reshape", "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Gather"}
     | {"Neg", "Abs", "Relu", "LeakyRelu", "Elu", "Tanh", "Erf", "Gelu", "Swish", "HardSwish", "Floor", "Ceil", "Round"}
     | {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Sin", "RotaryEmbedding", "GatherND"}
 )
-#: Finite for finite inputs, but not zero for zero.
+#: Operators that make finite numbers of finite ones, but not always zero of zero.
 _BOUNDED = frozenset(
     {"Sigmoid", "Cos", "Softplus", "Softmax", "Clip", "ArgMax", "And", "Or", "Xor", "Not", "Equal", "Greater", "Less"}
     | {
@@ -47,11 +48,12 @@ _BOUNDED = frozenset(
     }
     | {"Attention", "AlibiAttention", "AlibiAttentionNoCache"}
 )
-#: Zero only if all inputs are: one that is replicated puts its own elements next to the padding.
+#: Operators that make zero only if all inputs are zero. A replicated input has its own elements where others have
+#: padding.
 _JOINING = frozenset({"Add", "Sub", "Max", "Min", "Sum", "Where", "Concat"})
 _WIDE = frozenset({onnx_ir.DataType.FLOAT, onnx_ir.DataType.DOUBLE})
 _PRODUCTS = frozenset({"Mul", "MatMul", "MatMulInteger"})
-#: What squares, or grows faster, may overflow; of zero it is zero, or one.
+#: Operators that may overflow for finite numbers, since they square or grow faster, and what they make of zero.
 _OF_ZERO = {
     "ReduceL2": Padded.ZERO,
     "ReduceSumSquare": Padded.ZERO,
@@ -61,20 +63,23 @@ _OF_ZERO = {
 
 
 def check_padding(state: Propagation, degree: int) -> None:
-    """Raises PassError that names the contraction whose sum padding with zeros could change."""
+    """Raise PassError, which names the contraction, if padding with zeros could change a sum."""
     PaddingCheck(state, degree).run()
 
 
 class PaddingCheck:
+    """Follow the padded parts of all values through a graph that is to be sharded over `degree` ranks."""
+
     def __init__(self, state: Propagation, degree: int) -> None:
         self.state = state
         self.degree = degree
         self._padded: dict[onnx_ir.Value, Padded] = {}
         self._origin: dict[onnx_ir.Value, onnx_ir.Node] = {}
-        # Padded scales are not zero, wherever else the same constant is used.
+        # A constant that is used as scales is padded with a number other than zero, also for its other uses.
         self._scales = {use.node.inputs[use.index] for use in scale_uses(state)}
 
     def run(self) -> None:
+        """Check every contraction, in the order of the graph; raise PassError for the first that may be wrong."""
         for node in self.state.model.graph:
             if node.op_type == "MatMulInteger" or any(value in self.state.partial for value in node.outputs):
                 self._check_contraction(node)
@@ -86,17 +91,18 @@ class PaddingCheck:
         return isinstance(spec, Sharded) and spec.units % self.degree != 0
 
     def _input(self, node: onnx_ir.Node, index: int) -> Padded | None:
-        """What input `index` holds in its padded part; None if it is replicated or needs no padding."""
+        """Return what the padded part of input `index` holds; None if it is replicated or needs no padding."""
         value = node.inputs[index]
         if value is None or not self._is_padded(self.state.spec(node, index)):
             return None
         if not is_constant(value):
-            # A padded head of the cache holds what the graph computed for it before.
+            # A value that is not known is the cache, whose padded heads hold what the graph computed for them before.
             return self._padded.get(value, Padded.FINITE)
         is_scale = value in self._scales or isinstance(expression_of(value), QuantizeScales)
         return Padded.FINITE if is_scale else Padded.ZERO
 
     def _follow(self, node: onnx_ir.Node, value: onnx_ir.Value) -> Padded:
+        """Return what the padded part of an output holds, and note the node that first made it unknown."""
         inputs = [self._input(node, index) for index in range(len(node.inputs))]
         known = [item for item in inputs if item is not None]
         found = Padded.UNKNOWN if Padded.UNKNOWN in known else self._outcome(node, inputs, known)
@@ -106,12 +112,12 @@ class PaddingCheck:
         return found
 
     def _outcome(self, node: onnx_ir.Node, inputs: list[Padded | None], known: list[Padded]) -> Padded:
-        """The padded part of the outputs, where that of no input is unknown."""
+        """Return what the padded part of the outputs holds; that of no input may be unknown."""
         kind = node.op_type
         special = _SPECIAL.get(kind)
         if special is not None and (found := special(node, inputs)) is not None:
             return found
-        # What keeps a positive number positive is listed above; to anything else it is any finite one.
+        # Only the special cases above keep a positive number positive; for all others it is just a finite number.
         inputs = [Padded.FINITE if item is Padded.POSITIVE else item for item in inputs]
         known = [item for item in inputs if item is not None]
         if kind == "Expand" or kind in _BOUNDED:
@@ -130,7 +136,7 @@ class PaddingCheck:
         return Padded.UNKNOWN
 
     def _check_contraction(self, node: onnx_ir.Node) -> None:
-        """A sum over padded channels is right if each of them adds a finite number times a weight of zero."""
+        """Raise PassError unless every padded channel of a contraction adds a finite number times a weight of zero."""
         sides = [self._input(node, 0), self._input(node, 1)]
         if sides == [None, None]:
             return
@@ -163,13 +169,13 @@ def _names(node: onnx_ir.Node) -> str:
 
 
 def _dequantized(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
-    """Codes of zero are zeros unless there is a zero point."""
+    """Return what a DequantizeLinear makes of padded codes: zero for zero codes, unless there is a zero point."""
     has_zero_point = len(node.inputs) > 2 and node.inputs[2] is not None
     return inputs[0] if inputs[0] is not None and not has_zero_point else Padded.FINITE
 
 
 def _shifted(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded | None:
-    """Zero plus a positive constant, as the epsilon under a root."""
+    """Return POSITIVE for zero plus a positive constant, as the epsilon under a root is; None for any other Add."""
     for one, other in ((0, 1), (1, 0)):
         number = small_constant(node.inputs[other])
         if inputs[one] is Padded.ZERO and inputs[other] is None and number is not None and bool((number > 0).all()):
@@ -178,19 +184,23 @@ def _shifted(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded | None:
 
 
 def _root(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
+    """Return what a Sqrt makes of the padding; a number that may be negative has no known root."""
     return (
         Padded.POSITIVE if inputs[0] is Padded.POSITIVE else Padded.ZERO if inputs[0] is Padded.ZERO else Padded.UNKNOWN
     )
 
 
 def _reciprocal(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
-    """One over an epsilon may be too large for 16 bits."""
+    """Return POSITIVE for one over a positive number, except in 16 bits, where one over an epsilon may overflow."""
     positive = inputs[0] is Padded.POSITIVE and node.outputs[0].dtype in _WIDE
     return Padded.POSITIVE if positive else Padded.UNKNOWN
 
 
 def _quotient(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
-    """A divisor that all channels share is as harmless for padded ones as for true ones, unless it is a zero."""
+    """Return what a Div makes of the padding.
+
+    A divisor that all channels share is as harmless for padded channels as for true ones, unless it is a constant zero.
+    """
     top, bottom = inputs
     divisor = node.inputs[1]
     if bottom is Padded.POSITIVE and node.outputs[0].dtype in _WIDE:
@@ -204,20 +214,20 @@ def _quotient(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
 
 
 def _power(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
-    """Zero to a positive power."""
+    """Return ZERO for zero to a positive constant power."""
     exponent = small_constant(node.inputs[1])
     positive = inputs[1] is None and exponent is not None and bool((exponent > 0).all())
     return Padded.ZERO if positive and inputs[0] is Padded.ZERO else Padded.UNKNOWN
 
 
 def _linear_with_bias(node: onnx_ir.Node, inputs: list[Padded | None]) -> Padded:
-    """alpha · A · B + beta · C: zero if one factor and the bias are."""
+    """Return ZERO for a Gemm, alpha · A · B + beta · C, if A or B is zero, and the bias C is zero or absent."""
     without_bias = len(inputs) < 3 or node.inputs[2] is None
     zero = Padded.ZERO in inputs[:2] and (without_bias or inputs[2] is Padded.ZERO)
     return Padded.ZERO if zero else Padded.FINITE
 
 
-#: None: nothing special here.
+#: Rules of single operators; if one returns None, the general rules apply.
 _SPECIAL: dict[str, Callable[[onnx_ir.Node, list[Padded | None]], Padded | None]] = {
     "Add": _shifted,
     "DequantizeLinear": _dequantized,

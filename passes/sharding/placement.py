@@ -1,9 +1,9 @@
-"""How a value lies on the ranks.
+"""Define the specs, which say how a value lies on the ranks.
 
-`REPLICATED`: every rank holds all of it. `Sharded(axis, segments, units)`: `axis` consists of `segments` equal parts,
-each of `units` indivisible groups (attention heads, or single channels), of which every rank holds an equal share.
-`LocalDims(positions)`: a shape vector whose elements at `positions` are lengths of one rank. `VocabMasked`: rows of a
-vocab-sharded table, right only where the rank owns the token.
+`REPLICATED`: every rank holds all of the value. `Sharded(axis, segments, units)`: `axis` consists of `segments` equal
+parts, each of `units` indivisible groups (attention heads, or single channels); of every part, each rank holds an equal
+share of the units. `LocalDims(positions)`: a shape vector whose elements at `positions` are lengths on one rank.
+`VocabMasked`: rows looked up in a table that is sharded by vocabulary, right only where the rank owns the token.
 """
 
 from __future__ import annotations
@@ -18,22 +18,29 @@ import onnx_ir
 
 from passopt.ir.graph.shapes import Dimension
 
-#: A linear, or the first input of the cache.
+#: Where a sharding starts: at a linear, or at the first input of the KV cache.
 Seed: TypeAlias = "onnx_ir.Node | onnx_ir.Value"
 
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
+    """The spec of a value that every rank holds whole; use the constant REPLICATED."""
+
     def __str__(self) -> str:
         return "replicated"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """`segments` is a product of numbers and symbols, since a reshape may merge the axis with a symbolic one.
+    """The spec of a value of which every rank holds an equal share along one axis.
 
-    `seed` is the linear or the cache that it began at: where finer units meet coarser ones (query heads
-    and the key-value head that they share), the seed of the finer ones starts again with coarser units.
+    Attributes:
+        axis: The sharded axis.
+        segments: How many equal parts the axis consists of, each of which is sharded by itself. It is a product of
+            numbers and symbols, since a reshape may merge the axis with one of symbolic length.
+        units: How many indivisible groups, such as heads, each segment consists of.
+        seed: The linear or cache at which this sharding starts. If finer units meet coarser ones, as query heads meet
+            the key-value head that they share, propagation starts again with coarser units at the finer one's seed.
     """
 
     axis: int
@@ -42,11 +49,12 @@ class Sharded:
     seed: Seed | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def at(self, axis: int) -> Sharded:
+        """Return the same sharding along another axis."""
         return dataclasses.replace(self, axis=axis)
 
     @property
     def fixed_segments(self) -> int:
-        """The number of segments where it must be known, as for a weight."""
+        """Return the number of segments; raise ValueError if it depends on a symbol, as it never does for a weight."""
         if self.segments.symbols:
             raise ValueError(f"segments {self.segments} are not a number")
         return self.segments.number
@@ -58,6 +66,8 @@ class Sharded:
 
 @dataclasses.dataclass(frozen=True)
 class LocalDims:
+    """The spec of a shape vector whose elements at `positions` are lengths on one rank instead of whole lengths."""
+
     positions: frozenset[int]
 
     def __str__(self) -> str:
@@ -66,7 +76,7 @@ class LocalDims:
 
 @dataclasses.dataclass(frozen=True)
 class VocabMasked:
-    """Rows that the value `ids` selected from a table of `units` rows, of which each rank holds a share."""
+    """The spec of rows that the value named `ids` selected from a table of `units` rows, sharded by rows."""
 
     units: int
     ids: str
@@ -77,14 +87,17 @@ class VocabMasked:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product of a number and symbols, to compare lengths such as batch · 6 without knowing the batch."""
+    """A product of a number and symbols, by which lengths such as batch · 6 are compared without knowing the batch."""
 
     number: int
     symbols: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, dims: Iterable[Dimension]) -> Product | None:
-        """None if a dimension is unknown. `6*batch`, as exporters write a merged axis, is 6 times `batch`."""
+        """Return the product of dimensions; None if one of them is unknown.
+
+        A symbol such as `6*batch`, as exporters write a merged axis, counts as 6 times `batch`.
+        """
         number, symbols = 1, []
         for dim in dims:
             if dim is None:
@@ -97,10 +110,11 @@ class Product:
         return cls(number, tuple(sorted(symbols)))
 
     def times(self, other: Product) -> Product:
+        """Multiply two products."""
         return Product(self.number * other.number, tuple(sorted((*self.symbols, *other.symbols))))
 
     def divided_by(self, other: Product) -> Product | None:
-        """None if `other` does not divide this product."""
+        """Return the quotient of two products; None if `other` does not divide this one."""
         mine, others = collections.Counter(self.symbols), collections.Counter(other.symbols)
         if not other.number or self.number % other.number or others - mine:
             return None
@@ -108,7 +122,7 @@ class Product:
 
     @property
     def dimension(self) -> int | str:
-        """As a shape holds it."""
+        """Return the product as a dimension of a shape: a number, or a text such as `6*batch`."""
         factors = [*([str(self.number)] if self.number != 1 else []), *self.symbols]
         return "*".join(factors) if self.symbols else self.number
 
@@ -117,7 +131,7 @@ class Product:
 
 
 def _factors(dim: str) -> list[int | str]:
-    """A symbolic product by factors; any other symbol, such as `past + seq`, as it is."""
+    """Split a symbol such as `6*batch` into its factors; return any other, such as `past + seq`, as one factor."""
     parts = [part.strip() for part in dim.split("*")]
     if all(part.isdecimal() or part.isidentifier() for part in parts):
         return [int(part) if part.isdecimal() else part for part in parts]
@@ -130,10 +144,10 @@ Spec: TypeAlias = "Replicated | Sharded | LocalDims | VocabMasked"
 
 
 def padded_units(units: int, degree: int) -> int:
-    """The next multiple of the degree."""
+    """Round a number of units up to the next multiple of the degree."""
     return math.ceil(units / degree) * degree
 
 
 def local_length(length: int, spec: Sharded, degree: int) -> int:
-    """What one rank holds of an axis of `length` elements, padding included."""
+    """Return how many elements one rank holds of a sharded axis of `length` elements, padding included."""
     return length // spec.units * padded_units(spec.units, degree) // degree

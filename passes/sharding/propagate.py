@@ -1,7 +1,8 @@
-"""Infer how every value lies on the ranks: column-parallel linears are the seeds, everything else follows.
+"""Infer how every value lies on the ranks, starting from column-parallel linears and the KV cache.
 
-Forward rules give an operator's outputs from its inputs; where an input must be sharded as well (a bias, the ALiBi
-slopes behind a mask), `demand` goes backward to the constants. Nothing is changed here: the result is a `Propagation`.
+Forward rules give the specs of an operator's outputs from those of its inputs. If an input must then be sharded as
+well, such as a bias or the ALiBi slopes behind a mask, `demand` goes backward until it reaches constants. The graph is
+not changed here; the result is a `Propagation`.
 """
 
 from __future__ import annotations
@@ -34,27 +35,39 @@ from passopt.passes.sharding.placement import (
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """Input `index` of a node."""
+    """One use of a value: input number `index` of a node."""
 
     node: onnx_ir.Node
     index: int
 
 
-#: A rule for the outputs of a node, and one for what a sharded output needs of its inputs (see `rules`).
+#: A forward rule gives the specs of a node's outputs; a backward rule demands of its inputs what a sharded output needs
+#: (see `rules`).
 Forward: TypeAlias = "Callable[[Propagation, onnx_ir.Node], list[Spec]]"
 Backward: TypeAlias = "Callable[[Propagation, onnx_ir.Node, Sharded], None]"
 
 
 class Conflict(Exception):
-    """A rule cannot shard here. Becomes a PassError that names the node."""
+    """Say that a rule cannot shard a node, and why; it becomes a PassError that names the node."""
 
 
 class Propagation:
-    """The specs of all values, the uses of constants that want a shard, and what must be inserted.
+    """The specs of all values of a model, and everything that has to be changed to shard it.
 
-    Seeds divide their channels into the finest units that the graph shows; where they meet coarser ones (query heads
-    and the key-value head of their group), `coarser` notes it. If it is not empty in the end, another propagation must
-    start with these `units` (see `rules.propagate`); the specs of this one are only the way there.
+    Seeds divide their channels into the finest units that the graph shows. If these meet coarser units, as query heads
+    meet the key-value head of their group, `coarser` records it. If `coarser` is not empty at the end, the specs are
+    not final: another propagation must start with these `units` (see `rules.propagate`).
+
+    Attributes:
+        specs: How each computed value and graph input lies on the ranks.
+        constant_uses: The uses of constants that read a shard, and which one.
+        partial: The values that are partial sums, which an AllReduce must follow.
+        masked: The values whose rows of other ranks must be masked before an AllReduce.
+        targets: Target shapes and Split sizes in which a position (-1: all of them) must become a length on one rank.
+        attributes: The attributes of nodes that are numbers of heads and must become those of one rank.
+        seeds: The linears at which a sharding starts.
+        tables: The look-ups in tables that are sharded by rows.
+        coarser: The seeds that must start again, with their numbers of units.
     """
 
     def __init__(self, model: onnx_ir.Model, forward: Forward, backward: Backward, units: Mapping[Seed, int]) -> None:
@@ -78,7 +91,7 @@ class Propagation:
         self._nodes = list(model.graph)
 
     def run(self) -> Propagation:
-        """Propagate to the fixed point. Raises PassError that names the node which has no consistent spec."""
+        """Propagate to the fixed point; raise PassError that names the node if one has no consistent spec."""
         self._seed_inputs()
         for index in range(len(self._nodes)):
             self._enqueue(index)
@@ -88,10 +101,10 @@ class Propagation:
             self._settle()
         return self
 
-    # What rules ask.
+    # Methods for the rules.
 
     def spec(self, node: onnx_ir.Node, index: int) -> Spec:
-        """How input `index` of a node lies on the ranks; an absent input is replicated."""
+        """Return how input `index` of a node lies on the ranks; an absent input counts as replicated."""
         value = node.inputs[index]
         if value is None:
             return REPLICATED
@@ -100,7 +113,11 @@ class Propagation:
         return self.specs.get(value, REPLICATED)
 
     def demand(self, node: onnx_ir.Node, index: int, wanted: Sharded) -> None:
-        """Input `index` must be sharded so: go backward until constants are reached. Raises Conflict."""
+        """Require that input `index` of a node is sharded as `wanted`, going backward until constants are reached.
+
+        Raises:
+            Conflict: If the input is sharded differently, or cannot be sharded so.
+        """
         value = node.inputs[index]
         if value is None:
             return
@@ -118,7 +135,7 @@ class Propagation:
         self._enqueue(self._order[producer])
 
     def demand_broadcast(self, node: onnx_ir.Node, index: int, wanted: Sharded) -> None:
-        """Input `index` must be sharded as the output is, `wanted`; one that broadcasts along the axis, whole."""
+        """Require that input `index` is sharded as the output, `wanted`, or whole if it broadcasts along that axis."""
         value = node.inputs[index]
         if value is None:
             return
@@ -129,25 +146,29 @@ class Propagation:
             self.demand_whole(node, index, wanted.at(axis))
 
     def demand_whole(self, node: onnx_ir.Node, index: int, alike: Sharded) -> None:
-        """Every rank needs all of input `index`, unless it is a single unit sharded `alike`. Raises Conflict."""
+        """Raise Conflict unless input `index` is replicated, or sharded exactly as `alike`."""
         found = self.spec(node, index)
         if not isinstance(found, Replicated) and found != alike:
             value = node.inputs[index]
             name = value.name if value is not None else "an absent input"
-            raise Conflict(f"{name} meets what is {alike}, so it must be replicated, but it is {found}")
+            raise Conflict(f"{name} is combined with what is {alike}, so it must be replicated, but it is {found}")
 
     def shrink_target(self, node: onnx_ir.Node, position: int, spec: Sharded, index: int = 1) -> None:
-        """Element `position` of the target shape, input `index`, must become a length of one rank. Raises Conflict."""
+        """Record that element `position` of the target shape, input `index`, must become the length on one rank.
+
+        Raises:
+            Conflict: If the same target must be shrunk for another axis or sharding.
+        """
         known = self.targets.setdefault(Use(node, index), (position, spec))
         if known[0] != position or not self.agree(known[1], spec):
             raise Conflict(f"its target is shrunk for {known[1]} already, but must be for {spec}")
 
     def shrink_attribute(self, node: onnx_ir.Node, name: str, spec: Sharded) -> None:
-        """The attribute is a number of heads and must become that of one rank."""
+        """Record that an attribute is a number of heads and must become that of one rank."""
         self.attributes[(node, name)] = spec
 
     def agree(self, first: Spec, second: Spec) -> bool:
-        """True if both are the same, or will be when their seeds have started again with coarser units."""
+        """Return True if both specs are equal, or will be once their seeds have started again with coarser units."""
         if not isinstance(first, Sharded) or not isinstance(second, Sharded) or first == second:
             return first == second
         units = math.gcd(first.units, second.units)
@@ -163,7 +184,11 @@ class Propagation:
         self.coarser[seed] = math.gcd(units, self.coarser.get(seed, 0))
 
     def one_sharded(self, specs: Sequence[Spec]) -> Sharded | None:
-        """The spec that all sharded ones agree on. Raises Conflict if they differ or one is a local shape."""
+        """Return the spec on which all sharded ones agree; None if none is sharded.
+
+        Raises:
+            Conflict: If they differ, or if one is a shape with lengths on one rank.
+        """
         sharded = [spec for spec in specs if isinstance(spec, Sharded)]
         if any(isinstance(spec, LocalDims) for spec in specs):
             raise Conflict("computes with the length of a sharded axis")
@@ -172,7 +197,11 @@ class Propagation:
         return sharded[0] if sharded else None
 
     def divide_into(self, spec: Sharded, count: int, what: str) -> None:
-        """Each unit must be one of `count` things or a group of them; finer ones become so. Raises Conflict."""
+        """Make every unit one of `count` things, such as heads, or a group of them; finer units become coarser.
+
+        Raises:
+            Conflict: If the units cannot be made so.
+        """
         units = math.gcd(count, spec.units)
         if units == spec.units:
             return
@@ -181,15 +210,15 @@ class Propagation:
         self._coarsen(spec.seed, units)
 
     def is_cache_output(self, value: onnx_ir.Value) -> bool:
-        """True for what the caller feeds back as `past.*`: it stays on its rank."""
+        """Return True for a graph output that the caller feeds back as `past.*`, so that it stays on its rank."""
         return (value.name or "").startswith("present.")
 
     def reduce(self, value: onnx_ir.Value) -> None:
-        """The value is a partial sum on every rank: an AllReduce follows, and users see it replicated."""
+        """Record that the value is a partial sum on every rank; an AllReduce follows, so users see it replicated."""
         self.partial[value] = None
 
     def resolve_mask(self, value: onnx_ir.Value) -> None:
-        """Rows of a sharded table meet an operator that needs them all: mask foreign rows, then AllReduce."""
+        """Record that rows of a sharded table are needed by all ranks: those of other ranks are masked, then summed."""
         spec = self.specs[value]
         assert isinstance(spec, VocabMasked)
         self.masked[value] = spec
@@ -204,7 +233,7 @@ class Propagation:
             self._visit(self._nodes[index])
 
     def _complete_outputs(self) -> None:
-        """The caller sees whole values, whatever the operators inside would put up with."""
+        """Make sure that graph outputs are what the caller expects: whole, or for the cache as its past is."""
         for value in self.model.graph.outputs:
             spec = self.specs.get(value, REPLICATED)
             if isinstance(spec, VocabMasked):
@@ -215,7 +244,10 @@ class Propagation:
                 self._check_cache_output(value, spec)
 
     def _check_cache_output(self, value: onnx_ir.Value, spec: Spec) -> None:
-        """It is not gathered, so it must be what the past is; without a past, whole or sharded by heads."""
+        """Raise PassError unless a cache output is placed as its past is, since it is not gathered.
+
+        In a graph without a past it may also be sharded by heads.
+        """
         if self.decoder is None and isinstance(spec, Sharded) and (spec.axis, spec.segments) == (1, ONE):
             return
         expected = self._cache()
@@ -223,15 +255,15 @@ class Propagation:
             raise PassError(f"graph output {value.name!r}: expected it to be {expected}, as its past is, found {spec}")
 
     def _seed_inputs(self) -> None:
-        """The cache is sharded by kv heads, as the contract says; the operators that read it check that."""
+        """Set the specs of graph inputs: the cache is sharded by key-value heads, all others are replicated."""
         for value in self.model.graph.inputs:
             self.specs[value] = self._cache() if (value.name or "").startswith("past.") else REPLICATED
 
     def _cache(self) -> Spec:
-        """One kv head, which all query heads share, is on every rank."""
+        """Return the spec of the cache; a single key-value head, which all query heads share, is on every rank."""
         if self.decoder is None or self.decoder.kv_heads == 1:
             return REPLICATED
-        # All caches are one seed: some models keep a copy of a key for every query head of its group.
+        # All caches share one seed, since some models keep a copy of a key for every query head of its group.
         first = next(value for value in self.model.graph.inputs if (value.name or "").startswith("past."))
         return Sharded(1, ONE, math.gcd(self.decoder.kv_heads, self.units.get(first, 0)), first)
 
@@ -262,10 +294,11 @@ class Propagation:
             for value, spec in zip(node.outputs, specs, strict=True):
                 self._computed(value, spec)
         except (Conflict, ValueError) as reason:
-            if not self.coarser:  # else it may come of what is unfinished
+            if not self.coarser:  # Otherwise the conflict may vanish when the seeds start again with coarser units.
                 raise PassError(f"{describe(node)}: {reason}") from None
 
     def _computed(self, value: onnx_ir.Value, spec: Spec) -> None:
+        """Set the computed spec of a value, which must agree with what was demanded of it before."""
         before = self.specs.get(value, REPLICATED)
         if value in self.masked and isinstance(spec, VocabMasked):
             return
@@ -275,11 +308,12 @@ class Propagation:
 
 
 def is_constant(value: onnx_ir.Value) -> bool:
+    """Return True for an initializer that is no graph input, and for the output of a Constant node."""
     return constant_tensor(value) is not None
 
 
 def is_weight_side(value: onnx_ir.Value | None) -> bool:
-    """True if the value depends on constants only: a weight, perhaps transposed, cast or dequantised."""
+    """Return True if the value is a weight, perhaps transposed, cast, dequantised or normalised."""
     if value is None:
         return False
     if is_constant(value):
@@ -296,6 +330,6 @@ _WEIGHT_PATH = frozenset(
 
 
 def describe(node: onnx_ir.Node) -> str:
-    """Operator, name and, where known, the module of the original model."""
+    """Return the operator and name of a node and, if known, the module of the original model that it comes from."""
     module = node.metadata_props.get(MODULE)
     return f"{node.op_type} {node.name!r}" + (f" in {module}" if module else "")

@@ -1,7 +1,8 @@
-"""Sharding of linears with dynamic activations: a rank quantises what it holds of a row, with a scale of its own.
+"""Define the sharding rules of linears with dynamic int8 activations.
 
-Between the row's codes and the product with its scale, what a row-parallel linear computes is local to the rank; only
-the sum of the fp32 products is the same on every rank. `quantize-activations` says what that does to the numbers.
+In a row-parallel linear every rank quantises the part of a row that it holds, with a scale of its own. So everything
+from the codes of the row to the product with its scale differs between ranks, and only the sum of the fp32 products is
+the same on all of them. The pass `quantize-activations` says what that means for the numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _HALVES = frozenset({onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16})
 
 
 def integer_matmul_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
-    """Column-parallel like any linear; row-parallel sums meet once they are numbers."""
+    """Return the spec of a MatMulInteger: that of a linear, whose partial sums are added up once they are fp32."""
     linear = linear_of_sums(node)
     if linear is not None:
         return linear_forward(state, node, linear.output, _reduced(linear))
@@ -27,9 +28,10 @@ def integer_matmul_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def reduces_local_rows(node: onnx_ir.Node) -> bool:
-    """True for the ReduceMax of a quantisation by rows, which takes the part of a row that the rank holds.
+    """Return True for the ReduceMax of a quantisation by rows, which may reduce just the part that a rank holds.
 
-    Raises Conflict if others than dynamic linears read what then differs between ranks.
+    Raises:
+        Conflict: If anything but linears with dynamic activations reads a value that then differs between ranks.
     """
     magnitudes = node.inputs[0].producer() if node.inputs[0] is not None else None
     data = magnitudes.inputs[0] if magnitudes is not None and magnitudes.op_type == "Abs" else None
@@ -48,12 +50,12 @@ def reduces_local_rows(node: onnx_ir.Node) -> bool:
 
 
 def scale_uses(state: Propagation) -> frozenset[Use]:
-    """The uses of sharded constants as scales of codes, whose padding is no zero."""
+    """Return the uses of sharded constants as scales of codes, which are not padded with zeros."""
     return frozenset(use for use in state.constant_uses if reads_scales(use.node, use.index))
 
 
 def _reduced(linear: Linear) -> onnx_ir.Value:
-    """What is summed over the ranks: the fp32 products, or their Cast to the 16 bits that everything else has."""
+    """Return the value that is summed over the ranks: the fp32 products, or the Cast to 16 bits that reads them."""
     users = linear.output.consumers()
     if len(users) == 1 and users[0].op_type == "Cast" and not linear.output.is_graph_output():
         cast = users[0].outputs[0]

@@ -1,4 +1,4 @@
-"""Lengths of one rank: how shape vectors that hold them are followed by element, and what they make of a target."""
+"""Follow lengths on one rank through shape vectors, element by element, to the target shapes that use them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from passopt.passes.sharding.axes import ndim_of
 from passopt.passes.sharding.placement import REPLICATED, LocalDims, Sharded, Spec
 from passopt.passes.sharding.propagate import Conflict, Propagation
 
+#: Operators that make shape vectors of shape vectors.
 SHAPE_ARITHMETIC = frozenset(
     {"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity", "Where"}
 )
-#: What may read a shape vector with local lengths: all of it is followed by element.
+#: Operators that may read a shape vector with lengths on one rank, since they are followed element by element.
 READS_LOCAL_DIMS = SHAPE_ARITHMETIC | {"Shape", "Expand"}
 _INTEGERS = frozenset({onnx_ir.DataType.INT64, onnx_ir.DataType.INT32})
 
 
 def local_dims(state: Propagation, node: onnx_ir.Node) -> Spec:
-    """Which elements of a computed shape vector are lengths of one rank."""
+    """Return the spec of a computed shape vector: which of its elements are lengths on one rank.
+
+    Raises:
+        Conflict: If such a length is computed with in a way that cannot be followed.
+    """
     found = elements(node.outputs[0])
     local = [index for index in range(len(node.inputs)) if isinstance(state.spec(node, index), LocalDims)]
     if found is None or (local and (None in found or ndim_of(node.outputs[0]) > 1)):
         raise Conflict("computes with the length of a sharded axis in a way that cannot be followed")
-    # A cast back from floats or truth values may have changed the number.
+    # A value that was cast to floats or booleans and back may hold another number.
     if any(value is not None and value.dtype not in _INTEGERS for value in (node.inputs[index] for index in local)):
         raise Conflict("computes with the length of a sharded axis, which is no longer an integer")
     positions = set()
@@ -36,7 +41,11 @@ def local_dims(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def sharded_by_target(state: Propagation, node: onnx_ir.Node) -> Sharded | None:
-    """How the output of an Expand is sharded by a target that has the length of one rank; None if it has none."""
+    """Return how an Expand's output is sharded by a target with a length on one rank; None if it has none.
+
+    Raises:
+        Conflict: If the target has several such lengths.
+    """
     target, found = state.spec(node, 1), elements(node.inputs[1])
     if not isinstance(target, LocalDims) or found is None:
         return None
@@ -51,7 +60,11 @@ def sharded_by_target(state: Propagation, node: onnx_ir.Node) -> Sharded | None:
 
 
 def piece_of_target(target: onnx_ir.Value | None, position: int) -> tuple[int, onnx_ir.Value] | None:
-    """Which operand of a target shape's Concat is element `position` and nothing else, and its value; None if none."""
+    """Find the input of a target shape's Concat that holds just the element at `position`.
+
+    Returns:
+        The number of the input and its value; None if the target is not made by a Concat, or has no such input.
+    """
     concat = target.producer() if target is not None else None
     if concat is None or concat.op_type != "Concat":
         return None

@@ -1,4 +1,7 @@
-"""Sharding rules of Reshape and Expand: where the axis lands, and a target that says the length of one rank."""
+"""Define the sharding rules of Reshape and Expand.
+
+They find where the sharded axis ends up, and let the target shape state its length on one rank.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from passopt.passes.sharding.placement import REPLICATED, LocalDims, Product, Sh
 from passopt.passes.sharding.propagate import Conflict, Propagation
 from passopt.passes.sharding.rank_lengths import local_dims, piece_of_target, sharded_by_target
 
-#: What picks from its first input, and what makes counts of counts.
+#: Operators that pick elements of their first input, and operators that compute counts from counts.
 _PICKS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast", "Gather", "Slice"})
 _GROWS = frozenset({"Concat", "Mul", "Add"})
 
 
 def reshape_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
+    """Return the spec of a Reshape's output; raise Conflict if the sharded axis is torn apart."""
     spec, target = state.spec(node, 0), state.spec(node, 1)
     if not isinstance(spec, Sharded):
         if isinstance(target, LocalDims):
@@ -35,6 +39,7 @@ def reshape_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def reshape_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    """Demand the input that a Reshape needs for an output sharded as `wanted`; raise Conflict if there is none."""
     source = _landing(state, products(node.outputs[0]), products(node.inputs[0]), wanted)
     if source is None:
         raise Conflict(f"{node.outputs[0].name} must be {wanted}, which its input cannot be")
@@ -45,7 +50,10 @@ def reshape_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) ->
 def _landing(
     state: Propagation, before: Sequence[Product | None], after: Sequence[Product | None], spec: Sharded
 ) -> Sharded | None:
-    """What `spec` becomes; None if its units fall apart. Units finer than the axis where they land become coarser."""
+    """Return what `spec` becomes in the shape `after`; None if its units fall apart.
+
+    Units that are finer than the axis on which they land become coarser.
+    """
     found = reshaped_axis(before, after, spec.axis, spec.segments, spec.units)
     if found is not None:
         return dataclasses.replace(spec, axis=found[0], segments=found[1])
@@ -60,7 +68,7 @@ def _landing(
 
 
 def _fit_target(state: Propagation, node: onnx_ir.Node, result: Sharded, target: Spec) -> None:
-    """The target shape must say the length of one rank at the sharded axis, and at no other."""
+    """Let the target shape state the length on one rank at the sharded axis; raise Conflict if it cannot be done."""
     found = elements(node.inputs[1])
     if found is None:
         raise Conflict("the target shape cannot be followed")
@@ -76,12 +84,12 @@ def _fit_target(state: Propagation, node: onnx_ir.Node, result: Sharded, target:
     piece = piece_of_target(node.inputs[1], result.axis)
     if item is not None or piece is None or not _is_length(piece[1]):
         raise Conflict(f"the length of axis {result.axis} is computed, and not from a sharded axis")
-    # Such as batch · heads: computed of whole lengths, it is the whole length of this axis.
+    # A length such as batch · heads, which is computed from whole lengths, is the whole length of this axis.
     state.shrink_target(node, result.axis, result)
 
 
 def _is_length(value: onnx_ir.Value | None) -> bool:
-    """True if nothing but products and sums of lengths and counts makes the value, so that it is never -1."""
+    """Return True if the value is computed only as products and sums of lengths and counts, so that it is never -1."""
     array = small_constant(value)
     if array is not None:
         return bool((array >= 0).all())
@@ -94,6 +102,7 @@ def _is_length(value: onnx_ir.Value | None) -> bool:
 
 
 def expand_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
+    """Return the spec of an Expand's output: sharded as its input, or else as its target shape is."""
     spec = state.spec(node, 0)
     if isinstance(spec, LocalDims):
         raise Conflict("repeats the length of a sharded axis")
@@ -110,11 +119,13 @@ def expand_forward(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def expand_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
+    """Demand the input that an Expand needs for an output sharded as `wanted`, and fit its target shape."""
     state.demand_broadcast(node, 0, wanted)
     _expand_target(state, node, wanted)
 
 
 def _expand_target(state: Propagation, node: onnx_ir.Node, result: Sharded) -> None:
+    """Let the target of an Expand state the length on one rank at the sharded axis, unless it keeps the input's."""
     found, position = elements(node.inputs[1]), result.axis
     if found is None:
         raise Conflict("the target shape cannot be followed")

@@ -1,6 +1,8 @@
-"""One sharding rule per operator: forward (outputs from inputs) and backward (what inputs a sharded output needs).
+"""Define the sharding rules of operators, and propagate specs through a model by them.
 
-An operator without a rule is fine while all its inputs are replicated; a sharded input is an error that names it.
+A forward rule gives the specs of the outputs from those of the inputs; a backward rule demands of the inputs what a
+sharded output needs. An operator without a rule is fine while all its inputs are replicated; if one is sharded, that is
+an error which names the operator.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import TypeAlias
 
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.decoder import INPUT_IDS
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.axes import (
@@ -46,12 +49,9 @@ from passopt.passes.sharding.subgraph_captures import check_captures
 
 Rule: TypeAlias = Callable[[Propagation, onnx_ir.Node], "Spec | list[Spec]"]
 
-#: Dtypes of embedding tables, whose rows survive a sum over ranks.
+#: The dtypes of tables, as codes or as numbers, that are sharded by rows as embeddings.
 _CODES = frozenset({onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8})
-_FLOATS = frozenset(
-    {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.DOUBLE}
-)
-#: Token ids stay what they are; models flatten leading axes before they look them up.
+#: Operators that do not change token ids; some models flatten their leading axes before the look-up.
 _SAME_IDS = frozenset({"Reshape", "Identity", "Cast"})
 _PASSES_MASKED_ROWS = frozenset({"Cast", "Unsqueeze", "Mul"})
 _REDUCTIONS = frozenset(
@@ -60,7 +60,17 @@ _REDUCTIONS = frozenset(
 
 
 def propagate(model: onnx_ir.Model) -> Propagation:
-    """How every value of the model lies on the ranks. Raises PassError naming a node without a consistent spec."""
+    """Infer how every value of the model lies on the ranks.
+
+    Args:
+        model: The model, with complete types; it is not changed.
+
+    Returns:
+        The finished propagation.
+
+    Raises:
+        PassError: If a node has no consistent spec, or the body of an If, Loop or Scan reads a sharded value.
+    """
     units: dict[Seed, int] = {}
     while True:
         state = Propagation(model, shard_forward, shard_backward, units).run()
@@ -71,7 +81,7 @@ def propagate(model: onnx_ir.Model) -> Propagation:
 
 
 def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
-    """The specs of a node's outputs. Raises Conflict or ValueError where it cannot be sharded so."""
+    """Return the specs of a node's outputs; raise Conflict or ValueError if it cannot work on inputs sharded so."""
     specs = [state.spec(node, index) for index in range(len(node.inputs))]
     if any(isinstance(spec, VocabMasked) for spec in specs):
         specs = _settle_masked_rows(state, node, specs)
@@ -93,7 +103,7 @@ def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
 
 
 def shard_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    """Demand of a node's inputs what its output, sharded as `wanted`, needs. Raises Conflict."""
+    """Demand of a node's inputs what its output needs to be sharded as `wanted`; raise Conflict if it cannot be."""
     rule = _BACKWARD.get(_key(node))
     if rule is None:
         raise Conflict(f"{node.outputs[0].name} must be {wanted}, and {node.op_type} has no rule to get there")
@@ -101,7 +111,7 @@ def shard_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> N
 
 
 def _never_equal(node: onnx_ir.Node) -> bool:
-    """True if lengths are compared with a negative number, as exporters look for the -1 of an Expand."""
+    """Return True if an Equal compares lengths with negative numbers, as exporters do to find the -1 of an Expand."""
     constants = [small_constant(value) for value in node.inputs]
     return any(array is not None and bool((array < 0).all()) for array in constants)
 
@@ -111,11 +121,14 @@ def _key(node: onnx_ir.Node) -> str:
 
 
 def _settle_masked_rows(state: Propagation, node: onnx_ir.Node, specs: Sequence[Spec]) -> list[Spec]:
-    """Masked rows go on through casts and products of masked rows; anywhere else they are completed first."""
+    """Return the specs of a node's inputs after masked rows were summed over ranks where the node needs them complete.
+
+    Only casts to floats, Unsqueeze, and products of rows that the same ids looked up can work on masked rows.
+    """
     computed = [
         spec for spec, value in zip(specs, node.inputs, strict=True) if value is not None and not is_constant(value)
     ]
-    keeps = node.op_type in _PASSES_MASKED_ROWS and (node.op_type != "Cast" or node.outputs[0].dtype in _FLOATS)
+    keeps = node.op_type in _PASSES_MASKED_ROWS and (node.op_type != "Cast" or node.outputs[0].dtype in FLOATS)
     if keeps and all(spec == computed[0] for spec in computed):
         return list(specs)
     settled = list(specs)
@@ -127,6 +140,7 @@ def _settle_masked_rows(state: Propagation, node: onnx_ir.Node, specs: Sequence[
 
 
 def _elementwise(state: Propagation, node: onnx_ir.Node) -> Spec:
+    """Return the spec on which all inputs agree, and demand it of those that are not sharded yet."""
     specs = []
     for index, value in enumerate(node.inputs):
         spec = state.spec(node, index)
@@ -145,14 +159,14 @@ def _elementwise(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def _demand_of_all(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    """Inputs that have the sharded axis (and do not broadcast along it) must be sharded alike."""
+    """Demand that all inputs are sharded alike that have the sharded axis and do not broadcast along it."""
     count = 1 if node.op_type == "CastLike" else len(node.inputs)
     for index in range(count):
         state.demand_broadcast(node, index, wanted)
 
 
 def _moving(state: Propagation, node: onnx_ir.Node) -> Spec:
-    """Transpose, Unsqueeze, Squeeze, Softmax and the like: the axis moves with its elements in place."""
+    """Return the spec after an operator that moves the sharded axis as a whole, such as Transpose or Unsqueeze."""
     spec = state.one_sharded([state.spec(node, 0)])
     if spec is None:
         return REPLICATED
@@ -166,7 +180,7 @@ def _moving(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def _slice(state: Propagation, node: onnx_ir.Node) -> Spec:
-    """Of the sharded axis, whole segments: every rank takes its share of them."""
+    """Return the spec of a Slice, which may take whole segments of the sharded axis: every rank takes its share."""
     spec = state.spec(node, 0)
     if not isinstance(spec, Sharded) or not selects_along(node, 0, spec.axis) or spec.segments == ONE:
         return _moving(state, node)
@@ -216,7 +230,10 @@ def _gather(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def _table(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> Spec:
-    """A look-up in a constant: token embeddings are split by rows, anything else (rotary tables) is replicated."""
+    """Return the spec of a look-up in a constant table.
+
+    The table of a token embedding is sharded by rows; any other table, such as one of rotary angles, is replicated.
+    """
     if node not in state.tables and not _is_embedding(state, node, table):
         return _moving(state, node)
     rows = products(table)[0]
@@ -227,21 +244,21 @@ def _table(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> Spec
     spec = VocabMasked(rows.number, ids.name or "")
     state.tables[node] = spec
     if ndim_of(table) == 1 or table.dtype in _CODES:
-        return spec  # codes and scales meet in a product before anything else needs their rows
+        return spec  # Codes and scales are multiplied before anything else needs their rows.
     state.masked[node.outputs[0]] = spec
     return REPLICATED
 
 
 def _is_embedding(state: Propagation, node: onnx_ir.Node, table: onnx_ir.Value) -> bool:
-    """Rows looked up by the token ids, which come from a graph input as they are, or reshaped.
+    """Return True if rows of the table are looked up by token ids, which are a graph input, perhaps reshaped or cast.
 
-    Only a decoder promises what its ids are called; elsewhere any input may hold them.
+    Only in a decoder is the name of that input known; in any other model every input may hold token ids.
     """
     ids = node.inputs[1]
     while ids is not None and (source := ids.producer()) is not None and source.op_type in _SAME_IDS:
         ids = source.inputs[0]
     by_rows = attribute_axis(node, 0, ndim_of(table)) == 0
-    if not by_rows or ids is None or not ids.is_graph_input() or table.dtype not in _CODES | _FLOATS:
+    if not by_rows or ids is None or not ids.is_graph_input() or table.dtype not in _CODES | FLOATS:
         return False
     if ids.name == INPUT_IDS:
         return ndim_of(table) in {1, 2}
@@ -306,7 +323,7 @@ def _dequantize(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    """A shard along the channels splits the scales as well; one along a row leaves them whole."""
+    """Demand codes that are sharded as the output, and scales and zero points too if it is sharded by channels."""
     block = node.attributes.get("block_size")
     if block is not None and block.as_int():
         raise Conflict(
@@ -320,7 +337,8 @@ def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded
             state.demand(node, index, wanted.at(0))
 
 
-#: Of replicated inputs these may make sharded outputs: by a weight's shard, or by what repeats to one rank's length.
+#: Operators that may make sharded outputs of replicated inputs: by the shard of a weight, or by repeating to the length
+#: on one rank.
 _SEEDING = frozenset({"MatMul", "MatMulInteger", "Gemm", "Gather", "Expand"})
 _FORWARD: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),

@@ -1,4 +1,4 @@
-"""shard: tensor parallelism as one SPMD graph."""
+"""Define the pass `shard`, which makes a model tensor-parallel, as one SPMD graph for all ranks."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ from passopt.passes.sharding.spmd_graph import Materializer
 
 @dataclasses.dataclass(frozen=True)
 class Shard(Pass):
-    """Rewrite the graph once into what every rank runs: weights become shards, partial sums meet in collectives.
+    """Rewrite the graph once into what every rank runs: weights become shards, and collectives add up partial sums.
 
     Before: ``y = MatMul(Relu(MatMul(x, w1)), w2)``
     After:  ``y = AllReduce(MatMul(Relu(MatMul(x, shard(w1, axis=1))), shard(w2, axis=0)))``
-    A linear of a replicated input is column-parallel; everything else is inferred. The KV cache holds the rank's heads;
-    only logits are gathered. `pad=true` fills heads, channels and vocabulary with zeros to a multiple of the degree.
+    A linear whose input is replicated is column-parallel; everything else is inferred from that. On each rank the KV
+    cache holds the heads of that rank, and is not gathered as other outputs, such as the logits, are. `pad=true` fills
+    up heads, channels and vocabulary with zeros to a multiple of the degree.
     """
 
     name = "shard"
     after = ("fold-norm-head", "inject-norm-head-bias", "split-packed-qkv", "dematerialize-alibi")
     accuracy = REASSOCIATED
-    changes_interface = True  # the cache holds the heads of one rank
+    changes_interface = True  # The cache inputs and outputs hold the heads of one rank only.
 
     degree: int = 2
     pad: bool = False
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Shard the model in place; raise PassError if it cannot be sharded, or not with this degree."""
         present = degree_of(model)
         if present == self.degree:
             return PassResult()
@@ -71,7 +73,7 @@ class Shard(Pass):
         )
 
     def explain(self, model: onnx_ir.Model) -> Iterable[Refusal]:
-        """The matrices that every rank holds whole: no operator that reads them is split."""
+        """Yield the matrices that every rank holds whole, since no operator that reads them is split."""
         if degree_of(model) != 1:
             return
         copy = model.clone()
@@ -79,7 +81,7 @@ class Shard(Pass):
         try:
             plan = plan_of(propagate(copy))
         except PassError:
-            return  # the run says what is in the way
+            return  # `run` raises the same error, which says what is in the way.
         for name in plan.replicated:
             value = copy.graph.initializers[name]
             if is_checkpoint_weight(value) and value.shape is not None and len(value.shape) > 1:

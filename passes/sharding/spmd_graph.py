@@ -1,4 +1,8 @@
-"""Turn a propagation into the SPMD graph of one rank: shards for weights, local lengths, collectives, vocab masks."""
+"""Change a graph into the SPMD graph of one rank, as a propagation says.
+
+Weights become shards, target shapes and numbers of heads those of one rank; collectives and masks for rows of a sharded
+vocabulary are inserted.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +26,13 @@ from passopt.passes.sharding.propagate import Propagation, Use, describe
 from passopt.passes.sharding.quantized_activations import scale_uses
 from passopt.passes.sharding.rank_lengths import piece_of_target
 
+#: The dtypes that onnxruntime's AllReduce takes.
 _REDUCIBLE = {onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.DOUBLE}
 
 
 @dataclasses.dataclass(frozen=True)
 class Materialized:
-    """What was done: weights by name, and the number of each collective."""
+    """A report of what was done: the names of the sharded tensors, and the numbers of collectives in the graph."""
 
     sharded: tuple[str, ...]
     all_reduces: int
@@ -35,15 +40,18 @@ class Materialized:
 
 
 class Materializer:
+    """Change the graph of `editor` into the graph that each of `degree` ranks runs, as the propagation `state` says."""
+
     def __init__(self, state: Propagation, degree: int, editor: Editor) -> None:
         self.state = state
         self.degree = degree
         self.editor = editor
         self._kv_heads = _kv_heads(state)
-        self._scale_uses = scale_uses(state)  # while the graph still has the shapes of the whole
+        self._scale_uses = scale_uses(state)  # It is read off the graph while that still has the shapes of the whole.
         self._owned: dict[VocabMasked, tuple[onnx_ir.Value, onnx_ir.Value]] = {}
 
     def run(self) -> Materialized:
+        """Change the graph and say what was done; raise PassError if a target shape or output cannot be changed."""
         outputs = [(value, self.state.specs.get(value)) for value in self.editor.graph.outputs]
         for use, (position, spec) in self.state.targets.items():
             self._shrink(use, position, spec)
@@ -68,7 +76,10 @@ class Materializer:
     # Weights and constants.
 
     def _shard_constants(self) -> list[str]:
-        """One new initializer per constant and spec; it keeps the name if no replicated use is left."""
+        """Make one sharded initializer per constant and spec, and return the names of all of them.
+
+        An initializer takes over the name of the constant if nothing reads the whole constant any more.
+        """
         groups: dict[tuple[onnx_ir.Value, Sharded], list[Use]] = collections.defaultdict(list)
         for use, spec in self.state.constant_uses.items():
             value = use.node.inputs[use.index]
@@ -95,6 +106,7 @@ class Materializer:
         return names
 
     def _sharded(self, value: onnx_ir.Value, spec: Sharded, uses: list[Use]) -> Expression:
+        """Return the expression of a rank's shard of a constant, padded if the degree does not divide its units."""
         expression = expression_of(value)
         assert expression is not None
         padded = padded_units(spec.units, self.degree)
@@ -107,6 +119,7 @@ class Materializer:
     # Shapes.
 
     def _localize_shapes(self) -> None:
+        """Set the shapes of sharded values to those on one rank."""
         for value, spec in self.state.specs.items():
             if not isinstance(spec, Sharded) or value.shape is None:
                 continue
@@ -115,14 +128,17 @@ class Materializer:
             value.shape = onnx_ir.Shape(dims)
 
     def _local_dimension(self, value: onnx_ir.Value, spec: Sharded) -> int | str | None:
-        """Also of a merged axis such as `6*batch`, if the units are in the number."""
+        """Return the length of the sharded axis on one rank; None if it is unknown.
+
+        A merged axis such as `6*batch` has such a length if its number, here 6, can be divided by the units.
+        """
         whole = Product.of([(dimensions(value) or [])[spec.axis]])
         if whole is None or whole.number % spec.units:
             return None
         return dataclasses.replace(whole, number=local_length(whole.number, spec, self.degree)).dimension
 
     def _shrink(self, use: Use, position: int, spec: Sharded) -> None:
-        """Rebuild a target shape (or Split sizes: position -1, all elements) with the length of one rank."""
+        """Rebuild a target shape with the length on one rank at `position`; -1 means all elements of Split sizes."""
         node, target = use.node, use.node.inputs[use.index]
         assert target is not None
         builder = self.editor.builder(target.name or "shape")
@@ -145,6 +161,7 @@ class Materializer:
     def _shrunk_target(
         self, builder: Builder, node: onnx_ir.Node, target: onnx_ir.Value, position: int, spec: Sharded
     ) -> Any:
+        """Return a computed target shape, of whose Concat only the input for `position` is replaced."""
         concat, found = target.producer(), piece_of_target(target, position)
         if concat is None or found is None:
             return self._rebuilt_target(builder, node, target, position, spec)
@@ -160,7 +177,11 @@ class Materializer:
     def _rebuilt_target(
         self, builder: Builder, node: onnx_ir.Node, target: onnx_ir.Value, position: int, spec: Sharded
     ) -> Any:
-        """However it is computed, if all its elements are known."""
+        """Return a target shape that is put together anew from its elements, however it was computed.
+
+        Raises:
+            PassError: If an element is neither a constant nor the length of an axis.
+        """
         pieces: list[Any] = []
         for index, item in enumerate(elements(target) or [None]):
             if item is None:
@@ -178,6 +199,7 @@ class Materializer:
     # Collectives.
 
     def _all_reduce(self, value: onnx_ir.Value, masked: VocabMasked | None) -> None:
+        """Insert an AllReduce behind a partial sum, or behind looked-up rows after masking those of other ranks."""
         builder = self.editor.builder(value.name or "value")
         current: Any = value
         bias = self._detached_bias(value.producer())
@@ -195,7 +217,10 @@ class Materializer:
         self.editor.follow(value, current, builder.built, "partial")
 
     def _detached_bias(self, node: onnx_ir.Node | None) -> tuple[onnx_ir.Value, float] | None:
-        """The bias of a row-parallel Gemm and its factor: added by every rank, it would count `degree` times."""
+        """Remove the bias from a row-parallel Gemm and return it with its factor, to be added after the AllReduce.
+
+        If every rank added it, it would count `degree` times. Returns None if the node has no such bias.
+        """
         bias = node.inputs[2] if node is not None and node.op_type == "Gemm" and len(node.inputs) > 2 else None
         if node is None or bias is None:
             return None
@@ -205,7 +230,7 @@ class Materializer:
         return bias, beta.as_float() if beta is not None else 1.0
 
     def _masked_rows(self, builder: Builder, value: onnx_ir.Value, masked: VocabMasked) -> Any:
-        """Zero where another rank owns the token; the sum over ranks then has each row once."""
+        """Set the rows of tokens that another rank owns to zero, so that the sum over ranks has each row once."""
         owned, _ = self._owned[masked]
         for _ in range(ndim_of(value) - ndim_of(owned)):
             owned = builder.Unsqueeze(owned, [-1])
@@ -213,7 +238,7 @@ class Materializer:
         return builder.Where(owned, value, builder.literal(np.zeros((), value.dtype.numpy())))
 
     def _mask_indices(self, node: onnx_ir.Node, masked: VocabMasked) -> None:
-        """Look up row 0 for tokens of other ranks."""
+        """Let a look-up read row 0 for tokens that another rank owns."""
         ids = node.inputs[1]
         assert ids is not None
         if masked not in self._owned:
@@ -221,10 +246,10 @@ class Materializer:
         node.replace_input_with(1, self._owned[masked][1])
 
     def _owned_tokens(self, node: onnx_ir.Node, ids: onnx_ir.Value, units: int) -> tuple[onnx_ir.Value, onnx_ir.Value]:
-        """(mask, local index) of the token ids for this rank's rows."""
+        """Build the mask of the token ids whose rows this rank owns, and their indices among these rows."""
         rows = padded_units(units, self.degree) // self.degree
         builder = self.editor.builder(f"{ids.name}.local")
-        # Ids may be int32, and operators want both sides alike.
+        # Token ids may be int32, and the operators need both inputs in the same dtype.
         kind = (ids.dtype or onnx_ir.DataType.INT64).numpy()
         zero, end = builder.literal(np.zeros((), kind)), builder.literal(np.array(rows, kind))
         starts = Literal.of((np.arange(self.degree) * rows).astype(kind)).shard(0, self.degree)
@@ -235,7 +260,8 @@ class Materializer:
         return owned, index
 
     def _all_gather(self, value: onnx_ir.Value, spec: Sharded) -> None:
-        length = spec.units  # of one segment; a gathered output has one
+        """Insert an AllGather behind a graph output, and cut off its padding."""
+        length = spec.units  # A gathered output has one segment, so these are all its units.
         if spec.fixed_segments != 1:
             raise PassError(f"graph output {value.name!r} is {spec}; only one segment can be gathered")
         builder = self.editor.builder(value.name or "value")
@@ -249,7 +275,7 @@ class Materializer:
         self.editor.follow(value, gathered, builder.built, "shard", outputs_only=True)
 
     def _record(self) -> None:
-        """Number the collectives in the order of the graph, and note what the ranks must know."""
+        """Give the collectives numbers in the order of the graph, and write what ranks must know into the metadata."""
         index = 0
         for node in self.editor.graph:
             if node.domain == MICROSOFT and node.op_type in {"AllReduce", "AllGather"}:
@@ -263,7 +289,10 @@ class Materializer:
 
 
 def _kv_heads(state: Propagation) -> int | None:
-    """The true number of heads of the cache: of its inputs, or of the outputs of a graph without a past."""
+    """Return the number of heads of the whole cache, without padding; None if the graph has no cache.
+
+    It is read off the cache inputs, or off the cache outputs of a graph without a past.
+    """
     if state.decoder is not None:
         return state.decoder.kv_heads
     outputs = [value for value in state.model.graph.outputs if state.is_cache_output(value)]

@@ -1,4 +1,4 @@
-"""What the bodies of If, Loop and Scan read of the graph around them."""
+"""Check what the bodies of If, Loop and Scan read from the graph around them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from passopt.passes.sharding.propagate import Propagation, describe
 
 
 def check_captures(state: Propagation) -> None:
-    """Rules do not look into subgraphs, so a body may only read what every rank has whole. Raises PassError."""
+    """Raise PassError if the body of a node reads a value that not every rank holds whole.
+
+    The sharding rules do not look into bodies, so these may only read replicated values.
+    """
     sharded = {use.node.inputs[use.index] for use in state.constant_uses}
     for node in state.model.graph:
         for value in _captured(node):
@@ -23,7 +26,7 @@ def check_captures(state: Propagation) -> None:
 
 
 def _captured(node: onnx_ir.Node) -> list[onnx_ir.Value]:
-    """The values of outer graphs that the bodies of a node read, inputs of nested bodies included."""
+    """List the values of outer graphs that the bodies of a node read, those of nested bodies included."""
     bodies: list[onnx_ir.Graph] = []
     for attribute in node.attributes.values():
         if attribute.type == onnx_ir.AttributeType.GRAPH:

@@ -1,10 +1,11 @@
-"""Find the tokenizer and configuration files that go along with a model."""
+"""Find the tokenizer and configuration files that belong to a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-#: Copied from the model's source, where they exist: all that a tokenizer and a runner need besides the model.
+#: Files that are copied from the model's source folder if they exist there. They are all that a tokenizer and a
+#: runner need besides the model.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -17,7 +18,7 @@ COMPANIONS = (
 
 
 def companions_in(folder: Path | None) -> list[Path]:
-    """The tokenizer and configuration files that lie in `folder`."""
+    """Return the paths of the tokenizer and configuration files in `folder`; none if `folder` is None."""
     if folder is None:
         return []
     return [folder / name for name in COMPANIONS if (folder / name).is_file()]

@@ -1,6 +1,7 @@
-"""manifest.json: what an output folder holds, of what it was made, and the schedule of collectives all ranks follow.
+"""Define and read manifest.json, which describes an output folder.
 
-Digests have a fixed length, so the file's size is known before a weight is read.
+It says what the folder holds, what it was made of, and in which order all ranks call collectives. Digests have a fixed
+length, so the size of the file is known before any weight is read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from passopt.ir.graph.decoder import degree_of
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 MANIFEST_NAME = "manifest.json"
-#: Stands for a digest wherever only its length matters.
+#: A placeholder that is as long as a digest, for computing the size of a manifest in advance.
 NO_DIGEST = "0" * 64
 
 _VERSION = 1
@@ -27,7 +28,14 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class RankFiles:
-    """The folder of one rank (`.` without tensor parallelism): blake3 of model.onnx, each tensor and all of them."""
+    """The folder of one rank and the blake3 digests (in hexadecimal) of what it holds.
+
+    Attributes:
+        directory: The folder, relative to the output folder; `.` without tensor parallelism.
+        model: The digest of model.onnx.
+        root: The digest of all tensors together (see `root_digest`).
+        tensors: The digest of each tensor, by name.
+    """
 
     directory: str
     model: str
@@ -37,9 +45,18 @@ class RankFiles:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """`ranks` is empty for outputs that only refer to their weights; `root` then is None.
+    """The content of manifest.json.
 
-    `replicated` and `sharded` name the weights of a tensor-parallel output; both are empty at degree 1.
+    Attributes:
+        version: The version of passopt that wrote the output.
+        pipeline: The passes that were run.
+        degree: The number of ranks; 1 without tensor parallelism.
+        source: What the model was made of, as plain JSON.
+        collectives: The collectives in the order in which every rank calls them.
+        replicated: The names of the weights that are the same on every rank; empty at degree 1.
+        sharded: The names of the weights of which every rank holds a shard; empty at degree 1.
+        ranks: The files of each rank; empty for an output that only refers to its weights.
+        root: The digest over all ranks; None for an output that only refers to its weights.
     """
 
     version: str
@@ -53,11 +70,12 @@ class Manifest:
     root: str | None = None
 
     def text(self) -> str:
+        """Return the manifest as the text of manifest.json."""
         return json.dumps({"manifest": _VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest in `directory`. Raises ModelError if it is missing, damaged or of another version."""
+    """Return the manifest in `directory`; raise ModelError if it is missing, damaged or of another version."""
     path = directory / MANIFEST_NAME
     if not path.exists():
         raise ModelError(f"{directory}: has no {MANIFEST_NAME}; name an output folder of passopt")
@@ -65,7 +83,9 @@ def read_manifest(directory: Path) -> Manifest:
         body = json.loads(path.read_text(encoding="utf-8"))
         version = body.pop("manifest")
         if version != _VERSION:
-            raise ModelError(f"{path}: manifest version {version}, this passopt reads {_VERSION}")
+            raise ModelError(
+                f"{path}: manifest version {version}, this passopt reads {_VERSION}. Write the output again."
+            )
         manifest = _decoded(body)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
@@ -97,12 +117,16 @@ def _check_folders(path: Path, manifest: Manifest) -> None:
 
 
 def rank_folders(degree: int) -> list[str]:
-    """Where each rank's model lies in an output folder."""
+    """Return the folder of each rank, relative to the output folder: `.` at degree 1, else `rank0`, `rank1` etc."""
     return ["."] if degree == 1 else [f"rank{rank}" for rank in range(degree)]
 
 
 def refuse_single_rank(model: onnx_ir.Model) -> None:
-    """Raise ModelError for the files of one rank: without the other ranks' weights they are no whole model."""
+    """Raise ModelError if `model` was loaded from the files of one rank of several.
+
+    Such files do not hold the other ranks' weights, so they are not a whole model. An SPMD graph, whose weights are
+    still expressions for all ranks, is accepted.
+    """
     degree = degree_of(model)
     lazy = [
         value.const_value for value in model.graph.initializers.values() if isinstance(value.const_value, LazyWeight)

@@ -1,16 +1,16 @@
-"""Output folders of ONNX files: one model, or one per rank of an SPMD graph, with a manifest beside.
+"""Write output folders of ONNX files: one model, or one per rank of an SPMD graph, with a manifest beside.
 
-`plan_output` tells every file's size to the byte without reading a weight; `write_output` writes exactly that,
-streamed, or nothing.
+An `Output` is planned once, from a model and its `Origin`: it knows the size of every file to the byte without reading
+a weight. Then it is written, exactly so and streamed, or not at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import blake3
 import onnx_ir
@@ -38,13 +38,21 @@ from passopt.targets.folders.manifest import (
 )
 
 
-class OutputFacts(TypedDict):
-    """What an output says of itself: the arguments that planning and writing share."""
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Say where an output or a compiled folder comes from.
+
+    Attributes:
+        version: The version of passopt that makes it.
+        pipeline: The passes that made the model, as `--passes` takes them; empty for none.
+        source: What the model was read from, as plain JSON.
+        companions: The folder whose tokenizer and configuration files go along; None for none.
+    """
 
     version: str
     pipeline: str
     source: Mapping[str, object]
-    companions: Path | None
+    companions: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +72,23 @@ class WeightBytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputPlan:
-    """Bytes of every file, by path inside the output folder, and of the weights in them."""
+class OutputSizes:
+    """The bytes of every file, by path inside the output folder, and of the weights in them."""
 
     files: Mapping[str, int]
     weights: WeightBytes
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of all files."""
         return sum(self.files.values())
 
     def to_json(self) -> dict[str, object]:
+        """Return the sizes as plain JSON."""
         return {"files": dict(self.files), "bytes": self.nbytes, "weights": dataclasses.asdict(self.weights)}
 
     def to_text(self) -> str:
-        """One line per file, the total, and what the weights are."""
+        """Return one line per file, the total, and what the weights are."""
         rows = [*self.files.items(), ("total", self.nbytes)]
         width = max(len(f"{nbytes:,}") for _, nbytes in rows)
         parts = [f"{nbytes:,} {name}" for name, nbytes in dataclasses.asdict(self.weights).items() if nbytes]
@@ -90,110 +100,112 @@ class OutputPlan:
 class OutputReport:
     """What was written, and how: time, memory, and the finite values that fp16 made infinite."""
 
-    plan: OutputPlan
+    sizes: OutputSizes
     manifest: Manifest
     stream: StreamReport
 
 
-def plan_output(
-    model: onnx_ir.Model,
-    *,
-    version: str,
-    pipeline: str,
-    source: Mapping[str, object],
-    companions: Path | None = None,
-) -> OutputPlan:
-    """What `write_output` with the same arguments would write. Reads no weight."""
-    draft = _Draft(model, version, pipeline, source)
-    files = {path.name: path.stat().st_size for path in companions_in(companions)}
-    files[MANIFEST_NAME] = len(draft.manifest(draft.no_digests()).text())
-    for folder, graph in zip(draft.folders, draft.graphs, strict=True):
-        files[_inside(folder, MODEL_NAME)] = len(graph)
-        files[_inside(folder, WEIGHTS_NAME)] = plan_layout(draft.weights).nbytes
-    return OutputPlan(files, _weight_bytes(model, draft.weights))
+class Output:
+    """An output folder of a model: planned once, then written.
 
+    The ranks' graphs differ in small constants only. Each is serialised once, when its bytes are first needed; the
+    model must not change from then on.
 
-def write_output(
-    model: onnx_ir.Model,
-    directory: Path,
-    *,
-    version: str,
-    pipeline: str,
-    source: Mapping[str, object],
-    companions: Path | None = None,
-    progress: Callable[[int], None] | None = None,
-    stream: StreamOptions = DEFAULT_STREAM,
-) -> OutputReport:
-    """Write the whole output or nothing: `directory` must not exist, and the disk must hold the planned bytes.
+    Args:
+        model: A model, or the SPMD model of all ranks.
+        origin: What the manifest says of where it comes from.
 
-    `version` is that of passopt; `source` says what the model was made of (plain JSON); tokenizer and configuration are
-    copied from the folder `companions`; `progress` gets the weight bytes written since its last call. All ranks are
-    written in one pass over the source, within the memory of `stream`; what an interruption leaves is taken up again.
-    Raises UsageError, ModelError.
+    Raises:
+        ModelError: The model holds the weights of one rank of several.
+        VerifyError: A weight is a shard of an unknown degree, or the collectives are out of order.
     """
-    plan = plan_output(model, version=version, pipeline=pipeline, source=source, companions=companions)
-    draft = _Draft(model, version, pipeline, source)
-    with resumable_directory(directory, plan.nbytes) as staged:
-        keep_only(staged, {*plan.files, JOURNAL_NAME})
-        for path in companions_in(companions):
-            shutil.copyfile(path, staged / path.name)
-        for folder, graph in zip(draft.folders, draft.graphs, strict=True):
-            (staged / folder).mkdir(exist_ok=True)
-            (staged / folder / MODEL_NAME).write_bytes(graph)
-        files = [
-            WeightFile(staged / folder / WEIGHTS_NAME, draft.weights, rank) for rank, folder in enumerate(draft.folders)
-        ]
-        report = write_weight_files(files, stream, progress=progress, journal=staged / JOURNAL_NAME)
-        manifest = draft.manifest(report.digests)
-        (staged / MANIFEST_NAME).write_text(manifest.text(), encoding="utf-8")
-    return OutputReport(plan, manifest, report)
 
-
-def write_reference_output(
-    model: onnx_ir.Model,
-    directory: Path,
-    *,
-    version: str,
-    pipeline: str,
-    source: Mapping[str, object],
-    companions: Path | None = None,
-) -> Manifest:
-    """Write model.onnx, weights.plan.json and a manifest without digests; no weight is copied, shards stay shards."""
-    manifest = _Draft(model, version, pipeline, source).manifest([])
-    with staged_directory(directory) as staged:
-        for path in companions_in(companions):
-            shutil.copyfile(path, staged / path.name)
-        save_reference(model, staged)
-        (staged / MANIFEST_NAME).write_text(manifest.text(), encoding="utf-8")
-    return manifest
-
-
-class _Draft:
-    """What is known of an output before its weights are read. The ranks' graphs differ in small constants only."""
-
-    def __init__(self, model: onnx_ir.Model, version: str, pipeline: str, source: Mapping[str, object]) -> None:
+    def __init__(self, model: onnx_ir.Model, origin: Origin) -> None:
         refuse_single_rank(model)
-        self.weights = file_weights(model)
+        self._model = model
+        self._origin = origin
+        self._weights = file_weights(model)
         self.degree = degree_of(model)
-        self.graphs = [model_bytes(model, self.weights, rank) for rank in range(self.degree)]
-        self.folders = rank_folders(self.degree)
-        sharded = tuple(name for name, weight in self.weights.items() if weight.depends_on_rank)
+        self._folders = rank_folders(self.degree)
+        sharded = tuple(name for name, weight in self._weights.items() if weight.depends_on_rank)
         if sharded and self.degree == 1:
             raise VerifyError(f"weight {sharded[0]!r} is a shard, but the model does not say of which degree")
-        replicated = tuple(name for name in self.weights if name not in set(sharded)) if self.degree > 1 else ()
+        replicated = tuple(name for name in self._weights if name not in set(sharded)) if self.degree > 1 else ()
         collectives = schedule_of(model)
-        self._outline = Manifest(version, pipeline, self.degree, source, collectives, replicated, sharded)
+        self._outline = Manifest(
+            origin.version, origin.pipeline, self.degree, origin.source, collectives, replicated, sharded
+        )
 
-    def no_digests(self) -> list[dict[str, str]]:
-        return [dict.fromkeys(plan_layout(self.weights).offsets, NO_DIGEST) for _ in self.folders]
+    @functools.cached_property
+    def sizes(self) -> OutputSizes:
+        """Return the size of every file that `write` would write. Reads no weight."""
+        files = {path.name: path.stat().st_size for path in companions_in(self._origin.companions)}
+        layout = plan_layout(self._weights)
+        no_digests = dict.fromkeys(layout.offsets, NO_DIGEST)
+        files[MANIFEST_NAME] = len(self._manifest([no_digests for _ in self._folders]).text())
+        for folder, graph in zip(self._folders, self._graphs, strict=True):
+            files[_inside(folder, MODEL_NAME)] = len(graph)
+            files[_inside(folder, WEIGHTS_NAME)] = layout.nbytes
+        return OutputSizes(files, _weight_bytes(self._model, self._weights))
 
-    def manifest(self, digests: Sequence[Mapping[str, str]]) -> Manifest:
-        """With the digests of each rank's tensors; with none, the manifest of an output that only refers to weights."""
-        if not digests:
-            return self._outline
+    def write(
+        self,
+        directory: Path,
+        *,
+        progress: Callable[[int], None] | None = None,
+        stream: StreamOptions = DEFAULT_STREAM,
+    ) -> OutputReport:
+        """Write the whole output or nothing, all ranks in one pass over the source.
+
+        What an interruption leaves is taken up by the next call with the same arguments.
+
+        Args:
+            directory: The new folder. Its disk must hold the planned bytes.
+            progress: Gets the bytes of weights written since its last call.
+            stream: Bounds of memory and the number of threads.
+
+        Raises:
+            UsageError: The folder exists, or the disk is too small.
+            ModelError: A weight cannot be read, or its file changed.
+        """
+        with resumable_directory(directory, self.sizes.nbytes) as staged:
+            keep_only(staged, {*self.sizes.files, JOURNAL_NAME})
+            for path in companions_in(self._origin.companions):
+                shutil.copyfile(path, staged / path.name)
+            for folder, graph in zip(self._folders, self._graphs, strict=True):
+                (staged / folder).mkdir(exist_ok=True)
+                (staged / folder / MODEL_NAME).write_bytes(graph)
+            files = [
+                WeightFile(staged / folder / WEIGHTS_NAME, self._weights, rank)
+                for rank, folder in enumerate(self._folders)
+            ]
+            report = write_weight_files(files, stream, progress=progress, journal=staged / JOURNAL_NAME)
+            manifest = self._manifest(report.digests)
+            (staged / MANIFEST_NAME).write_text(manifest.text(), encoding="utf-8")
+        return OutputReport(self.sizes, manifest, report)
+
+    def write_reference(self, directory: Path) -> Manifest:
+        """Write model.onnx, weights.plan.json and a manifest without digests: no weight is copied, shards stay shards.
+
+        Raises UsageError if `directory` exists.
+        """
+        with staged_directory(directory) as staged:
+            for path in companions_in(self._origin.companions):
+                shutil.copyfile(path, staged / path.name)
+            save_reference(self._model, staged)
+            (staged / MANIFEST_NAME).write_text(self._outline.text(), encoding="utf-8")
+        return self._outline
+
+    @functools.cached_property
+    def _graphs(self) -> list[bytes]:
+        """The bytes of each rank's model.onnx."""
+        return [model_bytes(self._model, self._weights, rank) for rank in range(self.degree)]
+
+    def _manifest(self, digests: Sequence[Mapping[str, str]]) -> Manifest:
+        """Return the manifest with the digests of each rank's tensors."""
         ranks = tuple(
             RankFiles(folder, blake3.blake3(graph).hexdigest(), root_digest(tensors), tensors)
-            for folder, graph, tensors in zip(self.folders, self.graphs, digests, strict=True)
+            for folder, graph, tensors in zip(self._folders, self._graphs, digests, strict=True)
         )
         root = root_digest({f"{rank.directory}/{name}": d for rank in ranks for name, d in rank.tensors.items()})
         return dataclasses.replace(self._outline, ranks=ranks, root=root)
@@ -214,7 +226,7 @@ def _weight_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression]) ->
 
 
 def _unpadded(weight: ex.Expression) -> ex.Expression:
-    """The full tensor that the ranks share: sharding pads first, then cuts."""
+    """Return the full tensor that the ranks share: sharding pads first, then cuts."""
     while isinstance(weight, ex.Shard | ex.Pad):
         weight = weight.operand
     return weight

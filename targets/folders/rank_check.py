@@ -1,4 +1,4 @@
-"""Whether folders of ranks are those that one run wrote, by the digests in its manifest."""
+"""Check by digests that the folders of all ranks were written by the same run as their manifest."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from passopt.ir.weights.evaluator import weight_digest
 from passopt.ir.weights.lazy_weight import expression_of
 from passopt.targets.folders.manifest import MANIFEST_NAME, Manifest
 
-#: Bytes. Weights of norms and scales tell two checkpoints apart; larger tensors would have to be read twice.
+#: In bytes. Larger weights are not compared here, since they would have to be read a second time later; the small
+#: weights of norms and the scales are enough to tell two checkpoints apart.
 _LARGEST = 1 << 18
 
 
 def check_rank_folders(path: Path, manifest: Manifest, models: Sequence[onnx_ir.Model]) -> None:
-    """Raises ModelError unless every rank's graph, and its weights of at most 256 KiB, are those of `manifest`.
+    """Raise ModelError unless every rank's graph, and its weights of at most 256 KiB, match `manifest`.
 
-    `models` are the loaded graphs of `manifest.ranks`. Graphs of two checkpoints may be equal byte for byte, so
-    weights are looked at too.
+    Graphs of two checkpoints may be equal byte for byte, so the weights are compared too.
+
+    Args:
+        path: The output folder that holds the folders of the ranks.
+        manifest: The manifest of that output folder.
+        models: The loaded graphs of all ranks, in the order of `manifest.ranks`.
     """
     for files, model in zip(manifest.ranks, models, strict=True):
         folder = path / files.directory

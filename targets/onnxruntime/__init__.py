@@ -1,1 +1,1 @@
-"""Run models in onnxruntime, one alone or all ranks joined in one graph, to compare their numbers."""
+"""Run models in onnxruntime, a single model or all ranks joined into one graph, to compare their outputs."""

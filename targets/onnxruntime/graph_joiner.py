@@ -1,4 +1,7 @@
-"""Join the graphs of all ranks node by node, value by value: what every rank computes alike stays one node."""
+"""Join the graphs of all ranks into one graph, node by node.
+
+Nodes that compute the same value on every rank become one node. AllReduce becomes Sum, AllGather becomes Concat.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,20 @@ _GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
 
 
 class Joiner:
-    """`_values[r]` maps a value of rank r to the one that stands for it; ranks may map to the same one."""
+    """Build one graph out of the graphs of all ranks, which must have the same nodes in the same order.
+
+    `_values[r]` maps each value of rank r to the value that stands for it in the joined graph. Several ranks may map
+    to the same joined value.
+    """
 
     def __init__(self, ranks: Sequence[onnx_ir.Model], heads: int | None, replicated: set[str]) -> None:
+        """Prepare to join `ranks`.
+
+        Args:
+            ranks: The model of each rank.
+            heads: The number of key-value heads without padding; None for as many as the ranks hold together.
+            replicated: The names of weights that are known to be the same on every rank, so that one copy is kept.
+        """
         self._ranks = ranks
         self._heads = heads
         self._replicated = replicated
@@ -34,8 +48,14 @@ class Joiner:
         self._opset = self._first.graph.opset_imports.get("", 0)
 
     def joined(self, rank_logits: bool) -> onnx_ir.Model:
+        """Return the joined model, or raise ModelError if the ranks' graphs do not fit together.
+
+        With `rank_logits`, the logits of each rank are additional outputs `rank{r}/logits`.
+        """
         graphs = [model.graph for model in self._ranks]
-        self._check_equal([(len(graph), len(graph.inputs), len(graph.outputs)) for graph in graphs], "nodes and ends")
+        self._check_equal(
+            [(len(graph), len(graph.inputs), len(graph.outputs)) for graph in graphs], "(nodes, inputs, outputs)"
+        )
         for name in self._first.graph.initializers:
             self._add_initializer(name)
         for values in zip(*(graph.inputs for graph in graphs), strict=True):
@@ -97,7 +117,7 @@ class Joiner:
         local = dims[_HEAD_AXIS]
         if not isinstance(local, int):
             raise ModelError(f"input {name!r}: the number of heads is unknown, shape {first.shape}")
-        if self._heads == 1:  # no rank holds a share of it
+        if self._heads == 1:  # A single key-value head cannot be split: every rank holds all of it.
             self._share(values, self._input(name, first.dtype, dims))
             return
         padded = local * len(self._ranks)
@@ -117,6 +137,7 @@ class Joiner:
             self._values[rank][value] = part
 
     def _true(self, name: str, padded: int) -> int:
+        """Return the number of key-value heads without padding; `padded` is how many the ranks hold together."""
         heads = self._heads if self._heads is not None else padded
         if not 0 < heads <= padded:
             raise ModelError(f"{name!r}: the ranks hold {padded} key-value heads, the unsplit model {heads}")
@@ -161,7 +182,7 @@ class Joiner:
         return copy
 
     def _add_collective(self, nodes: Sequence[onnx_ir.Node], parts: Sequence[onnx_ir.Value | None]) -> None:
-        """One Sum or Concat for all ranks: a collective gives each of them the same value."""
+        """Add one Sum or Concat that replaces the collective of every rank, since all ranks get the same value."""
         node = nodes[0]
         output = node.outputs[0]
         name, dims = output.name or "", output.shape
@@ -268,7 +289,11 @@ def _alike(
     first: onnx_ir.Node,
     first_inputs: Sequence[onnx_ir.Value | None],
 ) -> bool:
-    """Whether a rank's node gives what rank 0's gives. Ranks hold equal shares, so shapes are equal always."""
+    """Return whether a rank's node computes the same value as the node of rank 0.
+
+    It does if the attributes and the joined inputs are the same. All ranks hold shards of equal shape, so the result of
+    Shape is always the same.
+    """
     if attributes_key(node) != attributes_key(first):
         return False
     is_shape = node.op_type == "Shape" and not node.domain

@@ -1,7 +1,8 @@
-"""All ranks of a tensor-parallel model joined in one graph that stock onnxruntime runs: the oracle of equivalence.
+"""Join all ranks of a tensor-parallel model into one graph that stock onnxruntime can run.
 
-AllReduce becomes Sum and AllGather Concat over the ranks. What every rank computes alike is computed once and keeps its
-name; the rest is prefixed `rank{r}/`. Inputs and outputs are those of the unsplit model: the cache holds all heads.
+`verify` compares this graph with the unsplit model. AllReduce becomes a Sum and AllGather a Concat over the ranks. What
+every rank computes alike is computed once and keeps its name; the names of the rest get the prefix `rank{r}/`. Inputs
+and outputs are those of the unsplit model, so the KV cache holds the heads of all ranks.
 """
 
 from __future__ import annotations
@@ -26,10 +27,16 @@ from passopt.targets.onnxruntime.graph_joiner import Joiner
 
 
 def load_any(path: Path | str, *, heads: int | None = None) -> onnx_ir.Model:
-    """A model that runs as one: a model file, a folder with one model, or a folder of ranks, which are joined.
+    """Load a model so that it runs as a single graph, joining the ranks of a tensor-parallel model.
 
-    `heads` is the true number of key-value heads, where padding has added some (default: what the model's metadata
-    says). Raises ModelError, also for ranks of different outputs, naming the first collective that differs.
+    Args:
+        path: A model file, a folder with one model, or a folder of ranks.
+        heads: The number of key-value heads without those that padding added; by default what the model's metadata
+            says.
+
+    Raises:
+        ModelError: If the model cannot be read or its ranks do not fit together. For ranks of different outputs, the
+            message names the first collective that differs.
     """
     path = Path(path)
     if path.is_dir() and not (path / MODEL_NAME).exists() and (path / MANIFEST_NAME).exists():
@@ -50,7 +57,11 @@ def _joined_folders(path: Path, heads: int | None) -> onnx_ir.Model:
 
 
 def _truly_replicated(ranks: Sequence[onnx_ir.Model], names: Collection[str]) -> set[str]:
-    """Those of `names` whose bytes are the same on every rank. They are read: sharing must not hide a defect."""
+    """Return those of `names` whose bytes are the same on every rank.
+
+    The bytes are read and compared. If the manifest were believed instead, rank 0's copy would stand for all, and a
+    wrong copy on another rank would go unnoticed.
+    """
     same = set()
     for name in names:
         values = [model.graph.initializers.get(name) for model in ranks]
@@ -61,7 +72,10 @@ def _truly_replicated(ranks: Sequence[onnx_ir.Model], names: Collection[str]) ->
 
 
 def rank_models(model: onnx_ir.Model) -> list[onnx_ir.Model]:
-    """One model per rank of an SPMD graph: its shards become slices of the full weights. Nothing is read."""
+    """Return one model per rank of an SPMD graph, in which shards are slices of the full weights.
+
+    No weight is read.
+    """
     models = []
     for rank in range(degree_of(model)):
         clone = model.clone()
@@ -74,7 +88,7 @@ def rank_models(model: onnx_ir.Model) -> list[onnx_ir.Model]:
 
 
 def at_rank(expression: ex.Expression, rank: int) -> ex.Expression:
-    """The same values without `Shard`: what the expression means on one rank."""
+    """Return what a weight expression means on one rank: every `Shard` in it becomes a slice of the full weight."""
     if not expression.depends_on_rank:
         return expression
     if isinstance(expression, ex.Concat):
@@ -97,12 +111,24 @@ def join_ranks(
     replicated: Collection[str] = (),
     rank_logits: bool = False,
 ) -> onnx_ir.Model:
-    """All ranks in one model with the unsplit model's interface.
+    """Join all ranks into one model that has the inputs and outputs of the unsplit model.
 
-    Without padding, past and present hold the ranks' heads one after another. `heads` is the true number of key-value
-    heads [batch, heads, past, head_dim]: zeros are added inside, and cut off again. The weights named in `replicated`
-    are the same on every rank and kept once; others are if their expressions are equal. With `rank_logits`, every
-    rank's logits are outputs `rank{r}/logits`, for `check_rank_logits`. Raises ModelError if the graphs do not fit.
+    Past and present have the shape `[batch, heads, past, head_dim]` and hold the heads of all ranks one after another.
+
+    Args:
+        ranks: The model of each rank.
+        heads: The number of key-value heads without padding. Where the ranks hold more, zeros are added to the past
+            inside the graph, and cut off the present again. By default what the metadata of rank 0 says.
+        replicated: The names of weights that are the same on every rank; one copy of them is kept. Other weights are
+            kept once if their expressions are equal.
+        rank_logits: If true, the logits of each rank are additional outputs `rank{r}/logits`, for
+            `check_rank_logits`.
+
+    Returns:
+        The joined model, which has passed `verify_model`.
+
+    Raises:
+        ModelError: If the ranks' graphs do not fit together.
     """
     check_schedules((f"rank{rank}", schedule_of(model)) for rank, model in enumerate(ranks))
     joiner = Joiner(ranks, heads if heads is not None else _true_heads(ranks[0]), set(replicated))

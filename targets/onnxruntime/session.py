@@ -1,4 +1,7 @@
-"""Run a model whose weights are lazy in stock onnxruntime on the CPU, exactly: int8 weights are multiplied in fp32."""
+"""Run a model with lazy weights in stock onnxruntime on the CPU.
+
+Results are exact: int8 weights are multiplied in fp32, and onnxruntime is kept from quantising activations itself.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,15 @@ from passopt.ir.serialization.model_files import MODEL_NAME, save_materialized
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Below "fatal", onnxruntime warns about its own rewrites and repeats the errors that it raises.
+#: The log level "fatal". At lower levels onnxruntime also logs warnings about its own rewrites, and every error that
+#: it raises anyway.
 _FATAL_ONLY = 4
 
 
 class Session:
-    """One model, loaded. The weights pass through a temporary folder that is gone once they are loaded.
+    """One model, loaded into onnxruntime.
 
-    Activations of int8 products stay in fp32, which onnxruntime would quantise too (relative error 1e-2); `fold_qdq`
-    dequantises all weights once instead. Without `optimize`, each node runs as it stands. `scratch` is where the
-    temporary folder goes. Raises ModelError if onnxruntime refuses it.
+    `inputs` maps the name of each input to its type, and `outputs` lists the names of the outputs.
     """
 
     def __init__(
@@ -36,12 +38,27 @@ class Session:
         optimize: bool = True,
         scratch: Path | None = None,
     ) -> None:
+        """Load `model`, by way of a temporary folder that is deleted as soon as onnxruntime has loaded it.
+
+        Args:
+            model: The model; its lazy weights are evaluated and written to the temporary folder.
+            threads: The number of threads that one operator may use.
+            fold_qdq: If true, all int8 weights are dequantised once, at load. By default they are multiplied with fp32
+                activations as they are; onnxruntime's own default would quantise the activations too, with a relative
+                error of 1e-2.
+            optimize: If false, each node runs as it stands in the graph, without onnxruntime's own rewrites.
+            scratch: The folder in which the temporary folder is made; by default the system's.
+
+        Raises:
+            ModelError: If onnxruntime refuses the model.
+        """
         import onnxruntime  # type: ignore[import-untyped]
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads
-        # The arena doubles each time that it grows, and with patterns keeps all: several times a large weight.
+        # The arena doubles whenever it grows, and memory patterns keep all of it: that would take several times the
+        # size of a large weight.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -61,7 +78,11 @@ class Session:
         self.outputs = [value.name for value in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs by name. `feeds` may hold more than the model's inputs. Raises ModelError if the run fails."""
+        """Run the model once and return all outputs by name.
+
+        `feeds` maps the names of inputs to values; names that are not inputs of the model are ignored. Raises
+        ModelError if an input has no value or if the run fails.
+        """
         missing = self.inputs.keys() - feeds.keys()
         if missing:
             raise ModelError(f"no value for the inputs {', '.join(sorted(missing))}")

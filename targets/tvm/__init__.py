@@ -1,1 +1,1 @@
-"""Compile fused graphs with TVM (`compiler`) and run them (`engine`); both know a `compiled_folder`."""
+"""Compile fused graphs with TVM (`compiler`) and run them (`engine`); both use the format in `compiled_folder`."""

@@ -1,7 +1,8 @@
-"""library.json: what a compiled folder holds, how its function is called, and which CPU it needs.
+"""Define, write and read library.json, which describes a compiled folder.
 
-A folder is one library, or (`degree` > 1) a folder of ranks, each a library. Reading checks names, types and that the
-parts agree; the bytes of lib.so and weights.safetensors are checked by what loads them.
+It says what the folder holds, how its function is called and which CPU features it needs. A folder holds one library,
+or (`degree` > 1) a folder with a library for each rank. Reading checks the names, the types and that the parts agree;
+the bytes of lib.so and weights.safetensors are checked by the code that loads them.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from passopt.targets.folders.digests import root_digest
 
 LIBRARY_NAME = "library.json"
 CODE_NAME = "lib.so"
-#: The kernels of a library for cuda, to be read.
+#: The source of the kernels of a library for cuda, for people to read.
 SOURCE_NAME = "lib.cu"
-#: Positions per block of keys; a cache holds whole blocks, and so a capacity is rounded up to them.
+#: The number of positions per block of keys. A cache holds whole blocks, so capacities are rounded up to a multiple of
+#: this.
 BLOCK = 16
-#: Global functions that a library of ranks calls, and that whoever runs it registers.
+#: The names of the global functions that a library of one rank calls. The process that runs it registers them.
 ALL_REDUCE = "passopt.all_reduce"
 ALL_GATHER = "passopt.all_gather"
-#: What a function may take besides the past; input_ids always.
+#: The inputs that a compiled function may take besides the past. It always takes input_ids.
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 CacheDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
-#: What of the linears is int8: nothing, weights, or activations too.
+#: The parts of the linear layers that are int8: nothing, the weights, or the weights and the activations ("dynamic").
 Quantized: TypeAlias = Literal["none", "weights", "dynamic"]
 _CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 _VERSION = 2
@@ -42,20 +44,28 @@ _Entry = TypeVar("_Entry")
 
 @dataclasses.dataclass(frozen=True)
 class CodeFile:
-    """The shared library; `blake3` is the digest of all its bytes."""
+    """The name of the shared library in the folder, and the blake3 digest of all its bytes."""
 
     file: str
     blake3: str
 
     @classmethod
     def of(cls, path: Path) -> CodeFile:
-        """The entry of a file as it lies on disk."""
+        """Return the entry for the file at `path`, which is read whole."""
         return cls(path.name, str(blake3.blake3(path.read_bytes()).hexdigest()))
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFile:
-    """The weights: bytes of the file, blake3 of its header (with the length before it), of each tensor, of all."""
+    """The weights file of a library, with its size and digests (blake3, in hexadecimal).
+
+    Attributes:
+        file: The name of the file in the folder.
+        nbytes: The size of the file in bytes.
+        header: The digest of the safetensors header, including the length in front of it.
+        root: The digest of all tensors together (see `root_digest`).
+        tensors: The digest of each tensor, by name.
+    """
 
     file: str
     nbytes: int
@@ -65,18 +75,19 @@ class WeightsFile:
 
     @classmethod
     def of(cls, path: Path, tensors: Mapping[str, str]) -> WeightsFile:
-        """The entry of a file as it lies on disk; `tensors` is what `write_safetensors` returned."""
+        """Return the entry for the file at `path`; `tensors` are the digests that `write_safetensors` returned."""
         header = str(blake3.blake3(read_header(path)).hexdigest())
         return cls(path.name, path.stat().st_size, header, root_digest(tensors), tensors)
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """Keys and values of one sequence.
+    """The layout of the KV cache, which has one of two kinds.
 
     in-place: the function writes into `cache.N.key [batch, kv_heads, blocks, head_dim, block]` and
-    `cache.N.value [batch, kv_heads, blocks · block, head_dim]`. functional: it takes `past.N.key`, `past.N.value`
-    `[batch, kv_heads, past, head_dim]` and returns them grown, after the logits.
+    `cache.N.value [batch, kv_heads, blocks · block, head_dim]` of layer N. functional: it takes `past.N.key` and
+    `past.N.value` `[batch, kv_heads, past, head_dim]` and returns longer ones after the logits. `block` is the number
+    of positions per block.
     """
 
     layers: int
@@ -87,18 +98,21 @@ class CacheLayout:
     kind: Literal["in-place", "functional"] = "in-place"
 
     def rounded(self, positions: int) -> int:
-        """The positions that `positions` take: whole blocks of an in-place cache, as they are of a functional one."""
+        """Return for how many positions memory is needed to hold `positions` of them.
+
+        An in-place cache holds whole blocks, so the number is rounded up; a functional cache holds exactly as many.
+        """
         return -(-positions // self.block) * self.block if self.kind == "in-place" else positions
 
     def nbytes(self, batch: int, positions: int) -> int:
-        """Bytes of the caches of all layers: 2 · layers · batch · kv_heads · positions · head_dim · size."""
+        """Return the bytes of all caches: 2 · layers · batch · kv_heads · positions (rounded) · head_dim · size."""
         numbers = 2 * self.layers * batch * self.kv_heads * self.rounded(positions) * self.head_dim
         return numbers * _CACHE_BYTES[self.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """`[batch, seq, vocab]`, or of the last position only: `[batch, 1, vocab]`."""
+    """The shape of the logits: `[batch, seq, vocab]`, or `[batch, 1, vocab]` for the last position only."""
 
     positions: Literal["all", "last"]
     vocab: int
@@ -106,11 +120,29 @@ class Logits:
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """One compiled model. The function takes `inputs`, the number of cached positions as a shape, caches, `parameters`.
+    """One compiled model, or one rank of it.
 
-    `passopt` is the version that wrote it, `isa` the level of its kernels (for cuda the architecture; `mcpu` is of the
-    host), `features` (LLVM's names) must be there at load, `passes` is the resolved pipeline; `max_positions` is None
-    where the model has no bound.
+    Its function takes, in this order: the `inputs`, the number of cached positions (as a shape), the caches and the
+    `parameters`.
+
+    Attributes:
+        passopt: The version of passopt that wrote the library.
+        target: The target that it was compiled for, as TVM calls it (llvm or cuda).
+        mcpu: LLVM's name of the CPU; for cuda that of the host.
+        isa: The instruction level of the kernels; for cuda the architecture.
+        features: The CPU features (LLVM's names) without which the library must not be loaded.
+        library: The shared library.
+        weights: The weights file.
+        function: The name of the function to call.
+        inputs: The inputs that the function takes, some of `INPUTS`.
+        parameters: The names of the weights in the order in which the function takes them.
+        cache: The layout of the KV cache.
+        logits: The shape of the logits.
+        max_positions: The number of positions that the model has; None if it sets no bound.
+        rank: The number of this rank, from 0.
+        degree: The number of ranks.
+        passes: The resolved pipeline that was run before.
+        quantized: The parts of the linear layers that are int8.
     """
 
     passopt: str
@@ -132,17 +164,20 @@ class Library:
     quantized: Quantized = "none"
 
     def text(self) -> str:
+        """Return the entry as the text of library.json; raise ValueError if its parts do not agree."""
         return _text(self)
 
     def write(self, directory: Path) -> None:
+        """Write library.json into `directory`."""
         (directory / LIBRARY_NAME).write_text(self.text(), encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
 class RankFolders:
-    """The outer folder under tensor parallelism: a library of its own in each of `ranks`, in the order of ranks.
+    """The outer folder of a tensor-parallel model, which holds one folder with a library for each rank.
 
-    `roots` are the root digests of their weights: what ties together ranks whose code is the same.
+    `ranks` names these folders in the order of ranks. `roots` are the root digests of their weights; they tie the ranks
+    together, since the code of all ranks is the same.
     """
 
     degree: int
@@ -150,14 +185,19 @@ class RankFolders:
     roots: tuple[str, ...]
 
     def text(self) -> str:
+        """Return the entry as the text of library.json; raise ValueError if its parts do not agree."""
         return _text(self)
 
     def write(self, directory: Path) -> None:
+        """Write library.json into `directory`."""
         (directory / LIBRARY_NAME).write_text(self.text(), encoding="utf-8")
 
 
 def read_library(directory: Path) -> Library | RankFolders:
-    """library.json in `directory`. Raises ModelError if it is missing, damaged or of another version."""
+    """Return the content of library.json in `directory`.
+
+    Raises ModelError if the file is missing, damaged or of another version.
+    """
     path = directory / LIBRARY_NAME
     if not path.is_file():
         raise ModelError(f"{directory}: has no {LIBRARY_NAME}; name a folder that `passopt compile` has written")
@@ -186,7 +226,10 @@ def _text(entry: Library | RankFolders) -> str:
 
 
 def _digest(body: Mapping[str, object]) -> str:
-    """Of the whole description: lib.so would run on inputs in another order without a word."""
+    """Return the digest of a whole description, which library.json stores to reveal edits.
+
+    Otherwise an edit could go unnoticed: lib.so would run without complaint on inputs in a wrong order, for example.
+    """
     return str(blake3.blake3(json.dumps(body, sort_keys=True).encode()).hexdigest())
 
 
@@ -221,7 +264,7 @@ def _is_name(text: str) -> bool:
 
 
 def _decoded(entry: type[_Entry], body: object, where: str = "") -> _Entry:
-    """`body` as the dataclass `entry`, every field there and of its declared type."""
+    """Convert JSON to the dataclass `entry`; raise ValueError unless it has every field with its declared type."""
     if not isinstance(body, dict):
         raise ValueError(f"{where.rstrip('.') or 'its content'} is no object")
     hints = typing.get_type_hints(entry)

@@ -1,7 +1,7 @@
-"""Which instructions the kernels may use: a level per family of CPUs, chosen by the features of the host or of `mcpu`.
+"""Choose the instructions that kernels may use, by the features of this machine's CPU or of the CPU named by `mcpu`.
 
-A library says what it needs; `missing_features` is asked before it is loaded, so that it never runs on a CPU that lacks
-them.
+There is one instruction level for each family of CPUs. A library lists the features that it needs; `missing_features`
+is called before a library is loaded, so that it never runs on a CPU without them.
 """
 
 from __future__ import annotations
@@ -16,40 +16,43 @@ from typing import Any, TypeAlias
 from passopt.ir.errors import ModelError, UsageError
 
 CPU_INFO = Path("/proc/cpuinfo")
-#: What `platform.machine` calls the only architecture that kernels and ranks are written for.
+#: The names that `platform.machine` gives to x86-64, the only architecture that kernels and ranks are written for.
 X86 = ("x86_64", "AMD64")
 GPU_LEVEL = "cuda"
 
 
 @dataclasses.dataclass(frozen=True)
 class Isa:
-    """A level of instructions. `lanes` counts fp32 numbers per vector register."""
+    """An instruction level: `lanes` fp32 numbers per vector register, and `registers` vector registers."""
 
     name: str
     lanes: int
     registers: int
-    #: What LLVM calls the features that the kernels of this level use.
+    #: LLVM's names of the features that the kernels of this level use.
     features: tuple[str, ...]
 
     @property
     def has_byte_dot(self) -> bool:
-        """u8 · s8 dot products of four, summed in int32 without saturation (AVX512-VNNI)."""
+        """Return whether there is an instruction for byte dot products (AVX512-VNNI).
+
+        It adds the products of four pairs of an unsigned and a signed byte to an int32, without saturation.
+        """
         return "avx512vnni" in self.features
 
     @property
     def is_gpu(self) -> bool:
-        """Work items are threads of a grid; there are no vectors."""
+        """Return whether this is the level for GPUs, where a work item is a thread of a grid and has no vectors."""
         return self.name == GPU_LEVEL
 
 
-#: Best first; the last one runs everywhere.
+#: The levels for CPUs, the best one first; the last one runs on any x86-64 CPU.
 LEVELS = (
     Isa("avx512-vnni", 16, 32, ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx2", "fma", "f16c")),
     Isa("avx2", 8, 16, ("avx2", "fma", "f16c")),
     Isa("plain", 4, 16, ()),
 )
 
-#: LLVM's names that /proc/cpuinfo spells in another way.
+#: The spelling of features in /proc/cpuinfo, by LLVM's names, where the two differ.
 _KERNEL_SPELLING = {
     "sse3": "pni",
     "sse4.1": "sse4_1",
@@ -73,9 +76,9 @@ _KERNEL_SPELLING = {
 
 @dataclasses.dataclass(frozen=True)
 class Cpu:
-    """What code is generated for: LLVM's name of the CPU, and the level of the kernels.
+    """A CPU to generate code for: LLVM's name of it, and the instruction level of the kernels.
 
-    `without` are features that CPUs of this name have and this one does not, as virtual machines often hide some.
+    `without` lists features that CPUs of this name have but this one does not; virtual machines often hide some.
     """
 
     mcpu: str
@@ -83,11 +86,14 @@ class Cpu:
     without: tuple[str, ...] = ()
 
     def target(self) -> Any:
-        """The TVM target. A name is always given: fp16 with a bare `llvm` hangs LLVM's code generator."""
+        """Return the TVM target.
+
+        It always names a CPU, because LLVM's code generator hangs on fp16 if the target is a bare `llvm`.
+        """
         return _target(self.mcpu, self.without)
 
     def required_features(self) -> tuple[str, ...]:
-        """What a machine must have to run code that was generated for this CPU, in LLVM's names."""
+        """Return the features (LLVM's names) that a machine must have to run code generated for this CPU."""
         found = llvm_features(self.mcpu, self.without)
         return tuple(name for name in _INSTRUCTIONS if name in found)
 
@@ -98,13 +104,14 @@ def _target(mcpu: str, without: tuple[str, ...] = ()) -> Any:
     return Target({"kind": "llvm", "mcpu": mcpu, "mattr": [f"-{name}" for name in without]})
 
 
-#: What a thread of a GPU does: numbers one by one, few of them, so that many threads fit.
+#: The level for one thread of a GPU. It has no vectors, and kernels keep few numbers in registers, so that many threads
+#: can run at once.
 GPU_ISA = Isa(GPU_LEVEL, 1, 16, ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """As `Cpu`, for a GPU of CUDA's architecture `arch` (such as sm_80) in a machine with the CPU `host`."""
+    """A GPU to generate code for: its CUDA architecture `arch` (such as sm_80), and the CPU `host` of its machine."""
 
     arch: str
     host: Cpu
@@ -112,32 +119,33 @@ class Gpu:
 
     @property
     def mcpu(self) -> str:
-        """Of the host, whose code launches the kernels."""
+        """Return LLVM's name of the host CPU, whose code launches the kernels."""
         return self.host.mcpu
 
     def required_features(self) -> tuple[str, ...]:
-        """Of the host."""
+        """Return the features (LLVM's names) that the host CPU must have."""
         return self.host.required_features()
 
     def target(self) -> Any:
+        """Return the TVM target."""
         from tvm.target import Target
 
         return Target({"kind": "cuda", "arch": self.arch}, host=self.host.target())
 
 
-#: What code is generated for.
+#: A machine to generate code for.
 Machine: TypeAlias = Cpu | Gpu
 
 
 def find_gpu(arch: str, host: Cpu) -> Gpu:
-    """A GPU. Raises UsageError if `arch` is not how CUDA spells one."""
+    """Return the GPU of architecture `arch`; raise UsageError if it is not spelled like one of CUDA, such as sm_80."""
     if re.fullmatch(r"sm_[1-9][0-9]{1,2}[a-z]?", arch) is None:
         raise UsageError(f"{arch!r} is no architecture of CUDA; expected one such as sm_80 or sm_90a")
     return Gpu(arch, host)
 
 
 def level(name: str) -> Isa:
-    """The level called `name`. Raises ModelError with the names there are."""
+    """Return the instruction level called `name`; raise ModelError with a list of all names if there is none."""
     for isa in LEVELS:
         if isa.name == name:
             return isa
@@ -145,9 +153,10 @@ def level(name: str) -> Isa:
 
 
 def find_cpu(mcpu: str = "native") -> Cpu:
-    """The CPU called `mcpu`, or this machine's, with the best level that it has.
+    """Return the CPU that LLVM calls `mcpu`, with the best instruction level that it has.
 
-    Raises ModelError if LLVM has none of that name, UsageError on a machine for which there are no kernels.
+    `native` is the CPU of this machine. Raises ModelError if LLVM does not know the name, and UsageError on a machine
+    that is not x86-64, since there are no kernels for it.
     """
     if platform.machine() not in X86:
         raise UsageError(
@@ -159,23 +168,24 @@ def find_cpu(mcpu: str = "native") -> Cpu:
     name = str(codegen.llvm_get_system_cpu()) if mcpu == "native" else mcpu
     if name not in [str(item) for item in codegen.llvm_get_cpu_archlist(Target("llvm"))]:
         raise ModelError(f"LLVM knows no CPU {name!r}; `native` is this machine's, x86-64-v3 any with AVX2")
-    # LLVM names a machine by its model, whatever a hypervisor hides of it.
+    # LLVM finds the name from the CPU's model, which has features that a hypervisor may hide: these are left out.
     without = missing_features(Cpu(name, LEVELS[-1]).required_features()) if mcpu == "native" else ()
     return Cpu(name, best_level(llvm_features(name, without)), without)
 
 
 def best_level(features: frozenset[str]) -> Isa:
+    """Return the best instruction level whose features are all among `features` (LLVM's names)."""
     return next(isa for isa in LEVELS if features.issuperset(isa.features))
 
 
 def llvm_features(mcpu: str, without: tuple[str, ...] = ()) -> frozenset[str]:
-    """The features that LLVM may use for `mcpu` but for `without`, in LLVM's names."""
+    """Return the features that LLVM may use for `mcpu`, except those in `without`; all in LLVM's names."""
     from tvm.target import codegen
 
     return frozenset(str(item) for item in codegen.llvm_get_cpu_features(_target(mcpu, without)))
 
 
-#: Features of LLVM that mean instructions which its code generator may choose by itself.
+#: The features of LLVM that stand for instructions which its code generator may choose by itself.
 _INSTRUCTIONS = (
     *("sse3", "ssse3", "sse4.1", "sse4.2", "sse4a", "popcnt", "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt"),
     *("movbe", "gfni", "avxvnni", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni"),
@@ -185,14 +195,14 @@ _INSTRUCTIONS = (
 
 
 def missing_features(required: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `required` (LLVM's names) that this machine lacks; nothing of TVM is loaded to find out."""
+    """Return those of the `required` features (LLVM's names) that this machine lacks, without loading TVM."""
     present = host_flags()
     return tuple(name for name in required if _KERNEL_SPELLING.get(name, name) not in present)
 
 
 @functools.cache
 def host_flags() -> frozenset[str]:
-    """The flags of /proc/cpuinfo; none where there is no such file."""
+    """Return the CPU flags in /proc/cpuinfo; an empty set if there is no such file or the machine is not x86-64."""
     if platform.machine() not in X86 or not CPU_INFO.is_file():
         return frozenset()
     lines = CPU_INFO.read_text().splitlines()

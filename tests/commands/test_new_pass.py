@@ -102,7 +102,7 @@ def checkout(tmp_path_factory):
     shutil.copy(ROOT / "setup.cfg", folder)
     (folder / "tests" / "passes").mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "passes" / "conftest.py", folder / "tests" / "passes")
-    assert python(folder, "tools/typepath.py").returncode == 0
+    assert python(folder, "tools/dev/typepath.py").returncode == 0
     return folder
 
 
@@ -112,7 +112,7 @@ def test_in_a_checkout_it_is_a_file_and_a_test_of_it(checkout):
     assert done.returncode == 0, done.stderr
     assert (checkout / "passes" / "cleanup" / "drop_negation.py").exists()
     assert "pip install" not in done.stdout
-    assert python(checkout, "tools/typepath.py").returncode == 0  # links to the new file
+    assert python(checkout, "tools/dev/typepath.py").returncode == 0  # links to the new file
     test = "tests/passes/cleanup/test_drop_negation.py"
     done = python(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", test, path=path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -169,7 +169,7 @@ def test_the_new_pass_is_not_left_registered(tmp_path):
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("passopt.commands.new_pass.print_model", lambda model: 1 / 0)
+    monkeypatch.setattr("passopt.api.new_pass.print_model", lambda model: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["new-pass", "drop-it", "--directory", str(tmp_path)])
     assert [item for item in tmp_path.rglob("*") if item.is_file()] == []

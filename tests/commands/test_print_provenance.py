@@ -7,8 +7,8 @@ import json
 import onnx_ir
 import pytest
 
+from passopt.api.provenance import provenance_text, rows_of
 from passopt.cli import main
-from passopt.commands.provenance import provenance_text, rows_of
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE
 from passopt.ir.serialization.model_files import load_model, save_reference
 from passopt.ir.serialization.text_files import read_model

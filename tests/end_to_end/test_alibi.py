@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.commands.export import clean_up
+from passopt.api.export import clean_up
 from passopt.frontends.checkpoint import open_checkpoint
 from passopt.frontends.export import export_graph
 from passopt.frontends.options import ExportOptions
@@ -19,12 +19,12 @@ from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.ir.weights.sources import safetensors_sources
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
-from passopt.targets.folders.output import write_output
+from passopt.targets.folders.output import Origin, Output
 from passopt.targets.onnxruntime.joined_ranks import load_any
 from passopt.testing.checkpoints import ALIBI, CheckpointSpec, make_checkpoint
 from passopt.verification.verify import VerifyOptions, verify
 
-FACTS = {"version": "test", "pipeline": "test", "source": {}}
+ORIGIN = Origin("0.1", "", {})
 WIDTH = 4  # of a head
 
 
@@ -48,7 +48,7 @@ def test_slopes_of_all_ranks_are_those_of_the_true_head_count(heads: int, tmp_pa
     for degree in degrees:
         shards = model.clone()
         run_passes(shards, resolve(f"tp{{degree={degree},pad=true}}").passes)
-        write_output(shards, tmp_path / str(degree), **FACTS)
+        Output(shards, ORIGIN).write(tmp_path / str(degree))
         found = np.concatenate([read_slopes(tmp_path / str(degree) / f"rank{rank}") for rank in range(degree)])
         np.testing.assert_array_equal(found[:heads], expected, err_msg=f"degree {degree}")
         assert not found[heads:].any(), f"degree {degree}: padded heads must have slope 0"
@@ -84,6 +84,6 @@ def test_a_baked_mask_shards_after_dematerialisation(tmp_path: Path):
     baked = exported(tmp_path / "checkpoint", ALIBI, "baked")
     candidate = baked.clone()
     run_passes(candidate, resolve("dematerialize-alibi,tp{degree=3}").passes)
-    write_output(candidate, tmp_path / "out", **FACTS)
+    Output(candidate, ORIGIN).write(tmp_path / "out")
     report = verify(baked, load_any(tmp_path / "out"), options=VerifyOptions(tolerance=1e-5, max_positions=64))
     assert report.ok, report.to_text()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from passopt.api.compile import load_source
 from passopt.cli import main
-from passopt.commands.compile import load
 from passopt.ir.errors import UsageError
 from passopt.targets.tvm.compiled_folder import Library, read_library
 
@@ -158,8 +158,8 @@ def test_unknown_cpu_is_named(family: Path, tmp_path: Path, capsys):
 def test_passes_do_not_run_over_ranks(family: Path, tmp_path: Path):
     ranks = tmp_path / "ranks"
     assert main(["run", str(family), "--passes", f"{READY},tp", "-o", str(ranks)]) == 0
-    with pytest.raises(UsageError, match="before they come apart"):
-        load(ranks, "int8")
+    with pytest.raises(UsageError, match="on which passes cannot run any more"):
+        load_source(ranks, "int8")
 
 
 def test_ranks_of_two_runs_are_refused(family: Path, tmp_path: Path, capsys):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from passopt.cli import main
-from passopt.commands import writing
 from passopt.ir.atomic_folders import JOURNAL_NAME
+from passopt.terminal import console
 
 SCRIPT = """
 import sys, time
@@ -60,7 +60,7 @@ def test_a_killed_compile_goes_on_with_the_weights_that_are_finished(
     alibi: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     pytest.importorskip("tvm")
-    monkeypatch.setattr(writing, "_REPORTED_FROM", 0)
+    monkeypatch.setattr(console, "_REPORTED_FROM", 0)
     options = ["compile", str(alibi), "--passes", "baichuan2,int8{head=true}", "-o"]
     assert main([*options, str(tmp_path / "whole")]) == 0
     output, journal = tmp_path / "out", tmp_path / ".out.partial" / JOURNAL_NAME

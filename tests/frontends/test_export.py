@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.commands.export import clean_up
+from passopt.api.export import clean_up
 from passopt.frontends import baichuan2
 from passopt.frontends.bind_weights import bind_weights
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint

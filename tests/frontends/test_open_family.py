@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir
 import pytest
 
-from passopt.commands.export import clean_up
+from passopt.api.export import clean_up
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.contract_names import name_dimensions
 from passopt.frontends.export import export_graph

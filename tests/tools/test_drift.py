@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+DOCS = Path(__file__).resolve().parents[2] / "tools" / "docs"
 
 
 @pytest.fixture
 def drift(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.syspath_prepend(str(DOCS))
     import drift
 
     return drift

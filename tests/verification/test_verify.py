@@ -17,6 +17,7 @@ from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import positions_of
 from passopt.ir.graph.editor import Editor
+from passopt.ir.relative_error import relative_error
 from passopt.ir.serialization.text import parse_model
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
@@ -28,7 +29,7 @@ from passopt.testing.decoders import DecoderSpec, tiny_decoder
 from passopt.verification import sliced_head
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
-from passopt.verification.report import Row, VerifyReport, relative_error
+from passopt.verification.report import Row, VerifyReport
 from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
 from passopt.verification.verify import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
 

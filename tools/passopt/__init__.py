@@ -1,3 +1,131 @@
-"""passopt: ordered, explainable graph passes for ONNX graphs of language models."""
+"""Compile ONNX graphs of language models by rewriting them: ordered, explainable passes, and what surrounds them.
 
-__version__ = "0.1.0"
+>>> import passopt
+>>> model = passopt.load("baichuan2")
+>>> result = passopt.run(model, "baichuan2,tp{degree=2},int8", "sharded")
+>>> passopt.verify(model, "sharded").ok
+True
+
+Every command of the command line is one of the functions below. Passes are written with `passopt.passes`, graphs are
+edited with `passopt.ir`, and passes are tested with `passopt.testing`. Importing this package imports nothing heavy:
+names are looked up when they are used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from passopt.ir.lazy_names import lazy_names
+from passopt.ir.version import __version__
+
+if TYPE_CHECKING:
+    from passopt.api.catalogue import Catalogue, list_passes
+    from passopt.api.compile import CompileResult, compile
+    from passopt.api.explain import Explanation, explain
+    from passopt.api.export import ExportResult, export
+    from passopt.api.generate import Engine, GenerateResult, generate
+    from passopt.api.model import Model, SaveResult, load, print_text, save
+    from passopt.api.new_pass import NewPass, new_pass
+    from passopt.api.plan import PlanResult, plan
+    from passopt.api.provenance import Provenance, provenance
+    from passopt.api.replay import ReplayResult, replay
+    from passopt.api.run import RunResult, run
+    from passopt.api.verify import verify
+    from passopt.api.why import WhyResult, why
+    from passopt.ir.errors import (
+        CheckError,
+        ExpectationError,
+        ModelError,
+        PassError,
+        PassoptError,
+        UsageError,
+        VerifyError,
+    )
+    from passopt.reporting.reporter import Reporter
+    from passopt.verification.report import VerifyReport
+
+__all__ = [
+    "Catalogue",
+    "CheckError",
+    "CompileResult",
+    "Engine",
+    "ExpectationError",
+    "Explanation",
+    "ExportResult",
+    "GenerateResult",
+    "Model",
+    "ModelError",
+    "NewPass",
+    "PassError",
+    "PassoptError",
+    "PlanResult",
+    "Provenance",
+    "ReplayResult",
+    "Reporter",
+    "RunResult",
+    "SaveResult",
+    "UsageError",
+    "VerifyError",
+    "VerifyReport",
+    "WhyResult",
+    "__version__",
+    "compile",
+    "explain",
+    "export",
+    "generate",
+    "list_passes",
+    "load",
+    "new_pass",
+    "plan",
+    "print_text",
+    "provenance",
+    "replay",
+    "run",
+    "save",
+    "verify",
+    "why",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Catalogue": "passopt.api.catalogue",
+        "list_passes": "passopt.api.catalogue",
+        "CompileResult": "passopt.api.compile",
+        "compile": "passopt.api.compile",
+        "Explanation": "passopt.api.explain",
+        "explain": "passopt.api.explain",
+        "ExportResult": "passopt.api.export",
+        "export": "passopt.api.export",
+        "Engine": "passopt.api.generate",
+        "GenerateResult": "passopt.api.generate",
+        "generate": "passopt.api.generate",
+        "Model": "passopt.api.model",
+        "SaveResult": "passopt.api.model",
+        "load": "passopt.api.model",
+        "print_text": "passopt.api.model",
+        "save": "passopt.api.model",
+        "NewPass": "passopt.api.new_pass",
+        "new_pass": "passopt.api.new_pass",
+        "PlanResult": "passopt.api.plan",
+        "plan": "passopt.api.plan",
+        "Provenance": "passopt.api.provenance",
+        "provenance": "passopt.api.provenance",
+        "ReplayResult": "passopt.api.replay",
+        "replay": "passopt.api.replay",
+        "RunResult": "passopt.api.run",
+        "run": "passopt.api.run",
+        "verify": "passopt.api.verify",
+        "WhyResult": "passopt.api.why",
+        "why": "passopt.api.why",
+        "CheckError": "passopt.ir.errors",
+        "ExpectationError": "passopt.ir.errors",
+        "ModelError": "passopt.ir.errors",
+        "PassError": "passopt.ir.errors",
+        "PassoptError": "passopt.ir.errors",
+        "UsageError": "passopt.ir.errors",
+        "VerifyError": "passopt.ir.errors",
+        "Reporter": "passopt.reporting.reporter",
+        "VerifyReport": "passopt.verification.report",
+    },
+)

@@ -1,8 +1,8 @@
-"""`python -m passopt`."""
+"""Run the command line: `python -m passopt`."""
 
 import sys
 
-from passopt.cli import main
+from passopt.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

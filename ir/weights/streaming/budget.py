@@ -1,4 +1,4 @@
-"""How much memory a streamed write takes, and how many workers that allows."""
+"""Calculate how much memory a streamed write takes, and how many workers that allows."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from passopt.ir.weights.streaming.row_kernels import RowKernels
 from passopt.ir.weights.streaming.row_spans import matrix_shape
 
 DEFAULT_MEMORY = 1 << 30
-#: More memory per worker makes nothing faster.
+#: The most memory in bytes that a worker gets: more makes nothing faster.
 _ARENA_BYTES = 64 << 20
-#: Unless columns are read: the wider a panel, the longer are the pieces of the file that it consists of.
+#: The same if columns are read: the wider a panel of columns, the longer are its contiguous pieces in the file.
 _PANEL_BYTES = 256 << 20
-#: Rows are read in pieces of this size, if memory allows.
+#: Rows are read in pieces of up to this many bytes, as far as memory allows.
 _READ_BYTES = 8 << 20
-#: What interpreter, libraries and stacks may grow by while weights are written.
+#: Bytes that are kept free for the interpreter, libraries and stacks, which may grow while weights are written.
 _RESERVE = 160 << 20
-#: Reading, computing and writing overlap by having more workers than cores; beyond this the disk has enough to do.
+#: There are more workers than CPU cores so that reading, computing and writing overlap; this many keep a disk busy.
 _MOST_WORKERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamOptions:
-    """`memory` bounds the whole process, in bytes; `workers` are threads. `arena_bytes` is the memory of each.
+    """Limits of a write: `memory` in bytes for the whole process, `workers` (threads), `arena_bytes` for each worker.
 
-    Without a number, memory is `DEFAULT_MEMORY`, or the least that works in a process that holds more already.
+    Without `memory`, the limit is `DEFAULT_MEMORY`, or the least that works if the process already holds more than
+    that. With `arena_bytes`, every worker gets that much, whatever the rest of the process holds.
     """
 
     memory: int | None = None
@@ -45,7 +46,7 @@ DEFAULT_STREAM = StreamOptions()
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Threads, and bytes of buffers for each of them."""
+    """The number of worker threads, and the bytes of buffers that each of them has."""
 
     workers: int
     arena_bytes: int
@@ -53,35 +54,40 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of one group in one arena: rows of the base per chunk, and the memory of each output's stage."""
+    """The division of an arena for one group: rows of the base per chunk, and bytes for the stage of each output."""
 
     rows: int
     stage: int
 
 
 def resident_bytes() -> int:
-    """What the process holds in memory now, mapped files included."""
+    """Return how many bytes the process holds in memory now, mapped files included."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def peak_bytes() -> int:
-    """The most that the process ever held in memory, mapped files included."""
-    with open("/proc/self/status", encoding="ascii") as file:  # getrusage would count what the launching program held
+    """Return the most bytes that the process ever held in memory, mapped files included."""
+    # getrusage would also count the memory of the program that launched this one.
+    with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def needed_bytes(group: Group, kernels: RowKernels) -> int:
-    """The least memory in which a group can be written: one grain of rows at a time."""
+    """Return the least memory in bytes in which a group can be written, one grain of rows at a time."""
     return _fixed_bytes(group, 0) + group.grain * row_bytes(group, kernels)
 
 
 def plan_budget(groups: Sequence[Group], options: StreamOptions, kernels: RowKernels) -> Budget:
-    """Workers and their memory. Raises UsageError if the memory does not hold the widest rows."""
+    """Choose the number of workers and the memory of each for writing these groups.
+
+    Raises:
+        UsageError: If the allowed memory cannot hold the widest rows; the message names the least that works.
+    """
     least = max((needed_bytes(group, kernels) for group in groups), default=0)
     most = max((_wanted_bytes(group, kernels) for group in groups), default=0)
     workers = min(options.workers or default_workers(), max(len(groups), 1))
-    shares = 2 if any(group.is_boxed for group in groups) else 1  # boxes are read outside of arenas
+    shares = 2 if any(group.is_boxed for group in groups) else 1  # Boxes need as much memory again, outside of arenas.
     if options.arena_bytes is not None:
         return Budget(workers, max(options.arena_bytes, least))
     memory = options.memory or DEFAULT_MEMORY
@@ -100,11 +106,12 @@ def plan_budget(groups: Sequence[Group], options: StreamOptions, kernels: RowKer
 
 
 def default_workers() -> int:
+    """Return the default number of workers: twice the usable CPU cores, but at most eight."""
     return min(_MOST_WORKERS, 2 * len(os.sched_getaffinity(0)))
 
 
 def sizes_of(group: Group, arena_bytes: int, kernels: RowKernels) -> Sizes:
-    """How a group uses an arena: up to half for stages, the rest for rows."""
+    """Divide an arena for a group: up to half of it for the stages of outputs, the rest for rows."""
     grain, per_row = group.grain, row_bytes(group, kernels)
     stage = min(STAGE_BYTES, arena_bytes // 2 // max(1, len(group.outputs)))
     if _fixed_bytes(group, stage) + grain * per_row > arena_bytes:
@@ -123,6 +130,6 @@ def _wanted_bytes(group: Group, kernels: RowKernels) -> int:
 
 
 def _fixed_bytes(group: Group, stage: int) -> int:
-    """Memory besides rows: stages, and what rounding every buffer up to pages adds."""
+    """Return the memory for everything but rows: the stages, and the rounding of every buffer up to whole pages."""
     stages = sum(stream_bytes(output, stage) for output in group.outputs)
     return stages + (len(group.stored_cores) + 4) * PAGE

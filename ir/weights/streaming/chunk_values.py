@@ -1,4 +1,4 @@
-"""The rows of a base as they pass by, and all that is computed of them, each thing once per chunk."""
+"""Read a base in chunks of rows and compute the cores of each chunk, each of them once."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from passopt.ir.weights.streaming.row_spans import is_by_columns, matrix_shape
 
 
 def row_bytes(group: Group, kernels: RowKernels) -> int:
-    """Memory per row of the base: the row, and every result of it."""
+    """Return the memory in bytes per row of the base: for the row itself and for every result computed from it."""
     base, columns = group.base, matrix_shape(group.base)[1]
     if isinstance(base, ex.Source):
         total = int(columns * base.dtype.itemsize)
-    elif is_turned(base):  # a panel of columns, and the rows that are made of it
+    elif is_turned(base):  # This counts a panel of columns, and the rows that it is transposed to.
         total = int(2 * columns * base.dtype.itemsize)
-    else:  # the evaluator of boxes has fp32 copies of its own, and of what the row is made of
+    else:  # The evaluator of boxes makes fp32 copies of the rows and of all their operands.
         total = 8 * max(matrix_shape(part)[1] for part in base.walk())
     total += sum(int(matrix_shape(core)[1] * core.dtype.itemsize) for core in group.stored_cores)
     return total + kernels.scratch_bytes * columns * len(group.cores)
 
 
 class ChunkValues:
-    """Reads chunks of a group's base, and computes its cores for them. Memory comes from the arena, for `most` rows.
+    """Reads chunks of a group's base and computes the group's cores for them, in memory for `most` rows from the arena.
 
-    What only the evaluator of boxes reads has memory of its own, some multiples of `chunk_bytes`.
+    What only the evaluator of boxes can read takes additional memory, a multiple of `chunk_bytes`.
     """
 
     def __init__(
@@ -57,21 +57,22 @@ class ChunkValues:
 
     @property
     def overflows(self) -> dict[str, int]:
-        """Per tensor, the finite values that became infinite in a narrower dtype."""
+        """Return, per tensor, the number of finite values that became infinite in a narrower dtype."""
         return self._evaluator.report.overflows
 
     def close(self) -> None:
+        """Close the files of the evaluator of boxes."""
         self._evaluator.close()
 
     def load(self, start: int, stop: int) -> None:
-        """Read rows `start` to `stop` of the base; what was computed of earlier ones is forgotten."""
+        """Read rows `start` to `stop` of the base, and forget what was computed from earlier rows."""
         self._results = {}
         self._peaks = {}
         self._start, self._rows = start, stop - start
         self._results[self._base] = self._read(start, stop)
 
     def measure(self) -> None:
-        """Take the rows that were loaded into account for the scales of columns."""
+        """Include the loaded rows in the largest magnitudes of columns, which give the scales of columns."""
         for weight, peaks in self._columns_of.items():
             found = self._absmax(weight, 1)
             if not np.isfinite(found).all():
@@ -79,14 +80,14 @@ class ChunkValues:
             np.maximum(peaks, found, out=peaks)
 
     def __call__(self, core: ex.Expression) -> Array:
-        """Rows of `core` for the rows that were loaded: a matrix, C-contiguous."""
+        """Return the rows of `core` that belong to the loaded rows of the base, as a C-contiguous matrix."""
         if core not in self._results:
             self._results[core] = self._computed(core)
         return self._results[core]
 
     @property
     def read_bytes(self) -> int:
-        """What the evaluator of boxes has read; the reader counts its own."""
+        """Return how many bytes the evaluator of boxes has read; the reader counts its own."""
         return self._evaluator.read_bytes
 
     def _read(self, start: int, stop: int) -> Array:
@@ -99,11 +100,11 @@ class ChunkValues:
         at = self._reader.read(base.file, base.name, base.offset + start * size, self._input, (stop - start) * size)
         raw = np.frombuffer(self._input, np.uint8)[at : at + (stop - start) * size]
         if at % base.dtype.itemsize:
-            raw = raw.copy()  # numbers at odd addresses are slow everywhere and unknown to kernels
+            raw = raw.copy()  # Unaligned numbers are slow everywhere, and the compiled kernels cannot read them.
         return raw.view(base.dtype.numpy()).reshape(stop - start, self._columns)
 
     def _turn(self, source: ex.Source, start: int, stop: int) -> Array:
-        """Columns `start` to `stop` of the source, as rows: a panel of pieces of all its rows, and that turned."""
+        """Read columns `start` to `stop` of the source as a panel, one piece per row, and return it transposed."""
         count, size = stop - start, int(source.dtype.itemsize)
         pieces = Pieces(source.offset + start * size, self._columns, source.shape[1] * size, count * size)
         self._reader.read_pieces(source.file, source.name, pieces, self._input)
@@ -144,13 +145,17 @@ class ChunkValues:
         self._evaluator.report.count(cast, self._kernels.cast(self(cast.operand), cast.dtype, out))
 
     def _unrounded(self, operand: ex.Expression) -> tuple[Array, ex.DataType | None]:
-        """The operand as kernels take it: of a cast that nothing else needs, what it rounds and to what."""
+        """Return an operand for a kernel, and the dtype that the kernel has to round it to, or None.
+
+        If the operand is a cast between floats that nothing else needs, the kernel takes the unrounded values and
+        rounds them itself.
+        """
         if isinstance(operand, ex.Cast) and is_rounding(operand) and operand not in self._results:
             return self(operand.operand), operand.dtype
         return self(operand), None
 
     def _scales(self, core: ex.QuantizeCodes | ex.QuantizeScales) -> Array:
-        """Per row that was loaded, or per column of the whole weight."""
+        """Return one scale per loaded row, or one per column of the whole weight."""
         weight = core.operand
         peaks = self._columns_of[weight] if is_by_columns(core) else self._finite_peaks(weight)
         return scales_of(peaks, weight.dtype)
@@ -160,7 +165,7 @@ class ChunkValues:
         return self._kernels.absmax(values, along, through)
 
     def _finite_peaks(self, weight: ex.Expression) -> Array:
-        """Largest magnitude per row. NaN or Inf is an error that names the tensor and the row."""
+        """Return the largest magnitude of each row; NaN or Inf is an error that names the tensor and the row."""
         if weight not in self._peaks:
             peaks = self._absmax(weight, 0)
             if not np.isfinite(peaks).all():

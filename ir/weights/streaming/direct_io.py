@@ -1,8 +1,8 @@
-"""Files past the page cache (O_DIRECT) where that helps, through it otherwise.
+"""Read and write files past the page cache (O_DIRECT) where that helps, and through the page cache elsewhere.
 
-O_DIRECT moves whole pages between page-aligned memory and page-aligned places of a file, as fast as the disk and
-without pushing anything else out of memory. Tensors are only 64-byte aligned: a page that two of them share is written
-through the cache, and only that way, so that neither can undo the other.
+O_DIRECT moves whole pages between page-aligned memory and page-aligned places in a file, as fast as the disk allows and
+without pushing anything else out of memory. Tensors are aligned only to 64 bytes. A page that two of them share is
+always written through the cache, so that neither of the two can undo what the other wrote.
 """
 
 from __future__ import annotations
@@ -19,40 +19,43 @@ from passopt.ir.errors import ModelError
 from passopt.ir.weights.expressions import SourceFile
 from passopt.ir.weights.sources import check_unchanged
 
-#: Of memory and of disks: what O_DIRECT moves, and what the page cache holds.
+#: The size in bytes of a page, the unit of O_DIRECT transfers and of the page cache.
 PAGE = max(4096, mmap.PAGESIZE)
-#: Smaller files go through the page cache, where they often are already.
+#: Files smaller than this many bytes go through the page cache, since they often are there already.
 DIRECT_FROM = 256 << 20
-#: What opening or moving says on a file system without O_DIRECT (tmpfs, some network ones).
+#: The errors of opening or transferring on a file system without O_DIRECT (tmpfs and some network file systems).
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP}
 
 
 def page_up(nbytes: int) -> int:
+    """Return `nbytes` rounded up to whole pages."""
     return -(-nbytes // PAGE) * PAGE
 
 
 class Arena:
-    """Page-aligned memory of a fixed size, handed out from its start; `clear` takes all of it back."""
+    """Page-aligned memory of a fixed size that is handed out from its start; `clear` makes all of it free again."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = mmap.mmap(-1, max(page_up(nbytes), PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # fewer pages to pin for every transfer; not every kernel has them
+        with contextlib.suppress(OSError):  # Huge pages leave fewer pages to pin per transfer; some kernels have none.
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._used = 0
 
     def take(self, nbytes: int) -> memoryview:
+        """Return the next `nbytes` bytes of the arena, starting at a page."""
         start = self._used
         self._used += page_up(nbytes)
         assert self._used <= len(self._memory), f"arena of {len(self._memory)} bytes, {self._used} taken"
         return memoryview(self._memory)[start : start + nbytes]
 
     def clear(self) -> None:
+        """Make all memory free again; views that were handed out must not be used any more."""
         self._used = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """`count` pieces of `nbytes`, the first at byte `offset` of a file, each `stride` bytes after the one before."""
+    """Several pieces of a file: `count` pieces of `nbytes`, the first at byte `offset`, one every `stride` bytes."""
 
     offset: int
     count: int
@@ -61,7 +64,7 @@ class Pieces:
 
 
 class SourceReader:
-    """Reads ranges of source files for all threads. A file is checked to be the one of its identity when opened."""
+    """Reads ranges of source files for all threads; when a file is opened, its identity is checked."""
 
     def __init__(self) -> None:
         self.read_bytes = 0
@@ -69,12 +72,24 @@ class SourceReader:
         self._lock = threading.Lock()
 
     def close(self) -> None:
+        """Close all files."""
         for descriptor, _ in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
     def read(self, file: SourceFile, name: str, offset: int, into: memoryview, nbytes: int) -> int:
-        """Read `nbytes` from `offset` on; returns where in `into` (two pages longer, page-aligned) they begin."""
+        """Read `nbytes` from `offset` on, and return where in `into` they begin, since whole pages are read.
+
+        Args:
+            file: The file, with the identity that it must have.
+            name: The tensor's name, for error messages.
+            offset: The first byte in the file.
+            into: Page-aligned memory, at least two pages longer than `nbytes`.
+            nbytes: The number of bytes.
+
+        Raises:
+            ModelError: If the file has changed, cannot be read or ends too early.
+        """
         descriptor, direct = self._opened(file, cached=False)
         start = offset // PAGE * PAGE
         stop = min(page_up(offset + nbytes), page_up(file.size))
@@ -91,12 +106,16 @@ class SourceReader:
                 raise _too_short(file, name, done)
             done += count
             if direct and done % PAGE and done < offset + nbytes:
-                descriptor, direct = self._opened(file, cached=True)  # a transfer cannot begin within a page
+                descriptor, direct = self._opened(file, cached=True)  # A direct transfer must begin at a page.
         self._count(nbytes)
         return offset - start
 
     def read_pieces(self, file: SourceFile, name: str, pieces: Pieces, into: memoryview) -> None:
-        """Read all pieces, one after the other, to the start of `into`; through the page cache, as they are small."""
+        """Read all pieces, one behind the other, to the start of `into`, through the page cache because they are small.
+
+        Raises:
+            ModelError: If the file has changed, cannot be read or ends too early.
+        """
         descriptor, _ = self._opened(file, cached=True)
         for index in range(pieces.count):
             start, at = pieces.offset + index * pieces.stride, index * pieces.nbytes
@@ -116,7 +135,7 @@ class SourceReader:
             self.read_bytes += nbytes
 
     def _opened(self, file: SourceFile, *, cached: bool) -> tuple[int, bool]:
-        """A descriptor, and whether it goes past the page cache; `cached` ones never do."""
+        """Return a descriptor and whether it bypasses the page cache; with `cached` it never does."""
         with self._lock:
             if (file, cached) not in self._files:
                 check_unchanged(file)
@@ -139,7 +158,7 @@ def _too_short(file: SourceFile, name: str, at: int) -> ModelError:
 
 
 def _open(path: str | Path, flags: int, nbytes: int) -> tuple[int, bool]:
-    """A descriptor, and whether it goes past the page cache."""
+    """Open a file, and return the descriptor and whether it bypasses the page cache."""
     if nbytes >= DIRECT_FROM:
         with contextlib.suppress(OSError):
             return os.open(path, flags | os.O_DIRECT), True
@@ -147,7 +166,7 @@ def _open(path: str | Path, flags: int, nbytes: int) -> tuple[int, bool]:
 
 
 class OutputFile:
-    """A file of known size, written at any place by any thread."""
+    """A file of known size that any thread may write at any place."""
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path = path
@@ -166,7 +185,7 @@ class OutputFile:
             os.close(descriptor)
 
     def _reserve(self) -> None:
-        """Take the disk space now: a disk that fills up later would cost all the work until then."""
+        """Reserve the disk space now: a disk that fills up later would cost all the work done until then."""
         os.ftruncate(self._buffered, self.nbytes)
         if self.nbytes >= DIRECT_FROM:
             try:
@@ -176,15 +195,17 @@ class OutputFile:
                     raise
 
     def close(self) -> None:
+        """Close the file."""
         for descriptor in (self._buffered, self._direct):
             if descriptor is not None:
                 os.close(descriptor)
 
     def sync(self) -> None:
+        """Wait until everything that was written is on the disk."""
         os.fdatasync(self._buffered)
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write all of `data`. Whole pages of page-aligned memory at a page's start go past the cache."""
+        """Write all of `data` at byte `offset`, past the page cache if `offset` and length are multiples of a page."""
         direct = self._direct is not None and offset % PAGE == 0 and len(data) % PAGE == 0
         done = 0
         while done < len(data):

@@ -1,7 +1,8 @@
-"""What of an unfinished output is finished: one line per tensor that lies on the disk whole, so that a run can go on.
+"""Record which tensors are safely on disk, so that an interrupted write can resume.
 
-The first line is the key of everything that decides the bytes. A line is appended only after the data it speaks of was
-synced, and a torn last line counts for nothing; so what the journal names is whole, whatever happened.
+The first line is a key of everything that decides the output's bytes; then there is one line per finished tensor. A
+line is appended only after the tensor's data was synced, and an incomplete last line is ignored. So a tensor that the
+journal names is complete, whatever happened.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from pathlib import Path
 
 
 class Journal:
-    """Finished tensors by name, with their digests; of files by path, with their bytes.
+    """The finished tensors of an output, with their digests and overflows.
 
-    It counts only if it is of this key and all files are there; otherwise they are removed, since bytes of another
-    output must not show where this one has padding.
+    An existing journal is used only if it has the same `key` and all `files` of the output are there in their sizes (in
+    bytes). Otherwise the files are removed, because bytes of another output must not remain where this output has
+    padding.
     """
 
     def __init__(self, path: Path, key: str, files: Mapping[Path, int]) -> None:
@@ -25,14 +27,15 @@ class Journal:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         whole = all(file.is_file() and file.stat().st_size == nbytes for file, nbytes in files.items())
         if not (whole and self._read(path.read_bytes(), key)):
-            os.ftruncate(self._descriptor, 0)  # before anything else: a kill from here on must leave no claim
+            # Empty the journal first: if the process is killed from here on, the journal must not name any tensor.
+            os.ftruncate(self._descriptor, 0)
             self.sync()
             for file in files:
                 file.unlink(missing_ok=True)
             self._append({"key": key})
 
     def _read(self, data: bytes, key: str) -> bool:
-        """Take what `data` says if it is of this key."""
+        """Take over the entries in `data`, and return whether they belong to this key and are readable."""
         end = data.rfind(b"\n") + 1
         try:
             first, *rest = [json.loads(line) for line in data[:end].splitlines()]
@@ -49,15 +52,17 @@ class Journal:
         return True
 
     def add(self, tensor: str, digest: str, overflows: Mapping[str, int]) -> None:
-        """Note a tensor whose bytes are synced."""
+        """Record a tensor whose bytes are synced."""
         self.finished[tensor] = digest
         self.overflows[tensor] = dict(overflows)
         self._append({"tensor": tensor, "digest": digest, "overflows": self.overflows[tensor]})
 
     def sync(self) -> None:
+        """Wait until the recorded entries are on the disk."""
         os.fdatasync(self._descriptor)
 
     def close(self) -> None:
+        """Close the journal's file."""
         os.close(self._descriptor)
 
     def _append(self, entry: Mapping[str, object]) -> None:

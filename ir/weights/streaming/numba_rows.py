@@ -1,7 +1,8 @@
-"""`ir.row_math` compiled by numba, bit for bit the same: 16-bit floats are widened, rounded and narrowed on their bits.
+"""Compute the functions of `ir.weights.row_math` with numba, bit for bit the same.
 
-Each loop over a row is simple enough for LLVM to vectorise; a row's fp32 copy stays in the nearest cache. Nothing here
-may be compiled with fast math: roundings are the point.
+16-bit floats are widened, rounded and narrowed by integer arithmetic on their bits. Each loop over a row is simple
+enough for LLVM to vectorise, and the fp32 copy of a row stays in the nearest cache. Nothing here may be compiled with
+fast math, because the roundings have to be exact.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Kinds of floats, as the kernels take them.
+#: The numbers by which the kernels are told a kind of float.
 FP32, FP16, BF16 = 0, 1, 2
 
 _LANES = 16
 _F32, _U32 = np.float32, np.uint32
-#: 1.5 · 2^23: after adding it, the lowest byte of the bits is the integer, rounded half to even.
+#: This is 1.5 · 2^23: after it is added, the lowest byte of the bits is the integer, rounded half to even.
 _ROUNDER = _F32(12582912.0)
 
 _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -26,7 +27,7 @@ _compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 @_compiled
 def absmax(bits: Array, out: Array) -> None:
-    """Largest magnitude per row, as bits: without their sign, floats are ordered like unsigned integers."""
+    """Write the largest magnitude of each row to `out`, as bits: without sign, floats are ordered like integers."""
     mask = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
     lanes = np.zeros(64, bits.dtype)
     rows, columns = bits.shape
@@ -47,7 +48,7 @@ def absmax(bits: Array, out: Array) -> None:
 
 @_compiled
 def absmax_columns(bits: Array, out: Array) -> None:
-    """Largest magnitude per column, as bits; `out` holds what came before."""
+    """Raise each number in `out` to the largest magnitude of its column, as bits; `out` holds earlier results."""
     mask = bits.dtype.type((1 << (8 * bits.itemsize - 1)) - 1)
     rows, columns = bits.shape
     for i in range(rows):
@@ -57,7 +58,7 @@ def absmax_columns(bits: Array, out: Array) -> None:
 
 @_compiled
 def transpose(source: Array, out: Array) -> None:
-    """`out[j, i] = source[i, j]`, tile by tile, so that neither side leaves the nearest cache between its elements."""
+    """Write `out[j, i] = source[i, j]` tile by tile, so that both matrices stay in the nearest cache."""
     rows, columns = source.shape
     tile = 32
     for i in range(0, rows, tile):
@@ -69,7 +70,10 @@ def transpose(source: Array, out: Array) -> None:
 
 @_compiled
 def _widen(row: Array, kind: int, floats: Array, bits: Array) -> None:
-    """A row of bits to fp32. fp16: mantissa and exponent are shifted into place and scaled, which is exact."""
+    """Convert a row of bits to fp32.
+
+    For fp16, mantissa and exponent are shifted into place and scaled, which is exact.
+    """
     columns = row.shape[0]
     if kind == FP32:
         for j in range(columns):
@@ -90,7 +94,10 @@ def _widen(row: Array, kind: int, floats: Array, bits: Array) -> None:
 
 @_compiled
 def _round(kind: int, floats: Array, bits: Array, spare: Array) -> None:
-    """Round a row of fp32 to fp16 or bf16, half to even, staying in fp32; too large becomes infinite. No NaN."""
+    """Round a row of fp32 to fp16 or bf16, half to even, but keep it in fp32.
+
+    What is too large becomes infinite. The row must not contain NaN.
+    """
     columns = bits.shape[0]
     if kind == BF16:
         for j in range(columns):
@@ -111,7 +118,7 @@ def _round(kind: int, floats: Array, bits: Array, spare: Array) -> None:
 
 @_compiled
 def _narrow(kind: int, floats: Array, bits: Array, spare: Array, out: Array) -> None:
-    """Store a row of fp32, rounded to `kind` before, as bits of `kind`."""
+    """Store a row of fp32 that is already rounded to `kind` as bits of `kind`."""
     columns = bits.shape[0]
     if kind == FP32:
         for j in range(columns):
@@ -121,7 +128,8 @@ def _narrow(kind: int, floats: Array, bits: Array, spare: Array, out: Array) -> 
             out[j] = bits[j] >> _U32(16)
     else:
         for j in range(columns):
-            spare[j] = abs(floats[j]) * _F32(16777216.0) + _F32(8388608.0)  # 2^24: below 2^-14 an integer; 2^23
+            # Times 2^24, numbers below 2^-14 are integers; adding 2^23 puts them into the lowest bits.
+            spare[j] = abs(floats[j]) * _F32(16777216.0) + _F32(8388608.0)
         small = spare.view(np.uint32)
         for j in range(columns):
             sign = (bits[j] >> _U32(16)) & _U32(0x8000)
@@ -133,7 +141,7 @@ def _narrow(kind: int, floats: Array, bits: Array, spare: Array, out: Array) -> 
 
 @_compiled
 def _load(row: Array, kind: int, through: int, floats: Array, bits: Array, spare: Array) -> None:
-    """A row of bits to fp32, rounded to `through` if that is another kind."""
+    """Convert a row of bits to fp32, rounded to `through` if that differs from `kind`."""
     _widen(row, kind, floats, bits)
     if through != kind:
         _round(through, floats, bits, spare)
@@ -141,7 +149,10 @@ def _load(row: Array, kind: int, through: int, floats: Array, bits: Array, spare
 
 @_compiled
 def codes(source: Array, kind: int, through: int, scales: Array, along: int, out: Array) -> None:
-    """int8 codes of finite rows by fp32 scales, one per index of axis `along`; `through` may be their own kind."""
+    """Write int8 codes of finite rows to `out`, with one fp32 scale per index of axis `along`.
+
+    The values, which are of `kind`, are first rounded to `through`, which may be the same kind.
+    """
     rows, columns = source.shape
     floats = np.empty(columns, np.float32)
     spare = np.empty(columns, np.float32)
@@ -161,7 +172,10 @@ def codes(source: Array, kind: int, through: int, scales: Array, along: int, out
 
 @_compiled
 def cast(source: Array, kind: int, target: int, out: Array) -> tuple[int, bool]:
-    """Rows rounded to `target`; how many finite values became infinite, and whether a NaN makes it all void."""
+    """Write rows, rounded to `target`, to `out`.
+
+    Return how many finite values became infinite, and whether there was a NaN, which makes the result invalid.
+    """
     rows, columns = source.shape
     floats = np.empty(columns, np.float32)
     spare = np.empty(columns, np.float32)
@@ -186,7 +200,7 @@ def cast(source: Array, kind: int, target: int, out: Array) -> tuple[int, bool]:
 
 @_compiled
 def normalize(source: Array, kind: int, through: int, epsilon: float, out: Array, target: int) -> None:
-    """Finite rows, rounded to `through`, by max(norm, epsilon), rounded to `target`."""
+    """Write finite rows, rounded to `through`, divided by max(norm, epsilon) and rounded to `target`, to `out`."""
     rows, columns = source.shape
     floats = np.empty(columns, np.float32)
     spare = np.empty(columns, np.float32)

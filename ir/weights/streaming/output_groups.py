@@ -1,4 +1,4 @@
-"""What is written while what passes by: the tensors of all files, grouped by the base that they are made from."""
+"""Group the tensors of all output files by the base that they are made from, so that each base is read once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.safetensors_layout import Layout, plan_layout
 from passopt.ir.weights.streaming.row_spans import Part, Span, base_of, in_order, is_by_columns, matrix_shape, spans_of
@@ -23,14 +24,16 @@ class WeightFile:
 
     @functools.cached_property
     def layout(self) -> Layout:
+        """Return the layout of the file."""
         return plan_layout(self.weights)
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A tensor of one file: `spans` are its rows from the first to the last, `offset` is its first byte in the file.
+    """A tensor in one output file: `spans` are its rows from first to last, `offset` is its first byte in the file.
 
-    With a `block` (rows, blocks across, columns), rows are packed before they are written.
+    `file` is the index of that file. With a `block` (rows, blocks across, columns), rows are packed into blocks before
+    they are written.
     """
 
     file: int
@@ -43,24 +46,25 @@ class Output:
 
     @property
     def row_bytes(self) -> int:
-        """Of a row as it is laid beside others, before any packing."""
+        """Return the bytes of a row before any packing."""
         return int(sum(part.count for part in self.spans[0].parts) * self.dtype.itemsize) if self.spans else 0
 
     @property
     def unit_bytes(self) -> int:
-        """What is written at once: a row, or a row of blocks."""
+        """Return the bytes that are written at once: a row, or a row of blocks."""
         if self.block is None:
             return self.row_bytes
         rows, across, columns = self.block
         return int(rows * across * columns * self.dtype.itemsize)
 
     def parts(self) -> Iterator[Part]:
+        """Yield the parts of all spans."""
         return (part for span in self.spans for part in span.parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Outputs of one base. `rank` matters to bases that only the evaluator of boxes reads."""
+    """All outputs that are made from one base. `rank` matters only if the base itself depends on the rank."""
 
     base: ex.Expression
     rank: int
@@ -68,7 +72,7 @@ class Group:
 
     @functools.cached_property
     def cores(self) -> list[ex.Expression]:
-        """All that is computed of the base, without repetitions, operands first."""
+        """Return everything that is computed from the base, without repetitions, operands first."""
         found: dict[ex.Expression, None] = {}
         for output in self.outputs:
             for part in output.parts():
@@ -78,7 +82,7 @@ class Group:
 
     @functools.cached_property
     def stored_cores(self) -> list[ex.Expression]:
-        """The cores that need memory: no scales, and no rounding that kernels do in passing."""
+        """Return the cores that need memory: all but scales, and roundings that kernels do in passing."""
         shown = {part.core for output in self.outputs for part in output.parts()}
         takers: dict[ex.Expression, set[type]] = {}
         for core in self.cores:
@@ -92,22 +96,22 @@ class Group:
 
     @functools.cached_property
     def grain(self) -> int:
-        """Rows that the base can only give together: boxes are cut along its first axis."""
+        """Return the number of rows that must be read together, because boxes are cut along the base's first axis."""
         if isinstance(self.base, ex.Source) or len(self.base.shape) <= 2:
             return 1
         return max(1, math.prod(self.base.shape[1:-1]))
 
     @functools.cached_property
     def measured(self) -> list[ex.Expression]:
-        """What must pass by once before anything is written, for the largest magnitude of its columns."""
+        """Return the operands whose columns need scales; all of their rows are read once before any is written."""
         return list(dict.fromkeys(core.operands[0] for core in self.cores if is_by_columns(core)))
 
     def is_summary(self, output: Output) -> bool:
-        """Whether it holds the scales of columns, which are known when all rows have passed by."""
+        """Return whether the output holds the scales of columns, which are known only after all rows have been read."""
         return any(isinstance(part.core, ex.QuantizeScales) and is_by_columns(part.core) for part in output.parts())
 
     def rows(self) -> tuple[int, int]:
-        """First and last row of the base (exclusive) that an output needs."""
+        """Return the first and the last row (exclusive) of the base that any output needs."""
         starts, stops = [], []
         for output in self.outputs:
             if self.is_summary(output):
@@ -121,44 +125,51 @@ class Group:
 
     @property
     def is_boxed(self) -> bool:
-        """Whether only the evaluator of boxes can read the base."""
+        """Return whether only the evaluator of boxes can read the base."""
         return not isinstance(self.base, ex.Source) and not is_turned(self.base)
 
     @property
     def read_bytes(self) -> int:
-        """What the outputs need of the base; boxes may have to be read again and again."""
+        """Return the bytes of the base that the outputs need, plus the whole base if columns are measured first.
+
+        The evaluator of boxes may have to read some of them repeatedly.
+        """
         start, stop = self.rows()
         rows = stop - start + (matrix_shape(self.base)[0] if self.measured else 0)
         return int(rows * matrix_shape(self.base)[1] * self.base.dtype.itemsize)
 
     @property
     def written_bytes(self) -> int:
+        """Return the bytes of all outputs together."""
         return sum(output.nbytes for output in self.outputs)
 
 
 def is_turned(base: ex.Expression) -> bool:
-    """Whether it is a matrix of a file, transposed: its rows are read as panels of columns."""
+    """Return whether the base is a transposed matrix of a file, whose rows are read as panels of columns."""
     return isinstance(base, ex.Transpose) and isinstance(base.operand, ex.Source) and base.permutation == (1, 0)
 
 
-#: What takes values that are still to be rounded.
+#: The operations whose kernels take values that are not rounded yet, and round them in passing.
 _ROUNDING_IN_PASSING = {ex.QuantizeCodes, ex.QuantizeScales, ex.NormalizeRows}
 
 
 def is_rounding(expression: ex.Expression) -> bool:
-    """Whether it is a cast between floats."""
-    return isinstance(expression, ex.Cast) and {expression.dtype, expression.operand.dtype} <= ex.FLOATS
+    """Return whether the expression is a cast between floats."""
+    return isinstance(expression, ex.Cast) and {expression.dtype, expression.operand.dtype} <= FLOATS
 
 
 def _chain(core: ex.Expression, base: ex.Expression) -> Iterator[ex.Expression]:
-    """The core and what it is computed from, down to the base, which is left out."""
+    """Yield the core and what it is computed from, down to the base, which is left out."""
     while core != base:
         yield core
         core = core.operands[0]
 
 
 def schedule(files: Sequence[WeightFile]) -> list[Group]:
-    """Every tensor of every file, once; large groups first, so that no worker is left with one at the end."""
+    """Return the groups that contain every tensor of every file once.
+
+    Large groups come first, so that no worker is left with a large one at the end.
+    """
     found: dict[tuple[ex.Expression, int], list[Output]] = {}
     for index, file in enumerate(files):
         for name, offset in file.layout.offsets.items():
@@ -175,7 +186,7 @@ def _output(index: int, file: WeightFile, name: str, offset: int) -> tuple[ex.Ex
     spans = spans_of(rows_of, file.rank)
     if in_order(spans, base_of):
         base = next(base_of(part.core) for span in spans for part in span.parts if part.core is not None)
-    else:  # rows of several bases, or backwards: the evaluator of boxes puts them together
+    else:  # If rows come from several bases or run backwards, the evaluator of boxes has to put them together.
         rows, columns = matrix_shape(rows_of)
         spans = [Span(rows, (Part(rows_of, 0, 0, columns),))] if rows and columns else []
     block = (weight.shape[2], weight.shape[1], weight.shape[3]) if isinstance(weight, ex.Pack) else None

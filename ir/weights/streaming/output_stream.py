@@ -1,4 +1,4 @@
-"""One tensor on its way to a file: rows are gathered to whole pages, hashed in passing, and written."""
+"""Stream one tensor to its file: gather rows to whole pages, hash them in passing, and write them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from passopt.ir.weights.streaming.row_spans import Part, Span
 
 Values: TypeAlias = Callable[[ex.Expression], Array]
 
-#: Bytes gathered before they are written, where memory allows.
+#: The bytes that are gathered before they are written, as far as memory allows.
 STAGE_BYTES = 2 << 20
 
 
 def stream_bytes(output: Output, wanted: int = STAGE_BYTES) -> int:
-    """Memory that a stream takes from an arena: its stage, and the rows of a block that is not full yet."""
+    """Return the bytes that a stream takes from an arena: its stage, and rows of a block that is not full yet."""
     return _stage_bytes(output, wanted) + page_up(_block_bytes(output))
 
 
 def _stage_bytes(output: Output, wanted: int) -> int:
-    """At least a row, or a row of blocks, beside pages that are not full yet."""
+    """Return the size of a stage: at least a row, or a row of blocks, beside pages that are not full yet."""
     least = output.unit_bytes + 3 * PAGE
     return page_up(max(least, min(wanted, output.nbytes + 2 * PAGE)))
 
@@ -37,7 +37,10 @@ def _block_bytes(output: Output) -> int:
 
 
 class OutputStream:
-    """Takes the rows of one output in order. `stage[0]` is the byte `self._base` of the file, a page's start."""
+    """Takes the rows of one output in order and writes them to the file.
+
+    `stage[0]` is byte `self._base` of the file, where a page starts.
+    """
 
     def __init__(self, output: Output, file: OutputFile, arena: Arena, wanted: int) -> None:
         self.output = output
@@ -46,7 +49,7 @@ class OutputStream:
         self._stage = np.frombuffer(self._memory, np.uint8)
         self._base = output.offset // PAGE * PAGE
         self._hashed = self._fill = output.offset - self._base
-        self._written = self._fill  # bytes of the stage that lie in the file already, or before the tensor
+        self._written = self._fill  # Bytes of the stage that are already in the file, or belong before the tensor.
         self._hasher = blake3.blake3()
         self._span = self._done = 0
         self._fills: dict[tuple[float, int], Array] = {}
@@ -56,14 +59,20 @@ class OutputStream:
             self._block = np.frombuffer(memory, np.uint8).reshape(output.block[0], output.row_bytes)
 
     def needs(self, start: int, stop: int) -> bool:
-        """Whether rows `start` to `stop` of the base give a row that comes next."""
+        """Return whether rows `start` to `stop` of the base contain the row that comes next in the output."""
         for index, span in enumerate(self.output.spans[self._span :]):
             if not span.is_filled:
                 return _row(span) + (0 if index else self._done) < stop
         return False
 
     def feed(self, start: int, stop: int, values: Values) -> None:
-        """Take what rows `start` to `stop` of the base give; `values` has those rows of every core."""
+        """Append all output rows that follow from rows `start` to `stop` of the base.
+
+        Args:
+            start: The first row of the base.
+            stop: The row behind the last.
+            values: Returns those rows of a core.
+        """
         spans = self.output.spans
         while self._span < len(spans):
             span = spans[self._span]
@@ -81,7 +90,7 @@ class OutputStream:
             self._span, self._done = self._span + 1, 0
 
     def finish(self) -> str:
-        """Write what is left; returns the digest of the tensor."""
+        """Write what is left, and return the blake3 digest of the tensor."""
         assert self._span == len(self.output.spans), f"{self.output.name}: rows are missing"
         if self._held:
             self._pack()
@@ -89,7 +98,7 @@ class OutputStream:
         return str(self._hasher.hexdigest())
 
     def _put(self, span: Span, count: int, values: Values, first: int) -> None:
-        """Lay `count` rows of `span`, of which the first is row `first` of what `values` has."""
+        """Append `count` rows of `span`, starting with row `first` of what `values` returns."""
         done = 0
         while done < count:
             room = self._room()
@@ -103,7 +112,7 @@ class OutputStream:
             self._took(rows)
 
     def _room(self) -> Array:
-        """Where the next rows go, at least one: the stage, or a block that is not full yet."""
+        """Return the memory for the next rows, at least one: in the stage, or in a block that is not full yet."""
         if self.output.block is not None:
             return self._block[self._held :]
         width = self.output.row_bytes
@@ -124,7 +133,7 @@ class OutputStream:
             self._flush(whole=False)
 
     def _pack(self) -> None:
-        """A block of rows, the last one perhaps not full, to the stage."""
+        """Move a block of rows, of which the last may be incomplete, to the stage."""
         assert self.output.block is not None
         rows, across, columns = self.output.block
         nbytes = self.output.unit_bytes
@@ -136,7 +145,7 @@ class OutputStream:
         self._held = 0
 
     def _bytes(self, part: Part, values: Values, first: int, rows: int) -> Array:
-        """Rows of a part as bytes [rows, bytes], or [1, bytes] where all are equal."""
+        """Return rows of a part as bytes `[rows, bytes]`, or `[1, bytes]` if all rows are equal."""
         if part.core is None:
             key = (part.value, part.count)
             if key not in self._fills:
@@ -148,10 +157,10 @@ class OutputStream:
         return raw[:, part.first * size : (part.first + part.count) * size]
 
     def _flush(self, *, whole: bool) -> None:
-        """Write full pages, and with `whole` the rest; the page that is not full yet moves to the front."""
+        """Write all full pages, and with `whole` also the rest; otherwise the incomplete page moves to the front."""
         self._hasher.update(self._memory[self._hashed : self._fill])
         full = self._fill // PAGE * PAGE
-        head = min(page_up(self._written), self._fill)  # the page that belongs to the tensor before as well
+        head = min(page_up(self._written), self._fill)  # The first page may also hold the end of another tensor.
         self._write(self._written, head)
         self._write(head, max(head, full))
         end = self._fill if whole else max(head, full)
@@ -168,5 +177,5 @@ class OutputStream:
 
 
 def _row(span: Span) -> int:
-    """The row of its cores where a span begins."""
+    """Return the row of its cores at which a span begins."""
     return next(part.row for part in span.parts if part.core is not None)

@@ -1,6 +1,7 @@
-"""Row kernels for large weights: compiled where numba is installed and the dtypes are its own, numpy otherwise.
+"""Choose row kernels for large weights: compiled where numba is installed and has the dtype, else numpy.
 
-Both give the same bits. numba is imported for large work only: it takes longer than all the numpy of a tiny model.
+Both give the same bits. numba is imported for large work only, because its import takes longer than all the numpy work
+of a tiny model.
 """
 
 from __future__ import annotations
@@ -14,40 +15,46 @@ from passopt.ir.weights import row_math
 from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.row_math import Array
 
-#: From so many bytes of source on, importing numba pays.
+#: The bytes of source from which on importing numba pays.
 COMPILED_FROM = 64 << 20
 
 _BITS = {DataType.FLOAT: np.uint32, DataType.FLOAT16: np.uint16, DataType.BFLOAT16: np.uint16}
 
 
 class RowKernels:
-    """The row operations in numpy. `values` are [rows, columns]; `through` is a dtype they are rounded to before.
+    """The row operations in numpy, on `values` of shape `[rows, columns]`.
 
-    `along` is the axis that scales belong to: 0 for rows, 1 for columns.
+    `through` is a dtype to which values are rounded first, or None. `along` is the axis that scales belong to: 0 for
+    rows, 1 for columns.
     """
 
     name = "numpy"
-    #: fp32 and fp64 copies while a result is computed, per element of a row.
+    #: The bytes of fp32 and fp64 copies per element of a row while a result is computed.
     scratch_bytes = 24
 
     def absmax(self, values: Array, along: int, through: DataType | None) -> Array:
+        """Return the largest magnitude per index of axis `along`, in fp32."""
         return row_math.absmax(values, along, through)
 
     def codes(self, values: Array, along: int, through: DataType | None, scales: Array, out: Array) -> None:
+        """Write int8 codes to `out`, with one scale per index of axis `along`."""
         row_math.quantize_rows(values, along, through, scales, out)
 
     def cast(self, values: Array, dtype: DataType, out: Array) -> int:
+        """Write `values`, rounded to `dtype`, to `out`, and return how many finite values became infinite."""
         return row_math.cast_rows(values, dtype, out)
 
     def transpose(self, values: Array, out: Array) -> None:
+        """Write the transposed matrix to `out`."""
         out[...] = values.T
 
     def normalize(self, values: Array, through: DataType | None, epsilon: float, out: Array) -> None:
+        """Write the rows, divided by max(L2 norm, epsilon), to `out`."""
         row_math.normalize_rows(values, through, epsilon, out)
 
 
 class CompiledRowKernels(RowKernels):
-    """The same by numba; what it has no kernel for (fp64, NaN, integers) goes the numpy way."""
+    """The row operations compiled by numba; numpy does what has no compiled kernel (fp64, NaN, integers)."""
 
     name = "numba"
     scratch_bytes = 0
@@ -66,7 +73,7 @@ class CompiledRowKernels(RowKernels):
             return super().absmax(values, along, through)
         peaks = np.zeros(bits.shape[along], bits.dtype)
         (self._compiled.absmax if along == 0 else self._compiled.absmax_columns)(bits, peaks)
-        # Rounding keeps order, so the rounded maximum is the maximum of the rounded.
+        # Rounding keeps the order of numbers, so the rounded maximum is the maximum of the rounded values.
         return row_math.widened(peaks.view(values.dtype), through)
 
     def codes(self, values: Array, along: int, through: DataType | None, scales: Array, out: Array) -> None:
@@ -107,7 +114,7 @@ class CompiledRowKernels(RowKernels):
 
 
 def _bits(values: Array) -> Array | None:
-    """The matrix as unsigned integers, if a kernel can read it so."""
+    """Return the matrix as unsigned integers, or None if a compiled kernel cannot read it."""
     kind = _BITS.get(DataType.from_numpy(values.dtype))
     if kind is None or values.ndim != 2 or not values.flags.c_contiguous or not values.flags.aligned:
         return None
@@ -116,14 +123,14 @@ def _bits(values: Array) -> Array | None:
 
 @functools.cache
 def compiled_kernels() -> RowKernels:
-    """Those of numba, or of numpy where it is missing or does not work."""
+    """Return the kernels of numba, or those of numpy if numba is missing or does not work."""
     try:
         from passopt.ir.weights.streaming import numba_rows
-    except (ImportError, RuntimeError):  # also: a numpy that it does not know, or no folder for what it compiles
+    except (ImportError, RuntimeError):  # numba may also reject this numpy, or find no folder for its cache.
         return RowKernels()
     return CompiledRowKernels(numba_rows)
 
 
 def kernels_for(nbytes: int) -> RowKernels:
-    """The kernels for so many bytes of source."""
+    """Return the kernels for `nbytes` bytes of source."""
     return compiled_kernels() if nbytes >= COMPILED_FROM else RowKernels()

@@ -1,8 +1,8 @@
-"""Weights as rows of something: which rows and columns of what a weight is made of, rank by rank.
+"""Describe weights as spans of rows: which rows and columns of which core each row of an output consists of, per rank.
 
-Slices, shards, padding and concatenations only place; what they place is a *core*, whose row i is computed from row i
-of its *base*. So all outputs of one base can be made while it passes by once; where columns have scales, it passes by
-once before, to be measured.
+Slices, shards, padding and concatenations only place values; what they place is a *core*, whose row i is computed from
+row i of its *base*. So all outputs of one base can be made while the base is read once. If columns have scales, the
+base is read once more before that, to measure the columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from passopt.ir.weights import expressions as ex
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Columns `first` to `first + count` of rows of `core` from `row` on; without a core, `value` everywhere."""
+    """Columns `first` to `first + count` of a `core`, from `row` on; without a core, the number `value` everywhere."""
 
     core: ex.Expression | None
     row: int
@@ -29,25 +29,28 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has all columns of its core."""
+        """Return whether the part has all columns of its core."""
         return self.core is not None and self.first == 0 and self.count == matrix_shape(self.core)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """So many consecutive rows; `parts` lie side by side."""
+    """Consecutive rows of an output: `rows` is their number, and the `parts` are side by side."""
 
     rows: int
     parts: tuple[Part, ...]
 
     @property
     def is_filled(self) -> bool:
+        """Return whether no part has a core, so that every value is known."""
         return all(part.core is None for part in self.parts)
 
     def cropped(self, start: int, stop: int) -> Span:
+        """Return rows `start` to `stop` of the span."""
         return Span(stop - start, tuple(dataclasses.replace(part, row=part.row + start) for part in self.parts))
 
     def columns(self, start: int, stop: int) -> Span:
+        """Return columns `start` to `stop` of the span."""
         kept, position = [], 0
         for part in self.parts:
             lower, upper = max(start - position, 0), min(stop - position, part.count)
@@ -58,7 +61,10 @@ class Span:
 
 
 def matrix_shape(expression: ex.Expression) -> tuple[int, int]:
-    """Rows and columns as which the tensor is streamed: the last axis is a row."""
+    """Return the rows and columns as which a tensor is streamed.
+
+    The last axis is a row; a tensor with one axis, or none, has rows of one element.
+    """
     shape = expression.shape
     if len(shape) < 2:
         return math.prod(shape), 1
@@ -66,31 +72,34 @@ def matrix_shape(expression: ex.Expression) -> tuple[int, int]:
 
 
 def base_of(core: ex.Expression) -> ex.Expression:
-    """What the core is computed from, row by row: a tensor of a file, or what only the evaluator of boxes can read."""
+    """Return what the core is computed from, row by row.
+
+    That is a tensor in a file, or something that only the evaluator of boxes can read.
+    """
     while is_row_operation(core):
         core = core.operand  # type: ignore[attr-defined]
     return core
 
 
 def is_row_operation(expression: ex.Expression) -> bool:
-    """Whether row i of the result needs row i of the operand, and at most the scales of all columns besides."""
+    """Return whether row i of the result needs only row i of the operand and, at most, the scales of all columns."""
     if isinstance(expression, ex.Cast):
         return not _is_summary(expression.operand)
     return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums)
 
 
 def is_by_columns(core: ex.Expression) -> bool:
-    """Whether it needs the largest magnitude of every column of its operand, and so all rows of it."""
+    """Return whether the core needs the largest magnitude of every operand column, and so all rows of the operand."""
     return isinstance(core, ex.QuantizeCodes | ex.QuantizeScales) and core.along == 1
 
 
 def _is_summary(core: ex.Expression) -> bool:
-    """Whether its rows are the columns of its operand."""
+    """Return whether the rows of the core are the columns of its operand."""
     return isinstance(core, ex.QuantizeScales) and core.along == 1
 
 
 def spans_of(expression: ex.Expression, rank: int) -> list[Span]:
-    """The tensor from its first row to its last. What is empty is left out."""
+    """Return the tensor as spans from its first row to its last, without empty ones."""
     spans = (Span(span.rows, tuple(part for part in span.parts if part.count)) for span in _spans(expression, rank))
     return [span for span in spans if span.rows and span.parts]
 
@@ -100,7 +109,7 @@ def _spans(expression: ex.Expression, rank: int) -> list[Span]:
         rows, columns = matrix_shape(expression)
         return [Span(rows, (Part(None, 0, 0, columns, expression.value),))]
     if isinstance(expression, ex.Transpose) and isinstance(expression.operand, ex.Cast):
-        cast = expression.operand  # values are rounded alike wherever they lie
+        cast = expression.operand  # Rounding and transposing commute.
         turned = dataclasses.replace(expression, dtype=cast.operand.dtype, operand=cast.operand)
         return _spans(dataclasses.replace(cast, shape=turned.shape, operand=turned), rank)
     if is_by_columns(expression):
@@ -117,13 +126,16 @@ def _itself(expression: ex.Expression) -> list[Span]:
 
 
 def _of_columns(expression: ex.QuantizeCodes | ex.QuantizeScales, rank: int) -> list[Span]:
-    """No part of the operand can be quantised by itself; only what is no part at all is looked through."""
+    """Return the spans of a quantisation by columns, which needs the whole operand and cannot be done part by part.
+
+    The placement of the operand is looked through only if it places a whole core.
+    """
     core = _whole(_spans(expression.operand, rank), expression.operand)
     return _itself(expression if core is None else dataclasses.replace(expression, operand=core))
 
 
 def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None:
-    """The core that the spans show from its first row to its last, all columns, if they are that."""
+    """Return the core if the spans show all of it, first row to last and all columns; else None."""
     if len(spans) != 1 or len(spans[0].parts) != 1 or not spans[0].parts[0].is_whole:
         return None
     (part,) = spans[0].parts
@@ -131,7 +143,10 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
 
 
 def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums, rank: int) -> list[Span]:
-    """Placement of rows and an operation on rows commute; for casts, that of columns as well."""
+    """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
+
+    It commutes with the placement of whole rows; a cast commutes with that of columns too.
+    """
     columns = matrix_shape(expression)[1]
     spans = _spans(expression.operand, rank)
     if any(part.core is not None and _is_summary(part.core) for span in spans for part in span.parts):
@@ -148,7 +163,7 @@ def _is_row(part: Part) -> bool:
 
 
 def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
-    """The operation on what `part` shows; of a row of zeros the result is known."""
+    """Return the operation on what `part` shows; for a part that is filled with one number, the result is known."""
     if part.core is None:
         scale = isinstance(operation, ex.QuantizeScales)
         return Part(None, 0, 0, columns, ex.SCALE_OF_ZEROS if scale else _rounded(part.value, operation))
@@ -159,12 +174,12 @@ def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
 
 
 def _rounded(value: float, operation: ex.Expression) -> float:
-    """The number as the operand holds it."""
+    """Return the number as the operand's dtype holds it."""
     return float(np.asarray(value, operation.operands[0].dtype.numpy()))
 
 
 def _placed(expression: ex.Expression, rank: int) -> list[Span] | None:
-    """Spans of a placement along rows or columns; None for anything else."""
+    """Return the spans of a placement along rows or columns, or None for anything else."""
     if isinstance(expression, ex.Concat):
         return _joined(expression, rank)
     if not isinstance(expression, ex.Slice | ex.Shard | ex.Pad):
@@ -183,7 +198,7 @@ def _placed(expression: ex.Expression, rank: int) -> list[Span] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Range:
-    """Indexes of the operand; or, without a start, so many times `value`."""
+    """A range of `count` indexes of the operand from `start` on; without a start, `count` times `value`."""
 
     start: int | None
     count: int
@@ -191,7 +206,7 @@ class _Range:
 
 
 def _ranges(expression: ex.Slice | ex.Shard | ex.Pad, rank: int) -> Iterator[_Range]:
-    """What the axis of a placement holds, from its first index to its last."""
+    """Yield what the axis of a placement holds, from its first index to its last."""
     length = expression.shape[expression.along]
     whole = expression.operand.shape[expression.along]
     if isinstance(expression, ex.Slice):
@@ -239,7 +254,7 @@ def _joined(expression: ex.Concat, rank: int) -> list[Span] | None:
 
 
 def _side_by_side(lists: list[list[Span]]) -> Iterator[Span]:
-    """Spans cut where any of the lists begins a new one."""
+    """Yield spans that join the lists side by side, cut wherever one of the lists begins a new span."""
     bounds = sorted({position for spans in lists for position in _bounds(spans)})
     for start, stop in itertools.pairwise(bounds):
         pieces = [_rows(spans, _Range(start, stop - start), 1, 0) for spans in lists]
@@ -255,7 +270,7 @@ def _bounds(spans: list[Span]) -> Iterator[int]:
 
 
 def in_order(spans: list[Span], base: Callable[[ex.Expression], object]) -> bool:
-    """Whether the spans can be written while one base passes by once: its rows only go forward."""
+    """Return whether the spans can be written while a single base is read once, so that its rows only go forward."""
     bases: set[object] = set()
     row = 0
     for span in spans:

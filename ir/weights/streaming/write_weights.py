@@ -1,7 +1,8 @@
-"""All weights of an output, written in one pass over their sources by a few threads in bounded memory.
+"""Write all weights of an output in one pass over their sources, with a few threads, in bounded memory.
 
-A worker takes a group (what is made from one tensor) and reads, computes, hashes and writes it chunk by chunk; while
-one waits for the disk, another computes. Output bytes do not depend on workers, memory, chunks or interruptions.
+A worker takes a group (everything that is made from one base) and reads, computes, hashes and writes it chunk by chunk;
+while one worker waits for the disk, another computes. The output bytes do not depend on the number of workers, on the
+memory, on chunk sizes or on interruptions.
 """
 
 from __future__ import annotations
@@ -38,24 +39,24 @@ from passopt.ir.weights.streaming.row_spans import matrix_shape
 
 Progress = Callable[[int], None]
 
-#: Another number whenever the same expressions give other bytes: no output shall hold both.
+#: Increase this number when the same expressions start to give other bytes, so that no resumed output mixes both.
 _ARITHMETIC = 1
-#: Below so many bytes threads cost more than they bring.
+#: Below this many bytes, threads cost more than they gain.
 _THREADS_FROM = 8 << 20
-#: Memory per worker where the rest of the process is none of our business.
+#: The options for a process that holds other things too: a fixed, small memory per worker.
 _BESIDE_OTHERS = StreamOptions(arena_bytes=16 << 20)
-#: What the evaluator of boxes gets at least.
+#: The smallest chunk, in bytes, that the evaluator of boxes gets.
 _LEAST_BOXES = 1 << 20
-#: How often finished tensors are synced and noted, in seconds: what an interruption can cost.
+#: Finished tensors are synced and recorded after this many seconds, which is about what an interruption can cost.
 _COMMIT_EVERY = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamReport:
-    """What was written, in bytes and seconds; `resumed` bytes were there from an earlier run.
+    """The result of a write in bytes and seconds; `resumed` is the number of bytes that an earlier run had written.
 
-    `digests` are per file, blake3 of each tensor's bytes; `overflows` count, per source tensor, the finite values that
-    fp16 made infinite. `memory` was allowed, `peak` is the most that the process ever held.
+    `digests` are, per file, the blake3 digests of each tensor's bytes. `overflows` count, per source tensor, the finite
+    values that fp16 made infinite. `memory` is the allowed number of bytes, `peak` the most that the process ever held.
     """
 
     digests: tuple[Mapping[str, str], ...]
@@ -70,11 +71,11 @@ class StreamReport:
     kernels: str
 
     def to_json(self) -> dict[str, object]:
-        """All but the digests, which are in the manifest."""
+        """Return all fields but the digests, which are in the manifest."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "digests"}
 
     def to_text(self) -> str:
-        """One line for the user."""
+        """Return one line for the user."""
         rate = (self.read + self.written) / max(self.seconds, 1e-9) / 1e9
         resumed = f", {self.resumed / 1e9:.2f} GB of an earlier run kept" if self.resumed else ""
         return (
@@ -87,9 +88,19 @@ class StreamReport:
 def write_safetensors(
     path: Path, weights: Mapping[str, ex.Expression], rank: int = 0, progress: Progress | None = None
 ) -> dict[str, str]:
-    """Evaluate and write one file; returns the blake3 digest of each tensor's bytes. Raises ModelError, OSError.
+    """Evaluate weights, write them to one file, and return the blake3 digest of each tensor's bytes.
 
-    For programs that hold more than weights: its buffers are small, whatever else is in memory.
+    This is for programs that hold more than weights: its buffers are small, whatever else is in memory.
+
+    Args:
+        path: The file to write.
+        weights: The expressions by tensor name.
+        rank: The rank whose shards are written.
+        progress: Called as in `write_weight_files`.
+
+    Raises:
+        ModelError: If a source cannot be read, has changed, or has no scale.
+        OSError: If the disk fails.
     """
     return dict(write_weight_files([WeightFile(path, weights, rank)], _BESIDE_OTHERS, progress=progress).digests[0])
 
@@ -103,10 +114,21 @@ def write_weight_files(
 ) -> StreamReport:
     """Write all files, in folders that exist; each source byte is read once for all of them.
 
-    `progress` is called with the bytes written since its last call, one call at a time; its `skip`, if it has one,
-    with what an earlier run wrote. With a `journal`, an interrupted run goes on where it was: finished tensors are not
-    written again, others from their beginning. Raises ModelError (a source that cannot be read, changed, or has no
-    scale), UsageError (memory), OSError (the disk).
+    Args:
+        files: The files to write.
+        options: The limits of memory and threads.
+        progress: Called with the bytes written since its last call, one call at a time. If it has an attribute `skip`,
+            that is called with the bytes of tensors which an earlier run wrote.
+        journal: The file that records finished tensors. With it, an interrupted run is resumed: finished tensors are
+            not written again, others are written from their beginning.
+
+    Returns:
+        Digests, overflows, and what the write took.
+
+    Raises:
+        ModelError: If a source cannot be read, has changed, or has no scale.
+        UsageError: If the allowed memory is too little.
+        OSError: If the disk fails.
     """
     start = time.monotonic()
     groups = schedule(files)
@@ -125,7 +147,7 @@ def write_weight_files(
             stack.callback(targets[-1].close)
             targets[-1].write(0, memoryview(file.layout.header))
         for folder in {path.parent for path in (journal, *(file.path for file in files)) if path is not None}:
-            sync_path(folder)  # what the journal will speak of must be found under its name after a crash
+            sync_path(folder)  # Files that the journal will name must be found under their names after a crash.
         run = _Run(files, targets, budget, kernels, progress, book)
         left = [group for group in groups if not run.is_finished(group)]
         run.write(left)
@@ -150,7 +172,7 @@ def write_weight_files(
 
 
 def _key(files: Sequence[WeightFile]) -> str:
-    """Of all that decides the bytes: arithmetic, names, expressions with where their sources lie, and the layout."""
+    """Return a digest of all that decides the bytes: arithmetic, names, expressions, places of sources, and layout."""
     hasher = hashlib.blake2b(f"{_ARITHMETIC}\n".encode(), digest_size=16)
     for file in files:
         hasher.update(f"{file.path.parent.name}/{file.path.name} {file.rank}\n".encode())
@@ -163,11 +185,11 @@ def _key(files: Sequence[WeightFile]) -> str:
 
 
 class _Stopped(Exception):
-    """Raised in workers that shall give up."""
+    """Raised in a worker to make it stop."""
 
 
 class _Run:
-    """One write: what its workers share."""
+    """The state of one write that its workers share."""
 
     def __init__(
         self,
@@ -195,7 +217,7 @@ class _Run:
         self._committed = 0.0
 
     def is_finished(self, group: Group) -> bool:
-        """Whether an earlier run wrote all outputs of the group; they then count as done."""
+        """Return whether an earlier run wrote all outputs of the group; if so, record them as done."""
         if self._journal is None:
             return False
         names = [_label(output.file, output.name) for output in group.outputs]
@@ -210,17 +232,17 @@ class _Run:
 
     @property
     def read_bytes(self) -> int:
-        """What was really read, whatever the outputs needed."""
+        """Return the bytes that were actually read, which may differ from what the outputs needed."""
         return self._reader.read_bytes + self._boxes_read
 
     def digests(self) -> tuple[Mapping[str, str], ...]:
-        """Per file, in its order."""
+        """Return the digests of the tensors per file, in the order of the file."""
         return tuple(
             {name: self._found[index, name] for name in file.layout.offsets} for index, file in enumerate(self._files)
         )
 
     def write(self, groups: Sequence[Group]) -> None:
-        """Write `groups`; after an error or an interruption, note at least what is finished."""
+        """Write `groups`; after an error or an interruption, record at least the tensors that are finished."""
         self._committed = time.monotonic()
         try:
             if self._budget.workers == 1:
@@ -259,7 +281,7 @@ class _Run:
             self._committed = time.monotonic()
 
     def _commit(self) -> None:
-        """Sync what is finished and note it."""
+        """Sync the finished tensors and record them in the journal."""
         if self._journal is None:
             return
         with self._lock:
@@ -287,7 +309,7 @@ class _Run:
         self._finish(group, digests, values)
 
     def _pass_by(self, group: Group, values: ChunkValues, streams: Sequence[OutputStream], rows: int) -> None:
-        """Feed all streams, chunk by chunk; progress is in proportion to the rows."""
+        """Feed all streams chunk by chunk, and report progress in proportion to the rows."""
         passing = []
         for stream in streams:
             if group.is_summary(stream.output):
@@ -308,7 +330,7 @@ class _Run:
         self._advance(left)
 
     def _measure(self, group: Group, values: ChunkValues, rows: int) -> None:
-        """Let the whole base pass by once before, if columns have scales."""
+        """If columns have scales, read the whole base once to measure them."""
         if group.measured:
             for start, stop in _chunks(group, 0, matrix_shape(group.base)[0], rows):
                 self._give_up_if_told()
@@ -327,7 +349,7 @@ class _Run:
             for output, digest in zip(group.outputs, digests, strict=True):
                 self._found[output.file, output.name] = digest
                 self._pending.append((_label(output.file, output.name), digest, overflows))
-                overflows = {}  # noted with the first of them
+                overflows = {}  # The overflows of the group are recorded with its first tensor only.
 
     def _count(self, overflows: Mapping[str, int]) -> None:
         with self._lock:
@@ -340,7 +362,7 @@ class _Run:
                 self._progress(nbytes)
 
     def _arena(self) -> Arena:
-        """The memory of this thread, all of it free."""
+        """Return the memory of this thread, with all of it free."""
         if not hasattr(self._local, "arena"):
             self._local.arena = Arena(self._budget.arena_bytes)
         arena: Arena = self._local.arena
@@ -349,12 +371,12 @@ class _Run:
 
 
 def _label(file: int, name: str) -> str:
-    """What the journal calls a tensor."""
+    """Return the name of a tensor in the journal."""
     return f"{file}:{name}"
 
 
 def _chunks(group: Group, first: int, last: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of so many rows of the base, from `first` to `last`; they begin where a grain does."""
+    """Yield ranges of up to `rows` rows of the base, from `first` to `last`; they begin where a grain does."""
     first = first // group.grain * group.grain
     for start in range(first, last, rows):
         yield start, min(start + rows, last)

@@ -1,4 +1,7 @@
-"""A model to a compiled folder: lowered, built by TVM, weights laid out for its kernels; whole or not at all."""
+"""Compile a model to a folder with a library and its weights: lower the graph, build the code, lay out the weights.
+
+The folder appears only when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any, Literal
 import onnx_ir
 
 from passopt.ir.atomic_folders import JOURNAL_NAME, keep_only, resumable_directory
+from passopt.ir.dtypes import DTYPES, DataType
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.graph.decoder import INPUT_IDS, LOGITS, decoder_of, degree_of, positions_of
 from passopt.ir.serialization.model_files import WEIGHTS_NAME
@@ -23,6 +27,7 @@ from passopt.ir.weights.streaming.output_groups import WeightFile
 from passopt.ir.weights.streaming.write_weights import StreamReport, write_weight_files
 from passopt.targets.folders.companions import companions_in
 from passopt.targets.folders.manifest import rank_folders
+from passopt.targets.folders.output import Origin
 from passopt.targets.tvm.compiled_folder import (
     CODE_NAME,
     INPUTS,
@@ -40,23 +45,21 @@ from passopt.targets.tvm.compiler.lowering.graph import MAIN, Lowered, lower
 from passopt.targets.tvm.compiler.relax_steps import run_steps
 from passopt.targets.tvm.machines import Gpu, Machine
 
-_DTYPES: dict[str, CacheDtype] = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
-#: What config files call the longest sequence.
+#: The keys under which config.json files store the length of the longest sequence.
 _LENGTH_KEYS = ("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len")
 
 
 @dataclasses.dataclass(frozen=True)
-class CompileFacts:
-    """What a compiled folder says of where it comes from: passopt's version, the pipeline, the folder of companions."""
-
-    version: str
-    passes: str
-    companions: Path | None
-
-
-@dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """What was compiled: kernels by name with their number, fallbacks, bytes of weights per rank."""
+    """A report of what was compiled.
+
+    Attributes:
+        lowered: The lowered model, with its kernels and fallbacks; that of rank 0 if there are several ranks.
+        library: The description of the library; that of the last rank if there are several ranks.
+        weight_bytes: The bytes of a weights file, on average over the ranks.
+        degree: The number of ranks.
+        stream: How the weights were written.
+    """
 
     lowered: Lowered
     library: Library
@@ -69,7 +72,7 @@ def compile_models(
     models: Sequence[onnx_ir.Model],
     directory: Path,
     machine: Machine,
-    facts: CompileFacts,
+    origin: Origin,
     *,
     allow_fallback: bool = False,
     on_step: Callable[[str, Any], None] | None = None,
@@ -78,17 +81,33 @@ def compile_models(
 ) -> CompileReport:
     """Compile a model, an SPMD model, or the models of all ranks, to the new folder `directory`.
 
-    Interrupted while it writes weights, the same call goes on with those that are finished.
+    All ranks get the same library, because whatever differs between them is a parameter. Memory does not grow with the
+    size of the weights: they are laid out chunk by chunk. If the call is interrupted while it writes weights, the same
+    call resumes and keeps the tensors that are finished.
 
-    Ranks share one library: what differs between them is a parameter. Memory does not grow with the weights: they are
-    laid out chunk by chunk. Raises ModelError (no native kernel, with every node), UsageError (output exists).
+    Args:
+        models: One model (which may be an SPMD model), or one model per rank, in the order of ranks.
+        directory: The folder to write, which must not exist.
+        machine: The CPU or GPU to generate code for.
+        origin: The origin of the model, and the folder of its tokenizer and configuration.
+        allow_fallback: If true, compile linears and attentions without a native kernel by TVM's own operators.
+        on_step: Called after each Relax step with its name and the module.
+        progress: Called with the weight bytes written since its last call.
+        stream: The memory and threads to write weights with.
+
+    Returns:
+        A report of what was compiled.
+
+    Raises:
+        ModelError: If a node has no native kernel (the message lists all of them), or the model cannot be compiled.
+        UsageError: If the output exists, the disk is too small, or there is no C compiler to link with.
     """
     degree = max(len(models), degree_of(models[0]))
     if degree > 1 and isinstance(machine, Gpu):
         raise ModelError(f"{degree} ranks: collectives have no form on a GPU yet; compile one rank, or for llvm")
     check_linker()
     lowered, *others = _lowered(models, machine, allow_fallback=allow_fallback)
-    interface = _Interface.of(models[0], lowered, facts.companions)
+    interface = _Interface.of(models[0], lowered, origin.companions)
     weights = [_weights(item) for item in ([lowered, *others] if others else [lowered] * degree)]
     needed = sum(plan_layout(item).nbytes for item in weights)
     folders = rank_folders(degree)
@@ -105,7 +124,7 @@ def compile_models(
             files.append(WeightFile(target / WEIGHTS_NAME, expressions, rank if len(models) == 1 else 0))
         written = write_weight_files(files, stream, progress=progress, journal=staged / JOURNAL_NAME)
         libraries = [
-            _library(interface, lowered, machine, facts, staged / folder, written.digests[rank], rank, degree)
+            _library(interface, lowered, machine, origin, staged / folder, written.digests[rank], rank, degree)
             for rank, folder in enumerate(folders)
         ]
         for folder, library in zip(folders, libraries, strict=True):
@@ -114,13 +133,13 @@ def compile_models(
             code.unlink()
             roots = tuple(library.weights.root for library in libraries)
             RankFolders(degree, tuple(folders), roots).write(staged)
-        for path in companions_in(facts.companions):
+        for path in companions_in(origin.companions):
             shutil.copyfile(path, staged / path.name)
     return CompileReport(lowered, libraries[-1], needed // degree, degree, written)
 
 
 def check_linker() -> None:
-    """Raises UsageError if there is no C compiler: TVM links libraries with it."""
+    """Raise UsageError if there is no C compiler, which TVM needs to link libraries."""
     from tvm.support.cc import get_cc
 
     compiler = get_cc()
@@ -130,7 +149,10 @@ def check_linker() -> None:
 
 
 def build(lowered: Lowered, machine: Machine, path: Path, on_step: Callable[[str, Any], None] | None = None) -> None:
-    """Run the steps, generate code, link it to `path`; for a GPU, write the source of its kernels beside it."""
+    """Run the Relax steps, generate code and link it to the library `path`.
+
+    For a GPU, the source of the kernels is written beside it. Raises ModelError if TVM fails.
+    """
     from tvm import relax
 
     target = machine.target()
@@ -147,13 +169,13 @@ def build(lowered: Lowered, machine: Machine, path: Path, on_step: Callable[[str
 
 
 def _source(module: Any) -> str:
-    """The CUDA source of all kernels of a built library."""
+    """Return the CUDA source of all kernels of a built library."""
     found = [_source(item) for item in module.imports]
     return "\n".join([str(module.inspect_source()), *found] if module.kind == "cuda" else found)
 
 
 def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
-    """Small constants that are not the same on all ranks, such as the first row of a vocabulary shard."""
+    """Return the names of small constants that differ between ranks, such as the first row of a vocabulary shard."""
     if len(models) == 1:
         return frozenset()
     found = set()
@@ -170,7 +192,10 @@ def _differing(models: Sequence[onnx_ir.Model]) -> frozenset[str]:
 
 
 def _lowered(models: Sequence[onnx_ir.Model], machine: Machine, *, allow_fallback: bool) -> list[Lowered]:
-    """Every model lowered; the first one's code serves all, which is checked, not assumed."""
+    """Lower every model, and raise ModelError unless all of them have the same code as the first.
+
+    Only the code of the first model is compiled, for all ranks.
+    """
     from tvm_ffi import structural_equal
 
     per_rank = _differing(models)
@@ -187,7 +212,10 @@ def _weights(lowered: Lowered) -> dict[str, Expression]:
 
 @dataclasses.dataclass(frozen=True)
 class _Interface:
-    """What a library says of how it is called; wrong models are told before anything is written."""
+    """The part of a library's description that says how it is called.
+
+    It is found before anything is written, so that an unsuitable model is refused early.
+    """
 
     cache: CacheLayout
     logits: Logits
@@ -195,18 +223,24 @@ class _Interface:
 
     @classmethod
     def of(cls, model: onnx_ir.Model, lowered: Lowered, companions: Path | None) -> _Interface:
+        """Return the interface of a model; raise ModelError if an engine could not call it."""
         decoder = decoder_of(model)
         check_inputs(model, lowered.inputs)
-        if decoder.cache_dtype.name not in _DTYPES:
-            raise ModelError(f"a cache in {decoder.cache_dtype.name}; libraries keep {', '.join(_DTYPES.values())}")
+        names: dict[DataType, CacheDtype] = {kind: name for name, kind in DTYPES.items()}
+        if decoder.cache_dtype not in names:
+            raise ModelError(f"a cache in {decoder.cache_dtype.name}; libraries keep {', '.join(names.values())}")
         kind: Literal["in-place", "functional"] = "in-place" if lowered.in_place else "functional"
-        dtype = _DTYPES[decoder.cache_dtype.name]
+        dtype = names[decoder.cache_dtype]
         cache = CacheLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, dtype, kind=kind)
         return cls(cache, _logits(model), max_positions(model, companions))
 
 
 def check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
-    """Raises ModelError for an input that no engine gives, one length of text, or layers with unlike caches."""
+    """Raise ModelError if an engine could not provide the inputs of `model`.
+
+    `plain` are the names of its inputs besides the past. Refused are inputs that an engine does not know, a graph for
+    one fixed batch or length only, and layers whose caches differ in heads, width or dtype.
+    """
     unknown = [name for name in plain if name not in INPUTS]
     if unknown:
         raise ModelError(
@@ -234,14 +268,14 @@ def _library(
     interface: _Interface,
     lowered: Lowered,
     machine: Machine,
-    facts: CompileFacts,
+    origin: Origin,
     folder: Path,
     digests: Mapping[str, str],
     rank: int,
     degree: int,
 ) -> Library:
     return Library(
-        passopt=facts.version,
+        passopt=origin.version,
         target="cuda" if isinstance(machine, Gpu) else "llvm",
         mcpu=machine.mcpu,
         isa=machine.arch if isinstance(machine, Gpu) else machine.isa.name,
@@ -256,7 +290,7 @@ def _library(
         max_positions=interface.max_positions,
         rank=rank,
         degree=degree,
-        passes=facts.passes,
+        passes=origin.pipeline,
         quantized=lowered.quantized,
     )
 
@@ -269,7 +303,11 @@ def _logits(model: onnx_ir.Model) -> Logits:
 
 
 def max_positions(model: onnx_ir.Model, companions: Path | None) -> int | None:
-    """The longest sequence: of the model's tables, which must not be read beyond their end, and of config.json."""
+    """Return the length of the longest sequence that the model can take, or None if nothing bounds it.
+
+    It is the smallest bound of the model's own tables, which must not be read beyond their end, and of config.json in
+    the folder `companions`. Raises ModelError if that file is not JSON.
+    """
     table = positions_of(model)
     found = [] if table is None else [table]
     path = companions / "config.json" if companions is not None else None

@@ -1,6 +1,7 @@
-"""The kernels for a GPU: the loop over work items becomes a grid of threads, vectors become their numbers.
+"""Turn CPU kernels into GPU kernels: loops over work items become grids of threads, vectors become single numbers.
 
-The bodies are those of the CPU. A thread takes a work item; what was a thread's own memory stays its own.
+The bodies of the kernels stay those of the CPU. One GPU thread computes one work item, and a buffer that was private to
+a CPU thread becomes private to the GPU thread.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from passopt.ir.errors import ModelError
 #: A TIR object; tvm carries no types.
 Tvm: TypeAlias = Any
 
-#: Threads per block. Work items use many registers each, so blocks are small.
+#: The number of threads per block. A work item uses many registers, so blocks are small.
 THREADS = 64
 _BINARY = frozenset(
     (
@@ -21,20 +22,24 @@ _BINARY = frozenset(
     )
 )
 _LEAVES = frozenset(("IntImm", "FloatImm", "StringImm"))
-#: Hints to a CPU's caches.
+#: Intrinsics that are only hints to the caches of a CPU, so they can be left out.
 _HINTS = ("llvm.prefetch",)
 
 
 def bind_threads(function: Tvm, name: str) -> Tvm:
-    """`function` (a PrimFunc with `T.parallel` loops) with each of them launched as a grid.
+    """Return `function`, a PrimFunc with `T.parallel` loops, with each of these loops launched as a grid of threads.
 
-    Raises ModelError, with the kernel's name, for what a GPU cannot do.
+    Raises ModelError with the kernel's `name` if a statement or expression has no form on a GPU.
     """
     return _Binder(name).function(function)
 
 
 class _Binder:
-    """Rewrites one function; the variables and buffers that a thread has instead of the CPU's."""
+    """Rewrite one function for a GPU.
+
+    `_buffers` maps a buffer of the CPU kernel to the thread's own buffer, and `_lanes` maps a variable to one variable
+    per lane of its vector.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -42,13 +47,14 @@ class _Binder:
         self._lanes: dict[Tvm, list[Tvm]] = {}
 
     def function(self, function: Tvm) -> Tvm:
+        """Return `function` with its parallel loops as grids, marked as scheduled."""
         body = self._outside(function.body)
         return function.with_body(body).with_attr("tirx.is_scheduled", True)
 
     def _unknown(self, node: Tvm, where: str) -> ModelError:
         return ModelError(f"kernel {self._name}: {type(node).__name__} {where} has no form on a GPU:\n{node}")
 
-    # On the host: what lies around the loops over work items.
+    # The following runs on the host: the statements around the loops over work items.
 
     def _outside(self, node: Tvm) -> Tvm:
         from tvm import s_tir, tirx
@@ -73,7 +79,7 @@ class _Binder:
         raise self._unknown(node, "outside of the loop over work items")
 
     def _grid(self, loop: Tvm) -> Tvm:
-        """One thread per work item, the last block partly idle."""
+        """Turn a loop over work items into a grid with one thread per item; the last block may be partly idle."""
         from tvm import tirx
 
         dtype = _dtype(loop.loop_var)
@@ -90,7 +96,7 @@ class _Binder:
             body = tirx.For(variable, tirx.const(0, dtype), extent, tirx.ForKind.THREAD_BINDING, body, axis)
         return body
 
-    # In a thread.
+    # The following runs in a GPU thread: the body of a work item.
 
     def _inside(self, node: Tvm) -> Tvm:
         from tvm import tirx
@@ -116,7 +122,7 @@ class _Binder:
         raise self._unknown(node, "in a thread")
 
     def _own(self, buffer: Tvm) -> Tvm:
-        """A buffer of the thread; its size is known."""
+        """Return the thread's own buffer for a buffer of the CPU kernel, whose size must be known."""
         from tvm import tirx
 
         made = tirx.decl_buffer(buffer.shape, buffer.dtype, buffer.name, scope="local", layout=None)
@@ -138,7 +144,7 @@ class _Binder:
         buffer = self._buffers.get(node.buffer, node.buffer)
         if lanes == 1:
             return tirx.BufferStore(buffer, self._scalar(node.value), [self._scalar(item) for item in node.indices])
-        # All are read before any is written, as a vector is.
+        # All lanes are read before any is written, as with a vector.
         made = [tirx.Var("lane", dtype) for _ in range(lanes)]
         read = [tirx.Bind(made[lane], self._lane(node.value, lane)) for lane in range(lanes)]
         written = [
@@ -160,7 +166,7 @@ class _Binder:
         return self._lane(node, 0)
 
     def _lane(self, node: Tvm, lane: int) -> Tvm:
-        """One lane of a vector; a number is its own lane."""
+        """Return the expression for one lane of a vector; a single number is the same in every lane."""
         from tvm import ir, tirx
 
         kind = type(node).__name__
@@ -202,7 +208,10 @@ class _Binder:
 
 
 def _is_twin(serial: Tvm, parallel: Tvm) -> bool:
-    """Whether two branches are one loop, on one thread where it is short: threads of a GPU need not be woken."""
+    """Return whether two branches hold the same loop, once serial (for little work) and once parallel.
+
+    A GPU needs only the parallel one, because its threads do not have to be woken.
+    """
     from tvm import tirx
     from tvm_ffi import structural_equal
 

@@ -1,4 +1,4 @@
-"""The Relax passes between lowering and code, in the open: named steps, in this order, printable after each."""
+"""Run the Relax passes between lowering and code generation, as named steps that can be printed one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tvm = Any
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A named Relax pass; `make` gives it."""
+    """A named Relax pass, which `make` returns; `summary` is what error messages say about it."""
 
     name: str
     summary: str
@@ -21,7 +21,7 @@ class Step:
 
 
 def steps(kind: str = "llvm") -> tuple[Step, ...]:
-    """All steps for a kind of target (llvm or cuda) in order."""
+    """Return all steps for a kind of target (llvm or cuda), in the order in which they run."""
     from tvm.relax import backend, transform
 
     gpu = kind == "cuda"
@@ -29,28 +29,31 @@ def steps(kind: str = "llvm") -> tuple[Step, ...]:
         *((Step("bind-threads", "kernels as grids of threads", _bind_threads),) if gpu else ()),
         Step("dispatch-scan", "cumulative sums to TIR", backend.DispatchSortScan),
         Step("legalize", "small operators to TIR; kernels are TIR already", transform.LegalizeOps),
-        Step("annotate-patterns", "which TIR functions may be fused", transform.AnnotateTIROpPattern),
+        Step("annotate-patterns", "mark which TIR functions may be fused", transform.AnnotateTIROpPattern),
         Step("fold-constants", "small constants only: weights are parameters", transform.FoldConstant),
         Step("fuse-ops", "group small operators", transform.FuseOps),
-        Step("fuse-tir", "each group one TIR function; equal ones are shared by all layers", transform.FuseTIR),
+        Step("fuse-tir", "each group becomes one TIR function; all layers share equal ones", transform.FuseTIR),
         *((Step("schedule-small", "TVM's own grids for small operators", _schedule_small),) if gpu else ()),
-        Step("dead-code", "functions and values that nothing reads", transform.DeadCodeElimination),
+        Step("dead-code", "remove functions and values that nothing reads", transform.DeadCodeElimination),
         Step("view-reshapes", "reshapes become views", transform.RewriteDataflowReshape),
         Step("leave-dataflow", "plain bindings from here on", transform.ToNonDataflow),
         Step("drop-purity", "calls may write from here on", transform.RemovePurityChecking),
         Step("allocate", "call_tir becomes a call on allocated memory", transform.CallTIRRewrite),
-        Step("plan-memory", "memory is used again", transform.StaticPlanBlockMemory),
-        Step("lower-allocations", "allocations as the runtime knows them", transform.LowerAllocTensor),
+        Step("plan-memory", "memory is reused between values", transform.StaticPlanBlockMemory),
+        Step("lower-allocations", "allocations become calls of the runtime", transform.LowerAllocTensor),
         Step("free-early", "memory is released after its last use", transform.KillAfterLastUse),
-        Step("lower-builtins", "calls of the runtime", transform.LowerRuntimeBuiltin),
-        Step("compute-lengths", "arithmetic over lengths to functions", transform.ComputePrimValue),
+        Step("lower-builtins", "built-in operators become calls of the runtime", transform.LowerRuntimeBuiltin),
+        Step("compute-lengths", "arithmetic over lengths becomes functions", transform.ComputePrimValue),
         Step("lower-shapes", "lengths are read off the inputs and checked", transform.VMShapeLower),
-        Step("name-symbols", "every function its name in the library", transform.AttachGlobalSymbol),
+        Step("name-symbols", "give every function its name in the library", transform.AttachGlobalSymbol),
     )
 
 
 def _bind_threads() -> Tvm:
-    """So early that there are no functions but the kernels."""
+    """Return a pass that turns all kernels into grids of threads.
+
+    It must run before operators are lowered to TIR, while the only TIR functions are the kernels.
+    """
     import tvm
     from tvm import tirx
 
@@ -74,15 +77,17 @@ def _schedule_small() -> Tvm:
     return dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())
 
 
-#: Fusing is only for speed, and TVM 0.27 fails on some groups (Gemma 2's masks): then small operators stay apart.
+#: The steps that fuse small operators. They only make the code faster, and TVM 0.27 fails on some groups (such as Gemma
+#: 2's masks). If it does, the small operators are left unfused.
 FUSING = ("fuse-ops", "fuse-tir")
 SKIPPED = "fusing skipped"
 
 
 def run_steps(module: Tvm, target: Tvm, on_step: Callable[[str, Tvm], None] | None = None) -> Tvm:
-    """The module after all steps; `on_step` gets each step's name and the module after it.
+    """Return the module after all steps.
 
-    If TVM cannot fuse the module, `on_step` is told so by the name `SKIPPED`. Raises ModelError that names the step.
+    `on_step` is called after each step with its name and the module. If TVM cannot fuse the module, it goes on without
+    fusion, and the name given is `SKIPPED`. Raises ModelError with the name of the step if TVM fails in another step.
     """
     unfused = module
     with target:
@@ -104,7 +109,7 @@ def run_steps(module: Tvm, target: Tvm, on_step: Callable[[str, Tvm], None] | No
 
 
 def check_step_names(names: list[str], kind: str = "llvm") -> None:
-    """Raises UsageError with the names there are."""
+    """Raise UsageError, which lists all steps, if one of `names` is not the name of a step."""
     known = steps(kind)
     for name in names:
         if name not in {step.name for step in known}:

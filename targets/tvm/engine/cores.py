@@ -1,4 +1,4 @@
-"""How many threads are worth starting: the cores that this process may run on."""
+"""Count the cores that this process may run on, which is the number of threads worth starting."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import os
 from pathlib import Path
 
 PROCESSORS = Path("/sys/devices/system/cpu")
-#: Quota and period of a control group (version 2), both in microseconds, or `max`.
+#: The CPU limit of a control group (version 2): a quota, or `max` for none, and a period, both in microseconds.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def count_cores() -> int:
-    """Physical cores, fewer where a container's quota grants fewer.
+    """Return the number of physical cores, or fewer if the quota of a container grants fewer; at least 1.
 
-    Threads of a pool wait for each other at every kernel: two on one core only get in each other's way.
+    Physical cores count, not hyper-threads: the threads of a pool wait for each other at every kernel, so two threads
+    on one core would only slow each other down.
     """
     allowed = os.sched_getaffinity(0)
     cores = {_siblings(processor) for processor in allowed}

@@ -1,6 +1,6 @@
-"""The engine: a compiled folder of one rank, loaded, with its key/value caches.
+"""Load a compiled folder of one rank and run it with its KV caches.
 
-Everything that can be refused (CPU, digests, lengths) is refused before anything of the library runs.
+Everything that can be refused (CPU, digests, lengths) is refused before any code of the library runs.
 """
 
 from __future__ import annotations
@@ -24,29 +24,31 @@ from passopt.targets.tvm.machines import missing_features
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 
-#: A longer prefill runs in parts: intermediate results stay in the caches of the CPU, and their memory is bounded.
+#: A prefill of more columns runs in parts, so that intermediate results stay in the caches of the CPU and their memory
+#: is bounded.
 PREFILL_COLUMNS = 192
 
 _CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Engine:
-    """A loaded model. `batch` sequences advance together; column `past` is the next one to be written.
+    """A loaded model whose `batch` sequences advance together.
 
-    `capacity` is the most columns that the caches hold; `cache_bytes` what they take at that length.
+    A column is one token position of all sequences, padding included. `past` columns are in the caches, which hold at
+    most `capacity` columns; `cache_bytes` is what the caches take at that length.
     """
 
     def __init__(self, library: Library, machine: virtual_machine.VirtualMachine, parameters: Sequence[Any]) -> None:
-        """Use `Engine.load`."""
+        """Do not call this: use `Engine.load`."""
         self.library = library
         self._machine = machine
         self._parameters = tuple(parameters)
         self._past: _Past
-        #: Length of the calls whose intermediate results still have memory.
+        #: The number of columns of the calls for which TVM still holds memory for intermediate results.
         self._buffers_of = 1
         self.batch = 0
         self.capacity = 0
-        #: Columns that were ever written: what lies behind them takes no memory yet.
+        #: The number of columns that were ever written; the part of the caches behind them takes no memory yet.
         self._written = 0
 
     @classmethod
@@ -64,11 +66,21 @@ class Engine:
     ) -> Engine:
         """Load the library in `folder` and make room for `batch` sequences of `capacity` columns.
 
-        `capacity` defaults to the model's positions, `threads` to the cores. Weights are hashed on the first load of a
-        file, and with `verify_weights`; they stay a map of the file, unless `copy_weights` asks for memory of this
-        process. `progress` gets the bytes of weights read since its last call. A rank, which is not `alone`, calls
-        collectives that are registered before, and whoever starts all ranks has checked that their copies fit.
-        Raises ModelError (damaged or incomplete folder, another CPU), UsageError.
+        Args:
+            folder: A folder that `passopt compile` wrote.
+            batch: The number of sequences that advance together.
+            capacity: The number of columns that the caches hold; by default the model's positions.
+            threads: The number of threads; by default the number of cores.
+            verify_weights: If true, hash all weights even if this file was verified before. They are always hashed the
+                first time that a file is loaded.
+            copy_weights: If true, copy the weights into memory of this process instead of mapping the file.
+            progress: Called with the bytes of weights read since its last call.
+            alone: False for a rank of several. Its collectives must be registered before, and the process that starts
+                all ranks must have checked that caches and copies of all of them fit the memory.
+
+        Raises:
+            ModelError: If the folder is damaged, incomplete or compiled for another CPU.
+            UsageError: If memory or threads are too few, or an argument is out of range.
         """
         threads = count_cores() if threads is None else threads
         if threads < 1:
@@ -101,29 +113,35 @@ class Engine:
 
     @property
     def past(self) -> int:
-        """Columns in the caches."""
+        """Return the number of columns in the caches."""
         return self._past.columns
 
     @property
     def vocab(self) -> int:
+        """Return the size of the vocabulary."""
         return self.library.logits.vocab
 
     @property
     def max_positions(self) -> int | None:
+        """Return the number of positions that the model has; None if it sets no bound."""
         return self.library.max_positions
 
     @property
     def takes_positions(self) -> bool:
-        """Whether the model reads `positions`; otherwise a column's number is its position."""
+        """Return whether the model reads `positions`; otherwise a column's number is its position."""
         return "position_ids" in self.library.inputs
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all caches at `capacity`: 2 · layers · batch · kv_heads · capacity · head_dim · size."""
+        """Return the bytes of all caches when full: 2 · layers · batch · kv_heads · capacity · head_dim · size."""
         return self.library.cache.nbytes(self.batch, self.capacity)
 
     def allocate(self, batch: int, capacity: int | None = None) -> None:
-        """Forget everything and make room for other sequences. Raises UsageError."""
+        """Forget all columns and make room for `batch` sequences of `capacity` columns.
+
+        `capacity` defaults to the model's positions. Raises UsageError if it does not fit the available memory, or if
+        it is not given and the model sets no bound.
+        """
         capacity = checked_capacity(self.library, batch, capacity)
         layout = self.library.cache
         check_caches([layout], batch, capacity, held=layout.nbytes(self.batch, self._written))
@@ -132,20 +150,30 @@ class Engine:
         self.batch, self.capacity, self._written = batch, layout.rounded(capacity), 0
 
     def reset(self) -> None:
-        """Forget all columns; the room stays."""
+        """Forget all columns but keep the memory of the caches."""
         self.truncate(0)
 
     def truncate(self, columns: int) -> None:
-        """Forget all columns but the first `columns`. Raises UsageError if there are fewer."""
+        """Forget all but the first `columns` columns; raise UsageError if there are fewer."""
         if not 0 <= columns <= self.past:
             raise UsageError(f"cannot keep {columns} columns of {self.past}")
         self._past.truncate(columns)
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike, positions: npt.ArrayLike | None = None) -> Logits:
-        """Append `ids` [batch, seq] and return logits [batch, seq, vocab], or [batch, 1, vocab] of the last column.
+        """Append columns to the caches and return their logits.
 
-        `mask` [batch, past + seq] is 1 where a column counts. `positions` [batch, seq] are read by models that take
-        them; by default the number of counting columns to the left. Raises UsageError before anything runs.
+        Args:
+            ids: The token ids, `[batch, seq]`.
+            mask: `[batch, past + seq]`, 1 where a column is part of its sequence and 0 where it is padding.
+            positions: The positions of the new columns, `[batch, seq]`, for models that read them. By default a
+                column's position is the number of columns to its left whose mask is 1.
+
+        Returns:
+            The logits, `[batch, seq, vocab]`, or `[batch, 1, vocab]` of the last column, as the library says.
+
+        Raises:
+            UsageError: If an argument is wrong or the columns do not fit, before anything runs.
+            ModelError: If the library fails. The caches are then as they were before the call.
         """
         columns = _whole_numbers("ids", ids)
         self._check_ids(columns)
@@ -167,13 +195,19 @@ class Engine:
         return logits[0] if len(logits) == 1 else np.concatenate(logits, axis=1)
 
     def _parts(self, seq: int) -> Iterator[tuple[int, int]]:
-        """(start, stop) of the parts that a prefill of `seq` columns runs in, about equal, the longest first."""
+        """Return (start, stop) of each part in which `seq` columns run; the last part may be shorter than the others.
+
+        A functional cache runs all columns in one part.
+        """
         count = -(-seq // PREFILL_COLUMNS) if self.library.cache.kind == "in-place" else 1
         longest = -(-seq // count)
         return ((start, min(start + longest, seq)) for start in range(0, seq, longest))
 
     def _forward(self, ids: Ids, mask: Ids, positions: Ids | None, past: int, start: int, stop: int) -> Logits:
-        """Columns `start` to `stop` of `ids`, which stand behind `past` columns and all before `start`."""
+        """Run columns `start` to `stop` of `ids` and return their logits.
+
+        `past` is the number of cached columns before the first column of `ids`; `mask` covers these and all of `ids`.
+        """
         arguments = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, : past + stop]}
         if positions is not None:
             arguments["position_ids"] = positions[:, start:stop]
@@ -186,14 +220,17 @@ class Engine:
         return logits
 
     def _release_unless(self, seq: int) -> None:
-        """Intermediate results of a prefill keep their memory for the next one of the same length, not for decoding."""
+        """Free the memory of intermediate results if the last call was a prefill of another length than `seq`.
+
+        Prefills of the same length use the same memory again, whereas decoding has no use for it.
+        """
         if self._buffers_of not in (1, seq):
             self._machine.release_buffers()
         self._buffers_of = seq
 
     def _check_ids(self, ids: Ids) -> None:
         if ids.ndim != 2 or ids.shape[0] != self.batch or ids.shape[1] < 1:
-            raise UsageError(f"ids have shape {list(ids.shape)}, expected [{self.batch}, at least 1]: input is empty")
+            raise UsageError(f"ids have shape {list(ids.shape)}, expected [{self.batch}, seq] with seq of at least 1")
         if ids.min() < 0 or ids.max() >= self.vocab:
             bad = next(int(number) for number in ids.flat if not 0 <= number < self.vocab)
             raise UsageError(f"token id {bad} is outside of the vocabulary (0 to {self.vocab - 1})")
@@ -223,18 +260,22 @@ class Engine:
 
 
 class _Past(Protocol):
-    """The cached columns: tensors that the function takes for them, and what it gives back."""
+    """The cached columns, as the tensors that the compiled function takes for them."""
 
     columns: int
     tensors: list[Any]
 
-    def take(self, result: Any, seq: int) -> Logits: ...
+    def take(self, result: Any, seq: int) -> Logits:
+        """Add the `seq` columns of a call, given the result of the function, and return its logits."""
+        ...
 
-    def truncate(self, columns: int) -> None: ...
+    def truncate(self, columns: int) -> None:
+        """Forget all but the first `columns` columns."""
+        ...
 
 
 class _InPlace:
-    """Tensors of full capacity that the function writes into."""
+    """A cache of full capacity, into which the function writes new columns."""
 
     def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
         dtype = _CACHE_DTYPES[layout.dtype]
@@ -256,7 +297,7 @@ class _InPlace:
 
 
 class _Functional:
-    """Tensors that grow with every call: past in, present out."""
+    """A cache that grows with every call: the function takes the past and returns the present."""
 
     def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
         del capacity
@@ -275,7 +316,7 @@ class _Functional:
         self.columns = columns
 
     def _cut(self, tensor: Any, columns: int) -> Any:
-        """A copy of the first columns. The dtype may be one that numpy does not know: its bits are copied."""
+        """Return a copy of the first columns of a tensor, copied as bits, since numpy may not know the dtype."""
         batch, heads, _, width = self._shape
         kept = virtual_machine.zeros((batch, heads, columns, width), self._dtype)
         if columns:
@@ -284,7 +325,7 @@ class _Functional:
 
 
 def _bits(tensor: Any) -> npt.NDArray[Any]:
-    """The numbers of a tensor as unsigned integers of their size; no copy."""
+    """Return the bits of a tensor as unsigned integers of the same size, without copying."""
     name = f"uint{tensor.dtype.itemsize * 8}"
     return np.asarray(np.from_dlpack(virtual_machine.reinterpret(tensor, tensor.shape, name)))
 
@@ -294,7 +335,10 @@ def _as_logits(tensor: Any) -> Logits:
 
 
 def checked_capacity(library: Library, batch: int, capacity: int | None) -> int:
-    """`capacity`, by default the model's positions. Raises UsageError."""
+    """Return `capacity`, or the model's positions if it is None.
+
+    Raises UsageError if neither is given, or if `batch` or `capacity` is less than 1.
+    """
     capacity = library.max_positions if capacity is None else capacity
     if capacity is None:
         raise UsageError("the model sets no bound to positions: say how many the caches shall hold (capacity)")

@@ -1,10 +1,11 @@
-"""weights.safetensors mapped into memory, or copied if asked, checked, and handed out as tensors.
+"""Map weights.safetensors into memory (or copy it), check it, and hand out its tensors.
 
 Size and header are checked at every load. All bytes are hashed when a file is loaded for the first time; then a stamp
-beside it says which file that was (device, inode, size, times), and the next loads trust it as long as it is that file.
-Hashing is all that takes time: some seconds for 8 GB on two slow cores, against a tenth of a second for the rest.
-A copy costs as much at every load, but usually lies on the NUMA node of the threads that make it; the page cache may
-lie on another, of a virtual machine's host too. How much slower that is to read depends on the day: from 0 to 40 %.
+file beside it records which file was verified (device, inode, size, times), and later loads trust it as long as it is
+still that file. Only hashing takes long: some seconds for 8 GB on two slow cores, against a tenth of a second for the
+rest. A copy takes as long as hashing at every load, but it usually lies on the NUMA node of the threads that make it,
+whereas the page cache may lie on another node, also on the host of a virtual machine. Reading weights from there was
+between 0 and 40 % slower, varying from day to day.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from passopt.ir.weights.safetensors_header import read_header_of
 from passopt.targets.tvm.compiled_folder import WeightsFile
 from passopt.targets.tvm.engine import virtual_machine
 
-#: Bytes per read.
+#: The number of bytes per read.
 _PIECE = 256 << 10
 STAMP_SUFFIX = ".verified"
 _AGAIN = "Restore the file, or compile the model again."
@@ -46,13 +47,18 @@ _DTYPES = {
 
 
 class WeightsMap:
-    """The file, mapped read-only, or its copy; tensors keep either alive. Open it as a context while it is read.
+    """A weights file, mapped read-only or copied into memory, used as a context manager while it is read.
 
-    It is opened once: what is checked, read and stamped is one file, even if another takes its name meanwhile.
+    The tensors keep the map or the copy alive after the file is closed. The file is opened only once, so what is
+    checked, read and stamped is the same file, even if another one takes its name meanwhile.
     """
 
     def __init__(self, path: Path, entry: WeightsFile) -> None:
-        """Raises ModelError if the file is missing, its size or header is not as written, or a tensor not aligned."""
+        """Open and map the file at `path` and check it against its `entry` in library.json.
+
+        Raises ModelError if the file is missing, if its size or header is not as it was written, or if a tensor does
+        not start at a multiple of 64 bytes.
+        """
         self.path = path
         self._entry = entry
         with contextlib.ExitStack() as stack:
@@ -64,7 +70,7 @@ class WeightsMap:
             self._closing = stack.pop_all()
 
     def _open(self) -> None:
-        # What is written in place from now on differs in its times, and so from the stamp.
+        # Taken before anything is read: a later write changes the times, so that the stamp does not match any more.
         self._found = os.fstat(self._file.fileno())
         size = self._found.st_size
         if size != self._entry.nbytes:
@@ -87,19 +93,26 @@ class WeightsMap:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the file; its map or copy stays with the tensors."""
+        """Close the file; its map or copy lives on as long as tensors use it."""
         self._closing.close()
 
     def read(
         self, threads: int, *, verify: bool, copy: bool = False, progress: Callable[[int], None] | None = None
     ) -> None:
-        """Read every tensor once: to hash it (`verify`), to `copy` it into memory of this process, or both.
+        """Read every tensor once, to compare its hash, to copy it into memory of this process, or both.
 
-        `threads` share the work; `progress` gets the bytes read since its last call. Raises ModelError with the name of
-        a tensor that differs, UsageError if there is no memory for a copy.
+        Args:
+            threads: The number of threads that share the work.
+            verify: If true, hash every tensor and compare its digest.
+            copy: If true, copy every tensor, so that `tensors` returns the copies.
+            progress: Called with the bytes read since its last call.
+
+        Raises:
+            ModelError: If a tensor is damaged; the message names it.
+            UsageError: If there is no memory for a copy.
         """
         room = _room(self.path, self._bytes.nbytes) if copy else None
-        # Largest first, so that no thread ends long after the others.
+        # The largest tensors come first, so that no thread ends long after the others.
         names = sorted(self._entry.tensors, key=lambda name: -self._place(name)[1])
         with ThreadPoolExecutor(threads) as pool:
             digests = pool.map(functools.partial(self._read, room, verify), names)
@@ -113,14 +126,17 @@ class WeightsMap:
             self._bytes = np.frombuffer(room, np.uint8)
 
     def is_stamped(self) -> bool:
-        """True if exactly this file was verified before."""
+        """Return whether exactly this file was verified before."""
         try:
             return bool(json.loads(self._stamp_path.read_text(encoding="utf-8")) == self._stamp())
         except (OSError, ValueError):
             return False
 
     def stamp(self) -> None:
-        """Remember that this file was verified. A folder that cannot be written to is verified at every load."""
+        """Write the stamp that says that this file was verified.
+
+        If the folder is not writable, there is no stamp, and the file is verified at every load.
+        """
         draft = self._stamp_path.with_name(f"{self._stamp_path.name}.{os.getpid()}")
         try:
             draft.write_text(json.dumps(self._stamp()) + "\n", encoding="utf-8")
@@ -130,8 +146,12 @@ class WeightsMap:
                 draft.unlink(missing_ok=True)
 
     def tensors(self, names: tuple[str, ...]) -> list[Any]:
-        """The tensors as TVM takes them, of the map or of the copy that `read` made. Nothing is copied or read here."""
-        # numpy refuses to export what cannot be written to, though kernels only read it: hence the detour by address.
+        """Return the named tensors for TVM, as views of the map or of the copy that `read` made.
+
+        Nothing is read or copied here.
+        """
+        # numpy does not export read-only arrays through DLPack, although kernels only read them. The detour by the
+        # address makes an array that numpy takes for writable.
         raw: Any = (ctypes.c_uint8 * self._bytes.nbytes).from_address(self._bytes.ctypes.data)
         raw.map = self._bytes
         storage = np.frombuffer(raw, np.uint8)
@@ -143,14 +163,14 @@ class WeightsMap:
         return virtual_machine.view(storage[start : start + nbytes], entry["shape"], _DTYPES[entry["dtype"]])
 
     def _place(self, name: str) -> tuple[int, int]:
-        """First byte in the file, and bytes."""
+        """Return where a tensor lies in the file: the offset of its first byte, and its size in bytes."""
         start, stop = self._tensors[name]["data_offsets"]
         return self._start + start, stop - start
 
     def _read(self, room: mmap.mmap | None, verify: bool, name: str) -> str | None:
-        """Read a tensor, to its place in `room` if there is one; its digest, if it shall be verified.
+        """Read a tensor, copying it to its place in `room` if there is one, and return its digest if `verify`.
 
-        In pieces that stay in the cache of a core: hashing the map instead would wait for page faults.
+        It is read in pieces that stay in the cache of a core. Hashing the map instead would wait for page faults.
         """
         hasher = blake3.blake3() if verify else None
         offset, left = self._place(name)
@@ -178,11 +198,11 @@ class WeightsMap:
 
 
 def _room(path: Path, nbytes: int) -> mmap.mmap:
-    """Memory of this process, aligned to pages as the file is. Raises UsageError."""
+    """Return `nbytes` of memory of this process, aligned to pages like a map; raise UsageError if there is none."""
     try:
         room = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise UsageError(f"{path}: no memory for a copy of {nbytes:,} bytes; leave out --copy-weights") from error
-    with contextlib.suppress(OSError):  # fewer pages to look up; not every kernel has them
+    with contextlib.suppress(OSError):  # Huge pages mean fewer pages to look up, but not every kernel has them.
         room.madvise(mmap.MADV_HUGEPAGE)
     return room

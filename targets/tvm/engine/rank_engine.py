@@ -1,6 +1,7 @@
-"""Several ranks of a compiled model on this machine: a process each, and one engine in front of them.
+"""Run all ranks of a compiled model on this machine, one process per rank, behind a single engine.
 
-The ranks' processes end with this one, whatever becomes of it. What they share of memory has no name once all run.
+The processes of the ranks end when this process ends, however it ends. The files through which they share memory are
+deleted as soon as all ranks have loaded; the memory itself stays mapped.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from passopt.targets.tvm.engine.shared_memory_collectives import Counters, Group
 from passopt.targets.tvm.engine.virtual_machine import runtime
 from passopt.targets.tvm.machines import X86
 
-#: Seconds that a rank may lag behind the others, or that all may stand still.
+#: The seconds that a rank may lag behind the others, or that all ranks may go without progress.
 TIMEOUT = 60.0
-#: Ranks load at the pace of the disk, and hash weights that nobody has hashed: nothing to be impatient about.
+#: The timeout for loading, in seconds. It is long, because ranks load at the speed of the disk and hash all weights
+#: that were never hashed before.
 _LOADING = 3600.0
 _MEMORY = Path("/dev/shm")
 _POLL = 0.5
@@ -43,11 +45,11 @@ _Connection = multiprocessing.connection.Connection
 class RankEngine:
     """A model whose ranks run together, used like the `Engine` of a model without ranks.
 
-    A context manager; `close` ends the processes. After a rank was lost, every call raises ModelError.
+    It is a context manager; `close` ends the processes. After a rank was lost, every call raises ModelError.
     """
 
     def __init__(self, ranks: Sequence[Library], group: _Processes) -> None:
-        """Use `RankEngine.load`."""
+        """Do not call this: use `RankEngine.load`."""
         self.library = ranks[0]
         self._ranks = tuple(ranks)
         self._group = group
@@ -69,11 +71,21 @@ class RankEngine:
         progress: Callable[[int], None] | None = None,
         timeout: float = TIMEOUT,
     ) -> RankEngine:
-        """Start a process per rank of `folder`; all load, and make room for `batch` sequences of `capacity` columns.
+        """Start a process for each rank of `folder`, load all ranks and make room for `batch` sequences.
 
-        `threads` are those of all ranks together (default: the cores). `timeout` in seconds is how long a rank may keep
-        the others waiting. `verify_weights`, `copy_weights` and `progress` (of all ranks) are as in `Engine.load`.
-        Raises ModelError (folders that do not belong together, a rank that fails), UsageError.
+        Args:
+            folder: The outer folder, which `passopt compile` wrote from a folder of ranks.
+            batch: The number of sequences that advance together.
+            capacity: The number of columns (tokens) that the caches hold; by default the model's positions.
+            threads: The number of threads of all ranks together; by default the number of cores.
+            verify_weights: If true, hash all weights, even if the files were verified before.
+            copy_weights: If true, copy the weights into memory of the processes instead of mapping the files.
+            progress: Called with the bytes of weights that all ranks have read since its last call.
+            timeout: The number of seconds that a rank may keep the others waiting.
+
+        Raises:
+            ModelError: If the folders do not belong together, or if a rank fails.
+            UsageError: If this machine is not x86-64, has too little memory, or an argument is out of range.
         """
         if platform.machine() not in X86:
             raise UsageError(f"ranks exchange data through memory in the order of x86; this is {platform.machine()}")
@@ -114,23 +126,30 @@ class RankEngine:
 
     @property
     def vocab(self) -> int:
+        """Return the size of the vocabulary."""
         return self.library.logits.vocab
 
     @property
     def max_positions(self) -> int | None:
+        """Return the number of positions that the model has; None if it sets no bound."""
         return self.library.max_positions
 
     @property
     def takes_positions(self) -> bool:
+        """Return whether the model reads `positions`; otherwise a column's number is its position."""
         return "position_ids" in self.library.inputs
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the caches of all ranks at `capacity`."""
+        """Return the bytes that the caches of all ranks take when they hold `capacity` columns."""
         return sum(each.cache.nbytes(self.batch, self.capacity) for each in self._ranks)
 
     def allocate(self, batch: int, capacity: int | None = None) -> None:
-        """Forget everything and make room for other sequences. Raises UsageError."""
+        """Forget all columns and make room for `batch` sequences of `capacity` columns.
+
+        `capacity` defaults to the model's positions. Raises UsageError if it does not fit the available memory or the
+        model sets no bound, and ModelError if a rank is lost.
+        """
         wanted = checked_capacity(self.library, batch, capacity)
         caches = [each.cache for each in self._ranks]
         held = sum(cache.nbytes(self.batch, self._written) for cache in caches)
@@ -139,16 +158,16 @@ class RankEngine:
         self.past = self._written = 0
 
     def reset(self) -> None:
-        """Forget all columns; the room stays."""
+        """Forget all columns but keep the memory of the caches."""
         self.truncate(0)
 
     def truncate(self, columns: int) -> None:
-        """Forget all columns but the first `columns`. Raises UsageError if there are fewer."""
+        """Forget all but the first `columns` columns; raise UsageError if there are fewer."""
         self._group.call("truncate", columns)
         self.past = columns
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike, positions: npt.ArrayLike | None = None) -> Logits:
-        """As `Engine.forward`. Raises ModelError if a rank is lost."""
+        """Append columns and return their logits, as `Engine.forward` does; raise ModelError if a rank is lost."""
         columns: Ids = np.asarray(ids)
         logits: Logits = self._group.call("forward", columns, np.asarray(mask), positions)
         self.past += columns.shape[1]
@@ -158,7 +177,7 @@ class RankEngine:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What a rank's process is started with."""
+    """The arguments that the process of a rank is started with."""
 
     folder: Path
     rank: int
@@ -170,7 +189,7 @@ class _Job:
 
 
 def _libraries(outer: RankFolders, paths: Sequence[Path]) -> list[Library]:
-    """The libraries of all ranks. Raises ModelError unless they are of one run, in order."""
+    """Read the libraries of all ranks; raise ModelError unless they are from one run and in the order of ranks."""
     found: list[Library] = []
     for rank, path in enumerate(paths):
         library = read_library(path)
@@ -189,7 +208,7 @@ def _libraries(outer: RankFolders, paths: Sequence[Path]) -> list[Library]:
 
 
 class _Processes:
-    """The processes of all ranks and the way to call them, all at once."""
+    """The processes of all ranks, which are called all at once."""
 
     def __init__(
         self, folder: Path, jobs: Sequence[_Job], timeout: float, progress: Callable[[int], None] | None
@@ -209,24 +228,29 @@ class _Processes:
                     target=_serve, args=(theirs, job, Path(room)), name=f"rank{job.rank}", daemon=True
                 )
                 process.start()
-                theirs.close()  # so that the end of the process is the end of the pipe
+                theirs.close()  # Only the process itself holds its end now, so the pipe ends when the process does.
                 self._pipes.append(ours)
                 self._processes.append(process)
             self._finalizer = weakref.finalize(self, _end, self._pipes, self._processes, self._counters)
             self._collect("load", _LOADING, progress)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The result of a method of every rank's engine, of rank 0. What all ranks refuse is raised here as it was."""
+        """Call a method of every rank's engine and return the result of rank 0.
+
+        An error of a rank is raised here. If all ranks raise UsageError, they remain usable; after any other error
+        they are ended.
+        """
         if self._lost is not None:
             raise ModelError(f"{self._folder}: {self._lost}; load the model again")
         try:
             for pipe in self._pipes:
                 pipe.send((method, arguments))
         except OSError:
-            pass  # a rank that has ended is found below
+            pass  # `_collect` finds out which rank has ended.
         return self._collect(method, self._timeout)
 
     def close(self) -> None:
+        """End the processes of all ranks; later calls raise ModelError."""
         self._lost = self._lost or "its engine was closed"
         self._finalizer()
 
@@ -240,7 +264,8 @@ class _Processes:
         refused = [error for error, _ in replies if error is not None]
         unchanged = method != "load" and len(refused) == len(replies)
         if refused and not (unchanged and isinstance(refused[0], UsageError)):
-            # Some hold nothing yet, have gone on, or stand in the middle of a step: they are of no more use.
+            # Some ranks may have loaded nothing, be a step ahead, or be in the middle of a step. They no longer agree,
+            # so they cannot be used any more.
             self._lost = str(refused[0])
             self._finalizer()
         if refused:
@@ -250,7 +275,10 @@ class _Processes:
     def _replies(
         self, method: str, timeout: float, progress: Callable[[int], None] | None
     ) -> list[tuple[PassoptError | None, Any]]:
-        """What every rank sends. Raises ModelError if one ends, or if none comes any further for `timeout`."""
+        """Wait for the replies of all ranks and return a pair (error, result) for each of them.
+
+        Raises ModelError if a rank ends, or if no rank makes progress for `timeout` seconds.
+        """
         replies: dict[int, tuple[PassoptError | None, Any]] = {}
         moved, seen = time.monotonic(), self._counters.written()
         read = 0
@@ -268,7 +296,8 @@ class _Processes:
                 read = reached
             now = self._counters.written()
             moved, seen = (time.monotonic() if now != seen else moved), now
-            # The ranks watch each other; that all stand still only shows here, and a little later.
+            # The ranks notice by themselves if one of them lags behind. Only the case that all stand still is found
+            # here, so this waits a little longer than they do.
             if time.monotonic() - moved > timeout + 2 * _POLL:
                 late = [rank for rank in range(len(self._pipes)) if rank not in replies]
                 names = ", ".join(map(str, late))
@@ -286,7 +315,7 @@ class _Processes:
 
 
 def _end(pipes: Sequence[_Connection], processes: Sequence[Any], counters: Counters) -> None:
-    """Nobody waits any longer, and no process stays; those that do not react are killed."""
+    """Tell all ranks to stop waiting and end their processes; those that do not end within a second are killed."""
     counters.give_up()
     for pipe in pipes:
         pipe.close()
@@ -298,8 +327,8 @@ def _end(pipes: Sequence[_Connection], processes: Sequence[Any], counters: Count
 
 
 def _serve(pipe: _Connection, job: _Job, room: Path) -> None:
-    """The life of a rank's process: load, answer calls, end with the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process in front
+    """Run the process of one rank: load its library, then answer calls until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process, which ends the ranks.
     group = Group(room, job.rank, job.degree, job.timeout)
 
     def load() -> Engine:
@@ -329,11 +358,14 @@ def _answer(engine: Engine, rank: int, method: str, arguments: Sequence[Any]) ->
     result = getattr(engine, method)(*arguments)
     if method == "allocate":
         return engine.batch, engine.capacity
-    return result if rank == 0 else None  # all ranks have the same logits
+    return result if rank == 0 else None  # All ranks have the same logits.
 
 
 def _tried(action: Callable[[], Any], group: Group) -> tuple[PassoptError | None, Any]:
-    """(error, result): any failure becomes one that can be sent and says which rank it is of."""
+    """Run `action` and return (error, result), one of which is None.
+
+    Any failure becomes an error that can be sent through a pipe; unexpected ones say which rank failed.
+    """
     try:
         return None, action()
     except PassoptError as error:

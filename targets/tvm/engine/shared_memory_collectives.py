@@ -1,7 +1,8 @@
-"""Sums and concatenations over the ranks of one machine, through memory that they share.
+"""Sum and concatenate tensors over the ranks of one machine, through memory that they share.
 
-Every rank writes a piece to a slot of its own, waits for the others, and reads theirs: sums are in the order of ranks,
-so that they are the same bits on every rank and in every run. Two slots take turns, so one wait per piece is enough.
+Every rank writes a piece of its tensor to a slot of its own, waits for the other ranks, and reads their pieces. Sums
+are taken in the order of ranks, so they are the same bits on every rank and in every run. Each rank has two slots that
+it uses in turn, so one wait per piece is enough.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import numpy.typing as npt
 from passopt.ir.errors import ModelError
 from passopt.targets.tvm.compiled_folder import ALL_GATHER, ALL_REDUCE
 
-#: Bytes of a piece: small enough to stay in a cache, large enough that waiting is not what takes the time.
+#: The bytes of a piece: few enough to stay in a CPU cache, enough that waiting takes little of the time.
 PIECE = 1 << 20
 _FLOAT = np.dtype(np.float32)
 _COUNTERS = "counters"
-#: int64 of a rank, a cache line: pieces that it has written, bytes of the last two, bytes of weights that it has read.
+#: The int64 counters per rank, which fill a cache line. Used are: the number of pieces that the rank has written, the
+#: bytes of its last two pieces (by the parity of their number), and the bytes of weights that it has read.
 _LINE = 8
+#: A waiting rank first yields the CPU this many times; then it sleeps for `_NAP` seconds between looks.
 _SPINS = 2000
 _NAP = 5e-5
 
@@ -32,11 +35,11 @@ Array = npt.NDArray[Any]
 
 
 class CollectiveError(ModelError):
-    """Ranks that did not come together: one hangs, has ended, or runs another program."""
+    """Raised when the ranks do not meet at a collective: one hangs, has ended, or runs another program."""
 
 
 def create_room(directory: Path, degree: int) -> None:
-    """Make the files that the ranks share. Raises ModelError if there is no room for them."""
+    """Create the files that `degree` ranks share in `directory`; raise ModelError if there is no room for them."""
     try:
         for rank in range(degree):
             _create(directory / _slot_name(rank), 2 * PIECE)
@@ -48,48 +51,56 @@ def create_room(directory: Path, degree: int) -> None:
 
 def _create(path: Path, nbytes: int) -> None:
     with path.open("xb") as file:
-        os.posix_fallocate(file.fileno(), 0, nbytes)  # writing to a map of a full disk would kill the process
+        os.posix_fallocate(file.fileno(), 0, nbytes)  # Writing to the map of a file on a full disk would kill us.
 
 
 class Counters:
-    """How far each rank is, and whether the group was given up."""
+    """Shared counters that say how far each rank is, and whether the group was given up."""
 
     def __init__(self, directory: Path, degree: int) -> None:
         self._lines = _mapped(directory / _COUNTERS).view(np.int64).reshape(degree + 1, _LINE)
         self.degree = degree
 
     def written(self) -> list[int]:
-        """The pieces that each rank has written."""
+        """Return the number of pieces that each rank has written."""
         return [int(number) for number in self._lines[: self.degree, 0]]
 
     def count_read(self, rank: int, nbytes: int) -> None:
-        """`rank` has read another `nbytes` of its weights."""
+        """Record that `rank` has read another `nbytes` bytes of its weights."""
         self._lines[rank, 3] += nbytes
 
     def bytes_read(self) -> int:
-        """Bytes of weights that all ranks have read."""
+        """Return the bytes of weights that all ranks together have read."""
         return int(self._lines[: self.degree, 3].sum())
 
     def announce(self, rank: int, pieces: int, nbytes: int) -> None:
-        """`rank` has written another piece; what was written before is seen before (x86 keeps stores in order)."""
+        """Record that `rank` has written piece number `pieces`, of `nbytes` bytes.
+
+        x86 keeps stores in order, so whoever sees the new number also sees the piece, which was written before.
+        """
         self._lines[rank, 1 + pieces % 2] = nbytes
         self._lines[rank, 0] = pieces
 
     def sizes(self, pieces: int) -> list[int]:
-        """The bytes that each rank's piece number `pieces` has."""
+        """Return the size in bytes of piece number `pieces` of each rank."""
         return [int(number) for number in self._lines[: self.degree, 1 + pieces % 2]]
 
     def give_up(self) -> None:
-        """Whoever waits stops waiting."""
+        """Tell all ranks that wait to stop waiting and fail."""
         self._lines[self.degree, 0] = 1
 
     @property
     def is_given_up(self) -> bool:
+        """Return whether `give_up` was called by any process."""
         return bool(self._lines[self.degree, 0])
 
 
 class Group:
-    """This process as `rank` of `degree`. `timeout` in seconds is how long the others may take to come."""
+    """The view that the process of one rank has of the group of all `degree` ranks.
+
+    `rank` is the number of this process, and `timeout` is how many seconds it waits for the others at a collective.
+    `failure` is the last error of a collective; None if there was none.
+    """
 
     def __init__(self, directory: Path, rank: int, degree: int, timeout: float) -> None:
         self.rank = rank
@@ -101,7 +112,7 @@ class Group:
         self._pieces = 0
 
     def all_reduce(self, mine: Array, result: Array) -> None:
-        """`result` becomes the sum of every rank's `mine`, both fp32 of one shape."""
+        """Write the sum of every rank's `mine` to `result`; both are fp32 of the same shape."""
         flat, total = mine.reshape(-1), result.reshape(-1)
         for piece in _blocks(len(flat), PIECE // _FLOAT.itemsize):
             parts = self._exchange(flat[piece])
@@ -110,7 +121,7 @@ class Group:
                 total[piece] += part
 
     def all_gather(self, mine: Array, result: Array) -> None:
-        """`result` becomes every rank's `mine`, joined along the axis in which their shapes differ."""
+        """Write every rank's `mine` to `result`, concatenated along the axis in which their shapes differ."""
         axis = next(axis for axis, (one, other) in enumerate(zip(mine.shape, result.shape)) if one != other)
         inner = int(np.prod(mine.shape[axis:]))
         rows, joined = mine.reshape(-1, inner), result.reshape(-1, self.degree, inner)
@@ -122,7 +133,7 @@ class Group:
                     joined[chosen, rank, columns] = part.reshape(block.shape)
 
     def register(self, ffi: Any) -> None:
-        """Let libraries that this process loads from now on find the collectives."""
+        """Register the collectives with `ffi` (tvm_ffi), for the libraries that this process loads from now on."""
         for name, function in ((ALL_REDUCE, self.all_reduce), (ALL_GATHER, self.all_gather)):
             ffi.register_global_func(name, self._called_by_library(function), override=True)
 
@@ -131,13 +142,17 @@ class Group:
             try:
                 function(np.from_dlpack(operand), np.from_dlpack(result))
             except CollectiveError as error:
-                self.failure = error  # the library would pass on its message only
+                self.failure = error  # Kept here because the library passes on nothing but its message.
                 raise
 
         return call
 
     def _exchange(self, mine: Array) -> list[Array]:
-        """The piece of every rank, in order; to be read before the next but one exchange."""
+        """Publish this rank's piece and return the pieces of all ranks, in order.
+
+        The pieces are views of the slots and must be read before the exchange after the next, which overwrites them.
+        Raises CollectiveError if the ranks' pieces differ in size, or as `_wait` does.
+        """
         self._pieces += 1
         slot = self._pieces % 2
         self._slots[self.rank][slot, : mine.size].reshape(mine.shape)[...] = mine
@@ -149,7 +164,11 @@ class Group:
         return [each[slot, : mine.size] for each in self._slots]
 
     def _wait(self) -> None:
-        """Until every rank has written this piece: awake at first, since that is a matter of microseconds."""
+        """Wait until every rank has written its piece.
+
+        It polls without sleeping at first, since the others usually take microseconds. Raises CollectiveError if the
+        group was given up or if the wait takes longer than the timeout.
+        """
         spins, end = 0, time.monotonic() + self.timeout
         while min(self.counters.written()) < self._pieces:
             spins += 1
@@ -172,7 +191,7 @@ def _slot_name(rank: int) -> str:
 
 
 def _mapped(path: Path) -> npt.NDArray[np.uint8]:
-    """The bytes of a file, shared with whoever else maps it; its name may go."""
+    """Return the bytes of a file, shared with all who map it; the file may be unlinked afterwards."""
     with path.open("r+b") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
 

@@ -1,8 +1,8 @@
-"""TVM's runtime and its Relax virtual machine, by tvm_ffi alone.
+"""Load TVM's runtime and run compiled libraries in its Relax virtual machine, using only tvm_ffi.
 
-`import tvm` takes over a second and loads the compiler (260 MB); a library runs on libtvm_runtime (3 MB). TVM keeps a
-pool of threads per calling thread, of one thread unless told otherwise before its first use: so each virtual machine
-has a thread of its own that makes all its calls.
+`import tvm` takes over a second and loads the compiler (260 MB), whereas libtvm_runtime (3 MB) is enough to run a
+library. TVM keeps a pool of threads for each calling thread, and the pool has one thread unless it is configured before
+its first use. So each virtual machine has a thread of its own that makes all its calls.
 """
 
 from __future__ import annotations
@@ -27,32 +27,42 @@ Array = npt.NDArray[Any]
 
 _CPU = 1
 _POOLED = 2
-#: Threads of the pool may run on any of the given cores; every other mode pins them.
+#: The mode of TVM's pool in which threads may run on any of the given cores; every other mode pins them.
 _SHARE_ALL_CORES = -3
-#: What tvm_ffi raises for errors of TVM, by their kinds.
+#: The exceptions that tvm_ffi raises for errors of TVM, depending on their kind.
 _FAILURES = (
     *(AssertionError, AttributeError, IndexError, KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError),
 )
 
 
 class VirtualMachine:
-    """One loaded library. Calls run on a thread of its own, with a pool of `threads` (itself included)."""
+    """One loaded library, which is called like a function.
+
+    All calls run on a thread of its own, which works with a pool of `threads` threads, itself included.
+    """
 
     def __init__(self, path: Path, function: str, threads: int) -> None:
-        """Raises ModelError if `path` is no Relax library or has no such function, UsageError on too many threads."""
+        """Load the library at `path` to call `function` with `threads` threads.
+
+        Raises ModelError if `path` is not a Relax library or has no such function, and UsageError if TVM cannot start
+        that many threads.
+        """
         self._path = path
         self._caller = ThreadPoolExecutor(1, "passopt-engine")
         self._call: Callable[..., Any] = self._caller.submit(_load, path, function, threads).result()
 
     def __call__(self, *arguments: Any) -> Any:
-        """Raises ModelError if the library fails, as it does on shapes that it was not compiled for."""
+        """Call the function and return its result.
+
+        Raises ModelError if the library fails, as it does on shapes that it was not compiled for.
+        """
         try:
             return self._caller.submit(self._call, *arguments).result()
         except _FAILURES as error:
             raise ModelError(f"{self._path}: failed: {_first_line(error)}") from error
 
     def release_buffers(self) -> None:
-        """Give back the memory that the machine keeps for intermediate results: other lengths take other sizes."""
+        """Free the memory that TVM keeps for intermediate results; it is of no use to calls with other lengths."""
         self._caller.submit(runtime().get_global_func("vm.builtin.memory_manager.clear")).result()
 
 
@@ -81,7 +91,7 @@ def _first_line(error: Exception) -> str:
 
 @functools.cache
 def runtime() -> Any:
-    """The module tvm_ffi with TVM's runtime library loaded. Raises UsageError if the library is not there."""
+    """Return the module tvm_ffi with TVM's runtime library loaded; raise UsageError if it cannot be loaded."""
     with _torch_withheld():
         import tvm_ffi
         import tvm_ffi.libinfo
@@ -94,7 +104,11 @@ def runtime() -> Any:
 
 @contextlib.contextmanager
 def _torch_withheld() -> Iterator[None]:
-    """tvm_ffi imports torch if it can, for a conflict of symbols on Windows: two seconds that nothing here needs."""
+    """Keep tvm_ffi from importing torch inside this context.
+
+    It does so wherever torch is installed, because of a conflict of symbols on Windows. That takes two seconds, and
+    nothing here needs it.
+    """
     if "torch" in sys.modules or "tvm_ffi" in sys.modules:
         yield
         return
@@ -106,27 +120,36 @@ def _torch_withheld() -> Iterator[None]:
 
 
 def tensor(array: Array) -> Any:
-    """A tensor with a copy of `array`, aligned."""
+    """Return a TVM tensor with a copy of `array`, aligned to 64 bytes."""
     aligned = allocate(array.shape, array.dtype)
     np.copyto(aligned, array)
     return runtime().from_dlpack(aligned)
 
 
 def zeros(shape: Sequence[int], dtype: str) -> Any:
-    """A tensor of zeros in `dtype` (TVM's name), aligned. Pages that are never written take no memory."""
+    """Return a TVM tensor of zeros in `dtype` (TVM's name), aligned to pages.
+
+    Pages that are never written to take no memory.
+    """
     nbytes = int(np.prod(shape, dtype=np.int64)) * runtime().dtype(dtype).itemsize
     room = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return view(np.frombuffer(room, np.uint8), shape, dtype)
 
 
 def view(storage: Array, shape: Sequence[int], dtype: str) -> Any:
-    """The bytes `storage` as a tensor in `dtype`, also one that numpy does not know; it keeps them alive."""
-    # Of the bytes of this tensor alone: kernels take no tensor that starts anywhere in another one.
+    """Return the bytes `storage` as a TVM tensor of `shape` and `dtype`, which keeps them alive.
+
+    `dtype` is TVM's name and may be one that numpy does not know.
+    """
+    # `storage` must hold only the bytes of this tensor: kernels accept no tensor with an offset into another one.
     return reinterpret(runtime().from_dlpack(storage), shape, dtype)
 
 
 def reinterpret(tensor: Any, shape: Sequence[int], dtype: str) -> Any:
-    """The same bytes in another dtype of the same size, or of bytes; no copy."""
+    """Return the bytes of `tensor` with another shape and dtype, without copying.
+
+    The dtype must have the same size as that of `tensor`, unless `tensor` is one of bytes.
+    """
     ffi = runtime()
     return _create_view()(tensor, ffi.Shape(tuple(shape)), ffi.dtype(dtype), 0)
 
@@ -137,7 +160,7 @@ def _create_view() -> Any:
 
 
 def allocate(shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
-    """An array that starts at a multiple of 64 bytes, as every tensor of a kernel must."""
+    """Return a new array that starts at a multiple of 64 bytes, as every tensor given to a kernel must."""
     size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.int64))
     room = np.empty(size + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT

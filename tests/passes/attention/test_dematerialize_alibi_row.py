@@ -128,7 +128,7 @@ def test_declines_other_cuts():
     declined("takes the columns of row up to [9], not to the end", START + BIAS.replace("end", "early") + ADD)
     declined("along another axis than the columns", START + BIAS.replace("axis", "rows") + ADD)
     declined(
-        "takes a part of row before its columns",
+        "cuts row along another axis before it takes its columns",
         START + " r = Slice(row, one, end, rows) bias = Slice(r, start, end, axis)" + ADD,
     )
 

@@ -137,7 +137,7 @@ def test_declines_a_shape_that_is_not_three_parts():
 
 def test_declines_a_computed_weight():
     text = DIVIDED.replace("p = MatMul(x, w)", "n = Neg(w) p = MatMul(x, n)")
-    assert declined(text) == ["the weight is computed by Neg; split-packed-qkv stands before int8"]
+    assert declined(text) == ["the weight is computed by Neg; run split-packed-qkv before int8"]
 
 
 def test_declines_a_weight_that_is_fed():
@@ -149,7 +149,7 @@ def test_declines_a_weight_that_is_fed():
 def test_declines_an_int8_weight(text):
     model, _ = check(QuantizeWeights(), HEADER.replace("18", "21") + text, tolerance=0.1)
     _, result = check(SplitPackedQkv(), model)
-    assert list(result.declines) == ["the weight is computed by DequantizeLinear; split-packed-qkv stands before int8"]
+    assert list(result.declines) == ["the weight is computed by DequantizeLinear; run split-packed-qkv before int8"]
 
 
 @pytest.mark.parametrize(("sizes", "outputs"), [("{4, 6}", "q, k"), ("{4, 1, 2, 3}", "q, k, v, w4")])

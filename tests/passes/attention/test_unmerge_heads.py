@@ -59,7 +59,10 @@ def test_scores_that_others_read_stay():
 
 
 def test_declines_other_reshapes():
-    declined("does not part batch and heads", " shape = Concat<axis=0>(b, minus, four) y = Reshape(v, shape)")
+    declined(
+        "does not split [batch·heads, …] into batch and heads",
+        " shape = Concat<axis=0>(b, minus, four) y = Reshape(v, shape)",
+    )
 
 
 def test_declines_what_is_not_computed_merged():
@@ -121,4 +124,4 @@ def test_declines_lengths_of_which_none_is_known_to_stay():
     parted.outputs[0].shape = onnx_ir.Shape(["batch", 5, "(seq**2)//seq", 4])
     result = UnmergeHeads().run(model)
     assert not result.modified
-    assert any("does not part batch and heads" in reason for reason in result.declines)
+    assert any("does not split [batch·heads, …] into batch and heads" in reason for reason in result.declines)

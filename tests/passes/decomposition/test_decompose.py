@@ -74,7 +74,7 @@ def test_declines_rms_norm_of_unknown_rank():
     result = DecomposeRmsNorm().run(model)
     assert (result.modified, list(result.declines)) == (
         False,
-        ["normalises from axis 1 on, and the rank of h is unknown"],
+        ["normalises from axis 1 on, and the number of axes of h is unknown"],
     )
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from passopt.ir.errors import PassError, VerifyError
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
+from passopt.ir.graph.run_context import RunContext
 from passopt.ir.serialization.text import print_model
 from passopt.passes.framework.accuracy import REASSOCIATED
-from passopt.passes.framework.base import TIME_RULES, Decline
+from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.testing.checking import check
 
@@ -380,7 +381,7 @@ def test_every_rule_has_statistics(rule, parsed, source_line):
 
 def test_rules_are_timed_when_asked(rule, parsed):
     model = parsed(f"{X} => (float[3,5] out) {{ p = Neg(x) out = Add(p, y) }}")
-    model.meta[TIME_RULES] = True
+    RunContext.of(model).times_rules = True
     (statistics,) = rule(lambda self, op, a: op.Neg(a), lambda self, op, a: op.Sub(0.0, a)).run(model).rules
     assert statistics.seconds is not None
     assert statistics.seconds > 0

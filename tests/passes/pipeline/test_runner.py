@@ -166,7 +166,7 @@ def test_statistics_of_rules_are_in_the_record_and_timed_on_request(rule, model)
     (record,) = run_passes(model, [item], time_rules=True)
     (statistics,) = record.as_json()["rules"]
     assert (statistics["rule"], statistics["tries"], statistics["hits"]) == ("<lambda>", 1, 1)
-    assert statistics["source"].rpartition(":")[0].endswith("test_manager.py")
+    assert statistics["source"].rpartition(":")[0].endswith("test_runner.py")
     assert statistics["cpu_seconds"] >= 0
 
 

@@ -9,12 +9,13 @@ import pytest
 
 from passopt.ir.graph.fp32_twin import fp32_twin
 from passopt.ir.graph.linears import find_linear
+from passopt.ir.relative_error import operator_error
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime.session import Session
-from passopt.testing.checking import check, random_feeds, read_model, relative_error
+from passopt.testing.checking import check, random_feeds, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 NUMBERS = ", ".join(str((47 * number) % 255 - 127) for number in range(24))
@@ -73,7 +74,7 @@ def test_numbers_are_those_of_the_formula(text, is_turned):
     codes = model.graph.initializers["w"].const_value.numpy()
     expected = dynamic(x, codes if is_turned else codes.T, [0.5, 0.25, 2, 1])
     for row in range(3):
-        assert relative_error(expected[:, row], found["y"][:, row]) < 1e-6
+        assert operator_error(expected[:, row], found["y"][:, row]) < 1e-6
     assert counts(changed, "DequantizeLinear", "MatMul", "MatMulInteger") == [0, 0, 1]
     linear = find_linear(changed.graph.outputs[0].producer())
     assert (linear.activations, linear.weight.transposed, linear.scales.name) == ("dynamic", is_turned, "s")
@@ -127,7 +128,7 @@ def test_an_fp16_graph_computes_in_fp32():
     _, changed, found = quantized(model, {"x": x})
     weights = changed.graph.initializers
     expected = dynamic(x, *(weights[f"wq.{part}"].const_value.numpy() for part in ("codes", "scales.fp32")))
-    assert relative_error(expected, found["q"]) < 1e-3
+    assert operator_error(expected, found["q"]) < 1e-3
     assert found["q"].dtype == np.float16
     assert "wq.scales" not in weights
     assert counts(changed, "MatMulInteger", "Abs", "DequantizeLinear", "Cast") == [3, 2, 0, 3 + 3 + 2 + 2]
@@ -141,7 +142,7 @@ def test_a_bf16_graph_is_quantised_like_its_twin():
     x = np.random.default_rng(3).standard_normal((2, 3, 6)).astype(ml_dtypes.bfloat16).astype(np.float32)
     found = Session(fp32_twin(model)).run({"x": x})["y"]
     weight = model.graph.initializers["w"].const_value.numpy()
-    assert relative_error(dynamic(x, weight, [0.5, 0.25, 2, 1]), found) < 1e-6
+    assert operator_error(dynamic(x, weight, [0.5, 0.25, 2, 1]), found) < 1e-6
 
 
 def test_a_weight_of_two_linears():

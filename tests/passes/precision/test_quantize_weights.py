@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import PassError
+from passopt.ir.relative_error import operator_error
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime.session import Session
-from passopt.testing.checking import check, random_feeds, read_model, relative_error
+from passopt.testing.checking import check, random_feeds, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 
@@ -49,8 +50,8 @@ def quantized(text, axes, item=None, feeds=None, bound=1e-5, lossy=2e-2):
     inputs = {**random_feeds(model, {}), **(feeds or {})}
     expected, found, original = (Session(each).run(inputs) for each in (twin, changed, model))
     for name, reference in expected.items():
-        assert relative_error(reference, found[name]) <= bound
-        assert relative_error(original[name], found[name]) > bound
+        assert operator_error(reference, found[name]) <= bound
+        assert operator_error(original[name], found[name]) > bound
     return changed, result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.targets.folders import output
 from passopt.targets.folders.digests import root_digest
 from passopt.targets.folders.manifest import read_manifest
-from passopt.targets.folders.output import OutputReport, plan_output, write_output, write_reference_output
+from passopt.targets.folders.output import Origin, Output, OutputReport
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 
 #: Even literals of this size are too large to stay inside model.onnx.
@@ -38,17 +39,12 @@ SPECS = [
 ]
 
 
+ORIGIN = Origin("0.1", "tp{degree=2}", {"model": "model.onnx", "root": "f" * 64})
+
+
 def write(model: onnx_ir.Model, directory: Path, companions: Path | None = None) -> OutputReport:
-    source = {"model": "model.onnx", "root": "f" * 64}
-    return write_output(
-        model,
-        directory,
-        version="0.1",
-        pipeline="tp{degree=2}",
-        source=source,
-        companions=companions,
-        stream=StreamOptions(arena_bytes=0),
-    )
+    origin = dataclasses.replace(ORIGIN, companions=companions)
+    return Output(model, origin).write(directory, stream=StreamOptions(arena_bytes=0))
 
 
 def decoder(folder: Path, spec: DecoderSpec | None = None) -> onnx_ir.Model:
@@ -68,26 +64,26 @@ def test_plan_is_what_is_written_to_the_byte(tmp_path: Path, spec: DecoderSpec) 
         for path in (tmp_path / "out").rglob("*")
         if path.is_file()
     }
-    assert report.plan.files == written
-    assert report.plan.nbytes == sum(written.values())
-    assert report.plan.weights.checkpoint > 0
+    assert report.sizes.files == written
+    assert report.sizes.nbytes == sum(written.values())
+    assert report.sizes.weights.checkpoint > 0
 
 
 def test_planning_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("passopt.ir.weights.evaluator.Evaluator._pread", lambda *_: pytest.fail("a weight was read"))
-    plan = plan_output(decoder(tmp_path, DecoderSpec(degree=2)), version="1", pipeline="", source={})
-    assert set(plan.files) == {"manifest.json"} | {
+    sizes = Output(decoder(tmp_path, DecoderSpec(degree=2)), ORIGIN).sizes
+    assert set(sizes.files) == {"manifest.json"} | {
         f"rank{rank}/{name}" for rank in range(2) for name in ("model.onnx", "weights.safetensors")
     }
-    assert f"{plan.nbytes:,}  total" in plan.to_text()
-    assert json.loads(json.dumps(plan.to_json()))["bytes"] == plan.nbytes
+    assert f"{sizes.nbytes:,}  total" in sizes.to_text()
+    assert json.loads(json.dumps(sizes.to_json()))["bytes"] == sizes.nbytes
 
 
 def test_sharded_bytes_are_the_full_ones_and_padding(tmp_path: Path) -> None:
-    whole = plan_output(decoder(tmp_path), version="1", pipeline="", source={}).weights
+    whole = Output(decoder(tmp_path), ORIGIN).sizes.weights
     for degree in (2, 3, 4):
         model = decoder(tmp_path, DecoderSpec(degree=degree))
-        split = plan_output(model, version="1", pipeline="", source={}).weights
+        split = Output(model, ORIGIN).sizes.weights
         weights = file_weights(model)
         replicated = sum(weight.nbytes for weight in weights.values() if not weight.depends_on_rank)
         assert split.checkpoint + split.constants == whole.checkpoint + whole.constants + (degree - 1) * replicated
@@ -98,14 +94,14 @@ def test_sharded_bytes_are_the_full_ones_and_padding(tmp_path: Path) -> None:
 
 def test_codes_and_scales_are_told_apart(tmp_path: Path) -> None:
     model = decoder(tmp_path, DecoderSpec(quantized=True))
-    found = plan_output(model, version="1", pipeline="", source={}).weights
+    found = Output(model, ORIGIN).sizes.weights
     weights = file_weights(model)
     assert found.codes == sum(weight.nbytes for name, weight in weights.items() if name.endswith(".codes"))
     assert found.scales == sum(weight.nbytes for name, weight in weights.items() if name.endswith(".scales"))
     assert found.padding == 0
     # Written and read again, codes come from a file like any other weight; what reads them tells.
     write(model, tmp_path / "out")
-    again = plan_output(load_model(tmp_path / "out"), version="1", pipeline="", source={}).weights
+    again = Output(load_model(tmp_path / "out"), ORIGIN).sizes.weights
     assert (again.codes, again.scales) == (found.codes, found.scales)
 
 
@@ -152,7 +148,7 @@ def test_root_digest_changes_with_any_byte(tmp_path: Path) -> None:
 
 def test_reference_outputs_keep_their_shards(tmp_path: Path) -> None:
     model = decoder(tmp_path, DecoderSpec(degree=2))
-    write_reference_output(model, tmp_path / "out", version="0.1", pipeline="tp", source={})
+    Output(model, Origin("0.1", "tp", {})).write_reference(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "manifest.json",
         "model.onnx",
@@ -187,15 +183,8 @@ class Stopping:
 
 
 def _write_until(folder: Path, progress: Stopping | None) -> OutputReport:
-    return write_output(
-        decoder(folder, DecoderSpec(degree=2)),
-        folder / "deep" / "out",
-        version="1",
-        pipeline="",
-        source={},
-        progress=progress,
-        stream=StreamOptions(workers=1, arena_bytes=0),
-    )
+    planned = Output(decoder(folder, DecoderSpec(degree=2)), ORIGIN)
+    return planned.write(folder / "deep" / "out", progress=progress, stream=StreamOptions(workers=1, arena_bytes=0))
 
 
 @pytest.mark.parametrize("error", [ModelError, OSError(28, "No space left on device")])
@@ -219,12 +208,12 @@ def test_an_interrupted_write_is_taken_up_again(tmp_path: Path) -> None:
     whole = _write_until(tmp_path, None)
     assert whole.stream.resumed == 0
     assert resumed.manifest == whole.manifest
-    for path in whole.plan.files:
+    for path in whole.sizes.files:
         assert (tmp_path / "resumed" / path).read_bytes() == (tmp_path / "deep" / "out" / path).read_bytes()
     found = {
         str(path.relative_to(tmp_path / "resumed")) for path in (tmp_path / "resumed").rglob("*") if path.is_file()
     }
-    assert found == set(whole.plan.files)
+    assert found == set(whole.sizes.files)
 
 
 def test_existing_output_is_refused(tmp_path: Path) -> None:
@@ -237,11 +226,11 @@ def test_existing_output_is_refused(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_refused_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_decoder()
-    plan = plan_output(model, version="0.1", pipeline="tp{degree=2}", source={"model": "model.onnx", "root": "f" * 64})
+    needed = Output(model, ORIGIN).sizes.nbytes
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, plan.nbytes - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, needed - 1))
     monkeypatch.setattr(output, "write_weight_files", lambda *_, **__: pytest.fail("something was written"))
-    with pytest.raises(UsageError, match=f"needs {plan.nbytes:,} bytes"):
+    with pytest.raises(UsageError, match=f"needs {needed:,} bytes"):
         write(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -19,7 +19,7 @@ from passopt.ir.serialization.model_files import load_model, save_reference
 from passopt.ir.serialization.text import parse_model
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
-from passopt.targets.folders.output import write_output
+from passopt.targets.folders.output import Origin, Output
 from passopt.targets.onnxruntime.joined_ranks import at_rank, check_rank_logits, join_ranks, load_any, rank_models
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
@@ -143,7 +143,7 @@ def test_nodes_with_subgraphs_are_refused() -> None:
 
 def write(tmp_path: Path, spec: DecoderSpec, name: str = "out") -> Path:
     model = tiny_decoder(spec, checkpoint=tmp_path / "checkpoint.safetensors")
-    write_output(model, tmp_path / name, version="1", pipeline="tp", source={})
+    Output(model, Origin("1", "tp", {})).write(tmp_path / name)
     return tmp_path / name
 
 

@@ -1,1 +1,4 @@
-"""One module per group of commands; a command is a function of its parsed options that returns the exit code."""
+"""Hold the commands, one per file: its summary, an example, its arguments, and `main`, which calls `passopt.api`.
+
+Importing a command is cheap, because what it needs is imported when it is called.
+"""

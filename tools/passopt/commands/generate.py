@@ -1,75 +1,134 @@
-"""`passopt generate`: text from a compiled folder. Text on stdout, speed and memory on stderr."""
+"""Continue prompts with a compiled model: `passopt generate DIR --prompt TEXT`."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from passopt.commands.progress import Progress
-from passopt.generation.chat import Message, chat_ids
-from passopt.generation.loop import Generation, plan_room
-from passopt.generation.loop import generate as run
-from passopt.generation.open_engine import Bounds, Engine, open_engine, read_facts
-from passopt.generation.sampling import Sampling
-from passopt.generation.settings import Settings, read_settings
-from passopt.generation.tokenizer import TextStream, Tokenizer, load_tokenizer
 from passopt.ir.errors import UsageError
-from passopt.targets.tvm.engine.available_memory import check_caches
+from passopt.terminal.arguments import count, positive
+
+if TYPE_CHECKING:
+    from passopt.api.generate import Prompt
+
+SUMMARY = "Continue prompts with a compiled model. Text goes to stdout; speed and memory of the cache to stderr."
+EXAMPLE = """passopt generate baichuan2.lib --prompt 'The lexical structure of' --max-new-tokens 64 --stream
+  passopt generate baichuan2.lib --chat --prompt 'What is a compiler?' --temperature 0.3 --seed 1
+  passopt generate baichuan2.lib --prompt-file questions.txt --chat --greedy --json
+  echo '5 17 203' | passopt generate baichuan2.lib --ids"""
 
 
-def generate(options: argparse.Namespace) -> int:
-    """Everything that can be wrong with the prompts is told before the weights are loaded."""
-    folder = Path(options.directory)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command to its parser."""
+    command.add_argument("directory", metavar="DIR", help="compiled folder that passopt compile has written")
+    command.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="continue this text; may be repeated (default: read stdin)"
+    )
+    command.add_argument("--prompt-file", metavar="FILE", help="continue every line of this UTF-8 file")
+    command.add_argument(
+        "--messages", metavar="FILE", help='answer a conversation: a JSON list of {"role": …, "content": …}'
+    )
+    command.add_argument(
+        "--chat", action="store_true", help="take prompts as questions, and write them in the model's chat format"
+    )
+    command.add_argument("--system", metavar="TEXT", help="with --chat: system text before each question")
+    command.add_argument(
+        "--ids",
+        action="store_true",
+        help="read prompts as token ids separated by spaces, and print token ids, instead of text",
+    )
+    command.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="generate at most N tokens per prompt; the default of this and of all sampling options is read from "
+        "generation_config.json, or is 256 tokens and greedy without that file",
+    )
+    command.add_argument(
+        "--greedy",
+        action="store_true",
+        help="always choose the most likely token, without a repetition penalty unless one is given",
+    )
+    command.add_argument(
+        "--temperature", type=float, metavar="T", help="sample with temperature T; smaller is closer to greedy"
+    )
+    command.add_argument(
+        "--top-k", type=count, metavar="K", help="sample from the K most likely tokens; 0 means from all"
+    )
+    command.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most likely tokens that together have probability P",
+    )
+    command.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="with R above 1: make tokens less likely that were said already",
+    )
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="sample with seed N, so that every run gives the same text"
+    )
+    command.add_argument("--stream", action="store_true", help="print text as tokens come, not only at the end")
+    command.add_argument(
+        "--threads", type=positive, metavar="N", help="use N threads, for all ranks together (default: one per core)"
+    )
+    command.add_argument(
+        "--capacity",
+        type=positive,
+        metavar="N",
+        help="make room for N columns (prompt and new tokens) in the cache (default: as many as needed)",
+    )
+    command.add_argument(
+        "--verify-weights",
+        action="store_true",
+        help="hash all weights again before they are used (default: only when a file is seen for the first time)",
+    )
+    command.add_argument(
+        "--copy-weights",
+        action="store_true",
+        help="copy weights to memory instead of mapping the file; this is faster where the page cache lies on another "
+        "NUMA node, as in some virtual machines, but other processes cannot share the copy",
+    )
+    command.add_argument("--json", action="store_true", help="print token ids, text and figures as JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the text that the model generates; errors in the prompts are reported before weights are loaded."""
     _check_sources(options)
-    facts = read_facts(folder)
-    settings = read_settings(folder)
-    sampling = _sampling(options, settings.sampling)
-    tokenizer = None if options.ids else load_tokenizer(folder)
-    texts = _texts(options)
-    conversations = _conversations(options, texts)
-    longest = options.max_new_tokens or settings.max_new_tokens
-    prompts = _prompts(options, folder, texts, conversations, tokenizer, settings, facts, longest)
-    room = plan_room(facts, prompts, longest, options.capacity)
-    copied = facts.weight_bytes if options.copy_weights else 0
-    check_caches(facts.caches, len(prompts), room.columns, copied=copied)
-    engine = _open(folder, facts.weight_bytes, options)
-    writer = None if options.json or not options.stream else _Writer(_pieces(tokenizer), len(prompts))
-    result = run(
-        engine,
+    from passopt.api.generate import generate
+    from passopt.terminal.console import Console, print_json
+
+    console = Console(options.command)
+    prompts = _prompts(options)
+    writer = None if options.json or not options.stream else _Writer(len(prompts))
+    result = generate(
+        options.directory,
         prompts,
-        sampling,
-        max_new_tokens=longest,
-        eos=settings.eos,
-        pad=settings.pad,
-        capacity=options.capacity,
-        on_token=writer.token if writer else None,
+        threads=options.threads,
+        verify_weights=options.verify_weights,
+        copy_weights=options.copy_weights,
+        on_text=writer.put if writer else None,
         on_end=writer.end if writer else None,
+        reporter=console,
+        max_new_tokens=options.max_new_tokens,
+        greedy=options.greedy,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        capacity=options.capacity,
     )
     if options.json:
-        print(json.dumps(_report(result, prompts, tokenizer), ensure_ascii=False, indent=1))
+        print_json(result.to_json(), ensure_ascii=False, indent=1)
     elif not writer:
-        _print_all(result, tokenizer)
-    _say(result)
+        print(result)
+    console.say(result.summary())
     return 0
-
-
-def _open(folder: Path, nbytes: int, options: argparse.Namespace) -> Engine:
-    """The engine, with a bar while weights are read: the first time of a file, or to copy them."""
-    progress = Progress("reading weights", nbytes)
-    try:
-        return open_engine(
-            folder,
-            threads=options.threads,
-            verify_weights=options.verify_weights,
-            copy_weights=options.copy_weights,
-            progress=progress,
-        )
-    finally:
-        progress.close()
 
 
 def _check_sources(options: argparse.Namespace) -> None:
@@ -82,26 +141,24 @@ def _check_sources(options: argparse.Namespace) -> None:
     if options.system and not options.chat:
         raise UsageError("--system belongs to --chat")
     if options.stream and options.json:
-        raise UsageError("--json prints when all is known: it cannot --stream")
+        raise UsageError("--json prints one result at the end, so it cannot --stream; drop one of them")
 
 
-def _sampling(options: argparse.Namespace, defaults: Sampling) -> Sampling:
-    """The model's own defaults, and what the command line says instead. A seed or a temperature asks for sampling."""
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.greedy:
-        unused = [name for name in ("temperature", "top_k", "top_p", "seed") if name in given]
-        if unused:
-            raise UsageError(f"--greedy takes the most likely token; --{unused[0].replace('_', '-')} says otherwise")
-        return Sampling(repetition_penalty=given.get("repetition_penalty", 1.0))
-    asked = any(name in given for name in ("temperature", "top_k", "top_p", "seed"))
-    return dataclasses.replace(defaults, **given, do_sample=defaults.do_sample or asked)
+def _prompts(options: argparse.Namespace) -> list[Prompt]:
+    """Return one prompt per text: its ids, a conversation, or the text itself."""
+    if options.messages:
+        return [_messages(options.messages)]
+    texts = _texts(options)
+    if options.ids:
+        return [_ids(text) for text in texts]
+    if not options.chat:
+        return list(texts)
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return [[*system, {"role": "user", "content": text}] for text in texts]
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
-    """One prompt per --prompt, one per line of --prompt-file, or all of stdin."""
-    if options.messages:
-        return []
+    """Return one text per --prompt, one per line of --prompt-file, or all of stdin."""
     if options.prompt:
         blank = [number for number, text in enumerate(options.prompt, 1) if not text.strip()]
         if blank:
@@ -124,6 +181,8 @@ def _texts(options: argparse.Namespace) -> list[str]:
 
 
 def _read(path: str) -> str:
+    from pathlib import Path
+
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -132,16 +191,11 @@ def _read(path: str) -> str:
         raise UsageError(f"{path}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def _conversations(options: argparse.Namespace, texts: Sequence[str]) -> list[list[Message]]:
-    if options.messages:
-        return [_messages(options.messages)]
-    if not options.chat:
-        return []
-    system = [Message("system", options.system)] if options.system else []
-    return [[*system, Message("user", text)] for text in texts]
+def _messages(path: str) -> Sequence[Any]:
+    import json
 
+    from passopt.generation.chat import Message
 
-def _messages(path: str) -> list[Message]:
     text = _read(path)
     try:
         return [Message(entry["role"], entry["content"]) for entry in json.loads(text)]
@@ -151,39 +205,6 @@ def _messages(path: str) -> list[Message]:
         raise UsageError(f"{path}: {error}") from error
 
 
-def _prompts(
-    options: argparse.Namespace,
-    folder: Path,
-    texts: Sequence[str],
-    conversations: Sequence[Sequence[Message]],
-    tokenizer: Tokenizer | None,
-    settings: Settings,
-    bounds: Bounds,
-    max_new_tokens: int,
-) -> list[list[int]]:
-    if tokenizer is None:
-        return [_ids(text) for text in texts]
-    if conversations:
-        limits = [limit for limit in (bounds.max_positions, options.capacity) if limit is not None]
-        room = min(limits) - max_new_tokens if limits else None
-        return [_chat(messages, folder, tokenizer, settings, room) for messages in conversations]
-    return [tokenizer.encode(text) for text in texts]
-
-
-def _chat(
-    messages: Sequence[Message], folder: Path, tokenizer: Tokenizer, settings: Settings, room: int | None
-) -> list[int]:
-    """The prompt of one conversation; that its oldest rounds do not fit is said on stderr."""
-    whole = chat_ids(messages, folder, tokenizer, settings, None)
-    if room is None or len(whole) <= room:
-        return whole
-    found = chat_ids(messages, folder, tokenizer, settings, room)
-    if len(found) < len(whole):
-        left_out = f"the oldest {len(whole) - len(found)} of {len(whole)} tokens do not fit and are left out"
-        print(f"passopt generate: {left_out}", file=sys.stderr)
-    return found
-
-
 def _ids(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split()]
@@ -191,40 +212,26 @@ def _ids(text: str) -> list[int]:
         raise UsageError(f"--ids: expected token ids separated by spaces: {error}") from error
 
 
-def _pieces(tokenizer: Tokenizer | None) -> Callable[[], TextStream | _IdStream]:
-    return _IdStream if tokenizer is None else lambda: TextStream(tokenizer)
-
-
-class _IdStream:
-    """Token ids, separated by spaces."""
-
-    def __init__(self) -> None:
-        self._space = ""
-
-    def put(self, token: int) -> str:
-        text, self._space = f"{self._space}{token}", " "
-        return text
-
-    def end(self) -> str:
-        return ""
-
-
 class _Writer:
-    """Prints as tokens come. Prompts are answered at once but printed in order: others wait until it is their turn."""
+    """Print answers as their text comes.
 
-    def __init__(self, make: Callable[[], TextStream | _IdStream], rows: int) -> None:
-        self._streams = [make() for _ in range(rows)]
-        self._waiting = [_heading(row, rows) for row in range(rows)]
+    Prompts are answered at the same time but printed in order, so an answer waits until those before it have ended.
+    """
+
+    def __init__(self, rows: int) -> None:
+        from passopt.api.generate import heading
+
+        self._waiting = [heading(row, rows) for row in range(rows)]
         self._ended = [False] * rows
         self._turn = 0
         self._flush()
 
-    def token(self, row: int, token: int) -> None:
-        self._waiting[row] += self._streams[row].put(token)
+    def put(self, row: int, text: str) -> None:
+        self._waiting[row] += text
         self._flush()
 
     def end(self, row: int) -> None:
-        self._waiting[row] += self._streams[row].end() + "\n"
+        self._waiting[row] += "\n"
         self._ended[row] = True
         self._flush()
 
@@ -237,43 +244,3 @@ class _Writer:
             if not self._ended[self._turn]:
                 return
             self._turn += 1
-
-
-def _heading(row: int, rows: int) -> str:
-    """Tells several answers apart; a single one stands for itself."""
-    return "" if rows == 1 else f"== {row + 1}\n"
-
-
-def _print_all(result: Generation, tokenizer: Tokenizer | None) -> None:
-    for row, found in enumerate(result.rows):
-        text = " ".join(map(str, found.ids)) if tokenizer is None else tokenizer.decode(found.ids)
-        print(_heading(row, len(result.rows)) + text)
-
-
-def _report(result: Generation, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer | None) -> dict[str, object]:
-    rows = [
-        {"prompt_ids": list(prompt), "ids": list(row.ids), "end": row.end}
-        | ({} if tokenizer is None else {"text": tokenizer.decode(row.ids)})
-        for prompt, row in zip(prompts, result.rows, strict=True)
-    ]
-    return {
-        "rows": rows,
-        "prompt_tokens": result.prompt_tokens,
-        "new_tokens": result.new_tokens,
-        "first_token_seconds": result.first_token,
-        "total_seconds": result.total,
-        "tokens_per_second": result.tokens_per_second,
-        "cache_bytes": result.cache_bytes,
-    }
-
-
-def _say(result: Generation) -> None:
-    speed = result.tokens_per_second
-    parts = [
-        f"{result.prompt_tokens} prompt tokens, first new token after {result.first_token:.3f} s",
-        f"{result.new_tokens} new tokens" + (f", {speed:.2f} tokens/s" if speed is not None else ""),
-        f"cache {result.cache_bytes:,} bytes",
-    ]
-    if any(row.end == "positions" for row in result.rows):
-        parts.append("ended where the model's positions end")
-    print("passopt generate: " + "; ".join(parts), file=sys.stderr)

@@ -1,78 +1,74 @@
-"""`passopt verify`: two models side by side in onnxruntime, or a model and what was compiled of it."""
+"""Compare two models: `passopt verify A B`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
-from passopt.commands.progress import Progress
-from passopt.generation.tokenizer import load_tokenizer
-from passopt.ir.errors import CheckError, UsageError
-from passopt.targets.onnxruntime.joined_ranks import load_any
-from passopt.targets.tvm.compiled_folder import LIBRARY_NAME
-from passopt.verification.report import VerifyReport
-from passopt.verification.verify import VerifyOptions
-from passopt.verification.verify import verify as compare
+from passopt.terminal.arguments import positive, tolerance
+
+SUMMARY = "Compare two models on the same inputs: prefill, left padding, decoding with a cache, chunked prefill."
+EXAMPLE = "passopt verify model.onnx model.tp2.int8 --text corpus.txt"
 
 
-def verify(options: argparse.Namespace) -> int:
-    """Exit 1 if anything is beyond its tolerance."""
-    tokens = _tokens(options) if options.text else ()
-    layers = _Layers()
-    settings = VerifyOptions(
-        seed=options.seed,
-        tolerance=options.tolerance,
-        max_positions=options.max_positions,
-        tokens=tokens,
-        layerwise=options.layerwise,
-        on_piece=layers,
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command to its parser."""
+    command.add_argument("reference", metavar="A", help="original model: model.onnx or a folder")
+    command.add_argument(
+        "candidate", metavar="B", help="model to check: model.onnx, a folder, a folder of ranks, or a compiled folder"
     )
-    try:
-        report = _report(options, settings)
-    finally:
-        layers.close()
-    print(json.dumps(report.to_json(), indent=2) if options.json else report.to_text())
+    command.add_argument("--text", metavar="FILE", help="compare the perplexity on this UTF-8 text too")
+    command.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer for the text: a folder, tokenizer.json or tokenizer.model (default: beside A)",
+    )
+    command.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=2048,
+        help="use at most this many tokens from the beginning of the text (default: %(default)s)",
+    )
+    command.add_argument(
+        "--tolerance",
+        type=tolerance,
+        help="largest relative error of outputs that is allowed (default: by number type, as the README lists them)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: %(default)s)")
+    command.add_argument(
+        "--max-positions",
+        type=positive,
+        help="length of the longest sequence to run, in tokens (default: what the models' tables of positions hold)",
+    )
+    command.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="run one decoder layer at a time, so that only one layer's weights are in memory",
+    )
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the report; raise CheckError, which exits with 1, if anything is beyond its tolerance."""
+    from passopt.api.verify import verify
+    from passopt.ir.errors import CheckError
+    from passopt.terminal.console import Console, print_json
+
+    report = verify(
+        options.reference,
+        options.candidate,
+        text=options.text or None,
+        tokenizer=options.tokenizer,
+        max_tokens=options.max_tokens,
+        tolerance=options.tolerance,
+        seed=options.seed,
+        max_positions=options.max_positions,
+        layerwise=options.layerwise,
+        reporter=Console(options.command),
+    )
+    if options.json:
+        print_json(report.to_json())
+    else:
+        print(report)
     if not report.ok:
         raise CheckError(f"{options.candidate} is not equivalent to {options.reference} within the tolerances above")
     return 0
-
-
-class _Layers:
-    """A bar of the layers that are done; how many there are, the first of them tells."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-
-    def __call__(self, number: int, count: int) -> None:
-        self._bar = self._bar or Progress("comparing layers", count, in_items=True)
-        self._bar(1)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _report(options: argparse.Namespace, settings: VerifyOptions) -> VerifyReport:
-    reference, candidate = load_any(options.reference), Path(options.candidate)
-    if not (candidate / LIBRARY_NAME).is_file():
-        return compare(reference, load_any(options.candidate), options=settings)
-    if settings.layerwise:
-        raise UsageError("--layerwise: a compiled library runs as a whole; compare it without")
-    from passopt.verification.verify_compiled import verify_compiled
-
-    return verify_compiled(reference, candidate, settings)
-
-
-def _tokens(options: argparse.Namespace) -> tuple[int, ...]:
-    """The text as token ids, by the tokenizer beside the reference."""
-    beside = Path(options.reference)
-    folder = beside if beside.is_dir() else beside.parent
-    try:
-        text = Path(options.text).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{options.text}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{options.text}: is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    tokenizer = load_tokenizer(Path(options.tokenizer) if options.tokenizer else folder)
-    return tuple(tokenizer.encode_text(text)[: options.max_tokens])

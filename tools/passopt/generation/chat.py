@@ -1,4 +1,4 @@
-"""Conversations as token ids: Baichuan's format of role tokens, or the chat template that a model brings along."""
+"""Turn conversations into token ids, in Baichuan's format of role tokens or by the model's own chat template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ TEMPLATE_NAME = "chat_template.jinja"
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn; `role` is system, user or assistant."""
+    """One message of a conversation; `role` is system, user or assistant.
+
+    Raises:
+        UsageError: If the role is unknown, the content is not text, or a message of the user is blank.
+    """
 
     role: str
     content: str
@@ -35,10 +39,20 @@ class Message:
 def chat_ids(
     messages: Sequence[Message], folder: Path, tokenizer: Tokenizer, settings: Settings, room: int | None
 ) -> list[int]:
-    """The prompt that lets the assistant answer, in the format of the model in `folder`.
+    """Return the prompt that lets the assistant answer, in the format of the model in `folder`.
 
-    `room` is the most tokens that a prompt may have; only Baichuan's format says what to leave out. Raises ModelError
-    if the model has no format, UsageError if the conversation is none.
+    Args:
+        messages: The conversation.
+        folder: The folder of the compiled model.
+        tokenizer: The tokenizer of the model.
+        settings: The settings of the model, which hold the role tokens of Baichuan's format.
+        room: The largest number of tokens that the prompt may have; None for no limit. Only Baichuan's format says what
+            to leave out, so a prompt of a chat template may still be longer.
+
+    Raises:
+        ModelError: If the model has no chat format, or if its template fails.
+        UsageError: If the conversation has no message of a user, has a system message that is not the first, or does
+            not fit; also if the template needs jinja2 and that is not installed.
     """
     _check(messages)
     if settings.user is not None and settings.assistant is not None:
@@ -62,10 +76,21 @@ def baichuan_ids(
     assistant: int,
     room: int | None = None,
 ) -> list[int]:
-    """System text, then every message after the token of its role, then the token that begins the answer.
+    """Return the token ids of a conversation in Baichuan's format.
 
-    A round begins with each user message. The newest rounds that fit in `room` beside the system text are kept whole.
-    Raises UsageError if the last one does not fit.
+    They are the system text, then every message after the token of its role, then the token that begins the answer. A
+    round begins with each message of the user. Only the newest rounds that fit in `room` beside the system text are
+    kept, each of them whole.
+
+    Args:
+        messages: The conversation.
+        encode: A function from text to token ids.
+        user: The token that begins a message of the user.
+        assistant: The token that begins a message of the assistant.
+        room: The largest number of tokens; None for no limit.
+
+    Raises:
+        UsageError: If the last round does not fit.
     """
     if room is not None and room < 1:
         raise UsageError(
@@ -94,6 +119,7 @@ def baichuan_ids(
 
 
 def _rounds(messages: Sequence[Message]) -> list[list[Message]]:
+    """Return the messages in rounds, each of which begins with a message of the user; system messages are left out."""
     rounds: list[list[Message]] = []
     for message in messages:
         if message.role == SYSTEM:
@@ -105,6 +131,7 @@ def _rounds(messages: Sequence[Message]) -> list[list[Message]]:
 
 
 def _rendered(messages: Sequence[Message], folder: Path) -> str:
+    """Return the conversation as text, rendered by the model's chat template."""
     config = read_json(folder / CONFIG_NAME)
     source = _template(folder, config)
     try:
@@ -136,7 +163,7 @@ def _template(folder: Path, config: dict[str, Any]) -> str:
     if beside.is_file():
         return beside.read_text(encoding="utf-8")
     found = config.get("chat_template")
-    if isinstance(found, list):  # several, by name
+    if isinstance(found, list):  # several templates with names
         found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
     if not isinstance(found, str):
         raise ModelError(

@@ -1,4 +1,7 @@
-"""Prompts in, tokens out: padding on the left, prefill in chunks, then a token per row and step until all ended."""
+"""Run the loop of generation: pad prompts on the left, prefill in chunks, then choose one token per row and step.
+
+It ends when every row has ended.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,18 @@ from passopt.generation.open_engine import Bounds, Engine
 from passopt.generation.sampling import Sampler, Sampling
 from passopt.ir.errors import ModelError, UsageError
 
-#: Columns per call at prefill: logits of all of them are in memory at once, and an interrupt waits for one call.
+#: The number of columns per call at prefill. It bounds the memory for logits, which are computed for all columns of a
+#: call at once, and the time that Ctrl-C waits for a call to end.
 CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What became of one prompt: `ids` without the end token. `end`: it came, or the tokens or positions ran out."""
+    """The continuation of one prompt: its new token ids, without the end token, and the reason why it ended.
+
+    `end` is "eos" if the end token came, "length" if the allowed tokens ran out, "positions" if the model's positions
+    did.
+    """
 
     ids: tuple[int, ...]
     end: Literal["eos", "length", "positions"]
@@ -28,7 +36,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """All rows. Times in seconds from the first call of the engine; `new_tokens` counts end tokens too."""
+    """The continuations of all prompts, with figures.
+
+    Times are in seconds from the first call of the engine; `new_tokens` counts end tokens too.
+    """
 
     rows: tuple[Row, ...]
     prompt_tokens: int
@@ -39,7 +50,7 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all rows together, after the first token of each; None if there is none after it."""
+        """Return the speed of all rows together after the first token of each, or None if no token came after it."""
         after = self.new_tokens - len(self.rows)
         spent = self.total - self.first_token
         return after / spent if after > 0 and spent > 0 else None
@@ -57,10 +68,22 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
 ) -> Generation:
-    """Continue every prompt by at most `max_new_tokens`, until a token of `eos`.
+    """Continue every prompt by at most `max_new_tokens` tokens, or until a token of `eos`.
 
-    `on_token` gets row and token as they come (no end tokens), `on_end` the row once, after its last token. `capacity`
-    in columns defaults to what is needed. Raises UsageError as `plan_room` does, before anything runs.
+    Args:
+        engine: The engine of the model.
+        prompts: The token ids of each prompt.
+        sampling: How tokens are chosen.
+        max_new_tokens: The largest number of new tokens per prompt.
+        eos: The tokens that end a row.
+        pad: The token that pads shorter prompts on the left.
+        capacity: The number of columns of the cache; None for what is needed.
+        on_token: A function that gets the row and the token as tokens come, end tokens excepted.
+        on_end: A function that gets each row once, after its last token.
+
+    Raises:
+        UsageError: In the cases of `plan_room`, before anything runs.
+        ModelError: If logits are not finite.
     """
     room = plan_room(engine, prompts, max_new_tokens, capacity)
     engine.allocate(len(prompts), room.columns)
@@ -70,7 +93,11 @@ def generate(
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """What prompts take: `width` columns for the longest, `steps` new tokens at most, `columns` of caches."""
+    """The room that prompts take.
+
+    `width` is the number of columns of the longest prompt, `steps` the largest number of new tokens, and `columns` the
+    number of columns of the cache.
+    """
 
     width: int
     steps: int
@@ -78,11 +105,22 @@ class Room:
 
 
 def plan_room(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int | None) -> Room:
-    """Raises UsageError for empty or over-long prompts, unknown token ids, and a capacity that is too small."""
+    """Return the room that the prompts and their new tokens need.
+
+    Args:
+        bounds: The vocabulary and the positions of the model.
+        prompts: The token ids of each prompt.
+        max_new_tokens: The number of new tokens that is asked for; fewer are planned if the positions run out.
+        capacity: The number of columns of the cache; None for what is needed.
+
+    Raises:
+        UsageError: If there is no prompt, a prompt is empty or too long, a token id is outside of the vocabulary, no
+            new token is asked for, or `capacity` is too small.
+    """
     width = _checked_width(bounds, prompts, max_new_tokens)
     steps = max_new_tokens
     if bounds.max_positions is not None:
-        # The last token is not fed: one more than there are positions left.
+        # The last token is not fed to the model, so there may be one more token than positions left.
         steps = min(steps, bounds.max_positions - width + 1)
     needed = width + steps - 1
     if capacity is not None and capacity < needed:
@@ -112,6 +150,8 @@ def _checked_width(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tok
 
 
 class _Run:
+    """One run of the loop: the padded prompts of a batch, and the tokens found so far."""
+
     def __init__(
         self,
         engine: Engine,
@@ -124,7 +164,7 @@ class _Run:
         on_end: Callable[[int], None] | None,
     ) -> None:
         self.engine = engine
-        # A pad token may lie outside of the vocabulary; nobody reads it.
+        # A pad token may lie outside of the vocabulary. Its results are never read, so any token will do.
         self.pad = pad if 0 <= pad < engine.vocab else 0
         self.ids = np.full((len(prompts), width), self.pad, np.int64)
         self.mask = np.zeros((len(prompts), width), np.int64)
@@ -139,6 +179,7 @@ class _Run:
         self.count = 0
 
     def result(self, steps: int, otherwise: Literal["length", "positions"]) -> Generation:
+        """Run the loop to its end, and return the rows; `otherwise` is the end of rows without an end token."""
         start = time.perf_counter()
         tokens = self._choose(self._prefill())
         first = time.perf_counter() - start
@@ -165,7 +206,11 @@ class _Run:
         return logits[:, -1]
 
     def _choose(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-        """The next token of every row; rows that have ended go on with padding, which nobody reads."""
+        """Return the next token of every row; a row that has ended gets padding, whose results are never read.
+
+        Raises:
+            ModelError: If the logits of a row hold NaN, or no finite number.
+        """
         tokens = np.full(len(self.found), self.pad, np.int64)
         for row, ended in enumerate(self.ended):
             if ended:

@@ -1,4 +1,4 @@
-"""What generation asks of an engine, and the engine that a compiled folder needs."""
+"""Define the interface of an engine that generation needs, and open the engine of a compiled folder."""
 
 from __future__ import annotations
 
@@ -14,38 +14,52 @@ from passopt.targets.tvm.compiled_folder import CacheLayout, Library, RankFolder
 
 
 class Bounds(Protocol):
-    """What a prompt is held against."""
+    """The limits of a model that prompts are checked against."""
 
     @property
-    def vocab(self) -> int: ...
+    def vocab(self) -> int:
+        """Return the number of token ids, which is that of logits per position."""
+
     @property
-    def max_positions(self) -> int | None: ...
+    def max_positions(self) -> int | None:
+        """Return the number of positions, or None if the model has no limit."""
 
 
 class Engine(Bounds, Protocol):
     """A decoder with its past: `batch` sequences that advance together, up to `capacity` columns."""
 
     @property
-    def batch(self) -> int: ...
+    def batch(self) -> int:
+        """Return the number of sequences."""
+
     @property
-    def capacity(self) -> int: ...
+    def capacity(self) -> int:
+        """Return the number of columns that the cache has room for."""
+
     @property
-    def cache_bytes(self) -> int: ...
+    def cache_bytes(self) -> int:
+        """Return the bytes of the cache."""
+
     @property
-    def past(self) -> int: ...
+    def past(self) -> int:
+        """Return the number of columns that are in the cache now."""
+
     def allocate(self, batch: int, capacity: int | None = None) -> None:
-        """Forget everything; room for `batch` sequences of `capacity` columns."""
+        """Forget all sequences, and make room for `batch` new ones of `capacity` columns."""
 
     def reset(self) -> None:
-        """Forget everything; the room stays."""
+        """Forget all sequences but keep their room."""
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Append `ids` [batch, seq] under `mask` [batch, past + seq]; logits [batch, seq or 1, vocab]."""
+        """Append `ids` [batch, seq] under `mask` [batch, past + seq], and return logits [batch, seq or 1, vocab]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a compiled folder before it is loaded: `Bounds`, bytes of weights and caches of all ranks."""
+    """The facts that a compiled folder states before it is loaded.
+
+    They are the bounds of the model, the bytes of the weights of all ranks together, and the cache of each rank.
+    """
 
     vocab: int
     max_positions: int | None
@@ -54,7 +68,11 @@ class ModelFacts:
 
 
 def read_facts(folder: Path) -> ModelFacts:
-    """Of the library in `folder`, or of all its ranks. Raises ModelError unless it was compiled, and each of them."""
+    """Read the facts of the library in `folder`, or of all its ranks.
+
+    Raises:
+        ModelError: If the folder, or that of a rank, holds no compiled library.
+    """
     libraries = list(_libraries(folder))
     first = libraries[0]
     weight_bytes = sum(library.weights.nbytes for library in libraries)
@@ -63,6 +81,7 @@ def read_facts(folder: Path) -> ModelFacts:
 
 
 def _libraries(folder: Path) -> Iterator[Library]:
+    """Yield the library in the folder, or the libraries of all ranks below it."""
     found = read_library(folder)
     if isinstance(found, Library):
         yield found
@@ -79,10 +98,18 @@ def open_engine(
     copy_weights: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Engine:
-    """The engine for `folder`, with room for one column; `allocate` makes more. Raises ModelError, UsageError.
+    """Open the engine for a compiled folder, with room for one column; `allocate` makes more.
 
-    Weights are hashed anew with `verify_weights`, and copied to memory with `copy_weights`, each rank's to its own.
-    `progress` gets the bytes of weights, of all ranks, read since its last call.
+    Args:
+        folder: The compiled folder, or a folder of ranks.
+        threads: The number of threads, of all ranks together; None for the cores of this machine.
+        verify_weights: Hash all weights again.
+        copy_weights: Copy the weights to memory, each rank's weights to the memory of its own process.
+        progress: A function that gets the bytes of weights, of all ranks, that were read since its last call.
+
+    Raises:
+        ModelError: If the folder is damaged, its ranks do not belong together, or its library cannot run on this CPU.
+        UsageError: If `threads` is less than 1, or if there is not enough memory.
     """
     if isinstance(read_library(folder), RankFolders):
         from passopt.targets.tvm.engine import rank_engine

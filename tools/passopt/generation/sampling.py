@@ -1,4 +1,7 @@
-"""The next token from logits: repetition penalty, temperature, top-k, top-p, defined and ordered as in transformers."""
+"""Choose the next token from logits.
+
+Repetition penalty, temperature, top-k and top-p are defined and ordered as in transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,11 @@ Scores = npt.NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose. `top_k` 0 and `top_p` 1 switch theirs off; without `do_sample` only the penalty acts."""
+    """The options of choosing tokens.
+
+    A `top_k` of 0 and a `top_p` of 1 switch that limit off. Without `do_sample` only the repetition penalty has an
+    effect.
+    """
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -25,7 +32,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError with the option that is out of its range."""
+        """Check the options.
+
+        Raises:
+            UsageError: If an option is out of its range.
+        """
         for name, holds, range_ in (
             ("temperature", self.temperature > 0, "above 0 (greedy instead of 0)"),
             ("top_k", self.top_k >= 0, "0 or more"),
@@ -37,20 +48,23 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses for several rows. Each has its own random numbers: what else is in a batch changes nothing."""
+    """Choose tokens for several rows.
+
+    Each row has its own random numbers, so its tokens do not depend on what else is in the batch.
+    """
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Iterable[int]], vocab: int) -> None:
-        """`prompts` are tokens that count as said already, per row."""
+        """Prepare a row for each prompt; the tokens of the prompt count as said already."""
         self._sampling = sampling
         self._seen = np.zeros((len(prompts), vocab), bool)
         for row, prompt in enumerate(prompts):
             self._seen[row, list(prompt)] = True
-        # Without a seed, rows still must not share their random numbers.
+        # Rows must not share their random numbers, so a seed is drawn if none is given.
         seed = np.random.SeedSequence().entropy if sampling.seed is None else sampling.seed
         self._random = [np.random.default_rng([*_words(seed), row]) for row in range(len(prompts))]
 
     def choose(self, row: int, logits: Scores) -> int:
-        """The next token of `row` from its logits [vocab]; it counts as said from now on."""
+        """Return the next token of `row` from its logits [vocab], and count it as said from now on."""
         scores = penalize(logits, self._seen[row], self._sampling.repetition_penalty)
         token = self._draw(row, scores) if self._sampling.do_sample else int(np.argmax(scores))
         self._seen[row, token] = True
@@ -64,13 +78,13 @@ class Sampler:
 
 
 def _words(seed: object) -> list[int]:
-    """A seed of any sign and size as numbers that numpy takes."""
+    """Return a seed of any sign and size as the non-negative numbers that numpy takes."""
     assert isinstance(seed, int)
     return [abs(seed), int(seed < 0)]
 
 
 def penalize(logits: Scores, seen: npt.NDArray[np.bool_], penalty: float) -> Scores:
-    """Scores of tokens that were `seen` [vocab] move away from being chosen, by a factor."""
+    """Return the logits with the scores of `seen` tokens [vocab] made less likely by the factor `penalty`."""
     if penalty == 1:
         return logits
     factor = np.float32(penalty)
@@ -78,7 +92,7 @@ def penalize(logits: Scores, seen: npt.NDArray[np.bool_], penalty: float) -> Sco
 
 
 def keep_top_k(scores: Scores, top_k: int) -> Scores:
-    """All but the `top_k` largest become -inf; what equals the smallest of them stays."""
+    """Return the scores with all but the `top_k` largest set to -inf; ties with the smallest of these stay."""
     if not 0 < top_k < len(scores):
         return scores
     smallest = np.partition(scores, -top_k)[-top_k]
@@ -86,7 +100,7 @@ def keep_top_k(scores: Scores, top_k: int) -> Scores:
 
 
 def keep_top_p(scores: Scores, top_p: float) -> Scores:
-    """The most likely tokens whose probabilities together reach `top_p`; the others become -inf."""
+    """Return the scores with all set to -inf but the most likely tokens whose probabilities together reach `top_p`."""
     if top_p >= 1:
         return scores
     kept = np.flatnonzero(scores > -np.inf)

@@ -1,4 +1,4 @@
-"""What a model's own files say about generation: generation_config.json, then config.json."""
+"""Read what a model's own files say about generation: generation_config.json, then config.json."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from passopt.generation.sampling import Sampling
 from passopt.ir.errors import ModelError, UsageError
 
-#: Where nothing says how many tokens to generate.
+#: The number of new tokens if neither the user nor the model's files name one.
 DEFAULT_NEW_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Defaults of a model. `user` and `assistant` are the ids that begin a turn in Baichuan's chat format."""
+    """The defaults of a model; `user` and `assistant` are the token ids that begin a turn in Baichuan's chat format."""
 
     sampling: Sampling
     max_new_tokens: int
@@ -27,7 +27,11 @@ class Settings:
 
 
 def read_settings(folder: Path) -> Settings:
-    """Raises ModelError if a file is there and damaged; what no file says is greedy."""
+    """Read the settings from the files in a folder; without any, tokens are chosen greedily.
+
+    Raises:
+        ModelError: If a file is there but damaged, or if it holds an option that is out of its range.
+    """
     own = read_json(folder / "generation_config.json")
     config = read_json(folder / "config.json")
 
@@ -62,7 +66,11 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no file. Raises ModelError if it is damaged."""
+    """Return the object in a JSON file, or an empty one if there is no file.
+
+    Raises:
+        ModelError: If the file cannot be read or holds no JSON object.
+    """
     if not path.is_file():
         return {}
     try:

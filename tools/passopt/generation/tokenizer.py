@@ -1,4 +1,4 @@
-"""Text to token ids and back, by tokenizer.json (tokenizers) or tokenizer.model (sentencepiece).
+"""Turn text into token ids and back, by tokenizer.json (tokenizers) or tokenizer.model (sentencepiece).
 
 Text never becomes a control token: `</s>` in a prompt is four characters, unless the model's chat template wrote it.
 """
@@ -16,28 +16,34 @@ from passopt.ir.errors import ModelError
 FAST_NAME = "tokenizer.json"
 MODEL_NAME = "tokenizer.model"
 CONFIG_NAME = "tokenizer_config.json"
-#: What decoders write for bytes that are no UTF-8, or not yet.
+#: The character that decoders write for bytes that are not valid UTF-8, or not yet.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-#: The most bytes of a character that is not finished.
+#: The largest number of bytes of an unfinished character.
 _UNFINISHED = 3
 
 
 class Tokenizer(Protocol):
+    """The interface of a tokenizer."""
+
     def encode(self, text: str) -> list[int]:
-        """With the tokens that the model's configuration wants at begin and end."""
+        """Return the ids of the text, with the begin and end tokens that the model's configuration asks for."""
 
     def encode_text(self, text: str) -> list[int]:
-        """Of the text alone, as of a part of a longer one."""
+        """Return the ids of the text alone, as of a part of a longer text."""
 
     def encode_template(self, text: str) -> list[int]:
-        """What a chat template wrote: control tokens are recognised, none is added."""
+        """Return the ids of what a chat template wrote: control tokens are recognised, and none is added."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Control tokens, and ids that only pad the vocabulary, are left out."""
+        """Return the text of the ids, without control tokens and ids that only pad the vocabulary."""
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in the folder `path`, or in that file. Raises ModelError if there is none, or if it is damaged."""
+    """Load the tokenizer in the folder `path`, or in the file `path`.
+
+    Raises:
+        ModelError: If there is no tokenizer, or if it is damaged.
+    """
     if path.is_file():
         config = read_json(path.parent / CONFIG_NAME)
         return _Fast(path, config) if path.suffix == Path(FAST_NAME).suffix else _SentencePiece(path, config)
@@ -51,13 +57,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def token_text(config: dict[str, Any], role: str) -> str | None:
-    """The text of `bos_token` and such, which is written in two ways."""
+    """Return the text of a special token such as `bos_token`, which files write as a string or as an object.
+
+    The result is None if the configuration does not name that token.
+    """
     entry = config.get(role)
     text = entry.get("content") if isinstance(entry, dict) else entry
     return text if isinstance(text, str) else None
 
 
 class _SentencePiece:
+    """A tokenizer from tokenizer.model, by the library sentencepiece."""
+
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         import sentencepiece
 
@@ -87,7 +98,7 @@ class _SentencePiece:
 
 
 def _split(text: str, words: Sequence[str]) -> list[tuple[bool, str]]:
-    """`text` in order as (is one of `words`, part); no empty parts."""
+    """Return the parts of `text` in order, each with whether it is one of `words`; empty parts are left out."""
     if not words:
         return [(False, text)] if text else []
     parts = re.split("(" + "|".join(map(re.escape, words)) + ")", text)
@@ -95,6 +106,8 @@ def _split(text: str, words: Sequence[str]) -> list[tuple[bool, str]]:
 
 
 class _Fast:
+    """A tokenizer from tokenizer.json, by the library tokenizers."""
+
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         import tokenizers
 
@@ -131,20 +144,24 @@ class _Fast:
 
 
 class TextStream:
-    """Text as its tokens arrive: only whole characters, and in total what decoding all tokens at once gives."""
+    """Give the text of tokens as they arrive.
+
+    Only whole characters are given, and in total they are the same text as that of all tokens decoded at once.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        #: What is decoded again with every token, since text depends on what is before it; its text so far was given.
+        #: The tokens that are decoded again with every new one, because the text of a token depends on those before it.
+        #: `_given` counts the characters of their text that were already given.
         self._window: list[int] = []
         self._given = 0
 
     def put(self, token: int) -> str:
-        """The text that `token` completes, often all of its own."""
+        """Return the new text that is complete with `token`; usually it is all the text of this token."""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         whole = len(text.rstrip(_REPLACEMENT))
-        # An unfinished character is at most three bytes long: what is before those stays as it is.
+        # An unfinished character is at most three bytes long, so all text before these will not change any more.
         new = self._advance(text, max(whole, len(text) - _UNFINISHED))
         alone = self._tokenizer.decode([token])
         if whole == len(text) and alone and _REPLACEMENT not in alone:
@@ -152,7 +169,7 @@ class TextStream:
         return new
 
     def end(self) -> str:
-        """What is left: bytes that never became a character."""
+        """Return the rest of the text: bytes that never became a character."""
         text = self._tokenizer.decode(self._window)
         return self._advance(text, len(text))
 

@@ -1,6 +1,6 @@
-"""Test passes: check one over a small graph, and make tiny checkpoints and decoders to try pipelines on.
+"""Test passes: check a pass on a small graph, and make tiny checkpoints and decoders to try pipelines on.
 
-The pytest fixtures `check_pass` and `golden` and the option --update-golden come with the package, by its plugin.
+The pytest fixtures `check_pass` and `golden` and the option --update-golden come from the package's pytest plugin.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Check one pass on a small graph: idempotence, structure, ONNX checker, and the numbers before and after.
 
-Only what passes all of that may become a golden text.
+Only a text that passes all of these checks may become a golden text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import onnx_ir
 
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.graph.verifier import verify_model
+from passopt.ir.relative_error import operator_error
 from passopt.ir.serialization.model_files import MODEL_NAME, save_materialized
 from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
@@ -25,7 +26,7 @@ from passopt.passes.framework.records import PassResult
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Symbolic dimensions get unequal lengths, in order of appearance.
+#: The lengths of symbolic dimensions, in order of appearance; unequal, so that a mixed-up axis shows.
 _LENGTHS = (2, 3, 5, 7, 11)
 
 
@@ -38,12 +39,23 @@ def check(
     matches: int | None = None,
     lengths: Mapping[str, int] | None = None,
 ) -> tuple[onnx_ir.Model, PassResult]:
-    """Run `item` on ONNX text (or a model) and check all that holds for every pass; returns the result.
+    """Run a pass on a model, check all that must hold for every pass, and return the changed model and the result.
 
-    In text, `float[6,4] w = random` is a weight with seeded values. Matrices become lazy weights, as of a checkpoint.
-    `feeds` replaces random inputs by name; `lengths` sets symbolic dimensions; `matches` is how often it must match.
-    `tolerance` replaces what the pass's declared accuracy allows.
-    Raises AssertionError.
+    The pass must state truly whether it changed the model, and a second run must change nothing. The structure must be
+    sound, and ONNX's checker must accept the model. If the model was changed, its outputs must agree with those of the
+    original.
+
+    Args:
+        item: The pass.
+        model: ONNX text, or a model, which is not changed. In text, `float[6,4] w = random` is a weight with seeded
+            values. Matrices become lazy weights, like those of a checkpoint.
+        tolerance: The largest relative error; None for what the pass's declared accuracy allows.
+        feeds: Inputs by name that replace the random ones.
+        matches: The number of times that the pass must match; None for any.
+        lengths: The lengths of symbolic dimensions by name.
+
+    Raises:
+        AssertionError: If a check fails.
     """
     original = read_model(model) if isinstance(model, str) else model
     changed = original.clone()
@@ -64,7 +76,7 @@ def check(
 
 
 def check_onnx(model: onnx_ir.Model) -> None:
-    """ONNX's own checker, on the model as it would be written for rank 0."""
+    """Run ONNX's own checker on the model as it would be written for rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         save_materialized(model, Path(folder))
         onnx.checker.check_model(str(Path(folder) / MODEL_NAME), full_check=False)
@@ -78,7 +90,21 @@ def compare_numbers(
     lengths: Mapping[str, int],
     accuracy: Accuracy = EXACT,
 ) -> None:
-    """Both models in onnxruntime on seeded inputs; the ranks of a sharded one are joined."""
+    """Run both models in onnxruntime on seeded inputs, and compare their outputs.
+
+    The ranks of a sharded model are joined.
+
+    Args:
+        original: The model before the pass.
+        changed: The model after it.
+        tolerance: The largest relative error; None for what `accuracy` allows.
+        feeds: Inputs by name that replace the random ones.
+        lengths: The lengths of symbolic dimensions by name.
+        accuracy: The accuracy that the pass declares.
+
+    Raises:
+        AssertionError: If names or shapes of outputs differ, or if an error is too large.
+    """
     from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
     from passopt.targets.onnxruntime.session import Session
 
@@ -90,7 +116,7 @@ def compare_numbers(
     for name, reference in expected.items():
         got = found[name]
         assert got.shape == reference.shape, f"{name}: shape {reference.shape} became {got.shape}"
-        error = relative_error(reference, got)
+        error = operator_error(reference, got)
         allowed = tolerance if tolerance is not None else _allowed(accuracy, reference)
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.0e}"
 
@@ -99,22 +125,11 @@ def _allowed(accuracy: Accuracy, reference: Array) -> float:
     return accuracy.budget_of(onnx_ir.DataType.from_numpy(reference.dtype))
 
 
-def relative_error(reference: Array, found: Array) -> float:
-    """max|Δ| / max|reference|; 0 for two empty arrays, infinite where one is not finite and the other is."""
-    if not reference.size:
-        return 0.0
-    wide, other = reference.astype(np.float64), found.astype(np.float64)
-    same = (wide == other) | (np.isnan(wide) & np.isnan(other))
-    with np.errstate(invalid="ignore"):  # inf - inf, where both are the same
-        difference = np.where(same, 0, wide - other)
-    if not np.isfinite(difference).all():
-        return float("inf")
-    scale = float(np.max(np.abs(wide[np.isfinite(wide)]), initial=0.0)) or 1.0
-    return float(np.max(np.abs(difference))) / scale
-
-
 def random_feeds(model: onnx_ir.Model, lengths: Mapping[str, int]) -> dict[str, Array]:
-    """Seeded inputs: normal floats, small non-negative integers, random booleans; symbols get unequal lengths."""
+    """Return seeded inputs: normal floats, small non-negative integers, and random booleans.
+
+    Symbolic dimensions that `lengths` does not name get unequal lengths.
+    """
     rng = np.random.default_rng(0)
     known = dict(lengths)
     feeds = {}

@@ -1,7 +1,7 @@
-"""Tiny checkpoints that are laid out, and as awkward to export, as the published Baichuan2 ones.
+"""Make tiny checkpoints that are laid out like the published Baichuan2 ones, and are as awkward to export.
 
-`make_checkpoint` writes a directory in well under a second and without torch (but for ``format="bin"``).
-The trained weights predict English; `evaluation_text` was held out, so that perplexities can be compared.
+`make_checkpoint` writes a directory in well under a second and without torch (except for ``format="bin"``). The trained
+weights predict English; `evaluation_text` was held out from training, so that perplexities can be compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Format = Literal["safetensors", "bin"]
 DATA = Path(__file__).parent / "data"
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 
-# Rows of the tokenizer's vocabulary that stand for a role in a chat; <unk>, <s> and </s> are 0, 1 and 2.
+# The token ids that stand for a role in a chat; <unk>, <s> and </s> are 0, 1 and 2.
 USER_TOKEN_ID = 3
 ASSISTANT_TOKEN_ID = 4
 
@@ -37,9 +37,10 @@ _FILE_STEMS: Mapping[Format, str] = {"safetensors": "model", "bin": "pytorch_mod
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSpec:
-    """The shape of a model: ``rotary`` is the code of the 7B, ``alibi`` that of the 13B.
+    """The sizes of a model, and its family: ``rotary`` has the code of the 7B model, ``alibi`` that of the 13B model.
 
-    Raises ValueError if `hidden` does not split into the heads, or a rotary head not into halves.
+    Raises:
+        ValueError: If `hidden` does not split into the heads, or a rotary head not into halves.
     """
 
     family: Literal["rotary", "alibi"]
@@ -58,10 +59,11 @@ class CheckpointSpec:
 
     @property
     def head_dim(self) -> int:
+        """Return the size of a head."""
         return self.hidden // self.heads
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each tensor, in the order of the published checkpoints."""
+        """Return the shape of each tensor by name, in the order of the published checkpoints."""
         hidden, wide = self.hidden, self.intermediate
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, hidden)}
         for layer in range(self.layers):
@@ -81,14 +83,15 @@ class CheckpointSpec:
 # No two dimensions of a spec are equal, so that a mixed-up axis cannot go unnoticed.
 ROTARY = CheckpointSpec("rotary", heads=4, hidden=64, intermediate=168, layers=3, vocab=520, max_positions=128)
 ALIBI = CheckpointSpec("alibi", heads=6, hidden=72, intermediate=180, layers=2, vocab=516, max_positions=96)
-# Five heads: the only even split is by five; 505 = 5 * 101 rows of vocabulary need padding for any other.
+# Five heads can be split evenly only by five, and 505 = 5 * 101 rows of vocabulary only by five and 101. So other
+# degrees need padding.
 ODD = CheckpointSpec("alibi", heads=5, hidden=40, intermediate=100, layers=2, vocab=505, max_positions=56)
 
 _TRAINED: Mapping[CheckpointSpec, str] = {ROTARY: "rotary.safetensors", ALIBI: "alibi.safetensors"}
 
 
 def full_size_spec(model: Literal["7b", "13b"]) -> CheckpointSpec:
-    """The true shape of a Baichuan2 model, meant for ``make_checkpoint(..., weights=False)``."""
+    """Return the true sizes of a Baichuan2 model, meant for ``make_checkpoint(..., weights=False)``."""
     if model == "7b":
         return CheckpointSpec("rotary", 32, 4096, 11008, 32, 125696, 4096)
     return CheckpointSpec("alibi", 40, 5120, 13696, 40, 125696, 4096)
@@ -107,9 +110,22 @@ def make_checkpoint(
 ) -> Path:
     """Write a checkpoint directory: configuration, remote code, tokenizer and, unless told not to, weights.
 
-    Only `ROTARY` and `ALIBI` come trained; others need ``trained=False`` and get random weights from `seed`.
-    ``shards > 1`` writes that many weight files and the index that maps tensors to them.
-    Raises FileExistsError if `directory` holds anything, ValueError if the arguments do not fit together.
+    Args:
+        directory: The directory to write; it may exist if it is empty.
+        spec: The sizes of the model.
+        trained: Use trained weights, which only `ROTARY` and `ALIBI` have; otherwise weights are random.
+        dtype: The number type of the weights.
+        format: The format of the weight files.
+        shards: The number of weight files; with more than one, an index that maps tensors to files is written too.
+        seed: The seed of random weights.
+        weights: Write weights at all.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: If `directory` is not empty.
+        ValueError: If the arguments do not fit together.
     """
     if dtype not in _TORCH_DTYPES:
         raise ValueError(f"dtype is one of {', '.join(_TORCH_DTYPES)}, not {dtype!r}")
@@ -137,7 +153,10 @@ def make_checkpoint(
 
 
 def random_weights(spec: CheckpointSpec, seed: int = 0) -> Tensors:
-    """Weights in float32 under which activations keep their size; norm scales and head rows are all distinct."""
+    """Return random weights in float32 under which activations keep their size.
+
+    All scales of norms and the lengths of all rows of the head are different.
+    """
     import numpy as np
 
     random = np.random.default_rng(seed)
@@ -151,7 +170,7 @@ def random_weights(spec: CheckpointSpec, seed: int = 0) -> Tensors:
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             scale *= (2 * spec.layers) ** -0.5
         elif name == "lm_head.weight":
-            # Rows of unlike lengths: a head whose normalisation got lost then shows in the logits.
+            # Rows have different lengths, so that a head that lost its normalisation shows in the logits.
             scale = scale * random.uniform(0.4, 2.5, (shape[0], 1))
         return (random.standard_normal(shape) * scale).astype(np.float32)
 
@@ -159,7 +178,7 @@ def random_weights(spec: CheckpointSpec, seed: int = 0) -> Tensors:
 
 
 def read_safetensors(path: Path) -> Tensors:
-    """All tensors of a file, bfloat16 ones too, which safetensors.numpy writes but does not read."""
+    """Return all tensors of a file, bfloat16 ones too, which safetensors.numpy can write but not read."""
     import ml_dtypes
     import numpy as np
 
@@ -177,14 +196,14 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def safetensors_bytes(tensors: Tensors) -> bytes:
-    """The tensors as a safetensors file that says it is from torch: loaders refuse one that says nothing."""
+    """Return the tensors as the bytes of a safetensors file that says it is from torch, as loaders demand."""
     from safetensors.numpy import save
 
     return save(dict(tensors), metadata={"format": "pt"})
 
 
 def cast(tensors: Tensors, dtype: Dtype) -> Tensors:
-    """The tensors, rounded to `dtype`."""
+    """Return the tensors rounded to `dtype`."""
     import ml_dtypes
     import numpy as np
 
@@ -193,12 +212,18 @@ def cast(tensors: Tensors, dtype: Dtype) -> Tensors:
 
 
 def training_text() -> str:
-    """What the trained checkpoints and their tokenizer saw: seven eighths of the language reference in the stdlib."""
+    """Return the text that trained the checkpoints and their tokenizer.
+
+    It is about seven eighths of Python's language reference, as the standard library carries it.
+    """
     return _texts()[0]
 
 
 def evaluation_text() -> str:
-    """The held-out eighth. It differs a little between versions of Python, so compare on one version only."""
+    """Return the held-out eighth of the text.
+
+    It differs a little between versions of Python, so compare perplexities on one version only.
+    """
     return _texts()[1]
 
 
@@ -206,7 +231,7 @@ def evaluation_text() -> str:
 def _texts() -> tuple[str, str]:
     from pydoc_data.topics import topics
 
-    # A paragraph is told off by its own hash, so on any version of Python no training paragraph is evaluated.
+    # The hash of a paragraph alone decides on which side it is, so no version of Python evaluates a training paragraph.
     paragraphs = dict.fromkeys(part for topic in sorted(topics) for part in topics[topic].split("\n\n"))
     held_out = {part for part in paragraphs if zlib.crc32(part.encode()) % 8 == 0}
     training = [part for part in paragraphs if part not in held_out]

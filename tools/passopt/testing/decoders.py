@@ -1,4 +1,4 @@
-"""A decoder written by hand, small enough to read: attention, MLP and KV cache, unsplit or as one SPMD graph.
+"""Write a small decoder by hand: attention, MLP and KV cache, unsplit or as one SPMD graph.
 
 No dimension equals another, weights are seeded, and the same seed gives the same model at every degree.
 """
@@ -25,7 +25,7 @@ _TEXT_NAMES = {DataType.FLOAT: "float", DataType.FLOAT16: "float16", DataType.BF
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """Sizes of the unsplit model, and how it is split. With ``quantized``, decoder linears are int8."""
+    """The sizes of the unsplit model, and the degree to split it by; with ``quantized``, linears of layers are int8."""
 
     degree: int = 1
     layers: int = 2
@@ -39,20 +39,27 @@ class DecoderSpec:
     quantized: bool = False
 
     def padded(self, length: int) -> int:
-        """`length` rounded up to a multiple of the degree."""
+        """Return `length` rounded up to a multiple of the degree."""
         return -(-length // self.degree) * self.degree
 
 
 def tiny_decoder(spec: DecoderSpec | None = None, *, seed: int = 0, checkpoint: Path | None = None) -> onnx_ir.Model:
-    """The model. Split, it has an AllReduce after each attention and MLP and one AllGather of the logits.
+    """Return a small decoder.
 
-    Weights are literals; with `checkpoint`, they are tensors of that safetensors file, which is written if need be and
-    is the same for every degree.
+    If it is split, it has an AllReduce after each attention and each MLP, and one AllGather of the logits.
+
+    Args:
+        spec: The sizes and the degree; None for the defaults.
+        seed: The seed of the weights.
+        checkpoint: A safetensors file to read the weights from, which is the same for every degree. It is written if it
+            does not exist. None keeps the weights in memory.
     """
     return _Writer(spec or DecoderSpec(), seed).model(checkpoint)
 
 
 class _Writer:
+    """Write the ONNX text of a decoder line by line, and collect its constants."""
+
     def __init__(self, spec: DecoderSpec, seed: int) -> None:
         self.spec = spec
         self._random = np.random.default_rng(seed)
@@ -160,7 +167,7 @@ class _Writer:
         )
 
     def _split(self, weight: Expression, axis: int) -> Expression:
-        """Padded to a multiple of the degree and sharded."""
+        """Return the weight padded to a multiple of the degree and sharded."""
         degree = self.spec.degree
         if degree == 1:
             return weight
@@ -172,7 +179,7 @@ class _Writer:
         return weight.pad(axis, self._inside * self.spec.head_dim).shard(axis, self.spec.degree)
 
     def _linear(self, out: str, x: str, name: str, weight: Expression) -> None:
-        """x times a weight [out, in]."""
+        """Add the product of `x` and a weight [out, in]."""
         if not self.spec.quantized or name.startswith("lm_head"):
             self._add(f"{out}_t = Transpose <perm = [1, 0]> ({self._constant(f'{name}.weight', weight)})")
         else:
@@ -269,7 +276,7 @@ def _array(literal: Literal) -> np.ndarray[Any, np.dtype[Any]]:
 
 
 def _rebased(content: np.ndarray[Any, np.dtype[Any]] | Expression, source: Expression) -> Expression:
-    """The same expression over `source` instead of its literal."""
+    """Return the same expression with `source` in place of its literal."""
     assert isinstance(content, Expression)
     if isinstance(content, Literal):
         return source

@@ -1,6 +1,6 @@
-"""Tiny checkpoints of the families whose classes transformers has, with random weights.
+"""Make tiny checkpoints, with random weights, of model families whose code is part of transformers.
 
-Sizes are unequal, heads are no power of two, keys are grouped where the family groups them.
+All sizes are different, the number of heads is no power of two, and keys are grouped where the family groups them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LAYERS, _HEADS, _HIDDEN, _INNER, _POSITIONS = 2, 6, 60, 76, 64
 _SIZES = {"num_hidden_layers": _LAYERS, "num_attention_heads": _HEADS, "hidden_size": _HIDDEN}
 _LLAMA = {**_IDS, **_SIZES, "intermediate_size": _INNER, "max_position_embeddings": _POSITIONS}
 
-#: config.json by a name of the family: its `model_type`, and what tells variants of one type apart.
+#: The config.json of each family, by name: its `model_type`, and settings that distinguish variants of one type.
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {**_LLAMA, "model_type": "llama", "num_key_value_heads": 2},
     "mistral": {**_LLAMA, "model_type": "mistral", "num_key_value_heads": 3, "sliding_window": 8},
@@ -78,7 +78,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 
 
 def make_family_checkpoint(directory: Path, family: str) -> Path:
-    """Write config.json and fp32 safetensors as transformers saves them; returns `directory`."""
+    """Write config.json and fp32 safetensors as transformers saves them, and return `directory`."""
     import torch
     import transformers
 
@@ -95,7 +95,7 @@ def make_family_checkpoint(directory: Path, family: str) -> Path:
 
 
 def _drawn(name: str, shape: Any, random: Any) -> Any:
-    """Values under which activations keep their size and attention is far from uniform."""
+    """Return values under which activations keep their size and attention is far from uniform."""
     import torch
 
     if len(shape) > 1:

@@ -1,7 +1,7 @@
-"""Tests that are one ONNX text file: `# RUN:` says what to run, `# CHECK:` lines what its output must hold.
+"""Run tests that are a single ONNX text file: a `# RUN:` line holds the command, `# CHECK:` lines its expected output.
 
-A RUN line is `passopt … %s … | filecheck %s`, where %s is the file. It is taken apart here and run in this process,
-never by a shell. The check language is that of LLVM's FileCheck, by the package `filecheck`.
+A RUN line is `passopt … %s … | filecheck %s`, where %s is the file. It is parsed here and run in this process, never by
+a shell. The check language is that of LLVM's FileCheck, as the package `filecheck` implements it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHECK = re.compile(r"^\s*#\s*CHECK[A-Z0-9-]*:", re.MULTILINE)
 
 
 class FilecheckFile(pytest.File):
-    """One test per RUN line."""
+    """A file with one test per RUN line."""
 
     def collect(self) -> Iterator[pytest.Item]:
         text = self.path.read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ class FilecheckFile(pytest.File):
 
 
 class FilecheckItem(pytest.Item):
-    """A RUN line: `passopt` in this process, its stdout handed to `filecheck`."""
+    """The test of a RUN line: it runs `passopt` in this process and hands the output to `filecheck`."""
 
     def __init__(self, *, line: str, **keywords: object) -> None:
         super().__init__(**keywords)  # type: ignore[arg-type]
@@ -50,7 +50,11 @@ class FilecheckItem(pytest.Item):
             raise FilecheckError(f"{complaint}\n--- output of passopt ---\n{output}")
 
     def _pipeline(self, path: str) -> tuple[list[str], list[str]]:
-        """The two commands, %s replaced. Raises FilecheckError for anything but `passopt … | filecheck …`."""
+        """Return the words of the two commands, with %s replaced by the path.
+
+        Raises:
+            FilecheckError: If the line is not `passopt … | filecheck …`.
+        """
         try:
             words = shlex.split(self.line)
         except ValueError as error:
@@ -64,7 +68,7 @@ class FilecheckItem(pytest.Item):
         raise FilecheckError(f"RUN: {self.line}\nexpected: passopt … %s … | filecheck %s")
 
     def command(self) -> str:
-        """What to paste into a shell, from the folder that pytest was started in, to see the same."""
+        """Return the command to paste into a shell to see the same, from the folder in which pytest was started."""
         path = self.path
         with contextlib.suppress(ValueError):
             path = path.relative_to(self.config.invocation_params.dir)
@@ -82,18 +86,18 @@ class FilecheckItem(pytest.Item):
 
 
 class FilecheckError(Exception):
-    """The file's own words are wrong, or the output is not what they say."""
+    """Raised if a RUN line is wrong, or if the output does not fulfil the CHECK lines."""
 
 
 def _run_passopt(arguments: list[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
+    """Return the exit code, stdout and stderr of one command."""
     from passopt.cli import main
 
     output, log = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(log):
         try:
             code = main(arguments)
-        except SystemExit as error:  # how argparse says that the words are wrong
+        except SystemExit as error:  # argparse exits if it does not understand the arguments
             code = error.code if isinstance(error.code, int) else 2
         except Exception:
             traceback.print_exc(file=log)
@@ -102,7 +106,7 @@ def _run_passopt(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def _run_filecheck(words: list[str], text: str) -> tuple[int, str]:
-    """Exit code of `filecheck` on `text`, and what it complained about."""
+    """Return the exit code of `filecheck` on `text`, and its complaint."""
     try:
         from filecheck.finput import FInput
         from filecheck.matcher import Matcher

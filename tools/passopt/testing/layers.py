@@ -1,4 +1,4 @@
-"""Small layers of Baichuan2 on disk, and what `tp` and `int8` make of them: for tests of what writes weights."""
+"""Write small layers of Baichuan2, and apply `tp` and `int8` to them, to test the code that writes weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
 
 
 def write_layers(path: Path, seed: int = 0, copies: int = 1) -> dict[str, Expression]:
-    """A bf16 checkpoint with so many copies of every tensor; its weights as fp16."""
+    """Write a bf16 checkpoint with `copies` copies of every tensor, and return its weights as fp16."""
     rng = np.random.default_rng(seed)
     shapes = {_copy(name, copy): shape for copy in range(copies) for name, shape in SHAPES.items()}
     save_file(
@@ -36,7 +36,7 @@ def write_layers(path: Path, seed: int = 0, copies: int = 1) -> dict[str, Expres
 
 
 def read_layers(path: Path) -> dict[str, Expression]:
-    """The weights of such a checkpoint as fp16."""
+    """Return the weights of such a checkpoint as fp16."""
     return {name: source.cast(DataType.FLOAT16) for name, source in safetensors_sources(path).items()}
 
 
@@ -45,7 +45,10 @@ def _copy(name: str, copy: int) -> str:
 
 
 def sharded(weights: Mapping[str, Expression], degree: int) -> dict[str, Expression]:
-    """Every kind of weight that sharding and int8 write: replicated, padded, normalised, rows, columns, scales."""
+    """Return each kind of weight that sharding and int8 write.
+
+    There are replicated, padded and normalised weights, shards of rows and of columns, codes and scales.
+    """
     found = {"embed": weights["embed"], "norm": weights["norm"]}
     rows = weights["head"].shape[0]
     found["head"] = weights["head"].normalize_rows(1e-4).pad(0, -(-rows // degree) * degree).shard(0, degree)
@@ -57,7 +60,7 @@ def sharded(weights: Mapping[str, Expression], degree: int) -> dict[str, Express
 
 
 def all_sharded(weights: Mapping[str, Expression], degree: int) -> dict[str, Expression]:
-    """The same of every copy."""
+    """Return the weights that `sharded` makes of every copy."""
     found: dict[str, Expression] = {}
     for copy in range(len(weights) // len(SHAPES)):
         own = {name: weights[_copy(name, copy)] for name in SHAPES}
@@ -66,10 +69,11 @@ def all_sharded(weights: Mapping[str, Expression], degree: int) -> dict[str, Exp
 
 
 def rank_files(folder: Path, weights: Mapping[str, Expression], degree: int) -> list[WeightFile]:
-    """A file per rank in `folder`, which is made."""
+    """Make `folder`, and return a weight file per rank in it."""
     folder.mkdir(parents=True, exist_ok=True)
     return [WeightFile(folder / str(rank), weights, rank) for rank in range(degree)]
 
 
 def contents(files: Sequence[WeightFile]) -> list[bytes]:
+    """Return the bytes of each file."""
     return [file.path.read_bytes() for file in files]

@@ -1,6 +1,6 @@
-"""pytest plugin: the fixtures `check_pass` and `golden`, the option `--update-golden`, and `*.onnxtxt` files as tests.
+"""Extend pytest by the fixtures `check_pass` and `golden`, the option --update-golden, and tests in `*.onnxtxt` files.
 
-Loaded by entry point.
+pytest finds this plugin by the entry point of the package.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option --update-golden."""
     group = parser.getgroup("passopt")
     group.addoption("--update-golden", action="store_true", help="write golden texts instead of comparing them")
 
 
 def pytest_collect_file(parent: pytest.Collector, file_path: Path) -> pytest.Collector | None:
-    """A `.onnxtxt` file with `# RUN:` lines is a test: see `passopt.testing.filecheck`."""
+    """Collect `.onnxtxt` files with `# RUN:` lines as tests; see `passopt.testing.filecheck`."""
     if file_path.suffix != ".onnxtxt":
         return None
     from passopt.testing.filecheck import FilecheckFile

@@ -1,5 +1,5 @@
-"""Compare two models, or a model and what was compiled of it, scenario by scenario; and leave reproducers.
+"""Compare a model with the one it was made from, and write reproducers of failing passes.
 
-`verify` compares graphs, `verify_compiled` a compiled folder, `layerwise` one layer at a time, `rewrites` every single
-rewrite of a run.
+`verify` compares two graphs, `verify_compiled` a graph with its compiled folder, `layerwise` two graphs one layer at a
+time, and `rewrites` checks every single rewrite while passes run. `reproducer` writes and reads reproducers.
 """

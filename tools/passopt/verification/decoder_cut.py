@@ -1,7 +1,7 @@
-"""Cut a decoder at its residual stream: one piece per layer, so that a check needs the weights of one layer at a time.
+"""Cut a decoder at its residual stream, one piece per layer, so that a check needs one layer's weights at a time.
 
-A boundary is the one value through which everything from layer i on depends on tokens and on the caches before it.
-Names and operators do not matter; only the contract's past.i inputs and present.i outputs do.
+A boundary of layer i is the single value through which everything from layer i on depends on tokens and on the caches
+of the layers before. Names and operators do not matter; only the contract's past.i inputs and present.i outputs do.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
 
 
 class _Kind(enum.IntEnum):
-    """What a value depends on; of an operator's inputs the largest decides."""
+    """The kind of data a value depends on; an operator's result has the largest kind of its inputs."""
 
     CONSTANT = 0
-    #: Masks, positions and shapes: computed once for all layers, without tokens or caches.
+    #: Masks, positions and shapes, which are computed once for all layers without tokens or caches.
     SHARED = 1
     CACHE = 2
     TOKENS = 3
@@ -34,7 +34,11 @@ class _Kind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Part of a decoder. `carried` is its input from the piece before, `result` what it hands on; "" where none is."""
+    """A part of a decoder that runs as a model of its own.
+
+    `carried` is the value it takes from the piece before, `result` the value it hands on; "" where there is none.
+    `targets` are all its outputs.
+    """
 
     name: str
     carried: str
@@ -44,9 +48,10 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Where a model may be cut. `boundaries[i]` enters layer i and the last one the head; "" where there is none.
+    """The places where a model may be cut.
 
-    `shared` names values that all pieces may read and the prelude computes.
+    `boundaries[i]` is the name of the value that enters layer i, the last one enters the head; "" means no boundary.
+    `shared` names values that the prelude computes and all pieces may read.
     """
 
     model: onnx_ir.Model
@@ -54,7 +59,10 @@ class Cut:
     shared: tuple[str, ...]
 
     def pieces(self, kept: Collection[int]) -> list[Piece]:
-        """Embedding, layers and head, those joined between which no boundary is `kept`."""
+        """Return the embedding, the layers and the head as pieces, cut only at the boundaries in `kept`.
+
+        Parts between which no boundary is kept are joined in one piece.
+        """
         parts = ["embedding", *(f"layer {layer}" for layer in range(len(self.boundaries) - 1)), "head"]
         found, first = [], 0
         for end in [*sorted(kept), len(self.boundaries)]:
@@ -72,17 +80,21 @@ class Cut:
         return [name for value in self.model.graph.outputs if (name := value.name or "").startswith(prefix)]
 
     def prelude(self) -> onnx_ir.Model | None:
-        """The graph that computes the shared values; None if there are none."""
+        """Return the graph that computes the shared values, or None if there are none."""
         return _extract(self.model, self.shared, {}) if self.shared else None
 
     def graph(self, piece: Piece, given: Mapping[str, Array]) -> onnx_ir.Model:
-        """The piece as a model. `given` are arrays for the values it starts from: their dtypes become the inputs'."""
+        """Return the piece as a model that starts from the values in `given`; its inputs have the arrays' dtypes."""
         stops = {name: array for name, array in given.items() if name in {piece.carried, *self.shared}}
         return _extract(self.model, piece.targets, stops)
 
 
 def cut_decoder(model: onnx_ir.Model) -> Cut:
-    """Find the boundaries. Raises ModelError if two layers are not connected through a single value."""
+    """Find the values at which a decoder can be cut into layers.
+
+    Raises:
+        ModelError: If two layers are not connected through a single value, or if a node has a subgraph.
+    """
     kinds = _kinds(model)
     layers = decoder_of(model).layers
     chains = [_bottlenecks(model, kinds, layer) for layer in range(layers + 1)]
@@ -97,7 +109,10 @@ def cut_decoder(model: onnx_ir.Model) -> Cut:
 
 
 def _end(chains: Sequence[Sequence[str]]) -> str:
-    """Where the last layer ends: as many bottlenecks behind its attention as in the other layers. "" if unknown."""
+    """Return the name of the value at which the last layer ends, or "" if it is unknown.
+
+    The last layer ends after as many bottlenecks behind its attention as the other layers have.
+    """
     depths = {len(chain) for chain in chains[1:-1]}
     if len(depths) != 1:
         return ""
@@ -130,9 +145,10 @@ def _kinds(model: onnx_ir.Model) -> dict[onnx_ir.Value, _Kind]:
 
 
 def _bottlenecks(model: onnx_ir.Model, kinds: Mapping[onnx_ir.Value, _Kind], layer: int) -> list[str]:
-    """The values that every path takes from tokens and caches before `layer` to what `layer` and later ones give.
+    """Return the names of the values that every path into `layer` runs through.
 
-    In a topological order of the values on such paths, these are the ones that no edge skips.
+    The paths lead from tokens and the caches before `layer` to the outputs of `layer`, of later layers and the logits.
+    In a topological order of the values on such paths, the bottlenecks are the values that no edge skips.
     """
     graph = model.graph
     sources = [value for value in graph.inputs if value.name == INPUT_IDS or _layer_of(value, "past.") < layer]
@@ -161,7 +177,10 @@ def _bottlenecks(model: onnx_ir.Model, kinds: Mapping[onnx_ir.Value, _Kind], lay
 
 
 def _layer_of(value: onnx_ir.Value, prefix: str) -> int:
-    """3 of `past.3.key`; a large number, or a negative one for outputs, for anything else."""
+    """Return the number of the layer in a name such as `past.3.key`.
+
+    For any other name the result is out of range: large for the prefix `past.`, negative for `present.`.
+    """
     name = value.name or ""
     if not name.startswith(prefix):
         return -1 if prefix == "present." else 1 << 30
@@ -169,7 +188,7 @@ def _layer_of(value: onnx_ir.Value, prefix: str) -> int:
 
 
 def _shared(model: onnx_ir.Model, kinds: Mapping[onnx_ir.Value, _Kind]) -> tuple[str, ...]:
-    """Shared values that tokens or caches meet, in graph order."""
+    """Return the names of shared values that operators combine with tokens or caches, in graph order."""
     found: dict[str, None] = {}
     for node in model.graph:
         if all(kinds[value] < _Kind.CACHE for value in node.outputs):
@@ -185,7 +204,7 @@ def _extract(
     targets: Iterable[str],
     stops: Mapping[str, Array],
 ) -> onnx_ir.Model:
-    """The nodes that compute `targets` from `stops` and graph inputs, as a model of its own. Weights stay lazy."""
+    """Return a model of the nodes that compute `targets` from `stops` and the graph's inputs; its weights stay lazy."""
     graph = model.graph
     wanted = set(targets)
     ends = [value for node in graph for value in node.outputs if value.name in wanted]
@@ -234,7 +253,7 @@ def _extract(
 
 
 def _ancestors(ends: Sequence[onnx_ir.Value], stops: Collection[str]) -> list[onnx_ir.Value]:
-    """`ends` and all that they are computed from, not looking behind `stops`."""
+    """Return `ends` and all values that they are computed from, without looking behind `stops`."""
     found: dict[onnx_ir.Value, None] = {}
     work = list(ends)
     while work:
@@ -249,7 +268,10 @@ def _ancestors(ends: Sequence[onnx_ir.Value], stops: Collection[str]) -> list[on
 
 
 def _unused(value: onnx_ir.Value) -> onnx_ir.Value:
-    """Named unless the original is not: operators such as Split count their outputs."""
+    """Return a value for an output that nothing reads.
+
+    It has a name unless the original has none, because operators such as Split count their named outputs.
+    """
     return onnx_ir.Value(name=f"{value.name}.unused" if value.name else "")
 
 

@@ -1,8 +1,8 @@
-"""Twins of quantised graphs: weights dequantised by plain numpy, to check the int8 graph against its own codes.
+"""Make the twin of a quantised graph: the same graph with its weights dequantised by plain numpy.
 
-Where activations are quantised as well, the twin multiplies the same rows of codes, as numbers, in fp32.
-
-Deliberately apart from the quantiser: only the codes and scales that the graph holds are used.
+Comparing a graph with its twin checks the int8 arithmetic against the graph's own codes. Where activations are
+quantised too, the twin multiplies the same codes as fp32 numbers. This module shares no code with the quantiser on
+purpose: it uses only the codes and scales that the graph holds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CODES = {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8}
 
 
 def dequantised_weights(model: onnx_ir.Model) -> list[onnx_ir.Node]:
-    """The DequantizeLinear nodes over constant codes."""
+    """Return the DequantizeLinear nodes whose codes are constant."""
     return [
         node
         for node in model.graph
@@ -40,22 +40,28 @@ def dequantised_weights(model: onnx_ir.Model) -> list[onnx_ir.Node]:
 
 
 def dynamic_linears(model: onnx_ir.Model) -> list[Linear]:
-    """The linears whose activations are quantised while the graph runs."""
+    """Return the linear layers whose activations are quantised while the graph runs."""
     return [linear for node in model.graph if (linear := find_dynamic_linear(node)) is not None]
 
 
 def is_quantized(model: onnx_ir.Model) -> bool:
+    """Return whether the graph holds quantised weights or quantises activations while it runs."""
     return bool(dequantised_weights(model)) or has_dynamic_activations(model)
 
 
 def has_dynamic_activations(model: onnx_ir.Model) -> bool:
+    """Return whether the graph quantises the activations of a linear layer while it runs."""
     return any(find_dynamic_linear(node) is not None for node in model.graph)
 
 
 def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
-    """A clone in which every DequantizeLinear of constant codes is an initializer of its output's dtype.
+    """Return a clone of the model in which each DequantizeLinear over constant codes is replaced by an initializer.
 
-    The values are written to files in `scratch` in row chunks, and have to stay there as long as the twin is used.
+    The initializers have the dtype of the outputs they replace. Their values are written to files in the folder
+    `scratch`, in chunks of rows. The files must stay there as long as the twin is used.
+
+    Raises:
+        ModelError: If a DequantizeLinear has blocked scales, or scales that are not constant.
     """
     twin = model.clone()
     graph = twin.graph
@@ -83,7 +89,10 @@ def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
 
 
 def _multiply_numbers(editor: Editor, linear: Linear) -> None:
-    """``Mul(MatMul(Cast<fp32>(codes), Transpose(DequantizeLinear(w.codes, w.scales))), scale)`` instead of integers."""
+    """Replace an integer product of codes by the same product in fp32.
+
+    The new nodes are ``Mul(MatMul(Cast<fp32>(codes), Transpose(DequantizeLinear(w.codes, w.scales))), scale)``.
+    """
     rows, weight, output = linear.rows, linear.weight, linear.output
     assert rows is not None
     last = output.producer()
@@ -96,6 +105,7 @@ def _multiply_numbers(editor: Editor, linear: Linear) -> None:
 
 
 def _write(node: onnx_ir.Node, path: Path, name: str) -> Expression:
+    """Write the dequantised weight of a DequantizeLinear node to `path`, and return the expression that reads it."""
     codes, scales, zeros = _operand(node, 0), _operand(node, 1), _operand(node, 2)
     assert codes is not None
     assert scales is not None
@@ -126,7 +136,7 @@ def _operand(node: onnx_ir.Node, index: int) -> Expression | None:
 
 
 def _spread(vector: Array, rows: slice, axis: int, ndim: int) -> Array:
-    """A scalar as it is; a vector along `axis`, of which axis 0 shows only `rows`."""
+    """Return a vector shaped to broadcast along `axis`, limited to `rows` if that is axis 0, or a scalar as it is."""
     if not vector.ndim:
         return vector
     shape = [1] * ndim

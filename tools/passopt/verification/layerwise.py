@@ -1,7 +1,7 @@
-"""Run two decoders piece by piece, so that only one layer's weights of one model are in memory at a time.
+"""Compare two decoders piece by piece, so that only one layer's weights of one model are in memory at a time.
 
-Each piece of the candidate runs twice: on the original's activations, which shows where an error is made, and on its
-own, which shows what becomes of it in the end.
+Each piece of the candidate runs twice. On the reference's activations it shows where an error is made; on the
+candidate's own activations it shows how errors add up to the end.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import LOGITS, decoder_of
+from passopt.ir.relative_error import relative_error
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.decoder_cut import Cut, Piece, cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, is_quantized
-from passopt.verification.report import Row, relative_error
+from passopt.verification.report import Row
 from passopt.verification.scenarios import Observation, Scenario, Step, empty_cache, vocabulary_of
 from passopt.verification.sliced_head import Logits, Part, UnexpectedWidthError, slice_head, whole
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-#: Per scenario and step, the activations that enter a piece; empty before the first.
+#: The activations that enter a piece, per scenario and step; empty before the first piece.
 Hidden: TypeAlias = "list[list[Array]]"
 OpenSession: TypeAlias = Callable[[onnx_ir.Model], Session]
 
@@ -35,7 +36,7 @@ HIDDEN = "hidden"
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """What a comparison is called, and the relative error that it tolerates."""
+    """The name of a comparison, and the relative error that it tolerates."""
 
     comparison: str
     tolerance: float
@@ -43,7 +44,7 @@ class Label:
 
 @dataclasses.dataclass
 class LayerwiseResult:
-    """Rows per piece, and what either model gave in the end, each on its own activations."""
+    """The rows of each piece, and the outputs of both whole models, each computed on its own activations."""
 
     rows: list[Row]
     expected: list[Observation]
@@ -52,13 +53,13 @@ class LayerwiseResult:
 
 @dataclasses.dataclass
 class _Trace:
-    """What one piece gave: per scenario and step what it hands on, per scenario its last cache and logits."""
+    """The outputs of one piece: the activations it hands on per scenario and step, and observations per scenario."""
 
     hidden: list[list[Array]]
     seen: list[Observation]
 
 
-#: Makes another model of a piece; the folder is for files that it needs while it runs.
+#: A function that returns a changed model of a piece; it may write files that the model needs to the folder.
 Prepare: TypeAlias = Callable[[onnx_ir.Model, Path], onnx_ir.Model]
 
 
@@ -72,10 +73,20 @@ def run_layerwise(
     scratch: Path | None = None,
     on_piece: Callable[[int, int], None] | None = None,
 ) -> LayerwiseResult:
-    """Compare piece by piece. `twin` labels the check of an int8 candidate against its numpy-dequantised pieces.
+    """Run both models piece by piece and compare the outputs of each piece.
 
-    `on_piece` is called after each with its number, from 1 on, and the number of all.
-    Raises ModelError if a graph cannot be cut into layers.
+    Args:
+        reference: The original model.
+        candidate: The model to check.
+        scenarios: The inputs of both models.
+        open_session: A function that loads a model to run it.
+        original: The label of the comparison with the reference's pieces.
+        twin: The label of the comparison of an int8 candidate's pieces with their numpy-dequantised twins.
+        scratch: The folder for temporary files, by default that of the system.
+        on_piece: A function that is called after each piece with its number, counted from 1, and the number of all.
+
+    Raises:
+        ModelError: If a graph cannot be cut into layers, or if the models have different numbers of layers.
     """
     ours = _Side("reference", reference, scenarios, open_session, scratch)
     theirs = _Side("candidate", candidate, scenarios, open_session, scratch)
@@ -102,7 +113,7 @@ def run_layerwise(
 
 
 class _Side:
-    """One model, run piece by piece. `hidden` is what the last piece handed on, per scenario and step."""
+    """One model, run piece by piece; `hidden` holds what the last piece handed on, per scenario and step."""
 
     def __init__(
         self,
@@ -137,7 +148,7 @@ class _Side:
         ]
 
     def _blank_cache(self, step: Step) -> dict[str, Array]:
-        """Caches of the right shape: the prelude looks at nothing else of them."""
+        """Return caches of the right shape; the prelude reads nothing but their shape."""
         batch, length = step.input_ids.shape
         past = step.attention_mask.shape[1] - length
         decoder = decoder_of(self._model)
@@ -145,12 +156,14 @@ class _Side:
         return dict.fromkeys(self._empty, blank)
 
     def graph(self, piece: Piece) -> onnx_ir.Model:
+        """Return the piece as a model whose inputs have the dtypes of the activations at hand."""
         given = dict(self._shared[0][0])
         if piece.carried:
             given[piece.carried] = self.hidden[0][0]
         return self.cut.graph(piece, given)
 
     def accept(self, piece: Piece, trace: _Trace) -> None:
+        """Take the outputs of a piece as the inputs of the next one, and add them to the observations."""
         self.hidden = trace.hidden if piece.result else []
         for all_of_it, part in zip(self.observations, trace.seen, strict=True):
             all_of_it.logits += part.logits
@@ -158,14 +171,17 @@ class _Side:
             all_of_it.surprise = part.surprise if part.surprise is not None else all_of_it.surprise
 
     def cast(self, hidden: Hidden) -> Hidden:
-        """The other model's activations in this one's dtype."""
+        """Return the other model's activations in the dtype of this model."""
         if not self.hidden:
             return hidden
         dtype = self.hidden[0][0].dtype
         return [[array.astype(dtype) for array in steps] for steps in hidden]
 
     def run(self, piece: Piece, inputs: Sequence[Hidden], prepare: Prepare | None = None) -> list[_Trace]:
-        """What the piece gives on each of `inputs`, from sessions that they share; an empty input repeats the first."""
+        """Run the piece on each of `inputs` with shared sessions; an empty input repeats the trace of the first.
+
+        A large head runs in slices if its graph allows that.
+        """
         graph = self.graph(piece)
         if piece.targets == (LOGITS,):
             with contextlib.suppress(UnexpectedWidthError, ModelError):
@@ -195,7 +211,7 @@ class _Side:
     def _run_part(
         self, session: Session, piece: Piece, part: Part, hidden: Hidden, logits: list[list[Logits]]
     ) -> _Trace:
-        """All steps of all scenarios, each on the cache of this piece that the step before it made."""
+        """Run all steps of all scenarios, each step on the cache of this piece that the step before it made."""
         trace = _Trace([], [])
         for index, scenario in enumerate(self._scenarios):
             handed: list[Array] = []
@@ -221,7 +237,7 @@ class _Side:
 def _compare(
     label: Label, piece: Piece, scenarios: Sequence[Scenario], expected: _Trace, found: _Trace, note: str = ""
 ) -> list[Row]:
-    """One row per output of the piece, with its worst error over all scenarios."""
+    """Return one row per output of the piece, with its worst error over all scenarios."""
     errors: dict[str, float] = {}
     for name, error in _errors(scenarios, expected, found):
         errors[name] = max(errors.get(name, 0.0), error)
@@ -249,6 +265,9 @@ def _errors(scenarios: Sequence[Scenario], expected: _Trace, found: _Trace) -> l
 
 
 def _masked(one: Array, other: Array, where: Array) -> float:
-    """Over the positions that hold tokens, if the leading axes are those of `where` at all."""
+    """Return the relative error over the positions that hold tokens.
+
+    If the leading axes are not those of `where`, it is the error over all elements.
+    """
     fits = one.shape[: where.ndim] == where.shape
     return relative_error(one, other, where if fits else None)

@@ -1,4 +1,4 @@
-"""Findings of a verification: one row per scenario and output, and a table with the worst of each scenario.
+"""Hold the findings of a verification: one row per scenario and output, printed as the worst row of each scenario.
 
 Errors are relative: max|difference| / max|reference| over the positions that hold tokens.
 """
@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from passopt.ir.relative_error import relative_error
+from passopt.reporting.result import Result
 from passopt.verification.scenarios import Observation, Scenario
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -22,7 +24,10 @@ PERPLEXITY = "perplexity"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`error` is relative; of top-1 the share of positions that disagree, of perplexity |ratio − 1|."""
+    """One compared output of one scenario.
+
+    `error` is a relative error; for top-1 it is the share of positions that disagree, for the perplexity |ratio − 1|.
+    """
 
     comparison: str
     scenario: str
@@ -33,27 +38,30 @@ class Row:
 
     @property
     def ok(self) -> bool:
+        """Return whether the error is within the tolerance."""
         return self.error <= self.tolerance
 
     @property
     def badness(self) -> tuple[bool, float]:
-        """Orders rows from best to worst."""
+        """Return a key that sorts rows from best to worst."""
         return not self.ok, self.error / self.tolerance if self.tolerance else self.error
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyReport:
-    """`notes` say what was compared and how; `ok` is true if every row is within its tolerance."""
+class VerifyReport(Result):
+    """The rows of all comparisons, and notes that say what was compared and how."""
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
+        """Return whether there are rows and every row is within its tolerance."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     @property
     def worst(self) -> Row:
+        """Return the row that exceeds its tolerance most, or comes nearest to it."""
         return max(self.rows, key=lambda row: row.badness)
 
     def to_json(self) -> dict[str, object]:
@@ -64,7 +72,7 @@ class VerifyReport:
         return {"ok": self.ok, "notes": list(self.notes), "rows": rows}
 
     def to_text(self) -> str:
-        """The notes, then per comparison a table with one line per scenario: its worst output."""
+        """Return the notes, then a table per comparison with one line per scenario that shows its worst output."""
         lines = list(self.notes)
         for comparison in dict.fromkeys(row.comparison for row in self.rows):
             lines += ["", f"{comparison}:", *_table([row for row in self.rows if row.comparison == comparison])]
@@ -96,33 +104,13 @@ def _table(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def relative_error(reference: Array, candidate: Array, where: Array | None = None) -> float:
-    """max|difference| / max|reference| over the elements selected by the boolean `where` of the leading axes.
-
-    Infinite for different shapes, and for values that are not finite: NaN never passes.
-    """
-    if reference.shape != candidate.shape:
-        return math.inf
-    if where is not None:
-        reference, candidate = reference[where], candidate[where]
-    if not reference.size:
-        return 0.0
-    wide = np.float64 if reference.dtype == np.float64 else np.float32
-    one: Array = reference.astype(wide)
-    other: Array = candidate.astype(wide)
-    with np.errstate(invalid="ignore", over="ignore"):
-        difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
-    if not math.isfinite(difference) or not math.isfinite(scale):
-        return math.inf
-    if not difference:
-        return 0.0
-    return difference / scale if scale else math.inf
-
-
 def compare(
     comparison: str, scenario: Scenario, reference: Observation, candidate: Observation, tolerance: float
 ) -> list[Row]:
-    """One row for the logits, one for each cache output, and one for top-1 agreement."""
+    """Return one row for the logits, one for each cache output and one for the top-1 agreement of a scenario.
+
+    The top-1 row is left out if the error of the logits is infinite.
+    """
     pairs = [_aligned(*both) for both in zip(reference.logits, candidate.logits, strict=True)]
     valid = [step.valid[:, -pair[0].shape[1] :] for step, pair in zip(scenario.steps, pairs, strict=True)]
     error = max(relative_error(one, other, where) for (one, other), where in zip(pairs, valid, strict=True))
@@ -151,7 +139,7 @@ def _compare_cache(
 
 
 def _aligned(reference: Array, candidate: Array) -> tuple[Array, Array]:
-    """A candidate that gives the last position only is compared with the reference's last column."""
+    """Return both logits, with only the reference's last position if the candidate gives the last position only."""
     if candidate.shape[1] == 1 != reference.shape[1]:
         return reference[:, -1:], candidate
     return reference, candidate
@@ -171,7 +159,11 @@ def _top_1(
     valid: Sequence[Array],
     tolerance: float,
 ) -> Row:
-    """Counted where the best and the second best differ by more than twice the tolerated error, which moves both."""
+    """Return the row for the share of positions at which the most likely token differs.
+
+    Only those positions count at which the best and the second-best logit differ by more than twice the tolerated
+    error, because the error may move both of them.
+    """
     qualified, wrong, total = 0, 0, 0
     for (reference, candidate), where in zip(pairs, valid, strict=True):
         one, other = reference[where].astype(np.float32), candidate[where].astype(np.float32)
@@ -187,7 +179,7 @@ def _top_1(
 
 
 def compare_perplexity(comparison: str, one: float | None, other: float | None, tolerance: float) -> list[Row]:
-    """|candidate / reference − 1|; no row if a side has none."""
+    """Return a row for |candidate / reference − 1|, or no row if one of the two has no perplexity."""
     if one is None or other is None:
         return []
     error = abs(other / one - 1) if math.isfinite(one) and math.isfinite(other) else math.inf

@@ -1,7 +1,8 @@
-"""Reproducers: a failing pass with the model as it came in, in a folder that `passopt replay` runs again.
+"""Write and read reproducers: folders with a failing pass and its input model, which `passopt replay` runs again.
 
-model.onnx + weights.plan.json (no weight is copied), reproducer.json (pipeline from that pass on, options, error,
-versions); for a numeric violation also before.onnx and after.onnx, a few nodes each, with inputs.npz to run them on.
+A folder holds model.onnx and weights.plan.json (no weight is copied), and reproducer.json with the pipeline from the
+failing pass on, the options, the error and the versions. For a numeric violation it also holds before.onnx and
+after.onnx, of a few nodes each, and inputs.npz to run them on.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 
-from passopt import __version__
 from passopt.ir.atomic_folders import staged_directory
 from passopt.ir.errors import ModelError, PassoptError
 from passopt.ir.serialization.model_files import save_reference
+from passopt.ir.version import __version__
 from passopt.passes.framework.base import Pass
 from passopt.passes.pipeline.runner import Instrument
 from passopt.passes.pipeline.text import describe
@@ -34,9 +35,10 @@ _DISTRIBUTIONS = ("onnx", "onnx-ir", "onnxruntime", "numpy")
 
 @dataclasses.dataclass(frozen=True)
 class Reproducer:
-    """What reproducer.json says: `passes` is the pipeline from the failing pass on, `kind` the class of the error.
+    """The contents of reproducer.json.
 
-    `rewrite_limit` is what `--rewrite-limit` left for these passes.
+    `passes` is the pipeline from the failing pass on, `kind` the class of the error. `rewrite_limit` is the number of
+    rewrites that `--rewrite-limit` left for these passes; None for no limit.
     """
 
     passes: str
@@ -48,12 +50,12 @@ class Reproducer:
 
     @property
     def failing(self) -> str:
-        """The name of the pass that failed."""
+        """Return the name of the pass that failed."""
         return self.passes.partition(",")[0].partition("{")[0]
 
 
 class Position(Instrument):
-    """Knows which pass is running; `index` is None before the first one."""
+    """Remember the index of the pass that is running; `index` is None before the first pass."""
 
     def __init__(self) -> None:
         self.index: int | None = None
@@ -70,7 +72,20 @@ def write_reproducer(
     verify_each: str,
     rewrite_limit: int | None = None,
 ) -> None:
-    """Write the whole folder or nothing. `model` is what `passes[0]` failed on. Raises UsageError, ModelError."""
+    """Write a reproducer to the folder `directory`, either whole or not at all.
+
+    Args:
+        directory: The folder to write.
+        model: The model on which `passes[0]` failed.
+        passes: The pipeline from the failing pass on.
+        error: The error of that pass; a Violation adds the models before and after the rewrite, and their inputs.
+        verify_each: The value of `--verify-each` of the run.
+        rewrite_limit: The number of rewrites that were left for these passes; None for no limit.
+
+    Raises:
+        UsageError: If the folder cannot be written.
+        ModelError: If the model cannot be written.
+    """
     report = Reproducer(
         passes=",".join(describe(item) for item in passes),
         verify_each=verify_each,
@@ -88,7 +103,11 @@ def write_reproducer(
 
 
 def read_reproducer(directory: Path) -> Reproducer:
-    """Raises ModelError if the folder holds no reproducer."""
+    """Read the reproducer.json of a folder.
+
+    Raises:
+        ModelError: If the file cannot be read or is not what passopt writes.
+    """
     path = directory / REPORT_NAME
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -100,7 +119,7 @@ def read_reproducer(directory: Path) -> Reproducer:
 
 
 def versions() -> dict[str, str]:
-    """Of passopt and all that decides about numbers."""
+    """Return the versions of passopt, Python and the libraries that influence numeric results, by name."""
     found = {"passopt": __version__, "python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -109,7 +128,7 @@ def versions() -> dict[str, str]:
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or `path.2`, `path.3` …, whichever does not exist."""
+    """Return `path`, or the first of `path.2`, `path.3` and so on that does not exist yet."""
     found, count = path, 1
     while found.exists():
         count += 1
@@ -118,7 +137,10 @@ def free_name(path: Path) -> Path:
 
 
 def _write_cut(folder: Path, violation: Violation) -> None:
-    """The rewrite alone: both sides, and the inputs of the draw on which they differ most, weights among them."""
+    """Write the single rewrite: the model on either side, and the inputs of the draw on which the two differ most.
+
+    Weights are among those inputs.
+    """
     comparison = violation.comparison
     for side, name in ((comparison.before, BEFORE_NAME), (comparison.after, AFTER_NAME)):
         onnx_ir.save(side.model, folder / name)

@@ -1,7 +1,8 @@
-"""What a verification runs: seeded prefill, padded batches, cached decode, chunked prefill, and windows of a text.
+"""Make the inputs of a verification and run models on them.
 
-Shapes: b batch, q positions of a step, kv positions up to and with the step. Tokens are fixed in advance, so that both
-models see the same ones whatever they predict.
+The scenarios are seeded prefills, padded batches, decoding with a cache, chunked prefill, and windows of a text.
+Shapes: b is the batch, q the positions of a step, kv the positions up to the end of the step. Tokens are fixed in
+advance, so both models see the same ones whatever they predict.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _CHUNKS = (6, 3, 5)
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One run of a model: input_ids and position_ids [b, q], attention_mask [b, kv]."""
+    """The inputs of one run of a model: input_ids and position_ids [b, q], attention_mask [b, kv]."""
 
     input_ids: Array
     attention_mask: Array
@@ -36,10 +37,11 @@ class Step:
 
     @property
     def valid(self) -> Array:
-        """[b, q]: positions that hold a token; what a model computes for padding means nothing."""
+        """Return a mask [b, q] of the positions that hold a token; the outputs of a model at padding mean nothing."""
         return self.attention_mask[:, -self.input_ids.shape[1] :] > 0
 
     def feeds(self) -> dict[str, Array]:
+        """Return the inputs of the step by the name of the graph input."""
         return {
             INPUT_IDS: self.input_ids,
             ATTENTION_MASK: self.attention_mask,
@@ -49,7 +51,10 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """Steps that hand their cache on. Of a window of text, the last `scored` tokens count for perplexity."""
+    """Steps that run one after the other, each on the cache of the step before it.
+
+    In a window of a text, the last `scored` tokens count for the perplexity; otherwise `scored` is 0.
+    """
 
     name: str
     steps: tuple[Step, ...]
@@ -58,16 +63,22 @@ class Scenario:
 
 @dataclasses.dataclass
 class Observation:
-    """What one model gave in one scenario: logits [b, q or 1, vocab] per step, and the cache after the last."""
+    """The outputs of one model in one scenario.
+
+    `logits` are [b, q or 1, vocab] for each step, `present` is the cache after the last step by output name.
+    """
 
     logits: list[Array] = dataclasses.field(default_factory=list)
     present: dict[str, Array] = dataclasses.field(default_factory=dict)
-    #: Sum of the negative log likelihoods of the scored tokens; None if the logits do not cover them.
+    #: The sum of −log p over the scored tokens, in nats; None if nothing is scored or the logits do not cover them.
     surprise: float | None = None
 
 
 def make_scenarios(vocab: int, max_positions: int, lengths: Sequence[int], seed: int) -> list[Scenario]:
-    """All that fits into `max_positions`; lengths are in tokens."""
+    """Return the seeded scenarios that fit into `max_positions`.
+
+    `vocab` bounds the random token ids. `lengths` are those of the single prefills in tokens; longer ones are cut.
+    """
     random = np.random.default_rng(seed)
 
     def tokens(batch: int, length: int) -> Array:
@@ -102,10 +113,13 @@ def _steps(ids: Array, lengths: Sequence[int], paddings: Sequence[int] = (0,)) -
 
 
 def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Scenario]:
-    """Overlapping windows over a text: each scores the tokens that no window before it has scored.
+    """Cut a text into overlapping windows, each of which scores the tokens that no window before it has scored.
 
-    A window holds `window` tokens and starts `stride` after the one before, so all but the first text tokens are
-    predicted from at least `window - stride` tokens before them. The very first token is never scored.
+    A window holds `window` tokens and starts `stride` tokens after the one before. So all tokens but those at the start
+    of the text are predicted from at least `window - stride` tokens before them. The very first token is never scored.
+
+    Raises:
+        ModelError: If `stride` is not positive or not less than `window`.
     """
     if not 0 < stride < window:
         raise ModelError(f"stride {stride} must be positive and less than the window {window}")
@@ -123,7 +137,7 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Scenar
 def observe(
     model: onnx_ir.Model, scenarios: Sequence[Scenario], open_session: Callable[[onnx_ir.Model], Session]
 ) -> list[Observation]:
-    """Run a model through all scenarios, each step on the cache that its own earlier steps made."""
+    """Run a model through all scenarios, each step on the cache that the earlier steps of its scenario made."""
     session = open_session(model)
     empty = empty_cache(model)
     found = []
@@ -145,7 +159,7 @@ def observe(
 
 
 def empty_cache(model: onnx_ir.Model) -> dict[str, Callable[[int], Array]]:
-    """Per cache input, the array [batch, heads, 0, head_dim] of its dtype for a batch size."""
+    """Return, for each cache input, a function from a batch size to an empty array [batch, heads, 0, head_dim]."""
     decoder = decoder_of(model)
     shape = decoder.kv_heads, 0, decoder.head_dim
     dtype = decoder.cache_dtype.numpy()
@@ -154,7 +168,11 @@ def empty_cache(model: onnx_ir.Model) -> dict[str, Callable[[int], Array]]:
 
 
 def surprise(logits: Array, step: Step, scored: int) -> float | None:
-    """Sum of −log p over the last `scored` tokens of the step, in nats; None if only the last position has logits."""
+    """Return the sum of −log p over the last `scored` tokens of the step, in nats.
+
+    `logits` are [b, q or 1, vocab], of which the first row counts. The result is None if only the last position has
+    logits.
+    """
     length = step.input_ids.shape[1]
     if logits.shape[1] != length:
         return None
@@ -166,7 +184,10 @@ def surprise(logits: Array, step: Step, scored: int) -> float | None:
 
 
 def perplexity(scenarios: Sequence[Scenario], observations: Sequence[Observation]) -> float | None:
-    """exp of the mean surprise over the text windows; None if there are none, or a model gave no logits for them."""
+    """Return the exponential of the mean surprise over the text windows.
+
+    The result is None if there are no windows, or if the model gave no logits for their tokens.
+    """
     count = sum(scenario.scored for scenario in scenarios)
     values = [seen.surprise for scenario, seen in zip(scenarios, observations, strict=True) if scenario.scored]
     if not count or any(value is None for value in values):
@@ -176,7 +197,11 @@ def perplexity(scenarios: Sequence[Scenario], observations: Sequence[Observation
 
 
 def vocabulary_of(model: onnx_ir.Model) -> int:
-    """The number of logits. Raises ModelError if the graph does not say."""
+    """Return the size of the vocabulary, read from the shape of the logits.
+
+    Raises:
+        ModelError: If the graph does not state that size.
+    """
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     size = logits.shape[-1] if logits is not None and logits.shape is not None else None
     if not isinstance(size, int):

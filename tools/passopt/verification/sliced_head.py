@@ -1,7 +1,7 @@
-"""Run a head in slices of the vocabulary: its weight is larger than a layer, and normalising it takes copies.
+"""Run a head in slices of the vocabulary, because its weight is larger than a layer and normalising it takes copies.
 
-A column of the logits depends on its own row of the weight only, in a plain and in a normalised head alike, so slices
-of the rows give slices of the columns. Where a graph does not keep to that, it is run whole.
+Each column of the logits depends only on its own row of the weight, in a plain and in a normalised head alike. So
+slices of the rows give slices of the columns. A graph of which this does not hold is run whole.
 """
 
 from __future__ import annotations
@@ -18,30 +18,32 @@ from passopt.verification.scenarios import Step
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Bytes of weights above which a head is sliced, and that a slice holds at most.
+#: A head with more bytes of weights than this is sliced, and each slice holds at most this many.
 SLICE_BYTES = 256 << 20
 
 
 class UnexpectedWidthError(Exception):
-    """A slice of the weights did not give that slice of the logits: the head has to run whole."""
+    """A slice of the weights did not give that slice of the logits, so the head has to run whole."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A graph, and the ranges of the vocabulary that its logits are, in order. The last may reach into padding."""
+    """A graph and the ranges of the vocabulary that its logits cover, in order; the last one may reach into padding."""
 
     graph: onnx_ir.Model
     ranges: tuple[tuple[int, int], ...]
 
 
 def whole(graph: onnx_ir.Model, vocab: int) -> Part:
+    """Return the graph as a single part that covers the whole vocabulary."""
     return Part(graph, ((0, vocab),))
 
 
 def slice_head(graph: onnx_ir.Model, vocab: int) -> list[Part]:
-    """The head in parts of at most `SLICE_BYTES`, each a clone with sliced weights; the whole if it is small.
+    """Cut a head into parts of at most `SLICE_BYTES`, each a clone with sliced weights; a small head stays whole.
 
-    The vocabulary may be spread over the weights of several ranks, each of which is sliced alike.
+    The vocabulary may be spread over the weights of several ranks; then each of these weights is sliced in the same
+    way.
     """
     weights = graph.graph.initializers
     nbytes = sum(value.const_value.nbytes for value in weights.values() if value.const_value is not None)
@@ -55,7 +57,10 @@ def slice_head(graph: onnx_ir.Model, vocab: int) -> list[Part]:
 
 
 def _local_vocabulary(graph: onnx_ir.Model, vocab: int) -> int | None:
-    """The rows of one rank's head weight: the whole vocabulary, or a rank's share with less padding than ranks."""
+    """Return the number of rows of one rank's head weight, or None if no weight fits the vocabulary.
+
+    It is the whole vocabulary, or a rank's share of it with fewer rows of padding than there are ranks.
+    """
     shapes = [tuple(value.shape) for value in graph.graph.initializers.values() if value.shape is not None]
     for shape in sorted((shape for shape in shapes if len(shape) == 2), key=_size, reverse=True):
         for length in shape:
@@ -82,7 +87,7 @@ def _part(graph: onnx_ir.Model, length: int, ranks: int, start: int, stop: int) 
             value.shape = onnx_ir.Shape(piece.shape)
     for node in clone.graph:
         for output in node.outputs:
-            output.shape = None  # the declared ones are those of the whole
+            output.shape = None  # the declared shapes are those of the whole head
         numbers = small_constant(node.outputs[0])
         if node.op_type == "Constant" and numbers is not None and _is_shape(numbers, length):
             node.attributes.clear()
@@ -93,17 +98,21 @@ def _part(graph: onnx_ir.Model, length: int, ranks: int, start: int, stop: int) 
 
 
 def _is_shape(numbers: Array, length: int) -> bool:
-    """A constant that means the weight's own shape, as where a norm is expanded to it."""
+    """Return whether a constant contains the weight's length, as where a norm is expanded to the weight's shape."""
     return numbers.dtype == np.int64 and bool((numbers == length).any())
 
 
 def _resized(numbers: Array, length: int, width: int) -> Array:
+    """Return the numbers with the length of the weight replaced by that of the slice."""
     return np.where(numbers == length, np.int64(width), numbers)
 
 
 @dataclasses.dataclass
 class Logits:
-    """Logits of one step, put together from parts: whole, or only as far as the surprise over `scored` tokens needs."""
+    """The logits of one step, put together from the parts of a head.
+
+    They are kept whole if nothing is scored; otherwise only as much of them as the surprise of `scored` tokens needs.
+    """
 
     step: Step
     vocab: int
@@ -114,7 +123,11 @@ class Logits:
     _chosen: Array | None = None
 
     def add(self, part: Part, found: Array) -> None:
-        """Take in the logits [b, q or 1, columns of the part]. Raises UnexpectedWidthError."""
+        """Add the logits [b, q or 1, columns of the part] of one part.
+
+        Raises:
+            UnexpectedWidthError: If the number of columns is not that of the part.
+        """
         if found.shape[-1] != sum(stop - start for start, stop in part.ranges):
             raise UnexpectedWidthError
         for start, stop, columns in _columns(part, found):
@@ -127,7 +140,7 @@ class Logits:
             self.array[..., start : min(stop, self.vocab)] = kept
 
     def _score(self, start: int, columns: Array) -> None:
-        """Log-sum-exp, one range of columns after the other."""
+        """Add a range of columns to the running log-sum-exp of each scored position."""
         length = self.step.input_ids.shape[1]
         if columns.shape[1] != length or not columns.shape[-1]:
             return
@@ -144,7 +157,7 @@ class Logits:
 
     @property
     def surprise(self) -> float | None:
-        """Sum of −log p over the scored tokens, in nats; None if there were no logits for them."""
+        """Return the sum of −log p over the scored tokens, in nats; None if there were no logits for them."""
         if self._peak is None or self._total is None or self._chosen is None:
             return None
         return float((self._peak + np.log(self._total) - self._chosen).sum())

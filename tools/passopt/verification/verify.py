@@ -1,7 +1,7 @@
-"""Check a transformed model against the original in onnxruntime, on seeded inputs, with stated tolerances.
+"""Check a transformed model against the original in onnxruntime, on seeded inputs and with stated tolerances.
 
-int8 candidates are checked twice: against a twin dequantised by numpy from their own codes, and against the original.
-bf16 models run through their fp32 twins; sharded ones with all ranks joined in one graph.
+An int8 candidate is checked twice: against a twin that numpy dequantised from the candidate's own codes, and against
+the original. A bf16 model runs as its fp32 twin, a sharded model with all its ranks joined in one graph.
 """
 
 from __future__ import annotations
@@ -36,23 +36,29 @@ from passopt.verification.scenarios import (
 ORIGINAL = "against the original"
 NUMPY_TWIN = "against its own codes, dequantised by numpy"
 
-#: Without tables that limit them, models are tried up to this many positions.
+#: Models whose graphs hold no table that limits their positions are tried up to this many positions.
 _UNLIMITED = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """Largest relative error of logits and cache, and largest |perplexity ratio − 1|."""
+    """The largest relative error allowed for logits and cache, and the largest allowed |perplexity ratio − 1|."""
 
     outputs: float
     perplexity: float
 
 
-#: Defaults by what is compared. Exact and reassociating passes (tp) share one: sums in another order differ by some
-#: 1e-7 per operation. Two bf16 models both run in fp32, but a pass may have stored a constant, rounded to bf16, which
-#: the original computes while it runs. "bf16 and wider" is a bf16 model against one that is not. "int8" is a quantised
-#: model against one that is not: there the perplexity decides, and the outputs catch the absurd. So in "int8
-#: activations", where either model quantises them while it runs: ranks do so by their own part of a row.
+#: The default tolerances by the kind of comparison.
+#:
+#: - "fp32" and "fp16": Exact and reassociating passes such as tp share one row, because sums in another order differ by
+#:   only some 1e-7 per operation.
+#: - "bf16": Both models are bf16 and run in fp32. They may still differ, because a pass may have stored a constant
+#:   rounded to bf16 that the original computes while it runs.
+#: - "bf16 and wider": One of the models is bf16 and the other is not.
+#: - "int8": The candidate is quantised and the reference is not. The perplexity decides here; the tolerance of the
+#:   outputs only catches absurd results.
+#: - "int8 activations": Either model quantises activations while it runs. Here too the perplexity decides, because
+#:   each rank quantises by its own part of a row.
 TOLERANCES: Mapping[str, Tolerance] = {
     "fp32": Tolerance(outputs=1e-5, perplexity=1e-4),
     "fp16": Tolerance(outputs=2e-2, perplexity=5e-3),
@@ -61,22 +67,34 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "int8": Tolerance(outputs=1e-1, perplexity=5e-3),
     "int8 activations": Tolerance(outputs=1e-1, perplexity=1e-2),
 }
-#: Of an int8 graph against its numpy twin.
+#: The tolerances of an int8 graph against its numpy-dequantised twin, by the dtype of the cache.
 TWIN_TOLERANCES: Mapping[DataType, Tolerance] = {
     DataType.FLOAT: Tolerance(outputs=1e-5, perplexity=1e-4),
     DataType.FLOAT16: Tolerance(outputs=2e-3, perplexity=1e-3),
 }
-#: Where activations are quantised while the graph runs: what two kernels round differently may fall on either side of
-#: a half, and a code that is off by one is 1/254 of its row's largest number.
+#: The same for a graph that quantises activations while it runs. Kernels that differ in the last bit may round a value
+#: near a half up or down, and a code that is off by one changes the value by 1/254 of the row's largest number.
 DYNAMIC_TWIN_TOLERANCE = Tolerance(outputs=3e-2, perplexity=2e-3)
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyOptions:
-    """`lengths` of prefills in tokens, `tokens` of a text for perplexity in overlapping windows, `tolerance` instead of
-    the default for outputs. `max_positions` defaults to what the reference's tables hold. `scratch` is where weights
-    lie while a model runs (default: the system's temporary folder; it needs the size of a model, or of a layer).
-    `on_piece` is told number and count of each layer that `layerwise` has done."""
+    """The options of `verify` and `verify_compiled`.
+
+    Attributes:
+        seed: The seed of the random token ids.
+        lengths: The lengths of the prefills, in tokens.
+        max_positions: The largest number of positions to use; by default what the tables of both models hold.
+        tolerance: A relative error for outputs that replaces the default one.
+        tokens: The token ids of a text, whose perplexity is compared in overlapping windows; empty for no perplexity.
+        window: The length of a window of the text, in tokens.
+        stride: The distance from the start of a window to the start of the next one, in tokens.
+        layerwise: Run the models layer by layer, with one layer's weights in memory at a time.
+        threads: The number of threads that a model runs with.
+        scratch: The folder that holds weights while a model runs, by default the system's temporary folder. It needs
+            room for a model, or for a layer if `layerwise` is set.
+        on_piece: A function that `layerwise` calls after each layer with that layer's number and the number of all.
+    """
 
     seed: int = 0
     lengths: tuple[int, ...] = (1, 7, 33)
@@ -92,7 +110,11 @@ class VerifyOptions:
 
 
 def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: VerifyOptions | None = None) -> VerifyReport:
-    """Run both and compare. Raises ModelError for graphs that are no decoders or that do not have one interface."""
+    """Run both models on the same inputs and compare their outputs.
+
+    Raises:
+        ModelError: If a graph is not a decoder, or if the two differ in layers, heads, head size or vocabulary.
+    """
     options = options or VerifyOptions()
     notes: list[str] = []
     reference = runnable(reference, "reference", notes)
@@ -112,7 +134,14 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
 
 
 def runnable(model: onnx_ir.Model, role: str, notes: list[str], heads: int | None = None) -> onnx_ir.Model:
-    """The model as onnxruntime can run it on a CPU; what had to be done for that is added to `notes`."""
+    """Return the model in a form that onnxruntime can run on a CPU, and add to `notes` what was changed for that.
+
+    Ranks are joined in one graph, and bf16 becomes fp32. `role` names the model in notes and errors. `heads` is the
+    true number of key/value heads, for ranks to which padding has added some.
+
+    Raises:
+        ModelError: If the model is not a decoder, or has collectives but the weights of only one rank.
+    """
     if degree_of(model) > 1:
         notes.append(f"{role}: {degree_of(model)} ranks, joined in one graph")
         model = join_ranks(rank_models(model), heads=heads)
@@ -134,7 +163,7 @@ _WAS_BF16 = "passopt.was_bf16"
 
 
 def is_bf16_twin(model: onnx_ir.Model) -> bool:
-    """Whether `runnable` made this model of one in bf16."""
+    """Return whether `runnable` made this model from one in bf16."""
     return _WAS_BF16 in model.metadata_props
 
 
@@ -144,7 +173,7 @@ def _is_bf16(model: onnx_ir.Model) -> bool:
 
 
 def _kind(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> str:
-    """The row of `TOLERANCES`: by the less precise of the two models."""
+    """Return the key into `TOLERANCES` that fits the less precise of the two models."""
     if any(has_dynamic_activations(model) for model in (reference, candidate)):
         return "int8 activations"
     if is_quantized(candidate) and not is_quantized(reference):
@@ -157,7 +186,7 @@ def _kind(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> str:
 
 
 def chosen_tolerance(default: Tolerance, options: VerifyOptions) -> Tolerance:
-    """The default, but for outputs what the user says."""
+    """Return the default tolerance, with the user's own tolerance for outputs if there is one."""
     return default if options.tolerance is None else Tolerance(options.tolerance, default.perplexity)
 
 
@@ -177,7 +206,10 @@ def _check_interfaces(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Non
 def scenarios_within(
     limits: Iterable[int | None], vocab: int, options: VerifyOptions, notes: list[str]
 ) -> list[Scenario]:
-    """What fits into all limits that are known: seeded inputs, and windows of a text if there is one."""
+    """Return the seeded scenarios that fit within all known limits, and the windows of the text if there is one.
+
+    `limits` are numbers of positions, None where a model has no limit. A line about the text is added to `notes`.
+    """
     limit = min((limit for limit in (options.max_positions, *limits) if limit is not None), default=_UNLIMITED)
     scenarios = make_scenarios(vocab, limit, options.lengths, options.seed)
     if not options.tokens:
@@ -195,7 +227,7 @@ def _verify_whole(
     tolerance: Tolerance,
     options: VerifyOptions,
 ) -> VerifyReport:
-    """One model is in memory at a time."""
+    """Compare the models with only one of them in memory at a time."""
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
     found = observe(candidate, scenarios, session)
     rows: list[Row] = []
@@ -215,7 +247,7 @@ def compare_all(
     found: Sequence[Observation],
     tolerance: Tolerance,
 ) -> list[Row]:
-    """Rows for all outputs of all scenarios, and one for the perplexity of the text."""
+    """Return the rows for all outputs of all scenarios, and one row for the perplexity of the text."""
     rows: list[Row] = []
     for scenario, one, other in zip(scenarios, expected, found, strict=True):
         if not scenario.scored:
@@ -231,9 +263,10 @@ def _verify_layerwise(
     tolerance: Tolerance,
     options: VerifyOptions,
 ) -> VerifyReport:
-    """One layer of one model is in memory at a time.
+    """Compare the models with only one layer of one model in memory at a time.
 
-    int8 layers are dequantised when they are loaded: in fp32 accuracy, that is many times faster than at every product.
+    int8 layers are dequantised when they are loaded: in fp32 that is many times faster than dequantising at every
+    product.
     """
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch, fold_qdq=True)
     own = _twin_tolerance(candidate)

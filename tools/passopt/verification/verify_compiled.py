@@ -1,4 +1,7 @@
-"""Check a compiled folder against a graph: the same scenarios, the graph in onnxruntime, the library by its engine."""
+"""Check a compiled folder against a graph: the folder runs in its own engine, the graph in onnxruntime.
+
+Both run the same scenarios.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +32,18 @@ from passopt.verification.verify import (
     scenarios_within,
 )
 
-#: A library sums in another order than onnxruntime, and fuses what it does not; int8 weights are the same numbers.
+#: The tolerance in fp32, also if both have the same int8 weights. A library sums in another order than onnxruntime
+#: and fuses operators that onnxruntime does not.
 COMPILED = Tolerance(outputs=1e-4, perplexity=1e-4)
 
 
 def verify_compiled(reference: onnx_ir.Model, folder: Path, options: VerifyOptions) -> VerifyReport:
-    """Run both and compare logits and perplexity; the cache of a library is its own affair.
+    """Run the graph and the compiled folder, and compare logits and perplexity.
 
-    Raises ModelError for graphs that are no decoders, folders that cannot be loaded, models of other sizes.
+    Caches are not compared, because the layout of a library's cache is internal to it.
+
+    Raises:
+        ModelError: If the graph is not a decoder, the folder cannot be loaded, or the two differ in size.
     """
     notes: list[str] = []
     reference = runnable(reference, "reference", notes)
@@ -56,7 +63,7 @@ def verify_compiled(reference: onnx_ir.Model, folder: Path, options: VerifyOptio
 
 
 def observe_compiled(folder: Path, scenarios: Sequence[Scenario], threads: int) -> list[Observation]:
-    """Run a library through all scenarios, each with an empty cache of just the room that it needs."""
+    """Run a library through all scenarios, each with an empty cache that has just the room the scenario needs."""
     found = []
     engine = open_engine(folder, threads=threads)
     for scenario in scenarios:
@@ -74,11 +81,12 @@ def observe_compiled(folder: Path, scenarios: Sequence[Scenario], threads: int) 
 
 
 def _first(folder: Path) -> Library:
+    """Return the library in the folder, or the first rank's library if the folder holds ranks."""
     found = read_library(folder)
     if isinstance(found, RankFolders):
         found = read_library(folder / found.ranks[0])
     if isinstance(found, RankFolders):
-        raise ModelError(f"{folder}: ranks within ranks")
+        raise ModelError(f"{folder}: its first rank folder holds ranks itself, expected one compiled library per rank")
     return found
 
 
@@ -95,7 +103,7 @@ def _check_sizes(reference: onnx_ir.Model, library: Library) -> None:
 
 
 def _tolerance(reference: onnx_ir.Model, library: Library) -> tuple[str, Tolerance]:
-    """By the less precise of the two."""
+    """Return the name of the comparison and its tolerance, chosen by the less precise of the two."""
     if library.quantized == "dynamic" or has_dynamic_activations(reference):
         return "int8 activations", TOLERANCES["int8 activations"]
     if library.quantized == "weights" and not is_quantized(reference):

@@ -1,4 +1,7 @@
-"""Kernels that compute one row after the other, such as norms: a row goes to memory, or on to `quantize_rows`."""
+"""Define kernels that compute one row after the other, such as norms.
+
+The rows either go to memory (`rows_kernel`) or are quantised at once (`quantize_rows.quantize_computed`).
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,31 @@ from typing import Any, Protocol
 
 from passopt.targets.tvm.compiler.kernels import emit
 
-#: `write(start, value, lanes)`: fp32 results from column `start` on.
+#: The type of `write(start, value, lanes)`, which takes `lanes` fp32 results for the columns from `start` on.
 Write = Callable[[Any, Any, int], None]
 
 
 class ComputedRows(Protocol):
-    """How rows f32[M, width] come from the arguments of a kernel."""
+    """A computation of rows f32[M, width] from the arguments of a kernel."""
 
     @property
     def name(self) -> str:
-        """In the names of kernels; the same name means the same rows."""
+        """Return the name, which becomes part of kernel names; the same name must mean the same computation."""
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """Return the number of columns of a row."""
+        ...
 
     def arguments(self, rows: Any) -> tuple[Any, ...]:
-        """Declares the tensor arguments that are read; `rows` is M."""
+        """Declare the tensor arguments that are read, and return them; `rows` is M."""
 
     def emit_row(self, arguments: tuple[Any, ...], row: Any, write: Write) -> None:
-        """Emits one row, each of its columns once and in order."""
+        """Emit the code of one row, which calls `write` for each column once and in order."""
 
 
 def rows_kernel(computed: ComputedRows) -> Any:
-    """PrimFunc (*arguments, y f32[M, width])."""
+    """Return a PrimFunc (*arguments of `computed`, y f32[M, width]) that writes the computed rows to y."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 

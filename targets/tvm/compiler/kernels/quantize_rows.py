@@ -1,4 +1,7 @@
-"""Activations to int8 codes with one scale per row, as W8A8 linears take them. In every bit Round(Div(x, scale))."""
+"""Emit the quantisation of activations to int8 codes with one scale per row, which W8A8 linears read.
+
+The codes are bit for bit those of ONNX's Round(Div(x, scale)).
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,18 @@ from passopt.targets.tvm.machines import Isa
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-#: Added to and taken from an fp32 within ±2^22 it rounds half to even, by the addition's own rounding.
+#: Adding this to an fp32 number within ±2^22 and subtracting it again rounds the number to an integer, half to even,
+#: because the addition itself rounds.
 ROUNDING = 1.5 * 2**23
-#: Its bits: those of the sum exceed them by the rounded integer.
+#: The bits of ROUNDING as an integer. The bits of x + ROUNDING, as an integer, are larger by exactly the rounded x.
 ROUNDING_BITS = int(np.float32(ROUNDING).view(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
 class CodesLayout:
-    """How codes lie in memory: a matrix [M, width] of `dtype`, each element its code + `zero_point`.
+    """The layout of int8 codes in memory: a matrix [M, width] of `dtype`, each element a code plus `zero_point`.
 
-    The columns from K to `width` hold code 0.
+    A row has K codes; the columns from K to `width` hold code 0.
     """
 
     dtype: str
@@ -33,29 +37,31 @@ class CodesLayout:
     width: int
 
     def store(self, codes: Array) -> Array:
-        """Codes int8[M, K] as the kernels take them."""
+        """Return codes int8[M, K] in this layout."""
         stored = np.full((len(codes), self.width), self.zero_point, self.dtype)
         stored[:, : codes.shape[1]] += codes.astype(self.dtype)
         return stored
 
 
 def codes_layout(k: int, isa: Isa) -> CodesLayout:
-    """What `quantize_rows(k, isa)` writes and the W8A8 linears of the same k and level read.
+    """Return the layout that `quantize_rows(k, isa)` writes and the W8A8 linears of the same k and level read.
 
-    Byte dot products take one operand unsigned; elsewhere products are of int16 pairs, so codes are stored widened.
+    Byte dot products take one operand unsigned, so codes are uint8 with zero point 128. Levels without them multiply
+    int16 (on a CPU in pairs), so codes are stored as int16. Rows start at multiples of 64 bytes.
     """
     size, dtype, zero_point = (1, "uint8", 128) if isa.has_byte_dot else (2, "int16", 0)
     stride = -(-k * size // 64) * 64
-    # Rows a multiple of 1 KiB apart would compete for the same few lines of the L1 cache.
+    # Rows that lie a multiple of 1 KiB apart would compete for the same few lines of the L1 cache.
     stride += 64 if stride % 1024 == 0 else 0
     return CodesLayout(dtype, zero_point, stride // size)
 
 
 def quantize_rows(k: int, isa: Isa) -> Any:
-    """PrimFunc (x f32[M, k], codes [M, width] as `codes_layout` says, scales f32[M]).
+    """Return a PrimFunc (x f32[M, k], codes [M, width], scales f32[M]) that quantises each row of x.
 
-    scale = absmax / 127, or 1 where that is 0; code = x / scale rounded half to even, within ±127. A row that holds NaN
-    or infinity has a scale that is not finite either.
+    Codes lie as `codes_layout(k, isa)` says. The scale of a row is its largest |x| / 127, or 1 if that is 0. A code is
+    x / scale, rounded half to even and clipped to ±127. A row that holds NaN or infinity has a scale that is not finite
+    either.
     """
 
     def emit_row(arguments: tuple[Any, ...], row: Any) -> Load:
@@ -65,7 +71,10 @@ def quantize_rows(k: int, isa: Isa) -> Any:
 
 
 def quantize_computed(computed: ComputedRows, isa: Isa) -> Any:
-    """PrimFunc (*arguments of `computed`, codes, scales): as `quantize_rows`, of rows that never go to memory."""
+    """Return a PrimFunc (*arguments of `computed`, codes, scales) that quantises computed rows.
+
+    It writes the same as `quantize_rows` would, but the rows themselves never become a tensor in memory.
+    """
 
     def emit_row(arguments: tuple[Any, ...], row: Any) -> Load:
         held = emit.scratch(computed.width)
@@ -75,7 +84,7 @@ def quantize_computed(computed: ComputedRows, isa: Isa) -> Any:
     return _function(computed.width, isa, computed.arguments, emit_row)
 
 
-#: `load(start, lanes)`: numbers of a row from column `start` on.
+#: The type of `load(start, lanes)`, which returns `lanes` numbers of a row from column `start` on.
 Load = Callable[[Any, int], Any]
 
 
@@ -117,7 +126,7 @@ def _quantize_row(load: Load, codes: Any, scales: Any, row: Any, k: int, layout:
         limit, rounding = (emit.spread(float(value), count) for value in (127, ROUNDING))
         scaled = load(start, count) / emit.spread(scale, count)
         clipped = T.max(T.min(scaled, limit), -limit)
-        # As integers, so that no rule of floating point may cancel the two additions.
+        # The second addition is one of integers, so that no simplification of floating-point code can cancel the two.
         integer = T.reinterpret(emit.typed("int32", count), clipped + rounding)
         offset = emit.spread(T.int32(layout.zero_point - ROUNDING_BITS), count)
         emit.store(codes, (integer + offset).astype(emit.typed(layout.dtype, count)), [row, start], count)
@@ -129,10 +138,13 @@ def _quantize_row(load: Load, codes: Any, scales: Any, row: Any, k: int, layout:
 
 
 def absmax_bits(load: Load, k: int, lanes: int) -> Any:
-    """The largest |x| of a row, as bits: as integers they are ordered like the numbers, and NaN is above all."""
+    """Return the largest |x| of a row of `k` numbers, as its bits in an int32.
+
+    The bits of positive numbers, compared as integers, have the order of the numbers; NaN is above all of them.
+    """
     from tvm.script.ir_builder import tirx as T
 
-    step = 4 * lanes  # as many chains hide the latency of a maximum
+    step = 4 * lanes  # Four independent chains hide the latency of the maximum.
     most = emit.local(step, dtype="int32")
     emit.store(most, emit.spread(T.int32(0), step), [0], step)
 

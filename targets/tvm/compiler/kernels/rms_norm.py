@@ -1,4 +1,4 @@
-"""RMSNormalization over the last axis: y = x / sqrt(mean(x²) + ε) · w, summed in fp32."""
+"""Emit RMSNormalization over the last axis: y = x / sqrt(mean(x²) + ε) · w, with the sum in fp32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from passopt.targets.tvm.machines import Isa
 
 @dataclasses.dataclass(frozen=True)
 class RmsNorm:
-    """Rows [width] from x f32[M, width] and w weight_dtype[width]."""
+    """Compute rows y f32[M, width] from x f32[M, width] and w [width], whose dtype is `weight_dtype`."""
 
     width: int
     weight_dtype: str
@@ -21,17 +21,20 @@ class RmsNorm:
 
     @property
     def name(self) -> str:
+        """Return the name for kernels, which tells width, weight dtype and epsilon."""
         epsilon = f"{self.epsilon:g}".replace("-", "_").replace(".", "_")
         return f"rms_norm_{self.width}_{self.weight_dtype}_{epsilon}"
 
     def arguments(self, rows: Any) -> tuple[Any, ...]:
+        """Declare x and w."""
         return emit.argument("x", (rows, self.width)), emit.argument("w", (self.width,), self.weight_dtype)
 
     def emit_row(self, arguments: tuple[Any, ...], row: Any, write: Write) -> None:
+        """Emit the code of one row, in two passes over it: the sum of squares, then the scaled numbers."""
         from tvm.script.ir_builder import tirx as T
 
         x, w = arguments
-        lanes_at_once = 4 * self.isa.lanes  # four sums at once, since one would wait for itself
+        lanes_at_once = 4 * self.isa.lanes  # Four independent sums hide the latency of addition.
         squares = emit.local(lanes_at_once)
         emit.store(squares, emit.spread(0.0, lanes_at_once), [0], lanes_at_once)
 

@@ -1,4 +1,4 @@
-"""RotaryEmbedding on [b, s, h, d]: pairs of channels turned by the angle of their position."""
+"""Emit RotaryEmbedding on [b, s, h, d]: pairs of channels are rotated by the angle of their position."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from passopt.targets.tvm.machines import Isa
 
 
 def rotary(heads: int, head_dim: int, rotary_dim: int, interleaved: bool, isa: Isa) -> Any:
-    """PrimFunc (x f32[b, s, heads, head_dim], cos f32[cb, s, rotary_dim / 2], sin likewise, y as x); cb is 1 or b.
+    """Return a PrimFunc (x, cos, sin, y) that rotates the first `rotary_dim` channels of x and copies the others to y.
 
-    Turns the first `rotary_dim` channels and copies the others: channel i with i + rotary_dim / 2, or 2i with 2i + 1
-    if `interleaved`.
+    x and y are f32[b, s, heads, head_dim]; cos and sin are f32[cb, s, rotary_dim / 2], where cb is 1 or b. Channel i is
+    rotated together with channel i + rotary_dim / 2, or channel 2i with 2i + 1 if `interleaved`.
     """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T

@@ -1,4 +1,4 @@
-"""One kernel compiled by itself and called on numpy arrays: for tests, benchmarks and whoever writes a kernel."""
+"""Compile a single kernel and call it on numpy arrays: for tests, benchmarks and authors of kernels."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ import numpy as np
 from passopt.targets.tvm.compiler.code_generation import code_generation
 from passopt.targets.tvm.machines import Cpu, level
 
-#: A plain member of each level, so that LLVM is given nothing besides.
+#: For each instruction level, LLVM's name of a basic CPU of that level.
 _MEMBERS = {"avx512-vnni": "icelake-server", "avx2": "x86-64-v3", "plain": "x86-64"}
 
 
 def member_of(level_name: str) -> Cpu:
-    """A CPU that has the instructions of a level and no more."""
+    """Return a basic CPU of an instruction level, so that tests run code as it is generated for that level."""
     return Cpu(_MEMBERS[level_name], level(level_name))
 
 
 def compile_kernel(function: Any, cpu: Cpu) -> Callable[..., None]:
-    """`function` (a PrimFunc) for `cpu`; the result takes arrays (written in place) and integers."""
+    """Compile `function` (a PrimFunc) for `cpu` and return it as a function of numpy arrays and integers.
+
+    Arrays that are writable receive what the kernel has written to them.
+    """
     import tvm
 
     built = build_kernel(function, cpu)
 
     def call(*arguments: np.ndarray[Any, Any] | int) -> None:
-        # Copies, since TVM takes only data that is aligned to 64 bytes.
+        # The arrays are copied, since TVM takes only data that is aligned to 64 bytes.
         tensors: list[Any] = [item if isinstance(item, int) else tvm.runtime.tensor(item) for item in arguments]
         built(*tensors)
         for array, tensor in zip(arguments, tensors, strict=True):
@@ -37,12 +40,12 @@ def compile_kernel(function: Any, cpu: Cpu) -> Callable[..., None]:
 
 
 def build_kernel(function: Any, cpu: Cpu) -> Callable[..., None]:
-    """As `compile_kernel`; the result takes TVM's tensors, which are not copied."""
+    """Compile `function` as `compile_kernel` does, but return a function of TVM's tensors, which are not copied."""
     return _module(function, cpu)["kernel"]  # type: ignore[no-any-return]
 
 
 def assembly(function: Any, cpu: Cpu) -> str:
-    """The assembly of `function`, to see which instructions LLVM chose; the host need not have them."""
+    """Return the assembly of `function`, to see which instructions LLVM chose; this machine need not have them."""
     return str(_module(function, cpu).mod.inspect_source("s"))
 
 

@@ -1,1 +1,1 @@
-"""Lower a graph to a Relax module: a converter per operator, native kernels for every linear and attention."""
+"""Lower a graph to a Relax module, with a converter per operator and native kernels for linears and attentions."""

@@ -1,7 +1,7 @@
-"""Attention with the cache in place: new keys and values are written into it, one kernel reads it back.
+"""Lower fused attentions with the KV cache in place.
 
-Without a cache in place (a fallback that the user allows) the cache is joined at every step and small operators do the
-rest.
+New keys and values are written into the cache, and one kernel reads the whole cache. Without a cache in place, which is
+a fallback that the user must allow, past and new keys are concatenated at every step and small operators do the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ ATTENTION = "Attention"
 
 @dataclasses.dataclass(frozen=True)
 class AttentionParts:
-    """The operands of a fused attention of either kind; [b, h, s, d] each."""
+    """The operands of a fused attention, with or without ALiBi.
+
+    Query, key and value are [b, h, s, d], or [b, s, h·d] with the number of heads in an attribute; the past is
+    [b, h, past, d].
+    """
 
     query: onnx_ir.Value
     key: onnx_ir.Value
@@ -37,7 +41,7 @@ class AttentionParts:
 
 
 def find_attention(node: onnx_ir.Node) -> AttentionParts | None:
-    """What a fused attention reads; None for any other node."""
+    """Return the operands of a fused attention, or None for any other node."""
     given = [*node.inputs, *[None] * (8 - len(node.inputs))]
     query, key, value = given[:3]
     if query is None or key is None or value is None:
@@ -52,9 +56,10 @@ def find_attention(node: onnx_ir.Node) -> AttentionParts | None:
 @lowers(ATTENTION)
 @lowers(ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, domain=DOMAIN)
 def fused_attention(at: Values, node: onnx_ir.Node) -> None:
+    """Lower a fused attention, with its cache in place if there is one; raise Unsupported if it returns scores."""
     parts = find_attention(node)
     if parts is None or len(node.outputs) > 3:
-        raise Unsupported("attention that gives its scores")
+        raise Unsupported("attention that returns its scores as a fourth output")
     slot = at.cache.slots.get(parts.past_key) if at.cache is not None and parts.past_key is not None else None
     if slot is None:
         joined_attention(at, node, parts)
@@ -63,10 +68,10 @@ def fused_attention(at: Values, node: onnx_ir.Node) -> None:
 
 
 def in_place_refusal(node: onnx_ir.Node) -> str | None:
-    """Why a fused attention cannot keep its cache in place, None if it can."""
+    """Return the reason why a node cannot keep its cache in place, or None if it can."""
     parts = find_attention(node)
     if parts is None or len(node.outputs) > 3:
-        return "attention that gives its scores"
+        return "attention that returns its scores as a fourth output"
     shape = parts.mask.shape if parts.mask is not None else None
     if shape is not None and len(shape) == 4 and shape[1] != 1:
         return f"its mask has shape {shape}: the kernel takes one for all heads"
@@ -74,7 +79,10 @@ def in_place_refusal(node: onnx_ir.Node) -> str | None:
 
 
 def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, slot: CacheSlot) -> None:
-    """Append to the cache, then attend over it. `present` outputs are the cache itself: nobody may read them."""
+    """Lower an attention that appends to the cache and then reads it.
+
+    The `present` outputs are the cache itself and get no tensor, so nothing else may read them.
+    """
     from tvm import relax
 
     assert at.cache is not None
@@ -109,8 +117,10 @@ def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, sl
 
 
 def _by_position(at: Values, value: onnx_ir.Value, node: onnx_ir.Node, heads: str) -> Tvm:
-    """[b, s, h, d] of [b, h, s, d], or of [b, s, h·d] with the number of heads in an attribute."""
+    """Return a value as [b, s, h, d].
 
+    The value is [b, h, s, d], or [b, s, h·d] with the number of heads in the attribute called `heads`.
+    """
     if at.has_heads(value) or len(at.shape(value)) == 4:
         return at.heads(value)
     count, dims = attribute(node, heads, 0), at.shape(value)
@@ -120,8 +130,7 @@ def _by_position(at: Values, value: onnx_ir.Value, node: onnx_ir.Node, heads: st
 
 
 def _set_result(at: Values, node: onnx_ir.Node, parts: AttentionParts, result: Tvm) -> None:
-    """[b, s, h, d] as the output's own shape."""
-
+    """Set the output from `result` [b, s, h, d], in the form that the query has."""
     if at.has_heads(parts.query) or len(at.shape(parts.query)) == 4:
         at.set_heads(node.outputs[0], result)
         return
@@ -151,7 +160,7 @@ def _extents(at: Values, mask: Tvm) -> Tvm:
 
 
 def _mask(at: Values, node: onnx_ir.Node, mask: onnx_ir.Value | None, rows: Length, columns: Length) -> Tvm:
-    """[1 or b, 1 or h, s, t] to add to the scores, one for all layers that share it."""
+    """Return the tensor [1 or b, 1 or h, s, t] that is added to the scores, made once for all layers that share it."""
     causal = bool(attribute(node, "is_causal", 0))
     given = None if mask is None else at.tensor(mask)
     return at.once(("mask", given, causal), lambda: _additive(at, given, causal, rows, columns))
@@ -190,7 +199,10 @@ def _masked(at: Values, seen: Tvm) -> Tvm:
 
 
 def joined_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts) -> None:
-    """The same by small operators, with the cache joined to what is new; slow, and only where the user allows it."""
+    """Lower an attention to small operators, with past and new keys and values concatenated.
+
+    It is slow, and used only if the user allows fallbacks.
+    """
     from tvm import relax
 
     op = relax.op

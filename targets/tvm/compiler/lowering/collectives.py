@@ -1,4 +1,4 @@
-"""Collectives: calls of functions that whoever runs the ranks registers, on fp32 tensors."""
+"""Lower collectives to calls of global functions, which the process that runs a rank registers, on fp32 tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from passopt.targets.tvm.compiler.lowering.values import Length, Tvm, Unsupporte
 
 @lowers("AllReduce", domain=MICROSOFT)
 def all_reduce(at: Values, node: onnx_ir.Node) -> None:
+    """Lower AllReduce, the sum over all ranks."""
     found = at.tensor(node.inputs[0])
     _call(at, node, ALL_REDUCE, found, at.shape_of(found))
 
 
 @lowers("AllGather", domain=MICROSOFT)
 def all_gather(at: Values, node: onnx_ir.Node) -> None:
+    """Lower AllGather, which concatenates the tensors of all ranks along an axis."""
     found = at.tensor(node.inputs[0])
     dims = at.shape_of(found)
     axis, ranks = attribute(node, "axis", 0) % len(dims), attribute(node, "group_size", 1)
@@ -28,7 +30,10 @@ def all_gather(at: Values, node: onnx_ir.Node) -> None:
 
 
 def _call(at: Values, node: onnx_ir.Node, function: str, operand: Tvm, shape: list[Length]) -> None:
-    """The function gets the operand and room for the result, whose shapes tell it all."""
+    """Call a registered function with the operand and a tensor for the result.
+
+    The function needs no other arguments, since the two shapes tell it along which axis to work.
+    """
     from tvm import relax
 
     if str(operand.ty.dtype) != "float32":

@@ -1,4 +1,4 @@
-"""Operators that work element by element, on tensors and on small integers that are known as lengths."""
+"""Lower elementwise operators, on tensors and on small integers that are known as arithmetic over lengths."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 
 @lowers(*_ON_LENGTHS, "Pow", "And", "Or", "Xor", *_COMPARISONS)
 def binary(at: Values, node: onnx_ir.Node) -> None:
+    """Lower arithmetic, logic and comparisons of two operands; lengths stay lengths where possible."""
     from tvm import relax
 
     if _binary_on_lengths(at, node):
@@ -108,7 +109,7 @@ def _pairs(first: Numbers, second: Numbers) -> list[tuple[Length, Length]]:
 
 
 def _compared(op_type: str, first: Length, second: Length) -> bool | None:
-    """None if it depends on the lengths; no length is negative."""
+    """Return the result of a comparison, or None if it depends on the lengths; no length is negative."""
     if isinstance(first, int) and isinstance(second, int):
         return _COMPARISONS[op_type](first, second)
     numbers = [item for item in (first, second) if isinstance(item, int)]
@@ -120,6 +121,7 @@ def _compared(op_type: str, first: Length, second: Length) -> bool | None:
     "Sqrt", "Tanh",
 )  # fmt: skip
 def unary(at: Values, node: onnx_ir.Node) -> None:
+    """Lower operators of one operand; a negated length stays a length."""
     from tvm import relax
 
     numbers = at.numbers(node.inputs[0])
@@ -131,6 +133,7 @@ def unary(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Max", "Min")
 def extreme(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Max and Min; of two lengths the result is a length."""
     from tvm import relax, tirx
 
     numbers = [at.numbers(value) for value in node.inputs]
@@ -149,6 +152,7 @@ def extreme(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Where")
 def where(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Where; if condition and both choices are known as lengths, the result is too."""
     from tvm import relax
 
     numbers = [at.numbers(value) for value in node.inputs]
@@ -162,6 +166,7 @@ def where(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Cast")
 def cast(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Cast; between float dtypes it does nothing, since all floats are fp32 in a library."""
     from tvm import relax
 
     target = dtype_name(onnx_ir.DataType(node.attributes["to"].as_int()))
@@ -183,6 +188,7 @@ def cast(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("CastLike")
 def cast_like(at: Values, node: onnx_ir.Node) -> None:
+    """Lower CastLike, a cast to the dtype of the second operand."""
     from tvm import relax
 
     found, kind = at.tensor(node.inputs[0]), str(at.tensor(node.inputs[1]).ty.dtype)
@@ -194,6 +200,7 @@ def cast_like(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Identity", "Dropout")
 def same(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Identity, and Dropout, which does nothing in inference."""
     numbers = at.numbers(node.inputs[0])
     if numbers is not None:
         at.set_numbers(node.outputs[0], numbers.items, scalar=numbers.scalar)
@@ -203,6 +210,7 @@ def same(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Reciprocal", "Relu", "Clip", "Gelu", "Swish")
 def derived(at: Values, node: onnx_ir.Node) -> None:
+    """Lower operators that Relax expresses by others: Reciprocal, Relu, Clip, Gelu and Swish."""
     from tvm import relax
 
     found = at.tensor(node.inputs[0])

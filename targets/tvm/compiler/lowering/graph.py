@@ -1,7 +1,7 @@
-"""A whole graph to one Relax function.
+"""Lower a whole graph to one Relax function.
 
-Patterns (linears, SwiGLU) are found first and cover the nodes inside them; what the outputs then still need is lowered
-in graph order, and nothing else. Whatever has no native kernel is collected and reported together.
+Patterns (linears, SwiGLU) are found first and cover the nodes inside them. Then only the nodes that the outputs still
+need are lowered, in graph order. All nodes without a native kernel are collected and reported together.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from passopt.targets.tvm.compiler.lowering.values import (
 )
 from passopt.targets.tvm.machines import Machine
 
-#: Softmax and the axes of Squeeze and ReduceSum are read as they are since.
+#: The oldest opset that is lowered: Softmax and the axes of Squeeze and ReduceSum are defined as they are since then.
 OLDEST_OPSET = 13
-#: The function of the library.
+#: The name of the library's function.
 MAIN = "main"
 
-#: Operators that multiply matrices: never by TVM's own importer, unless the user allows it.
+#: Operators that multiply matrices. TVM's own importer lowers them only if the user allows it.
 _LINEARS = frozenset(
     {"Conv", "ConvTranspose", "Einsum", "Gemm", "GRU", "LSTM", "MatMulInteger", "QLinearMatMul", "RNN", "ConvInteger"}
 )
@@ -56,7 +56,7 @@ _PAST = re.compile(r"past\.(\d+)\.(key|value)\Z")
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """A node without a native kernel, and why."""
+    """A node without a native kernel, and the reason why it has none."""
 
     node: str
     op_type: str
@@ -68,12 +68,16 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A Relax module with function `main`, and how to call it.
+    """A Relax module with the function `main`, and how to call it.
 
-    `inputs` are those of the graph that are no cache, in order; then come the number of cached positions (a shape) and
-    the cache, then `parameters`. With `in_place` the cache is [b, h, blocks, d, 16] and [b, h, blocks·16, d] per layer,
-    written in place, and the function gives the logits; otherwise it is past [b, h, p, d] and present comes back.
-    `quantized` is the most that any of its linears has in int8.
+    The function takes `inputs` (those of the graph that are not the past, in order), then the number of cached
+    positions (as a shape), the caches, and `parameters`. If `in_place`, the caches are [b, h, blocks, d, 16] and
+    [b, h, blocks·16, d] for each layer and are written in place, and the function returns the logits. Otherwise it
+    takes the past [b, h, p, d] and returns the present after the logits.
+
+    `kernels` counts the uses of each kernel. `quantized` tells which parts are int8 in the linear that has most of
+    them. `fallbacks` are the nodes that have no native kernel and were compiled anyway, and `imported` the small
+    operators that TVM's own importer lowered.
     """
 
     module: Tvm
@@ -88,7 +92,7 @@ class Lowered:
 
 @dataclasses.dataclass(frozen=True)
 class _Selection:
-    """A pattern that stands for its last node: what it reads, and how it is lowered."""
+    """A pattern that is lowered in place of its last node: the values it reads, and the function that lowers it."""
 
     reads: tuple[onnx_ir.Value | None, ...]
     lower: Callable[[Values], None]
@@ -97,9 +101,16 @@ class _Selection:
 def lower(
     model: onnx_ir.Model, machine: Machine, *, allow_fallback: bool = False, per_rank: frozenset[str] = frozenset()
 ) -> Lowered:
-    """Lower a decoder with cache; `per_rank` names constants that become parameters, since ranks differ in them.
+    """Lower a decoder with KV cache to a Relax module.
 
-    Raises ModelError that names every node without a native kernel.
+    Args:
+        model: The model, of opset 13 or later.
+        machine: The CPU or GPU to choose kernels for.
+        allow_fallback: If true, compile nodes without a native kernel by TVM's own operators.
+        per_rank: The names of constants that become parameters, because they differ between ranks.
+
+    Raises:
+        ModelError: If nodes have no native kernel (the message names them), or if the model is not such a decoder.
     """
     from tvm import relax
 
@@ -125,6 +136,7 @@ class _Lowering:
         self.opset = int(model.graph.opset_imports.get("", 0))
 
     def run(self) -> Lowered:
+        """Lower the whole graph, or raise ModelError that lists the nodes without a native kernel."""
         from tvm import relax
 
         unfused = _not_in_place(self.model)
@@ -143,7 +155,8 @@ class _Lowering:
                 for node in nodes:
                     if not self._lower(node, selections.get(node)):
                         break
-                # A function left open would make TVM complain on stderr: it is closed, then thrown away.
+                # If the model is refused, the function is still closed, and then thrown away: TVM complains on stderr
+                # about a function left open.
                 refused = bool(self.missing) and not self.allow_fallback
                 given = [relax.const(0)] if refused else [self._output(value) for value in wanted]
                 outputs = [builder.emit_output(item) for item in given]
@@ -161,7 +174,10 @@ class _Lowering:
         return next((kind for kind in order if kind in self.at.quantized), "none")
 
     def _inputs(self, *, in_place: bool) -> tuple[tuple[str, ...], list[Tvm]]:
-        """The names of plain inputs; the variables of all: plain ones, the number of cached positions, the cache."""
+        """Return the names of the inputs besides the past, and the variables of all arguments before the parameters.
+
+        The variables are those of the plain inputs, of the number of cached positions and of the caches.
+        """
         from tvm import relax
 
         plain, caches = [], []
@@ -205,7 +221,7 @@ class _Lowering:
         return variable
 
     def _output(self, value: onnx_ir.Value) -> Tvm:
-        """The present comes back as it is stored: it is the past of the next call. Logits stay fp32."""
+        """Return the tensor of an output: logits in fp32, the present in its stored dtype, as it is the next past."""
         from tvm import relax
 
         tensor = self.at.tensor(value)
@@ -224,7 +240,7 @@ class _Lowering:
         return CacheSlot(pair[0], pair[1], stored)
 
     def _state_past_shape(self, *values: onnx_ir.Value) -> None:
-        """The graph may ask how long the past is: that is known, though there is no such tensor."""
+        """State the shape of the past, which the graph may ask for although there is no such tensor."""
         for value in values:
             self.at.state_shape(value, self._dims(value))
 
@@ -242,7 +258,7 @@ class _Lowering:
         return None
 
     def _lower(self, node: onnx_ir.Node, selection: _Selection | None) -> bool:
-        """False if the node has no native kernel and no fallback is allowed."""
+        """Lower a node; return False if it has no native kernel and no fallback is allowed."""
         try:
             if selection is not None:
                 selection.lower(self.at)
@@ -253,7 +269,7 @@ class _Lowering:
         return True
 
     def _convert(self, node: onnx_ir.Node) -> None:
-        """Raises Unsupported."""
+        """Lower a node that is not part of a pattern; raise Unsupported if it cannot be lowered."""
         try:
             if node.op_type == "MatMul" and not node.domain:
                 lower_product(self.at, node)
@@ -271,7 +287,10 @@ class _Lowering:
         self.imported.append(Missing(str(node.name), node.op_type, reason))
 
     def _fall_back(self, node: onnx_ir.Node, reason: str, *, alone: bool) -> bool:
-        """TVM's own importer, if the user allows it; it knows no node that stands for others as well."""
+        """Record a node as missing and, if the user allows it, lower it with TVM's own importer.
+
+        The importer cannot lower a pattern (not `alone`), so that raises ModelError. Returns whether it was lowered.
+        """
         self.missing.append(Missing(str(node.name), node.op_type, reason))
         if not self.allow_fallback:
             return False
@@ -296,7 +315,10 @@ class _Lowering:
 
 
 def _computed_product(node: onnx_ir.Node) -> Missing | None:
-    """A MatMul that is neither a linear nor an outer product, as far as its shapes tell."""
+    """Return a MatMul that is neither a linear nor an outer product as missing, or None for any other node.
+
+    It goes by the shapes that the graph knows.
+    """
     first = node.inputs[0] if node.op_type == "MatMul" and not node.domain else None
     if first is None or first.shape is None or not len(first.shape) or first.shape[-1] == 1:
         return None
@@ -305,7 +327,10 @@ def _computed_product(node: onnx_ir.Node) -> Missing | None:
 
 
 def _not_in_place(model: onnx_ir.Model) -> list[Missing]:
-    """Readers of the cache that are no fused attention: with any of them, no cache can be kept in place."""
+    """Return the readers of the past that keep caches from being kept in place, with the reasons.
+
+    These are all nodes but suitable fused attentions and Shape. With any of them, no cache is kept in place.
+    """
     found = []
     for value in model.graph.inputs:
         if _PAST.match(str(value.name)) is None:
@@ -325,7 +350,10 @@ def _not_in_place(model: onnx_ir.Model) -> list[Missing]:
 def needed_nodes(
     model: onnx_ir.Model, wanted: Iterable[onnx_ir.Value], selections: dict[onnx_ir.Node, _Selection]
 ) -> list[onnx_ir.Node]:
-    """The nodes that `wanted` depends on, in graph order; a selection's inner nodes only if others read them."""
+    """Return the nodes that the values `wanted` depend on, in graph order.
+
+    The inner nodes of a pattern are among them only if something else reads them.
+    """
     found: set[onnx_ir.Node] = set()
     waiting = [value.producer() for value in wanted]
     while waiting:

@@ -1,4 +1,4 @@
-"""TVM's own ONNX importer, one node at a time: for small operators without a converter of ours, and for fallbacks."""
+"""Lower single nodes with TVM's own ONNX importer: small operators without a converter of ours, and fallbacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from passopt.targets.tvm.compiler.lowering.values import Tvm, Unsupported, Value
 
 
 def import_node(at: Values, node: onnx_ir.Node, opset: int) -> None:
-    """Lower one node as TVM's importer would. Raises Unsupported if it cannot."""
+    """Lower one node as TVM's importer does, or raise Unsupported if it cannot; `opset` is that of the graph."""
     from tvm.relax.frontend.onnx import onnx_frontend
 
     known = onnx_frontend._get_convert_map()
@@ -22,7 +22,7 @@ def import_node(at: Values, node: onnx_ir.Node, opset: int) -> None:
         result = convert(at.builder, inputs, _attributes(node), [{}, {}])
     except Unsupported:
         raise
-    except Exception as error:  # TVM raises whatever it likes; it is passed on with the node's name
+    except Exception as error:  # TVM's errors have no common base; the caller adds the node's name to the message.
         raise Unsupported(f"TVM's importer: {type(error).__name__}: {str(error).strip().splitlines()[-1]}") from error
     results = [result[index] for index in range(len(node.outputs))] if len(node.outputs) > 1 else [result]
     for value, item in zip(node.outputs, results, strict=True):
@@ -44,5 +44,5 @@ def _attributes(node: onnx_ir.Node) -> dict[str, Any]:
         if isinstance(value, tuple | list):
             found[name] = list(value)
         elif isinstance(value, str):
-            found[name] = value.encode()  # as protobuf gives it
+            found[name] = value.encode()  # The importer expects bytes, which is what protobuf returns.
     return found

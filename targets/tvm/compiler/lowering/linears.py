@@ -1,4 +1,7 @@
-"""Every linear to a native kernel over packed weights; with dynamic activations its rows are quantised first, once."""
+"""Lower every linear layer to a native kernel over packed weights.
+
+With dynamic int8 activations, the rows of the input are quantised first, once for all layers that share the input.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,19 @@ from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout, qua
 from passopt.targets.tvm.compiler.lowering.readers import behind_casts, read_by_none_but
 from passopt.targets.tvm.compiler.lowering.values import Length, Tvm, Unsupported, Values, product
 
-#: Values behind a weight that is computed; what lies deeper is no weight.
+#: The number of values up to which a computation is searched for weights. A longer one is not that of a weight.
 _LONGEST_COMPUTATION = 24
-#: Why a MatMul is no linear.
+#: The reasons why a MatMul is not a linear layer.
 WEIGHT_IS_COMPUTED = "its weight is computed anew at every step; run fold-norm-head before"
 BOTH_COMPUTED = "both sides are computed: attention that was not fused"
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedLinear:
-    """`output` = `residual` + a linear without bias that nothing else reads; of equal rank, perhaps broadcast."""
+    """A sum `output` = `residual` + linear, where the linear has no bias and nothing else reads its result.
+
+    Both operands have the same number of axes, but one may still be broadcast.
+    """
 
     linear: Linear
     residual: onnx_ir.Value
@@ -34,9 +40,10 @@ class AddedLinear:
 
 
 def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
-    """The sum of a linear and a tensor of its rank, as behind attention and feed-forward; None for any other node.
+    """Return the parts of a node that adds a linear and another tensor, or None for any other node.
 
-    Whether their lengths are the same is seen when they are lowered: two unknown lengths of a graph look alike.
+    Such sums follow attention and feed-forward. The tensor must have as many axes as the result. Whether it has the
+    same lengths is found only when the sum is lowered: in the graph, two unknown lengths cannot be told apart.
     """
     if node.op_type != "Add" or node.domain:
         return None
@@ -54,7 +61,7 @@ def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
 
 
 def lower_linear(at: Values, linear: Linear) -> None:
-    """y = x · wᵀ + bias."""
+    """Lower a linear layer y = x · wᵀ + bias."""
     from tvm import relax
 
     result = _product(at, linear, None)
@@ -64,7 +71,7 @@ def lower_linear(at: Values, linear: Linear) -> None:
 
 
 def lower_added_linear(at: Values, added: AddedLinear) -> None:
-    """y = residual + x · wᵀ, in one kernel if the residual has the shape of the product."""
+    """Lower y = residual + x · wᵀ, in one kernel if the residual has the shape of the product."""
     from tvm import relax
 
     linear, residual = added.linear, added.residual
@@ -96,7 +103,7 @@ def _result_shape(at: Values, linear: Linear) -> list[Length]:
 
 
 def _flat(at: Values, value: onnx_ir.Value) -> Tvm:
-    """The value as rows of its last axis."""
+    """Return the value as a matrix [rows, width], whose rows run along its last axis."""
     found = at.tensor(value)
     dims = at.shape_of(found)
     return at.view(found, [at.simplified(product(dims[:-1])), dims[-1]])
@@ -114,7 +121,7 @@ def _suffixes(plan: LinearPlan) -> list[str]:
 
 
 def _weight(at: Values, linear: Linear, suffix: str, position: int, plan: LinearPlan) -> Tvm:
-    """A weight of the plan as a parameter, named after the model's."""
+    """Return weight number `position` of the kernel as a parameter named after the model's weight."""
     name = linear.weight.value.name if suffix != "scales" or linear.scales is None else linear.scales.name
     expression = plan.weights[position][1]
     return at.parameter(f"{name}.{suffix}" if suffix != "scales" else str(name), expression)
@@ -122,7 +129,7 @@ def _weight(at: Values, linear: Linear, suffix: str, position: int, plan: Linear
 
 @dataclasses.dataclass(frozen=True)
 class _RowCodes:
-    """The call of a kernel that gives codes and scales of `count` rows; equal keys are equal rows."""
+    """A kernel call that returns the codes and scales of `count` rows; equal keys mean equal rows."""
 
     key: object
     kernel: str
@@ -133,9 +140,13 @@ class _RowCodes:
 
 
 def _row_codes(at: Values, data: onnx_ir.Value, quantized: QuantizedRows) -> _RowCodes:
-    """Of rows in memory; or by the kernel that computes them, if nothing else reads them."""
+    """Return how to quantise the rows of `data`.
+
+    If a kernel computes the rows and only linears that quantise them read them, that kernel quantises them at once.
+    Otherwise they are read from memory.
+    """
     isa, computed = at.machine.isa, at.rows_to_come(data)
-    # A thread of a GPU has no memory of its own for a row.
+    # A GPU takes the second way, since its threads have no memory of their own for a row.
     if computed is None or isa.is_gpu or not read_by_none_but(computed.value, quantized.nodes):
         rows = _flat(at, data)
         count, width = at.shape_of(rows)
@@ -146,7 +157,7 @@ def _row_codes(at: Values, data: onnx_ir.Value, quantized: QuantizedRows) -> _Ro
 
 
 def _quantized(at: Values, rows: _RowCodes) -> list[Tvm]:
-    """Codes and scales of the rows, computed once for all linears of one input."""
+    """Return the codes and scales of the rows, computed once for all linears of one input."""
     from tvm import relax
 
     layout = codes_layout(rows.width, at.machine.isa)
@@ -165,7 +176,10 @@ def _quantized(at: Values, rows: _RowCodes) -> list[Tvm]:
 
 
 def lower_product(at: Values, node: onnx_ir.Node) -> None:
-    """A MatMul of two computed values. Only an outer product is lowered natively: it is a multiplication."""
+    """Lower a MatMul of two computed values, which must be an outer product; raise Unsupported for any other.
+
+    An outer product is a broadcast multiplication.
+    """
     from tvm import relax
 
     if is_computed_weight(node.inputs[1]):
@@ -179,7 +193,7 @@ def lower_product(at: Values, node: onnx_ir.Node) -> None:
 
 
 def is_computed_weight(value: onnx_ir.Value | None) -> bool:
-    """Arithmetic over checkpoint weights alone, such as a head that normalises its rows."""
+    """Return whether a value is computed from checkpoint weights alone, such as a head that normalises its rows."""
     seen, waiting, weights = set(), [value], 0
     while waiting:
         item = waiting.pop()

@@ -1,4 +1,4 @@
-"""Operators that move data or make it from lengths: shapes, views, slices, joins, gathers."""
+"""Lower operators that move data or make it from lengths: shapes, views, slices, concatenations and gathers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from passopt.targets.tvm.compiler.lowering.values import (
     product,
 )
 
-#: [b, h, s, d] ↔ [b, s, h, d]: kernels of heads work on the latter, so most of these transposes vanish.
+#: The permutation between [b, h, s, d] and [b, s, h, d]. The kernels that work on heads use the latter order, so most
+#: of these transposes vanish.
 HEADS_FIRST = (0, 2, 1, 3)
 
 
 @lowers("Shape")
 def shape(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Shape to lengths."""
     dims = at.shape(node.inputs[0])
     start, end = attribute(node, "start", 0), attribute(node, "end", len(dims))
     at.set_numbers(node.outputs[0], dims[start:end], scalar=False)
@@ -34,12 +36,13 @@ def shape(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Size")
 def size(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Size to a length."""
     at.set_numbers(node.outputs[0], [product(at.shape(node.inputs[0]))], scalar=True)
 
 
 @lowers("Squeeze", "Unsqueeze")
 def squeeze(at: Values, node: onnx_ir.Node) -> None:
-
+    """Lower Squeeze and Unsqueeze to views, or keep lengths as lengths."""
     axes = given_axes(at, node, 1)
     numbers = at.numbers(node.inputs[0])
     if numbers is not None and (node.op_type == "Squeeze" or numbers.scalar) and len(axes or (0,)) == 1:
@@ -61,7 +64,10 @@ def squeeze(at: Values, node: onnx_ir.Node) -> None:
 
 
 def given_axes(at: Values, node: onnx_ir.Node, position: int) -> tuple[int, ...] | None:
-    """Axes from the attribute or the input, None if there are none. Raises Unsupported if they are computed."""
+    """Return the axes from the attribute or from input `position`, or None if there are none.
+
+    Raises Unsupported if they are computed.
+    """
     given = attribute(node, "axes", None)
     if given is not None:
         return tuple(int(axis) for axis in given)
@@ -75,7 +81,7 @@ def given_axes(at: Values, node: onnx_ir.Node, position: int) -> tuple[int, ...]
 
 @lowers("Reshape", "Flatten")
 def reshape(at: Values, node: onnx_ir.Node) -> None:
-
+    """Lower Reshape and Flatten to views, or keep lengths as lengths."""
     numbers = at.numbers(node.inputs[0])
     if node.op_type == "Reshape":
         target = at.integers(node.inputs[1], "the target shape")
@@ -91,7 +97,10 @@ def reshape(at: Values, node: onnx_ir.Node) -> None:
 
 
 def resolved(at: Values, before: Sequence[Length], target: Sequence[Length], keeps_zero: bool) -> list[Length]:
-    """The target with 0 (as before) and -1 (whatever is left) replaced."""
+    """Return the target shape of a Reshape with 0 (the length before) and -1 (what is left) replaced.
+
+    With `keeps_zero`, 0 stays a length of 0.
+    """
     after = [
         before[index] if isinstance(item, int) and item == 0 and not keeps_zero else item
         for index, item in enumerate(target)
@@ -103,7 +112,7 @@ def resolved(at: Values, before: Sequence[Length], target: Sequence[Length], kee
 
 
 def _left(at: Values, before: Sequence[Length], known: Sequence[Length]) -> Length:
-    """product(before) / product(known), after striking out what stands in both."""
+    """Return product(before) / product(known), after removing lengths that occur in both."""
     above, below = list(before), list(known)
     for item in known:
         match = next((place for place, other in enumerate(above) if at.equal(item, other)), None)
@@ -116,6 +125,7 @@ def _left(at: Values, before: Sequence[Length], known: Sequence[Length]) -> Leng
 
 @lowers("Transpose")
 def transpose(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Transpose; one between [b, h, s, d] and [b, s, h, d] moves no data if its readers can avoid it."""
     from tvm import relax
 
     source, permutation = node.inputs[0], tuple(attribute(node, "perm", ()))
@@ -134,6 +144,7 @@ def transpose(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Expand")
 def expand(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Expand to a broadcast, or to nothing if the shape stays the same."""
     from tvm import relax
 
     found, target = at.tensor(node.inputs[0]), list(at.integers(node.inputs[1], "the target shape"))
@@ -150,12 +161,13 @@ def expand(at: Values, node: onnx_ir.Node) -> None:
 
 
 def _broadcast(length: Length, target: Length) -> Length:
-    """Of two symbols, exporters expand to the length that comes out."""
+    """Return the length that comes out of a broadcast; of two symbols it is the target, as exporters mean it."""
     return length if isinstance(target, int) and target == 1 else target
 
 
 @lowers("ConstantOfShape")
 def constant_of_shape(at: Values, node: onnx_ir.Node) -> None:
+    """Lower ConstantOfShape; a short vector of integers becomes lengths."""
     from tvm import relax
 
     target = at.integers(node.inputs[0], "the shape")
@@ -170,6 +182,7 @@ def constant_of_shape(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Range")
 def range_(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Range of integers; a range of floats is left to TVM's importer."""
     from tvm import relax
 
     if node.outputs[0].dtype is not None and node.outputs[0].dtype.is_floating_point():
@@ -181,6 +194,7 @@ def range_(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Concat")
 def concat(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Concat; vectors of lengths stay lengths."""
     from tvm import relax
 
     parts = [at.numbers(value) for value in node.inputs]
@@ -193,6 +207,7 @@ def concat(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Split")
 def split(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Split to one slice per output."""
     from tvm import relax
 
     found, axis = at.tensor(node.inputs[0]), attribute(node, "axis", 0)
@@ -213,6 +228,7 @@ def split(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("SplitToSequence")
 def split_to_sequence(at: Values, node: onnx_ir.Node) -> None:
+    """Lower SplitToSequence to a list of slices, whose widths must be known."""
     from tvm import relax
 
     found, axis = at.tensor(node.inputs[0]), attribute(node, "axis", 0)
@@ -231,6 +247,7 @@ def split_to_sequence(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("SequenceAt")
 def sequence_at(at: Values, node: onnx_ir.Node) -> None:
+    """Lower SequenceAt, which takes a known element of a sequence that SplitToSequence made."""
     sequence, place = at.sequences.get(node.inputs[0]) if node.inputs[0] else None, at.constant(node.inputs[1])
     if sequence is None or place is None or not -len(sequence) <= int(place) < len(sequence):
         raise Unsupported("an element of a sequence that is not known")
@@ -239,6 +256,7 @@ def sequence_at(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Slice")
 def slice_(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Slice with positive constant steps; other slices are left to TVM's importer."""
     from tvm import relax
 
     starts, ends = (at.integers(value, "a bound") for value in node.inputs[1:3])
@@ -263,7 +281,10 @@ def slice_(at: Values, node: onnx_ir.Node) -> None:
 
 
 def _bound(at: Values, position: Length, length: Length) -> Length:
-    """A bound inside 0..length. One that is a length itself is taken to lie inside, as exporters mean it."""
+    """Return a bound of a slice, clamped to 0 … length.
+
+    A bound that is itself a length is taken to lie inside, as exporters mean it.
+    """
     from tvm import tirx
 
     if not isinstance(position, int):
@@ -277,6 +298,7 @@ def _bound(at: Values, position: Length, length: Length) -> Length:
 
 @lowers("Gather")
 def gather(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Gather: of lengths, of int8 codes with their scales, at one constant index, or of any rows."""
     from tvm import relax
 
     table, index = node.inputs
@@ -296,13 +318,16 @@ def gather(at: Values, node: onnx_ir.Node) -> None:
         part = at.emit(relax.op.strided_slice(found, [axis], [start], [start + 1], [1], assume_inbound=True))
         at.set(node.outputs[0], at.widened(at.emit(relax.op.squeeze(part, [axis]))))
         return
-    # Rows are taken before they are widened: a table of embeddings is never fp32 as a whole.
+    # Rows are taken before they are widened, so that a table of embeddings is never converted to fp32 as a whole.
     places = _from_front(at, index, [dims[axis]])
     at.set(node.outputs[0], at.widened(at.emit(relax.op.take(found, places, axis, mode="clip"))))
 
 
 def _from_front(at: Values, index: onnx_ir.Value | None, lengths: Sequence[Length]) -> Tvm:
-    """Indices counted from the front; negative ones count from the end of an axis of `lengths` (one, or one each)."""
+    """Return indices counted from the front, where negative ones counted from the end of an axis.
+
+    `lengths` are those of the axes: one for all indices, or one for each along the last axis of `index`.
+    """
     from tvm import relax
 
     where = at.constant(index)
@@ -317,7 +342,7 @@ def _from_front(at: Values, index: onnx_ir.Value | None, lengths: Sequence[Lengt
 
 
 def _rows_of_codes(at: Values, node: onnx_ir.Node, axis: int) -> bool:
-    """An embedding of int8 codes: rows and their scales are taken, then multiplied."""
+    """Lower an embedding of int8 codes by taking rows and their scales and multiplying them; False for other nodes."""
     from tvm import relax
 
     table, index = node.inputs
@@ -336,7 +361,10 @@ def _rows_of_codes(at: Values, node: onnx_ir.Node, axis: int) -> bool:
 
 @lowers("DequantizeLinear")
 def dequantize_linear(at: Values, node: onnx_ir.Node) -> None:
-    """Nothing: linears and gathers read the codes. Whoever else asks would turn int8 weights back into floats."""
+    """Lower DequantizeLinear to nothing, since linears and gathers read the int8 codes themselves.
+
+    Any other reader would turn int8 weights back into floats as a whole, so it raises Unsupported.
+    """
 
     def refuse() -> None:
         raise Unsupported(f"{node.outputs[0].name!r} would be int8 codes turned back into floats as a whole")
@@ -346,6 +374,7 @@ def dequantize_linear(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("GatherND")
 def gather_nd(at: Values, node: onnx_ir.Node) -> None:
+    """Lower GatherND with indices of known width."""
     from tvm import relax
 
     data, first = at.tensor(node.inputs[0]), attribute(node, "batch_dims", 0)
@@ -358,6 +387,7 @@ def gather_nd(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Trilu")
 def trilu(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Trilu to the upper or lower triangle."""
     from tvm import relax
 
     found = at.tensor(node.inputs[0])

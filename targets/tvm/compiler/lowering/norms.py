@@ -1,4 +1,4 @@
-"""RMS norm, rotary embedding and SwiGLU to native kernels."""
+"""Lower RMS norm, rotary embedding and SwiGLU to native kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from passopt.targets.tvm.compiler.lowering.values import RowsToCome, Tvm, Unsupp
 
 @lowers("RMSNormalization")
 def rms_normalization(at: Values, node: onnx_ir.Node) -> None:
-
+    """Lower RMSNormalization over the last axis; its reader decides whether rows go to memory or are quantised."""
     found, weight = at.tensor(node.inputs[0]), at.stored(node.inputs[1])
     dims, isa = at.shape_of(found), at.machine.isa
     width, dtype = dims[-1], str(weight.ty.dtype)
@@ -29,6 +29,7 @@ def rms_normalization(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("RotaryEmbedding")
 def rotary_embedding(at: Values, node: onnx_ir.Node) -> None:
+    """Lower RotaryEmbedding on [b, h, s, d], with tables that are looked up once for all layers."""
     source = node.inputs[0]
     if source is None or source.shape is None or len(source.shape) != 4:
         raise Unsupported("a rotary embedding of other than four axes")
@@ -44,7 +45,7 @@ def rotary_embedding(at: Values, node: onnx_ir.Node) -> None:
 
 
 def _table(at: Values, table: onnx_ir.Value | None, positions: onnx_ir.Value | None) -> Tvm:
-    """cos or sin [1 or b, s, d/2], gathered once for all layers."""
+    """Return cos or sin as fp32 [1 or b, s, d/2], looked up once for all layers that share table and positions."""
     from tvm import relax
 
     found = at.stored(table)
@@ -58,7 +59,7 @@ def _table(at: Values, table: onnx_ir.Value | None, positions: onnx_ir.Value | N
 
 
 def find_swiglu(node: onnx_ir.Node) -> tuple[onnx_ir.Value, onnx_ir.Value] | None:
-    """(gate, up) of gate · sigmoid(gate) · up, in either order of the factors; None for any other node."""
+    """Return (gate, up) if a node computes gate · sigmoid(gate) · up, in either order of the factors; else None."""
     if node.op_type != "Mul" or node.domain:
         return None
     for position in (0, 1):
@@ -87,7 +88,10 @@ def _silu_of(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
 
 
 def lower_swiglu(at: Values, gate: onnx_ir.Value, up: onnx_ir.Value, output: onnx_ir.Value) -> None:
-    """In one kernel if the lengths are the same: two unknown lengths of a graph look alike."""
+    """Lower gate · sigmoid(gate) · up to `output`, in one kernel if both tensors have the same shape.
+
+    Only here are the shapes compared: in the graph, two unknown lengths cannot be told apart.
+    """
     from tvm import relax
 
     first, second = at.tensor(gate), at.tensor(up)

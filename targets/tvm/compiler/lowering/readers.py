@@ -1,4 +1,4 @@
-"""Who reads a value in a library, where all floats are fp32 and a Cast between them is nothing to compute."""
+"""Find the readers of a value in a library, where all floats are fp32 and a Cast between floats computes nothing."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Collection
 
 import onnx_ir
 
-_FLOATS = frozenset({onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16})
+from passopt.ir.dtypes import MODEL_FLOATS
 
 
 def casts_floats(node: onnx_ir.Node) -> bool:
-    """A Cast that changes nothing in a library."""
+    """Return whether a node is a Cast between float dtypes, which changes nothing in a library."""
     if node.op_type != "Cast" or node.domain:
         return False
     source = node.inputs[0]
-    return source is not None and source.dtype in _FLOATS and node.attributes["to"].as_int() in _FLOATS
+    return source is not None and source.dtype in MODEL_FLOATS and node.attributes["to"].as_int() in MODEL_FLOATS
 
 
 def read_by_none_but(value: onnx_ir.Value, nodes: Collection[onnx_ir.Node]) -> bool:
-    """True if the value, cast or not, goes to these nodes alone and is no output of the graph.
+    """Return whether only `nodes` read the value, directly or through casts, and it is not an output of the graph.
 
-    Who asks for its shape does not read it.
+    A Shape node does not count as a reader.
     """
     return not value.is_graph_output() and all(_is_one_of(node, nodes) for node in value.consumers())
 
@@ -32,7 +32,7 @@ def _is_one_of(node: onnx_ir.Node, nodes: Collection[onnx_ir.Node]) -> bool:
 
 
 def behind_casts(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
-    """The value before all casts, if each of them and the value itself has one reader; otherwise None."""
+    """Return the value before all casts, if it and each of the casts have exactly one reader; otherwise None."""
     while value is not None and not value.is_graph_output() and len(value.uses()) == 1:
         producer = value.producer()
         if producer is None or not casts_floats(producer):

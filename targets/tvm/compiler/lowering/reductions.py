@@ -1,4 +1,4 @@
-"""Operators over an axis: sums, means, norms other than RMS, softmax outside of attention."""
+"""Lower operators over an axis: sums, means, norms other than RMS norm, and softmax outside of attention."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _REDUCTIONS = {"ReduceMean": "mean", "ReduceSum": "sum", "ReduceMax": "max", "Re
 
 @lowers(*_REDUCTIONS)
 def reduce(at: Values, node: onnx_ir.Node) -> None:
+    """Lower ReduceMean, ReduceSum, ReduceMax, ReduceMin and ReduceProd; a product of known lengths stays a length."""
     from tvm import relax
 
     numbers, axes = at.numbers(node.inputs[0]), given_axes(at, node, 1)
@@ -33,6 +34,7 @@ def reduce(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("ReduceL2")
 def reduce_l2(at: Values, node: onnx_ir.Node) -> None:
+    """Lower ReduceL2 as the square root of the sum of squares."""
     from tvm import relax
 
     found, axes = at.tensor(node.inputs[0]), given_axes(at, node, 1)
@@ -43,6 +45,7 @@ def reduce_l2(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("Softmax")
 def softmax(at: Values, node: onnx_ir.Node) -> None:
+    """Lower Softmax outside of a fused attention."""
     from tvm import relax
 
     at.set(node.outputs[0], relax.op.nn.softmax(at.tensor(node.inputs[0]), attribute(node, "axis", -1)))
@@ -50,6 +53,7 @@ def softmax(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("LayerNormalization")
 def layer_normalization(at: Values, node: onnx_ir.Node) -> None:
+    """Lower LayerNormalization, with a bias of zeros if it has none."""
     from tvm import relax
 
     found, weight = at.tensor(node.inputs[0]), at.tensor(node.inputs[1])
@@ -65,6 +69,7 @@ def layer_normalization(at: Values, node: onnx_ir.Node) -> None:
 
 @lowers("CumSum")
 def cumulative_sum(at: Values, node: onnx_ir.Node) -> None:
+    """Lower CumSum over a constant axis; other forms are left to TVM's importer."""
     from tvm import relax
 
     axis = at.constant(node.inputs[1])

@@ -1,8 +1,8 @@
-"""What a converter works with: the values lowered so far, the symbols of lengths, the parameters that weights become.
+"""Hold the state that converters work with: the values lowered so far, the symbols of lengths, the parameters.
 
-A value is a Relax tensor, or small integers known as arithmetic over lengths (`numbers`), or a constant, or a weight;
-it turns from the one into the other when somebody asks. Floating tensors are fp32 whatever the graph says: rounding
-between operators is left out, weights and caches keep their dtype.
+A value is a Relax tensor, small integers known as arithmetic over lengths (`numbers`), a constant, or a weight, which
+becomes a parameter. It is turned into another of these forms when a converter asks for it. Float tensors are fp32
+whatever the graph says, so rounding between operators is left out; only weights and caches keep their dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from passopt.targets.tvm.machines import Machine
 
 #: A Relax or TIR object; tvm carries no types.
 Tvm: TypeAlias = Any
-#: An integer, or arithmetic over the symbols of lengths.
+#: An integer, or an expression of arithmetic over the symbols of lengths.
 Length: TypeAlias = Any
 
 _NAMES = {
@@ -41,16 +41,16 @@ _STORED = {**_NAMES, DataType.FLOAT16: "float16", DataType.BFLOAT16: "bfloat16"}
 
 
 class Unsupported(Exception):
-    """A node that has no lowering: what is wrong with it, in words that follow "node 'x' (Op): "."""
+    """Raised for a node that has no lowering; the message says why, in words that follow "node 'x' (Op): "."""
 
 
 class Delegated(Exception):
-    """A node that TVM's own importer lowers as well as we would, and why."""
+    """Raised for a node that is left to TVM's own importer, which lowers it as well; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """An int64 scalar (`scalar`) or vector whose elements are known as arithmetic over lengths."""
+    """An int64 scalar (if `scalar`) or vector whose elements are known as arithmetic over lengths."""
 
     items: tuple[Length, ...]
     scalar: bool
@@ -58,7 +58,7 @@ class Numbers:
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A weight as the library takes it: laid out by `expression`, given to `variable`."""
+    """A weight that the library takes as an argument: `expression` lays it out, `variable` stands for it in Relax."""
 
     name: str
     expression: Expression
@@ -67,7 +67,7 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class CacheSlot:
-    """Keys and values of one layer as they lie in memory, with room for more positions than are filled."""
+    """The keys and values of one layer as they lie in memory, with room for more positions than are filled."""
 
     key: Tvm
     value: Tvm
@@ -76,7 +76,7 @@ class CacheSlot:
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The slots by the graph input that holds the keys so far; `past` counts the filled positions."""
+    """The cache of all layers: `slots` by the graph input of the past keys, and `past`, the filled positions."""
 
     slots: dict[onnx_ir.Value, CacheSlot]
     past: Tvm
@@ -84,7 +84,7 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class RowsToCome:
-    """The rows [count, kernel.width] of `value`, not computed yet: who reads them chooses where they go."""
+    """The rows f32[count, kernel.width] of `value`, not computed yet: their reader chooses where they go."""
 
     value: onnx_ir.Value
     kernel: ComputedRows
@@ -93,6 +93,7 @@ class RowsToCome:
 
 
 def product(lengths: Sequence[Length]) -> Length:
+    """Return the product of lengths; 1 if there are none."""
     total: Length = 1
     for length in lengths:
         total = total * length
@@ -100,21 +101,21 @@ def product(lengths: Sequence[Length]) -> Length:
 
 
 def dtype_name(dtype: DataType) -> str:
-    """Relax's name of the dtype that values have in the library. Raises Unsupported."""
+    """Return Relax's name of the dtype that values have in the library; raise Unsupported if there is none."""
     if dtype not in _NAMES:
         raise Unsupported(f"dtype {dtype.name} has no lowering")
     return _NAMES[dtype]
 
 
 def stored_name(dtype: DataType) -> str:
-    """Relax's name of the dtype that weights, inputs and caches lie in. Raises Unsupported."""
+    """Return Relax's name of the dtype that weights, inputs and caches have; raise Unsupported if there is none."""
     if dtype not in _STORED:
         raise Unsupported(f"dtype {dtype.name} has no lowering")
     return _STORED[dtype]
 
 
 class Values:
-    """The state of one lowering; converters take it as `at`."""
+    """The state of one lowering, which converters take as `at`."""
 
     def __init__(self, builder: Tvm, machine: Machine, per_rank: frozenset[str] = frozenset()) -> None:
         from tvm.sym import Analyzer
@@ -125,7 +126,7 @@ class Values:
         self.symbols: dict[str, Tvm] = {}
         self.parameters: dict[str, Parameter] = {}
         self.notes: dict[str, int] = {}
-        #: What the linears that were lowered have in int8.
+        #: The parts that are int8 in the linears lowered so far.
         self.quantized: set[Quantized] = set()
         self.analyzer = Analyzer()
         self._tensors: dict[onnx_ir.Value, Tvm] = {}
@@ -135,17 +136,17 @@ class Values:
         self._deferred: dict[onnx_ir.Value, Callable[[], Tvm]] = {}
         self._functions: dict[str, Tvm] = {}
         self._heads: dict[onnx_ir.Value, Tvm] = {}
-        #: Sequences of tensors, as some exports split into.
+        #: Sequences of tensors, which some exports make with SplitToSequence.
         self.sequences: dict[onnx_ir.Value, list[Tvm]] = {}
         self._rows: dict[onnx_ir.Value, RowsToCome] = {}
         self._stated: dict[onnx_ir.Value, list[Length]] = {}
-        #: How the cache is kept; set by whoever lowers a graph with one.
+        #: The cache in place; None if the graph has none, or if it is not kept in place.
         self.cache: Cache | None = None
 
     # Lengths.
 
     def symbol(self, name: str) -> Tvm:
-        """The variable of a length, such as `batch`; a name like `past+seq` is the sum of its parts."""
+        """Return the variable of a length, such as `batch`; a name like `past+seq` is the sum of its parts."""
         from tvm import tirx
 
         if "+" in name:
@@ -158,37 +159,41 @@ class Values:
         return self.symbols.setdefault(name, tirx.Var(name, "int64"))
 
     def simplified(self, length: Length) -> Length:
-        """An int where it is one."""
+        """Return a length in its simplest form, as an int if it is constant."""
         if isinstance(length, int):
             return length
         found = self.analyzer.simplify(length)
         return int(found.value) if type(found).__name__ == "IntImm" else found
 
     def equal(self, first: Length, second: Length) -> bool:
+        """Return whether two lengths are provably equal."""
         return bool(self.analyzer.can_prove_equal(first, second))
 
     def same_lengths(self, first: Sequence[Length], second: Sequence[Length]) -> bool:
+        """Return whether two shapes are provably equal."""
         return len(first) == len(second) and all(map(self.equal, first, second))
 
-    # Reading.
+    # Reading values.
 
     def shape(self, value: onnx_ir.Value | None) -> list[Length]:
+        """Return the shape of a value, without making its tensor if the shape was stated."""
         if value is not None and value in self._stated:
             return self._stated[value]
         return self.shape_of(self.tensor(value))
 
     def state_shape(self, value: onnx_ir.Value, dims: Sequence[Length]) -> None:
-        """The shape of a value that has no tensor, such as a cache that is kept in place."""
+        """Set the shape of a value that has no tensor, such as a cache that is kept in place."""
         self._stated[value] = [self.simplified(dim) for dim in dims]
 
     def shape_of(self, tensor: Tvm) -> list[Length]:
+        """Return the shape of a Relax tensor."""
         return [self.simplified(dim) for dim in tensor.ty.shape.values]
 
     def _small(self, value: onnx_ir.Value) -> np.ndarray[Any, Any] | None:
         return None if value.name in self._per_rank else small_constant(value)
 
     def constant(self, value: onnx_ir.Value | None) -> np.ndarray[Any, Any] | None:
-        """A small constant, also one that arithmetic over lengths came down to."""
+        """Return the array of a small constant, or of lengths that turned out constant; None for anything else."""
         if value is None:
             return None
         array = self._small(value)
@@ -200,7 +205,7 @@ class Values:
         return np.array(numbers.items[0] if numbers.scalar else numbers.items, np.int64)
 
     def numbers(self, value: onnx_ir.Value | None) -> Numbers | None:
-        """The elements of a small int64 (or bool) value, if they are known."""
+        """Return the elements of a small integer (or bool) value as lengths, or None if they are not known."""
         if value is None:
             return None
         if value not in self._numbers:
@@ -212,13 +217,14 @@ class Values:
         return self._numbers[value]
 
     def integers(self, value: onnx_ir.Value | None, what: str) -> tuple[Length, ...]:
+        """Return the elements of a value as lengths; raise Unsupported, naming it `what`, if they are not known."""
         found = self.numbers(value)
         if found is None:
             raise Unsupported(f"{what} is computed from data, not from lengths")
         return found.items
 
     def tensor(self, value: onnx_ir.Value | None) -> Tvm:
-        """The Relax tensor of a value, made when first asked for. Raises Unsupported."""
+        """Return the Relax tensor of a value, made when first asked for; raise Unsupported if there is none."""
         if value is None:
             raise Unsupported("an input is missing")
         if value not in self._tensors:
@@ -241,7 +247,7 @@ class Values:
         return self.widened(self.parameter(str(value.name), expression))
 
     def spelled(self, numbers: Numbers) -> Tvm:
-        """Arithmetic over lengths as a tensor."""
+        """Return a tensor with elements that are known as arithmetic over lengths."""
         from tvm import relax
 
         if all(isinstance(item, (int, bool)) for item in numbers.items):
@@ -251,23 +257,23 @@ class Values:
         return self.emit(relax.op.reshape(found, [])) if numbers.scalar else found
 
     def stored(self, value: onnx_ir.Value | None) -> Tvm:
-        """A weight as the variable of its parameter, in its own dtype; anything else as its tensor."""
+        """Return a weight as the variable of its parameter, in its stored dtype, and anything else as its tensor."""
         if value is None or value in self._tensors or self._small(value) is not None:
             return self.tensor(value)
         expression = expression_of(value)
         return self.tensor(value) if expression is None else self.parameter(str(value.name), expression)
 
-    # [b, h, s, d] by way of [b, s, h, d], the order in which kernels of heads work.
+    # Values [b, h, s, d] are kept as [b, s, h, d], since the kernels that work on heads use that order.
 
     def set_heads(self, value: onnx_ir.Value, tensor: Tvm) -> None:
-        """`tensor` is [b, s, h, d]; the value, [b, h, s, d], is made only for readers that insist on it."""
+        """Set a value [b, h, s, d] from `tensor` [b, s, h, d]; it is transposed only for readers that need it."""
         from tvm import relax
 
         self._heads[value] = tensor if _is_variable(tensor) else self.emit(tensor)
         self.defer(value, lambda: self.emit(relax.op.permute_dims(self._heads[value], [0, 2, 1, 3])))
 
     def heads(self, value: onnx_ir.Value | None) -> Tvm:
-        """A value [b, h, s, d] as [b, s, h, d]."""
+        """Return a value [b, h, s, d] as a tensor [b, s, h, d]."""
         from tvm import relax
 
         if value is None:
@@ -277,15 +283,17 @@ class Values:
         return self._heads[value]
 
     def has_heads(self, value: onnx_ir.Value) -> bool:
+        """Return whether a value is already there as [b, s, h, d]."""
         return value in self._heads
 
-    # Writing.
+    # Setting values, and emitting code for them.
 
     def emit(self, expression: Tvm) -> Tvm:
+        """Add a Relax expression to the function that is being built, and return its variable."""
         return self.builder.emit(expression)
 
     def view(self, tensor: Tvm, dims: Sequence[Length]) -> Tvm:
-        """The tensor in another shape: never a copy, and a view of a view is one of the tensor behind it."""
+        """Return the tensor in another shape, never a copy; a view of a view is one of the original tensor."""
         from tvm import relax
 
         base = self._viewed.get(tensor, tensor)
@@ -298,25 +306,27 @@ class Values:
         return found
 
     def once(self, key: tuple[object, ...], make: Callable[[], Tvm]) -> Tvm:
-        """The result of `make`, shared by all that ask with the same key, such as layers that share a mask."""
+        """Return the result of `make`, called once per key, such as for all layers that share a mask."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def set(self, value: onnx_ir.Value, tensor: Tvm) -> None:
+        """Set the tensor of a value, from a variable or from an expression, which is emitted."""
         self._tensors[value] = tensor if _is_variable(tensor) else self.emit(tensor)
 
     def set_numbers(self, value: onnx_ir.Value, items: Sequence[Length], *, scalar: bool) -> None:
+        """Set the elements of a value as arithmetic over lengths."""
         self._numbers[value] = Numbers(
             tuple(item if isinstance(item, bool) else self.simplified(item) for item in items), scalar
         )
 
     def defer(self, value: onnx_ir.Value, make: Callable[[], Tvm]) -> None:
-        """`make` when somebody asks for the value: most have a reader that knows a better way."""
+        """Make the tensor of a value only when it is asked for, since most readers know a better way."""
         self._deferred[value] = make
 
     def set_rows(self, rows: RowsToCome, dims: Sequence[Length]) -> None:
-        """The rows' value has shape `dims`; they go to memory for a reader that asks for its tensor."""
+        """Set a value of shape `dims` to rows that go to memory only if a reader asks for its tensor."""
 
         def make() -> Tvm:
             kernel, shape = rows.kernel, [rows.count, rows.kernel.width]
@@ -328,7 +338,7 @@ class Values:
         self.defer(rows.value, make)
 
     def pass_on(self, source: onnx_ir.Value | None, result: onnx_ir.Value) -> None:
-        """`result` is `source` under another name, so also the rows that it may be."""
+        """Make `result` another name of `source`, including rows that are not computed yet."""
         rows = self.rows_to_come(source)
         if rows is None:
             self.set(result, self.tensor(source))
@@ -338,18 +348,18 @@ class Values:
         self.defer(result, lambda: self.tensor(source))
 
     def rows_to_come(self, value: onnx_ir.Value | None) -> RowsToCome | None:
-        """The rows that the value is, if it is rows of a kernel and nobody has asked for its tensor."""
+        """Return the rows of a value, or None if it has none or its tensor was already asked for."""
         return self._rows.get(value) if value is not None and value in self._deferred else None
 
     def literal(self, array: np.ndarray[Any, Any]) -> Tvm:
-        """A small constant inside the library; floats in fp32."""
+        """Return a small constant inside the library; 16-bit floats become fp32."""
         from tvm import relax
 
         wide = array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.itemsize == 2 else array
         return relax.const(np.ascontiguousarray(wide) if wide.ndim else wide, str(wide.dtype))
 
     def parameter(self, name: str, expression: Expression) -> Tvm:
-        """The variable of a weight in its stored dtype. The same name always means the same expression."""
+        """Return the variable of a weight in its stored dtype; raise ModelError if the name means another weight."""
         from tvm import relax
 
         known = self.parameters.get(name)
@@ -362,7 +372,7 @@ class Values:
         return variable
 
     def widened(self, tensor: Tvm) -> Tvm:
-        """fp16 and bf16 as fp32, everything else as it is."""
+        """Convert fp16 and bf16 to fp32, and return everything else as it is."""
         from tvm import relax
 
         if str(tensor.ty.dtype) not in {"float16", "bfloat16"}:
@@ -370,22 +380,25 @@ class Values:
         return self.emit(relax.op.astype(tensor, "float32"))
 
     def call(self, name: str, make: Callable[[], Tvm], arguments: Sequence[Tvm], shape: Sequence[Length]) -> Tvm:
-        """Call a kernel, built once per name; gives fp32 of `shape`."""
+        """Call the kernel `name`, which `make` builds once per name, and return its result f32 of `shape`."""
         from tvm import relax
 
         return self.call_typed(name, make, arguments, relax.TensorType(list(shape), "float32"))
 
     def call_typed(self, name: str, make: Callable[[], Tvm], arguments: Sequence[Tvm], types: Tvm) -> Tvm:
+        """Call a kernel as `call` does, with a result of the given Relax types."""
         from tvm import relax
 
         return self.emit(relax.call_tir(self.function(name, make), list(arguments), out_ty=types))
 
     def function(self, name: str, make: Callable[[], Tvm]) -> Tvm:
+        """Return the kernel `name` in the module, added when first asked for."""
         if name not in self._functions:
             self._functions[name] = self.builder.add_func(make(), name)
         return self._functions[name]
 
     def note(self, text: str) -> None:
+        """Count one more use of a kernel, for the report."""
         self.notes[text] = self.notes.get(text, 0) + 1
 
 

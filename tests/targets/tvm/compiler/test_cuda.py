@@ -8,8 +8,9 @@ import pytest
 
 from passopt.ir.errors import ModelError
 from passopt.ir.serialization.model_files import load_model
+from passopt.targets.folders.output import Origin
 from passopt.targets.tvm.compiled_folder import Library, read_library
-from passopt.targets.tvm.compiler.compile_models import CompileFacts, compile_models
+from passopt.targets.tvm.compiler.compile_models import compile_models
 from passopt.targets.tvm.compiler.relax_steps import steps
 from passopt.targets.tvm.engine.engine import Engine
 from passopt.targets.tvm.machines import find_cpu, find_gpu
@@ -46,7 +47,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("cuda") / "model.onnxtxt"
     path.write_text(MODEL.replace("TABLE", ", ".join(f"{n % 5 - 2}" for n in range(42))))
     output = path.with_name("compiled")
-    compile_models([load_model(path)], output, find_gpu("sm_80", find_cpu()), CompileFacts("0.1.0", "", None))
+    compile_models([load_model(path)], output, find_gpu("sm_80", find_cpu()), Origin("0.1.0", "", {}))
     return output
 
 

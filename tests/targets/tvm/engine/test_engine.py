@@ -12,7 +12,7 @@ import pytest
 
 from passopt.ir.errors import ModelError, UsageError
 from passopt.targets.tvm.compiled_folder import CodeFile, Library, read_library
-from passopt.targets.tvm.engine import engine
+from passopt.targets.tvm.engine import engine as engine_module
 from passopt.targets.tvm.engine.engine import Engine
 
 IDS = np.array([[3, 1, 4, 1, 5], [0, 0, 9, 2, 6]])
@@ -49,7 +49,7 @@ def test_a_long_prefill_runs_in_parts_of_about_the_same_length(make_tiny_library
     lengths: list[int] = []
     take = engine._past.take
     monkeypatch.setattr(engine._past, "take", lambda result, seq: lengths.append(seq) or take(result, seq))
-    monkeypatch.setattr(engine, "PREFILL_COLUMNS", 4)
+    monkeypatch.setattr(engine_module, "PREFILL_COLUMNS", 4)
     # Every column of this model says what the last one of its part sees.
     parts = [tiny.logits(IDS[:, :stop], MASK[:, :stop], POSITIONS[:, start:stop]) for start, stop in ((0, 3), (3, 5))]
     np.testing.assert_array_equal(engine.forward(IDS, MASK), np.concatenate(parts, axis=1))
@@ -69,7 +69,7 @@ def test_a_part_that_fails_takes_back_those_before_it(make_tiny_library, monkeyp
         return machine(*arguments)
 
     monkeypatch.setattr(engine, "_machine", fails_at_second)
-    monkeypatch.setattr(engine, "PREFILL_COLUMNS", 2)
+    monkeypatch.setattr(engine_module, "PREFILL_COLUMNS", 2)
     with pytest.raises(RuntimeError, match="no more memory"):
         engine.forward(IDS[:, 1:], MASK)
     assert engine.past == 1
@@ -90,7 +90,7 @@ def test_caches_must_fit_beside_a_copy(tiny, monkeypatch: pytest.MonkeyPatch):
     assert isinstance(library, Library)
     needed = library.cache.nbytes(2, 33) + library.weights.nbytes
     monkeypatch.setattr("passopt.targets.tvm.engine.available_memory.available_memory", lambda: needed - 1)
-    monkeypatch.setattr(engine, "WeightsMap", None)  # nothing is read
+    monkeypatch.setattr(engine_module, "WeightsMap", None)  # nothing is read
     with pytest.raises(UsageError, match="no memory for caches of .* beside a copy of the weights"):
         Engine.load(tiny.folder, batch=2, capacity=33, copy_weights=True)
 
@@ -258,10 +258,10 @@ def test_threads_are_an_argument(tiny, threads: int):
     code = f"""
 import os
 from pathlib import Path
-from passopt.targets.tvm import vm
+from passopt.targets.tvm.engine import virtual_machine
 from passopt.targets.tvm.engine.engine import Engine
 engine = Engine.load(Path({str(tiny.folder)!r}), threads={threads})
-print(engine._machine._caller.submit(vm.runtime().get_global_func("runtime.NumThreads")).result())
+print(engine._machine._caller.submit(virtual_machine.runtime().get_global_func("runtime.NumThreads")).result())
 engine.forward([[3, 1]], [[1, 1]])
 whole = os.sched_getaffinity(0)
 print({{os.sched_getaffinity(int(task)) == whole for task in os.listdir("/proc/self/task")}})

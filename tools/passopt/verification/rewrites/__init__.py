@@ -1,1 +1,1 @@
-"""Check every single rewrite of a run by sampled numbers, where it happens: `--verify-each=numeric`."""
+"""Check every single rewrite of a run where it happens, by numbers on sampled inputs (`--verify-each=numeric`)."""

@@ -1,6 +1,7 @@
-"""`--verify-each=numeric`: every rewrite is cut out, sampled and run in onnxruntime, before and after.
+"""Check every rewrite of a run numerically, for `--verify-each=numeric`.
 
-It samples: seeded inputs at true shapes, equal sites once. Nothing is proved beyond what was run.
+Each rewrite is cut out of its graph and run in onnxruntime before and after, on seeded inputs of true shapes. Rewrites
+of equal structure are run once. This samples: it proves nothing beyond what it ran.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import onnx_ir
 
 from passopt.ir.errors import CheckError
 from passopt.ir.graph.provenance import MODULE, SOURCE
-from passopt.ir.graph.rewrite_listener import Replacement, listening
+from passopt.ir.graph.run_context import Replacement, listening
 from passopt.ir.graph.shapes import dimensions
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassRecord
@@ -29,13 +30,16 @@ from passopt.verification.rewrites.structure_key import structure_key
 from passopt.verification.rewrites.symbol_lengths import DRAWS, Lengths
 from passopt.verification.rewrites.value_kinds import Kinds
 
-#: Elements of the weights of a reproducer, where that is enough to show the violation.
+#: Weights of a reproducer are shortened to at most this many elements, if the violation still shows.
 _SMALL_WEIGHT = 1 << 18
 _COLLECTIVES = frozenset({"AllReduce", "AllGather"})
 
 
 class Violation(CheckError):
-    """A rewrite whose numbers differ by more than its pass declares. `comparison` reproduces it."""
+    """Raised for a rewrite that changes numbers by more than its pass declares.
+
+    `comparison` reproduces the violation and `outcome` measures it; `real` is true if it used the weights of the files.
+    """
 
     def __init__(self, message: str, comparison: Comparison, outcome: Outcome, real: bool) -> None:
         super().__init__(message)
@@ -46,7 +50,12 @@ class Violation(CheckError):
 
 @dataclasses.dataclass
 class PassCheck:
-    """What was sampled of one pass. `worst` is the largest error of a distinct site, `unchecked` counts reasons."""
+    """The results of checking one pass.
+
+    `sites` counts the checked rewrites and `distinct` those of different structure. `worst` is the largest error among
+    them. `unchecked` counts the rewrites that could not be checked, by reason. `shortened` maps lengths of axes that
+    were too long to run to the length that was kept.
+    """
 
     accuracy: str
     sites: int = 0
@@ -58,6 +67,7 @@ class PassCheck:
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, object]:
+        """Return the results as a JSON object."""
         return {
             "summary": str(self),
             "accuracy": self.accuracy,
@@ -71,7 +81,7 @@ class PassCheck:
         }
 
     def __str__(self) -> str:
-        """`sampled: 40 sites, 1 distinct, worst error 2.1e-07 of 1e-05 (reassociated)`."""
+        """Return a line such as `sampled: 40 sites, 1 distinct, worst error 2.1e-07 of 1e-05 (reassociated)`."""
         parts = []
         if self.sites:
             parts.append(
@@ -84,7 +94,7 @@ class PassCheck:
 
 
 class NumericCheck(Instrument):
-    """Watches a run; `summaries` has an entry for each pass that finished, in order."""
+    """An instrument that checks the rewrites of a run; `summaries` has an entry for each finished pass, in order."""
 
     def __init__(self) -> None:
         self.summaries: list[PassCheck] = []
@@ -116,7 +126,7 @@ class NumericCheck(Instrument):
 
 
 class _Checker:
-    """Checks the rewrites of one pass on one model."""
+    """Check the rewrites of one pass on one model."""
 
     def __init__(self, item: Pass, model: onnx_ir.Model) -> None:
         self.item = item
@@ -139,7 +149,7 @@ class _Checker:
         self.summary.seconds += time.process_time() - start
 
     def check_rewired(self, before: onnx_ir.Model, after: onnx_ir.Model) -> None:
-        """Check what a pass changed without replacing values one by one."""
+        """Check the changes of a pass that does not replace values one by one."""
         start = time.process_time()
         position = _Positions(before, after)
         for request in rewired(before, after):
@@ -163,7 +173,8 @@ class _Checker:
         real = self.item.accuracy.budget is not None
         outcome = comparison.run(real=real)
         if not outcome.ok and not real and not comparison.has_blank_weight():
-            # A rule may have looked at the weights; what holds on the real ones is right, unless zeros hide it.
+            # The rule may depend on the values of the weights, so the rewrite counts as right if it holds on the real
+            # ones. Real weights that are all zero would hide an error; then the random ones decide.
             real, outcome = True, comparison.run(real=True)
         if not outcome.ok:
             message = self._message(rule, found, outcome)
@@ -174,7 +185,7 @@ class _Checker:
             self.summary.worst, self.summary.budget = outcome.error, outcome.budget
 
     def _smallest(self, found: Cut, comparison: Comparison, outcome: Outcome, real: bool) -> tuple[Comparison, Outcome]:
-        """The same violation with shortened weights, if it shows there too: a reproducer should be small."""
+        """Return the same violation with shortened weights, if it still shows, because a reproducer should be small."""
         with contextlib.suppress(Unchecked):
             small = prepare(found, self._lengths, self.item.accuracy, _SMALL_WEIGHT)
             again = small.run(real=real)
@@ -193,7 +204,10 @@ class _Checker:
 
 
 class _Positions:
-    """Where values stand in the graph, counted when first asked; the same place on both sides of a name."""
+    """The positions of values in the graph, counted when first asked for.
+
+    A value is found by its name, so it has the same position in both graphs.
+    """
 
     def __init__(self, *models: onnx_ir.Model) -> None:
         self._models = models
@@ -211,7 +225,7 @@ class _Positions:
 
 
 def _same_shapes(before: onnx_ir.Model, after: onnx_ir.Model) -> bool:
-    """True if callers may feed and read both alike, dtypes aside."""
+    """Return whether both models have the same names and shapes of inputs and outputs; dtypes may differ."""
     pairs = [(before.graph.inputs, after.graph.inputs), (before.graph.outputs, after.graph.outputs)]
     return all(
         [(value.name, dimensions(value)) for value in one] == [(value.name, dimensions(value)) for value in other]

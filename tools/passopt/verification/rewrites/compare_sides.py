@@ -1,4 +1,4 @@
-"""Run both sides of a cut on the same draws and measure how far their roots are apart."""
+"""Run both sides of a cut on the same sampled inputs, and measure how much their results differ."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.fp32_twin import fp32_twin
+from passopt.ir.relative_error import rewrite_error
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import FLOATS, DataType, Expression
+from passopt.ir.weights.expressions import DataType, Expression
 from passopt.passes.framework.accuracy import Accuracy
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.rewrites.region_models import LARGEST_WEIGHT, Runnable, runnable, shortened_axes
@@ -23,17 +23,13 @@ from passopt.verification.rewrites.symbol_lengths import DRAWS, Draw, Lengths
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Beyond this part of a dtype's largest number, a value only says "masked".
-_MASKED = 0.25
-#: Weights of more elements than this are run on the first two draws only.
+#: A cut with a weight of more elements than this is run on the first two draws only, to save time.
 _LARGE = 1 << 22
-#: Elements that are compared at a time.
-_BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The worst root of the worst draw: its error against its budget. `problem` says why there is no number."""
+    """The error and the budget of the worst root in the worst draw; `problem` says why there is no number, if so."""
 
     error: float
     budget: float
@@ -43,6 +39,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
+        """Return whether the error is within the budget."""
         return self.error <= self.budget
 
     def __str__(self) -> str:
@@ -51,12 +48,16 @@ class Outcome:
         return f"{self.problem or measured} (sampled: {sizes})"
 
     def is_worse_than(self, other: Outcome) -> bool:
+        """Return whether this outcome exceeds its budget by more than the other one does."""
         return self.error * other.budget > other.error * self.budget or (self.error > self.budget and other.ok)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Both sides of a cut, made ready. `shortened` are axes of weights that are too large to be run whole."""
+    """Both sides of a cut, ready to run.
+
+    `shortened` maps the lengths of axes of weights that are too large to run whole to what is kept of them.
+    """
 
     cut: Cut
     before: Runnable
@@ -66,9 +67,12 @@ class Comparison:
     draws: Sequence[tuple[Draw, Mapping[str, Array]]]
 
     def run(self, *, real: bool) -> Outcome:
-        """The worst outcome over the draws; with weights evaluated from their files if `real`, random ones if not.
+        """Return the worst outcome over the draws.
 
-        Raises Unchecked if the original runs on no draw.
+        Weights are evaluated from their files if `real`, otherwise they are random.
+
+        Raises:
+            Unchecked: If the original side runs on no draw.
         """
         feeds = [leaves for _, leaves in self.draws]
         expected = _results(self.before, feeds, real)
@@ -86,13 +90,13 @@ class Comparison:
         return worst
 
     def has_blank_weight(self) -> bool:
-        """True if a weight is zero everywhere, as in a file that is a hole."""
+        """Return whether some weight is zero everywhere, as in a sparse file without data."""
         with Evaluator() as evaluator:
             weights = [*self.before.weights.values(), *self.after.weights.values()]
             return not all(any(chunk.any() for chunk in evaluator.chunks(weight)) for weight in weights)
 
     def inputs(self, draw: Draw, *, real: bool) -> dict[str, Array]:
-        """All inputs of both models in one draw, weights included, by name."""
+        """Return all inputs of both models in one draw by name, weights included."""
         leaves = next(leaves for other, leaves in self.draws if other == draw)
         return {**_feeds(self.before, leaves, real), **_feeds(self.after, leaves, real)}
 
@@ -104,7 +108,7 @@ class Comparison:
                 return Outcome(float("inf"), budget, name, draw, f"the replacement does not run: {found}")
             one, other = expected[index], found[index]
             problem = "" if one.shape == other.shape else f"shape {list(one.shape)} became {list(other.shape)}"
-            error = float("inf") if problem else relative_error(one, other)
+            error = float("inf") if problem else rewrite_error(one, other)
             outcome = Outcome(error, budget, name, draw, problem)
             if worst is None or outcome.is_worse_than(worst):
                 worst = outcome
@@ -113,9 +117,12 @@ class Comparison:
 
 
 def prepare(cut: Cut, lengths: Sequence[Lengths], accuracy: Accuracy, largest: int = LARGEST_WEIGHT) -> Comparison:
-    """Models and leaves of both sides. `lengths` belong to the draws, in order. Raises Unchecked.
+    """Return both sides as models, with sampled values for their leaves.
 
-    Axes of weights of more than `largest` elements are shortened.
+    `lengths` belong to the draws, in order. Axes of weights with more than `largest` elements are shortened.
+
+    Raises:
+        Unchecked: If a weight is too large to shorten, or if the shape or dtype of a leaf is unknown.
     """
     shortened = shortened_axes(cut, largest)
     before, after = (_fp32(runnable(region, shortened)) for region in (cut.before, cut.after))
@@ -124,7 +131,7 @@ def prepare(cut: Cut, lengths: Sequence[Lengths], accuracy: Accuracy, largest: i
     if any(weight.nbytes // weight.dtype.itemsize > _LARGE for weight in weights):
         count = 2
     if not cut.before.leaves and not cut.after.leaves:
-        count = 1  # whatever is drawn, only the weights count
+        count = 1  # only weights are read, and they are the same in every draw
     draws = [(DRAWS[index], _leaves(cut, lengths[index], shortened)) for index in range(count)]
     return Comparison(cut, before, after, accuracy, shortened, draws)
 
@@ -144,7 +151,7 @@ def _leaves(cut: Cut, lengths: Lengths, shortened: Mapping[int, int]) -> dict[st
 
 
 def _fp32(side: Runnable) -> Runnable:
-    """onnxruntime has no bf16 kernels on a CPU: what is bf16 runs as fp32."""
+    """Return the side with everything in bf16 turned to fp32, because onnxruntime has no bf16 kernels on a CPU."""
     weights = {
         name: weight.cast(DataType.FLOAT) if weight.dtype == DataType.BFLOAT16 else weight
         for name, weight in side.weights.items()
@@ -153,7 +160,7 @@ def _fp32(side: Runnable) -> Runnable:
 
 
 def _results(side: Runnable, feeds: Sequence[Mapping[str, Array]], real: bool) -> list[Sequence[Array] | ModelError]:
-    """The roots on each draw, in order, or why there are none."""
+    """Return the roots on each draw in order, or the error that kept them from being computed."""
     try:
         session = Session(side.model, optimize=False)
     except ModelError as error:
@@ -173,7 +180,7 @@ def _feeds(side: Runnable, leaves: Mapping[str, Array], real: bool) -> dict[str,
 
 
 def _given(side: Runnable, leaves: Mapping[str, Array]) -> dict[str, Array]:
-    """The leaves that the side reads, in its own dtypes: a pass may have changed them."""
+    """Return the leaves that the side reads, in the dtypes of that side, because a pass may have changed these."""
     wanted = {value.name or "": value.dtype for value in side.model.graph.inputs}
     return {name: _as(leaves[name], dtype) for name, dtype in wanted.items() if name in leaves}
 
@@ -184,7 +191,10 @@ def _weights(side: Runnable, real: bool) -> dict[str, Array]:
 
 
 def _evaluated(evaluator: Evaluator, weight: Expression) -> Array:
-    """The whole weight, computed in row chunks: working copies of a large one would be several times its size."""
+    """Return the whole weight, computed in chunks of rows to save memory.
+
+    Computed at once, the working copies of a large weight would take several times its size.
+    """
     result = np.empty(weight.shape, weight.dtype.numpy())
     start = 0
     for chunk in evaluator.chunks(weight):
@@ -197,41 +207,3 @@ def _evaluated(evaluator: Evaluator, weight: Expression) -> Array:
 
 def _as(array: Array, dtype: DataType | None) -> Array:
     return array if dtype is None else array.astype(dtype.numpy(), copy=False)
-
-
-def relative_error(reference: Array, found: Array) -> float:
-    """max|Δ| / max|reference|, infinite for a number that became none.
-
-    What is NaN in the reference is undefined there and may become anything. Numbers near the dtype's largest only say
-    "masked": such a place must stay one, whatever number says so.
-    """
-    scale = difference = 0.0
-    flat, other = reference.reshape(-1), found.reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        largest, apart = _errors(flat[block], other[block])
-        scale, difference = max(scale, largest), max(difference, apart)
-    return difference / (scale or 1.0)
-
-
-def _errors(reference: Array, found: Array) -> tuple[float, float]:
-    """max|reference| and max|Δ| where the reference is a number and masks nothing."""
-    masked = _masked(reference)
-    wide, near = reference.astype(np.float64), found.astype(np.float64)
-    defined = ~np.isnan(wide)
-    if (masked != _masked(found))[defined].any():
-        return 0.0, float("inf")
-    plain = defined & (masked == 0)
-    wide, near = wide[plain], near[plain]
-    if not np.isfinite(near).all():
-        return 0.0, float("inf")
-    return float(np.max(np.abs(wide), initial=0.0)), float(np.max(np.abs(wide - near), initial=0.0))
-
-
-def _masked(array: Array) -> Array:
-    """-1 or 1 where a value stands for minus or plus infinity."""
-    if DataType.from_numpy(array.dtype) not in FLOATS:
-        return np.zeros(array.shape)
-    limits: Any = ml_dtypes.finfo(array.dtype)  # type: ignore[no-untyped-call]
-    wide = array.astype(np.float64)
-    return np.where(np.abs(wide) >= _MASKED * float(limits.max), np.sign(wide), 0)

@@ -1,8 +1,8 @@
-"""Which values a whole-graph pass defines anew, found by comparing the graph before and after it.
+"""Find the values that a whole-graph pass redefines, by comparing the graph before and after the pass.
 
-Values are known by name. If every value that both graphs have is the same function of values that both graphs have,
-the graphs compute the same: so each one that is defined differently is a site of its own. A constant that changed is
-part of what reads it.
+Values are identified by name. If every value that both graphs have is the same function of other such values, the
+graphs compute the same. So each value that is defined differently is a site to check on its own. A changed constant
+counts as a part of the nodes that read it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from passopt.verification.rewrites.value_kinds import Kinds
 
 
 def rewired(before: onnx_ir.Model, after: onnx_ir.Model) -> Iterator[Request]:
-    """A request for each value that both graphs have and define differently."""
+    """Yield a request for each value that both graphs have but define differently."""
     old, new = _values(before), _values(after)
     opsets = before.graph.opset_imports.get("", 0), after.graph.opset_imports.get("", 0)
     sides = Side.of(before, Kinds()), Side.of(after, Kinds())
@@ -33,7 +33,7 @@ def rewired(before: onnx_ir.Model, after: onnx_ir.Model) -> Iterator[Request]:
 
 
 def _values(model: onnx_ir.Model) -> dict[str, onnx_ir.Value]:
-    """All values that an output depends on, by name."""
+    """Return all values that an output depends on, by name."""
     found: dict[str, onnx_ir.Value] = {}
     work = list(model.graph.outputs)
     while work:
@@ -56,7 +56,7 @@ def _is_changed_constant(one: onnx_ir.Value, other: onnx_ir.Value) -> bool:
 
 def _same(one: onnx_ir.Value, other: onnx_ir.Value, opsets: tuple[int, int], changed: Set[str]) -> bool:
     if one.is_graph_input() and other.is_graph_input():
-        return True  # of another dtype only where that is the pass's purpose
+        return True  # their dtypes differ only if changing them is the purpose of the pass
     if None not in (one.dtype, other.dtype) and one.dtype != other.dtype:
         return False
     first, second = one.producer(), other.producer()
@@ -75,7 +75,7 @@ def _same(one: onnx_ir.Value, other: onnx_ir.Value, opsets: tuple[int, int], cha
 
 
 def _same_operator(node: onnx_ir.Node, opsets: tuple[int, int]) -> bool:
-    """An operator that the later opset defines anew may mean something else."""
+    """Return whether the operator means the same in both opsets: a later opset may define it anew."""
     if node.domain or opsets[0] == opsets[1]:
         return True
     versions = {onnx.defs.get_schema(node.op_type, opset, "").since_version for opset in opsets}

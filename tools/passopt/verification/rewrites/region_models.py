@@ -1,6 +1,7 @@
-"""A region as a model that onnxruntime runs: leaves and large weights are its inputs, so no weight goes to a file.
+"""Turn a region into a model that onnxruntime runs, with leaves and large weights as inputs.
 
-Where a weight is too large to be run at all, the longest of its axes is shortened everywhere in the cut.
+So no weight is written to a file. If a weight is too large to run at all, its longest axis is shortened wherever that
+length appears in the cut.
 """
 
 from __future__ import annotations
@@ -21,24 +22,30 @@ from passopt.verification.rewrites.regions import Cut, Region, Unchecked
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Elements of the largest weight that is run at its true shape: half a GiB in fp32. Where only weights are computed
-#: with, the results are as large as they are, so it is less.
+#: The number of elements of the largest weight that is run at its true shape: half a GiB in fp32. The limit is lower
+#: for cuts that read only weights, because their results are as large as the weights.
 LARGEST_WEIGHT = 1 << 27
 _LARGEST_RESULT = 1 << 25
-#: Of an axis that is longer than can be run, as many are kept.
+#: The length to which an axis is shortened if its weight is too large to run.
 _KEPT = 384
 
 
 @dataclasses.dataclass(frozen=True)
 class Runnable:
-    """A model whose outputs are the region's roots, in order, and the expressions that feed its weight inputs."""
+    """A model whose outputs are the region's roots in order, and the expressions that feed its weight inputs."""
 
     model: onnx_ir.Model
     weights: Mapping[str, Expression]
 
 
 def shortened_axes(cut: Cut, largest: int) -> dict[int, int]:
-    """Lengths that stand for an axis of a weight of more than `largest` elements, and what is kept of them."""
+    """Return the lengths of axes that have to be shortened, each with the length that is kept.
+
+    These are axes of weights with more than `largest` elements.
+
+    Raises:
+        Unchecked: If a weight stays too large even with its axes shortened.
+    """
     kept: dict[int, int] = {}
     if not cut.before.leaves and not cut.after.leaves:
         largest = min(largest, _LARGEST_RESULT)
@@ -54,7 +61,7 @@ def shortened_axes(cut: Cut, largest: int) -> dict[int, int]:
 
 
 def runnable(region: Region, kept: Mapping[int, int]) -> Runnable:
-    """The region as a model, with the lengths in `kept` shortened wherever they stand."""
+    """Return the region as a model in which the lengths in `kept` are shortened wherever they appear."""
     made: dict[onnx_ir.Value, onnx_ir.Value] = {}
     inputs, initializers, weights = [], [], {}
     for leaf in region.leaves:
@@ -97,7 +104,7 @@ def _shortened(value: onnx_ir.Value, kept: Mapping[int, int]) -> Expression:
 
 
 def _constant(value: onnx_ir.Value, kept: Mapping[int, int]) -> onnx_ir.TensorProtocol:
-    """A small constant; an integer that is a shortened length says the new one."""
+    """Return a small constant, in which an integer that equals a shortened length becomes the new length."""
     with Evaluator() as evaluator:
         array = evaluator.array(_shortened(value, kept))
     return onnx_ir.tensor(_replaced(array, kept), name=value.name)
@@ -122,7 +129,10 @@ def _node(node: onnx_ir.Node, made: dict[onnx_ir.Value, onnx_ir.Value], kept: Ma
 
 
 def _functions(region: Region) -> list[onnx_ir.Function]:
-    """Those of the model, and passopt's own, which enter a model only with the first node that calls them."""
+    """Return the functions of the model and those of passopt that the nodes call.
+
+    passopt's own functions enter a model only with the first node that calls them, so the model may not have them yet.
+    """
     found = dict(region.side.functions)
     for node in region.nodes:
         if node.domain == DOMAIN and node.op_identifier() not in found:

@@ -1,6 +1,6 @@
-"""Cut a rewrite out of its graph: what it replaces and what it puts there, back to values that can be sampled.
+"""Cut a rewrite out of its graph: the nodes that it replaces and the new ones, back to values that can be sampled.
 
-Both sides stop at the same values, or one of them would be run on inputs that do not belong together.
+Both sides of a cut start from the same values. Otherwise one of them would run on inputs that do not belong together.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import onnx_ir
 
 from passopt.verification.rewrites.value_kinds import Kind, Kinds, has_subgraph, numbers_read
 
-#: How many times a cut is widened by a node before it is given up.
+#: A cut is widened by a node at most this many times, then the rewrite counts as unchecked.
 _WIDENINGS = 48
 
 
-#: Values between a leaf and others that it may follow from.
+#: The largest number of values, the leaf included, over which a leaf is traced back to other leaves.
 _FAR = 8
 
 
 class Unchecked(Exception):
-    """A rewrite that cannot be checked alone, with the reason for the report."""
+    """Raised for a rewrite that cannot be checked on its own; its message is the reason that reports show."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One graph that a cut is made in: its opsets, its functions, and where each value stands."""
+    """The graph on one side of a rewrite: its opsets, its functions and the kinds of its values."""
 
     opsets: Mapping[str, int]
     functions: Mapping[onnx_ir.OperatorIdentifier, onnx_ir.Function]
@@ -34,12 +34,13 @@ class Side:
 
     @classmethod
     def of(cls, model: onnx_ir.Model, kinds: Kinds) -> Side:
+        """Return the side for a model, with the kinds of its values found so far."""
         return cls(dict(model.graph.opset_imports), model.functions, kinds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Nodes in topological order that compute `roots` from `leaves`, which are sampled, and `weights`."""
+    """Nodes in topological order that compute `roots` from `leaves`, which are sampled, and from `weights`."""
 
     nodes: tuple[onnx_ir.Node, ...]
     leaves: tuple[onnx_ir.Value, ...]
@@ -48,18 +49,18 @@ class Region:
     side: Side
 
     def read_leaves(self) -> list[onnx_ir.Value]:
-        """The leaves whose numbers count; of others only the shape or dtype is asked, which is known."""
+        """Return the leaves whose numbers are read; nodes read only the shape or dtype of the others."""
         read = {value for node in self.nodes for value in numbers_read(node)} | set(self.roots)
         return [leaf for leaf in self.leaves if leaf in read]
 
     def open_leaves(self) -> list[onnx_ir.Value]:
-        """Those of `read_leaves` that stand inside of the graph, and so could be computed too."""
+        """Return those of `read_leaves` that a node computes, so that the region could be widened past them."""
         return [leaf for leaf in self.read_leaves() if leaf.producer() is not None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """The roots that a rewrite replaces, and what replaces them; equal in number and order."""
+    """The region of the roots that a rewrite replaces, and the region of their replacements, in the same order."""
 
     before: Region
     after: Region
@@ -67,7 +68,7 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to cut: roots on both sides, and the names of values that are computed inside of the cut, on each."""
+    """The data of a cut: the roots on both sides, and the names of values that either side computes inside the cut."""
 
     old_roots: tuple[onnx_ir.Value, ...]
     new_roots: tuple[onnx_ir.Value, ...]
@@ -78,9 +79,17 @@ class Request:
 
 
 def cut(request: Request, has_shape: Callable[[onnx_ir.Value], bool], position: Callable[[onnx_ir.Value], int]) -> Cut:
-    """Both regions, widened upstream until they agree on their leaves, all of known shape, none a function of others.
+    """Return both regions of a rewrite, widened upstream until they can be sampled.
 
-    `position` says where the producer of a value stands in the graph. Raises Unchecked.
+    That is when both sides read the same leaves, all leaves have a known shape, and no leaf follows from the others.
+
+    Args:
+        request: The rewrite to cut out.
+        has_shape: A function that tells whether the shape of a value is known.
+        position: A function that returns the position of a value's producer in the graph.
+
+    Raises:
+        Unchecked: If no such regions are found, or if a node in them has a subgraph.
     """
     widened: set[str] = set()
     for _ in range(_WIDENINGS):
@@ -107,7 +116,10 @@ def cut(request: Request, has_shape: Callable[[onnx_ir.Value], bool], position: 
 
 
 def _derived(region: Region) -> set[str]:
-    """Names of values between leaves: those of a leaf that follows from the other leaves within a few nodes."""
+    """Return the names of the values between a leaf and other leaves from which it follows within a few nodes.
+
+    The result includes the leaf; it is empty if no leaf follows from others.
+    """
     leaves = set(region.read_leaves())
     for leaf in region.open_leaves():
         between = _between(leaf, leaves, region.side)
@@ -117,7 +129,10 @@ def _derived(region: Region) -> set[str]:
 
 
 def _between(leaf: onnx_ir.Value, leaves: Collection[onnx_ir.Value], side: Side) -> list[onnx_ir.Value]:
-    """`leaf` and what it is computed from down to other leaves; empty if it has a source of its own, or is far."""
+    """Return `leaf` and the values it is computed from, down to other leaves.
+
+    The result is empty if the leaf also depends on something else, or if the other leaves are too far away.
+    """
     between: dict[onnx_ir.Value, None] = {leaf: None}
     work, met = [leaf], False
     while work and len(between) <= _FAR:
@@ -170,5 +185,5 @@ def _is_weight(value: onnx_ir.Value) -> bool:
 
 
 def names_of(nodes: Iterable[onnx_ir.Node]) -> frozenset[str]:
-    """The names of all values that the nodes compute."""
+    """Return the names of all values that the nodes compute."""
     return frozenset(value.name for node in nodes for value in node.outputs if value.name)

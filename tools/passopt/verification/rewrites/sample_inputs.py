@@ -1,6 +1,7 @@
-"""Seeded values for the leaves of a cut, each in its range: masks, positions and token ids are not Gaussian.
+"""Draw seeded values for the leaves of a cut, in the range each needs: normal numbers, masks, positions or token ids.
 
-Shapes: b batch, q positions of this step, t = past + q. Padding stands on the left, as everywhere in passopt.
+Shapes: b is the batch, q the positions of this step, t = past + q. Padding stands on the left, as everywhere in
+passopt.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import ml_dtypes
 import numpy as np
 import onnx_ir
 
-from passopt.ir.weights.expressions import FLOATS
+from passopt.ir.dtypes import FLOATS
 from passopt.verification.rewrites.symbol_lengths import Lengths
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: Integers of unknown meaning: also valid as indices of the smallest tables that tests use.
+#: The bound of integers of unknown meaning, so small that they are valid indices even of the smallest tables in tests.
 _SMALL = 3
 
 
 class Sampler:
-    """Draws leaves by name. `indices` bounds the integers that index a table, by name."""
+    """Draw the values of leaves by name; `indices` holds bounds of the integers that index a table, by name."""
 
     def __init__(self, lengths: Lengths, indices: Mapping[str, int], seed: int = 0) -> None:
         self.lengths = lengths
@@ -31,7 +32,7 @@ class Sampler:
         self._seed = seed
 
     def sample(self, name: str, dtype: onnx_ir.DataType, shape: tuple[int, ...]) -> Array:
-        """A value for the leaf `name` in its own dtype."""
+        """Return a value for the leaf `name`, of the given dtype and shape."""
         if "mask" in name.lower():
             return self._mask(dtype, shape)
         random = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
@@ -45,20 +46,20 @@ class Sampler:
         return np.asarray(random.integers(0, self._indices.get(name, _SMALL), shape)).astype(kind)
 
     def _activations(self, random: np.random.Generator, shape: tuple[int, ...]) -> Array:
-        """Normal numbers; rows (along the last axis) differ in scale by up to the draw's decades, downwards."""
+        """Return normal numbers in rows along the last axis, each scaled down by up to the draw's number of decades."""
         values = random.standard_normal(shape, np.float32)
         if len(shape) > 1 and self.lengths.draw.decades:
             values *= np.float32(10) ** -random.uniform(0, self.lengths.draw.decades, (*shape[:-1], 1))
         return values
 
     def _padding(self, rows: int) -> Array:
-        """Padded positions per row, fewer than there are positions."""
+        """Return the number of padded positions of each row, always fewer than there are positions."""
         wanted = np.resize(self.lengths.draw.padding, rows)
         result: Array = np.minimum(wanted, max(0, self.lengths.past + self.lengths.seq - 1))
         return result
 
     def _positions(self, shape: tuple[int, ...]) -> Array:
-        """The place of each token among those that are not padding, [b, q], or [q] without padding."""
+        """Return the index of each token among those that are not padding: [b, q], or [q] without padding."""
         columns = self.lengths.past + np.arange(shape[-1] if shape else 1)
         if len(shape) < 2:
             return columns.reshape(shape)
@@ -66,7 +67,11 @@ class Sampler:
         return np.broadcast_to(counted, shape)
 
     def _mask(self, dtype: onnx_ir.DataType, shape: tuple[int, ...]) -> Array:
-        """[b, t]: 1 where a token stands. [b, 1, q, t]: what a query may see, as bool, 1 and 0, or additive."""
+        """Return a mask of one of the two shapes that decoders use.
+
+        [b, t] is 1 where a token stands. [b, 1, q, t] says what a query may see, as bool, as 1 and 0, or as numbers to
+        add to the scores of attention.
+        """
         total = shape[-1] if shape else 1
         tokens = np.arange(total) >= self._padding(shape[0] if len(shape) > 1 else 1)[:, None]
         if len(shape) < 3:
@@ -82,7 +87,10 @@ class Sampler:
 
 
 def index_bounds(nodes: Iterable[onnx_ir.Node], kept: Mapping[int, int]) -> dict[str, int]:
-    """How far the leaves that index tables directly may go; `kept` are lengths that the cut shortens."""
+    """Return, by name, the bounds of the leaves that index a table directly.
+
+    `kept` maps lengths that the cut shortens to their new length.
+    """
     bounds: dict[str, int] = {}
     for node in nodes:
         if node.op_type not in {"Gather", "GatherElements", "GatherND"} or len(node.inputs) < 2:

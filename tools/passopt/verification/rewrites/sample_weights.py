@@ -1,7 +1,7 @@
-"""Weights of a cut: evaluated from their expressions, over the real bytes or over seeded random ones.
+"""Evaluate the weights of a cut over seeded random numbers instead of the bytes of their files.
 
-Random weights cost no disk and show what weights of zeros would hide. What a rule only does to weights (slices, casts,
-codes) is part of the expression, and so is done to the random ones as well.
+Random weights need no disk, and they show errors that weights of zeros would hide. What a rule does to weights (slices,
+casts, codes) is part of their expressions, so it is done to the random numbers as well.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights.evaluator import Box, Evaluator
-from passopt.ir.weights.expressions import FLOATS, Expression, Source
+from passopt.ir.weights.expressions import Expression, Source
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: A prime, so that no two rows of a weight are alike.
+#: The number of random values that repeat; a prime, so that no two rows of a weight are alike.
 _PERIOD = 1_048_573
 
 
 class SampledEvaluator(Evaluator):
-    """An evaluator whose files hold normal numbers: of the size of a trained linear in matrices, near 1 in vectors."""
+    """An evaluator that reads random numbers in place of the files.
+
+    Matrices hold normal numbers of the size of a trained linear's weights, vectors hold numbers near 1.
+    """
 
     def read(self, expression: Expression, box: Box) -> Array:
         if not isinstance(expression, Source):

@@ -1,4 +1,7 @@
-"""A key of what a cut computes: sites with equal keys differ in names and in the numbers of their weights only."""
+"""Make a key of the computation of a cut, so that each distinct computation is checked only once.
+
+Sites with equal keys differ only in names and in the numbers of their weights.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,11 @@ from passopt.verification.rewrites.value_kinds import is_control_name
 
 
 def structure_key(cut: Cut) -> tuple[Any, ...]:
-    """Operators, attributes, dtypes, shapes and the digests of constants on both sides; leaves by order of use."""
+    """Return a key of both sides of a cut.
+
+    It covers operators, attributes, dtypes, shapes and digests of constants. Leaves are numbered in the order of their
+    use.
+    """
     numbers: dict[object, int] = {}
     return _region_key(cut.before, numbers), _region_key(cut.after, numbers)
 
@@ -51,7 +58,7 @@ def _dims(value: onnx_ir.Value) -> tuple[object, ...] | None:
 
 
 def _expression_key(expression: Expression, numbers: dict[object, int]) -> tuple[object, ...]:
-    """The expression over numbered sources, whatever they are called and wherever they lie."""
+    """Return a key of the expression over numbered sources, without their names and places."""
     if isinstance(expression, Source):
         number = numbers.setdefault(expression, len(numbers))
         return "source", number, expression.dtype, expression.shape

@@ -1,4 +1,4 @@
-"""The lengths that symbolic dimensions get in a draw, consistent with each other: batch, seq, past and their sums."""
+"""Choose lengths for symbolic dimensions that are consistent with each other: batch, seq, past and their sums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """One way to sample: sizes of batch, seq and past, left padding per row, and how far apart rows are in scale."""
+    """The sizes of one sample: batch, seq and past, left padding per row, and the spread of scales between rows.
+
+    `decades` is the largest power of ten by which rows are scaled down; `others` are lengths of all other symbols.
+    """
 
     batch: int
     seq: int
@@ -24,8 +27,8 @@ class Draw:
     others: tuple[int, ...]
 
 
-#: A chunk behind a cache with a padded row; one token behind a padded cache, its rows of many scales, so that an
-#: epsilon counts; a prefill with an empty cache.
+#: Three draws: a chunk after a cache with a padded row; one token after a padded cache, with rows of very different
+#: scales, so that the epsilon of a norm matters; and a prefill with an empty cache.
 DRAWS = (
     Draw(batch=2, seq=3, past=5, padding=(0, 2), decades=0.0, others=(2, 3, 5, 7, 11)),
     Draw(batch=2, seq=1, past=6, padding=(3, 0), decades=4.0, others=(2, 1, 6, 4, 9)),
@@ -41,8 +44,11 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
 
 
 class Lengths:
-    """Shapes under one draw. Symbols are those of the graph's inputs, by their place where a decoder's contract names
-    it and in order of appearance elsewhere; a dimension written as arithmetic on them is computed."""
+    """The shapes of values in one draw.
+
+    Symbols of a decoder's inputs get their length by their role in the contract, such as batch or seq. Other symbols
+    get one in the order in which they appear. A dimension that is written as arithmetic on symbols is computed.
+    """
 
     def __init__(self, model: onnx_ir.Model, draw: Draw) -> None:
         self.draw = draw
@@ -62,7 +68,7 @@ class Lengths:
                     self._known[dim.value] = draw.others[count % len(draw.others)]
 
     def shape_of(self, value: onnx_ir.Value) -> tuple[int, ...] | None:
-        """The shape in this draw; None if a dimension is unknown."""
+        """Return the shape of the value in this draw, or None if a dimension is unknown."""
         if value.shape is None:
             return None
         dims = [self._length(dim) for dim in value.shape.dims]
@@ -90,7 +96,7 @@ class Lengths:
 
 
 def _roles(model: onnx_ir.Model) -> Iterator[tuple[str, int | onnx_ir.SymbolicDim]]:
-    """What the dimensions of a decoder's inputs mean."""
+    """Yield the roles of the dimensions of a decoder's inputs, such as batch or seq, each with the dimension."""
     for value in model.graph.inputs:
         name, ndim = value.name or "", len(value.shape) if value.shape is not None else 0
         if value.shape is None:

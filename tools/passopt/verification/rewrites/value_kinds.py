@@ -1,6 +1,6 @@
-"""What a value depends on: masks, positions and shapes are computed from the inputs they come from, never sampled.
+"""Tell values that are sampled from values that are computed: masks, positions and shapes are never sampled.
 
-A cut reaches back through such cheap values to the graph's inputs, so whatever is sampled there is consistent.
+A cut reaches back through such cheap values to the graph's inputs, so that what is sampled there is consistent.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import enum
 
 import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.operators import RANDOM
-from passopt.ir.weights.expressions import FLOATS
 from passopt.ir.weights.lazy_weight import SMALL_BYTES
 
 _GRAPHS = {onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS}
@@ -18,24 +18,28 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulInteger", "Conv", "Einsum"})
 
 
 class Kind(enum.IntEnum):
-    """Of an operator's inputs the largest decides."""
+    """The kind of data a value depends on; an operator's result has the largest kind of its inputs."""
 
     CONSTANT = 0
-    #: From masks, positions and lengths.
+    #: Computed from masks, positions and lengths.
     CONTROL = 1
-    #: From token ids, while they are still numbers of their own.
+    #: Computed from token ids, before they are looked up in an embedding or multiplied.
     TOKENS = 2
-    #: Activations: sampled where a cut ends.
+    #: Activations, which are sampled where a cut ends.
     DATA = 3
 
 
 class Kinds:
-    """The kinds of values, found on demand and remembered; a rewrite keeps the kind of what it replaces."""
+    """The kinds of values, found on demand and remembered.
+
+    This is safe while a graph is rewritten, because a rewrite keeps the kind of what it replaces.
+    """
 
     def __init__(self) -> None:
         self._known: dict[onnx_ir.Value, Kind] = {}
 
     def of(self, value: onnx_ir.Value) -> Kind:
+        """Return the kind of a value."""
         stack = [value]
         while stack:
             current = stack[-1]
@@ -57,7 +61,7 @@ class Kinds:
             return Kind.DATA
         inputs = numbers_read(node)
         kind = max((self._known[item] for item in inputs), default=Kind.CONSTANT)
-        if not inputs and node.inputs:  # a Shape
+        if not inputs and node.inputs:  # such as a Shape, which reads no numbers
             return Kind.CONTROL
         if kind == Kind.TOKENS and (node.op_type in _PRODUCTS or _looks_up(node)):
             return Kind.DATA
@@ -65,7 +69,7 @@ class Kinds:
 
 
 def numbers_read(node: onnx_ir.Node) -> list[onnx_ir.Value]:
-    """The inputs whose numbers count: of others an operator asks only the shape or the dtype."""
+    """Return the inputs whose numbers the node reads; of its other inputs it reads only the shape or the dtype."""
     inputs = node.inputs
     if not node.domain and node.op_type in {"Shape", "Size"}:
         inputs = ()
@@ -75,12 +79,12 @@ def numbers_read(node: onnx_ir.Node) -> list[onnx_ir.Value]:
 
 
 def is_control_name(name: str) -> bool:
-    """True for the graph inputs that say where tokens stand, not which they are."""
+    """Return whether a graph input of this name says where tokens stand, not which tokens they are."""
     return "mask" in name.lower() or "position" in name.lower()
 
 
 def has_subgraph(node: onnx_ir.Node) -> bool:
-    """True for If, Loop and Scan, which read values that are not among their inputs."""
+    """Return whether the node has a subgraph, as If, Loop and Scan do, and so reads values that are not its inputs."""
     return any(attribute.type in _GRAPHS for attribute in node.attributes.values())
 
 
@@ -93,7 +97,7 @@ def _kind_of_leaf(value: onnx_ir.Value) -> Kind:
 
 
 def _looks_up(node: onnx_ir.Node) -> bool:
-    """An embedding: rows of a floating table that is no small constant."""
+    """Return whether the node is an embedding, which takes rows of a float or int8 table that is no small constant."""
     table = node.inputs[0] if node.op_type.startswith("Gather") and node.inputs else None
     if table is None or table.dtype not in FLOATS | {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8}:
         return False

@@ -1,1 +1,1 @@
-"""Emit the kernels of attention: cache writes, prefill in tiles, decode in parts of positions, and masks."""
+"""Emit the kernels of attention: writing to the KV cache, prefill in tiles, decode in parts, and mask extents."""

@@ -1,7 +1,8 @@
-"""Attention over the KV cache: softmax(capped q·kᵀ·scale + bias)·v, one pass over the positions (online softmax).
+"""Emit attention over the KV cache: softmax(capped q·kᵀ·scale + bias)·v, in one pass over positions (online softmax).
 
-Two paths in one function: a step of one position reads the cache as it lies; longer ones work on blocks of query rows
-and copy each tile of keys and values once, in fp32, for all of them. Positions that no row of a block sees are skipped.
+The function has two paths. Decoding one position reads the cache as it lies. Longer inputs work on blocks of query rows
+and copy each tile of keys (unless they are fp32) and values to fp32 once for the whole block. Positions that no row of
+a block sees are skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from passopt.targets.tvm.compiler.kernels.attention.tiles import (
 )
 from passopt.targets.tvm.machines import Isa
 
-# As in the body of passopt::AlibiAttention: half of fp32's lowest number.
+# Half of fp32's lowest number, as in the body of passopt::AlibiAttention.
 _LOWEST_BIAS = -1.7014117e38
 
 
@@ -38,12 +39,14 @@ def attention(
     alibi: bool,
     softcap: float = 0.0,
 ) -> Any:
-    """PrimFunc (q f32[b, s, h, d], kc [b, hkv, B, d, 16], vc [b, hkv, 16·B, d], mask f32[mb, 1, s, t],
-    extents int32[mb, ceil(s / QUERY_BLOCK), 2], y f32[b, s, h, d]); with `alibi`, (slopes f32[h], positions f32[pb, t])
-    stand before y. mb and pb are 1 or b. The cache holds t ≥ s positions.
+    """Return a PrimFunc (q, kc, vc, mask, extents, [slopes, positions,] y) that computes attention over the cache.
 
-    A row whose mask is finite gets what softmax makes of it, also where it sees nothing (then about the mean of all
-    values); a row of -inf is 0, but with `alibi` the mean, as in the body of passopt::AlibiAttention.
+    q and y are f32[b, s, h, d]; kc is [b, hkv, B, d, 16] and vc is [b, hkv, 16·B, d], both in `cache_dtype`; mask is
+    f32[mb, 1, s, t]; extents is int32[mb, ceil(s / QUERY_BLOCK), 2]. Only with `alibi` there are slopes f32[h] and
+    positions f32[pb, t]. mb and pb are 1 or b. The cache holds t ≥ s positions. A `softcap` other than 0 caps scores.
+
+    A row with a finite mask gets the softmax over that mask, even if it sees nothing (then about the mean of all
+    values). A row of -inf gives 0, but with `alibi` the mean, as in the body of passopt::AlibiAttention.
     """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
@@ -88,7 +91,7 @@ def attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Attention:
-    """The arguments of the function that is being built, and the code of one work item."""
+    """Emit the code of the work items; the fields are the settings and the arguments of the function."""
 
     tiles: Tiles
     kv_heads: int
@@ -116,7 +119,7 @@ class _Attention:
         return (self.length + self.tiles.query_positions - 1) // self.tiles.query_positions
 
     def steps(self, batch: Any) -> None:
-        """One new position of every sequence; a work item is a kv head, or where they are few a part of its cache."""
+        """Emit decoding of one position per sequence; a work item is a kv head or, with few heads, a part of one."""
         from tvm.script.ir_builder import tirx as T
 
         items = batch * self.kv_heads
@@ -137,7 +140,7 @@ class _Attention:
                 )
 
     def _step(self, index: Any) -> None:
-        """One kv head of one sequence: its group of query heads."""
+        """Emit one work item of decoding: one kv head of one sequence, with its group of query heads."""
         from tvm.script.ir_builder import tirx as T
 
         item, kv_head = emit.bind(index // self.kv_heads), emit.bind(index % self.kv_heads)
@@ -147,7 +150,7 @@ class _Attention:
             self._finish_row(state, row, item, 0, kv_head * self.tiles.group + row)
 
     def _part(self, index: Any, parts: Any, found: PartialRows) -> None:
-        """As `_step`, over a part of the positions."""
+        """Emit a work item as `_step` does, but over a part of the positions; its results are kept in `found`."""
         from tvm.script.ir_builder import tirx as T
 
         pair = emit.bind(index // parts)
@@ -165,7 +168,7 @@ class _Attention:
             found.join(pair * parts, parts, row, self.y, [item, 0, kv_head * self.tiles.group + row])
 
     def _step_state(self, item: Any, kv_head: Any, first: Any, last: Any) -> RowState:
-        """What the query heads of one kv head find in columns `first` to `last`."""
+        """Emit the attention of the query heads of one kv head over columns `first` to `last`."""
         from tvm.script.ir_builder import tirx as T
 
         tiles, lanes, group = self.tiles, self.tiles.isa.lanes, self.tiles.group
@@ -199,7 +202,7 @@ class _Attention:
     def _step_scores(
         self, state: RowState, start: int, rows: int, item: Any, kv_head: Any, column: Any, width: Any
     ) -> None:
-        """Scores of one set of rows for a tile, of several blocks of keys at once."""
+        """Emit the scores of one set of rows for a tile, with several blocks of keys at once."""
         from tvm.script.ir_builder import tirx as T
 
         tiles, lanes = self.tiles, self.tiles.isa.lanes
@@ -217,14 +220,15 @@ class _Attention:
             emit_scores(state, start, rows, part * positions, vectors, key, tiles)
 
     def block(self, index: Any) -> None:
-        """One kv head of one sequence, a block of query positions."""
+        """Emit one work item of prefill: a block of query positions for one kv head of one sequence."""
         from tvm.script.ir_builder import tirx as T
 
         tiles, unit, group = self.tiles, self.tiles.unit, self.tiles.group
         count = self.query_blocks
         head_index, turn = emit.bind(index // count), emit.bind(index % count)
         item, kv_head = emit.bind(head_index // self.kv_heads), emit.bind(head_index % self.kv_heads)
-        # First, last, second, last but one …: so that neighbours, which one thread computes, are as long as others.
+        # The order is first, last, second, last but one …, so that neighbours, which one thread computes, take as long
+        # together as other neighbours do.
         number = emit.bind(T.if_then_else(turn % 2 == 0, turn // 2, count - 1 - turn // 2))
         position = emit.bind(number * tiles.query_positions)
         used = emit.bind(T.min(tiles.query_positions, self.length - position) * group)
@@ -235,7 +239,7 @@ class _Attention:
         new_values = emit.scratch(tiles.channels // unit, TILE, unit)
 
         def place(row: Any) -> tuple[Any, Any]:
-            """The position of a row and its head; rows behind the end repeat the last position."""
+            """Return the position and the head of a row; rows behind the end repeat the last position."""
             return T.min(position + row // group, self.length - 1), kv_head * group + row % group
 
         with T.serial(0, sets * tiles.rows) as row:
@@ -265,7 +269,7 @@ class _Attention:
             self._finish_row(state, row, item, *place(row))
 
     def _keys_of(self, copy: Any, item: Any, kv_head: Any, column: Any, part: Any) -> Any:
-        """Vector j of a unit of keys: from the tile's copy, or from the cache if it is in fp32 and needs none."""
+        """Return the function that loads vector j of a unit of keys: from the copy, or from an fp32 cache itself."""
         lanes, count = self.tiles.isa.lanes, self.tiles.unit // BLOCK
         numbers = [part * count + block for block in range(count)]
         if copy is None:
@@ -278,18 +282,18 @@ class _Attention:
         return key
 
     def _key_block(self, number: Any) -> Any:
-        """A tile's last blocks may lie behind the cache's end: any block will do for them, as they get no weight."""
+        """Return a block number inside the cache; a tile may reach past its end, where positions get no weight."""
         from tvm.script.ir_builder import tirx as T
 
         return emit.bind(T.min(number, self.keys.shape[2] - 1))
 
     def _fetch_ahead(self, cache: Any, at: list[Any]) -> None:
-        """Asks for a part of the next tile of a cache in 16 bits; fp32 takes so long that it is there in time."""
+        """Prefetch part of the next tile of a 16-bit cache; an fp32 tile takes long enough to arrive in time."""
         if cache.dtype != "float32":
             emit.prefetch(cache, at, emit.L2)
 
     def _fetch_mask(self, item: Any, position: Any, column: Any) -> None:
-        """Asks for a tile of the mask ahead of its use: short pieces of long rows, which no hardware foresees."""
+        """Prefetch a tile of the mask: short pieces of long rows, which no hardware prefetcher foresees."""
         from tvm.script.ir_builder import tirx as T
 
         mask_item = emit.bind(T.min(item, self.mask.shape[0] - 1))
@@ -312,7 +316,7 @@ class _Attention:
                 emit.store(copy, key, [block, channel, 0], BLOCK)
 
     def _copy_values(self, copy: Any, item: Any, kv_head: Any, column: Any, units: Any) -> None:
-        """Values by units of channels; zeros behind the last position and the last channel."""
+        """Copy a tile of values, grouped by units of channels, with zeros behind the last position and channel."""
         from tvm.script.ir_builder import tirx as T
 
         tiles, unit = self.tiles, self.tiles.unit
@@ -336,7 +340,7 @@ class _Attention:
                 )
 
     def _extent(self, item: Any, block: Any) -> tuple[Any, Any]:
-        """First and last column of a block of rows, the first rounded down to a block of keys."""
+        """Return the first column of a block of rows, rounded down to a block of keys, and one past the last."""
         from tvm.script.ir_builder import tirx as T
 
         number = emit.bind(T.min(item, self.mask.shape[0] - 1))
@@ -381,8 +385,8 @@ class _Attention:
         newest = emit.bind(self.positions[alibi_item, self.columns - 1])
 
         def biased(score: Any, at: Any, lanes: int) -> Any:
-            # Relative to the newest position, which changes no weight: the bias near it, which counts, is small and so
-            # adds no rounding; at position 4095, 12 of 24 bits are the bias's.
+            # Distances are relative to the newest position. That changes no weight, but near it, where weights matter,
+            # the bias is small and adds no rounding; otherwise it would take 12 of 24 bits at position 4095.
             distance = emit.load(self.positions, [alibi_item, at], lanes) - emit.spread(newest, lanes)
             bias = distance * emit.spread(slope, lanes)
             bias = bias + emit.load(self.mask, [mask_item, 0, row_position, at], lanes)
@@ -391,7 +395,7 @@ class _Attention:
         emit_softmax(state, row, column, units, self.columns, biased, self.tiles)
 
     def _cap(self, score: Any, lanes: int) -> Any:
-        """softcap·tanh(score / softcap); tanh(z) = 1 - 2 / (e^2z + 1)."""
+        """Return softcap·tanh(score / softcap), computed as tanh(z) = 1 - 2 / (e^2z + 1)."""
         if not self.softcap:
             return score
         power = emit.exp(score * emit.spread(2 / self.softcap, lanes), lanes)

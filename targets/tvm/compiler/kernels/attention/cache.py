@@ -1,4 +1,8 @@
-"""The KV cache: keys as [b, h, B, d, 16], so that 16 positions of a channel are one vector; values as [b, h, T, d]."""
+"""Emit the kernel that appends new keys and values to the KV cache.
+
+Keys lie as [b, h, B, d, 16] in B blocks, so that 16 positions of a channel are one vector; values lie as
+[b, h, 16·B, d].
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from passopt.targets.tvm.machines import Isa
 
 
 def append_cache(kv_heads: int, head_dim: int, cache_dtype: str, isa: Isa) -> Any:
-    """PrimFunc (k f32[b, s, h, d], v f32[b, s, h, d], kc [b, h, B, d, 16], vc [b, h, 16·B, d], past int64).
+    """Return a PrimFunc (k, v, kc, vc, past) that appends keys k and values v to the caches kc and vc in place.
 
-    Writes positions past … past + s - 1 of the cache, in place. The caller sees to it that they fit.
+    k and v are f32[b, s, h, d]; kc is [b, h, B, d, 16] and vc is [b, h, 16·B, d], both in `cache_dtype`; past is an
+    int64. It writes positions past … past + s - 1. The caller must make sure that they fit the cache.
     """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T

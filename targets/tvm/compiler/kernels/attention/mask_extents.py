@@ -1,6 +1,7 @@
-"""Which columns of a mask any row of a block of query rows can see: computed once, used by every layer's attention.
+"""Emit the kernel that finds, for each block of query rows, which columns of a mask its rows can see.
 
-So what is causal and where the padding ends is read off the mask itself, whoever built it.
+It runs once per mask, and the attention of every layer uses the result to skip columns. Causality and padding are thus
+found in the mask itself, however the graph has built it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from typing import Any
 from passopt.targets.tvm.compiler.kernels import emit
 from passopt.targets.tvm.machines import Isa
 
-#: Query positions per block: a multiple of the rows that attention computes at once.
+#: The number of query positions per block: a multiple of the rows that attention computes at once.
 QUERY_BLOCK = 48
 
-#: A column this far below the largest of its row has weight 0; a row whose largest is below -MASKED sees nothing.
+#: A column whose mask value is this far below the largest of its row has weight 0. A row whose largest mask value is
+#: not above -MASKED sees nothing.
 MASKED = 3e4
 
 
 def mask_extents(isa: Isa) -> Any:
-    """PrimFunc (mask f32[mb, 1, s, t], extents int32[mb, ceil(s / QUERY_BLOCK), 2]).
+    """Return a PrimFunc (mask f32[mb, 1, s, t], extents int32[mb, ceil(s / QUERY_BLOCK), 2]) that fills the extents.
 
-    Per block the first column that a row sees and one past the last. A block with a row that sees nothing has all
-    columns: softmax spreads such a row over all of them.
+    For each block, they are the first column that any of its rows sees, and one past the last. A block with a row that
+    sees nothing gets all columns, because softmax spreads the weights of such a row over all of them.
     """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
@@ -47,7 +49,7 @@ def mask_extents(isa: Isa) -> Any:
             return emit.bind(emit.fold_lanes(most, width, T.max))
 
         def widen(item: Any, row: Any, hidden: Any, first: Any, last: Any) -> None:
-            """Widens `first` and `last`, per lane, to the columns of `row` that are above `hidden`."""
+            """Widen `first` and `last`, in each lane, to the columns of `row` whose mask is above `hidden`."""
 
             def look(start: Any, lanes: int) -> None:
                 column = emit.bind(emit.span(T.Cast("int32", start), lanes))

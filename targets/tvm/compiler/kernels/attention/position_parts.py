@@ -1,6 +1,6 @@
-"""Decode with few kv heads: positions are cut into parts, a work item each, whose results are then joined.
+"""Emit decoding with few kv heads: the positions are cut into parts, one work item each, and the results joined.
 
-Otherwise a step of one sequence would have no more threads than kv heads: of multi-query attention, one.
+Otherwise a step of one sequence could use no more threads than there are kv heads; with multi-query attention, one.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ from typing import Any
 from passopt.targets.tvm.compiler.kernels import emit
 from passopt.targets.tvm.compiler.kernels.attention.tiles import TILE, RowState, Tiles, weight
 
-#: Work items that positions are cut for: as many threads read all that memory gives.
+#: The number of work items to cut positions for. That many threads use the whole memory bandwidth.
 ITEMS = 8
 
-#: Positions that are not worth a part of their own.
+#: The number of positions below which a part of its own is not worthwhile.
 _LEAST = 2 * TILE
 
 
 def count_parts(items: Any, columns: Any) -> Any:
-    """Parts of `columns` positions where there are `items` pairs of a sequence and a kv head."""
+    """Return into how many parts to cut `columns` positions, given `items` pairs of a sequence and a kv head."""
     from tvm.script.ir_builder import tirx as T
 
     return T.max(1, T.min(ITEMS // items, columns // _LEAST))
 
 
 def part_of(first: Any, last: Any, number: Any, parts: Any) -> tuple[Any, Any]:
-    """Where part `number` of `first` to `last` begins and ends: whole tiles, the last part with what is left."""
+    """Return where part `number` of the positions `first` to `last` begins and ends.
+
+    A part has whole tiles; the last part has what is left, which may be nothing.
+    """
     from tvm.script.ir_builder import tirx as T
 
     tiles = (last - first + TILE - 1) // TILE
@@ -37,7 +40,7 @@ def part_of(first: Any, last: Any, number: Any, parts: Any) -> tuple[Any, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class PartialRows:
-    """What work items have found: of each row the largest score, the sum of weights, and outputs not yet divided."""
+    """The results of work items: for each row the largest score, the sum of weights, and outputs not yet divided."""
 
     tiles: Tiles
     outputs: Any  # [ITEMS, group, d]
@@ -46,11 +49,12 @@ class PartialRows:
 
     @classmethod
     def allocate(cls, tiles: Tiles) -> PartialRows:
+        """Allocate memory for the results of all work items."""
         rows = (ITEMS, tiles.group)
         return cls(tiles, emit.scratch(*rows, tiles.head_dim), emit.scratch(*rows), emit.scratch(*rows))
 
     def keep(self, item: Any, row: Any, state: RowState) -> None:
-        """The rows of one work item."""
+        """Emit the code that stores one row of a work item."""
         from tvm.script.ir_builder import tirx as T
 
         T.buffer_store(self.largest, state.largest[row], [item, row])
@@ -62,7 +66,10 @@ class PartialRows:
         emit.each_span(self.tiles.head_dim, self.tiles.isa.lanes, copy)
 
     def join(self, first: Any, parts: Any, row: Any, y: Any, at: list[Any]) -> None:
-        """y[at] = the output of `row` over the work items from `first` on; 0 where it has no weight at all."""
+        """Emit the code that joins `parts` work items from `first` on to the output of `row`, written to y[at].
+
+        The output is 0 if the row has no weight at all.
+        """
         from tvm.script.ir_builder import tirx as T
 
         best, total = emit.local(1), emit.local(1)

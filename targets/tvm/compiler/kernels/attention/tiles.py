@@ -1,7 +1,7 @@
-"""The inner loops of attention: rows of queries against a tile of positions, with sums kept in registers.
+"""Emit the inner loops of attention: rows of queries against a tile of positions, with sums kept in registers.
 
-A row is one query head at one position. Rows of all query heads that share a kv head are computed together, so that
-keys and values are read once for them.
+A row is one query head at one position. The rows of all query heads that share a kv head are computed together, so that
+keys and values are read only once for all of them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from passopt.targets.tvm.compiler.kernels import emit
 from passopt.targets.tvm.compiler.kernels.attention.mask_extents import QUERY_BLOCK
 from passopt.targets.tvm.machines import Isa
 
-#: Positions per tile, after which the softmax of a row is brought up to date.
+#: The number of positions per tile, after which the running softmax of a row is updated.
 TILE = 128
 
-#: Where the running maximum of a row starts: finite, so that no difference is NaN.
+#: The initial running maximum of a row. It is finite, so that no difference is NaN.
 LOWEST = -3.4028234663852886e38
 
-#: (vectors per row, rows) computed at once by the registers of a level; each row takes its vectors, and so do the keys.
+#: By level: (vectors per row, rows) of the results that are held in registers at once. Keys or values take as many more
+#: registers as a row does.
 _REGISTER_TILES = {"avx512-vnni": (2, 12), "avx2": (2, 6), "plain": (4, 3), "cuda": (16, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How rows, positions and channels are cut for one kv head with `group` query heads."""
+    """The sizes by which rows, positions and channels are cut, for one kv head with `group` query heads."""
 
     group: int
     head_dim: int
@@ -34,50 +35,59 @@ class Tiles:
 
     @property
     def vectors(self) -> int:
+        """Return the number of vectors per row that are computed at once for a full set of rows."""
         return _REGISTER_TILES[self.isa.name][0]
 
     @property
     def rows(self) -> int:
+        """Return the number of rows in a full set, which are computed at once."""
         return _REGISTER_TILES[self.isa.name][1]
 
     @property
     def unit(self) -> int:
-        """Positions, or channels, computed at once for a full set of rows."""
+        """Return the number of positions, or channels, that are computed at once for a full set of rows."""
         return self.vectors * self.isa.lanes
 
     @property
     def channels(self) -> int:
-        """Channels of a head, rounded up to whole units."""
+        """Return the number of channels of a head, rounded up to whole units."""
         return -(-self.head_dim // self.unit) * self.unit
 
     @property
     def query_positions(self) -> int:
-        """Positions per work item: a part of QUERY_BLOCK, so that the rows of a group are about as many."""
+        """Return the number of query positions per work item of prefill.
+
+        It is the largest divisor of QUERY_BLOCK that gives at most 48 rows over the whole group, or 1.
+        """
         return max(n for n in range(1, QUERY_BLOCK + 1) if QUERY_BLOCK % n == 0 and (n == 1 or n * self.group <= 48))
 
     @property
     def query_rows(self) -> int:
-        """Rows per work item, rounded up to whole sets."""
+        """Return the number of rows per work item of prefill, rounded up to whole sets."""
         return -(-self.query_positions * self.group // self.rows) * self.rows
 
     def vectors_for(self, rows: int, limit: int) -> int:
-        """Vectors per row when only `rows` are computed at once: a power of two, at most `limit`."""
+        """Return the number of vectors per row if only `rows` rows are computed at once.
+
+        It is a power of two, and at most `limit`.
+        """
         fit = min(limit, self.rows * self.vectors // rows)
         return 1 << (fit.bit_length() - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class RowState:
-    """What a work item carries from tile to tile, in memory of the thread."""
+    """The state that a work item carries from tile to tile, as fp32 buffers in memory of the thread."""
 
-    queries: Any  # [rows, d], scaled
-    scores: Any  # [rows, TILE], then weights
-    outputs: Any  # [rows, channels], to be divided by sums
+    queries: Any  # [rows, d], already multiplied by the scale
+    scores: Any  # [rows, TILE]; the softmax turns them into weights
+    outputs: Any  # [rows, channels], still to be divided by `sums`
     largest: Any  # [rows]
     sums: Any  # [rows]
 
     @classmethod
     def allocate(cls, rows: int, tiles: Tiles) -> RowState:
+        """Allocate the state of `rows` rows."""
         return cls(
             emit.scratch(rows, tiles.head_dim),
             emit.scratch(rows, TILE),
@@ -87,7 +97,7 @@ class RowState:
         )
 
     def start(self, row: Any, tiles: Tiles) -> None:
-        """A row before its first tile."""
+        """Emit the initialisation of a row before its first tile; its query is stored elsewhere."""
         from tvm.script.ir_builder import tirx as T
 
         lanes = tiles.isa.lanes
@@ -103,9 +113,9 @@ class RowState:
 def emit_scores(
     state: RowState, first: Any, rows: int, start: Any, vectors: int, key: Callable[[int, Any], Any], tiles: Tiles
 ) -> None:
-    """scores[first + i, start + …] = queries[first + i] · keys, for `rows` rows and `vectors` vectors of positions.
+    """Emit scores[first + i, start + …] = queries[first + i] · keys, for `rows` rows and `vectors` vectors of keys.
 
-    `key(j, channel)` is vector j of the keys.
+    `key(j, channel)` returns vector j of the keys for one channel; its lanes are neighbouring positions.
     """
     from tvm.script.ir_builder import tirx as T
 
@@ -133,9 +143,10 @@ def emit_outputs(
     count: Any,
     value: Callable[[int, int, Any], Any],
 ) -> None:
-    """outputs[first + i, start + …] += weights · values over `count` positions, for neighbouring vectors of `widths`.
+    """Emit outputs[first + i, start + …] += weights · values for `rows` rows, summed over `count` positions.
 
-    `value(offset, lanes, position)` is the vector of values `offset` channels from `start`.
+    The channels from `start` on are cut into neighbouring vectors of `widths`. `value(offset, lanes, position)` returns
+    the vector of values that is `offset` channels from `start`.
     """
     from tvm.script.ir_builder import tirx as T
 
@@ -159,10 +170,11 @@ def emit_outputs(
 def emit_softmax(
     state: RowState, row: Any, column: Any, units: Any, columns: Any, bias: Callable[[Any, Any, int], Any], tiles: Tiles
 ) -> None:
-    """Turns the scores of `row` into weights relative to its largest score so far; rescales what was summed before.
+    """Emit the update of the running softmax of `row` by one tile.
 
-    The tile starts at `column` and has `units` units; positions from `columns` on have no weight. `bias(score, column,
-    lanes)` is the score with cap and mask.
+    The scores become weights relative to the largest score so far, and what was summed before is rescaled to it. The
+    tile starts at `column` and has `units` units; positions from `columns` on get no weight. `bias(score, column,
+    lanes)` returns the score with cap, mask and ALiBi bias applied.
     """
     from tvm.script.ir_builder import tirx as T
 
@@ -205,7 +217,7 @@ def emit_softmax(
 
 
 def weight(difference: Any, lanes: int) -> Any:
-    """e^difference, and 0 where that is no normal number: a masked position has no weight at all."""
+    """Return e^difference, or 0 where that is not a normal fp32 number, so that masked positions get no weight."""
     from tvm.script.ir_builder import tirx as T
 
     name = emit.bind(difference)

@@ -1,1 +1,1 @@
-"""Emit the kernels of linears by weight and activation type; `choose` picks one for a node and a machine."""
+"""Emit the kernels of linear layers, by weight and activation dtype; `choose` picks one for fp32 activations."""

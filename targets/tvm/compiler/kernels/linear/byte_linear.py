@@ -1,6 +1,7 @@
-"""Linears of int8 weights and bytes of activations: exact int32 sums in tiles, and what becomes of them.
+"""Emit linear layers with int8 weights and bytes of activations: exact int32 sums in tiles, then fp32 outputs.
 
-One weight layout serves few rows (read from memory as it lies) and many (tiles in cache).
+The same weight layout serves few rows, which read it once from memory as it lies, and many rows, which work on tiles in
+the cache.
 """
 
 from __future__ import annotations
@@ -14,25 +15,31 @@ from passopt.targets.tvm.compiler.kernels.linear.byte_dot import ByteKernel
 from passopt.targets.tvm.compiler.kernels.linear.byte_pairs import Pairs
 from passopt.targets.tvm.compiler.kernels.linear.byte_tiles import Operands, Panel, Tile
 
-#: Rows and columns of a chunk of work; int32 sums of a chunk are kept between panels.
+#: The rows and columns of a chunk of work, whose int32 sums are kept in memory between panels.
 _CHUNK_ROWS = 192
 _CHUNK_COLUMNS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What becomes of sums: a row of y [M, n] for `planes` neighbouring rows of codes."""
+    """The output y f32[M, n] of a linear layer, and how it is computed from sums.
+
+    Each row of y belongs to `planes` neighbouring rows of codes.
+    """
 
     n: int
     y: Any
-    #: What is added, if anything is.
+    #: A tensor f32[M, n] that is added to the output, or None.
     residual: Any
-    #: `value(row, totals, at, lanes)`: fp32 numbers of y at columns `at`, from the int32 sums of each plane.
+    #: `value(row, totals, at, lanes)` returns the fp32 numbers of y at columns `at` from the int32 sums of each plane.
     value: Callable[[Any, list[Any], Any, int], Any]
     planes: int = 1
 
     def store(self, row: Any, block: Any, totals: list[list[Any]], lanes: int) -> None:
-        """Row `row` of y in one block of columns, without those past N; totals [planes][vectors]."""
+        """Emit the outputs of one row of y in one block of columns, leaving out columns past n.
+
+        `totals` are the int32 sums, as [planes][vectors].
+        """
         from tvm.script.ir_builder import tirx as T
 
         width = len(totals[0]) * lanes
@@ -50,7 +57,10 @@ class Outputs:
                     self._store_rest(row, column, value, lanes)
 
     def expect(self, rows: list[Any], block: Any, columns: int) -> None:
-        """Ask for the lines of y that `store` will write for rows of codes: what it writes, the CPU reads before."""
+        """Prefetch the cache lines of y that `store` will write for `rows` of codes, and those of the residual.
+
+        A CPU has to read a line before it can write part of it.
+        """
         for row in (of_codes // self.planes for of_codes in rows):
             for column in range(0, columns, CACHE_LINE):
                 prefetch(self.y, [row, block * columns + column], write=True)
@@ -58,7 +68,7 @@ class Outputs:
                     prefetch(self.residual, [row, block * columns + column])
 
     def _store_rest(self, row: Any, column: Any, value: Any, lanes: int) -> None:
-        """The columns of a vector that reaches past N, one at a time."""
+        """Write the columns of a vector that reaches past column n, one at a time."""
         from tvm.script.ir_builder import tirx as T
 
         spill = local(lanes)
@@ -75,7 +85,10 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Rows and blocks of columns that a thread computes from end to end, and their sums [blocks, rows, columns]."""
+    """The rows and blocks of columns that one thread computes completely, and their int32 sums.
+
+    `sums` is [blocks, rows, columns].
+    """
 
     first_row: Any
     row_count: Any
@@ -86,37 +99,40 @@ class _Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class ByteLinear:
-    """Writes the body: sums of products over all rows of codes, and `outputs` of them."""
+    """Emit the body of a kernel: the sums of products over all rows of codes, and the `outputs` from them."""
 
     operands: Operands
     outputs: Outputs
 
     def __post_init__(self) -> None:
-        """Tiles and chunks hold whole rows of y."""
+        """Raise ValueError unless tiles and chunks hold whole rows of y, that is all planes of a row."""
         kernel, planes = self.kernel, self.planes
         if any(count % planes for count in (kernel.few_rows, kernel.tile_rows)) or _CHUNK_ROWS % kernel.tile_rows:
             raise ValueError(f"tiles of {kernel.few_rows} and {kernel.tile_rows} rows do not hold {planes} planes")
         if kernel.paired and planes > 1:
-            raise ValueError("pairs of groups have an excess for one plane")
+            raise ValueError(f"a kernel that multiplies pairs of groups takes one plane, not {planes}")
 
     @property
     def kernel(self) -> ByteKernel:
+        """Return the dot product and its tile sizes."""
         return self.operands.kernel
 
     @property
     def blocks(self) -> int:
+        """Return the number of blocks of columns."""
         return -(-self.outputs.n // self.kernel.columns)
 
     @property
     def planes(self) -> int:
+        """Return the number of rows of codes per row of y."""
         return self.outputs.planes
 
     def emit(self) -> None:
-        """One branch per number of rows that fits the registers, the last for all that do not."""
+        """Emit one branch for each number of rows that fits the registers, and one for all larger numbers."""
         self._branch(self._counts(self.kernel.few_rows, (1, 2, 4)))
 
     def _counts(self, most: int, fewer: tuple[int, ...]) -> list[int]:
-        """Rows of codes that a tile may have, fewest first: those of whole rows of y."""
+        """Return the numbers of rows of codes that a tile may have, the smallest first; all are whole rows of y."""
         return [self.planes * count for count in fewer if self.planes * count < most] + [most]
 
     def _branch(self, counts: list[int]) -> None:
@@ -132,7 +148,7 @@ class ByteLinear:
                 self._branch(counts[1:])
 
     def _few_rows(self, count: int) -> None:
-        """At most `count` rows: every weight is read once and used for all of them."""
+        """Emit the code for at most `count` rows of codes: every weight is read once and used for all of them."""
         from tvm.script.ir_builder import tirx as T
 
         operands = self.operands
@@ -140,7 +156,7 @@ class ByteLinear:
             tile = Tile(self.kernel, count)
             rows = [T.bind(T.min(T.int64(row), operands.rows - 1)) for row in range(count)]
             with T.serial(0, operands.groups) as group:
-                # With one row of codes the CPU's own reading ahead keeps up, and asking costs 1 %.
+                # With one row of codes the CPU's own prefetching keeps up, and ours would cost 1 %.
                 if count > 1 and not self.kernel.paired:
                     operands.prefetch_ahead(block, group)
                 operands.multiply(tile, rows, block, group)
@@ -150,13 +166,13 @@ class ByteLinear:
                     self.outputs.store(T.int64(row), block, values, self.kernel.lanes)
 
     def _many_rows(self) -> None:
-        """Chunks of rows and columns; in each, panels of `depth` products, which all rows of the chunk share."""
+        """Emit the code for many rows: chunks of rows and columns, and in each chunk panels that all its rows share."""
         from tvm.script.ir_builder import tirx as T
 
         kernel, operands = self.kernel, self.operands
         per_chunk = min(-(-_CHUNK_COLUMNS // kernel.columns), self.blocks)
         column_chunks = -(-self.blocks // per_chunk)
-        # As many rows in each chunk as in the others, since every thread gets as many chunks.
+        # All chunks have about the same number of rows, since every thread gets the same number of chunks.
         row_chunks = T.bind((operands.rows + _CHUNK_ROWS - 1) // _CHUNK_ROWS)
         tiles = (operands.rows + row_chunks * kernel.tile_rows - 1) // (row_chunks * kernel.tile_rows)
         chunk_rows = T.bind(tiles * kernel.tile_rows)
@@ -181,8 +197,7 @@ class ByteLinear:
                     self._tiles(chunk, panel, pairs)
 
     def _tiles(self, chunk: _Chunk, panel: Panel, pairs: Pairs | None) -> None:
-        """All rows of the chunk, a tile at a time; those of bytes also ask for the next panel."""
-
+        """Emit all rows of the chunk, a tile at a time; unless they work in pairs, tiles prefetch the next panel."""
         size = self.kernel.tile_rows
         tiles = opaque((chunk.row_count + size - 1) // size)
         if pairs is not None:
@@ -206,7 +221,7 @@ class ByteLinear:
         pairs: Pairs | None,
         multiply: Callable[[Any, Tile, list[Any]], None],
     ) -> None:
-        """`multiply(index, tile, rows)` for every tile; the last one has as few rows as it can."""
+        """Emit `multiply(index, tile, rows)` for every tile; the last tile has as few rows as possible."""
         from tvm.script.ir_builder import tirx as T
 
         size = self.kernel.tile_rows
@@ -234,11 +249,11 @@ class ByteLinear:
                     with T.Else():
                         smallest(counts[:-1])
 
-            # Code for a tile of one row would be a quarter more, for a last row that is rare.
+            # A tile of one row would make the code a quarter longer, for a single last row, which is rare.
             smallest(self._counts(size, (2, 4) if self.planes == 1 else (1,)))
 
     def _following(self, chunk: _Chunk, panel: Panel) -> Any:
-        """Where the panel after this one starts, in groups: the next block, else the next step, else the next chunk."""
+        """Return where the next panel starts, in groups: in the next block, else the next step, else the next chunk."""
         from tvm.script.ir_builder import tirx as T
 
         groups = self.operands.groups
@@ -248,7 +263,7 @@ class ByteLinear:
         return block * groups + T.if_then_else(last_block, first, panel.first)
 
     def _keep(self, chunk: _Chunk, panel: Panel, tile: Tile, index: Any) -> None:
-        """Add the tile to the sums of the chunk; the first one starts them."""
+        """Add the tile to the sums of the chunk; the tile of the first panel starts them."""
         from tvm.script.ir_builder import tirx as T
 
         lanes = self.kernel.lanes
@@ -266,7 +281,10 @@ class ByteLinear:
                 write(True)
 
     def _store_tile(self, chunk: _Chunk, panel: Panel, index: Any, pairs: Pairs | None) -> None:
-        """Results of a tile behind its last panel: y is in no cache, and waits while the next tile is computed."""
+        """Emit the outputs of a tile after its last panel.
+
+        y is in no cache by then, so it is written while the next tile is computed instead of all at the end.
+        """
         from tvm.script.ir_builder import tirx as T
 
         lanes, size, planes = self.kernel.lanes, self.kernel.tile_rows, self.planes

@@ -1,7 +1,8 @@
-"""Two groups of int16 products at once, by Winograd's identity: half the products for more sums, all exact.
+"""Multiply two groups of int16 at once by Winograd's identity: half the products for more additions, all exact.
 
-x₀w₀ + x₂w₂ = (x₀ + w₂)(x₂ + w₀) - x₀x₂ - w₀w₂; what is taken off is per row and per output. Multiplying int16 pairs has
-two ports, adding them four, and adds take ports from products: 87 to 75 products per ns on Zen 3.
+x₀w₀ + x₂w₂ = (x₀ + w₂)(x₂ + w₀) - x₀x₂ - w₀w₂. The products to take off, called the excess, are one number per row and
+one per output. Zen 3 has two ports that multiply int16 pairs and four that add them. Since additions take ports from
+products, the gain is less than a factor of two: 87 products per ns against 75.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from passopt.targets.tvm.compiler.kernels.linear.byte_tiles import Operands, Pan
 
 
 class Pairs:
-    """A widened panel of weights, and the excess of pairs over products, for one chunk of rows and blocks."""
+    """A panel of weights widened to int16, and the excess of pairs over true products, for one chunk of work.
+
+    The chunk has up to `rows` rows of codes and `blocks` blocks of outputs.
+    """
 
     def __init__(self, operands: Operands, rows: int, blocks: int) -> None:
         from tvm.script.ir_builder import tirx as T
@@ -26,13 +30,16 @@ class Pairs:
         self._column_excess = T.alloc_buffer((blocks, kernel.columns), "int32", scope="global")
 
     def excess(self, row: Any, block: Any, part: Any) -> Any:
-        """What pairs have added to a vector of outputs of a row of the chunk."""
+        """Return what the pairs have added to a vector of outputs in a row of the chunk."""
         from tvm.script.ir_builder import tirx as T
 
         return T.broadcast(self._row_excess[row], self.kernel.lanes) + self._column_excess[block, part]
 
     def take_rows(self, first: Any, count: Any) -> None:
-        """The excess of a row is the same for each of its outputs: the sum of even groups times odd ones."""
+        """Emit the excess of `count` rows of codes from row `first` on.
+
+        It is the same for all outputs of a row: the sum of the even groups times the odd groups.
+        """
         from tvm.script.ir_builder import tirx as T
 
         kernel, dtype = self.kernel, self.operands.layout.dtype
@@ -42,7 +49,7 @@ class Pairs:
             T.buffer_store(own, T.broadcast(T.int32(0), kernel.lanes), [at])
             with T.serial(0, -(-self.operands.k // width)) as step:
                 codes = T.bind(self.operands.codes.vload([first + row, step * width], f"{dtype}x{width}"))
-                # Odd groups moved onto the even ones of the same 64 bits; zeros onto the odd ones.
+                # Within 64 bits, the odd group moves to where the even one is, and zeros to where the odd one was.
                 halves = T.reinterpret(f"uint64x{width // 4}", codes)
                 moved = T.shift_right(halves, T.broadcast(T.uint64(32), width // 4))
                 T.buffer_store(own, kernel.dot(own[at], codes, T.reinterpret(f"{dtype}x{width}", moved)), [at])
@@ -50,7 +57,7 @@ class Pairs:
             T.buffer_store(self._row_excess, total, [row])
 
     def take_panel(self, panel: Panel) -> None:
-        """Widens the weights of a panel; what their pairs add to every row is the columns' excess."""
+        """Emit the widening of a panel's weights, and add what their pairs contribute to the excess of each column."""
         from tvm.script.ir_builder import tirx as T
 
         kernel, vectors = self.kernel, range(self.kernel.tile_vectors)
@@ -71,7 +78,7 @@ class Pairs:
                     T.buffer_store(self._column_excess, self._column_excess[tuple(place)] + value, place)
 
     def multiply(self, tile: Tile, rows: list[Any], panel: Panel) -> None:
-        """The panel that was taken last, times its groups of each row, excess included."""
+        """Emit the products of each row's groups with the panel that was taken last, with the excess included."""
         from tvm.script.ir_builder import tirx as T
 
         vectors = range(self.kernel.tile_vectors)

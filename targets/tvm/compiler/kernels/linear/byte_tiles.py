@@ -1,4 +1,4 @@
-"""Tiles of int32 sums in registers, and the codes and packed weights whose products they hold."""
+"""Define tiles of int32 sums in registers, and the codes and packed weights whose products they sum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from passopt.targets.tvm.compiler.kernels.quantize_rows import CodesLayout
 
 
 class Tile:
-    """Zeros for `count` rows × the vectors of a block: a buffer each, so that LLVM keeps each in a register."""
+    """The int32 sums of `count` rows × the vectors of a block, which start at zero.
+
+    Each vector has a buffer of its own, so that LLVM keeps each in a register.
+    """
 
     def __init__(self, kernel: ByteKernel, count: int) -> None:
         from tvm.script.ir_builder import tirx as T
@@ -25,21 +28,23 @@ class Tile:
                 T.buffer_store(register, T.broadcast(T.int32(0), kernel.lanes), [self._at])
 
     def add(self, row: int, vector: int, codes: Any, weights: Any) -> None:
-        """Onto one register, the products of codes and weights."""
+        """Add the dot products of `codes` and `weights` to one register."""
         from tvm.script.ir_builder import tirx as T
 
         register = self._sums[row][vector]
         T.buffer_store(register, self.kernel.dot(register[self._at], codes, weights), [self._at])
 
     def values(self, row: int) -> list[Any]:
+        """Return the sums of a row, one vector after the other."""
         return [register[self._at] for register in self._sums[row]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """The weights of one block of columns, `count` groups from `first` on.
+    """A panel: the weights of one block of columns (outputs) for `count` groups of inputs, from group `first` on.
 
-    `block` counts from the first of the chunk, `source` from the first of all; `step` counts the panels of a block.
+    `block` is the number of the block within the chunk, `source` its number among all blocks, and `step` the number of
+    the panel within its block.
     """
 
     step: Any
@@ -51,7 +56,10 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """codes [rows, width] as `layout` says, and packed [blocks, groups, columns, group] of a linear with K = k."""
+    """The operands of a linear layer with K = k inputs.
+
+    `codes` is [rows, width] as `layout` says, and `packed` are the weights [blocks, groups, columns, group].
+    """
 
     k: int
     layout: CodesLayout
@@ -59,38 +67,43 @@ class Operands:
     rows: Any
     codes: Any
     packed: Any
-    #: The packed weights in the order of memory.
+    #: The packed weights as a flat buffer, in the order of memory.
     flat: Any
 
     @property
     def groups(self) -> int:
+        """Return the number of groups of inputs, padding included."""
         return whole_groups(self.k) // self.kernel.group
 
     @property
     def panel_groups(self) -> int:
-        """Groups of a panel: as even as `ByteKernel.depth` allows, whole strides of requests and so whole pairs."""
+        """Return the number of groups of a panel.
+
+        Panels are as equal as possible and have about `ByteKernel.depth` inputs at most. The number is a multiple of
+        STRIDE, and so of two, as pairs need it.
+        """
         steps = -(-self.groups * self.kernel.group // self.kernel.depth)
         return -(-self.groups // steps // STRIDE) * STRIDE
 
     def panel_from(self, group: Any, count: Any) -> NextPanel:
-        """`count` groups of a block from `group` on, counted over all blocks."""
+        """Return the panel to prefetch: `count` groups from number `group` on, counted over all blocks."""
         width = self.kernel.columns * self.kernel.group
         return NextPanel(self.flat, group * width, count, width, item_bytes=1)
 
     def prefetch_ahead(self, block: Any, group: Any) -> None:
-        """Asks for the weights that few rows come to a little later."""
+        """Prefetch the weights that are needed a little after group `group` of `block`, when there are few rows."""
         width = self.kernel.columns * self.kernel.group
         prefetch_ahead(self.flat, (block * self.groups + group) * width, width, item_bytes=1)
 
     def weights(self, block: Any, group: Any, vector: int) -> Any:
-        """Of `lanes` outputs and one group, as the dot product takes them."""
+        """Return the weights of `lanes` outputs for one group, in the dtype that the dot product takes."""
         kernel = self.kernel
         width = kernel.lanes * kernel.group
         read = self.packed.vload([block, group, vector * kernel.lanes, 0], f"int8x{width}")
         return read if kernel.panel_dtype == "int8" else read.astype(f"{kernel.panel_dtype}x{width}")
 
     def broadcast(self, row: Any, group: Any) -> Any:
-        """One group of a row's codes, in all lanes."""
+        """Return one group of a row's codes, repeated in all lanes."""
         from tvm import tirx
         from tvm.script.ir_builder import tirx as T
 
@@ -102,7 +115,7 @@ class Operands:
         return T.bind(T.reinterpret(f"{dtype}x{kernel.lanes * kernel.group}", word))
 
     def multiply(self, tile: Tile, rows: list[Any], block: Any, group: Any) -> None:
-        """One group of columns of every row, times every vector of weights, onto the tile."""
+        """Add the products of one group of every row's codes with every vector of weights to the tile."""
         from tvm.script.ir_builder import tirx as T
 
         weights = [T.bind(self.weights(block, group, vector)) for vector in range(self.kernel.tile_vectors)]
@@ -113,5 +126,5 @@ class Operands:
 
 
 def whole_groups(k: int) -> int:
-    """K with zeros up to whole groups of bytes and whole pairs of groups of int16."""
+    """Return K rounded up to whole groups of four bytes, which are also whole pairs of groups of two int16."""
     return -(-k // 4) * 4

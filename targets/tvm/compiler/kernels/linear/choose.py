@@ -1,6 +1,6 @@
-"""Linears: which kernel computes one, and how its weights are laid out for it.
+"""Choose the kernel of a linear layer with fp32 activations, and the layout of its weights.
 
-Weights in floats or int8 with fp32 activations; int8 activations are in `linear_w8a8`.
+Weights may be floats or int8. The kernel for int8 activations is in `int8_int8`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
 from passopt.targets.tvm.compiler.kernels.linear.panel_layout import Panels
 from passopt.targets.tvm.machines import Isa
 
-#: What TVM and the kernels' names call the dtypes that a weight may be stored in.
+#: The names that TVM and the kernels' names use for the dtypes in which a float weight may be stored.
 FLOAT_DTYPES = {DataType.FLOAT: "float32", DataType.FLOAT16: "float16", DataType.BFLOAT16: "bfloat16"}
 
 
 def plan_float(weight: Expression, isa: Isa) -> LinearPlan:
-    """A linear with a [N, K] weight in fp32, fp16 or bf16, computed in fp32. Raises ModelError for another weight."""
+    """Return the kernel for a weight [N, K] in fp32, fp16 or bf16; it computes in fp32.
+
+    Raises ModelError for a weight of another dtype or shape.
+    """
     rows, columns = _matrix(weight)
     dtype = _float_dtype(weight, "weight")
     panels = Panels.of(rows, columns, dtype, isa)
@@ -29,10 +32,10 @@ def plan_float(weight: Expression, isa: Isa) -> LinearPlan:
 
 
 def plan_int8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
-    """A linear with int8 codes [N, K] and a scale per row in fp32, fp16 or bf16; activations stay fp32.
+    """Return the kernel for int8 codes [N, K] with one scale per row in fp32, fp16 or bf16; activations are fp32.
 
-    Computed by dot products of bytes where the level has them (`linear_planes`), else in fp32. Raises ModelError for
-    codes or scales of another dtype or shape.
+    It uses dot products of bytes where the level has them and K is at most MAX_INPUTS (`linear_planes`), and computes
+    in fp32 otherwise. Raises ModelError for codes or scales of another dtype or shape.
     """
     rows, columns = _matrix(codes)
     if codes.dtype != DataType.INT8:

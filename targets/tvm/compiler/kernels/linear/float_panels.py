@@ -1,7 +1,8 @@
-"""y = x · Wᵀ in fp32, W packed in panels of some outputs that lie next to each other for every input: [N/w, K, w, 1].
+"""Emit linear layers in fp32: y = x · Wᵀ, with W packed in panels of w outputs as [N/w, K, w, 1].
 
-One layout for any number of rows. Few rows stream each panel once from memory. Many rows are copied into blocks, which
-go one by one over a panel's chunk of K; the first of them turns it to fp32 for the others.
+The w outputs of a panel lie next to each other for every input. The layout serves any number of rows. Few rows read
+each panel once from memory. Many rows are copied into blocks, which pass one by one over a chunk of a panel; the first
+block converts the chunk to fp32 for the others.
 """
 
 from __future__ import annotations
@@ -28,14 +29,18 @@ from passopt.targets.tvm.compiler.kernels.emit import (
 from passopt.targets.tvm.compiler.kernels.linear.panel_layout import ITEM_BYTES, Panels
 from passopt.targets.tvm.compiler.kernels.linear.prefetch import NextPanel
 
-#: So many blocks of rows, and a thread takes one panel at a time: they lie in memory as they are read.
+#: With up to so many blocks of rows, a thread takes one panel at a time, so that weights are read in memory order.
 FEW_BLOCKS = 4
-#: A smaller weight is not worth waking threads for.
+#: A weight of fewer elements is not worth waking threads for.
 PARALLEL_WEIGHTS = 1 << 16
 
 
 def linear(panels: Panels, residual: bool = False) -> Any:
-    """The PrimFunc (x f32[M, K], packed, [scales of all panels], [residual f32[M, N], which is added], y f32[M, N])."""
+    """Return the PrimFunc (x f32[M, K], packed, [scales,] [residual f32[M, N],] y f32[M, N]) of a linear layer.
+
+    packed is [panels, K, width, 1] in the dtype of `panels`. Only int8 weights have scales [panels · width]. With
+    `residual`, that argument is added to the result.
+    """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
@@ -55,13 +60,13 @@ def linear(panels: Panels, residual: bool = False) -> Any:
     return builder.get()
 
 
-#: Emits a body for every step of a chunk.
+#: A function that emits the body given to it for every step (input) of a chunk.
 Steps: TypeAlias = Callable[[Callable[[Any], None]], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """A block of rows: where its copied chunk starts in the flat buffer `copied`, and its number."""
+    """Block number `block` of rows; its copy of a chunk starts at element `start` of the flat buffer `copied`."""
 
     copied: Any
     start: Any
@@ -70,9 +75,10 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """A chunk of a panel, and the rows that pass over it.
+    """A chunk of a panel, and the block of rows that passes over it.
 
-    A chunk that is not fp32 is widened by the first block, into `widen_to`, in passing; others read it as `wide`.
+    If the weights are not fp32, the first block also stores the chunk as fp32 in `widen_to`, and the other blocks read
+    it from there as `wide`.
     """
 
     panel: Any
@@ -83,7 +89,7 @@ class _Place:
 
 
 class _Linear:
-    """Emits one kernel into the builder that is open."""
+    """Emit one kernel into the builder that is open."""
 
     def __init__(
         self, panels: Panels, m: Any, x: Any, packed: Any, y: Any, scales: Any = None, residual: Any = None
@@ -91,7 +97,7 @@ class _Linear:
         from tvm.script.ir_builder import tirx as T
 
         self.panels, self.m = panels, m
-        # Only the last index of an access may be a vector: the axis of length 1 goes.
+        # Only the last index of an access may be a vector, so the last axis, of length 1, is dropped.
         self.packed = T.decl_buffer(packed.shape[:3], panels.dtype, data=packed.data)
         self.flat = T.decl_buffer((panels.count * panels.inputs * panels.width,), panels.dtype, data=packed.data)
         self.x, self.scales, self.residual, self.y = x, scales, residual, y
@@ -102,6 +108,7 @@ class _Linear:
         self.chunks = -(-panels.inputs // self.chunk)
 
     def emit(self) -> None:
+        """Emit one branch for each size of tile, and one for all larger numbers of rows."""
         self._emit_for(list(self.panels.tiles))
 
     def _emit_for(self, sizes: list[int]) -> None:
@@ -124,12 +131,12 @@ class _Linear:
             return T.serial(0, extent)
         return T.parallel(0, extent)
 
-    # Few rows: each panel is read once from end to end, its sums stay in registers.
+    # Few rows: each panel is read once from end to end, and its sums stay in registers.
 
     def _few_rows(self, rows: int) -> None:
         from tvm.script.ir_builder import tirx as T
 
-        # More sums than results where there are few, since each addition waits for the one before it.
+        # If there are few results, each gets several partial sums, since an addition waits for the one before it.
         copies = max(1, 8 // (rows * len(self.vectors)))
         inputs = self.panels.inputs
         with self._loop(self.panels.count) as panel:
@@ -167,7 +174,7 @@ class _Linear:
             self._store_row(row, panel, scaled)
 
     def _store_row(self, row: Any, panel: Any, values: list[Any]) -> None:
-        """Write a row of a panel; the last panel may have fewer outputs."""
+        """Emit the writing of one row of a panel; the last panel may have fewer outputs."""
         from tvm.script.ir_builder import tirx as T
 
         width, outputs = self.panels.width, self.panels.outputs
@@ -196,8 +203,8 @@ class _Linear:
         copied = T.alloc_buffer((self.chunks * blocks * self.chunk * size,), "float32")
         with self._loop(blocks) as block:
             self._copy_block(copied, blocks, block)
-        # Few blocks: panels one after the other, as they lie in memory. Many: several, for which a chunk of rows stays
-        # in the L2 cache.
+        # With few blocks, panels are read one after the other, as they lie in memory. With many, several panels form a
+        # group, for which a chunk of the rows stays in the L2 cache.
         groups = T.bind(T.if_then_else(blocks > FEW_BLOCKS, T.int64(self.panels.groups), T.int64(self.panels.count)))
         with self._loop(groups) as index:
             wide = None if self.panels.dtype == "float32" else self._scratch()
@@ -228,7 +235,7 @@ class _Linear:
                 self._block(place, steps)
 
     def _following(self, first: Any, panel: Any, chunk: Any, last: Any) -> NextPanel:
-        """The chunk of a panel that comes after this one: of the next panel, or of the group's first one."""
+        """Return the chunk of weights to prefetch: that of the next panel, or the next chunk of the group's first."""
         from tvm.script.ir_builder import tirx as T
 
         more = chunk + 1 < self.chunks
@@ -239,7 +246,7 @@ class _Linear:
         return NextPanel(self.flat, start, self._length(chunk), self.panels.width * item_bytes, item_bytes)
 
     def _block_start(self, blocks: Any, chunk: Any, block: Any) -> Any:
-        """Where a block's copy of a chunk starts: [chunks, blocks, inputs of a chunk, rows of a block]."""
+        """Return where a block's copy of a chunk starts in [chunks, blocks, inputs of a chunk, rows of a block]."""
         return (chunk * blocks + block) * (self.chunk * self.panels.rows)
 
     def _scratch(self) -> Any:
@@ -248,7 +255,7 @@ class _Linear:
         return T.alloc_buffer((self.chunk, self.panels.width), "float32")
 
     def _block(self, place: _Place, steps: Steps) -> None:
-        """One tile, of no more rows than are left."""
+        """Emit one tile for a block of rows, of the smallest size that holds the rows that are left."""
         from tvm.script.ir_builder import tirx as T
 
         def tile(sizes: list[int]) -> None:
@@ -340,10 +347,13 @@ class _Linear:
             before = T.if_then_else(chunk == 0, first, self.y[tuple(at)])
             T.buffer_store(self.y, before + tile[row, column], at)
 
-    # Small parts.
+    # Small helpers of both.
 
     def _sums(self, rows: int) -> list[list[Any]]:
-        """Zeros for `rows` × the panel's width: a buffer each, so that LLVM keeps each in a register."""
+        """Return sums for `rows` rows × the vectors of a panel, set to zero.
+
+        Each vector has a buffer of its own, so that LLVM keeps each in a register.
+        """
         from tvm.script.ir_builder import tirx as T
 
         sums = [[local(self.lanes) for _ in self.vectors] for _ in range(rows)]
@@ -373,7 +383,7 @@ class _Linear:
         return self._least(self.chunk, self.panels.inputs - chunk * self.chunk)
 
     def _row(self, rows: int, row: int) -> Any:
-        """A row that there is: some tiles have more rows than x."""
+        """Return a row number that exists in x, since some tiles have more rows than x."""
         return row if rows <= 2 or row == 0 else self._least(row, self.m - 1)
 
     def _least(self, left: Any, right: Any) -> Any:

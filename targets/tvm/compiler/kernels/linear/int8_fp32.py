@@ -1,10 +1,12 @@
-"""Linears over int8 weights and fp32 activations by dot products of bytes: activations as integers of three bytes.
+"""Emit linear layers with int8 weights and fp32 activations, using dot products of bytes.
 
-A row of x becomes integers within ±LIMIT times one scale, and each integer its three bytes: three rows of codes, whose
-sums of products with the weights are exact in int32 and are put together in fp32. Every number is so rounded to 2^-22
-of the row's largest, which is about what sums in fp32 lose; they lose less where a number that is far larger than the
-others meets a small weight. Three products of bytes take less time than one in fp32, and few rows wait for memory
-anyway. Linears that share x split it each for itself: less than 1 % of their time.
+Each row of x is turned into one scale times integers within ±LIMIT, and each integer is cut into its three bytes. So a
+row becomes three rows of bytes, called planes. The sums of their products with the weights are exact in int32, and are
+put together in fp32. Every number is thus rounded to 2^-22 of the largest number of its row. fp32 sums lose about as
+much; they lose less where a number far larger than the others meets a small weight.
+
+Three products of bytes take less time than one in fp32, and with few rows memory is the limit anyway. Layers that share
+x each split it again, which takes less than 1 % of their time.
 """
 
 from __future__ import annotations
@@ -30,23 +32,25 @@ from passopt.targets.tvm.compiler.kernels.quantize_rows import (
 )
 from passopt.targets.tvm.machines import Isa
 
-#: Bits below each plane, the highest byte first.
+#: For each plane, how many bits lie below its byte; the plane of the highest byte comes first.
 SHIFTS = (16, 8, 0)
 PLANES = len(SHIFTS)
-#: Integers are stored with this added, and so in bytes without a sign; the highest one has a zero point of 64.
+#: This is added to integers before they are stored, so that their bytes have no sign. The plane of the highest byte
+#: thereby has a zero point of 64.
 _ZERO = 1 << 22
 LIMIT = _ZERO - 1
 _ZERO_POINT = _ZERO >> SHIFTS[0]
-#: Scales are normal numbers, as those below have too few bits: smaller rows are rounded to it.
+#: The smallest scale. Scales must be normal fp32 numbers, since subnormal ones have too few bits; rows with smaller
+#: numbers are rounded to multiples of it.
 _SMALLEST = 2.0**-126
-#: Beyond this many inputs, sums of products of a byte (255) and a code (-128) could overflow int32.
+#: The largest K. With more inputs, sums of products of a byte (255) and a code (-128) could overflow int32.
 MAX_INPUTS = (2**31 - 1) // (255 * 128)
 
 
 def plan_planes(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
-    """y = x · (codes · scales)ᵀ for int8 codes [N, K], K up to MAX_INPUTS, and scales [N].
+    """Return the kernel for y = x · (codes · scales)ᵀ, with int8 codes [N, K], K up to MAX_INPUTS, and scales [N].
 
-    The function takes (x f32[M, K], *weights, [residual,] y f32[M, N]).
+    Its function takes (x f32[M, K], *weights, [residual f32[M, N],] y f32[M, N]).
     """
     n, k = codes.shape
     kernel = byte_kernel(isa)
@@ -56,13 +60,14 @@ def plan_planes(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
         ("scales", scales.cast(DataType.FLOAT).pad(0, padded)),
         ("sums", codes.row_sums().pad(0, padded)),
     )
-    # The width of W8A8's codes; each plane has a zero point of its own, and nothing is written behind column K.
+    # Planes have the width of W8A8 codes. Only the highest plane has a zero point, which `_joined` takes off; nothing
+    # is written behind column K, where the weights are zero.
     layout = dataclasses.replace(codes_layout(k, isa), zero_point=0)
     return LinearPlan(f"linear_int8_{n}_{k}", weights, partial(linear_planes, n, k, layout, kernel), "weights")
 
 
 def linear_planes(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, residual: bool = False) -> Any:
-    """The PrimFunc of `plan_planes`."""
+    """Return the PrimFunc that `plan_planes` describes; `n` and `k` are N and K."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
@@ -88,7 +93,10 @@ def linear_planes(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, resid
 
 
 def _split_row(x: Any, codes: Any, scales: Any, k: int, lanes: int, row: Any) -> None:
-    """The bytes of a row of x and its scale, which is not finite where a number of the row is not."""
+    """Emit the split of a row of x into planes of bytes, and its scale.
+
+    The scale is not finite if the row holds a number that is not.
+    """
     from tvm import tirx
     from tvm.script.ir_builder import tirx as T
 
@@ -104,7 +112,7 @@ def _split_row(x: Any, codes: Any, scales: Any, k: int, lanes: int, row: Any) ->
         limit, rounding = (emit.spread(float(value), count) for value in (LIMIT, ROUNDING))
         scaled = load(start, count) / emit.spread(scale, count)
         clipped = T.max(T.min(scaled, limit), -limit)
-        # As integers, so that no rule of floating point may cancel the two additions.
+        # The second addition is one of integers, so that no simplification of floating-point code can cancel the two.
         integer = T.reinterpret(emit.typed("int32", count), clipped + rounding)
         stored = emit.bind(integer + emit.spread(T.int32(_ZERO - ROUNDING_BITS), count))
         for plane, shift in enumerate(SHIFTS):
@@ -115,7 +123,10 @@ def _split_row(x: Any, codes: Any, scales: Any, k: int, lanes: int, row: Any) ->
 
 
 def _joined(row_scales: Any, scales: Any, sums: Any, row: Any, totals: list[Any], at: Any, lanes: int) -> Any:
-    """The sums of the planes at their places, less the zero point of the highest, times both scales."""
+    """Return fp32 outputs from the int32 sums of the planes.
+
+    The zero point of the highest plane is taken off, the sums are joined by place value, and both scales applied.
+    """
     from tvm.script.ir_builder import tirx as T
 
     highest, *others = totals

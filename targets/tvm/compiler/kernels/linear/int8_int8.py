@@ -1,7 +1,8 @@
-"""Linear layers over int8 weights and int8 activations: exact int32 sums, then row scale times weight scale, fp32.
+"""Emit linear layers with int8 weights and int8 activations (W8A8).
 
-The levels differ in the dot product and agree in every bit of the sums: |code| ≤ 127, so K ≤ 133,000 cannot overflow
-int32, and no step saturates.
+Sums are exact in int32; they are then multiplied by the row's scale and the weight's scale in fp32. The instruction
+levels use different dot products, but their sums agree in every bit: with |code| ≤ 127, sums over K ≤ 133,000 cannot
+overflow int32, and no step saturates.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from passopt.targets.tvm.machines import Isa
 
 
 def plan_w8a8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
-    """y = (codes of x · codesᵀ) · row scale · scales, for int8 codes [N, K] and scales [N].
+    """Return the kernel for y = (codes of x · codesᵀ) · row scale · scales, with int8 codes [N, K] and scales [N].
 
-    The function takes (codes as `codes_layout(K, isa)` says, row_scales f32[M], *weights, [residual,] y f32[M, N]).
+    Its function takes (codes of x as `codes_layout(K, isa)` says, row_scales f32[M], *weights, [residual f32[M, N],]
+    y f32[M, N]).
     """
     n, k = codes.shape
     kernel = byte_kernel(isa)
@@ -40,7 +42,10 @@ def plan_w8a8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
 
 
 def linear_w8a8(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, residual: bool = False) -> Any:
-    """The PrimFunc of `plan_w8a8`; row sums of the weights are an argument where codes have a zero point."""
+    """Return the PrimFunc that `plan_w8a8` describes; `n` and `k` are N and K.
+
+    The row sums of the weights are an argument only if the codes of x have a zero point.
+    """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
@@ -67,7 +72,7 @@ def linear_w8a8(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, residua
 def _scaled(
     row_scales: Any, scales: Any, sums: Any, zero_point: int, row: Any, totals: list[Any], at: Any, lanes: int
 ) -> Any:
-    """Sums of codes, less the zero point times `sums` of the weights, times both scales."""
+    """Return fp32 outputs from int32 sums: take off zero point times the weights' `sums`, then apply both scales."""
     from tvm.script.ir_builder import tirx as T
 
     (total,) = totals

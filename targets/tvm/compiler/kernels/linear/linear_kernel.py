@@ -1,4 +1,4 @@
-"""How one linear is computed: a kernel, and its weights laid out for it."""
+"""Describe how one linear layer is computed: by which kernel, and with its weights in which layout."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from passopt.targets.tvm.compiled_folder import Quantized
 
 @dataclasses.dataclass(frozen=True)
 class LinearPlan:
-    """How one linear is computed: y[M, N] = x[M, K] · Wᵀ, rows M unknown at compile."""
+    """The kernel and the weights of one linear layer, y[M, N] = x[M, K] · Wᵀ.
+
+    The number of rows M is known only when the kernel runs.
+    """
 
     #: The kernel's name in the library; equal names mean equal functions.
     name: str
-    #: (suffix of the weight's name, expression) in the order of the kernel's arguments.
+    #: The weights in the order of the kernel's arguments: the suffix of the name, and the layout as an expression.
     weights: tuple[tuple[str, Expression], ...]
+    #: The function that returns the PrimFunc; its argument says whether a residual is added.
     make: Callable[[bool], Any]
+    #: The parts of the layer that are int8.
     quantized: Quantized = "none"
 
     def function(self, *, residual: bool = False) -> Any:
-        """The PrimFunc (x, *weights, y f32[M, N]); with `residual`, f32[M, N] before y that is added.
+        """Return the PrimFunc (x, *weights, y f32[M, N]), where x is f32[M, K].
 
-        x is f32[M, K], or what the plan's maker says.
+        With `residual`, there is another argument f32[M, N] before y, which is added. If the activations are quantised,
+        codes and scales take the place of x, as `plan_w8a8` says.
         """
         return self.make(residual)

@@ -1,4 +1,7 @@
-"""How the weights of a linear in fp32 are stored and cut: panels of some outputs, chunks of inputs, blocks of rows."""
+"""Define how the weights of a linear layer computed in fp32 are stored, and how the work on them is cut.
+
+Outputs are cut into panels, inputs into chunks, and rows of x into blocks.
+"""
 
 from __future__ import annotations
 
@@ -9,65 +12,75 @@ from passopt.targets.tvm.compiler.kernels.linear.prefetch import STRIDE
 from passopt.targets.tvm.machines import Isa
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-#: Groups of panels come in multiples of this, if there are as many panels: one more for a thread keeps others waiting.
+#: The number of groups of panels is a multiple of this if there are enough panels, so that 2, 4 or 8 threads get
+#: equally many groups: one more for a thread would keep the others waiting.
 SHARES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Panels:
-    """How the weights of one linear are stored, and the tile of results that the registers hold."""
+    """The layout of the weights of one linear layer, and the size of the tile of results that the registers hold."""
 
     outputs: int
     inputs: int
     dtype: str
-    #: The dtype of a scale per output, if the weights are codes.
+    #: The dtype of the scales, one per output, if the weights are int8 codes.
     scales: str | None
     isa: Isa
-    #: Outputs of a panel, a few vectors.
+    #: The number of outputs of a panel: a few vectors.
     width: int
-    #: Rows of x in a tile.
+    #: The number of rows of x in a tile.
     rows: int
 
     @classmethod
     def of(cls, outputs: int, inputs: int, dtype: str, isa: Isa, scales: str | None = None) -> Panels:
+        """Return the layout for a weight [outputs, inputs] on an instruction level."""
         vectors = 4 if isa.registers > 16 else 2
         rows = (isa.registers - 2 * vectors) // vectors
         return cls(outputs, inputs, dtype, scales, isa, vectors * isa.lanes, rows)
 
     @property
     def count(self) -> int:
+        """Return the number of panels; the last one may have fewer outputs."""
         return -(-self.outputs // self.width)
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """How many rows a tile may have: few rows need not cost as much as many."""
+        """Return the numbers of rows that a tile may have, in ascending order; smaller tiles make few rows cheaper."""
         return (*(rows for rows in (1, 2, 4, 8) if rows < self.rows), self.rows)
 
     @property
     def vectors(self) -> int:
+        """Return the number of vectors in the width of a panel."""
         return self.width // self.isa.lanes
 
     @property
     def chunk(self) -> int:
-        """Inputs whose weights stay in a cache while the rows of a span pass over them: whole strides of requests.
+        """Return the number of inputs of a chunk, whose weights stay in a cache while all blocks of a span use them.
 
-        A panel's chunk in fp32 and a block of rows fit the L1 cache; or the L2 cache, where a tile of the registers
-        takes so long that its weights come from there in time.
+        A panel's chunk in fp32 fits the L1 cache together with a block of rows. With many registers it fits only the L2
+        cache, but a tile then takes long enough for its weights to arrive in time. A chunk is a multiple of STRIDE.
         """
         chunks = -(-self.inputs // (1024 if self.isa.registers > 16 else 256))
         return -(-self.inputs // chunks // STRIDE) * STRIDE
 
     @property
     def blocks_per_span(self) -> int:
-        """Blocks of rows that pass over a chunk before the next panel; where chunks are short, as fit the L2 cache."""
+        """Return the number of blocks of rows in a span, which all pass over a chunk before the next panel does.
+
+        Where chunks are short, it is the number of blocks that fit the L2 cache.
+        """
         return 256 if self.isa.registers > 16 else 32
 
     @property
     def groups(self) -> int:
-        """Groups of panels that threads share out, where there are many rows: as many for each of 2, 4 or 8 threads."""
+        """Return the number of groups of panels that threads share out when there are many rows.
+
+        Each of 2, 4 or 8 threads gets as many groups as the others, unless there are too few panels.
+        """
         about = 4 if self.isa.registers > 16 else 8
         return min(self.count, -(-self.count // (about * SHARES)) * SHARES)
 
     def first_of(self, group: Any, groups: Any) -> Any:
-        """The first panel of a group, of so many groups."""
+        """Return the first panel of group number `group` of `groups`."""
         return group * self.count // groups

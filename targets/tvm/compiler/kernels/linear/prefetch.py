@@ -1,7 +1,7 @@
-"""Asking for the weights that come next, so that no tile waits for memory.
+"""Prefetch the weights that are needed next, so that no tile waits for memory.
 
-Every tile of a panel asks for its share of the panel after it, few lines per step: as many as memory delivers while the
-tile is computed. More of them at once would fill the CPU's line buffers, and then the tile waits all the same.
+Every tile of a panel prefetches its share of the following panel, a few cache lines per step: as many as memory
+delivers while the tile is computed. More at once would fill the CPU's line buffers, and the tile would wait after all.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import Any
 
 from passopt.targets.tvm.compiler.kernels.emit import L2, LINE_BYTES, opaque, prefetch
 
-#: Steps between two requests.
+#: The number of steps between two requests.
 STRIDE = 4
-#: Among how many tiles the requests for a panel are shared out, if there are as many; two at least.
+#: The numbers of tiles among which the requests for a panel may be shared out. The largest that is not more than the
+#: number of tiles is used, or else the last one.
 SHARES = (16, 8, 4, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class NextPanel:
-    """A panel of `steps` rows of `row_bytes`, from element `start` of the flat buffer `weights` on."""
+    """The panel to prefetch: `steps` rows of `row_bytes` bytes, from element `start` of the flat buffer `weights` on.
+
+    `item_bytes` is the size of an element in bytes.
+    """
 
     weights: Any
     start: Any
@@ -29,14 +33,14 @@ class NextPanel:
     item_bytes: int
 
     def each_step(self, tile: Any, tiles: Any, body: Callable[[Any], None]) -> None:
-        """`body(step)` for all steps, with the requests of tile number `tile` of `tiles` among them."""
+        """Emit `body(step)` for all steps, with the prefetches of tile number `tile` of `tiles` in between."""
         from tvm.script.ir_builder import tirx as T
 
         lines = max(1, STRIDE * self.row_bytes // LINE_BYTES)
         requests = T.int64(max(1, lines // SHARES[-1]))
         for shares in reversed(SHARES[:-1]):
             requests = T.if_then_else(tiles >= shares, T.int64(max(1, lines // shares)), requests)
-        # Known when the kernel runs: code for each of the numbers would be three times as much, and no faster.
+        # The number is a run-time value: separate code for each number would be three times as long and no faster.
         requests = opaque(requests)
         strides = self.steps // STRIDE if isinstance(self.steps, int) else opaque(self.steps // STRIDE)
         line = LINE_BYTES // self.item_bytes

@@ -1,0 +1,49 @@
+"""List all passes and named pipelines: `passopt.list_passes`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from passopt.passes.framework.catalog import Entry, catalog
+from passopt.passes.pipeline.named import PIPELINES, Pipeline
+from passopt.reporting.result import Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue(Result):
+    """All passes and named pipelines by name, as their source files describe them; none of them is imported."""
+
+    passes: Mapping[str, Entry]
+    pipelines: Mapping[str, Pipeline]
+
+    def to_text(self) -> str:
+        lines = ["passes"]
+        for entry in self.passes.values():
+            settings = ",".join(f"{name}={default}".lower() for name, _, default in entry.options)
+            accuracy = f"  ({entry.accuracy})" if entry.accuracy else ""
+            lines += [f"  {entry.name}{f'{{{settings}}}' if settings else ''}{accuracy}", f"      {entry.summary}"]
+        lines.append("pipelines")
+        for name, item in self.pipelines.items():
+            settings = ",".join(f"{key}={value}" for key, value in item.options.items())
+            steps = ", ".join(item.steps)
+            lines += [f"  {name}{f'{{{settings}}}' if settings else ''} = {steps}", f"      {item.summary}"]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        passes = [dataclasses.asdict(entry) for entry in self.passes.values()]
+        pipelines = [{"name": name, **dataclasses.asdict(item)} for name, item in self.pipelines.items()]
+        return {"passes": passes, "pipelines": pipelines}
+
+
+def list_passes() -> Catalogue:
+    """List all passes and pipelines, those of installed packages too.
+
+    Returns:
+        The passes and pipelines by name.
+
+    Raises:
+        PassError: Two passes have the same name, or an entry point does not lead to a pass.
+    """
+    return Catalogue(catalog(), PIPELINES)

@@ -1,0 +1,187 @@
+"""Export a stock Hugging Face checkpoint to ONNX: `passopt.export`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import onnx_ir
+
+from passopt.api.model import Model, refuse_existing, write
+from passopt.ir.dtypes import DTYPES
+from passopt.ir.errors import UsageError
+from passopt.ir.graph.decoder import SELF_CHECK
+from passopt.ir.graph.shapes import complete_types
+from passopt.ir.serialization.model_files import MODEL_NAME, load_model
+from passopt.ir.version import __version__
+from passopt.ir.weights.streaming.budget import StreamOptions
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
+from passopt.reporting.reporter import SILENT, Reporter
+from passopt.reporting.result import Result
+from passopt.targets.folders.output import Origin, Output
+
+if TYPE_CHECKING:
+    from passopt.frontends.checkpoint import Checkpoint
+    from passopt.frontends.options import Alibi, Attention, Exporter, ExportOptions, Phase
+
+Dtype = Literal["fp16", "fp32", "bf16"]
+
+#: The passes that every exported graph goes through, so that the exporter's arithmetic on constants and lengths is done
+#: once, and not at every run of the model.
+CLEAN_UP = "fold-constants,dead-code"
+_SKIPPED = "skipped"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult(Result):
+    """The result of an export.
+
+    Attributes:
+        output: The new folder.
+        nodes: The number of nodes of the graph.
+        layers: The number of decoder layers.
+        dtype: The number type of the weights.
+        opset: The opset of the graph.
+        error: The error of the self-check, max|difference| / max|reference|: a small model of the same class is
+            exported and compared with eager torch. None if the self-check was skipped.
+    """
+
+    output: Path
+    nodes: int
+    layers: int
+    dtype: str
+    opset: int
+    error: float | None
+
+    @property
+    def model(self) -> Model:
+        """Load and return the exported model."""
+        return Model(load_model(self.output), self.output / MODEL_NAME, CLEAN_UP)
+
+    def to_text(self) -> str:
+        verdict = "skipped (--no-self-check): nobody compared this graph with the original model"
+        if self.error is not None:
+            verdict = f"max|Δ|/max|reference| = {self.error:.2e} against eager torch"
+        graph = f"{self.nodes} nodes, {self.layers} layers, {self.dtype}, opset {self.opset}"
+        return f"{graph}\nself-check: {verdict}\n→ {self.output}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "output": str(self.output)}
+
+
+def export(
+    checkpoint: Path | str,
+    output: Path | str,
+    *,
+    dtype: Dtype = "fp16",
+    alibi: Alibi = "formula",
+    opset: int | None = None,
+    exporter: Exporter = "dynamo",
+    attention: Attention | None = None,
+    phase: Phase = "merged",
+    weights: Literal["copy", "reference"] = "copy",
+    trust_remote_code: bool = False,
+    self_check: bool = True,
+    memory: int | None = None,
+    workers: int | None = None,
+    reporter: Reporter = SILENT,
+) -> ExportResult:
+    """Export a stock checkpoint, its code unmodified, to a folder with model.onnx and its weights.
+
+    Args:
+        checkpoint: The folder with config.json, code and weights.
+        output: The new folder. It appears whole or not at all.
+        dtype: The number type of the weights.
+        alibi: "formula" keeps ALiBi as slopes, "baked" writes it as a constant mask.
+        opset: The opset, from 18 to 23; None for 21, or for 20 with torchscript.
+        exporter: The exporter of torch: "dynamo", or "torchscript", which runs the model once.
+        attention: The attention of transformers to trace, "eager" or "sdpa"; None for what suits the family.
+        phase: "merged" for one graph that does everything, "prefill" for a graph without past, "decode" for a graph of
+            single tokens.
+        weights: "copy" copies weights into the output; "reference" only refers to the files that hold them.
+        trust_remote_code: Run the checkpoint's own Python files. Read them first.
+        self_check: Export a small model of the same class too, and compare it with eager torch.
+        memory: The bytes of memory that the process may take while it writes weights; None for 1 GiB.
+        workers: The number of threads that write weights; None for two per core, at most 8.
+        reporter: Is told about progress and warnings.
+
+    Returns:
+        The folder, figures of the graph, and the error of the self-check.
+
+    Raises:
+        UsageError: The output exists, an option is unknown, options contradict each other, or memory or disk is too
+            small.
+        ModelError: The checkpoint is incomplete, or its code cannot be exported.
+        CheckError: The self-check found a difference from eager torch.
+    """
+    from passopt.frontends.checkpoint import open_checkpoint
+    from passopt.frontends.options import ExportOptions
+
+    output = Path(output)
+    refuse_existing(output)
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    if alibi == "baked" and weights == "reference":
+        raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use --weights=copy")
+    found = open_checkpoint(Path(checkpoint))
+    settings = ExportOptions(
+        dtype=DTYPES[dtype],
+        opset=opset,
+        exporter=exporter,
+        attention=attention,
+        alibi=alibi,
+        phase=phase,
+        trust_remote_code=trust_remote_code,
+    )
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.scratch-", dir=output.absolute().parent) as scratch:
+        model = _traced(found, settings, Path(scratch), reporter)
+        error = _checked(found, settings, reporter) if self_check else None
+        model.metadata_props[SELF_CHECK] = _SKIPPED if error is None else f"{error:.2e}"
+        source = {"checkpoint": found.directory.name, "files": _files(found)}
+        planned = Output(model, Origin(__version__, resolve(CLEAN_UP).expanded, source, found.directory))
+        if weights == "reference":
+            planned.write_reference(output)
+        else:
+            write(planned, output, StreamOptions(memory, workers), reporter)
+    layers = sum((value.name or "").endswith(".key") for value in model.graph.outputs)
+    return ExportResult(output, len(model.graph), layers, dtype, settings.target_opset, error)
+
+
+def clean_up(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Fold the exporter's arithmetic on constants and complete the types of a graph, in place.
+
+    Args:
+        model: The graph as the exporter made it.
+
+    Returns:
+        The same model.
+    """
+    run_passes(model, resolve(CLEAN_UP).passes)
+    complete_types(model)
+    return model
+
+
+def _traced(checkpoint: Checkpoint, settings: ExportOptions, scratch: Path, reporter: Reporter) -> onnx_ir.Model:
+    from passopt.frontends.export import export_graph
+
+    reporter.say(f"tracing {checkpoint.directory.name}, stock code")
+    return clean_up(export_graph(checkpoint, settings, scratch))
+
+
+def _checked(checkpoint: Checkpoint, settings: ExportOptions, reporter: Reporter) -> float:
+    from passopt.frontends.self_check import self_check
+
+    reporter.say("self-check: a small model of the same class, eager torch against its exported graph")
+    return self_check(checkpoint, settings, finish=clean_up)
+
+
+def _files(checkpoint: Checkpoint) -> list[dict[str, object]]:
+    """Return the name, the size and the digest of the header of each weight file that was read."""
+    files = {Path(source.file.path).name: source.file for source in checkpoint.tensors.values()}
+    return [
+        {"name": name, "size": file.size, "header_digest": file.header_digest} for name, file in sorted(files.items())
+    ]

@@ -1,0 +1,115 @@
+"""Run the command line: find the command, call it, and turn errors into messages and exit codes.
+
+Results go to stdout, messages and progress to stderr. The exit code is 0 for success, 1 for a check that failed, 2 for
+wrong usage or input, 3 for an error of a pass, 4 for an expectation that does not hold, and 130 for an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from passopt.ir.errors import PassoptError, UsageError
+from passopt.ir.version import __version__
+
+_INTERRUPTED = 128 + signal.SIGINT
+
+#: The modules of `passopt.commands`, in the order of the help. Each has SUMMARY, EXAMPLE, add_arguments and main.
+COMMANDS = (
+    "export",
+    "materialize",
+    "run",
+    "verify",
+    "list",
+    "new-pass",
+    "explain",
+    "print",
+    "plan",
+    "why",
+    "replay",
+    "compile",
+    "generate",
+)
+
+#: The extra of passopt that installs a package; all other packages come with the extra `export`.
+_EXTRAS = {
+    "onnx_graphsurgeon": "guests",
+    "onnxsim": "guests",
+    "sentencepiece": "run",
+    "tokenizers": "run",
+    "tvm": "run",
+    "tvm_ffi": "run",
+}
+
+_DESCRIPTION = "Ordered graph passes for ONNX graphs of language models."
+_EPILOG = """examples:
+  passopt export Baichuan2-13B-Chat -o baichuan2 --trust-remote-code
+  passopt run baichuan2/model.onnx --passes 'tp{degree=4},int8'
+  passopt verify baichuan2 baichuan2/model.tp4.int8
+  passopt list
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The words after `passopt`; None for those of the process.
+
+    Returns:
+        The exit code.
+    """
+    options = parser().parse_args(arguments)
+
+    def say(message: str) -> None:
+        print(f"passopt {options.command}: {message}", file=sys.stderr)
+
+    try:
+        code: int = options.main(options)
+    except PassoptError as error:
+        say(str(error))
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        writes = getattr(options, "output", None) is not None
+        say(str(interrupt) or ("interrupted; nothing half-written was kept" if writes else "interrupted"))
+        return _INTERRUPTED
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(str(error.name), "export")
+        say(f"needs {error.name}, which is not installed; pip install 'passopt[{extra}]' brings it")
+        return UsageError.exit_code
+    except BrokenPipeError:
+        # The reader of stdout has gone, as in `| head`. Without this, Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        say(f"{error.filename or 'a file'}: {error.strerror or error}")
+        return UsageError.exit_code
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands.
+
+    Importing a command imports neither onnx nor numpy; only calling it does.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser("passopt", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw)
+    found.add_argument("--version", action="version", version=f"passopt {__version__}")
+    commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"passopt.commands.{name.replace('-', '_')}")
+        examples = f"example{'s' if chr(10) in module.EXAMPLE else ''}:\n  {module.EXAMPLE}"
+        command = commands.add_parser(
+            name, help=module.SUMMARY, description=module.SUMMARY, epilog=examples, formatter_class=raw
+        )
+        module.add_arguments(command)
+        command.set_defaults(main=module.main)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Define who is told about an operation while it runs: by messages, by texts to look at, and by progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """A progress bar for one long piece of work; call it with the bytes or items that were done since the last call."""
+
+    def __call__(self, count: int) -> None: ...
+
+    def close(self) -> None:
+        """End the bar, whether the work succeeded or not."""
+
+
+class Reporter:
+    """A reporter that ignores everything; the command line has one that writes to stderr."""
+
+    def say(self, message: str) -> None:
+        """Report a message of one line for people, such as a warning or the step that begins."""
+
+    def show(self, text: str) -> None:
+        """Report a text of many lines that was asked for, such as a graph after a pass."""
+
+    def bar(self, label: str, total: int, *, in_items: bool = False) -> Bar:
+        """Return a progress bar for `total` bytes, or for `total` items if `in_items`."""
+        return _NoBar()
+
+
+class _NoBar:
+    """A progress bar that shows nothing."""
+
+    def __call__(self, count: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+#: The reporter of operations for which none is named.
+SILENT = Reporter()
+
+
+@contextlib.contextmanager
+def progress_bar(
+    reporter: Reporter, label: str, total: int, *, in_items: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Open a progress bar for the time of a block, and close it also if the block raises."""
+    bar = reporter.bar(label, total, in_items=in_items)
+    try:
+        yield bar
+    finally:
+        bar.close()
