@@ -14,6 +14,13 @@ from passopt.cli import main
 from passopt.testing.checkpoints import ALIBI, ROTARY, evaluation_text, make_checkpoint
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what starts from an exported family, which takes many seconds."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and {"root", "family"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 def export(root: Path, name: str, *options: str) -> Path:
     """The folder of an exported checkpoint `root/name`."""
     output = root / f"{name}{''.join(options)}"
@@ -42,6 +49,11 @@ def alibi(root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rotary_fp16(root: Path) -> Path:
+    return export(root, "rotary", "--dtype=fp16", "--no-self-check")
+
+
+@pytest.fixture(scope="session")
 def alibi_fp16(root: Path) -> Path:
     return export(root, "alibi", "--dtype=fp16", "--no-self-check")
 
@@ -54,30 +66,31 @@ def family(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _code_is_generated_once(tmp_path_factory: pytest.TempPathFactory):
-    """Copy the library of a module that was already built in this session: many tests compile the same model."""
+    """Copy the library of an equal module that was built before in this session: many tests compile the same model."""
     if importlib.util.find_spec("tvm") is None:
         yield
         return
     from passopt.targets.tvm.compiler import compile_models
-    from passopt.targets.tvm.compiler.code_generation import write_code
+    from passopt.targets.tvm.compiler.compile_models import build
+    from passopt.targets.tvm.compiler.relax_steps import run_steps
 
-    made: dict[int, list[tuple[Any, str, Path, Any]]] = defaultdict(list)
+    made: dict[tuple[Any, int], list[tuple[Any, Path]]] = defaultdict(list)
     folder = tmp_path_factory.mktemp("code")
 
-    def write_once(module: Any, target: Any, path: Path) -> Any:
+    def build_once(lowered: Any, machine: Any, path: Path, on_step: Any = None) -> None:
         from tvm_ffi import structural_equal, structural_hash
 
-        alike = made[structural_hash(module, map_free_vars=True)]
-        for other, its_target, library, built in alike:
-            if its_target == str(target) and structural_equal(other, module, map_free_vars=True):
+        alike = made[machine, structural_hash(lowered.module, map_free_vars=True)]
+        for module, library in alike:
+            if structural_equal(module, lowered.module, map_free_vars=True):
+                run_steps(lowered.module, machine.target(), on_step)
                 shutil.copyfile(library, path)
-                return built
-        built = write_code(module, target, path)
+                return
+        build(lowered, machine, path, on_step)
         library = folder / f"{sum(map(len, made.values()))}.so"
         shutil.copyfile(path, library)
-        alike.append((module, str(target), library, built))
-        return built
+        alike.append((lowered.module, library))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_models, "write_code", write_once)
+        patch.setattr(compile_models, "build", build_once)
         yield

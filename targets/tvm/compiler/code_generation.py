@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 #: It shrinks buffers to what is read of them, and takes most of the time that a kernel takes to compile. Kernels and
@@ -17,13 +16,3 @@ def code_generation(target: Any) -> contextlib.AbstractContextManager[Any]:
 
     left_out = [COMPACTION] if str(target.kind.name) == "llvm" else []
     return tvm.transform.PassContext(disabled_pass=left_out)  # type: ignore[no-any-return]
-
-
-def write_code(module: Any, target: Any, path: Path) -> Any:
-    """Generate code for a module after all steps, link it to `path`, and return the built module."""
-    from tvm import relax
-
-    with code_generation(target):
-        executable = relax.build(module, target, relax_pipeline=None)
-    executable.export_library(str(path))
-    return executable.mod

@@ -40,7 +40,7 @@ from passopt.targets.tvm.compiled_folder import (
     RankFolders,
     WeightsFile,
 )
-from passopt.targets.tvm.compiler.code_generation import write_code
+from passopt.targets.tvm.compiler.code_generation import code_generation
 from passopt.targets.tvm.compiler.lowering.graph import MAIN, Lowered, lower
 from passopt.targets.tvm.compiler.relax_steps import run_steps
 from passopt.targets.tvm.machines import Gpu, Machine
@@ -153,15 +153,19 @@ def build(lowered: Lowered, machine: Machine, path: Path, on_step: Callable[[str
 
     For a GPU, the source of the kernels is written beside it. Raises ModelError if TVM fails.
     """
+    from tvm import relax
+
     target = machine.target()
     module = run_steps(lowered.module, target, on_step)
     try:
-        built = write_code(module, target, path)
+        with code_generation(target):
+            executable = relax.build(module, target, relax_pipeline=None)
+        executable.export_library(str(path))
     except (RuntimeError, ValueError) as error:
         what = f"cuda ({machine.arch})" if isinstance(machine, Gpu) else machine.mcpu
         raise ModelError(f"TVM builds no library for {what} of this model: {error}") from error
     if isinstance(machine, Gpu):
-        path.with_name(SOURCE_NAME).write_text(_source(built), encoding="utf-8")
+        path.with_name(SOURCE_NAME).write_text(_source(executable.mod), encoding="utf-8")
 
 
 def _source(module: Any) -> str:
