@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers drift clean
+.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -18,8 +18,17 @@ test: export OMP_NUM_THREADS := 1
 test: $(INSTALLED)  ## Run all tests, with warnings as errors; FAST=1 leaves out those that are marked slow.
 	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(if $(FAST),-m "not slow")
 
-check: $(INSTALLED)  ## Check format, lint, types and import rules.
-	$(BIN)/python tools/dev/check.py
+# CHECK="format lint types" runs these gates only.
+check: $(INSTALLED)  ## Check format, lint, types, imports, docstrings, spelling, links, and all examples of the docs.
+	$(BIN)/python tools/dev/check.py $(CHECK)
+
+# DOCS=--update-docs writes what the examples print into the pages; read the difference.
+docs: $(INSTALLED)  ## Run the examples of the documentation, then build it into build/docs.
+	$(BIN)/python -m pytest -q README.md CONTRIBUTING.md docs $(DOCS)
+	$(BIN)/python -m sphinx -q -W --keep-going -b dirhtml docs build/docs
+
+clean-install: $(INSTALLED)  ## Build wheel and sdist, install each in a clean environment, and use it as others would.
+	$(BIN)/python tools/dev/clean_install.py
 
 stock: $(INSTALLED)  ## Do the main job on published remote code; say where it is by STOCK=DIR.
 	$(BIN)/python tools/dev/stock.py "$(STOCK)"
@@ -27,27 +36,30 @@ stock: $(INSTALLED)  ## Do the main job on published remote code; say where it i
 full-size: $(INSTALLED)  ## Measure time, memory and exact bytes on the published sizes, without weights.
 	$(BIN)/python tools/bench full-size
 
-why-docs: $(INSTALLED)  ## Write docs/why.md from what `passopt why` prints.
+why-docs: $(INSTALLED)  ## Write docs/measured/why.md from what `passopt why` prints.
 	$(BIN)/python tools/docs/why_page.py
 
-bench-rewrite: $(INSTALLED)  ## Measure the speed of rewriting against other tools, and write docs/bench-rewrite.md.
+bench-rewrite: $(INSTALLED)  ## Measure the speed of rewriting against other tools, and write docs/measured/bench-rewrite.md.
 	$(BIN)/python tools/bench rewriting
 
 # BENCH=--quick measures a part of it, and writes to build/.
-bench-tvm: $(INSTALLED)  ## Measure the speed of compiled models against other runtimes, and write docs/bench-tvm.md.
+bench-tvm: $(INSTALLED)  ## Measure the speed of compiled models against other runtimes, and write docs/measured/bench-tvm.md.
 	$(BIN)/python tools/bench compiled $(BENCH)
 
-bench-scale: $(INSTALLED)  ## Measure full-size weights against the disk's speed (60 GB), and write docs/bench-scale.md.
+bench-scale: $(INSTALLED)  ## Measure full-size weights against the disk's speed (60 GB), and write docs/measured/bench-scale.md.
 	$(BIN)/python tools/bench weights $(BENCH)
 
-bench-scale-peers: $(INSTALLED)  ## Measure other tools' weights under a cap of memory; write docs/bench-scale-peers.md.
+bench-scale-peers: $(INSTALLED)  ## Measure other tools' weights under a cap of memory; write docs/measured/bench-scale-peers.md.
 	$(BIN)/python tools/bench peers $(BENCH)
 
-drift: $(INSTALLED)  ## Write docs/drift.md, what the fusions find by family and exporter, and fail on any miss.
-	$(BIN)/python tools/docs/drift.py --write docs/drift.md
+bench-startup: $(INSTALLED)  ## Measure how long passopt takes to start, and fail where that is beyond its goal.
+	$(BIN)/python tools/bench startup
+
+drift: $(INSTALLED)  ## Write docs/measured/drift.md, what the fusions find by family and exporter, and fail on any miss.
+	$(BIN)/python tools/docs/drift.py --write docs/measured/drift.md
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,dev]'
+	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,docs,dev]'
 	@touch $@
 
 help:  ## Show the targets.

@@ -10,6 +10,11 @@ from passopt.frontends.family import Family
 from passopt.frontends.options import MODEL_TYPES, ExportOptions
 
 
+def is_remote(checkpoint: Checkpoint) -> bool:
+    """Return True if the model is defined by Python files of the checkpoint, not by a class of transformers."""
+    return checkpoint.config.get("model_type") not in MODEL_TYPES
+
+
 @contextlib.contextmanager
 def open_family(checkpoint: Checkpoint, options: ExportOptions) -> Iterator[Family]:
     """Yield the checkpoint's family, whose classes can be imported within the block.
@@ -20,7 +25,7 @@ def open_family(checkpoint: Checkpoint, options: ExportOptions) -> Iterator[Fami
         ModelError: If the checkpoint is of no known family, or without consent to run its code.
         UsageError: If the family does not have one of the options.
     """
-    if checkpoint.config.get("model_type") in MODEL_TYPES:
+    if not is_remote(checkpoint):
         from passopt.frontends.transformers_decoders import TransformersDecoder
 
         yield TransformersDecoder(checkpoint, options)

@@ -38,14 +38,19 @@ def stock_classes(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterato
         ModelError: If the checkpoint names no classes, if they are elsewhere, without consent, or if an import fails.
     """
     config, model = (_reference(checkpoint, role) for role in ("AutoConfig", "AutoModelForCausalLM"))
+    check_consent(checkpoint, trust_remote_code=trust_remote_code)
+    with _package(checkpoint) as package:
+        yield StockClasses(_load(checkpoint, package, config), _load(checkpoint, package, model))
+
+
+def check_consent(checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:
+    """Raise ModelError, naming the files, unless the user lets Python files of the checkpoint run on this machine."""
     if not trust_remote_code:
         files = ", ".join(sorted(path.name for path in checkpoint.directory.glob("*.py")))
         raise ModelError(
             f"{checkpoint.directory}: the model is defined by Python files of the checkpoint ({files}), which would "
             f"run on this machine. Read them, then pass --trust-remote-code."
         )
-    with _package(checkpoint) as package:
-        yield StockClasses(_load(checkpoint, package, config), _load(checkpoint, package, model))
 
 
 def build_stock(checkpoint: Checkpoint, classes: StockClasses, dtype: Any, overrides: Mapping[str, Any]) -> Any:

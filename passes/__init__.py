@@ -11,22 +11,28 @@ from typing import TYPE_CHECKING
 from passopt.ir.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from passopt.ir.graph.run_context import RewriteLimit
     from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, lossy
     from passopt.passes.framework.base import Decline, Pass, Refusal
     from passopt.passes.framework.records import PassRecord, PassResult
     from passopt.passes.patterns.rewrite_pass import RewritePass
     from passopt.passes.patterns.rules import Rewriter
-    from passopt.passes.pipeline.runner import run_passes
-    from passopt.passes.pipeline.text import resolve
+    from passopt.passes.pipeline.expectations import Expectation
+    from passopt.passes.pipeline.runner import Instrument, run_passes
+    from passopt.passes.pipeline.text import Resolved, resolve
 
 __all__ = [
     "EXACT",
     "REASSOCIATED",
     "Decline",
+    "Expectation",
+    "Instrument",
     "Pass",
     "PassRecord",
     "PassResult",
     "Refusal",
+    "Resolved",
+    "RewriteLimit",
     "RewritePass",
     "Rewriter",
     "lossy",
@@ -37,6 +43,10 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "RewriteLimit": "passopt.ir.graph.run_context",
+        "Resolved": "passopt.passes.pipeline.text",
+        "Expectation": "passopt.passes.pipeline.expectations",
+        "Instrument": "passopt.passes.pipeline.runner",
         "EXACT": "passopt.passes.framework.accuracy",
         "REASSOCIATED": "passopt.passes.framework.accuracy",
         "lossy": "passopt.passes.framework.accuracy",

@@ -1,9 +1,10 @@
-"""Run the main job from end to end on two tiny trained checkpoints: export, run, verify, compile, generate, a table.
+"""Run the main job from end to end on two tiny trained checkpoints: export, transform, verify, compile, generate.
 
-Both pipelines, `tp,int8` on the graph as exported and `baichuan2,tp,int8` on the fused one, are verified against it. So
-is what is compiled of them, one library and two ranks, before they write.
+    python tools/demo.py [DIR]
 
-python tools/demo.py [DIR]      (default: a temporary folder that is removed)
+DIR keeps the files; without it, they go to a temporary folder that is removed. Two pipelines run: `tp,int8` on the
+graph as it is exported, and `baichuan2,tp,int8`, which fuses it first. Both results are verified against the exported
+graph. So are the compiled models, a single library and two ranks, before they generate text. A table sums it up.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PROMPT = "The expression list"
 
 
 class Shown(passopt.Reporter):
-    """Prints what an operation says while it runs."""
+    """Print what an operation says while it runs."""
 
     def say(self, message: str) -> None:
         print(f"    {message}", flush=True)
@@ -38,7 +39,7 @@ def show(call: str, result: object) -> None:
 
 
 def check(report: passopt.VerifyReport, call: str) -> passopt.VerifyReport:
-    """Show a verification, and end the demo if anything is beyond its tolerance."""
+    """Show a verification and return it; raise SystemExit if anything is beyond its tolerance."""
     show(call, report)
     if not report.ok:
         raise SystemExit(f"demo: {call} is beyond its tolerance")
@@ -46,7 +47,7 @@ def check(report: passopt.VerifyReport, call: str) -> passopt.VerifyReport:
 
 
 def run_family(root: Path, name: str, spec: CheckpointSpec) -> tuple[list[list[str]], str]:
-    """Export, transform and verify one family; returns its rows of the table, and what its int8 model writes."""
+    """Export, transform and verify one family; return its rows of the table, and the text of its compiled model."""
     print(f"\n== {name}: {spec.layers} layers, {spec.heads} heads, hidden {spec.hidden}, vocabulary {spec.vocab}")
     checkpoint = make_checkpoint(root / f"checkpoint-{name}", spec, format="bin", shards=2)
     (root / "text.txt").write_text(evaluation_text(), encoding="utf-8")
@@ -57,7 +58,7 @@ def run_family(root: Path, name: str, spec: CheckpointSpec) -> tuple[list[list[s
 
 
 def run_pipeline(folder: Path, name: str, pipeline: str, text: Path) -> list[str]:
-    """Transform and verify with one pipeline; returns its row of the table."""
+    """Run one pipeline, verify its result, and return its row of the table."""
     output = folder / ("model." + pipeline.replace(",", ".").replace("tp", "tp2"))
     result = passopt.run(folder, pipeline, output)
     show(f"passopt.run('{name}', '{pipeline}', '{output.name}')", result)
@@ -71,7 +72,7 @@ def run_pipeline(folder: Path, name: str, pipeline: str, text: Path) -> list[str
 
 
 def run_compiled(folder: Path, text: Path) -> str:
-    """Compile the fused int8 model and its ranks, verify both, and let them write; returns the text of the first."""
+    """Compile the fused int8 model and its ranks, verify both, generate text, and return that of the first."""
     name = folder.name
     compiled = passopt.compile(folder, folder / "compiled", passes="baichuan2,int8")
     show(f"passopt.compile('{name}', 'compiled', passes='baichuan2,int8')", compiled)
@@ -87,7 +88,11 @@ def run_compiled(folder: Path, text: Path) -> str:
         show(f"passopt.Engine.load('{output.name}').generate({PROMPT!r}, max_new_tokens=48, greedy=True)", found)
         texts.append(str(found))
     same = texts[0] == texts[1]
-    print("both write the same" if same else "they part where two tokens are nearly equal: ranks sum in another order")
+    print(
+        "both generate the same text"
+        if same
+        else "the texts part where two tokens are nearly equal, as ranks sum in another order"
+    )
     return texts[0].strip()
 
 
@@ -95,14 +100,14 @@ _HEADER = ("family", "passes", "fp32 bytes", "2 ranks int8", "collectives", "twi
 
 
 def _figures(report: passopt.VerifyReport) -> list[str]:
-    """The worst error against the graph's own dequantised codes, and what int8 costs in perplexity."""
+    """Return the worst error against the graph's own dequantised codes, and the change of perplexity by int8."""
     twin = [row.error for row in report.rows if "dequantised" in row.comparison and row.scenario != "text"]
     (text,) = [row for row in report.rows if row.scenario == "text" and "original" in row.comparison]
     return [f"{max(twin):.1e}", text.note.removeprefix("perplexity "), f"{text.error:.3%}"]
 
 
 def main() -> None:
-    """Run both families and print their table."""
+    """Run both families, and print their table and the texts that their compiled models generate."""
     start = time.monotonic()
     root = Path(sys.argv[1]).absolute() if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="passopt-demo-"))
     root.mkdir(parents=True, exist_ok=True)
@@ -116,7 +121,9 @@ def main() -> None:
     widths = [max(len(row[column]) for row in [_HEADER, *rows]) for column in range(len(_HEADER))]
     for row in [_HEADER, *rows]:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    print(f"\nboth families verified in {time.monotonic() - start:.0f} s; their compiled int8 models go on:")
+    print(
+        f"\nboth families verified in {time.monotonic() - start:.0f} s; their compiled int8 models continue the prompt:"
+    )
     for name, (_, text) in found.items():
         print(f"{name}: {PROMPT} {' '.join(text.split())}")
 

@@ -51,11 +51,14 @@ class Builder:
     Keyword arguments are attributes, except `outputs=` (the number of outputs) and `domain=`. Names start with `hint`
     and are made unique by the function `unique`, so a rule never chooses one. Nothing enters a graph here: the caller
     inserts `built`. The optional `types` remembers what inference found, so that equal nodes are inferred once.
+    `Editor.builder` makes one; use it instead of calling this class.
 
     Example:
-        b = editor.builder("mlp")
-        y = b.Gelu(b.MatMul(x, w), approximate="tanh")
-        editor.insert(b.built, before=node)
+        ::
+
+            b = editor.builder("mlp")
+            y = b.Gelu(b.MatMul(x, w), approximate="tanh")
+            editor.insert(b.built, before=node)
     """
 
     def __init__(
@@ -83,6 +86,9 @@ class Builder:
             domain: The operator's domain; empty for standard ONNX.
             **attributes: The node's attributes.
 
+        Returns:
+            The output value, or a tuple of the outputs; each has a type and, where inference finds one, a shape.
+
         Raises:
             VerifyError: If the operator does not exist in the opset or does not accept these inputs, or if there is a
                 float among the inputs but no value whose dtype it could take.
@@ -99,7 +105,15 @@ class Builder:
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
     def initializer(self, name: str, tensor: Expression | np.ndarray[Any, np.dtype[Any]]) -> Value:
-        """Make an initializer from an expression or a small array; its name is `name`, made unique."""
+        """Make an initializer from an expression or a small array.
+
+        Args:
+            name: Its name, to which a number is added if it is taken.
+            tensor: A weight expression, which stays unread, or an array.
+
+        Returns:
+            The value of the initializer.
+        """
         name = self._unique(name)
         data: onnx_ir.TensorProtocol
         data = LazyWeight(tensor, name) if isinstance(tensor, Expression) else onnx_ir.tensor(tensor, name=name)
@@ -108,7 +122,11 @@ class Builder:
         return value
 
     def literal(self, array: np.ndarray[Any, np.dtype[Any]]) -> Value:
-        """Return an initializer for a small constant; equal constants of one builder share one initializer."""
+        """Return an initializer for a small constant; equal constants of one builder share one initializer.
+
+        Args:
+            array: The constant, of any dtype.
+        """
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._constants:
             self._constants[key] = self.initializer(f"{self.hint}.constant", array)

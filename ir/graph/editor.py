@@ -22,7 +22,20 @@ _GRAPH, _GRAPHS = onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS
 
 
 class Editor:
-    """Edits the main graph of `model` on behalf of the pass named `author`."""
+    """Edits the main graph of a model on behalf of a pass.
+
+    Args:
+        model: The model, which is changed in place.
+        author: The name of the pass, which becomes part of the provenance of new nodes.
+
+    Example:
+        Replace a node by two others::
+
+            editor = Editor(model, "my-pass")
+            builder = editor.builder("mlp")
+            y = builder.Relu(builder.Neg(node.inputs[0]))
+            editor.replace({node.outputs[0]: y}, builder.built, origins=[node])
+    """
 
     def __init__(self, model: onnx_ir.Model, author: str) -> None:
         self.model = model
@@ -35,7 +48,11 @@ class Editor:
         self._order = NodeOrder(model.graph)
 
     def unique(self, name: str) -> str:
-        """Return `name`, or the first of `name.2`, `name.3` and so on that no value or node has yet, and reserve it."""
+        """Return `name`, or the first of `name.2`, `name.3` and so on that no value or node has yet, and reserve it.
+
+        Args:
+            name: The name that is wanted.
+        """
         if self._names is None:
             self.survey()
             assert self._names is not None
@@ -48,7 +65,11 @@ class Editor:
         return found
 
     def survey(self) -> bool:
-        """Collect all names of the graph before the first new name is made, and return whether all types are known."""
+        """Collect all names of the graph before the first new name is made.
+
+        Returns:
+            True if the types of all values of the main graph are known.
+        """
         names: set[Any] = set()
         is_typed, graphs = True, [self.graph]
         while graphs:
@@ -71,7 +92,11 @@ class Editor:
         return is_typed
 
     def builder(self, hint: str) -> Builder:
-        """Return a builder for this graph, whose names start with `hint`."""
+        """Return a builder of nodes for this graph; `insert`, `replace` or `follow` put them into it.
+
+        Args:
+            hint: What the names of its nodes and values start with.
+        """
         return Builder(self.opset, self.unique, hint, types=self.types)
 
     def insert(
@@ -203,7 +228,14 @@ class Editor:
         result.name, value.name = name, self.unique(f"{name}.{suffix}")
 
     def remove_dead(self, nodes: Iterable[onnx_ir.Node]) -> int:
-        """Remove those of `nodes` whose outputs nobody reads, then what only they read; return the number removed."""
+        """Remove those of `nodes` whose outputs nobody reads, then what only they read.
+
+        Args:
+            nodes: The nodes that may be dead. Others are removed only if a removed node was their last reader.
+
+        Returns:
+            How many nodes were removed.
+        """
         dead: dict[onnx_ir.Node, None] = {}
         work = list(nodes)
         while work:
@@ -226,9 +258,15 @@ class Editor:
         return len(dead)
 
     def remove_unused_initializer(self, value: onnx_ir.Value) -> bool:
-        """Remove an initializer that no node reads, and return whether it was removed.
+        """Remove an initializer that no node reads.
 
         One that is also a graph input or output stays, because callers of the model can see it.
+
+        Args:
+            value: The initializer.
+
+        Returns:
+            Whether it was removed.
         """
         if is_read(value) or value.is_graph_input() or value.name is None:
             return False

@@ -45,6 +45,11 @@ class RewriteLimit:
 
     A rewrite of a rule counts as one, and so does a whole-graph pass that changes anything. What the limit stops is
     left as it was, so every prefix of a run is a model.
+
+    Attributes:
+        limit: The number of rewrites that may be made.
+        used: The number that were made.
+        last: What the last of them was, for people.
     """
 
     limit: int
@@ -57,7 +62,11 @@ class RewriteLimit:
         return self.used >= self.limit
 
     def take(self, what: str) -> None:
-        """Count the rewrite `what`, which is about to happen or has happened."""
+        """Count one rewrite, which is about to happen or has just happened.
+
+        Args:
+            what: The rewrite, for people.
+        """
         self.used += 1
         self.last = what
 

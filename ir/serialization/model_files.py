@@ -20,7 +20,7 @@ from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight, expression_of
 from passopt.ir.weights.plan_file import PLAN_NAME, read_plan, write_plan
-from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.sources import external_source
 from passopt.ir.weights.streaming.write_weights import write_safetensors
 
@@ -60,8 +60,10 @@ def load_model(path: Path | str) -> onnx_ir.Model:
         ModelError: If there is no such model, it cannot be read, or its weights do not fit it.
 
     Example:
-        model = load_model("exported/model.onnx")
-        print(print_model(model))
+        ::
+
+            model = load_model("exported/model.onnx")
+            print(print_model(model))
     """
     path = model_path(Path(path))
     if path.suffix == TEXT_SUFFIX:
@@ -189,7 +191,7 @@ def model_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression], rank
     The number of bytes is the same for every rank.
     """
     tensors: dict[str, onnx_ir.TensorProtocol] = {}
-    for name, offset in plan_layout(weights).offsets.items():
+    for name, offset in layout_of(weights).offsets.items():
         tensors[name] = _reference(WEIGHTS_NAME, name, weights[name], offset)
     with Evaluator(rank) as evaluator:
         for name, weight in _lazy_weights(model).items():

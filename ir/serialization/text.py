@@ -119,6 +119,9 @@ def _is_nameless(value: onnx_ir.Value) -> bool:
 def parse_model(text: str) -> onnx_ir.Model:
     """Return the model that ONNX text describes, with the types of its graph outputs completed.
 
+    Args:
+        text: ONNX text, such as `print_model` returns without folding.
+
     Raises:
         ModelError: If the text is not a model; the message has the parser's position.
     """

@@ -37,12 +37,20 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Expression:
-    """A tensor that is not evaluated yet. `shape` is in elements; under `Shard` it is the shape that one rank holds.
+    """A tensor that is not evaluated yet.
+
+    The methods below the properties build new expressions. They check their arguments at once; no byte is read.
+
+    Attributes:
+        dtype: The dtype of the elements.
+        shape: The shape in elements; under `Shard` it is the shape that one rank holds.
 
     Example:
-        weight = checkpoint.tensors["model.layers.0.self_attn.W_pack.weight"]
-        q, k, v = weight.split([4096, 4096, 4096], axis=0)
-        codes, scales = q.shard(axis=0, degree=2).quantize()
+        ::
+
+            weight = op.weight(w)  # the packed projection of q, k and v: [12288, 4096]
+            q, k, v = weight.split([4096, 4096, 4096], axis=0)
+            codes, scales = q.shard(axis=0, degree=2).quantize()
     """
 
     dtype: DataType
@@ -84,7 +92,16 @@ class Expression:
     # The methods below build new expressions. They check their arguments at once and raise ModelError.
 
     def slice(self, axis: int, start: int, stop: int) -> Expression:
-        """Return elements `start` to `stop` (exclusive) along `axis`."""
+        """Return the elements from `start` to before `stop` along an axis.
+
+        Args:
+            axis: The axis; negative axes count from the back.
+            start: The first element.
+            stop: The element behind the last one.
+
+        Raises:
+            ModelError: If the range is outside of the shape.
+        """
         axis = self.axis(axis)
         if not 0 <= start <= stop <= self.shape[axis]:
             raise ModelError(f"slice {start}:{stop} of axis {axis} is outside of shape {list(self.shape)}")
@@ -93,7 +110,15 @@ class Expression:
         return Slice(self.dtype, _with(self.shape, axis, stop - start), self, axis, start)
 
     def split(self, widths: Sequence[int], axis: int) -> list[Expression]:
-        """Return consecutive slices of `widths` elements along `axis`, which they must fill exactly."""
+        """Return consecutive slices along an axis.
+
+        Args:
+            widths: The elements of each slice; together they are as many as the axis has.
+            axis: The axis; negative axes count from the back.
+
+        Raises:
+            ModelError: If the widths do not fill the axis exactly.
+        """
         axis = self.axis(axis)
         if sum(widths) != self.shape[axis]:
             raise ModelError(f"widths {list(widths)} do not fill axis {axis} of shape {list(self.shape)}")
@@ -101,7 +126,11 @@ class Expression:
         return [self.slice(axis, start, start + width) for start, width in zip(starts, widths, strict=True)]
 
     def transpose(self, permutation: Sequence[int] | None = None) -> Expression:
-        """Return the tensor with its axes in the order of `permutation`; by default, in reversed order."""
+        """Return the tensor with its axes in another order.
+
+        Args:
+            permutation: The old axes in their new order; None reverses them.
+        """
         permutation = tuple(permutation if permutation is not None else reversed(range(len(self.shape))))
         if permutation == tuple(range(len(self.shape))):
             return self
@@ -117,11 +146,25 @@ class Expression:
         return Transpose(self.dtype, tuple(self.shape[axis] for axis in permutation), self, permutation)
 
     def cast(self, dtype: DataType) -> Expression:
-        """Return the values rounded to `dtype`."""
+        """Return the values rounded to another dtype.
+
+        Args:
+            dtype: The new dtype.
+        """
         return self if dtype == self.dtype else Cast(dtype, self.shape, self)
 
     def pad(self, axis: int, length: int, segments: int = 1, value: float = 0.0) -> Expression:
-        """Extend each of `segments` equal parts of `axis` at its end by `value`, to `length` elements in total."""
+        """Return the tensor with an axis made longer, at the end of each of its equal segments.
+
+        Args:
+            axis: The axis; negative axes count from the back.
+            length: The elements of the axis afterwards, over all segments.
+            segments: The equal parts of the axis, such as 3 for a packed q, k and v.
+            value: What the new elements hold.
+
+        Raises:
+            ModelError: If the axis cannot be made so long in so many segments.
+        """
         axis = self.axis(axis)
         if length == self.shape[axis]:
             return self
@@ -130,7 +173,14 @@ class Expression:
         return Pad(self.dtype, _with(self.shape, axis, length), self, axis, segments, value)
 
     def normalize_rows(self, epsilon: float) -> Expression:
-        """Divide each row of a matrix by max(its L2 norm, epsilon), in fp32, and round to the weight's own dtype."""
+        """Return a matrix with each row divided by max(its L2 norm, epsilon), in fp32, rounded to its own dtype.
+
+        Args:
+            epsilon: The least divisor.
+
+        Raises:
+            ModelError: If this is not a matrix of floats.
+        """
         self._check_matrix("normalize_rows")
         return NormalizeRows(self.dtype, self.shape, self, epsilon)
 
@@ -138,12 +188,27 @@ class Expression:
         """Return int8 codes within ±127 and scales (absmax/127, in the weight's dtype) per index of `axis`.
 
         The scales are computed from the full weight, even if this expression is a shard of it.
+
+        Args:
+            axis: The axis of which every index has its own scale.
+
+        Raises:
+            ModelError: If this is not a matrix of floats.
         """
         self._check_matrix("quantize")
         return _quantize(self, self.axis(axis))
 
     def shard(self, axis: int, degree: int, segments: int = 1) -> Expression:
-        """Return the share of rank r: the r-th of `degree` equal pieces of each of `segments` equal parts of `axis`."""
+        """Return the share of rank r: the r-th equal piece of each segment of an axis.
+
+        Args:
+            axis: The axis; negative axes count from the back.
+            degree: The number of ranks.
+            segments: The equal parts of the axis that are shared out one by one, such as 3 for a packed q, k and v.
+
+        Raises:
+            ModelError: If the axis does not divide by `degree` and `segments`.
+        """
         axis = self.axis(axis)
         if self.shape[axis] % (segments * degree):
             raise ModelError(f"axis {axis} of {list(self.shape)} does not divide by {segments} segments × {degree}")
@@ -154,6 +219,13 @@ class Expression:
 
         The shape `[n, k]` becomes `[⌈n/rows⌉, ⌈k/columns⌉, rows, columns]`. Element [i, j, r, c] is element
         [i·rows + r, j·columns + c] of the matrix, or 0 outside of it.
+
+        Args:
+            rows: The rows of a block.
+            columns: The columns of a block.
+
+        Raises:
+            ModelError: If this is no matrix, or a block would be empty.
         """
         if len(self.shape) != 2 or rows < 1 or columns < 1:
             raise ModelError(f"cannot pack {self.dtype.name}{list(self.shape)} into blocks of {rows} × {columns}")
@@ -164,6 +236,9 @@ class Expression:
         """Return the sum of codes in each row of an int8 matrix, as int32 `[n]`.
 
         A kernel needs the sums if the other operand has a zero point.
+
+        Raises:
+            ModelError: If this is not a matrix of int8.
         """
         if len(self.shape) != 2 or self.dtype != DataType.INT8:
             raise ModelError(f"row sums are of an int8 matrix, not {self.dtype.name}{list(self.shape)}")
@@ -174,7 +249,14 @@ class Expression:
             raise ModelError(f"{operation} takes a floating matrix, not {self.dtype.name}{list(self.shape)}")
 
     def axis(self, axis: int) -> int:
-        """Return `axis` counted from the front; a negative axis counts from the back, as in ONNX."""
+        """Return an axis counted from the front; a negative axis counts from the back, as in ONNX.
+
+        Args:
+            axis: The axis.
+
+        Raises:
+            ModelError: If the shape has no such axis.
+        """
         if not -len(self.shape) <= axis < len(self.shape):
             raise ModelError(f"axis {axis} is outside of shape {list(self.shape)}")
         return axis % len(self.shape)

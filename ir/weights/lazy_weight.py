@@ -17,7 +17,12 @@ SMALL_BYTES = 1024
 
 
 class LazyWeight(onnx_ir.LazyTensor):
-    """A tensor given by an expression, for an initializer. Passes never read it: `numpy()` evaluates the expression."""
+    """A tensor given by an expression, for an initializer. Passes never read it: `numpy()` evaluates the expression.
+
+    Args:
+        expression: What the tensor is made of.
+        name: The name of the initializer.
+    """
 
     def __init__(self, expression: Expression, name: str | None = None) -> None:
         super().__init__(self._evaluate, expression.dtype, onnx_ir.Shape(expression.shape), name=name)

@@ -28,7 +28,7 @@ class Layout:
     nbytes: int
 
 
-def plan_layout(weights: Mapping[str, ex.Expression]) -> Layout:
+def layout_of(weights: Mapping[str, ex.Expression]) -> Layout:
     """Return the layout of the file that `passopt.ir.weights.streaming` writes for these weights, without reading them.
 
     Raises:

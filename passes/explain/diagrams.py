@@ -24,10 +24,10 @@ class Tree:
     label: str
     children: tuple[Tree, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the label and, if there are any, the trees below it."""
         body: dict[str, Any] = {"label": self.label}
-        return {**body, "inputs": [child.as_json() for child in self.children]} if self.children else body
+        return {**body, "inputs": [child.to_json() for child in self.children]} if self.children else body
 
 
 def draw(tree: Tree, first: str = "", rest: str = "") -> list[str]:
@@ -56,9 +56,9 @@ class Diagram:
             text += ["", *draw(part)]
         return text
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the trees of the roots and of the shared parts."""
-        return {"roots": [tree.as_json() for tree in self.roots], "parts": [tree.as_json() for tree in self.parts]}
+        return {"roots": [tree.to_json() for tree in self.roots], "parts": [tree.to_json() for tree in self.parts]}
 
 
 def diagram(pattern: pt.Pattern) -> Diagram:

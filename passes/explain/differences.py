@@ -76,7 +76,7 @@ class Difference:
             return f" with {self.expected.text} behind it"
         return f": no {self.expected.text} in between" if self.kind == "absent" else ""
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the difference, and what the graph knows about where its node comes from."""
         return {
             "kind": self.kind,

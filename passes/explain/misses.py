@@ -97,7 +97,7 @@ class Miss:
         more = len(self.differences) - len(lines)
         return [*lines[:-1], f"{lines[-1]} (and {more} more)"] if more else lines
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return everything about this place, with all differences."""
         return {
             "rule": self.rule,
@@ -109,7 +109,7 @@ class Miss:
             "declined": self.reason,
             "matched_nodes": self.matched,
             "pattern_nodes": self.total,
-            "differences": [item.as_json() for item in self.differences],
+            "differences": [item.to_json() for item in self.differences],
             **(provenance(self.node) if self.node is not None else {}),
         }
 
@@ -148,10 +148,10 @@ class Group:
         tail = "; ".join(part for part in (first.origin, rule, labels) if part)
         return [self.title, *(f"    {line}" for line in (*first.lines(differences), tail) if line)]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the example, how many misses there are, and the first output of each one's root."""
         sites = [miss.node.outputs[0].name for miss in self.misses if miss.node is not None]
-        return {"count": len(self.misses), **self.example.as_json(), "sites": sites}
+        return {"count": len(self.misses), **self.example.to_json(), "sites": sites}
 
 
 def grouped(misses: Iterable[Miss]) -> list[Group]:

@@ -56,14 +56,14 @@ class RuleOnNode:
                 yield from (f"      {text}" for text in _details(site.miss))
         yield from (f"    {spelling}" for spelling in self.spellings)
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the rule, all its places and all its spellings, with every difference."""
         return {
             "rule": self.rule.where,
             "rule_name": self.rule.name,
             "remark": self.remark,
             "sites": [
-                {"root": site.node.name, "matches": site.is_match, **(site.miss.as_json() if site.miss else {})}
+                {"root": site.node.name, "matches": site.is_match, **(site.miss.to_json() if site.miss else {})}
                 for site in self.sites
             ],
             "spellings": [
@@ -72,7 +72,7 @@ class RuleOnNode:
                     "label": item.label,
                     "matched_nodes": item.attempt.matched,
                     "pattern_nodes": item.attempt.total,
-                    "differences": [difference.as_json() for difference in item.attempt.differences],
+                    "differences": [difference.to_json() for difference in item.attempt.differences],
                 }
                 for item in self.spellings
             ],
@@ -95,14 +95,14 @@ class NodeReport:
         head = f"{self.name} at {describe_node(self.node)}" + (f", {origin}" if origin else "") + history
         return [head, *(line for rule in self.rules for line in rule.lines())]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the node, where it comes from, and every rule."""
         return {
             "pass": self.name,
             "node": self.node.name,
             "op_type": self.node.op_type,
             **provenance(self.node),
-            "rules": [rule.as_json() for rule in self.rules],
+            "rules": [rule.to_json() for rule in self.rules],
         }
 
 

@@ -64,16 +64,19 @@ class Report:
         left = self.groups[len(shown) :]
         if left:
             places = sum(len(group.misses) for group in left)
-            lines.append(f"and {places} places of {len(left)} more kinds, less near (--limit 0 shows all)")
+            kinds = (
+                f"and {places} places of {len(left)} more kinds" if shown else f"{places} places of {len(left)} kinds"
+            )
+            lines.append(f"{kinds}, less near (--limit 0 shows all)")
         return lines
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the numbers, the remarks and every group with all its differences."""
         return {
             "pass": self.name,
             "matched": self.matched,
             "remarks": list(self.remarks),
-            "groups": [group.as_json() for group in self.groups],
+            "groups": [group.to_json() for group in self.groups],
         }
 
 

@@ -120,8 +120,8 @@ class Pass(abc.ABC):
         """Change `model` in place and report what was done.
 
         Args:
-            model: The model to change. Edit it through `passopt.ir.graph.editor.Editor`, which keeps names unique and
-                records which nodes a new node stands for.
+            model: The model to change. Edit it through `passopt.ir.Editor`, which keeps names unique and records which
+                nodes a new node stands for.
 
         Returns:
             The counts and notes of this run; `modified` must be true exactly if the printed text of the model changed.

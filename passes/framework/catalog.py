@@ -69,7 +69,7 @@ def pass_class(name: str) -> type[Pass]:
     if name not in REGISTERED:
         entry = catalog().get(name)
         if entry is None:
-            raise UsageError(unknown_name("pass", name, [*catalog(), *REGISTERED]))
+            raise UsageError(unknown_name("pass", name, [*catalog(), *REGISTERED], "passopt list"))
         importlib.import_module(entry.module)
     return REGISTERED[name]
 

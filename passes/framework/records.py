@@ -26,7 +26,7 @@ class RuleStatistics:
     declines: collections.Counter[str]
     seconds: float | None = None
 
-    def as_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         """Return the statistics as JSON-compatible values; `cpu_seconds` only if the rule was timed."""
         return {
             "rule": self.name,
@@ -64,9 +64,15 @@ class PassResult:
 
 @dataclasses.dataclass
 class PassRecord:
-    """One pass of a run: its result, the CPU seconds it took, and the number of graph nodes before and after it.
+    """One pass of a run, as `run_passes` and `passopt.run` record it.
 
-    `numeric` is the summary of `--verify-each=numeric` for this pass, if it ran.
+    Attributes:
+        name: The name of the pass.
+        result: What the pass reported: matches, declines and notes.
+        seconds: The CPU seconds that it took.
+        nodes_before: Nodes of the main graph before it.
+        nodes_after: Nodes of the main graph after it.
+        numeric: The findings of `--verify-each=numeric` for this pass; None if it did not run.
     """
 
     name: str
@@ -76,7 +82,7 @@ class PassRecord:
     nodes_after: int
     numeric: dict[str, object] | None = None
 
-    def as_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         """Return the record as JSON-compatible values, with the numbers rounded as they are reported."""
         body: dict[str, object] = {
             "pass": self.name,
@@ -84,7 +90,7 @@ class PassRecord:
             "matches": self.result.matches,
             "tries": self.result.tries,
             "declines": dict(self.result.declines),
-            "rules": [rule.as_json() for rule in self.result.rules],
+            "rules": [rule.to_json() for rule in self.result.rules],
             "notes": self.result.notes,
             "cpu_seconds": round(self.seconds, 6),
             "nodes_before": self.nodes_before,

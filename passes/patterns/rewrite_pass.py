@@ -46,12 +46,12 @@ class RewritePass(Pass):
         """Describe what to match; the method is run once, before any graph is looked at.
 
         Args:
-            op: Builds the pattern; see `passopt.passes.patterns.language.Tracer` for all that it can match.
+            op: Builds the pattern; the page on the pattern language lists all that it can match.
             *variables: Name them in your method, as in ``def pattern(self, op, x, w)``. Each matches one value.
 
         Returns:
-            The root: the output of an operator, which the rewrite replaces. A sequence of several outputs makes several
-            roots; each must share a value with those before it.
+            The root, which is the output of an operator and which the rewrite replaces. A sequence of several outputs
+            makes several roots; each must share a value with those before it.
         """
         raise NotImplementedError(f"{self.name} has no pattern")
 
@@ -81,6 +81,13 @@ class RewritePass(Pass):
         return [(self.pattern, self.rewrite)]
 
     def run(self, model: onnx_ir.Model) -> PassResult:
-        """Apply the rules to `model` in place until none matches any more, and return the counts."""
+        """Apply the rules to `model` in place until none matches any more.
+
+        Args:
+            model: The model to change.
+
+        Returns:
+            The counts of matches, tries and declines, and the statistics of every rule.
+        """
         with collector_paused():
             return Driver(self, model).run()

@@ -42,6 +42,7 @@ class Rewriter(Builder):
     ``op.OPERATOR(*inputs, attribute=…)`` makes a node and returns its output; numbers, lists of integers and arrays
     become initializers. ``op.initializer(name, tensor)`` makes an initializer from an array or a weight expression.
     ``op.opset`` is the opset of the model. The methods that read a value decline if it is not of the expected kind.
+    The driver hands one to every rewrite; use it instead of calling this class.
 
     Example:
         Replace ``MatMul(x, Transpose(w))`` by a product with a weight that is stored transposed::

@@ -45,12 +45,24 @@ class Expectation:
     count: str
 
     def holds(self, found: int, model: onnx_ir.Model) -> bool:
-        """Return True if the count `found` meets the expectation for `model`."""
+        """Return True if a count meets the expectation.
+
+        Args:
+            found: How often the pass matched, or how many nodes of what it makes there are.
+            model: The model, which knows its number of layers.
+        """
         wanted = self.wanted(model)
         return {"==": found == wanted, ">=": found >= wanted, "<=": found <= wanted}[self.relation]
 
     def wanted(self, model: onnx_ir.Model) -> int:
-        """Return the number that N stands for in `model`; raise UsageError if its number of layers is unknown."""
+        """Return the number that N stands for in a model.
+
+        Args:
+            model: The model, which knows its number of layers.
+
+        Raises:
+            UsageError: The number of layers is unknown.
+        """
         total = 0
         for sign, factor, base in _SIGNED_TERM.findall(self.count):
             number = int(base) if base.isdigit() else self._layers(model, base)

@@ -24,10 +24,22 @@ class Instrument:
     """
 
     def before_pass(self, index: int, item: Pass, model: onnx_ir.Model) -> None:
-        """Observe `model` before pass number `index`, counted from 0, runs."""
+        """Observe the model before a pass runs.
+
+        Args:
+            index: The number of the pass, counted from 0.
+            item: The pass.
+            model: The model, which must not be changed.
+        """
 
     def after_pass(self, index: int, record: PassRecord, model: onnx_ir.Model) -> None:
-        """Observe `model` and the `record` of pass number `index` after it has run and the model was verified."""
+        """Observe the model after a pass has run and the model was verified.
+
+        Args:
+            index: The number of the pass, counted from 0.
+            record: What the pass did.
+            model: The model, which must not be changed.
+        """
 
 
 def run_passes(

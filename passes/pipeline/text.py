@@ -157,7 +157,7 @@ def instantiate(step: Step) -> Pass:
         from passopt.passes.framework.base import REGISTERED
 
         if step.name not in REGISTERED:
-            raise UsageError(unknown_name("pass", step.name, [*catalog(), *PIPELINES, *REGISTERED]))
+            raise UsageError(unknown_name("pass", step.name, [*catalog(), *PIPELINES, *REGISTERED], "passopt list"))
     cls = pass_class(step.name)
     if not dataclasses.is_dataclass(cls):
         raise UsageError(

@@ -21,14 +21,7 @@ from passopt.ir.weights.lazy_weight import LazyWeight, constant_tensor, is_check
 from passopt.passes.framework.accuracy import lossy
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
-from passopt.passes.precision.cast_islands import (
-    Islands,
-    finite_limits,
-    is_dtype_cast,
-    is_float,
-    is_leaf,
-    uncast,
-)
+from passopt.passes.precision.cast_islands import Islands, finite_limits, is_dtype_cast, is_float, is_leaf, uncast
 
 DataType = onnx_ir.DataType
 

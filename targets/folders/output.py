@@ -22,7 +22,7 @@ from passopt.ir.graph.decoder import degree_of
 from passopt.ir.graph.linears import reads_codes, reads_scales
 from passopt.ir.serialization.model_files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
 from passopt.ir.weights import expressions as ex
-from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.streaming.budget import DEFAULT_STREAM, StreamOptions
 from passopt.ir.weights.streaming.output_groups import WeightFile
 from passopt.ir.weights.streaming.write_weights import StreamReport, write_weight_files
@@ -140,7 +140,7 @@ class Output:
     def sizes(self) -> OutputSizes:
         """Return the size of every file that `write` would write. Reads no weight."""
         files = {path.name: path.stat().st_size for path in companions_in(self._origin.companions)}
-        layout = plan_layout(self._weights)
+        layout = layout_of(self._weights)
         no_digests = dict.fromkeys(layout.offsets, NO_DIGEST)
         files[MANIFEST_NAME] = len(self._manifest([no_digests for _ in self._folders]).text())
         for folder, graph in zip(self._folders, self._graphs, strict=True):

@@ -46,6 +46,12 @@ def test_packages_are_the_folders_that_hold_python():
     assert sorted(setup_cfg()["options"]["packages"].split()) == sorted(packages_found())
 
 
+def test_there_is_one_version():
+    import passopt
+
+    assert setup_cfg()["metadata"]["version"] == passopt.__version__
+
+
 def built(target: Path, *flags: str) -> Path:
     """A wheel of a copy of the tree, so that no build folder is left in it."""
     source = target / "source"

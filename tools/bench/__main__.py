@@ -2,8 +2,8 @@
 
     python tools/bench NAME [options]
 
-The options are those of the benchmark; `python tools/bench NAME --help` shows them. Benchmarks run one at a time, and
-what they measure runs in processes of its own.
+Each benchmark has its own options; `python tools/bench NAME --help` shows them. One call runs one benchmark. The
+programs that a benchmark measures run in processes of their own.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from collections.abc import Sequence
 
 from passopt.passes.framework.suggestions import unknown_name
 
-#: Name → the module whose `main` takes the options, and what it measures.
+#: For each name: the module whose `main` takes the options, and one line that says what is measured.
 BENCHES = {
     "rewriting": ("rewriting.bench", "measure the speed of rewriting against other tools"),
     "weights": ("weights.bench", "measure how fast full-size weights are written against the speed of the disk"),
     "peers": ("weights.peers", "measure how fast other tools write the same weights under a cap of memory"),
     "compiled": ("compiled.bench", "measure the speed of compiled models against other runtimes and the machine"),
+    "startup": ("startup", "measure how long passopt takes to start, against goals"),
     "full-size": ("full_size", "measure time, memory and exact bytes on the published sizes, without weights"),
 }
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark that the first of `arguments` names; without one, list them all."""
+    """Run the benchmark that the first of `arguments` names, or list all of them; return the exit code."""
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(listing())
         return 0
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def listing() -> str:
-    """Return how to call this, and one line for each benchmark."""
+    """Return the usage text, with one line for each benchmark."""
     lines = [f"  {name:9}  {what}" for name, (_, what) in BENCHES.items()]
     return "\n".join(["usage: python tools/bench NAME [options]", "", *lines, "", "NAME --help shows its options."])
 

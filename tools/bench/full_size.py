@@ -1,9 +1,9 @@
-"""Export, shard, quantise and compile the published sizes of 7B and 13B, and print time, memory and exact bytes.
+"""Export, shard, quantise and compile models of the published sizes, and print time, memory and exact bytes.
 
     python tools/bench full-size [7b|13b ...]
 
-The checkpoints are sparse files with real names, shapes and dtypes, so they take no disk. Only the compiled int8 model
-is written out (14 GB for the 13B), and removed again.
+The checkpoints are sparse files with the real names, shapes and number types, so they take no disk space. Only the
+compiled int8 model is really written (14 GB for 13B), and removed again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from passopt.testing.checkpoints import full_size_spec
 from sparse_checkpoint import GIB, make_sparse, measured
 
 PIPELINES = ("baichuan2", "int8", "tp{degree=4},int8", "baichuan2,tp{degree=4},int8")
-#: int8 linears, fp16 scales, norms, embedding and head, by arithmetic on the published sizes.
+#: Bytes of all weights, computed from the published sizes: int8 linears; fp16 scales, norms, embedding and head.
 EXPECTED_BYTES = {"7b": 8_538_660_864, "13b": 15_188_449_280}
-#: Decoding in integers; its weights are packed for this machine.
+#: Passes before `compile`: linears then compute with int8 weights and int8 activations.
 COMPILED = "baichuan2,slice-last-token,int8{activations=dynamic,head=true}"
 LOAD = """
 import sys, time
@@ -36,6 +36,10 @@ print(time.perf_counter() - start)
 
 
 def run_size(root: Path, size: str) -> None:
+    """Export one size, run every pipeline on it as a dry run, and print time, memory and bytes.
+
+    Raises SystemExit if the pipeline `int8` would write other than `EXPECTED_BYTES` of weights.
+    """
     checkpoint = make_sparse(root / size, full_size_spec("7b" if size == "7b" else "13b"))
     exported = f"{size}-exported"
     _, wall, cpu, memory = measured(
@@ -59,7 +63,11 @@ def run_size(root: Path, size: str) -> None:
 
 
 def compile_size(root: Path, size: str) -> None:
-    """The whole command, packing included; then loads by fresh processes, the first of which hashes all weights."""
+    """Compile one exported size, load the result in two fresh processes, and print the time of each step.
+
+    The time of `compile` includes packing the weights. The first load hashes all weights; the second one recognises
+    the file and does not.
+    """
     folder = f"{size}-compiled"
     _, wall, cpu, memory = measured(root, "compile", f"{size}-exported", "--passes", COMPILED, "-o", folder)
     print(f"{size:>4}  compile  {wall:6.1f} s  {cpu:6.1f} CPU s  {memory:5.2f} GiB peak, weights written", flush=True)
@@ -72,6 +80,7 @@ def compile_size(root: Path, size: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Measure the sizes that the command line names, in a temporary folder that is removed afterwards."""
     parser = argparse.ArgumentParser(
         prog="python tools/bench full-size",
         description=__doc__,

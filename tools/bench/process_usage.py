@@ -1,4 +1,4 @@
-"""Watch one process to its end or to a limit: its seconds, and its memory told apart."""
+"""Run one process to its end or to a limit, and record its seconds and its anonymous and mapped memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ GIB = 1 << 30
 
 @dataclasses.dataclass
 class Usage:
-    """Seconds and bytes of one process, sampled; `peak` is the kernel's own account of it, up to the last sample.
+    """Hold the seconds and the bytes of memory that one process used.
 
-    (What wait4 gives counts the program that launched it as well.)
+    The maximum that wait4 reports is not used for `peak`, because it counts the program that launched the process too.
+
+    Attributes:
+        wall: Wall-clock seconds from start to end.
+        cpu: CPU seconds, user and system together.
+        peak: The kernel's own record of the largest resident bytes, as read at the last sample.
+        anonymous: The largest sample of anonymous resident bytes.
+        mapped: The largest sample of resident bytes that belong to mapped files.
+        output: What the process wrote to stdout.
+        failure: Why the process failed or was killed; empty if it ended well.
     """
 
     wall: float = 0.0
@@ -30,7 +39,18 @@ class Usage:
 
 
 def watched(folder: Path, command: Sequence[str], *, seconds: float = 3600, anonymous: int = 1 << 60) -> Usage:
-    """Run `command` in `folder`; kill it at a limit, which then is its failure. Its stderr is shown when it fails."""
+    """Run `command` in `folder`, sample its memory, and kill it if it exceeds a limit.
+
+    Args:
+        folder: The working directory of the process.
+        command: The program and its arguments.
+        seconds: The limit of wall-clock seconds.
+        anonymous: The limit of anonymous resident bytes.
+
+    Returns:
+        What the process used. Its `failure` names the limit that was exceeded or, if the process ended with another
+        exit code than 0, the last line of its stderr.
+    """
     start = time.monotonic()
     found = Usage()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as log:

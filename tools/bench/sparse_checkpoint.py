@@ -1,4 +1,4 @@
-"""Make checkpoints of full size that take no disk, and measure one command on them."""
+"""Make full-size checkpoints that take no disk space, and measure one passopt command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ GIB = 1 << 30
 
 
 def make_sparse(folder: Path, spec: CheckpointSpec) -> Path:
-    """Make a checkpoint whose single bf16 safetensors file is a hole of the right length behind a true header."""
+    """Make a checkpoint whose bf16 weights are one sparse safetensors file, and return its folder.
+
+    The file has a true header. Behind it is a hole as long as the weights, so that it takes no disk space.
+    """
     checkpoint = make_checkpoint(folder, spec, trained=False, weights=False)
     entries, position = {}, 0
     for name, shape in spec.shapes().items():
@@ -31,7 +34,10 @@ def make_sparse(folder: Path, spec: CheckpointSpec) -> Path:
 
 
 def measured(folder: Path, *arguments: str) -> tuple[str, float, float, float]:
-    """Run one command and return its output, wall seconds, CPU seconds and peak resident GiB."""
+    """Run one passopt command in `folder`, and return its stdout, wall seconds, CPU seconds and peak resident GiB.
+
+    Raises SystemExit if the command fails.
+    """
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "passopt", *arguments], cwd=folder, stdout=subprocess.PIPE, text=True

@@ -1,9 +1,9 @@
-"""Set up the development environment: make .venv, install the pinned packages into it, and show how far that is.
+"""Set up the development environment: make .venv, install the pinned packages into it, and show the progress.
 
-Runs on the bare Python of the machine, before anything is installed. Interrupted or failed, the next call goes on: an
-environment that does not work is made anew, and pip installs what is missing.
+    python tools/dev/install.py .venv '.[export,run,guests,fast,dev]'
 
-python tools/dev/install.py .venv '.[export,run,guests,fast,dev]'
+This runs on the bare Python of the machine, before anything is installed. If it was interrupted or failed, the next
+call continues: an environment that does not work is made anew, and pip installs what is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
-#: Without a terminal, a line every so many seconds is enough.
+#: Without a terminal, print a line of progress after so many seconds only.
 _QUIET_SECONDS = 15.0
 _STEP = re.compile(
     r"^(Collecting|Downloading|Processing|Using cached|Installing collected packages:|Preparing)\s*(\S*)"
@@ -25,7 +25,7 @@ _STEP = re.compile(
 
 
 def main() -> int:
-    """Install, and return pip's exit code; its whole output lies in install.log of the environment."""
+    """Install, and return pip's exit code; pip's whole output is kept in install.log in the environment."""
     folder, what = Path(sys.argv[1]), sys.argv[2]
     python = _environment(folder)
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
@@ -45,12 +45,12 @@ def main() -> int:
     progress.end(code)
     if code:
         print(log.read_text(encoding="utf-8"))
-        print(f"installation failed; {log} has the log. The same command goes on with what is there.", file=sys.stderr)
+        print(f"installation failed; the log is {log}. Run the same command again to continue.", file=sys.stderr)
     return code
 
 
 def _environment(folder: Path) -> Path:
-    """Return the Python of a working environment; one that an interruption left broken is made anew."""
+    """Return the Python of a working environment; make it if there is none or if an interruption left it broken."""
     python = folder / "bin" / "python"
     works = python.exists() and subprocess.run([python, "-c", "import pip"], capture_output=True).returncode == 0
     if not works:
@@ -59,13 +59,13 @@ def _environment(folder: Path) -> Path:
 
 
 def _expected() -> int:
-    """Return about how many packages there are to install: the lines of constraints.txt."""
+    """Return about how many packages will be installed: the number of lines of constraints.txt."""
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     return sum(bool(line.strip()) and not line.startswith("#") for line in lines)
 
 
 class Progress:
-    """One line that says what pip does: rewritten on a terminal, repeated now and then elsewhere."""
+    """Show what pip does in one line, which is rewritten on a terminal and repeated now and then elsewhere."""
 
     def __init__(self, expected: int) -> None:
         self._expected = expected
@@ -76,7 +76,7 @@ class Progress:
         self._say()
 
     def line(self, text: str) -> None:
-        """Take a line of pip's output."""
+        """Take one line of pip's output, and update the progress if it says something about it."""
         found = _STEP.match(text.strip())
         if found is None:
             return
@@ -88,7 +88,7 @@ class Progress:
             self._say()
 
     def end(self, code: int) -> None:
-        """Say how it went."""
+        """Show the last line: done, or failed if pip's exit code is not 0."""
         self._doing = "done" if code == 0 else "failed"
         self._say(last=True)
 

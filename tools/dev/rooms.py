@@ -1,9 +1,10 @@
-"""Show which folders of the package import which, and check that they form floors without circles.
+"""Show which folders of the package import which, and check that they form layers without import cycles.
 
     python tools/dev/rooms.py [--root DIR] [--json]
 
-Floors are the `layers` contracts of setup.cfg. The exit code is 1 if folders import each other in a circle, if an
-import goes up, or if a folder holds more than 18 modules. Imports by a name that is made at run time are not seen.
+The `layers` contracts of setup.cfg say which layers there are; here they are called floors, and packages rooms. The
+exit code is 1 if folders import each other in a circle, if an import goes up to a higher floor, or if a folder holds
+more than 18 modules. Imports by a name that is made at run time are not seen.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from pathlib import Path
 from typepath import ROOT, package_dirs
 
 MOST_MODULES = 18
-#: The function of passopt.ir by which a package hands on names that live elsewhere.
+#: The function of passopt.ir by which a package re-exports names from other modules lazily.
 HANDS_ON = "lazy_names"
 
+#: Two modules or two folders, of which the first imports the second.
 Pair = tuple[str, str]
 
 
@@ -33,12 +35,12 @@ Pair = tuple[str, str]
 class House:
     """Hold which modules there are, where they lie, and what they import.
 
-    A node is a folder, or the face of a package: an `__init__` that only hands names on, and stands above what it hands
-    on. Rooms of its package that it does not hand on may stand above it.
+    A node is a folder or the face of a package. A face is an `__init__` that only re-exports names; it stands above the
+    modules that it re-exports from. Folders of its package that it does not re-export from may stand above it.
 
     Attributes:
-        sizes: Node → how many modules it holds, not counting `__init__`; None for a face.
-        nodes: Module → its node.
+        sizes: For each node, how many modules it holds, not counting `__init__`; None for a face.
+        nodes: For each module, its node.
         faces: The modules that are faces.
         imports: Pairs of modules, of which the first imports the second.
     """
@@ -50,19 +52,19 @@ class House:
 
     @functools.cached_property
     def edges(self) -> dict[Pair, list[Pair]]:
-        """The imports between different nodes, by these."""
+        """Return the imports between different nodes, by the importing and the imported node."""
         return {edge: pairs for edge, pairs in self.by_node(self.imports).items() if edge[0] != edge[1]}
 
     @functools.cached_property
     def ways(self) -> dict[str, dict[str, list[str]]]:
-        """For each node, a shortest way to every node that it reaches; to itself only by a circle."""
+        """Return, for each node, a shortest way to every node that it reaches; to itself only through a circle."""
         below = defaultdict(list)
         for upper, lower in self.edges:
             below[upper].append(lower)
         return {node: _ways(node, below) for node in sorted(below)}
 
     def by_node(self, imports: Iterable[Pair]) -> dict[Pair, list[Pair]]:
-        """Group imports by the nodes that both modules lie in."""
+        """Group imports by the nodes in which the two modules lie."""
         found = defaultdict(list)
         for importer, imported in sorted(imports):
             found[self.nodes[importer], self.nodes[imported]].append((importer, imported))
@@ -71,16 +73,19 @@ class House:
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
-    """Hold one `layers` contract: rooms by their floor, 0 at the top, and floors whose rooms may not import each other.
+    """Hold one `layers` contract of setup.cfg.
 
-    Rooms are packages or modules; a module lies in the room whose name its own begins with.
+    Attributes:
+        floors: For each room, its floor, counted from 0 at the top. Rooms are packages or modules; a module lies in the
+            room whose name its own name begins with.
+        strangers: The floors whose rooms may not import each other.
     """
 
     floors: Mapping[str, int]
     strangers: Collection[int]
 
     def allows(self, importer: str, imported: str) -> bool | None:
-        """Return whether one module may import another; None if the contract does not order the two."""
+        """Return whether one module may import another, or None if the contract says nothing about the two."""
         one, other = self._room(importer), self._room(imported)
         if one is None or other is None or one == other:
             return None
@@ -94,7 +99,7 @@ class Contract:
 
 @dataclasses.dataclass(frozen=True)
 class Circle:
-    """Hold folders that all reach each other, and one shortest way around; its last folder is its first one."""
+    """Hold folders that all reach each other, and a shortest way around, which ends with the folder it begins with."""
 
     folders: Sequence[str]
     way: Sequence[str]
@@ -102,13 +107,13 @@ class Circle:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """Hold what is wrong with a house, and which of its edges no contract orders.
+    """Hold what is wrong with a house, and the imports between nodes that no contract orders.
 
     Attributes:
-        circles: One for each group of folders that reach each other.
+        circles: One circle for each group of folders that reach each other.
         upward: Imports that a contract forbids, by the nodes of both modules.
-        large: Folder → how many modules it holds, where these are too many.
-        unordered: Imports between nodes that no contract says anything of.
+        large: For each folder with too many modules, how many it holds.
+        unordered: Imports between nodes about which no contract says anything, by these nodes.
     """
 
     circles: Sequence[Circle]
@@ -118,7 +123,7 @@ class Findings:
 
     @property
     def ok(self) -> bool:
-        """Whether the house stands; edges that nothing orders are only reported."""
+        """Return whether nothing is wrong; imports that no contract orders are reported only."""
         return not (self.circles or self.upward or self.large)
 
 
@@ -147,14 +152,14 @@ def read_house(root: Path) -> House:
 
 
 def is_face(tree: ast.Module) -> bool:
-    """Return whether an `__init__` hands names on lazily and does nothing else: it defines none of its own."""
+    """Return whether an `__init__` re-exports names lazily and defines no function or class of its own."""
     own = any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in tree.body)
     called = {ast.unparse(node.func).rpartition(".")[2] for node in ast.walk(tree) if isinstance(node, ast.Call)}
     return HANDS_ON in called and not own
 
 
 def _imported(tree: ast.Module, package: str, known: Collection[str], *, face: bool) -> Iterator[str]:
-    """Yield the known modules that a module of `package` imports anywhere, and those that a face names in strings."""
+    """Yield the known modules that a module of `package` imports anywhere, or as a face names in strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
@@ -167,14 +172,17 @@ def _imported(tree: ast.Module, package: str, known: Collection[str], *, face: b
 
 
 def _source(node: ast.ImportFrom, package: str) -> str:
-    """Return the full name of what is imported from; each dot after the first one goes up by a package."""
+    """Return the full name that an `import from` names; each dot after the first goes up by one package."""
     parts = package.split(".")
     above = parts[: len(parts) + 1 - node.level] if node.level else []
     return ".".join([*above, *filter(None, [node.module])])
 
 
 def read_contracts(root: Path) -> list[Contract]:
-    """Read the `layers` contracts of setup.cfg, in which `|` keeps the rooms of one line apart and `:` does not."""
+    """Read the `layers` contracts of setup.cfg.
+
+    Rooms of one line share a floor. They may import each other if `:` stands between them, and may not if it is `|`.
+    """
     config = configparser.ConfigParser()
     config.read(root / "setup.cfg")
     found = []
@@ -193,7 +201,7 @@ def read_contracts(root: Path) -> list[Contract]:
 
 
 def examine(house: House, contracts: Sequence[Contract]) -> Findings:
-    """Find circles, imports that go up or that nothing orders, and folders that hold too much."""
+    """Find circles, imports that go up, imports that no contract orders, and folders with too many modules."""
     allowed = {pair: _allowed(house, contracts, *pair) for pair in house.imports}
     between = [pair for pairs in house.edges.values() for pair in pairs]
     return Findings(
@@ -205,7 +213,10 @@ def examine(house: House, contracts: Sequence[Contract]) -> Findings:
 
 
 def _allowed(house: House, contracts: Sequence[Contract], importer: str, imported: str) -> bool | None:
-    """Ask all contracts; but a face stands above what it hands on of its package, whatever they say."""
+    """Return whether the contracts allow an import, or None if no contract orders the two modules.
+
+    A face stands above the modules of its package that it re-exports from, whatever the contracts say.
+    """
     if imported in house.faces and importer.startswith(f"{imported}."):
         return house.nodes[importer] not in house.ways.get(house.nodes[imported], ())
     if importer in house.faces and imported.startswith(f"{importer}."):
@@ -215,13 +226,13 @@ def _allowed(house: House, contracts: Sequence[Contract], importer: str, importe
 
 
 def circles(ways: Mapping[str, Mapping[str, list[str]]]) -> list[Circle]:
-    """Find the groups of nodes that reach each other, from the ways between all."""
+    """Return one circle for each group of nodes that reach each other, given the ways between all nodes."""
     groups = {tuple(other for other in ways if node in ways[other] and other in ways[node]) for node in ways}
     return [Circle(group, min((ways[node][node] for node in group), key=len)) for group in sorted(groups) if group]
 
 
 def _ways(start: str, below: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Return a shortest way from `start` to each node that it reaches, with both ends."""
+    """Return a shortest way from `start` to each node that it reaches, including both ends."""
     found: dict[str, list[str]] = {}
     waiting = [[start]]
     for way in waiting:
@@ -233,7 +244,7 @@ def _ways(start: str, below: Mapping[str, Sequence[str]]) -> dict[str, list[str]
 
 
 def text(house: House, contracts: Sequence[Contract], found: Findings) -> str:
-    """Return the table, its sums, and what is wrong."""
+    """Return the table of folders, its sums, and one line for everything that is wrong."""
     width = max(map(len, house.sizes))
     lines = [f"{'folder':{width}}  modules  imports from (how many)"]
     for node in _in_order(house):
@@ -278,8 +289,8 @@ def _problems(house: House, contracts: Sequence[Contract], found: Findings) -> I
         yield f"floors are not declared for {len(found.unordered)} of the edges: {edges}"
 
 
-def as_json(house: House, contracts: Sequence[Contract], found: Findings) -> dict[str, object]:
-    """Return the same for programs."""
+def to_json(house: House, contracts: Sequence[Contract], found: Findings) -> dict[str, object]:
+    """Return what `text` shows as an object for JSON."""
     return {
         "folders": {node: {"modules": house.sizes[node], "imports": _counts(house, node)} for node in _in_order(house)},
         "edges": len(house.edges),
@@ -293,14 +304,15 @@ def as_json(house: House, contracts: Sequence[Contract], found: Findings) -> dic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the house, print the table and what is wrong, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="another checkout (default: this one)")
-    parser.add_argument("--json", action="store_true", help="print the same for programs")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
     options = parser.parse_args(arguments)
     house, contracts = read_house(options.root), read_contracts(options.root)
     found = examine(house, contracts)
     if options.json:
-        print(json.dumps(as_json(house, contracts, found), indent=2))
+        print(json.dumps(to_json(house, contracts, found), indent=2))
     else:
         print(text(house, contracts, found))
     return 0 if found.ok else 1

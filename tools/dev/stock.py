@@ -1,8 +1,9 @@
-"""Export, shard, quantise, compile and verify real stock remote code, with tiny random weights around it.
+"""Export, shard, quantise, compile and verify models of real stock remote code, with tiny random weights.
 
-    python tools/dev/stock.py DIR       DIR holds modeling_baichuan.py, or one such folder per model
+    python tools/dev/stock.py DIR
 
-The stock files are copied to a temporary folder and run there unmodified; nothing of them is kept.
+DIR holds modeling_baichuan.py, or one folder per model that does. The stock files are copied to a temporary folder and
+run there unmodified; nothing of them is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from passopt.testing.checkpoints import CheckpointSpec, cast, random_weights, safetensors_bytes
 
 CODE = "modeling_baichuan.py"
-#: Small, and unequal wherever the published sizes are equal or round.
+#: Small sizes, which differ from each other wherever the published sizes are equal or round.
 ALIBI = CheckpointSpec("alibi", heads=6, hidden=48, intermediate=84, layers=2, vocab=108, max_positions=64)
 ROTARY = CheckpointSpec("rotary", heads=4, hidden=48, intermediate=84, layers=3, vocab=108, max_positions=64)
 PIPELINES = (
@@ -31,21 +32,21 @@ PIPELINES = (
     "baichuan2,tp{degree=4,pad=true}",
     "baichuan2,tp,int8",
 )
-#: Compiled of the exported model after these passes, and of the folder of ranks that the pipeline made.
+#: The exported model is compiled after each of these passes, and the ranks of one pipeline are compiled too.
 COMPILED = ("baichuan2,fold-norm-head", "baichuan2,int8{activations=dynamic,head=true}")
 COMPILED_RANKS = "baichuan2,tp{degree=4,pad=true}"
 
 
 def stock_folders(root: Path) -> list[Path]:
-    """Folders with stock code: `root` itself, or its children. Exits if there is none."""
+    """Return the folders with stock code, `root` itself or its children; raise SystemExit if there is none."""
     found = [folder for folder in (root, *sorted(root.glob("*"))) if (folder / CODE).is_file()]
     if not found:
-        raise SystemExit(f"stock: {root} holds no {CODE}, neither itself nor in a folder; give STOCK=DIR")
+        raise SystemExit(f"stock: neither {root} nor a folder in it holds {CODE}; give STOCK=DIR")
     return found
 
 
 def make_small(stock: Path, target: Path) -> CheckpointSpec:
-    """Stock code and configuration with small sizes and random bf16 weights."""
+    """Write a checkpoint of stock code and configuration with small sizes and random bf16 weights; return its sizes."""
     target.mkdir()
     for file in stock.glob("*.py"):
         shutil.copyfile(file, target / file.name)
@@ -67,6 +68,7 @@ def make_small(stock: Path, target: Path) -> CheckpointSpec:
 
 
 def passopt(folder: Path, *arguments: str) -> None:
+    """Print and run one passopt command in `folder`; raise SystemExit if it fails."""
     print("$ passopt " + " ".join(f"'{item}'" if "{" in item else item for item in arguments), flush=True)
     done = subprocess.run([sys.executable, "-m", "passopt", *arguments], cwd=folder, check=False)
     if done.returncode:
@@ -74,13 +76,13 @@ def passopt(folder: Path, *arguments: str) -> None:
 
 
 def compiled(root: Path, reference: str, model: str, output: str, *options: str) -> None:
-    """Compile, and verify the library against the exported model."""
+    """Compile a model, and verify the library against the exported model `reference`."""
     passopt(root, "compile", model, "-o", output, *options)
     passopt(root, "verify", reference, output)
 
 
 def check(stock: Path, root: Path) -> None:
-    """One stock model through export and every pipeline, each verified."""
+    """Export one stock model, run every pipeline on it, and verify each result."""
     name = f"{stock.name}-small"
     spec = make_small(stock, root / name)
     print(f"\n== {stock.name}: {dataclasses.asdict(spec)}", flush=True)
@@ -98,6 +100,7 @@ def check(stock: Path, root: Path) -> None:
 
 
 def main() -> None:
+    """Check every stock model in the folder that the command line names."""
     if len(sys.argv) != 2 or not sys.argv[1]:
         raise SystemExit("stock: no stock code; run make stock STOCK=DIR with the published remote code in DIR")
     folders = stock_folders(Path(sys.argv[1]))

@@ -2,9 +2,9 @@
 
     python tools/dev/train_checkpoints.py [--out DIR] [--steps N]
 
-This is seeded and takes a few minutes on two threads. Training runs in float32 through the remote code itself, so a
-checkpoint can do what its code does; the result is stored in bfloat16, as published checkpoints are. Perplexities are
-printed.
+Training is seeded and takes a few minutes on two threads. It runs in float32 through the remote code itself, so that
+the weights fit what that code computes. They are stored in bfloat16, as those of published checkpoints are.
+Perplexities are printed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ import torch
 from passopt.testing import checkpoints
 from passopt.testing.checkpoints import ALIBI, ROTARY, CheckpointSpec
 
+#: Pieces of the tokenizer's vocabulary.
 PIECES = 500
 BATCH = 24
 LEARNING_RATE = 4e-3
 
 
 def train_tokenizer() -> bytes:
-    """A byte-pair model with byte fallback, whose pieces 3 and 4 stand for the roles of a chat."""
+    """Train a byte-pair tokenizer with byte fallback, and return its serialised model.
+
+    Its pieces 3 and 4 stand for the roles of a chat.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for line in checkpoints.training_text().splitlines() if line.strip()),
@@ -55,7 +59,7 @@ def train_tokenizer() -> bytes:
 
 
 def load(directory: Path) -> Any:
-    """The model of a checkpoint directory in float32, by its own remote code."""
+    """Load the model of a checkpoint directory in float32, through its own remote code."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     model_class: Any = get_class_from_dynamic_module("modeling_baichuan.BaichuanForCausalLM", str(directory))
@@ -66,7 +70,10 @@ def load(directory: Path) -> Any:
 
 
 def perplexity(model: Any, tokens: torch.Tensor, length: int) -> float:
-    """Per token, over windows of `length`. The model is left alone: its head would normalise itself for good."""
+    """Return the perplexity per token, over windows of `length` tokens.
+
+    This works on a copy of the model, because in evaluation its head would normalise its own weight for good.
+    """
     model = copy.deepcopy(model).eval()
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     with torch.no_grad():
@@ -76,8 +83,9 @@ def perplexity(model: Any, tokens: torch.Tensor, length: int) -> float:
 
 
 def train(model: Any, tokens: torch.Tensor, length: int, steps: int) -> None:
+    """Train the model in place for `steps` batches of random windows of `length` tokens, and print the loss."""
     generator = torch.Generator().manual_seed(0)
-    # The configuration asks for it in a way that is always true, and it would only cost time here.
+    # The configuration holds a 1-tuple here, which is always true. Checkpointing would only cost time.
     model.model.gradient_checkpointing = False
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
@@ -97,6 +105,7 @@ def train(model: Any, tokens: torch.Tensor, length: int, steps: int) -> None:
 
 
 def train_family(spec: CheckpointSpec, out: Path, steps: int, work: Path) -> None:
+    """Train one family, write its weights to `out`, and print perplexities before and after; `work` is scratch."""
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=(out / "tokenizer.model").read_bytes())
     training, evaluation = (
         torch.tensor(tokenizer.encode(text)) for text in (checkpoints.training_text(), checkpoints.evaluation_text())
@@ -119,9 +128,10 @@ def train_family(spec: CheckpointSpec, out: Path, steps: int, work: Path) -> Non
 
 
 def main() -> None:
+    """Train the tokenizer and both families, and write them to the folder asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=checkpoints.DATA, help="folder to write to (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="of training, for each family (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="steps of training for each family (%(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     warnings.filterwarnings("ignore", message=".*sdp_kernel.*", category=FutureWarning)

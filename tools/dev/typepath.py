@@ -1,6 +1,6 @@
 """Link the packages that setup.cfg lists into build/typepath, where mypy and pyright find them.
 
-Type checkers do not run setuptools' import hook, so an editable install alone is invisible to them.
+Type checkers do not run the import hook of setuptools, so they cannot see an editable install alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ TYPEPATH = ROOT / "build" / "typepath"
 
 
 def package_dirs(root: Path = ROOT) -> dict[str, str]:
-    """Return import name → folder of every package that setup.cfg of `root` lists, parents first.
+    """Return the folder of every package that the setup.cfg in `root` lists, by import name, parents first.
 
-    `package_dir` names the topmost ones only; a package below one of them lies in the folder of the same path.
+    `package_dir` of setup.cfg names the topmost packages only; a package below one of them lies in the folder below it.
     """
     config = configparser.ConfigParser()
     config.read(root / "setup.cfg")
@@ -30,6 +30,7 @@ def package_dirs(root: Path = ROOT) -> dict[str, str]:
 
 
 def main() -> None:
+    """Make the links anew."""
     shutil.rmtree(TYPEPATH, ignore_errors=True)
     for name, folder in package_dirs().items():
         target = TYPEPATH.joinpath(*name.split("."))

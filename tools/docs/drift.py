@@ -1,9 +1,10 @@
-"""Write the drift matrix: do the fusions still find everything, for every family, exporter, attention and opset?
+"""Check that the fusions still find everything, for every family, exporter, attention and opset, and write the table.
 
     python tools/docs/drift.py [--only FAMILY] [--json] [--write FILE] [--keep DIR]
 
-A cell that misses a part, or whose numbers change, is marked ✗ and makes the exit code 1. What to expect follows from
-the architectures and their configurations, never from passes. It takes some 15 minutes; one row at a time is in memory.
+A cell that misses a part, or whose numbers change, is marked ✗ and makes the exit code 1. The expected counts follow
+from the architectures and their configurations, never from passes. This takes some 15 minutes. Each row runs in a
+process of its own, so that only one is in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from drift_row import BAICHUAN2
 from passopt.testing.families import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Largest max|Δ| / max|reference| between a graph and its fused form, over all outputs and all rows.
+#: The largest max|Δ| / max|reference| that a fused graph may have against the unfused one, over all outputs and rows.
 TOLERANCE = 1e-5
 
 EXPORTS = (("dynamo", 18), ("dynamo", 23), ("torchscript", 18), ("torchscript", 20))
@@ -32,9 +33,12 @@ KINDS = ("norms", "rotary", "attention")
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Per layer: RMS norms (0 where a family has layer norms; those of q and k count) and whether q and k rotate.
+    """Say what one layer of an architecture consists of.
 
-    `attentions` are the implementations that the class has.
+    Attributes:
+        norms: RMS norms, including those of q and k; 0 where a family has layer norms.
+        rotary: Whether q and k are rotated.
+        attentions: The implementations of attention that the class has.
     """
 
     norms: int = 0
@@ -65,22 +69,28 @@ _ALL_PHASES = ("baichuan2-7b", "baichuan2-13b", "llama", "bloom")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A row of the table: a family, exported for all phases (`merged`) or for one of them."""
 
     family: str
     phase: str
 
     @property
     def name(self) -> str:
+        """Return the name of the row in the table."""
         return self.family if self.phase == "merged" else f"{self.family}, {self.phase} only"
 
     @property
     def pipeline(self) -> str:
+        """Return the pipeline that fuses the graphs of this row."""
         return "baichuan2" if self.family in BAICHUAN2 else "fuse"
 
     @property
     def expected(self) -> dict[str, int]:
-        """Norms of all layers and the last one, a rotation of q and one of k, one attention per layer."""
+        """Return the expected number of parts by kind.
+
+        They are the norms of all layers and the last norm, one rotation of q and one of k per layer, and one attention
+        per layer.
+        """
         layers, architecture = _layers(self.family), ARCHITECTURES[self.family]
         norms = layers * architecture.norms + 1 if architecture.norms else 0
         return {"norms": norms, "rotary": 2 * layers * architecture.rotary, "attention": layers}
@@ -88,7 +98,18 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """`found` per kind and `error`, or `reason`: why there is none. `made` is False where the exporter cannot."""
+    """Hold the result of one export.
+
+    Attributes:
+        row: The row of the table.
+        exporter: The exporter's name.
+        opset: The opset that was exported.
+        attention: The implementation of attention.
+        found: How many parts of each kind were fused; empty if a step failed.
+        error: The largest relative error against the unfused graph; None if it is not finite or a step failed.
+        reason: Why a step failed, or why the cell cannot be made.
+        made: False where the class has no such attention, so that there is nothing to export.
+    """
 
     row: Row
     exporter: str
@@ -101,11 +122,13 @@ class Cell:
 
     @property
     def ok(self) -> bool:
+        """Return whether everything was found and the numbers stayed the same, or the cell cannot be made."""
         if not self.made:
             return True
         return self.found == self.row.expected and self.error is not None and self.error <= TOLERANCE
 
     def text(self) -> str:
+        """Return the cell as the table shows it."""
         if not self.made:
             return "–"
         if not self.found:
@@ -114,7 +137,8 @@ class Cell:
         error = "not finite" if self.error is None else f"{self.error:.0e}"
         return f"{counts} {error}" if self.ok else f"✗ {counts} {error}"
 
-    def as_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
+        """Return the cell with everything that is known of it, for `--json`."""
         return {
             **dataclasses.asdict(self),
             "row": self.row.name,
@@ -125,7 +149,7 @@ class Cell:
 
 
 def _layers(family: str) -> int:
-    """By the configuration, whatever its class calls it."""
+    """Return the number of layers from the configuration, in which families call it by different names."""
     if family in BAICHUAN2:
         return 2
     config = CONFIGS[family]
@@ -133,7 +157,7 @@ def _layers(family: str) -> int:
 
 
 def rows(only: Sequence[str]) -> list[Row]:
-    """All rows, or those of the families named."""
+    """Return the rows of the families named, or all rows; raise SystemExit if a family is unknown."""
     if unknown := set(only) - ARCHITECTURES.keys():
         raise SystemExit(f"drift: no family {', '.join(sorted(unknown))}; there are {', '.join(ARCHITECTURES)}")
     chosen = [family for family in ARCHITECTURES if not only or family in only]
@@ -142,7 +166,10 @@ def rows(only: Sequence[str]) -> list[Row]:
 
 
 def run_row(row: Row, keep: str) -> Iterator[Cell]:
-    """The cells of a row, from a process of its own."""
+    """Run a row in a process of its own, and yield its cells, including those that cannot be made.
+
+    If the process dies, the cells that it has not reported are failures. With `keep`, graphs are saved in that folder.
+    """
     wanted = [
         (exporter, opset, attention)
         for exporter, opset in EXPORTS
@@ -167,7 +194,7 @@ def run_row(row: Row, keep: str) -> Iterator[Cell]:
 
 
 def markdown(cells: Sequence[Cell]) -> str:
-    """The table, then why cells failed or are missing."""
+    """Return the table, followed by the reasons why cells failed or cannot be made."""
     columns = [(exporter, opset, attention) for exporter, opset in EXPORTS for attention in ATTENTIONS]
     by_place = {(cell.row, cell.exporter, cell.opset, cell.attention): cell for cell in cells}
     lines = ["| family | " + " | ".join(f"{one} {two}, {three}" for one, two, three in columns) + " |"]
@@ -185,32 +212,41 @@ def markdown(cells: Sequence[Cell]) -> str:
             if cell.reason
         ]
     if reasons:
-        lines += ["", "Cells that cannot be made (–):", "", *(f"- {reason}" for reason in reasons)]
+        lines += ["", "Cells that show – cannot be made:", "", *(f"- {reason}" for reason in reasons)]
     return "\n".join(lines) + "\n"
 
 
 def document(table: str) -> str:
-    """docs/drift.md."""
+    """Return the page docs/measured/drift.md around the table."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
-    return f"""# Drift
+    return f"""# Drift: what the fusions find in exported graphs
 
-What the fusions find in the graphs that exporters write, by `make drift` ({versions}).
+This page shows, for every model family, exporter, opset and implementation of attention, whether passopt's fusions
+still find every part of the graph that the exporter writes, and whether the fused graph computes the same. It was
+measured with {versions}. `make drift` repeats the measurement and
+writes this page.
 
-Each cell: fused / expected RMS norms, rotary embeddings (q and k apart) and attentions of a two-layer model after the
-pipeline `fuse` (`baichuan2` for Baichuan2), then the largest relative error against the unfused graph in onnxruntime,
-fp32, over all outputs and rows of a prefill with padding on the left, a chunk and cached decode; {TOLERANCE:.0e} is
-allowed. What is expected follows from each architecture and its configuration (0 norms: the family has layer norms).
-✗ is a part that was missed, numbers that changed, or a failure; any makes `make drift` fail.
+How to read the table: each column names the exporter, the opset and the implementation of attention. Each cell gives
+fused / expected RMS norms, rotary embeddings (those of q and k are counted separately) and attentions of a model with
+two layers, after the pipeline `fuse` (`baichuan2` for Baichuan2). The last number of a cell is the largest relative
+error of the fused graph against the unfused one. Both run in onnxruntime in fp32, and the error is taken over all
+outputs and rows of a prefill with padding on the left, a chunk and cached decode; {TOLERANCE:.0e} is allowed.
+
+The expected counts follow from each architecture and its configuration; 0 norms means that the family has layer norms
+instead. ✗ marks a part that was missed, numbers that changed, or a step that failed. Any ✗ makes `make drift` fail.
 
 {table}"""
 
 
 def main() -> int:
+    """Run the rows asked for, print the table, and return 1 if any cell is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="FAMILY", action="append", default=[], help="may be repeated")
-    parser.add_argument("--json", action="store_true", help="the cells as JSON")
-    parser.add_argument("--write", metavar="FILE", help="also write the table as a document")
-    parser.add_argument("--keep", metavar="DIR", default="", help="save every exported graph")
+    parser.add_argument(
+        "--only", metavar="FAMILY", action="append", default=[], help="run this family only (may be repeated)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the cells as JSON")
+    parser.add_argument("--write", metavar="FILE", help="also write the page with the table to FILE")
+    parser.add_argument("--keep", metavar="DIR", default="", help="save every exported graph below DIR")
     options = parser.parse_args()
     todo, cells = rows(options.only), []
     for number, row in enumerate(todo, 1):
@@ -220,7 +256,7 @@ def main() -> int:
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     table = markdown(cells)
-    print(json.dumps([cell.as_json() for cell in cells], indent=2) if options.json else table, end="")
+    print(json.dumps([cell.to_json() for cell in cells], indent=2) if options.json else table, end="")
     if options.write:
         Path(options.write).write_text(document(table), encoding="utf-8")
     return 0 if all(cell.ok for cell in cells) else 1

@@ -1,8 +1,9 @@
-"""Make one row of the drift matrix in a process of its own: export, fuse, count, compare.
+"""Make one row of the drift table in a process of its own: export each cell's graph, fuse it, count, and compare.
 
-    python tools/docs/drift_row.py FAMILY PHASE PIPELINE KEEP CELL...      CELL is EXPORTER:OPSET:ATTENTION
+    python tools/docs/drift_row.py FAMILY PHASE PIPELINE KEEP CELL...
 
-It prints one JSON object per cell, as soon as that is known.
+A CELL is EXPORTER:OPSET:ATTENTION. KEEP is a folder in which the exported graphs are saved, or an empty string. The
+program prints one JSON object per cell, as soon as its result is known.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from passopt.testing.families import make_family_checkpoint
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: What the fusions make, by the kind of part that it stands for.
+#: The operators that the fusions make, by the kind of part that they stand for.
 FUSED = {
     "norms": {"RMSNormalization"},
     "rotary": {"RotaryEmbedding"},
@@ -44,14 +45,16 @@ FUSED = {
 }
 BAICHUAN2 = {"baichuan2-7b": ROTARY, "baichuan2-13b": ALIBI}
 
-#: Positions per step: a padded prefill, a chunk, decode; or what a graph of one phase can take.
+#: Positions per step. A merged graph runs a padded prefill, a chunk and decode; other graphs run what they can take.
 _STEPS = {"merged": (7, 3, 1, 1), "prefill": (9,), "decode": (1, 1)}
 #: Positions in the cache before the first step.
 _PAST = {"merged": 0, "prefill": 0, "decode": 5}
+#: Sequences of a batch, and positions of padding on the left of the second one.
 _BATCH, _PADDING = 3, 4
 
 
 def main() -> None:
+    """Make the checkpoint of a family, and print the result of every cell."""
     family, phase, pipeline, keep, *cells = sys.argv[1:]
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="passopt-drift-") as folder:
@@ -80,7 +83,7 @@ def _make_checkpoint(directory: Path, family: str) -> Path:
 def _cell(
     checkpoint: Checkpoint, options: ExportOptions, pipeline: str, scratch: Path, keep: Path | None
 ) -> dict[str, object]:
-    """`found` counts per kind and `error`; or which `step` failed and its `reason`."""
+    """Return the counts by kind as `found` with the `error`, or the `step` that failed with its `reason`."""
     step = "export"
     try:
         graph = clean_up(export_graph(checkpoint, options, scratch))
@@ -104,7 +107,10 @@ def _save(model: onnx_ir.Model, directory: Path | None) -> None:
 
 
 def _run(model: onnx_ir.Model, phase: str) -> list[dict[str, Array]]:
-    """All outputs of every step, on the cache that the model's own earlier steps made; all rows, padded ones too."""
+    """Run every step on the cache that the model's own earlier steps made, and return all outputs of each.
+
+    The outputs hold all rows, padded ones too.
+    """
     session = Session(model)
     vocabulary = next(value for value in model.graph.outputs if value.name == LOGITS).shape
     assert vocabulary is not None
@@ -146,7 +152,7 @@ def _first_cache(model: onnx_ir.Model, past: int) -> Iterator[tuple[str, Array]]
 
 
 def _difference(expected: list[dict[str, Array]], found: list[dict[str, Array]]) -> float | None:
-    """Largest max|difference| / max|expected| of an output; None if any is not finite."""
+    """Return the largest max|difference| / max|expected| of all outputs, or None if any is not finite."""
     errors = [
         float(np.abs(other[name] - one[name]).max() / np.abs(one[name]).max())
         for one, other in zip(expected, found, strict=True)

@@ -1,6 +1,9 @@
-"""Write docs/why.md: what `passopt why` prints on graphs that this command exports first, word for word.
+"""Write docs/measured/why.md, which shows what `passopt why` prints, word for word.
 
-python tools/docs/why_page.py [FILE]      (default: docs/why.md)
+    python tools/docs/why_page.py [FILE]
+
+FILE is docs/measured/why.md unless it is given. The script makes a checkpoint, exports its graph and runs the commands
+of the page on it.
 """
 
 from __future__ import annotations
@@ -17,44 +20,48 @@ ROOT = Path(__file__).resolve().parents[2]
 _INTRODUCTION = """\
 # Why did it not match?
 
-`passopt why PASS MODEL` runs a pass on a copy of the model and explains every place that it left. This page is made by
-`make why-docs`: each block is what the command prints on a tiny Baichuan2 of {layers} layers (rotary, fp16), exported
-by
+`passopt why PASS MODEL` runs a pass on a copy of the model, and explains place by place why a rule came near but did
+not match. The model file is never changed.
+
+This page shows examples. `make why-docs` runs the commands and writes the page, so each block is what the command
+really prints. The model is a tiny Baichuan2 with {layers} layers (rotary, fp16). It was exported by
 
 ```
 {export}
 ```
 
-A place is ranked by how many nodes of the rule's pattern fit; places that the rule itself declined come first. Equal
-places, one per layer, are one kind with an example. `--limit 0` shows all kinds, `--json` every place of them, with all
-differences and where the nodes come from. The model file is never changed.
+How to read the output: places that the rule itself declined come first. The others are ranked by how many nodes of the
+rule's pattern fit. Places that are equal, such as one in every layer, are shown as one kind with an example.
+`--limit 0` shows all kinds. `--json` gives every single place, with all differences and with the origin of the nodes.
 """
 
 _SPELLING = """
-## An exporter spells it differently
+## The exporter wrote it in another way
 
-`--after` runs passes first, `--in PIPELINE` what stands before the pass in a pipeline. Here `cse` has not run:
+`--after` runs the given passes first. `--in PIPELINE` runs the passes that come before this one in a pipeline. In the
+first example, `cse` has not run:
 
 ```
 $ {command}
 {output}
 ```
 
-All nodes of the norm fit but one: a norm reads the same `x` twice, and the exporter cast it to fp32 twice, under two
-names. The last line gives the source line that the node was exported from, its module, the rule and where it is
-written, and which of the rule's alternatives came farthest. "found A with B behind it" means that A stands between two
-nodes of the pattern; "no B in between" that B is missing there.
+All nodes of the norm fit but one. A norm reads the same `x` twice, but the exporter cast it to fp32 twice, under two
+names. The last line of the place gives the source line that the node was exported from, its module, the rule and where
+it is written, and the alternative of the rule that came closest. "found A with B behind it" means that A stands between
+two nodes of the pattern. "no B in between" means that B is missing there.
 
-With `--in`, the same pass where it belongs:
+With `--in`, the same pass runs after the passes that it needs, and matches:
 
 ```
 $ {fixed}
 {fixed_output}
 ```
 
-## All that the rules say about one node
+## Everything that the rules say about one node
 
-By the node's name or a value's, as `passopt print` shows them: every rule, every difference, every alternative.
+`--node` takes the name of a node or of a value, as `passopt print` shows it. It prints every rule, every difference and
+every alternative for this node:
 
 ```
 $ {node}
@@ -65,7 +72,7 @@ $ {node}
 _DECLINE = """
 ## The rule declines
 
-The pattern fits whole, and the rule's own guard says no: the reason is the rule's, word for word.
+Here the whole pattern fits, but the rule itself declines. The reason is printed as the rule gives it, word for word:
 
 ```
 $ {command}
@@ -74,29 +81,33 @@ $ {command}
 """
 
 _EXPECTATION = """
-## An expectation that does not hold
+## An expectation is not met
 
-Pipelines state how often their passes must match (`--expect PASS==N`, N such as `2*num_layers+1`). An unmet one ends
-`passopt run` with exit code 4, prints the same explanation of the graph as the pass left it, and writes nothing:
+A pipeline can state how often a pass must match, and `--expect PASS==N` states it on the command line; N may be a
+formula such as `2*num_layers+1`. If an expectation is not met, `passopt run` ends with exit code 4 and writes nothing.
+It prints the same explanation of the graph as the pass left it:
 
 ```
 $ {command}
 {output}
 ```
 
-Of a pass that says which operators it makes (`makes`), these are counted in the final graph, so that a model in which
-the exporter has fused them holds as well.
+For a pass that declares which operators it makes (`makes`), these operators are counted in the final graph. So the
+expectation is also met by a model in which the exporter has already fused them.
 """
 
 
 class Shell:
-    """Runs commands as a user would, in one folder."""
+    """Run commands in one folder, as a user would."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def __call__(self, command: str, code: int = 0) -> str:
-        """What a command prints, results and messages, without its exit code, which must be `code`."""
+        """Run a command, and return the results and messages that it prints.
+
+        Raises SystemExit if its exit code is not `code`.
+        """
         words = [word.strip("'") for word in command.split()][1:]
         line = [sys.executable, "-m", "passopt", *words]
         done = subprocess.run(
@@ -108,7 +119,7 @@ class Shell:
 
 
 def page(folder: Path) -> str:
-    """The page, from commands run in `folder`."""
+    """Make and export a checkpoint in `folder`, run the commands there, and return the page."""
     shell = Shell(folder)
     make_checkpoint(folder / "checkpoint", ROTARY)
     export = "passopt export checkpoint -o rotary --dtype fp16 --trust-remote-code"
@@ -135,7 +146,8 @@ def page(folder: Path) -> str:
 
 
 def main() -> None:
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "why.md"
+    """Write the page to the file that the command line names."""
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "measured" / "why.md"
     with tempfile.TemporaryDirectory(prefix="passopt-why-") as folder:
         text = page(Path(folder))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from passopt.api.compile import CompileResult, compile
     from passopt.api.explain import Explanation, explain
     from passopt.api.export import ExportResult, export
-    from passopt.api.generate import Engine, GenerateResult, generate
+    from passopt.api.generate import Engine, generate
+    from passopt.api.generate_result import GenerateResult, Request
     from passopt.api.model import Model, SaveResult, load, print_text, save
     from passopt.api.new_pass import NewPass, new_pass
     from passopt.api.plan import PlanResult, plan
@@ -62,6 +63,7 @@ __all__ = [
     "Provenance",
     "ReplayResult",
     "Reporter",
+    "Request",
     "RunResult",
     "SaveResult",
     "UsageError",
@@ -98,7 +100,8 @@ __getattr__, __dir__ = lazy_names(
         "ExportResult": "passopt.api.export",
         "export": "passopt.api.export",
         "Engine": "passopt.api.generate",
-        "GenerateResult": "passopt.api.generate",
+        "GenerateResult": "passopt.api.generate_result",
+        "Request": "passopt.api.generate_result",
         "generate": "passopt.api.generate",
         "Model": "passopt.api.model",
         "SaveResult": "passopt.api.model",

@@ -78,7 +78,7 @@ def needed_bytes(group: Group, kernels: RowKernels) -> int:
     return _fixed_bytes(group, 0) + group.grain * row_bytes(group, kernels)
 
 
-def plan_budget(groups: Sequence[Group], options: StreamOptions, kernels: RowKernels) -> Budget:
+def budget_for(groups: Sequence[Group], options: StreamOptions, kernels: RowKernels) -> Budget:
     """Choose the number of workers and the memory of each for writing these groups.
 
     Raises:

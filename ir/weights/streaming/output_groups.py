@@ -10,7 +10,7 @@ from pathlib import Path
 
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights import expressions as ex
-from passopt.ir.weights.safetensors_layout import Layout, plan_layout
+from passopt.ir.weights.safetensors_layout import Layout, layout_of
 from passopt.ir.weights.streaming.row_spans import Part, Span, base_of, in_order, is_by_columns, matrix_shape, spans_of
 
 
@@ -25,7 +25,7 @@ class WeightFile:
     @functools.cached_property
     def layout(self) -> Layout:
         """Return the layout of the file."""
-        return plan_layout(self.weights)
+        return layout_of(self.weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from passopt.ir.weights.streaming.budget import (
     DEFAULT_STREAM,
     Budget,
     StreamOptions,
+    budget_for,
     peak_bytes,
-    plan_budget,
     sizes_of,
 )
 from passopt.ir.weights.streaming.chunk_values import ChunkValues
@@ -133,7 +133,7 @@ def write_weight_files(
     start = time.monotonic()
     groups = schedule(files)
     kernels = kernels_for(sum(group.read_bytes for group in groups))
-    budget = plan_budget(groups, options, kernels)
+    budget = budget_for(groups, options, kernels)
     if sum(group.read_bytes + group.written_bytes for group in groups) < _THREADS_FROM:
         budget = dataclasses.replace(budget, workers=1)
     with contextlib.ExitStack() as stack:

@@ -21,7 +21,7 @@ from passopt.ir.graph.decoder import INPUT_IDS, LOGITS, decoder_of, degree_of, p
 from passopt.ir.serialization.model_files import WEIGHTS_NAME
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import small_constant
-from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.streaming.budget import DEFAULT_STREAM, StreamOptions
 from passopt.ir.weights.streaming.output_groups import WeightFile
 from passopt.ir.weights.streaming.write_weights import StreamReport, write_weight_files
@@ -109,7 +109,7 @@ def compile_models(
     lowered, *others = _lowered(models, machine, allow_fallback=allow_fallback)
     interface = _Interface.of(models[0], lowered, origin.companions)
     weights = [_weights(item) for item in ([lowered, *others] if others else [lowered] * degree)]
-    needed = sum(plan_layout(item).nbytes for item in weights)
+    needed = sum(layout_of(item).nbytes for item in weights)
     folders = rank_folders(degree)
     with resumable_directory(directory, needed) as staged:
         keep_only(staged, {JOURNAL_NAME, *(str(Path(folder) / WEIGHTS_NAME) for folder in folders)})

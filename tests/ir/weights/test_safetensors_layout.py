@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.expressions import DataType, Expression, Literal
-from passopt.ir.weights.safetensors_layout import plan_layout
+from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.output_groups import WeightFile
 from passopt.ir.weights.streaming.write_weights import write_weight_files
@@ -39,7 +39,7 @@ def written(path, weights, arena_bytes=0):
     progress = []
     options = StreamOptions(arena_bytes=arena_bytes)
     report = write_weight_files([WeightFile(path, expressions)], options, progress=progress.append)
-    return plan_layout(expressions), report.digests[0], progress
+    return layout_of(expressions), report.digests[0], progress
 
 
 def test_the_library_reads_equal_bytes(tmp_path):
@@ -73,7 +73,7 @@ def test_data_and_every_tensor_start_at_multiples_of_64(tmp_path):
 
 
 def test_sizes_that_need_padding_come_last():
-    layout = plan_layout({name: Literal.of(array) for name, array in arrays().items()})
+    layout = layout_of({name: Literal.of(array) for name, array in arrays().items()})
     padded = [arrays()[name].nbytes % 64 != 0 for name in layout.offsets]
     assert padded == sorted(padded)
     assert sum(name.startswith("__padding.") for name in json.loads(layout.header[8:])) == sum(padded)
@@ -113,4 +113,4 @@ def test_no_weights_are_an_empty_file_of_the_format(tmp_path):
 
 def test_a_dtype_that_the_format_lacks_is_named():
     with pytest.raises(ModelError, match="weight 'w' has dtype COMPLEX64, which safetensors does not hold"):
-        plan_layout({"w": Expression(DataType.COMPLEX64, (2,))})
+        layout_of({"w": Expression(DataType.COMPLEX64, (2,))})

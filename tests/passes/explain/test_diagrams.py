@@ -104,7 +104,7 @@ def test_a_diagram_as_data_has_roots_and_parts():
         root = op.Sqrt(x)
         return op.Add(root, root)
 
-    assert diagram(trace(pattern, "here")).as_json() == {
+    assert diagram(trace(pattern, "here")).to_json() == {
         "roots": [{"label": "Add  either order", "inputs": [{"label": "‹Sqrt›"}, {"label": "‹Sqrt›"}]}],
         "parts": [{"label": "‹Sqrt› Sqrt", "inputs": [{"label": "x"}]}],
     }
@@ -114,7 +114,7 @@ def test_code_is_drawn_statement_by_statement():
     first, second = code_trees("y, k = Attention(q, Concat(a, b, axis=2), scale=s); z = Relu(y)")
     assert draw(first) == ["y, k ← Attention(scale=s)", "├─ q", "└─ Concat(axis=2)", "   ├─ a", "   └─ b"]
     assert draw(second) == ["z ← Relu", "└─ y"]
-    assert first.as_json() == {
+    assert first.to_json() == {
         "label": "y, k ← Attention(scale=s)",
         "inputs": [{"label": "q"}, {"label": "Concat(axis=2)", "inputs": [{"label": "a"}, {"label": "b"}]}],
     }

@@ -118,7 +118,7 @@ def test_where_the_node_comes_from(parsed, rule):
 def test_json(parsed, rule):
     item = rule(None, None)
     item.rules = lambda: [(soft, lambda op, a: a), (twice, lambda op, a: a)]
-    body = json.loads(json.dumps(explain_node(item, parsed(f"{X} {BODY}"), "n").as_json()))
+    body = json.loads(json.dumps(explain_node(item, parsed(f"{X} {BODY}"), "n").to_json()))
     assert (body["node"], body["op_type"]) == ("Neg_2", "Neg")
     first, second = body["rules"]
     assert (first["rule_name"], first["remark"], first["sites"][0]["matches"]) == ("soft", "starts here", False)

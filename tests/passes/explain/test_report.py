@@ -284,7 +284,7 @@ def test_the_model_is_not_changed(parsed, rule):
 def test_json_holds_every_place_and_every_difference(parsed, silu):
     model = parsed(layers(OTHER_OPERATOR, OTHER_OPERATOR, FAR))
     model.graph[1].metadata_props.update({SOURCE: "m.py:7", MODULE: "mlp"})
-    body = json.loads(json.dumps(explain(silu, model).as_json()))
+    body = json.loads(json.dumps(explain(silu, model).to_json()))
     assert (body["pass"], body["matched"], body["remarks"]) == ("test-rule", 0, [])
     near, far = body["groups"]
     assert (near["count"], near["sites"], near["value"]) == (2, ["out0", "out1"], "out0")

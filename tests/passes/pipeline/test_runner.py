@@ -35,7 +35,7 @@ def test_passes_run_in_the_order_given_and_are_recorded(model):
     assert (first.name, first.nodes_before, first.nodes_after, first.result.matches) == ("dead-code", 3, 2, 1)
     assert (second.name, second.nodes_before, second.nodes_after) == ("fold-constants", 2, 1)
     assert first.seconds >= 0
-    assert set(first.as_json()) == {
+    assert set(first.to_json()) == {
         "pass",
         "modified",
         "matches",
@@ -158,13 +158,13 @@ def test_declines_are_counted_in_the_record(rule, model):
         raise Decline("never")
 
     (record,) = run_passes(model, [rule(lambda self, op, a: op.Neg(a), rewrite)])
-    assert record.as_json()["declines"] == {"never": 1}
+    assert record.to_json()["declines"] == {"never": 1}
 
 
 def test_statistics_of_rules_are_in_the_record_and_timed_on_request(rule, model):
     item = rule(lambda self, op, a: op.Neg(a), lambda self, op, a: op.Sub(0.0, a))
     (record,) = run_passes(model, [item], time_rules=True)
-    (statistics,) = record.as_json()["rules"]
+    (statistics,) = record.to_json()["rules"]
     assert (statistics["rule"], statistics["tries"], statistics["hits"]) == ("<lambda>", 1, 1)
     assert statistics["source"].rpartition(":")[0].endswith("test_runner.py")
     assert statistics["cpu_seconds"] >= 0

@@ -104,7 +104,7 @@ def test_options_are_parsed_by_type(registered):
         ("qqqqqq", "unknown pass 'qqqqqq'; passopt list shows all"),
         ("shard{degre=2}", "shard: unknown option 'degre'; did you mean 'degree'"),
         ("tp{degre=2}", "tp: unknown option 'degre'; did you mean 'degree'"),
-        ("dead-code{x=1}", "dead-code: unknown option 'x'; passopt list shows all"),
+        ("dead-code{x=1}", "dead-code: unknown option 'x'; there are: none"),
         ("shard{degree=two}", "shard: option degree=two is not an integer"),
         ("tp{degree=2.5}", "shard: option degree=2.5 is not an integer"),
         ("shard{pad=yes}", "shard: option pad=yes is not true or false"),

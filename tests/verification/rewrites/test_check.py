@@ -274,7 +274,7 @@ def test_the_record_says_what_was_sampled(rule, parsed):
     item = rule(lambda self, op, a: op.Neg(op.Neg(a)), lambda self, op, a: op.Add(a, 0.0))
     model = parsed(f"{X} => (float[batch,seq,6] out) {{ a = Neg(x) b = Neg(a) out = Abs(b) }}")
     (record,) = run_passes(model, [item], instruments=[NumericCheck()])
-    body = record.as_json()["numeric"]
+    body = record.to_json()["numeric"]
     assert (body["sampled_sites"], body["distinct_sites"], body["worst_error"], body["accuracy"]) == (
         1,
         1,

@@ -1,4 +1,4 @@
-"""Measure compiled models against other runtimes and the machine's limits: `python tools/bench compiled`.
+"""Measure compiled models against other runtimes and the machine's limits, by `python tools/bench compiled`.
 
-`candidates.py` and `with_llama_cpp.py` are started as files, one process per candidate, by `bench.py`.
+`bench.py` starts `candidates.py` and `with_llama_cpp.py` as programs, and never measures two candidates in one process.
 """

@@ -1,11 +1,11 @@
-"""Measure compiled models against onnxruntime, torch, llama.cpp and the machine, and write docs/bench-tvm.md.
+"""Measure compiled models against onnxruntime, torch, llama.cpp and the machine; write docs/measured/bench-tvm.md.
 
-What options cut short goes to build/bench-tvm.md.
+If options leave out a part of the measurement, the page is written to build/bench-tvm.md.
 
     python tools/bench compiled [OUTPUT] [--quick] [--only NAME ...] [--layers N] [--threads 1,2] …
 
-One candidate at a time is measured, each in processes of its own. This takes an hour and a half and 65 GB of disk, and
-with --quick some minutes.
+One candidate at a time is measured, each in processes of its own. This takes an hour and a half and 65 GB of disk; with
+--quick it takes some minutes.
 """
 
 from __future__ import annotations
@@ -31,24 +31,32 @@ from compiled.shapes import LAYERS, PASTS, PREFILLS, WHOLE, WHOLE_LABEL, Shape
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAMS = ROOT / "tools" / "bench" / "compiled"
-WHOLE_REPORT, PARTIAL = ROOT / "docs" / "bench-tvm.md", ROOT / "build" / "bench-tvm.md"
+WHOLE_REPORT, PARTIAL = ROOT / "docs" / "measured" / "bench-tvm.md", ROOT / "build" / "bench-tvm.md"
 PEERS = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
+#: Seconds after which a process is stopped, and its candidate has failed.
 TIMEOUT = 900
-#: Share of the machine that others may use while a candidate runs; beyond it is launched again.
+#: If other programs use more than this share of the machine while a candidate runs, it is launched again.
 DISTURBED = 0.1
-#: Seconds after which a launch is not repeated for being disturbed, and a candidate not launched in later rounds.
+#: A launch that took more seconds than this is not repeated, even if it was disturbed.
 PATIENCE = 45.0
+#: A candidate whose first measurement took more seconds than this is not launched again in later rounds.
 SLOW = 90.0
-#: Large memory of every candidate's malloc comes in huge pages: of glibc's, and of torch's.
+#: Environment variables that make glibc's and torch's allocators take large memory in huge pages.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """`width` is how many bytes a weight takes; `whole`: whether the whole model is measured, or layers only.
+    """A runtime in one form that is measured.
 
-    `mapped` weights stay in the page cache, wherever that lies, which only decode shows; others are in memory of the
-    process.
+    Attributes:
+        name: The name in the tables.
+        program: The runtime: passopt, onnxruntime, torch, llama or machine.
+        variant: The form of the runtime, such as its number type, as the program calls it.
+        width: Bytes that a weight takes.
+        whole: Measure the whole model too, and not only layers.
+        mapped: Leave the weights in the page cache, wherever that lies, instead of in memory of the process. Only
+            decode shows the difference, so prefill is not measured.
     """
 
     name: str
@@ -60,12 +68,12 @@ class Candidate:
 
     @property
     def quick(self) -> bool:
-        """Whether a long prefill of the whole model takes seconds instead of minutes, on one thread too."""
+        """Return whether a long prefill of the whole model takes seconds instead of minutes, even on one thread."""
         return self.variant in {"W8A8", "W8A8 fp16", "dynamic", "integer"}
 
     @property
     def folder(self) -> str:
-        """Two of onnxruntime's have the same weights, and so one folder."""
+        """Return the folder's name; two candidates of onnxruntime have the same weights and share one."""
         variant = "dynamic" if self.variant == "integer" else self.variant
         return f"{self.program}-{variant}".replace(" ", "")
 
@@ -89,7 +97,10 @@ CANDIDATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """What is measured of one model: lengths of prefill, pasts of decode, for each number of threads."""
+    """The points to measure, for each number of threads: lengths of prompts, and numbers of tokens in the cache.
+
+    Each point is repeated for about `seconds`.
+    """
 
     threads: tuple[int, ...]
     prefill: tuple[int, ...]
@@ -99,7 +110,7 @@ class Points:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A candidate in a shape. The first plan is measured in every round, the others in the first one."""
+    """A candidate in a shape; the first of `plans` is measured in every round, the others in the first one only."""
 
     candidate: Candidate
     shape: Shape
@@ -107,7 +118,7 @@ class Job:
 
 
 class Bench:
-    """Where models and peers lie, and what has been measured."""
+    """Measure candidates one by one, knowing where models and other runtimes lie, and collect the results."""
 
     def __init__(self, work: Path, peers: Path, options: argparse.Namespace) -> None:
         self.work, self.peers, self.options = work, peers, options
@@ -121,10 +132,14 @@ class Bench:
     # Processes.
 
     def python(self, program: str) -> Path:
+        """Return the Python interpreter of a runtime; llama.cpp has an environment of its own."""
         return self.peers / "bin" / "python" if program == "llama" else Path(sys.executable)
 
     def call(self, task: str, candidate: Candidate, job: dict[str, Any]) -> dict[str, Any]:
-        """The result of one process. Raises Failure with the last line of its log."""
+        """Write or measure (`task`) a candidate in a process of its own, and return the JSON that it prints.
+
+        Raises Failure with the last line of its stderr, or if it takes longer than `TIMEOUT`.
+        """
         program = "with_llama_cpp.py" if candidate.program == "llama" else "candidates.py"
         file = self.work / "job.json"
         file.write_text(json.dumps({"candidate": candidate.program, "variant": candidate.variant, **job}))
@@ -142,7 +157,10 @@ class Bench:
         return result
 
     def install_peers(self) -> None:
-        """llama.cpp in an environment of its own, built where there is no wheel; without it the others are measured."""
+        """Install llama.cpp in an environment of its own if a candidate needs it, and build it if there is no wheel.
+
+        If it does not install, the page says so and the others are measured.
+        """
         if not any(candidate.program == "llama" for candidate in self.candidates):
             return
         python = self.python("llama")
@@ -161,14 +179,17 @@ class Bench:
     # Measurements.
 
     def machine(self) -> None:
-        """Read bandwidth and arithmetic, before and after everything else; the best counts."""
+        """Measure the machine's read bandwidth and arithmetic; of several calls, the best result counts."""
         for threads in self.threads:
             result = self.call("measure", Candidate("", "machine", "", 0), {"threads": [threads], "seconds": 0.7})
             self.run.machine(threads, {name: best[0] for name in LIMITS if (best := result.get(f"{name} 0 {threads}"))})
         print(f"machine: {self.run.limits}", flush=True)
 
     def model(self, label: str, jobs: Sequence[Job], rounds: int) -> None:
-        """All candidates of one model, side by side on the disk: launches are interleaved, as memory's speed varies."""
+        """Measure all candidates of one model, and launch each of them once per round.
+
+        Launches are interleaved because the speed of a shared machine's memory varies, so all models are kept on disk.
+        """
         ready = [job for job in jobs if self._write(label, job.shape, job.candidate)]
         slow: set[str] = set()
         for number in range(rounds):
@@ -187,7 +208,7 @@ class Bench:
                 self._remove(self._path(label, job.shape, job.candidate))
 
     def forget(self, label: str, shape: Shape) -> None:
-        """Remove what the candidates share: the checkpoint and its export."""
+        """Remove what the candidates share, the checkpoint and its export, unless `--work` asks to keep the models."""
         if not self.options.work:
             self._remove(self._folder(label, shape))
 
@@ -237,7 +258,7 @@ class Bench:
             job = {**model, "seconds": plan.seconds, **variant}
             others: list[float] = []
             spent = 0.0
-            # A launch that takes long is not repeated: it has averaged over its own disturbance.
+            # A launch that takes long is not repeated: the disturbance has averaged out within it.
             while not others or (others[-1] > DISTURBED and len(others) <= self.options.retries and spent < PATIENCE):
                 watch = Watch()
                 try:
@@ -255,10 +276,10 @@ class Bench:
             measured.others = max(measured.others, min(others))
 
     def _variants(self, candidate: Candidate, shape: Shape, plan: Points) -> Iterator[dict[str, Any]]:
-        """The processes of one candidate: one per number of threads; of llama.cpp per kind of attention."""
+        """Yield the job of each process: one per number of threads, or for llama.cpp one per kind of attention."""
         points: dict[str, Any] = {"prefill": plan.prefill, "decode": plan.decode}
         if candidate.program == "llama":
-            # Filling the cache is slow, so that one process serves all numbers of threads; most threads first.
+            # Filling the cache is slow, so one process measures all numbers of threads. The largest comes first.
             threads = sorted(plan.threads, reverse=True)
             yield {**points, "threads": threads, "flash": True}
             if not plan.decode and not shape.is_whole:
@@ -267,10 +288,10 @@ class Bench:
         for threads_ in plan.threads:
             yield {**points, "threads": [threads_]}
 
-    # The whole.
+    # Models.
 
     def layers(self) -> None:
-        """Decode in as many layers as fill 1 GiB, prefill in one layer: arithmetic bounds it, and it is slow."""
+        """Measure decode in as many layers as fill 1 GiB; prefill in one, since it is slow and bound by arithmetic."""
         quick = self.options.quick
         for label, shape in LAYERS.items():
             if quick and label != "7B":
@@ -287,7 +308,10 @@ class Bench:
             self.forget(label, shape)
 
     def whole(self) -> None:
-        """The model that fits into memory in 8 bits only. Long prefills are timed once; where slow, by all threads."""
+        """Measure the whole model, which fits into memory in 8 bits only.
+
+        Long prefills are timed in the first round only; where they are slow, only with the largest number of threads.
+        """
         shape = WHOLE.with_layers(self.options.layers) if self.options.layers else WHOLE
         label = f"{WHOLE_LABEL}, {shape.layers} layers"
         jobs = [Job(item, shape, self._whole_plans(item)) for item in self.candidates if item.whole]
@@ -306,27 +330,35 @@ class Bench:
 
 
 def check_memory(candidate: Candidate, shape: Shape, held: dict[str, int]) -> None:
-    """Raises Failure where a process held less than its weights take: equal ones once, or in mapped files."""
+    """Raise Failure if a process held less memory than its weights take; `held` comes from `Memory.held`.
+
+    Then it kept equal weights only once, or left them in mapped files, which only a `mapped` candidate may do.
+    """
     least = candidate.width * shape.read_parameters
     found = held["other"] + (held["mapped"] if candidate.mapped else 0)
     if found < least:
-        kind = "or of mapped files" if candidate.mapped else "of its own"
-        raise Failure(f"held {found / 1e9:.2f} GB of memory {kind} beside caches, weights take {least / 1e9:.2f} GB")
+        kind = "or mapped files" if candidate.mapped else "of its own"
+        raise Failure(
+            f"held {found / 1e9:.2f} GB in memory {kind} besides its caches, but weights take {least / 1e9:.2f} GB"
+        )
 
 
 class Failure(Exception):
-    """A process that did not deliver; the message says why."""
+    """Raised when a process gives no result that can be used; the message says why."""
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Measure what the options ask for and write the page; raise SystemExit if a candidate of passopt failed."""
     options = parser().parse_args(arguments)
-    # Asked to stop, it still removes its models: they are tens of gigabytes.
+    # When it is asked to stop, it must still remove its models, which are tens of gigabytes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     work = Path(options.work) if options.work else Path(tempfile.mkdtemp(prefix="passopt-bench-tvm-"))
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, Path(options.peers), options)
     if _is_partial(options):
-        bench.run.notes.append(f'This is a part: `make bench-tvm BENCH="{shlex.join(arguments)}"`.')
+        bench.run.notes.append(
+            f'This page holds a part of the measurement only: `make bench-tvm BENCH="{shlex.join(arguments)}"`.'
+        )
     start = time.monotonic()
     try:
         bench.install_peers()
@@ -350,7 +382,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _is_partial(options: argparse.Namespace) -> bool:
-    """Whether options leave out what the committed report has."""
+    """Return whether the options leave out something that the committed page has."""
     whole = parser().parse_args([])
     if set(options.parts) != set(whole.parts) or options.rounds < whole.rounds or options.retries < whole.retries:
         return True
@@ -358,13 +390,16 @@ def _is_partial(options: argparse.Namespace) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
     found = argparse.ArgumentParser(
         prog="python tools/bench compiled",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument(
-        "output", nargs="?", help="default: docs/bench-tvm.md; where options leave something out, build/bench-tvm.md"
+        "output",
+        nargs="?",
+        help="default: docs/measured/bench-tvm.md, or build/bench-tvm.md if options leave something out",
     )
     found.add_argument("--quick", action="store_true", help="one 7B-shaped layer, one point of each kind")
     found.add_argument("--only", nargs="+", metavar="NAME", help="candidates whose name contains one of these")
@@ -373,8 +408,15 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", default="1,2", help="default: 1,2")
     found.add_argument("--rounds", type=int, default=2, help="interleaved launches of each candidate (default: 2)")
     found.add_argument(
-        "--retries", type=int, default=2, help="launches again where others used the machine (default: 2)"
+        "--retries",
+        type=int,
+        default=2,
+        help="how often a launch that other programs disturbed is repeated (default: 2)",
     )
-    found.add_argument("--work", metavar="DIR", help="keep the models there, and use those that this version left")
-    found.add_argument("--peers", metavar="DIR", default=str(ROOT / "build" / "peers"), help="environment of llama.cpp")
+    found.add_argument(
+        "--work", metavar="DIR", help="keep the models there, and use those that an earlier run of this version left"
+    )
+    found.add_argument(
+        "--peers", metavar="DIR", default=str(ROOT / "build" / "peers"), help="Python environment of llama.cpp"
+    )
     return found

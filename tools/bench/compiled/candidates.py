@@ -2,8 +2,8 @@
 
     python tools/bench/compiled/candidates.py write|measure JOB.json
 
-A job names the `candidate` (machine, passopt, onnxruntime, torch), its `variant`, `model`, `shape`, and the points.
-llama.cpp is asked in the same way, through `with_llama_cpp.py` in an environment of its own.
+A job names the `candidate` (machine, passopt, onnxruntime, torch), its `variant`, `model` and `shape`, and the points
+to measure. `with_llama_cpp.py` takes the same jobs for llama.cpp, in an environment of its own.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Started as a file, it would find the modules beside it only, and benches import each other from tools/bench.
+# A program finds only the modules beside it, but the modules of the benchmarks import each other from tools/bench.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compiled.shapes import Shape
 
 
 def write(job: dict[str, Any]) -> None:
-    """The model of a job. torch and the machine need none."""
+    """Write the model of a job for onnxruntime or passopt; torch and the machine need none."""
     folder, shape = Path(job["model"]), Shape(**job["shape"])
     if job["candidate"] == "onnxruntime":
         from compiled import with_onnxruntime
@@ -34,6 +34,7 @@ def write(job: dict[str, Any]) -> None:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure the candidate of a job, and return its results by point."""
     if job["candidate"] == "onnxruntime":
         from compiled import with_onnxruntime
 
@@ -52,6 +53,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(task: str, file: str) -> None:
+    """Write or measure as the job in `file` says, and print the results and the wall seconds as JSON."""
     job = json.loads(Path(file).read_text())
     start = time.monotonic()
     results: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""Measure what the machine can do: bytes read per second, and fp32 and int8 arithmetic from registers.
+"""Measure what the machine can do: the bytes it reads per second, and its fp32 and int8 arithmetic in registers.
 
-Every figure is the best of several kernels and repeats: it is a limit to be compared with, not an average.
+Every figure is the best of several kernels and repeats, since it is a limit to compare with and not an average.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from passopt.targets.tvm.compiler.kernels.emit import AHEAD_BYTES, CACHE_LINE, L
 from passopt.targets.tvm.compiler.kernels.standalone import build_kernel
 from passopt.targets.tvm.machines import Cpu, Isa, find_cpu
 
-#: More than any cache: 1.5 GiB.
+#: Bytes to read: 1.5 GiB, which is more than any cache holds.
 READ_BYTES = 3 << 29
-#: Pieces of the buffer; threads share them out.
+#: Number of pieces of the buffer, which the threads share out among themselves.
 PIECES = 96
-#: Vectors that each step of a kernel loads, and so independent sums.
+#: Numbers of vectors that each step of a kernel loads. Each has a sum of its own, so that no sum waits for another.
 STREAMS = (4, 8, 16)
+#: How often a kernel of arithmetic repeats its step.
 STEPS = 1 << 22
 Step: TypeAlias = Callable[[Any, Any, Any], Any]
 
 
 def read_kernel(lanes: int, streams: int, *, ahead: bool) -> Any:
-    """Sum int32 numbers of a buffer [PIECES, steps, streams, lanes] into y [PIECES, lanes].
+    """Return a kernel that sums the int32 numbers of x [PIECES, steps, streams, lanes] into y [PIECES, lanes].
 
-    With `ahead` it asks for what comes next, as the linears do.
+    With `ahead` it prefetches what it will read, as passopt's linears do.
     """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
@@ -64,7 +65,10 @@ def read_kernel(lanes: int, streams: int, *, ahead: bool) -> Any:
 
 
 def register_kernel(isa: Isa, pieces: int, dtype: str, step: Step) -> Any:
-    """`STEPS` times for two thirds of all registers: sum = step(sum, b, c). y [pieces, sums, lanes], x [2, lanes]."""
+    """Return a kernel that computes sum = step(sum, x[0], x[1]) `STEPS` times for each of many sums.
+
+    The sums are y [pieces, sums, lanes], and x is [2, lanes]. The sums of a piece fill two thirds of all registers.
+    """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 
@@ -91,13 +95,14 @@ def register_kernel(isa: Isa, pieces: int, dtype: str, step: Step) -> Any:
 
 
 def sums_of(isa: Isa) -> int:
+    """Return how many vectors of sums fill two thirds of the registers."""
     return 2 * isa.registers // 3
 
 
 def integer_steps(isa: Isa) -> list[tuple[int, Step]]:
-    """Products of bytes on this level, as (operations per lane of 32 bits, step).
+    """Return the ways to multiply bytes with this instruction set, as (operations per lane of 32 bits, step).
 
-    An operand is the sum itself, so that nothing is constant over the loop and could be moved out of it.
+    One operand of each product is the sum itself: a product of constants could be moved out of the loop.
     """
     from tvm.script.ir_builder import tirx as T
 
@@ -125,7 +130,7 @@ def integer_steps(isa: Isa) -> list[tuple[int, Step]]:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Bytes and operations per second by the threads that the environment gives TVM."""
+    """Return bytes and operations per second, measured with as many threads as the environment gives TVM."""
     (threads,) = job["threads"]
     cpu = find_cpu()
     arithmetic = [("fp32", "float32", 2, lambda total, left, right: total * left + right)]
@@ -142,7 +147,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_speed(cpu: Cpu, seconds: float) -> float:
-    """Bytes per second, best of the kernels."""
+    """Return the bytes read per second by the fastest of the kernels; raise SystemExit if a sum is wrong."""
     best = 0.0
     for streams, ahead in itertools.product(STREAMS, (False, True)):
         run = build_kernel(read_kernel(cpu.isa.lanes, streams, ahead=ahead), cpu)
@@ -151,12 +156,15 @@ def read_speed(cpu: Cpu, seconds: float) -> float:
         y = tensor(np.zeros((PIECES, cpu.isa.lanes), np.int32))
         times = timed(lambda run=run, x=x, y=y: run(x, y), seconds=seconds)  # type: ignore[misc]
         if int(y.numpy().sum()) != READ_BYTES // 4:
-            raise SystemExit(f"bench-tvm: the sum over {READ_BYTES} bytes is {y.numpy().sum()}")
+            raise SystemExit(
+                f"bench-tvm: the sum over {READ_BYTES} bytes is {y.numpy().sum()}, expected {READ_BYTES // 4}"
+            )
         best = max(best, READ_BYTES / min(times))
     return best
 
 
 def tensor(array: Array) -> Any:
+    """Return a copy of an array as a tensor of TVM."""
     import tvm
 
     return tvm.runtime.tensor(array)

@@ -1,4 +1,4 @@
-"""Watch how busy the machine is with other things while a candidate is measured."""
+"""Measure how much of the machine other programs use while a candidate is measured."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ import psutil
 
 
 class Watch:
-    """What share of the machine is used by others than the processes that this one starts, from now on."""
+    """Measure, from its creation on, the share of the machine that programs use which this process did not start.
+
+    Only processes that have ended and been waited for count as started by this one.
+    """
 
     def __init__(self) -> None:
         self._start, self._busy, self._ours = time.monotonic(), _busy_seconds(), _children_seconds()
 
     def seconds(self) -> float:
+        """Return the seconds since the start."""
         return time.monotonic() - self._start
 
     def others(self) -> float:
+        """Return the share of all cores' time since the start that other programs used, from 0 to 1."""
         used = _busy_seconds() - self._busy - (_children_seconds() - self._ours)
         return max(0.0, used) / self.seconds() / (os.cpu_count() or 1)
 

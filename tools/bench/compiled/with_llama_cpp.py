@@ -1,9 +1,9 @@
-"""Write a Q8_0 GGUF of a shape for llama.cpp, and measure its speed. This runs in an environment of its own.
+"""Write a Q8_0 GGUF of a shape for llama.cpp, or measure its speed, in an environment of its own.
 
     python tools/bench/compiled/with_llama_cpp.py write JOB.json | measure JOB.json
 
-Rotary shapes are `llama`, ALiBi ones `refact`, which is the same layer with ALiBi in the place of rotation; `baichuan`
-itself takes ALiBi for 40 layers only.
+Rotary shapes are written as llama.cpp's model `llama`, and ALiBi shapes as `refact`, which has the same layer with
+ALiBi in the place of rotation. `baichuan` itself uses ALiBi only if there are 40 layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-# Started as a file, it would find the modules beside it only, and benches import each other from tools/bench.
+# A program finds only the modules beside it, but the modules of the benchmarks import each other from tools/bench.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compiled.shapes import HEAD_DIM, Array, Memory, Shape, draw, draw_layer, evict, timed, tokens
@@ -35,7 +35,7 @@ _NAMES = {
 
 
 def write(path: Path, shape: Shape) -> None:
-    """The GGUF of `shape`: every matrix Q8_0, norms fp32, a vocabulary of nameless tokens."""
+    """Write the GGUF of a shape, with every matrix in Q8_0, norms in fp32, and a vocabulary of numbered tokens."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama" if shape.family == "rotary" else "refact", use_temp_file=False)
@@ -90,7 +90,7 @@ def _add_info(writer: Any, name: str, sizes: tuple[int, int]) -> None:
 
 
 def _q8(weight: Array) -> Array:
-    """Q8_0: per 32 weights of a row an fp16 scale and int8 codes."""
+    """Return a weight as bytes of Q8_0, which are an fp16 scale and int8 codes for every 32 weights of a row."""
     rows, columns = weight.shape
     blocks = weight.reshape(-1, 32)
     scales = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
@@ -100,13 +100,13 @@ def _q8(weight: Array) -> Array:
 
 
 def _paired(weight: Array, heads: int) -> Array:
-    """Rows of a head in the order of `llama`, which rotates neighbours and not halves."""
+    """Return the rows of each head in the order of `llama`, which rotates neighbouring rows instead of halves."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, HEAD_DIM // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 class Llama:
-    """A context of llama.cpp that is fed tokens directly."""
+    """Run tokens through a model in a context of llama.cpp."""
 
     def __init__(self, path: Path, shape: Shape, threads: int, *, flash: bool, batch: int) -> None:
         import llama_cpp
@@ -135,24 +135,27 @@ class Llama:
             raise SystemExit(f"llama.cpp makes no context for {path}")
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        # Its last layer computes only rows that somebody wants logits of: of a single layer that is next to nothing.
+        # The last layer computes only rows whose logits are asked for. With a single layer, that would be almost none.
         self.every_row = not shape.is_whole
 
     def threads(self, count: int) -> None:
+        """Set the number of threads."""
         self.api.llama_set_n_threads(self.context, count, count)
 
     def clear(self, keep: int = 0) -> None:
+        """Remove all but the first `keep` tokens from the cache."""
         if keep:
             self.api.llama_memory_seq_rm(self.memory, 0, keep, -1)
         else:
             self.api.llama_memory_clear(self.memory, False)
 
     def start(self) -> None:
+        """Empty the KV cache and the CPU caches, before a prefill is measured."""
         self.clear()
         evict()
 
     def feed(self, ids: Array) -> None:
-        """One call for all `ids` behind what the cache holds; logits of the last one, or of `every_row`."""
+        """Run all `ids` in one call, after what the cache holds; compute logits of the last one, or of `every_row`."""
         past = int(self.api.llama_memory_seq_pos_max(self.memory, 0)) + 1
         batch = self.api.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
@@ -166,11 +169,12 @@ class Llama:
             raise SystemExit(f"llama_decode: status {status}")
 
     def logits(self) -> Array:
+        """Return the logits of the last token."""
         return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, -1), shape=(self.vocabulary,)).copy()
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Times of all points, and the logits behind the first prompt for comparison."""
+    """Return the seconds of all points, the logits after the first prompt to compare, and the memory held."""
     memory, shape = Memory(), Shape(**job["shape"])
     llama = Llama(Path(job["model"]), shape, job["threads"][0], flash=job["flash"], batch=job.get("batch", 512))
     results: dict[str, Any] = {}
@@ -197,6 +201,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(task: str, file: str) -> None:
+    """Write or measure as the job in `file` says, and print the results as JSON."""
     job = json.loads(Path(file).read_text())
     if task == "write":
         write(Path(job["model"]), Shape(**job["shape"]))

@@ -1,8 +1,9 @@
 """Write the fastest graph of a shape that onnxruntime can be given, and measure its speed.
 
-Norms with their residual, rotary embedding, attention and activation are onnxruntime's own fused operators, the KV
-cache is written in place through I/O binding. Linears are `fp32` MatMul, `dynamic` DynamicQuantizeMatMul, `integer` one
-DynamicQuantizeLinear for several MatMulIntegerToFloat, or `nbits N` MatMulNBits in blocks of N.
+Norms with their residual, rotary embedding, attention and activation are onnxruntime's own fused operators. The KV
+cache is written in place through I/O binding. There are four forms of linears: `fp32` is MatMul, `dynamic` is
+DynamicQuantizeMatMul, `integer` is one DynamicQuantizeLinear for several MatMulIntegerToFloat, and `nbits N` is
+MatMulNBits in blocks of N.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from onnx import TensorProto, helper
 
 from compiled.shapes import HEAD_DIM, Array, Memory, Shape, draw, draw_layer, evict, quantized, slopes, timed, tokens
 
+#: Tokens that the KV cache holds.
 CAPACITY = 2048
 MICROSOFT = "com.microsoft"
 _TYPES = {
@@ -29,7 +31,7 @@ _TYPES = {
 
 
 class Writer:
-    """Collects the nodes of a decoder and streams its weights into one file."""
+    """Collect the nodes of a decoder, and stream its weights into one file."""
 
     def __init__(self, folder: Path, shape: Shape, linears: str) -> None:
         self.shape = shape
@@ -41,11 +43,13 @@ class Writer:
         self.folder, self.file = folder, (folder / "weights.bin").open("wb")
 
     def op(self, op_type: str, *inputs: str, outputs: tuple[str, ...] = (), domain: str = "", **attributes: Any) -> str:
+        """Add a node, and return the name of its first output."""
         outputs = outputs or (f"{op_type}_{len(self.nodes)}",)
         self.nodes.append(helper.make_node(op_type, inputs, outputs, domain=domain, **attributes))
         return outputs[0]
 
     def weight(self, name: str, array: Array) -> str:
+        """Write an array to the file of weights from a page's start on, add the initializer, and return its name."""
         self.file.seek(-(-self.file.tell() // 4096) * 4096)
         tensor = TensorProto(
             name=name, data_type=_TYPES[array.dtype.name], dims=array.shape, data_location=TensorProto.EXTERNAL
@@ -57,7 +61,7 @@ class Writer:
         return name
 
     def linear(self, x: str, name: str, weight: Array) -> str:
-        """y = x · weightᵀ for weight [out, in]."""
+        """Add x · weightᵀ for a weight [out, in] in the form asked for, and return the name of the result."""
         if self.kind == "fp32":
             return self.op("MatMul", x, self.weight(name, weight.T))
         if self.kind == "nbits":
@@ -78,11 +82,12 @@ class Writer:
         return self.op("MatMulNBits", x, *inputs, domain=MICROSOFT, **attributes)
 
     def norm(self, x: str, name: str) -> str:
+        """Add an RMS norm whose weight is `name`, and return the name of its result."""
         weight = self.weight(name, draw(name, (self.shape.hidden,)))
         return self.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=1e-6)
 
     def norm_of_sum(self, x: str, residual: str, name: str) -> tuple[str, str]:
-        """The norm of a sum, and the sum."""
+        """Add the RMS norm of x + residual, and return the names of the norm and of the sum."""
         weight = self.weight(name, draw(name, (self.shape.hidden,)))
         outputs = (f"{name}.norm", "", "", f"{name}.sum")
         inputs = (x, residual, weight)
@@ -90,7 +95,7 @@ class Writer:
         return outputs[0], outputs[3]
 
     def layer(self, index: int, normed: str, residual: str, following: str) -> tuple[str, str]:
-        """From a normed input and its residual to those of the next norm, whose weight is `following`."""
+        """Add a layer, and return the result of the next norm, whose weight is `following`, and the new residual."""
         weights = draw_layer(self.shape, index)
         packed = np.concatenate([next(weights)[1] for _ in "qkv"])
         query = self.linear(normed, f"{index}.qkv", packed)
@@ -116,7 +121,10 @@ class Writer:
         )
 
     def finish(self) -> None:
-        """The whole decoder, logits of the last position, as `file_of` names it."""
+        """Add the whole decoder with the logits of the last position, and save it under the name of `file_of`.
+
+        The form `integer` is saved beside `dynamic`, since both have the same weights.
+        """
         shape = self.shape
         table = self.weight("embed", draw("embed", (shape.vocabulary, shape.hidden)).astype(np.float16))
         x = self.op("Cast", self.op("Gather", table, "input_ids"), to=TensorProto.FLOAT)
@@ -160,14 +168,17 @@ class Writer:
 
 
 def rotary_angles(positions: int) -> tuple[Array, Array]:
-    """cos and sin [positions, HEAD_DIM / 2]."""
+    """Return cosines and sines, each [positions, HEAD_DIM / 2]."""
     frequencies = 10_000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     angles = np.outer(np.arange(positions), frequencies)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def quantized_apart(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """The same with activations quantised by a node of their own, one for all linears that take them."""
+    """Yield the same nodes, but quantise activations in a node of their own, which all linears that take them share.
+
+    This turns the form `dynamic` into the form `integer`.
+    """
     known: set[str] = set()
     for node in nodes:
         if node.op_type != "DynamicQuantizeMatMul":
@@ -183,16 +194,17 @@ def quantized_apart(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]
 
 
 def file_of(kind: str) -> str:
+    """Return the file name of a form's graph."""
     return f"{kind}.onnx"
 
 
 def write(folder: Path, shape: Shape, linears: str) -> None:
-    """The model in `folder`; those of "dynamic" and "integer" together, as they share their weights."""
+    """Write the model into `folder`; `dynamic` and `integer` are written together, as they share their weights."""
     Writer(folder, shape, "dynamic" if linears == "integer" else linears).finish()
 
 
 class Session:
-    """A session whose cache is one buffer, past and present alike."""
+    """Run a model in a session whose past and present share one buffer per cache."""
 
     def __init__(self, model: Path, shape: Shape, threads: int) -> None:
         import onnxruntime
@@ -206,13 +218,13 @@ class Session:
         size = (1, shape.heads, CAPACITY, HEAD_DIM)
         random = np.random.default_rng(1).standard_normal(size, np.float32)
         names = [f"{index}.{part}" for index in range(shape.layers) for part in ("key", "value")]
-        # An OrtValue of a numpy array is the array's own memory: each cache needs one, which stays alive here.
+        # An OrtValue of a numpy array uses the array's memory: each cache needs an array, which must stay alive here.
         self.arrays = {name: random.copy() for name in names}
         self.caches = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self.arrays.items()}
         self.logits = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, shape.vocabulary), np.float32))
 
     def bind(self, ids: Array, past: int) -> Any:
-        """A binding that feeds `ids` behind `past` tokens of whatever the cache holds."""
+        """Return a binding that feeds `ids` after `past` tokens, of which the cache holds random numbers."""
         total = past + len(ids)
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", ids.astype(np.int64)[None])
@@ -228,11 +240,12 @@ class Session:
         return binding
 
     def run(self, binding: Any) -> None:
+        """Run the model once with what the binding feeds."""
         self.session.run_with_iobinding(binding)
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Times of all points, and the logits behind the first prompt for comparison."""
+    """Return the seconds of all points, the logits after the first prompt to compare, and the memory held."""
     shape = Shape(**job["shape"])
     (threads,) = job["threads"]
     memory, kind = Memory(), job["variant"].partition(" ")[0]

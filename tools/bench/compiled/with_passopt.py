@@ -16,7 +16,9 @@ import numpy as np
 from compiled.shapes import Memory, Shape, draw, draw_layer, evict, timed, tokens
 from passopt.testing.checkpoints import CheckpointSpec, make_checkpoint
 
+#: Positions that the model is made for.
 POSITIONS = 4096
+#: Tokens that the KV cache holds.
 CAPACITY = 2048
 FUSED = "baichuan2,slice-last-token"
 PIPELINES = {
@@ -25,7 +27,8 @@ PIPELINES = {
     "W8A8": f"{FUSED},int8{{activations=dynamic,head=true}}",
     "W8A8 fp16": f"{FUSED},int8{{activations=dynamic,head=true}}",
 }
-#: What makes a checkpoint's model wider than its attention, as on one rank of several: published code, changed code.
+#: Pairs of published code and changed code. The changes make a checkpoint's model wider than its attention, as it is on
+#: one of several ranks.
 _NARROW = (
     (
         "self.hidden_size = config.hidden_size\n        self.num_heads",
@@ -38,7 +41,7 @@ _LINEARS = {"o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj
 
 
 def write_checkpoint(folder: Path, shape: Shape) -> Path:
-    """A stock checkpoint in bf16."""
+    """Write a stock checkpoint of a shape in bf16, and return its folder."""
     spec = CheckpointSpec(
         shape.family, shape.heads, shape.width, shape.intermediate, shape.layers, shape.vocabulary, POSITIONS
     )
@@ -53,7 +56,9 @@ def _narrow_attention(path: Path, shape: Shape) -> None:
     code = path.read_text()
     for published, narrow in _NARROW:
         if code.count(published) != 1:
-            raise SystemExit(f"bench-tvm: {path.name} has {published!r} {code.count(published)} times, expected once")
+            raise SystemExit(
+                f"bench-tvm: {path.name} contains {published!r} {code.count(published)} times, expected once"
+            )
         code = code.replace(published, narrow.format(width=shape.width, hidden=shape.hidden))
     path.write_text(code.replace("config.hidden_size", str(shape.hidden)))
 
@@ -98,7 +103,7 @@ def _prepend_header(path: Path, body: Path, entries: dict[str, Any]) -> None:
 
 
 def passopt(*arguments: str) -> None:
-    """One command; its log becomes the error if it fails."""
+    """Run one passopt command; if it fails, raise SystemExit with the last line of its stderr."""
     done = subprocess.run([sys.executable, "-m", "passopt", *arguments], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -106,7 +111,10 @@ def passopt(*arguments: str) -> None:
 
 
 def export(folder: Path, shape: Shape, dtype: str) -> Path:
-    """The stock checkpoint of `shape` and its graph, which refers to its weights; made once for all pipelines."""
+    """Export the stock checkpoint of a shape, and return the folder of the graph.
+
+    The graph refers to the checkpoint's weights. Both are made once and serve all pipelines.
+    """
     exported = folder / f"exported-{dtype}"
     if not exported.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,13 +127,13 @@ def export(folder: Path, shape: Shape, dtype: str) -> Path:
 
 
 def write(folder: Path, shape: Shape, precision: str) -> None:
-    """The compiled folder of `shape` in `precision`, made from an export next to `folder`."""
+    """Compile a shape in a precision, a key of `PIPELINES`, into `folder`, from an export next to it."""
     exported = export(folder.parent, shape, "fp16" if precision.endswith("fp16") else "fp32")
     passopt("compile", str(exported), "--passes", PIPELINES[precision], "-o", str(folder), "--target", "llvm")
 
 
 class Runner:
-    """An engine whose past is whatever random numbers its caches hold."""
+    """Run an engine whose caches hold random numbers, so that any past can be measured without computing it."""
 
     def __init__(self, folder: Path, threads: int, *, mapped: bool = False) -> None:
         from passopt.targets.tvm.engine.engine import Engine
@@ -137,20 +145,22 @@ class Runner:
             flat[:] = np.resize(random, flat.size).astype(flat.dtype)
 
     def pretend(self, past: int) -> None:
-        """Say that `past` columns are there: computing them would take longer than all that is measured."""
+        """Set the number of tokens in the cache to `past`; computing them would take longer than all measurements."""
         self.engine._past.columns = past
 
     def start(self) -> None:
+        """Empty the KV cache and the CPU caches, before a prefill is measured."""
         self.pretend(0)
         evict()
 
     def run(self, ids: Any) -> Any:
+        """Run `ids` after the past, and return the logits."""
         total = self.engine.past + len(ids)
         return self.engine.forward(ids[None], np.ones((1, total), np.int64))
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Times of all points, and the logits behind the first prompt for comparison."""
+    """Return the seconds of all points, the logits after the first prompt to compare, and the memory held."""
     shape = Shape(**job["shape"])
     (threads,) = job["threads"]
     memory = Memory()

@@ -1,4 +1,4 @@
-"""Measure a decoder layer by layer in plain torch: SDPA, with a cache allocated beforehand."""
+"""Measure a decoder in plain torch, with SDPA and a KV cache that is allocated beforehand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compiled.with_onnxruntime import CAPACITY, rotary_angles
 
 
 class Decoder:
-    """Weights and caches of all layers in `dtype`."""
+    """Hold the weights and caches of all layers in `dtype`, and run tokens through them."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
@@ -39,7 +39,10 @@ class Decoder:
         return self._tensor(draw(name, (self.shape.hidden,)))
 
     def bias(self, count: int, past: int) -> torch.Tensor | None:
-        """What is added to the scores, the same for all layers: made once, outside of what is timed."""
+        """Return the ALiBi bias and causal mask that are added to the scores, or None for rotary shapes.
+
+        All layers share it, and it is made once, outside of what is timed.
+        """
         if self.shape.family == "rotary":
             return None
         total = past + count
@@ -48,6 +51,7 @@ class Decoder:
         return (row + later)[None].to(self.dtype)
 
     def run(self, ids: torch.Tensor, past: int, bias: torch.Tensor | None) -> torch.Tensor:
+        """Run `ids` after `past` tokens, and return the logits of the last one, [1, 1, vocabulary]."""
         x = F.embedding(ids, self.embedding)[None]
         for index, weights in enumerate(self.layers):
             x = x + self._attention(index, weights, self._normed(x, weights["attn_norm"]), past, bias)
@@ -81,7 +85,7 @@ class Decoder:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Times of all points, and the logits behind the first prompt for comparison."""
+    """Return the seconds of all points, the logits after the first prompt to compare, and the memory held."""
     shape = Shape(**job["shape"])
     (threads,) = job["threads"]
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Measure the speed of rewriting against other tools: `python tools/bench rewriting`.
+"""Measure the speed of rewriting against other tools, by `python tools/bench rewriting`.
 
-`candidates.py` is started as a file, one process per candidate and task, by `bench.py`.
+`bench.py` starts `candidates.py` as a program, in one process per candidate and task.
 """

@@ -1,9 +1,9 @@
-"""Measure CPU time and memory of rewriting, passopt's and others', and write docs/bench-rewrite.md.
+"""Measure the CPU time and memory of rewriting in passopt and other tools, and write docs/measured/bench-rewrite.md.
 
     python tools/bench rewriting [OUTPUT]
 
-One candidate at a time is measured, each in a process of its own that is stopped at a limit of seconds and memory. This
-takes some minutes.
+One candidate at a time is measured, each in a process of its own that is stopped at a limit of CPU seconds and memory.
+This takes some minutes.
 """
 
 from __future__ import annotations
@@ -32,19 +32,27 @@ from tables import processor, table
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "tools" / "bench" / "rewriting" / "candidates.py"
+#: Limits at which a candidate is stopped: CPU seconds, and resident MiB.
 SECONDS = 60.0
 MIB = 4096.0
 RULE_TASKS = ("rms-norm", "silu", "attention", "all-three", "misses")
 RULE_CANDIDATES = ("passopt", "onnxscript", "onnxscript, commuted")
-#: Layers of the graphs of 1 k to 100 k nodes.
+#: Numbers of layers that make graphs of about 1,000 to 100,000 nodes.
 SCALE = (15, 150, 800, 1515)
-#: Channels where the weights of so many layers would be more than a file system or address space holds.
+#: Channels of the graphs with many layers: at full width, no file system or address space would hold their weights.
 NARROW = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Least CPU milliseconds, what was found, and peak MiB; `failure` says why there is none."""
+    """Hold the result of one candidate on one task.
+
+    Attributes:
+        ms: The lowest CPU milliseconds of all repeats.
+        found: What the candidate says that it changed, mostly a count.
+        mib: Peak resident MiB of the process.
+        failure: Why there is no result; empty if there is one.
+    """
 
     ms: float = 0.0
     found: Any = None
@@ -53,11 +61,12 @@ class Result:
 
     @property
     def cells(self) -> list[str]:
+        """Return the time or the failure, and the memory, as two cells of a table."""
         return [self.failure or f"{self.ms:,.1f}", "" if self.failure else f"{self.mib:,.0f}"]
 
 
 def run(candidate: str, task: str, model: Path, repeats: int) -> Result:
-    """One measurement in a process of its own."""
+    """Run a candidate on a task `repeats` times, in one process of its own, and return its result or its failure."""
     command = [sys.executable, str(PROGRAM), candidate, task, str(model), str(repeats)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as log:
@@ -75,7 +84,7 @@ def run(candidate: str, task: str, model: Path, repeats: int) -> Result:
 
 
 def _watched(process: subprocess.Popen[Any]) -> str:
-    """Wait for the process; kill it at the limit, and say which."""
+    """Wait for a process and kill it at a limit; return which limit that was, or an empty string."""
     watched = psutil.Process(process.pid)
     while process.poll() is None:
         try:
@@ -93,11 +102,15 @@ def _watched(process: subprocess.Popen[Any]) -> str:
 
 
 def count_nodes(model: Path) -> int:
+    """Return the number of nodes in the main graph of an ONNX file."""
     return len(onnx.load(model, load_external_data=False).graph.node)
 
 
 def rules(model: Path, repeats: int, tasks: Sequence[str] = RULE_TASKS) -> str:
-    """The same patterns in each rewriter; all must find the same number of matches."""
+    """Measure the same patterns in each rewriter, and return the table.
+
+    Raises SystemExit if passopt fails, or if another rewriter finds a different number of matches.
+    """
     rows = []
     for task in tasks:
         results = [run(candidate, task, model, repeats) for candidate in RULE_CANDIDATES[:2]]
@@ -120,16 +133,17 @@ def rules(model: Path, repeats: int, tasks: Sequence[str] = RULE_TASKS) -> str:
         "matches",
         "passopt ms",
         "onnxscript ms",
-        "commuted ms",
+        "onnxscript commuted ms",
         "ratio",
-        "commuted",
-        "MiB",
+        "ratio commuted",
+        "passopt MiB",
         "onnxscript MiB",
     ]
     return table(header, rows)
 
 
 def scaling(root: Path) -> str:
+    """Measure passopt on graphs of growing size, and return the table."""
     rows = []
     for layers in SCALE:
         model = make_graph(root / f"scale-{layers}", layers=layers, rotary=False, hidden=NARROW)
@@ -139,21 +153,22 @@ def scaling(root: Path) -> str:
             per_node = "" if result.failure else f"{1000 * result.ms / nodes:.1f}"
             rows.append([f"{nodes:,}", task, str(result.found), result.cells[0], per_node, result.cells[1]])
             print(f"scaling: {rows[-1]}", flush=True)
-    return table(["nodes", "rules", "matches", "CPU ms", "µs per node", "MiB"], rows)
+    return table(["nodes", "rules", "matches", "CPU ms", "CPU µs per node", "MiB"], rows)
 
 
 def passes(model: Path) -> str:
+    """Measure passes that passopt and onnx-ir both have, and return the table."""
     rows = []
     for task in ("cse", "dead-code"):
         for candidate in ("passopt pass", "onnx-ir pass"):
             result = run(candidate, task, model, 5)
             rows.append([task, candidate.removesuffix(" pass"), str(result.found), *result.cells])
             print(f"passes: {rows[-1]}", flush=True)
-    return table(["pass", "of", "nodes removed", "CPU ms", "MiB"], rows)
+    return table(["pass", "tool", "nodes removed", "CPU ms", "MiB"], rows)
 
 
 def optimizers(models: dict[str, Path]) -> str:
-    """Whole optimizers, which read and hold the weights: where they finish at all."""
+    """Measure whole optimizers on each model, and return the table; some of them cannot finish within the limits."""
     rows = []
     for label, model in models.items():
         for candidate, task in (
@@ -164,11 +179,11 @@ def optimizers(models: dict[str, Path]) -> str:
             result = run(candidate, task, model, 1)
             rows.append([label, candidate, "" if result.failure else str(result.found), *result.cells])
             print(f"optimizers: {rows[-1]}", flush=True)
-    return table(["graph", "candidate", "found", "CPU ms", "MiB"], rows)
+    return table(["graph", "tool", "found", "CPU ms", "MiB"], rows)
 
 
 def pipeline(root: Path) -> str:
-    """`baichuan2` on the exports of both published sizes."""
+    """Export both published sizes, measure the pipeline `baichuan2` on them, and return the table."""
     rows = []
     for size in ("13b", "7b"):
         checkpoint = make_sparse(root / size, full_size_spec(size))
@@ -185,6 +200,7 @@ def pipeline(root: Path) -> str:
 
 
 def report(root: Path) -> str:
+    """Measure everything, with graphs written below `root`, and return the page as Markdown."""
     alibi = make_graph(root / "alibi", layers=40, rotary=False)
     rotary = make_graph(root / "rotary", layers=40, rotary=True)
     large = make_graph(root / "large", layers=800, rotary=False, hidden=NARROW)
@@ -193,43 +209,56 @@ def report(root: Path) -> str:
     limits = f"{SECONDS:.0f} CPU seconds and {MIB / 1024:.0f} GiB"
     parts = [
         "# Speed of rewriting\n",
-        f"Made by `make bench-rewrite` on {processor()}, Python {platform.python_version()}, {versions}.\n",
-        "One candidate at a time, each in a process of its own. CPU milliseconds of the rewriting alone (loading is "
-        "not counted; passopt's inference of types, names and provenance is), the least of several fresh loads. "
-        f"Peak memory is that of the whole process. A candidate is stopped at {limits}.\n",
-        "## The same rules in both rewriters\n",
-        "The patterns are the same Python functions. passopt's always match commuted inputs; onnxscript's do so with "
-        "`commute=True` (column commuted), which is the equal task. `misses` are 20 rules of which none matches. "
-        "The run stops unless all find the same number of matches.\n",
-        f"13B-shaped graph, 40 layers, {count_nodes(alibi):,} nodes:\n",
+        "This page compares the CPU time and the memory that passopt and other tools need to rewrite the same ONNX "
+        f"graphs. It was measured on {processor()} with Python {platform.python_version()}, {versions}. "
+        "`make bench-rewrite` repeats the measurement and writes this page.\n",
+        "How to read the tables: a time is the CPU time of the rewriting alone, in milliseconds, and the lowest of "
+        "several runs that each load the graph anew. Loading is not counted; passopt's inference of types, names and "
+        "provenance is. MiB is the peak memory of the whole process. The tools run one at a time, each in a process of "
+        f"its own that is stopped at {limits}.\n",
+        "## The same rules in passopt and onnxscript\n",
+        "Both rewriters get the same patterns, which are the same Python functions. passopt always matches the inputs "
+        "of commutative operators in either order. onnxscript does so only with `commute=True`, and only then does it "
+        "do the same work; this is the column `onnxscript commuted ms`. Both ratios are onnxscript's time over "
+        "passopt's: 2.0× means that passopt is twice as fast. `misses` are 20 rules of which none matches. The "
+        "benchmark fails unless all rewriters find the same number of matches.\n",
+        f"The 13B-shaped graph, with 40 layers and {count_nodes(alibi):,} nodes:\n",
         rules(alibi, 7),
-        f"7B-shaped graph with rotary embedding, {count_nodes(rotary):,} nodes:\n",
+        f"The 7B-shaped graph with rotary embedding, with 40 layers and {count_nodes(rotary):,} nodes:\n",
         rules(rotary, 3, ("all-three", "misses")),
-        f"800 layers, {count_nodes(large):,} nodes:\n",
+        f"A graph of 800 layers with {NARROW} channels, and {count_nodes(large):,} nodes:\n",
         rules(large, 1, ("all-three", "misses")),
-        "## Scaling of passopt\n",
+        "## passopt on graphs of growing size\n",
+        f"The 13B-shaped graphs have {SCALE[0]} to {SCALE[-1]:,} layers with {NARROW} channels. If the time per node "
+        "stays the same, the time grows in proportion to the size of the graph.\n",
         scaling(root),
-        "## Common passes\n",
-        f"On the graph of {count_nodes(alibi):,} nodes. passopt's cse also moves what layers share before them.\n",
+        "## Passes that passopt and onnx-ir both have\n",
+        f"Both tools run on the 13B-shaped graph of {count_nodes(alibi):,} nodes. passopt's `cse` also moves "
+        "computations that all layers share in front of the layers.\n",
         passes(alibi),
         "## Whole optimizers\n",
-        "They load the weights. `narrow` is the 13B-shaped graph with "
-        f"{NARROW} channels instead of 5,120; passopt applies the three rules above.\n",
+        "onnxruntime.transformers and onnxsim load the file themselves, with all its weights, and their times contain "
+        "that; so they are not comparable with the times above. `narrow` is the 13B-shaped graph with "
+        f"{NARROW} channels instead of 5,120. passopt applies the three rules of the first table. The column `found` "
+        "gives passopt's matches, the operators that onnxruntime.transformers fused, and the nodes that onnxsim "
+        "removed.\n",
         optimizers({"narrow": narrow, "13B-shaped": alibi}),
         "## The pipeline `baichuan2`\n",
-        "On the exported graphs of the published sizes, all passes and the structure check after each.\n",
+        "The pipeline runs on the exported graphs of the published sizes. The time includes all passes and the "
+        "structure check after each of them.\n",
         pipeline(root),
     ]
     return "\n".join(parts)
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Measure everything in a temporary folder, and write the page."""
     parser = argparse.ArgumentParser(
         prog="python tools/bench rewriting",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("output", nargs="?", default=str(ROOT / "docs" / "bench-rewrite.md"))
+    parser.add_argument("output", nargs="?", default=str(ROOT / "docs" / "measured" / "bench-rewrite.md"))
     output = Path(parser.parse_args(arguments).output)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="passopt-bench-") as folder:

@@ -2,7 +2,7 @@
 
     python tools/bench/rewriting/candidates.py CANDIDATE TASK MODEL REPEATS
 
-The patterns are written once and given to passopt and to onnxscript's rewriter alike.
+The patterns are written once, and both passopt and onnxscript's rewriter use them.
 """
 
 from __future__ import annotations
@@ -17,53 +17,63 @@ from typing import Any, NamedTuple
 SQRT_2 = 1.4142135623730951
 
 
-# Patterns: `op` is passopt's or onnxscript's.
+# Patterns. Their `op` comes from passopt or from onnxscript, which build patterns in the same way.
 
 
 def rms_norm(op: Any, x: Any, w: Any, eps: Any) -> Any:
+    """Return the pattern w · (x · (1 / √(mean(x²) + eps)))."""
     mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1)
     return op.Mul(w, op.Mul(x, op.Div(1.0, op.Sqrt(op.Add(mean, eps)))))
 
 
 def silu(op: Any, x: Any) -> Any:
+    """Return the pattern x · sigmoid(x)."""
     return op.Mul(x, op.Sigmoid(x))
 
 
 def attention(op: Any, q: Any, k: Any, v: Any, scale: Any, mask: Any, low: Any) -> Any:
+    """Return the pattern softmax(max(q · kᵀ / scale + mask, low)) · v."""
     scores = op.Div(op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])), scale)
     return op.MatMul(op.Softmax(op.Max(op.Add(scores, mask), low), axis=-1), v)
 
 
 def layer_norm(op: Any, x: Any, mean: Any, w: Any, b: Any, eps: Any) -> Any:
+    """Return the pattern (x - mean) / √(mean((x - mean)²) + eps) · w + b."""
     centred = op.Sub(x, mean)
     variance = op.ReduceMean(op.Pow(centred, 2.0), [-1], keepdims=1)
     return op.Add(op.Mul(op.Div(centred, op.Sqrt(op.Add(variance, eps))), w), b)
 
 
 def rms_norm_by_division(op: Any, x: Any, w: Any, eps: Any) -> Any:
+    """Return the pattern x / √(mean(x²) + eps) · w."""
     mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1)
     return op.Mul(op.Div(x, op.Sqrt(op.Add(mean, eps))), w)
 
 
 def gelu_erf(op: Any, x: Any) -> Any:
+    """Return the pattern of GELU by the error function."""
     return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, SQRT_2)), 1.0)), 0.5)
 
 
 def gelu_tanh(op: Any, x: Any, a: Any, b: Any) -> Any:
+    """Return the pattern of GELU by its approximation with tanh."""
     inner = op.Mul(op.Add(x, op.Mul(op.Pow(x, 3.0), a)), b)
     return op.Mul(op.Mul(x, 0.5), op.Add(op.Tanh(inner), 1.0))
 
 
 def plain_attention(op: Any, q: Any, k: Any, v: Any, scale: Any, mask: Any) -> Any:
+    """Return the pattern softmax(q · kᵀ · scale + mask) · v."""
     scores = op.Mul(op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])), scale)
     return op.MatMul(op.Softmax(op.Add(scores, mask), axis=-1), v)
 
 
 def softmax_by_hand(op: Any, x: Any) -> Any:
+    """Return the pattern exp(x) / sum(exp(x))."""
     power = op.Exp(x)
     return op.Div(power, op.ReduceSum(power, [-1], keepdims=1))
 
 
+#: Patterns that match nowhere in the graphs of this benchmark.
 MISSES: tuple[Callable[..., Any], ...] = (
     layer_norm,
     rms_norm_by_division,
@@ -93,13 +103,15 @@ def _never(op: Any) -> Any:
 
 
 class Rule(NamedTuple):
-    """A pattern, and how to build its replacement given a function that reads one number."""
+    """A pattern, and the function that builds its replacement."""
 
     pattern: Callable[..., Any]
     rewrite: Callable[..., Any]
 
 
 def rules_of(task: str, number: Callable[[Any], float]) -> list[Rule]:
+    """Return the rules of a task; replacements read constants by `number`, which differs between rewriters."""
+
     def to_rms_norm(op: Any, x: Any, w: Any, eps: Any) -> Any:
         return op.RMSNormalization(x, w, axis=-1, epsilon=number(eps))
 
@@ -119,12 +131,13 @@ def rules_of(task: str, number: Callable[[Any], float]) -> list[Rule]:
     return list(known.values()) if task == "all-three" else [known[task]]
 
 
-# Candidates: each returns a function that loads the model, and one that transforms it and says how much it changed.
+# Candidates. Each returns two functions: one loads the model, the other transforms it and returns what it changed.
 
 Candidate = tuple[Callable[[str], Any], Callable[[Any], Any]]
 
 
 def passopt_rules(task: str) -> Candidate:
+    """Return the rules of a task in passopt, which count matches."""
     from passopt.ir.serialization.model_files import load_model
     from passopt.ir.weights.lazy_weight import small_constant
     from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -146,6 +159,7 @@ def passopt_rules(task: str) -> Candidate:
 
 
 def onnxscript_rules(task: str, *, commute: bool) -> Candidate:
+    """Return the rules of a task in onnxscript; with `commute`, they match inputs in either order as passopt does."""
     import onnx_ir
     from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 
@@ -163,6 +177,7 @@ def onnxscript_rules(task: str, *, commute: bool) -> Candidate:
 
 
 def passopt_pass(task: str) -> Candidate:
+    """Return the passopt pass called `task`, which counts the nodes that it removed."""
     from passopt.ir.serialization.model_files import load_model
     from passopt.passes.framework.catalog import pass_class
 
@@ -175,6 +190,7 @@ def passopt_pass(task: str) -> Candidate:
 
 
 def onnx_ir_pass(task: str) -> Candidate:
+    """Return the onnx-ir pass that does the same as passopt's `task`, and counts the nodes that it removed."""
     import onnx_ir
     from onnx_ir.passes import common
 
@@ -189,7 +205,7 @@ def onnx_ir_pass(task: str) -> Candidate:
 
 
 def passopt_pipeline(task: str) -> Candidate:
-    """The structure check after every pass included."""
+    """Return the pipeline called `task`, with the structure check after every pass; it counts matches by pass."""
     from passopt.ir.serialization.model_files import load_model
     from passopt.passes.pipeline.runner import run_passes
     from passopt.passes.pipeline.text import resolve
@@ -203,7 +219,10 @@ def passopt_pipeline(task: str) -> Candidate:
 
 
 def transformers_optimizer(task: str) -> Candidate:
-    """onnxruntime's own fusions in Python, weights and all: it reads the file itself."""
+    """Return onnxruntime's own fusions, which are written in Python and count what they fused.
+
+    They load the file themselves, weights included, so their time contains the loading.
+    """
     from onnxruntime.transformers.optimizer import optimize_model
 
     def run(path: str) -> Any:
@@ -214,6 +233,7 @@ def transformers_optimizer(task: str) -> Candidate:
 
 
 def simplifier(task: str) -> Candidate:
+    """Return onnxsim, which counts the nodes that it removed; it loads the file itself, so its time contains that."""
     import onnx
     import onnxsim
 
@@ -237,6 +257,7 @@ CANDIDATES: dict[str, Callable[[str], Candidate]] = {
 
 
 def main(candidate: str, task: str, model: str, repeats: int) -> None:
+    """Load and transform the model `repeats` times, and print the lowest CPU time, the findings and the memory."""
     load, run = CANDIDATES[candidate](task)
     times = []
     for _ in range(repeats):
@@ -248,7 +269,7 @@ def main(candidate: str, task: str, model: str, repeats: int) -> None:
 
 
 def peak_memory() -> float:
-    """MiB of this process; getrusage would count what its parent held when it started it."""
+    """Return the peak resident MiB of this process; getrusage would count what its parent held at the start."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 

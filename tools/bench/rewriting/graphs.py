@@ -1,6 +1,7 @@
-"""Write graphs of the size and shape of Baichuan2, spelled as exporters do, whose weights take no disk.
+"""Write graphs with the sizes of Baichuan2 and the operators that exporters write, whose weights take no disk space.
 
-They have biases per head as 13B has, or with `rotary` angles as 7B. Every small number is a Constant node of its own.
+A graph adds one bias per head to the mask, as the 13B model does for ALiBi, or rotates queries and keys (`rotary`), as
+the 7B model does. As in exported graphs, every small number is a Constant node of its own.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ HEAD_DIM = 128
 VOCABULARY = 125_696
 POSITIONS = 4096
 WEIGHTS = "weights.bin"
-#: Width and inner width of the models: 13B (ALiBi) and 7B (rotary).
+#: Channels, and channels inside of the MLP, by `rotary`: 13B (ALiBi) and 7B (rotary).
 _PUBLISHED = {False: (5120, 13_696), True: (4096, 11_008)}
 LOWEST = float(np.finfo(np.float32).min)
 
 
 class GraphWriter:
-    """Collects nodes and sparse weights of one decoder."""
+    """Collect the nodes and the sparse weights of one decoder."""
 
     def __init__(self, hidden: int, width: int, rotary: bool) -> None:
         self.hidden, self.width, self.rotary = hidden, width, rotary
@@ -106,7 +107,7 @@ class GraphWriter:
         return self.op("MatMul", product, self.weight(prefix + "mlp.down_proj.weight", self.width, self.hidden))
 
     def finish(self, x: str) -> None:
-        """The last norm and the head, whose rows are normalised."""
+        """Add the last norm and the head, whose rows are normalised at every step as in NormHead."""
         x = self._norm(x, "model.norm.weight")
         head = self.weight("lm_head.weight", VOCABULARY, self.hidden)
         norm = self.op("ReduceL2", head, self.constant([1]), keepdims=1)
@@ -116,7 +117,14 @@ class GraphWriter:
 
 
 def make_graph(folder: Path, *, layers: int, rotary: bool, hidden: int = 0) -> Path:
-    """Write model.onnx, typed throughout, beside a sparse file of weights; `hidden` 0 is the published width."""
+    """Write model.onnx, in which every value has a type, beside a sparse file of weights, and return its path.
+
+    Args:
+        folder: The folder to create for both files.
+        layers: The number of decoder layers.
+        rotary: Rotate queries and keys as 7B does; otherwise add a bias per head as 13B does.
+        hidden: The number of channels; 0 stands for the published one.
+    """
     folder.mkdir(parents=True)
     hidden, width = (hidden, 2 * hidden) if hidden else _PUBLISHED[rotary]
     writer = GraphWriter(hidden, width, rotary)

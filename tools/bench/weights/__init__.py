@@ -1,4 +1,5 @@
-"""Measure how fast weights are written: `python tools/bench weights`, and other tools' by `python tools/bench peers`.
+"""Measure how fast weights are written, by `python tools/bench weights`, and by other tools, by `… peers`.
 
-`plain_copy.py` and `peer_candidates.py` are started as files, the second one in an environment that has the tool.
+The benchmarks start `plain_copy.py` and `peer_candidates.py` as programs; the second one runs in an environment that
+has the tool.
 """

@@ -1,10 +1,10 @@
-"""Measure full-size checkpoints on their way to sharded int8 against the disk's speed, and write docs/bench-scale.md.
+"""Compare the time to shard and quantise full-size checkpoints with a plain copy; write docs/measured/bench-scale.md.
 
     python tools/bench weights [OUTPUT] [--sizes 7b 13b] [--work DIR] [--rounds N]
 
-Random bf16 weights of the real names and shapes are exported and run through baichuan2,tp{degree=4},int8, in turns with
-a plain program that reads and writes as many bytes by the same route. This takes up to ten minutes and 60 GB of disk,
-which it gives back.
+Random bf16 weights with the real names and shapes are exported and run through baichuan2,tp{degree=4},int8. The runs
+take turns with a plain program that reads and writes as many bytes, also past the page cache. This takes up to ten
+minutes and 60 GB of disk, which are free again at the end.
 """
 
 from __future__ import annotations
@@ -33,17 +33,29 @@ ROOT = Path(__file__).resolve().parents[3]
 FLOOR_PROGRAM = ROOT / "tools" / "bench" / "weights" / "plain_copy.py"
 DEGREE = 4
 PASSES = f"baichuan2,tp{{degree={DEGREE}}},int8"
-#: Bytes that 13B takes: the checkpoint, and the ranks or what the floor writes.
+#: Bytes of disk that 13B takes: the checkpoint, and either the ranks or the file that the plain copy writes.
 DISK = 46 * 10**9
-#: Threads of the floor; its best counts.
+#: Numbers of threads of the plain copy. The best time is the floor that passopt is compared with.
 FLOOR_THREADS = (2, 4, 8)
-#: What must hold of 13B: wall over floor, peak GiB, CPU seconds of the run; seconds and GiB of the graph's side.
+#: Upper limits, set for 13B: wall time over the floor, peak GiB and CPU seconds of the run; then of the graph work.
 GOALS = {"ratio": 1.5, "peak": 1.2, "cpu": 45.0, "export cpu": 120.0, "export peak": 1.0, "passes cpu": 5.0}
 
 
 @dataclasses.dataclass
 class Scale:
-    """What was measured of one size."""
+    """Hold what was measured for one size.
+
+    Attributes:
+        name: The size as the page names it.
+        source: Bytes of the checkpoint's weight files.
+        read: Bytes that a run reads.
+        written: Bytes that a run writes.
+        export: What `export` used.
+        dry: What `run --dry-run` used.
+        runs: What `run` used, one per round.
+        floors: Seconds of the plain copy by its number of threads, one per round.
+        samples: How many samples of tensors were compared with numpy.
+    """
 
     name: str
     source: int = 0
@@ -57,20 +69,23 @@ class Scale:
 
     @property
     def best(self) -> Usage:
+        """Return the run that took the least wall time."""
         return min(self.runs, key=lambda usage: usage.wall)
 
     @property
     def floor(self) -> float:
+        """Return the least seconds of the plain copy, over all rounds and numbers of threads."""
         return min(min(times) for times in self.floors.values())
 
 
 def passopt(folder: Path, *arguments: str) -> Usage:
+    """Print and run one passopt command in `folder`, and return what it used."""
     print("$ passopt " + " ".join(arguments), flush=True)
     return measured(folder, sys.executable, "-m", "passopt", *arguments)
 
 
 def measured(folder: Path, *command: str) -> Usage:
-    """One process to its end. SystemExit if it fails."""
+    """Run one process to its end and return what it used; raise SystemExit if it fails."""
     usage = watched(folder, command)
     if usage.failure:
         raise SystemExit(f"bench-scale: {' '.join(command)}: {usage.failure}")
@@ -78,7 +93,11 @@ def measured(folder: Path, *command: str) -> Usage:
 
 
 def run_size(root: Path, size: str, rounds: int) -> Scale:
-    """Everything of one size, in `root`; its files are gone afterwards."""
+    """Measure one size in the folder `root`, and remove its files afterwards.
+
+    Raises SystemExit if a command fails, if the files differ in size from what the dry run said, or if a sampled tensor
+    differs from what numpy computes.
+    """
     scale = Scale(size.upper())
     start = time.monotonic()
     checkpoint = make_random(root / size, full_size_spec("7b" if size == "7b" else "13b"))
@@ -95,7 +114,7 @@ def run_size(root: Path, size: str, rounds: int) -> Scale:
         scale.read, scale.written = report["stream"]["read"], report["stream"]["written"]
         found = {str(path.relative_to(root / "ranks")): path.stat().st_size for path in (root / "ranks").rglob("*.*")}
         if found != planned:
-            raise SystemExit(f"bench-scale: the dry run said {planned}, written was {found}")
+            raise SystemExit(f"bench-scale: the dry run promised files of {planned} bytes, the run wrote {found}")
         if round_ == 0:
             scale.samples = check_samples(checkpoint, root / "ranks", DEGREE)
         shutil.rmtree(root / "ranks")
@@ -116,34 +135,53 @@ def _floor(root: Path, threads: int, nbytes: int, files: list[Path]) -> float:
 
 
 def report(scales: list[Scale], minutes: float) -> str:
+    """Return the page as Markdown; `minutes` is how long the whole measurement took."""
     lines = [
-        "# Full-size weights at the speed of the disk",
+        "# Writing full-size weights at the speed of the disk",
         "",
-        f"Made by `make bench-scale` in {minutes:.0f} minutes on {processor()}, {os.cpu_count()} cores, "
-        f"numpy {np.__version__}.",
+        "This page compares the time that passopt takes to turn checkpoints of the published sizes into "
+        f"{DEGREE} int8 ranks with the time of a plain copy of as many bytes. It was measured in {minutes:.0f} minutes "
+        f"on {processor()} with {os.cpu_count()} cores and numpy {np.__version__}. `make bench-scale` repeats the "
+        "measurement and writes this page.",
         "",
-        f"Random finite bf16 checkpoints with the published names, shapes and three files → `export --weights="
-        f"reference` → `run --passes '{PASSES}'`: {DEGREE} ranks of int8, embedding and head fp16, a digest for every "
-        "tensor. The floor is a plain program that reads and writes as many bytes past the page cache and computes "
-        f"nothing, best of {', '.join(map(str, FLOOR_THREADS))} threads. Wall is the whole command, graph passes "
-        "included; both are the best of their rounds, taken in turns. Memory is the kernel's peak of the process; "
-        "anonymous and mapped parts are sampled.",
+        "The checkpoints hold random, finite bf16 weights with the published names and shapes, in three files. They "
+        f"are exported by `export --weights=reference`. Then `run --passes '{PASSES}'` writes {DEGREE} ranks with int8 "
+        "linears, an fp16 embedding and an fp16 head, and a digest of every tensor.",
+        "",
+        "How to read the table: `wall` is the time of the whole `run` command, graph passes included. `floor` is the "
+        "time of a plain program that reads and writes as many bytes past the page cache and computes nothing, with "
+        f"the best of {', '.join(map(str, FLOOR_THREADS))} threads. The rounds of both take turns, and the best round "
+        "of each counts. `ratio` is wall over floor: 1.00 is as fast as the plain copy. `peak` is the largest memory "
+        "of the process as the kernel records it; `anonymous` and `mapped` are the largest samples of its two parts.",
         "",
         table(
-            ("", "read GB", "written GB", "wall s", "floor s", "ratio", "CPU s", "peak GiB", "anonymous", "mapped"),
+            (
+                "model",
+                "read GB",
+                "written GB",
+                "wall s",
+                "floor s",
+                "ratio",
+                "CPU s",
+                "peak GiB",
+                "anonymous GiB",
+                "mapped GiB",
+            ),
             [_streaming_row(scale) for scale in scales],
         ),
         "",
-        "Wall of every round, and the floor by threads:",
+        "The wall time of every round, and the time of the plain copy in every round by its number of threads:",
         "",
         table(
-            ("", "wall s", *(f"floor, {threads}" for threads in FLOOR_THREADS)), [_rounds(scale) for scale in scales]
+            ("model", "wall s", *(f"floor s, {threads} threads" for threads in FLOOR_THREADS)),
+            [_rounds(scale) for scale in scales],
         ),
         "",
-        "The graph's side, of which no weight byte is a part:",
+        "The work on the graph alone, in which no byte of a weight takes part: `export`, then `run --dry-run`, which "
+        "runs all passes and computes the exact size of every output file.",
         "",
         table(
-            ("", "export CPU s", "export peak GiB", "passes and plan CPU s", "peak GiB"),
+            ("model", "export CPU s", "export peak GiB", "dry run CPU s", "dry run peak GiB"),
             [
                 (
                     scale.name,
@@ -156,9 +194,9 @@ def report(scales: list[Scale], minutes: float) -> str:
             ],
         ),
         "",
-        f"Every size was written to the byte as `--dry-run` said, and {sum(scale.samples for scale in scales)} sampled "
-        "tensors (shards of q, k, v, of o_proj and of the MLP, embedding, NormHead) equal an independent numpy "
-        "computation bit for bit.",
+        "Every output file had exactly the size that `--dry-run` had computed. "
+        f"{sum(scale.samples for scale in scales)} samples of tensors (shards of q, k, v, o_proj and the MLP, the "
+        "embedding and the NormHead) equal an independent numpy computation bit for bit.",
         "",
     ]
     return "\n".join(lines)
@@ -186,7 +224,7 @@ def _rounds(scale: Scale) -> tuple[str, ...]:
 
 
 def failures(scale: Scale) -> list[str]:
-    """What does not hold of the goals, which are those of 13B."""
+    """Return one line for each goal that a size misses; all sizes are held to the goals of 13B."""
     found: dict[str, Any] = {
         "ratio": scale.best.wall / scale.floor,
         "peak": max(usage.peak for usage in scale.runs) / GIB,
@@ -201,15 +239,18 @@ def failures(scale: Scale) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Measure the sizes asked for, write and print the page, and raise SystemExit if a goal is missed."""
     parser = argparse.ArgumentParser(
         prog="python tools/bench weights",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("output", nargs="?", default=str(ROOT / "docs" / "bench-scale.md"))
+    parser.add_argument("output", nargs="?", default=str(ROOT / "docs" / "measured" / "bench-scale.md"))
     parser.add_argument("--sizes", nargs="+", choices=["7b", "13b"], default=["7b", "13b"])
     parser.add_argument("--work", metavar="DIR", help="folder on the disk to measure (default: a temporary one)")
-    parser.add_argument("--rounds", type=int, default=2, help="of run and floor in turns (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="rounds of run and plain copy, in turns (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     free = shutil.disk_usage(options.work or tempfile.gettempdir()).free
     if free < DISK:
@@ -222,4 +263,4 @@ def main(arguments: Sequence[str]) -> None:
     print(text)
     missed = [line for scale in scales for line in failures(scale)]
     if missed:
-        raise SystemExit("bench-scale: does not hold: " + "; ".join(missed))
+        raise SystemExit("bench-scale: goals missed: " + "; ".join(missed))

@@ -1,8 +1,8 @@
-"""Run one tool of `weights/peers.py` from a graph with its weights in a file to another.
+"""Run one tool of `weights/peers.py` on a model whose weights lie in a file of their own.
 
     python tools/bench/weights/peer_candidates.py CANDIDATE MODEL OUTPUT-FOLDER
 
-Each saves its weights beside the graph, as every model beyond 2 GB must.
+Each tool saves its result with the weights beside the graph, as every model beyond 2 GB must.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 
 def passopt(model: Path, output: Path) -> None:
+    """Quantise with passopt: int8 codes and a scale per output channel."""
     from passopt.cli import main
 
     code = main(["run", str(model), "--passes", "quantize-weights,dead-code", "-o", str(output / "model")])
@@ -24,6 +25,7 @@ def passopt(model: Path, output: Path) -> None:
 
 
 def quantize_dynamic(model: Path, output: Path) -> None:
+    """Quantise the MatMuls with onnxruntime's `quantize_dynamic`, per channel."""
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization import quantize_dynamic as quantize
 
@@ -32,11 +34,12 @@ def quantize_dynamic(model: Path, output: Path) -> None:
 
 
 def quantize_static(model: Path, output: Path) -> None:
+    """Quantise the MatMuls with onnxruntime's `quantize_static`, per channel, calibrated on one prompt."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
     from onnxruntime.quantization import quantize_static as quantize
 
     class Reader(CalibrationDataReader):
-        """One prompt of 16 tokens."""
+        """Give one prompt of 16 tokens to the calibration."""
 
         def __init__(self) -> None:
             self._feeds = iter([{"input_ids": np.arange(16)[None], "mask": np.zeros((1, 1, 16, 16), np.float32)}])
@@ -50,6 +53,7 @@ def quantize_static(model: Path, output: Path) -> None:
 
 
 def matmul_nbits(model: Path, output: Path) -> None:
+    """Quantise to onnxruntime's MatMulNBits with 8 bits in blocks of 128."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
@@ -60,6 +64,7 @@ def matmul_nbits(model: Path, output: Path) -> None:
 
 
 def onnxsim(model: Path, output: Path) -> None:
+    """Simplify the graph with onnxsim, and save it."""
     import onnx
     import onnxsim as tool
 
@@ -68,13 +73,14 @@ def onnxsim(model: Path, output: Path) -> None:
 
 
 def onnxslim(model: Path, output: Path) -> None:
+    """Simplify the graph with onnxslim, which saves it."""
     import onnxslim as tool
 
     tool.slim(str(model), str(output / "model.onnx"), save_as_external_data=True)
 
 
 def neural_compressor(model: Path, output: Path) -> None:
-    """Weight-only, round to nearest, as its documentation shows it."""
+    """Quantise weights only, rounded to nearest, with onnx-neural-compressor as its documentation shows it."""
     import onnx
     from onnx_neural_compressor.quantization import matmul_nbits_quantizer as tool
 

@@ -1,10 +1,10 @@
-"""Measure other tools on the same graphs and weights under a cap of memory, and write docs/bench-scale-peers.md.
+"""Measure other tools on the same weights under a limit of memory, and write docs/measured/bench-scale-peers.md.
 
     python tools/bench peers [OUTPUT] [--sizes 1.4 3 10] [--peers DIR] [--work DIR]
 
 One tool at a time is measured at fixed sizes, each in a process of its own. This takes up to half an hour and 25 GB of
-disk. `--peers` is an environment of tools that this one lacks (onnxslim, onnx-neural-compressor, with onnx and
-onnxruntime).
+disk. `--peers` names the folder of a second Python environment, for tools that this one lacks (onnxslim,
+onnx-neural-compressor, with onnx and onnxruntime).
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from weights.peer_candidates import CANDIDATES
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "tools" / "bench" / "weights" / "peer_candidates.py"
-#: Width and layers that make so many GB of fp32, embedding and head of 125,696 rows included.
+#: For each size in GB of fp32 weights: channels and layers. It includes the embedding and head of 125,696 rows.
 SIZES = {"1.4": (1024, 9), "3": (1024, 47), "10": (4096, 9)}
+#: Limits at which a tool is stopped: wall-clock seconds, and bytes of anonymous memory.
 SECONDS = 300.0
 ANONYMOUS = 17 * 10**9
-#: What each tool needs besides this environment.
+#: For each tool that this environment may lack: the package that it needs.
 PACKAGES = {"onnxslim": "onnxslim", "onnx-neural-compressor RTN": "onnx_neural_compressor"}
 _PIECE = 16 << 20
 
 
 def fill(path: Path) -> int:
-    """Normal numbers of the size of trained weights into a sparse file; returns its bytes."""
+    """Fill a sparse file with normally distributed fp32 of the size of trained weights, and return its bytes."""
     size = path.stat().st_size
     memory = Arena(_PIECE).take(_PIECE)
     numbers = np.frombuffer(memory, np.float32)
@@ -52,7 +53,7 @@ def fill(path: Path) -> int:
 
 
 def python_for(candidate: str, peers: str | None) -> str | None:
-    """The interpreter that has the tool; None if there is none."""
+    """Return the Python interpreter whose environment has the tool, this one or that of `peers`; None if none has."""
     package = PACKAGES.get(candidate)
     if package is None or importlib.util.find_spec(package) is not None:
         return sys.executable
@@ -64,7 +65,7 @@ def python_for(candidate: str, peers: str | None) -> str | None:
 
 
 def run(candidate: str, model: Path, folder: Path, peers: str | None) -> tuple[Usage, int]:
-    """One tool on one model: its usage, and the bytes that it wrote."""
+    """Run one tool on one model; return what it used, and how many bytes it wrote."""
     python = python_for(candidate, peers)
     if python is None:
         return Usage(failure="not installed"), 0
@@ -78,6 +79,7 @@ def run(candidate: str, model: Path, folder: Path, peers: str | None) -> tuple[U
 
 
 def row(candidate: str, usage: Usage, written: int) -> tuple[str, ...]:
+    """Return a tool's row of the table; one that failed shows why, and its anonymous memory until then."""
     if usage.failure:
         return (candidate, usage.failure, "", "", f"{usage.anonymous / GIB:.2f}", "", "")
     memory = (f"{number / GIB:.2f}" for number in (usage.peak, usage.anonymous, usage.mapped))
@@ -85,26 +87,33 @@ def row(candidate: str, usage: Usage, written: int) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Measure the tools and sizes asked for, and write the page."""
     parser = argparse.ArgumentParser(
         prog="python tools/bench peers",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("output", nargs="?", default=str(ROOT / "docs" / "bench-scale-peers.md"))
+    parser.add_argument("output", nargs="?", default=str(ROOT / "docs" / "measured" / "bench-scale-peers.md"))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="tools whose name contains one of these")
-    parser.add_argument("--peers", metavar="DIR", help="environment of tools that this one lacks")
+    parser.add_argument("--peers", metavar="DIR", help="Python environment with the tools that this one lacks")
     parser.add_argument("--work", metavar="DIR", help="folder on the disk to measure (default: a temporary one)")
     options = parser.parse_args(arguments)
     names = [name for name in CANDIDATES if not options.only or any(part in name for part in options.only)]
     lines = [
-        "# Weights of other tools",
+        "# Writing weights: passopt and other tools",
         "",
-        f"Made by `make bench-scale-peers` on {processor()}. The same 13B-shaped fp32 graphs, random weights, for all;"
-        f" one tool at a time in a process of its own, stopped at {SECONDS:.0f} s or {ANONYMOUS / 1e9:.0f} GB of "
-        "anonymous memory. passopt writes int8 codes and scales per output channel; onnxsim and onnxslim only rewrite "
-        "the graph and save it; onnx-neural-compressor rounds 8-bit weights to what their codes stand for and keeps "
-        "them in fp32.",
+        "This page compares the time and the memory that passopt and other tools need to process the same 13B-shaped "
+        f"fp32 graphs with random weights. It was measured on {processor()}. `make bench-scale-peers` repeats the "
+        "measurement and writes this page.",
+        "",
+        "How to read the tables: the tools run one at a time, each in a process of its own that is stopped after "
+        f"{SECONDS:.0f} s or at {ANONYMOUS / 1e9:.0f} GB of anonymous memory. `peak` is the largest memory of the "
+        "process as the kernel records it; `anonymous` and `mapped` are the largest samples of its two parts.",
+        "",
+        "The tools do not all do the same work. passopt writes int8 codes and a scale per output channel. onnxsim and "
+        "onnxslim only simplify the graph and save it. onnx-neural-compressor rounds the weights to 8 bits, but stores "
+        "the rounded values in fp32.",
     ]
     for size in options.sizes:
         hidden, layers = SIZES[size]
@@ -117,6 +126,11 @@ def main(arguments: Sequence[str]) -> None:
                 usage, written = run(candidate, model, folder, options.peers)
                 rows.append(row(candidate, usage, written))
                 print(f"{nbytes / 1e9:.1f} GB: " + "  ".join(rows[-1]), flush=True)
-        header = ("", "wall s", "CPU s", "peak GiB", "anonymous", "mapped", "written GB")
-        lines += ["", f"## {nbytes / 1e9:.1f} GB: {layers} layers of {hidden}", "", table(header, rows)]
+        header = ("tool", "wall s", "CPU s", "peak GiB", "anonymous GiB", "mapped GiB", "written GB")
+        lines += [
+            "",
+            f"## {nbytes / 1e9:.1f} GB of weights: {layers} layers with {hidden} channels",
+            "",
+            table(header, rows),
+        ]
     Path(options.output).write_text("\n".join(lines))

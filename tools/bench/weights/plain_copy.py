@@ -1,8 +1,9 @@
-"""Measure the least time in which so many bytes can be read and written here, in whole pages past the cache.
+"""Measure the least time in which this machine can read and write a number of bytes, past the page cache.
 
     python tools/bench/weights/plain_copy.py THREADS WRITE_BYTES OUTPUT FILE...
 
-This reads every FILE from end to end and writes WRITE_BYTES to OUTPUT, both all the time, and computes nothing.
+This reads every FILE from end to end and writes WRITE_BYTES to OUTPUT at the same time, in whole pages, and computes
+nothing. It prints the seconds that it took.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ PAGE = 4096
 
 
 def copy_pieces(threads: int, write_bytes: int, output: Path, files: list[Path]) -> None:
-    """Each thread takes the next piece to read, and writes its share of what is to be written."""
+    """Read all files and write `output`, with threads that take the next piece in turn.
+
+    For each piece of `PIECE` bytes that a thread reads, it writes the same share of `write_bytes`.
+    """
     sources = [(os.open(path, os.O_RDONLY | os.O_DIRECT), path.stat().st_size) for path in files]
     target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o644)
     os.posix_fallocate(target, 0, write_bytes)
@@ -61,6 +65,7 @@ def copy_pieces(threads: int, write_bytes: int, output: Path, files: list[Path])
 
 
 def main() -> None:
+    """Copy as the command line says, and print the seconds."""
     threads, write_bytes, output, *files = sys.argv[1:]
     start = time.monotonic()
     copy_pieces(int(threads), int(write_bytes), Path(output), [Path(path) for path in files])

@@ -1,4 +1,4 @@
-"""Write random finite checkpoints with the real names, shapes and files of a published size, as fast as the disk."""
+"""Write random, finite checkpoints with the names and shapes of a published size, as fast as the disk allows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _PIECE = 16 << 20
 
 
 def make_random(folder: Path, spec: CheckpointSpec, shards: int = 3) -> Path:
-    """A checkpoint whose bf16 weights are normal numbers of the size of trained ones; `shards` files of equal size."""
+    """Write a checkpoint whose bf16 weights are random and as large as trained ones, and return its folder.
+
+    The numbers are normally distributed. The weights lie in `shards` files of about equal size.
+    """
     checkpoint = make_checkpoint(folder, spec, trained=False, weights=False)
     shapes = spec.shapes()
     sizes = {name: 2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for name, shape in shapes.items()}
@@ -36,7 +39,10 @@ def make_random(folder: Path, spec: CheckpointSpec, shards: int = 3) -> Path:
 
 
 def _normal_pool() -> memoryview:
-    """Normal numbers of deviation 0.02 in page-aligned memory, with a page of slack for every place to begin."""
+    """Return normally distributed bf16 numbers of standard deviation 0.02, in page-aligned memory.
+
+    It is longer than the pool by one piece, so that a whole piece can be taken from any place of the pool.
+    """
     memory = Arena(_POOL + _PIECE).take(_POOL + _PIECE)
     rng = np.random.default_rng(0)
     numbers = np.frombuffer(memory, ml_dtypes.bfloat16)

@@ -13,7 +13,12 @@ from passopt.reporting.result import Result
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue(Result):
-    """All passes and named pipelines by name, as their source files describe them; none of them is imported."""
+    """All passes and named pipelines by name, as their sources describe them; none of them is imported.
+
+    Attributes:
+        passes: Name → what the source of the pass says: summary, options, accuracy, and where it is defined.
+        pipelines: Name → summary, steps, options and expectations.
+    """
 
     passes: Mapping[str, Entry]
     pipelines: Mapping[str, Pipeline]

@@ -105,7 +105,7 @@ def explain(name: str) -> Explanation:
         return Explanation(step.name, _pipeline_text(body), body)
     entry = catalog().get(step.name)
     if entry is None:
-        raise UsageError(unknown_name("pass", step.name, [*catalog(), *PIPELINES]))
+        raise UsageError(unknown_name("pass", step.name, [*catalog(), *PIPELINES], "passopt list"))
     item = instantiate(step)
     doc, rules, guards = parse_doc(inspect.getdoc(type(item)) or ""), _rules(item), _guards(entry)
     text = "\n".join(_pass_text(entry, item, doc, rules, guards))
@@ -285,7 +285,7 @@ def _pass_json(
         "after": doc.after,
         "notes": _one_line(doc.notes),
         "rules": [
-            {"name": rule.name, "source": rule.source, "doc": rule.doc, **rule.diagram.as_json()} for rule in rules
+            {"name": rule.name, "source": rule.source, "doc": rule.doc, **rule.diagram.to_json()} for rule in rules
         ],
         "declines": [dataclasses.asdict(guard) for guard in guards],
     }

@@ -6,124 +6,22 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from passopt.api.generate_result import GenerateResult, OnText, Prompt, Request
 from passopt.generation.chat import Message, chat_ids
-from passopt.generation.loop import Generation, plan_room
 from passopt.generation.loop import generate as run
+from passopt.generation.loop import room_for
 from passopt.generation.open_engine import Engine as LoadedEngine
 from passopt.generation.open_engine import ModelFacts, open_engine, read_facts
-from passopt.generation.sampling import Sampling
 from passopt.generation.settings import Settings, read_settings
 from passopt.generation.tokenizer import TextStream, Tokenizer, load_tokenizer
 from passopt.ir.errors import UsageError
 from passopt.reporting.reporter import SILENT, Reporter, progress_bar
-from passopt.reporting.result import Result
 from passopt.targets.tvm.engine.available_memory import check_caches
-
-#: A text, a conversation of messages (or mappings with "role" and "content"), or token ids.
-Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message | Mapping[str, str]]"
-#: A function that gets the number of a prompt, from 0 on, and the next piece of its text or of its ids.
-OnText: TypeAlias = Callable[[int, str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """The options of a generation besides the prompts; None stands for what the model's own files say.
-
-    Attributes:
-        max_new_tokens: The largest number of new tokens for each prompt.
-        greedy: Always choose the most likely token, without a repetition penalty unless one is given.
-        temperature: Sample with this temperature; smaller is closer to greedy.
-        top_k: Sample from this many of the most likely tokens; 0 for all.
-        top_p: Sample from the most likely tokens that together have this probability.
-        repetition_penalty: Above 1, make tokens less likely that were said already.
-        seed: Sample with this seed, so that every run gives the same text.
-        capacity: The number of columns of the cache; None for what is needed.
-    """
-
-    max_new_tokens: int | None = None
-    greedy: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    capacity: int | None = None
-
-    def sampling(self, defaults: Sampling) -> Sampling:
-        """Return the model's defaults, changed as requested; a seed, temperature, top-k or top-p turns sampling on.
-
-        Raises UsageError if a greedy request asks for sampling, or if an option is out of its range.
-        """
-        names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        asked = [name for name in ("temperature", "top_k", "top_p", "seed") if name in given]
-        if self.greedy:
-            if asked:
-                flag = asked[0].replace("_", "-")
-                raise UsageError(f"--greedy takes the most likely token; --{flag} says otherwise")
-            return Sampling(repetition_penalty=given.get("repetition_penalty", 1.0))
-        return dataclasses.replace(defaults, **given, do_sample=defaults.do_sample or bool(asked))
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateResult(Result):
-    """The result of a generation.
-
-    Attributes:
-        prompts: The token ids of each prompt, as the model got them.
-        generation: The new token ids of all rows and why they ended, times in seconds, bytes of the cache.
-        texts: The text of each row; None if all prompts were token ids.
-    """
-
-    prompts: tuple[tuple[int, ...], ...]
-    generation: Generation
-    texts: tuple[str, ...] | None
-
-    def to_text(self) -> str:
-        rows = len(self.prompts)
-        texts = self.texts or [" ".join(map(str, row.ids)) for row in self.generation.rows]
-        return "\n".join(heading(row, rows) + text for row, text in enumerate(texts))
-
-    def to_json(self) -> dict[str, Any]:
-        found = self.generation
-        rows: list[dict[str, Any]] = [
-            {"prompt_ids": list(prompt), "ids": list(row.ids), "end": row.end}
-            for prompt, row in zip(self.prompts, found.rows, strict=True)
-        ]
-        for row, text in zip(rows, self.texts or ()):
-            row["text"] = text
-        return {
-            "rows": rows,
-            "prompt_tokens": found.prompt_tokens,
-            "new_tokens": found.new_tokens,
-            "first_token_seconds": found.first_token,
-            "total_seconds": found.total,
-            "tokens_per_second": found.tokens_per_second,
-            "cache_bytes": found.cache_bytes,
-        }
-
-    def summary(self) -> str:
-        """Return the figures in one line: tokens, seconds to the first one, tokens per second, bytes of the cache."""
-        found = self.generation
-        speed = found.tokens_per_second
-        parts = [
-            f"{found.prompt_tokens} prompt tokens, first new token after {found.first_token:.3f} s",
-            f"{found.new_tokens} new tokens" + (f", {speed:.2f} tokens/s" if speed is not None else ""),
-            f"cache {found.cache_bytes:,} bytes",
-        ]
-        if any(row.end == "positions" for row in found.rows):
-            parts.append("ended where the model's positions end")
-        return "; ".join(parts)
-
-
-def heading(row: int, rows: int) -> str:
-    """Return the line above answer `row`, counted from 0, that separates it from others; "" if `rows` is 1."""
-    return "" if rows == 1 else f"== {row + 1}\n"
 
 
 class _Folder:
@@ -178,6 +76,12 @@ def _message(item: object) -> Message:
 class Engine:
     """A compiled folder with its weights loaded, ready to continue prompts; a folder of ranks runs a process per rank.
 
+    Use `Engine.load` to make one. An engine is closed at the end of a `with` block, or by `close`.
+
+    Args:
+        folder: What is known of the folder before its weights are loaded.
+        engine: The engine with the weights.
+
     Example:
         >>> with passopt.Engine.load("compiled") as engine:
         ...     print(engine.generate("The lexical structure of", max_new_tokens=32))
@@ -197,7 +101,7 @@ class Engine:
         copy_weights: bool = False,
         reporter: Reporter = SILENT,
     ) -> Engine:
-        """Load a folder that `passopt.compile` has written.
+        """Load what `passopt.compile` has written.
 
         Args:
             folder: The compiled folder, or the folder of ranks.
@@ -205,6 +109,9 @@ class Engine:
             verify_weights: Hash all weights again, not only when a file is seen for the first time.
             copy_weights: Copy weights to memory of the process, instead of mapping the file.
             reporter: Is told about progress while weights are read.
+
+        Returns:
+            The engine, which owns its processes and caches until it is closed.
 
         Raises:
             ModelError: The folder is damaged, or its library needs instructions that this CPU lacks.
@@ -254,30 +161,44 @@ class Engine:
         return self._folder.tokenizer
 
     def allocate(self, batch: int, capacity: int) -> None:
-        """Forget all sequences and make room for `batch` new ones of `capacity` columns, or raise UsageError."""
+        """Forget everything, and make room in the cache for new sequences.
+
+        Args:
+            batch: Sequences that run side by side.
+            capacity: Positions of each of them, padding included.
+
+        Raises:
+            UsageError: The caches do not fit into the available memory.
+        """
         self._engine.allocate(batch, capacity)
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """Append tokens to the sequences, and return their logits in fp32 [batch, seq, vocab].
-
-        A model that slices the last token returns [batch, 1, vocab]. Raises UsageError if a shape or a token id is
-        wrong, or if the sequences outgrow the cache or the model's positions.
+        """Append tokens to the sequences, and return their logits.
 
         Args:
             ids: Token ids [batch, seq].
             mask: 1 for tokens and 0 for padding on the left, [batch, past + seq].
+
+        Returns:
+            Logits in fp32 [batch, seq, vocab]; [batch, 1, vocab] of a model that slices the last token.
+
+        Raises:
+            UsageError: A shape or a token id is wrong, or the sequences outgrow the cache or the model's positions.
         """
         return self._engine.forward(ids, mask)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, on_text: OnText | None = None, **request: Any
     ) -> GenerateResult:
-        """Continue prompts together, and return the new tokens and texts.
+        """Continue prompts together.
 
         Args:
             prompts: A text, or a list of prompts: texts, token ids, or conversations.
             on_text: A function that gets the number of a prompt and the next piece of its text, as tokens come.
             **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
+
+        Returns:
+            The texts or token ids of all prompts, with times and the bytes of the cache.
 
         Raises:
             UsageError: A prompt is empty or too long, or the request contradicts itself.
@@ -300,12 +221,11 @@ def generate(
     reporter: Reporter = SILENT,
     **request: Any,
 ) -> GenerateResult:
-    """Load a compiled folder, continue prompts and return the new tokens and texts, and release the folder.
+    """Load a compiled folder, continue prompts, and let it go. What is wrong with them is told before weights are read.
 
     Args:
-        folder: The folder that `passopt.compile` has written.
-        prompts: A text, or a list of prompts: texts, token ids, or conversations. They are checked before weights are
-            read.
+        folder: What `passopt.compile` has written.
+        prompts: A text, or a list of prompts: texts, token ids, or conversations.
         threads: As for `Engine.load`.
         verify_weights: As for `Engine.load`.
         copy_weights: As for `Engine.load`.
@@ -313,6 +233,9 @@ def generate(
         on_end: A function that gets the number of each prompt that has ended.
         reporter: Is told about progress.
         **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
+
+    Returns:
+        The texts or token ids of all prompts, with times and the bytes of the cache.
 
     Raises:
         ModelError: The folder or its tokenizer is damaged, this CPU cannot run the library, or logits are not finite.
@@ -322,7 +245,7 @@ def generate(
     found = _Folder(Path(folder), reporter)
     asked.sampling(found.settings.sampling)
     encoded = _encoded(found, _listed(prompts), asked)
-    room = plan_room(found.facts, encoded.ids, _longest(found, asked), asked.capacity)
+    room = room_for(found.facts, encoded.ids, _longest(found, asked), asked.capacity)
     copied = found.facts.weight_bytes if copy_weights else 0
     check_caches(found.facts.caches, len(encoded.ids), room.columns, copied=copied)
     with Engine._opened(found, threads, verify_weights=verify_weights, copy_weights=copy_weights) as engine:

@@ -67,7 +67,7 @@ class ReplayResult(Result):
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        records = [record.as_json() for record in self.records]
+        records = [record.to_json() for record in self.records]
         return {**dataclasses.asdict(self), "folder": str(self.folder), "ok": self.ok, "records": records}
 
     @property
@@ -84,6 +84,9 @@ def replay(directory: Path | str) -> ReplayResult:
 
     Returns:
         Whether it still fails and how, or the records of the passes.
+
+    Returns:
+        Whether it still fails, in the same way or another, and what changed since it was recorded.
 
     Raises:
         ModelError: The folder holds no reproducer, or a stored rewrite that cannot be run.

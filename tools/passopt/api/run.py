@@ -44,6 +44,7 @@ class RunResult(Result):
         output: The folder that was written; None if nothing was.
         stream: How the weights were written; None if they were not copied.
         planned: The output as it was written or would be written.
+        dry_run: True if nothing was to be written.
     """
 
     model: Model
@@ -51,6 +52,7 @@ class RunResult(Result):
     output: Path | None
     stream: StreamReport | None
     planned: Output = dataclasses.field(repr=False)
+    dry_run: bool = False
 
     @property
     def sizes(self) -> OutputSizes:
@@ -73,12 +75,13 @@ class RunResult(Result):
                 lines.append(f"{record.name}: {record.numeric['summary']}")
         if self.output is None or self.stream is not None:
             lines.append(self.sizes.to_text())
-        lines.append(f"→ {self.output}" if self.output else "dry run: nothing was written")
+        nothing = "dry run: nothing was written" if self.dry_run else "nothing was written: no output was named"
+        lines.append(f"→ {self.output}" if self.output else nothing)
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "passes": [record.as_json() for record in self.records],
+            "passes": [record.to_json() for record in self.records],
             "output": str(self.output) if self.output else None,
             "degree": self.model.degree,
             **self.sizes.to_json(),
@@ -203,7 +206,7 @@ def run(
     else:
         stream = write(planned, output, StreamOptions(memory, workers), reporter)
     done = ",".join(text for text in (found.pipeline, pipeline.expanded) if text)
-    return RunResult(dataclasses.replace(found, pipeline=done), tuple(records), output, stream, planned)
+    return RunResult(dataclasses.replace(found, pipeline=done), tuple(records), output, stream, planned, dry_run)
 
 
 def default_output(

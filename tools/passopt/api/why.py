@@ -49,7 +49,7 @@ class WhyResult(Result):
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        return self.report.as_json()
+        return self.report.to_json()
 
 
 def why(

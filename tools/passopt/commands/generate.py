@@ -11,7 +11,7 @@ from passopt.ir.errors import UsageError
 from passopt.terminal.arguments import count, positive
 
 if TYPE_CHECKING:
-    from passopt.api.generate import Prompt
+    from passopt.api.generate_result import Prompt
 
 SUMMARY = "Continue prompts with a compiled model. Text goes to stdout; speed and memory of the cache to stderr."
 EXAMPLE = """passopt generate baichuan2.lib --prompt 'The lexical structure of' --max-new-tokens 64 --stream
@@ -219,7 +219,7 @@ class _Writer:
     """
 
     def __init__(self, rows: int) -> None:
-        from passopt.api.generate import heading
+        from passopt.api.generate_result import heading
 
         self._waiting = [heading(row, rows) for row in range(rows)]
         self._ended = [False] * rows

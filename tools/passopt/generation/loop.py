@@ -82,10 +82,10 @@ def generate(
         on_end: A function that gets each row once, after its last token.
 
     Raises:
-        UsageError: In the cases of `plan_room`, before anything runs.
+        UsageError: In the cases of `room_for`, before anything runs.
         ModelError: If logits are not finite.
     """
-    room = plan_room(engine, prompts, max_new_tokens, capacity)
+    room = room_for(engine, prompts, max_new_tokens, capacity)
     engine.allocate(len(prompts), room.columns)
     run = _Run(engine, prompts, sampling, room.width, eos, pad, on_token, on_end)
     return run.result(room.steps, "length" if room.steps == max_new_tokens else "positions")
@@ -104,7 +104,7 @@ class Room:
     columns: int
 
 
-def plan_room(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int | None) -> Room:
+def room_for(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int | None) -> Room:
     """Return the room that the prompts and their new tokens need.
 
     Args:

@@ -20,13 +20,27 @@ class Reporter:
     """A reporter that ignores everything; the command line has one that writes to stderr."""
 
     def say(self, message: str) -> None:
-        """Report a message of one line for people, such as a warning or the step that begins."""
+        """Take a message for people, such as a warning or what is being done now.
+
+        Args:
+            message: One line, without a final period.
+        """
 
     def show(self, text: str) -> None:
-        """Report a text of many lines that was asked for, such as a graph after a pass."""
+        """Take a text that was asked for, such as a graph after a pass.
+
+        Args:
+            text: Many lines, with the last line break.
+        """
 
     def bar(self, label: str, total: int, *, in_items: bool = False) -> Bar:
-        """Return a progress bar for `total` bytes, or for `total` items if `in_items`."""
+        """Return a bar for one long piece of work. It is called with what was done since, and closed at the end.
+
+        Args:
+            label: What the bar is of.
+            total: The size of the work: bytes, or items.
+            in_items: True if `total` counts items.
+        """
         return _NoBar()
 
 

@@ -39,23 +39,28 @@ def check(
     matches: int | None = None,
     lengths: Mapping[str, int] | None = None,
 ) -> tuple[onnx_ir.Model, PassResult]:
-    """Run a pass on a model, check all that must hold for every pass, and return the changed model and the result.
+    """Run a pass over a small graph, and check all that holds for every pass.
 
-    The pass must state truly whether it changed the model, and a second run must change nothing. The structure must be
-    sound, and ONNX's checker must accept the model. If the model was changed, its outputs must agree with those of the
-    original.
+    It checks that `modified` says whether the text changed, that a second run changes nothing, that the structure and
+    ONNX's own checker accept the result, and that onnxruntime computes the same numbers before and after.
 
     Args:
-        item: The pass.
-        model: ONNX text, or a model, which is not changed. In text, `float[6,4] w = random` is a weight with seeded
-            values. Matrices become lazy weights, like those of a checkpoint.
-        tolerance: The largest relative error; None for what the pass's declared accuracy allows.
-        feeds: Inputs by name that replace the random ones.
-        matches: The number of times that the pass must match; None for any.
-        lengths: The lengths of symbolic dimensions by name.
+        item: The pass with its options, such as ``FuseSilu()``.
+        model: ONNX text, or a model, which is not changed. In text, ``float[6,4] w = random`` is a weight with seeded
+            values; matrices become lazy weights, like those of a checkpoint.
+        tolerance: The largest relative error of outputs; None for what the pass's declared accuracy allows.
+        feeds: Inputs by name, in place of random ones.
+        matches: How often the pass must match; None for any number.
+        lengths: Lengths of symbolic dimensions, such as ``{"batch": 2}``; others get unequal small ones.
+
+    Returns:
+        The changed model, and the result of the first run.
 
     Raises:
-        AssertionError: If a check fails.
+        AssertionError: If anything of this does not hold.
+
+    Example:
+        ``model, result = check(FuseSilu(), TEXT, matches=1)``
     """
     original = read_model(model) if isinstance(model, str) else model
     changed = original.clone()

@@ -37,7 +37,16 @@ _FILE_STEMS: Mapping[Format, str] = {"safetensors": "model", "bin": "pytorch_mod
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSpec:
-    """The sizes of a model, and its family: ``rotary`` has the code of the 7B model, ``alibi`` that of the 13B model.
+    """The shape of a model: ``rotary`` is the code of the 7B, ``alibi`` that of the 13B.
+
+    Attributes:
+        family: "rotary" or "alibi".
+        heads: Attention heads.
+        hidden: The width of the hidden state, over all heads.
+        intermediate: The width of the MLP.
+        layers: Decoder layers.
+        vocab: Rows of the embedding and of the head.
+        max_positions: The longest sequence that the configuration states.
 
     Raises:
         ValueError: If `hidden` does not split into the heads, or a rotary head not into halves.
@@ -81,7 +90,9 @@ class CheckpointSpec:
 
 
 # No two dimensions of a spec are equal, so that a mixed-up axis cannot go unnoticed.
+#: A tiny model with the code of the 7B: rotary embedding, three layers. It comes trained.
 ROTARY = CheckpointSpec("rotary", heads=4, hidden=64, intermediate=168, layers=3, vocab=520, max_positions=128)
+#: A tiny model with the code of the 13B: ALiBi, two layers. It comes trained.
 ALIBI = CheckpointSpec("alibi", heads=6, hidden=72, intermediate=180, layers=2, vocab=516, max_positions=96)
 # Five heads can be split evenly only by five, and 505 = 5 * 101 rows of vocabulary only by five and 101. So other
 # degrees need padding.

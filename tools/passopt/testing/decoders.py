@@ -25,7 +25,20 @@ _TEXT_NAMES = {DataType.FLOAT: "float", DataType.FLOAT16: "float16", DataType.BF
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """The sizes of the unsplit model, and the degree to split it by; with ``quantized``, linears of layers are int8."""
+    """Sizes of the unsplit model, and how it is split.
+
+    Attributes:
+        degree: Ranks; more than 1 makes the SPMD graph of every rank.
+        layers: Decoder layers.
+        heads: Attention heads.
+        head_dim: The width of one head.
+        hidden: The width of the hidden state, which need not be heads · head_dim.
+        intermediate: The width of the MLP.
+        vocab: Rows of the embedding and of the head.
+        positions: The longest sequence.
+        dtype: The dtype of weights and activations.
+        quantized: True if the linears of the decoder layers are int8.
+    """
 
     degree: int = 1
     layers: int = 2
@@ -39,7 +52,11 @@ class DecoderSpec:
     quantized: bool = False
 
     def padded(self, length: int) -> int:
-        """Return `length` rounded up to a multiple of the degree."""
+        """Return a length rounded up to a multiple of the degree.
+
+        Args:
+            length: The length of the unsplit model.
+        """
         return -(-length // self.degree) * self.degree
 
 

@@ -49,7 +49,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport(Result):
-    """The rows of all comparisons, and notes that say what was compared and how."""
+    """The rows of all comparisons, and notes that say what was compared and how.
+
+    Attributes:
+        rows: One per scenario and output: the relative error, its tolerance, and a note.
+        notes: What was compared, and how.
+    """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()

@@ -13,9 +13,9 @@ import onnx_ir
 
 from passopt.ir.graph.linears import Linear, QuantizedRows, find_linear
 from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight
-from passopt.targets.tvm.compiler.kernels.linear.choose import plan_float, plan_int8
-from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import plan_w8a8
-from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.linear.choose import float_kernel, int8_kernel
+from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import int8_int8_kernel
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearKernel
 from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
 from passopt.targets.tvm.compiler.lowering.readers import behind_casts, read_by_none_but
 from passopt.targets.tvm.compiler.lowering.values import Length, Tvm, Unsupported, Values, product
@@ -82,19 +82,19 @@ def lower_added_linear(at: Values, added: AddedLinear) -> None:
 
 
 def _product(at: Values, linear: Linear, residual: onnx_ir.Value | None) -> Tvm:
-    plan = _plan(at, linear)
-    weights = [_weight(at, linear, suffix, position, plan) for position, suffix in enumerate(_suffixes(plan))]
+    kernel = _kernel(at, linear)
+    weights = [_weight(at, linear, suffix, position, kernel) for position, suffix in enumerate(_suffixes(kernel))]
     if linear.rows is None:
         data = [_flat(at, linear.input)]
     else:
         data = _quantized(at, _row_codes(at, linear.input, linear.rows))
     before = [] if residual is None else [_flat(at, residual)]
-    name = plan.name if residual is None else f"{plan.name}_residual"
+    name = kernel.name if residual is None else f"{kernel.name}_residual"
     *dims, channels = _result_shape(at, linear)
-    make = partial(plan.function, residual=residual is not None)
+    make = partial(kernel.function, residual=residual is not None)
     result = at.call(name, make, [*data, *weights, *before], [at.simplified(product(dims)), channels])
     at.note(f"linear: {name}")
-    at.quantized.add(plan.quantized)
+    at.quantized.add(kernel.quantized)
     return at.view(result, [*dims, channels])
 
 
@@ -109,21 +109,21 @@ def _flat(at: Values, value: onnx_ir.Value) -> Tvm:
     return at.view(found, [at.simplified(product(dims[:-1])), dims[-1]])
 
 
-def _plan(at: Values, linear: Linear) -> LinearPlan:
+def _kernel(at: Values, linear: Linear) -> LinearKernel:
     weight, scales, isa = linear.weight.expression(), linear.scales_expression(), at.machine.isa
     if scales is None:
-        return plan_float(weight, isa)
-    return plan_int8(weight, scales, isa) if linear.rows is None else plan_w8a8(weight, scales, isa)
+        return float_kernel(weight, isa)
+    return int8_kernel(weight, scales, isa) if linear.rows is None else int8_int8_kernel(weight, scales, isa)
 
 
-def _suffixes(plan: LinearPlan) -> list[str]:
-    return [suffix for suffix, _ in plan.weights]
+def _suffixes(kernel: LinearKernel) -> list[str]:
+    return [suffix for suffix, _ in kernel.weights]
 
 
-def _weight(at: Values, linear: Linear, suffix: str, position: int, plan: LinearPlan) -> Tvm:
+def _weight(at: Values, linear: Linear, suffix: str, position: int, kernel: LinearKernel) -> Tvm:
     """Return weight number `position` of the kernel as a parameter named after the model's weight."""
     name = linear.weight.value.name if suffix != "scales" or linear.scales is None else linear.scales.name
-    expression = plan.weights[position][1]
+    expression = kernel.weights[position][1]
     return at.parameter(f"{name}.{suffix}" if suffix != "scales" else str(name), expression)
 
 

@@ -66,7 +66,7 @@ class PassCheck:
     shortened: dict[int, int] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
-    def as_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         """Return the results as a JSON object."""
         return {
             "summary": str(self),
@@ -122,7 +122,7 @@ class NumericCheck(Instrument):
             else:
                 checker.summary.unchecked["it gives inputs or outputs other shapes; compare with passopt verify"] += 1
         self.summaries.append(checker.summary)
-        record.numeric = checker.summary.as_json()
+        record.numeric = checker.summary.to_json()
 
 
 class _Checker:

@@ -10,8 +10,8 @@ from functools import partial
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.expressions import DataType, Expression
 from passopt.targets.tvm.compiler.kernels.linear.float_panels import linear
-from passopt.targets.tvm.compiler.kernels.linear.int8_fp32 import MAX_INPUTS, plan_planes
-from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.linear.int8_fp32 import MAX_INPUTS, int8_fp32_kernel
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearKernel
 from passopt.targets.tvm.compiler.kernels.linear.panel_layout import Panels
 from passopt.targets.tvm.machines import Isa
 
@@ -19,7 +19,7 @@ from passopt.targets.tvm.machines import Isa
 FLOAT_DTYPES = {DataType.FLOAT: "float32", DataType.FLOAT16: "float16", DataType.BFLOAT16: "bfloat16"}
 
 
-def plan_float(weight: Expression, isa: Isa) -> LinearPlan:
+def float_kernel(weight: Expression, isa: Isa) -> LinearKernel:
     """Return the kernel for a weight [N, K] in fp32, fp16 or bf16; it computes in fp32.
 
     Raises ModelError for a weight of another dtype or shape.
@@ -28,10 +28,10 @@ def plan_float(weight: Expression, isa: Isa) -> LinearPlan:
     dtype = _float_dtype(weight, "weight")
     panels = Panels.of(rows, columns, dtype, isa)
     packed = weight.pack(panels.width)
-    return LinearPlan(f"linear_{dtype}_{rows}_{columns}", (("packed", packed),), partial(linear, panels))
+    return LinearKernel(f"linear_{dtype}_{rows}_{columns}", (("packed", packed),), partial(linear, panels))
 
 
-def plan_int8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
+def int8_kernel(codes: Expression, scales: Expression, isa: Isa) -> LinearKernel:
     """Return the kernel for int8 codes [N, K] with one scale per row in fp32, fp16 or bf16; activations are fp32.
 
     It uses dot products of bytes where the level has them and K is at most MAX_INPUTS (`linear_planes`), and computes
@@ -44,13 +44,13 @@ def plan_int8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
         raise ModelError(f"codes {list(codes.shape)} take scales [{rows}], one per row, not {list(scales.shape)}")
     dtype = _float_dtype(scales, "scales")
     if isa.has_byte_dot and columns <= MAX_INPUTS:
-        return plan_planes(codes, scales, isa)
+        return int8_fp32_kernel(codes, scales, isa)
     panels = Panels.of(rows, columns, "int8", isa, scales=dtype)
     packed = codes.pack(panels.width)
     padded = scales.pad(0, panels.count * panels.width, value=1.0)
     suffix = "" if dtype == "float32" else f"_{dtype}"
     name = f"linear_int8_{rows}_{columns}{suffix}"
-    return LinearPlan(name, (("packed", packed), ("scales", padded)), partial(linear, panels), "weights")
+    return LinearKernel(name, (("packed", packed), ("scales", padded)), partial(linear, panels), "weights")
 
 
 def _matrix(weight: Expression) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from passopt.targets.tvm.compiler.kernels import emit
 from passopt.targets.tvm.compiler.kernels.linear.byte_dot import ByteKernel, byte_kernel
 from passopt.targets.tvm.compiler.kernels.linear.byte_linear import ByteLinear, Outputs
 from passopt.targets.tvm.compiler.kernels.linear.byte_tiles import Operands, whole_groups
-from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearKernel
 from passopt.targets.tvm.compiler.kernels.quantize_rows import (
     ROUNDING,
     ROUNDING_BITS,
@@ -47,7 +47,7 @@ _SMALLEST = 2.0**-126
 MAX_INPUTS = (2**31 - 1) // (255 * 128)
 
 
-def plan_planes(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
+def int8_fp32_kernel(codes: Expression, scales: Expression, isa: Isa) -> LinearKernel:
     """Return the kernel for y = x · (codes · scales)ᵀ, with int8 codes [N, K], K up to MAX_INPUTS, and scales [N].
 
     Its function takes (x f32[M, K], *weights, [residual f32[M, N],] y f32[M, N]).
@@ -63,11 +63,11 @@ def plan_planes(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
     # Planes have the width of W8A8 codes. Only the highest plane has a zero point, which `_joined` takes off; nothing
     # is written behind column K, where the weights are zero.
     layout = dataclasses.replace(codes_layout(k, isa), zero_point=0)
-    return LinearPlan(f"linear_int8_{n}_{k}", weights, partial(linear_planes, n, k, layout, kernel), "weights")
+    return LinearKernel(f"linear_int8_{n}_{k}", weights, partial(linear_planes, n, k, layout, kernel), "weights")
 
 
 def linear_planes(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, residual: bool = False) -> Any:
-    """Return the PrimFunc that `plan_planes` describes; `n` and `k` are N and K."""
+    """Return the PrimFunc that `int8_fp32_kernel` describes; `n` and `k` are N and K."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as T
 

@@ -17,12 +17,12 @@ from passopt.targets.tvm.compiler.kernels.emit import FUNCTION_ATTRIBUTES, argum
 from passopt.targets.tvm.compiler.kernels.linear.byte_dot import ByteKernel, byte_kernel
 from passopt.targets.tvm.compiler.kernels.linear.byte_linear import ByteLinear, Outputs
 from passopt.targets.tvm.compiler.kernels.linear.byte_tiles import Operands, whole_groups
-from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearKernel
 from passopt.targets.tvm.compiler.kernels.quantize_rows import CodesLayout, codes_layout
 from passopt.targets.tvm.machines import Isa
 
 
-def plan_w8a8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
+def int8_int8_kernel(codes: Expression, scales: Expression, isa: Isa) -> LinearKernel:
     """Return the kernel for y = (codes of x · codesᵀ) · row scale · scales, with int8 codes [N, K] and scales [N].
 
     Its function takes (codes of x as `codes_layout(K, isa)` says, row_scales f32[M], *weights, [residual f32[M, N],]
@@ -38,11 +38,11 @@ def plan_w8a8(codes: Expression, scales: Expression, isa: Isa) -> LinearPlan:
     if codes_layout(k, isa).zero_point:
         weights.append(("sums", codes.row_sums().pad(0, padded)))
     make = partial(linear_w8a8, n, k, codes_layout(k, isa), kernel)
-    return LinearPlan(f"linear_w8a8_{n}_{k}", tuple(weights), make, "dynamic")
+    return LinearKernel(f"linear_w8a8_{n}_{k}", tuple(weights), make, "dynamic")
 
 
 def linear_w8a8(n: int, k: int, layout: CodesLayout, kernel: ByteKernel, residual: bool = False) -> Any:
-    """Return the PrimFunc that `plan_w8a8` describes; `n` and `k` are N and K.
+    """Return the PrimFunc that `int8_int8_kernel` describes; `n` and `k` are N and K.
 
     The row sums of the weights are an argument only if the codes of x have a zero point.
     """

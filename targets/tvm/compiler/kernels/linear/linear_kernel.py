@@ -11,7 +11,7 @@ from passopt.targets.tvm.compiled_folder import Quantized
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearPlan:
+class LinearKernel:
     """The kernel and the weights of one linear layer, y[M, N] = x[M, K] · Wᵀ.
 
     The number of rows M is known only when the kernel runs.
@@ -30,6 +30,6 @@ class LinearPlan:
         """Return the PrimFunc (x, *weights, y f32[M, N]), where x is f32[M, K].
 
         With `residual`, there is another argument f32[M, N] before y, which is added. If the activations are quantised,
-        codes and scales take the place of x, as `plan_w8a8` says.
+        codes and scales take the place of x, as `int8_int8_kernel` says.
         """
         return self.make(residual)

@@ -21,9 +21,9 @@ from passopt.targets.tvm.compiler.kernels.attention.attention import attention
 from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
 from passopt.targets.tvm.compiler.kernels.attention.mask_extents import mask_extents
 from passopt.targets.tvm.compiler.kernels.computed_rows import rows_kernel
-from passopt.targets.tvm.compiler.kernels.linear.choose import plan_float, plan_int8
-from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import plan_w8a8
-from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.linear.choose import float_kernel, int8_kernel
+from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import int8_int8_kernel
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearKernel
 from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout, quantize_rows
 from passopt.targets.tvm.compiler.kernels.rms_norm import RmsNorm
 from passopt.targets.tvm.compiler.kernels.rotary import rotary
@@ -59,7 +59,7 @@ def literal(array: np.ndarray[Any, Any], dtype: DataType) -> Expression:
     return Literal(dtype, array.shape, array.tobytes())
 
 
-def values(plan: LinearPlan) -> Arrays:
+def values(plan: LinearKernel) -> Arrays:
     with Evaluator() as evaluator:
         return [
             np.ascontiguousarray(evaluator.read(item, tuple((0, length) for length in item.shape)))
@@ -67,7 +67,7 @@ def values(plan: LinearPlan) -> Arrays:
         ]
 
 
-def linear_case(plan: Callable[[Isa], LinearPlan], *, residual: bool = False) -> Case:
+def linear_case(plan: Callable[[Isa], LinearKernel], *, residual: bool = False) -> Case:
     """Of a linear with 37 outputs and 301 inputs: a kernel per number of rows up to a tile, two for more."""
 
     def arguments(rows: int) -> Callable[[Isa], Arrays]:
@@ -77,8 +77,8 @@ def linear_case(plan: Callable[[Isa], LinearPlan], *, residual: bool = False) ->
     return Case(lambda isa: plan(isa).function(residual=residual), tuple(arguments(rows) for rows in (1, 3, 17)), 6)
 
 
-def float_plan(dtype: DataType) -> Callable[[Isa], LinearPlan]:
-    return lambda isa: plan_float(literal(numbers(37, 301, seed=2, dtype=STORED[dtype]), dtype), isa)
+def float_plan(dtype: DataType) -> Callable[[Isa], LinearKernel]:
+    return lambda isa: float_kernel(literal(numbers(37, 301, seed=2, dtype=STORED[dtype]), dtype), isa)
 
 
 def int8_codes() -> Expression:
@@ -92,7 +92,7 @@ def scales() -> Expression:
 def w8a8_arguments(rows: int) -> Callable[[Isa], Arrays]:
     def make(isa: Isa) -> Arrays:
         stored = codes_layout(301, isa).store(codes(rows, 301))
-        plan = plan_w8a8(int8_codes(), scales(), isa)
+        plan = int8_int8_kernel(int8_codes(), scales(), isa)
         return [stored, np.abs(numbers(rows, seed=4)), *values(plan), np.zeros((rows, 37), np.float32)]
 
     return make
@@ -157,7 +157,7 @@ def fp16_attention(isa: Isa) -> Any:
 
 
 def w8a8_linear(isa: Isa) -> Any:
-    return plan_w8a8(int8_codes(), scales(), isa).function()
+    return int8_int8_kernel(int8_codes(), scales(), isa).function()
 
 
 CASES = {
@@ -175,7 +175,7 @@ CASES = {
     "linear_fp32_residual": linear_case(float_plan(DataType.FLOAT), residual=True),
     "linear_fp16": linear_case(float_plan(DataType.FLOAT16)),
     "linear_bf16": linear_case(float_plan(DataType.BFLOAT16)),
-    "linear_int8": linear_case(lambda isa: plan_int8(int8_codes(), scales(), isa)),
+    "linear_int8": linear_case(lambda isa: int8_kernel(int8_codes(), scales(), isa)),
     "linear_w8a8": Case(w8a8_linear, (w8a8_arguments(2), w8a8_arguments(9)), 3),
 }
 #: They differ from `linear_fp16` in how a weight is read, which the source shows; each takes seconds to build.

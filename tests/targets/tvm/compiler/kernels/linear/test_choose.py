@@ -12,8 +12,8 @@ import pytest
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression, Fill, Literal
-from passopt.targets.tvm.compiler.kernels.linear.choose import plan_float, plan_int8
-from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearPlan
+from passopt.targets.tvm.compiler.kernels.linear.choose import float_kernel, int8_kernel
+from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearKernel
 from passopt.targets.tvm.compiler.kernels.linear.panel_layout import Panels
 from passopt.targets.tvm.compiler.kernels.standalone import assembly, compile_kernel, member_of
 from passopt.targets.tvm.machines import LEVELS, Cpu, level
@@ -29,7 +29,7 @@ def values(expression: Expression) -> np.ndarray[Any, Any]:
         return np.ascontiguousarray(evaluator.read(expression, tuple((0, length) for length in expression.shape)))
 
 
-def run(plan: LinearPlan, cpu: Cpu, outputs: int) -> Callable[..., np.ndarray[Any, Any]]:
+def run(plan: LinearKernel, cpu: Cpu, outputs: int) -> Callable[..., np.ndarray[Any, Any]]:
     """Callable (x, [residual]) → y."""
     kernels = {added: compile_kernel(plan.function(residual=added), cpu) for added in (False, True)}
     weights = [values(expression) for _, expression in plan.weights]
@@ -42,7 +42,7 @@ def run(plan: LinearPlan, cpu: Cpu, outputs: int) -> Callable[..., np.ndarray[An
     return call
 
 
-def check(plan: LinearPlan, cpu: Cpu, weight: np.ndarray[Any, Any]) -> None:
+def check(plan: LinearKernel, cpu: Cpu, weight: np.ndarray[Any, Any]) -> None:
     call, random = run(plan, cpu, len(weight)), np.random.default_rng(7)
     for rows in ROWS:
         x = random.standard_normal((rows, weight.shape[1]), np.float32)
@@ -64,7 +64,7 @@ CASES += [((600, 1100), dtype) for dtype in ("float32", "float16")]
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_float_weights(shape, dtype, cpu):
     weight = np.random.default_rng(1).standard_normal(shape).astype(STORED[dtype])
-    check(plan_float(Literal.of(weight), cpu.isa), cpu, weight)
+    check(float_kernel(Literal.of(weight), cpu.isa), cpu, weight)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
@@ -72,14 +72,14 @@ def test_int8_weights(shape, dtype, cpu):
     random = np.random.default_rng(2)
     codes = random.integers(-127, 128, shape).astype(np.int8)
     scales = random.uniform(0.001, 0.02, shape[0]).astype(STORED[dtype])
-    plan = plan_int8(Literal.of(codes), Literal.of(scales), cpu.isa)
+    plan = int8_kernel(Literal.of(codes), Literal.of(scales), cpu.isa)
     check(plan, cpu, codes * scales.astype(np.float64)[:, None])
 
 
 def test_every_finite_half_is_read_exactly(cpu):
     bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = bits[np.isfinite(bits)]
-    call = run(plan_float(Literal.of(finite[:, None]), cpu.isa), cpu, len(finite))
+    call = run(float_kernel(Literal.of(finite[:, None]), cpu.isa), cpu, len(finite))
     for rows in (1, 7):
         np.testing.assert_array_equal(
             call(np.ones((rows, 1), np.float32)), np.tile(finite.astype(np.float32), (rows, 1))
@@ -87,7 +87,7 @@ def test_every_finite_half_is_read_exactly(cpu):
 
 
 def test_more_rows_than_one_span_has(cpu):
-    plan = plan_float(Literal.of(np.eye(70, 40, dtype=np.float32)), cpu.isa)
+    plan = float_kernel(Literal.of(np.eye(70, 40, dtype=np.float32)), cpu.isa)
     x = np.random.default_rng(3).standard_normal((1601, 40), np.float32)
     np.testing.assert_allclose(run(plan, cpu, 70)(x), np.pad(x, ((0, 0), (0, 30))), rtol=1e-6)
 
@@ -110,7 +110,7 @@ def listing(kind: str, name: str) -> str:
     shape = (512, 512)
     codes, scales = Fill(DataType.INT8, shape, 1), Fill(DataType.FLOAT, shape[:1], 1)
     isa = level(name)
-    plan = plan_int8(codes, scales, isa) if kind == "int8" else plan_float(Fill(DataType[kind], shape, 1), isa)
+    plan = int8_kernel(codes, scales, isa) if kind == "int8" else float_kernel(Fill(DataType[kind], shape, 1), isa)
     return assembly(plan.function(), member_of(name))
 
 
@@ -142,7 +142,7 @@ def test_equal_names_mean_equal_functions():
 
     isa = level("avx2")
     weights = [np.random.default_rng(seed).standard_normal((24, 40), np.float32) for seed in (1, 2)]
-    plans = [plan_float(Literal.of(weight), isa) for weight in weights]
+    plans = [float_kernel(Literal.of(weight), isa) for weight in weights]
     assert plans[0].name == plans[1].name == "linear_float32_24_40"
     tvm.ir.assert_structural_equal(plans[0].function(), plans[1].function())
 
@@ -157,7 +157,7 @@ def test_equal_names_mean_equal_functions():
 )
 def test_refused_float_weights(weight, message):
     with pytest.raises(ModelError, match=message):
-        plan_float(weight, level("plain"))
+        float_kernel(weight, level("plain"))
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_refused_float_weights(weight, message):
 )
 def test_refused_codes(codes, scales, message):
     with pytest.raises(ModelError, match=message):
-        plan_int8(codes, scales, level("plain"))
+        int8_kernel(codes, scales, level("plain"))

@@ -14,7 +14,7 @@ import pytest
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression, Fill, Literal
 from passopt.targets.tvm.compiler.kernels.linear.byte_dot import byte_kernel, dot_of_operations
-from passopt.targets.tvm.compiler.kernels.linear.choose import plan_int8
+from passopt.targets.tvm.compiler.kernels.linear.choose import int8_kernel
 from passopt.targets.tvm.compiler.kernels.linear.int8_fp32 import LIMIT, MAX_INPUTS, linear_planes
 from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout
 from passopt.targets.tvm.compiler.kernels.standalone import compile_kernel
@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 def build(codes: Expression, residual: bool = False) -> Callable[..., Array]:
     """Callable (x [M, K], [residual]) → y [M, N] for codes [N, K] with scales of 1."""
     n, k = codes.shape
-    plan = plan_int8(codes, Fill(DataType.FLOAT, (n,), 1), ISA)
+    plan = int8_kernel(codes, Fill(DataType.FLOAT, (n,), 1), ISA)
     function, cpu = plan.function(residual=residual), Cpu("icelake-server", ISA)
     if missing_features(ISA.features):
         inner = byte_kernel(ISA)
@@ -130,7 +130,7 @@ def test_rows_of_zeros_and_of_no_numbers(linear, rows: int):
 def test_inputs_whose_sums_could_overflow_are_computed_in_fp32():
     def weights(inputs: int) -> list[str]:
         codes, scales = Fill(DataType.INT8, (64, inputs), 1), Fill(DataType.FLOAT, (64,), 1)
-        return [name for name, _ in plan_int8(codes, scales, ISA).weights]
+        return [name for name, _ in int8_kernel(codes, scales, ISA).weights]
 
     assert weights(MAX_INPUTS) == ["packed", "scales", "sums"]
     assert weights(MAX_INPUTS + 1) == ["packed", "scales"]

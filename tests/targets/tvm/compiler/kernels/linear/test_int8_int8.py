@@ -9,7 +9,7 @@ import pytest
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Literal
 from passopt.targets.tvm.compiler.kernels.linear.byte_dot import byte_kernel, dot_of_operations
-from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import linear_w8a8, plan_w8a8
+from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import int8_int8_kernel, linear_w8a8
 from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout
 from passopt.targets.tvm.compiler.kernels.standalone import assembly, compile_kernel, member_of
 from passopt.targets.tvm.machines import LEVELS, Cpu, Isa, level, missing_features
@@ -31,7 +31,7 @@ def build(request):
 
     @functools.cache
     def kernel(n: int, k: int, residual: bool):
-        plan = plan_w8a8(Literal.of(np.zeros((n, k), np.int8)), Literal.of(np.ones(n, np.float32)), isa)
+        plan = int8_int8_kernel(Literal.of(np.zeros((n, k), np.int8)), Literal.of(np.ones(n, np.float32)), isa)
         function = plan.function(residual=residual)
         if written_out:
             inner = byte_kernel(isa)
@@ -40,7 +40,7 @@ def build(request):
         return compile_kernel(function, cpu)
 
     def with_weights(weights, scales):
-        plan = plan_w8a8(Literal.of(weights), Literal.of(scales), isa)
+        plan = int8_int8_kernel(Literal.of(weights), Literal.of(scales), isa)
         with Evaluator() as evaluator:
             packed = [np.array(evaluator.array(expression)) for _, expression in plan.weights]
 
@@ -125,7 +125,7 @@ def spills(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize("mcpu", ["icelake-server", "znver5"])
 def test_avx512_multiplies_bytes_in_registers(mcpu):
     isa: Isa = level("avx512-vnni")
-    plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
+    plan = int8_int8_kernel(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
     runs = products(assembly(plan.function(), Cpu(mcpu, isa)), "vpdpbusd")
     # One to six rows, and tiles of many rows in three sizes.
     assert len(runs) >= 7
@@ -136,7 +136,7 @@ def test_avx512_multiplies_bytes_in_registers(mcpu):
 
 def test_avx2_keeps_its_sums_in_registers():
     isa = level("avx2")
-    plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
+    plan = int8_int8_kernel(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
     runs = products(assembly(plan.function(), Cpu("znver3", isa)), "vpmaddwd")
     # Runs that multiply codes broadcast from memory; others widen panels, and store them.
     runs = [run for run in runs if "vpbroadcast" in " ".join(run)]
@@ -147,5 +147,5 @@ def test_avx2_keeps_its_sums_in_registers():
 
 def test_plain_multiplies_pairs_as_sse2_has_them():
     isa = level("plain")
-    plan = plan_w8a8(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
+    plan = int8_int8_kernel(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
     assert "pmaddwd" in assembly(plan.function(), Cpu("x86-64", isa))
