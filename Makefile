@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+WORKERS ?= logical
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -12,8 +13,10 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
 
-test: $(INSTALLED)  ## Run all tests, with warnings as errors.
-	$(BIN)/python -m pytest -q
+# As many workers as there are cores, each with one thread for linear algebra, so that they do not compete.
+test: export OMP_NUM_THREADS := 1
+test: $(INSTALLED)  ## Run all tests, with warnings as errors; FAST=1 leaves out those that are marked slow.
+	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(if $(FAST),-m "not slow")
 
 # CHECK="format lint types" runs these gates only.
 check: $(INSTALLED)  ## Check format, lint, types, imports, docstrings, spelling, links, and all examples of the docs.

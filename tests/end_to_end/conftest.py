@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from passopt.cli import main
 from passopt.testing.checkpoints import ALIBI, ROTARY, evaluation_text, make_checkpoint
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what starts from an exported family, which takes many seconds."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and {"root", "family"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 def export(root: Path, name: str, *options: str) -> Path:
@@ -38,6 +49,11 @@ def alibi(root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rotary_fp16(root: Path) -> Path:
+    return export(root, "rotary", "--dtype=fp16", "--no-self-check")
+
+
+@pytest.fixture(scope="session")
 def alibi_fp16(root: Path) -> Path:
     return export(root, "alibi", "--dtype=fp16", "--no-self-check")
 
@@ -46,3 +62,35 @@ def alibi_fp16(root: Path) -> Path:
 def family(request: pytest.FixtureRequest) -> Path:
     folder: Path = request.getfixturevalue(request.param)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _code_is_generated_once(tmp_path_factory: pytest.TempPathFactory):
+    """Copy the library of an equal module that was built before in this session: many tests compile the same model."""
+    if importlib.util.find_spec("tvm") is None:
+        yield
+        return
+    from passopt.targets.tvm.compiler import compile_models
+    from passopt.targets.tvm.compiler.compile_models import build
+    from passopt.targets.tvm.compiler.relax_steps import run_steps
+
+    made: dict[tuple[Any, int], list[tuple[Any, Path]]] = defaultdict(list)
+    folder = tmp_path_factory.mktemp("code")
+
+    def build_once(lowered: Any, machine: Any, path: Path, on_step: Any = None) -> None:
+        from tvm_ffi import structural_equal, structural_hash
+
+        alike = made[machine, structural_hash(lowered.module, map_free_vars=True)]
+        for module, library in alike:
+            if structural_equal(module, lowered.module, map_free_vars=True):
+                run_steps(lowered.module, machine.target(), on_step)
+                shutil.copyfile(library, path)
+                return
+        build(lowered, machine, path, on_step)
+        library = folder / f"{sum(map(len, made.values()))}.so"
+        shutil.copyfile(path, library)
+        alike.append((lowered.module, library))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile_models, "build", build_once)
+        yield

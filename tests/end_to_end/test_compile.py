@@ -52,10 +52,8 @@ def test_fp16_has_fp16_weights_and_cache(alibi_fp16: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("name", ["rotary", "alibi"])
-def test_fp16_with_dynamic_activations_fuses_as_fp32_does(root: Path, name: str, tmp_path: Path, capsys):
-    family = tmp_path / "fp16"
-    options = ("--trust-remote-code", "--dtype=fp16", "--no-self-check")
-    assert main(["export", str(root / name), "-o", str(family), *options]) == 0
+def test_fp16_with_dynamic_activations_fuses_as_fp32_does(request, root: Path, name: str, tmp_path: Path, capsys):
+    family = request.getfixturevalue(f"{name}_fp16")
     capsys.readouterr()
     passes = "baichuan2,int8{activations=dynamic,head=true}"
     output = compiled(family, tmp_path / "out", "--passes", passes, "--json")

@@ -40,6 +40,7 @@ from passopt.targets.tvm.compiled_folder import (
     RankFolders,
     WeightsFile,
 )
+from passopt.targets.tvm.compiler.code_generation import code_generation
 from passopt.targets.tvm.compiler.lowering.graph import MAIN, Lowered, lower
 from passopt.targets.tvm.compiler.relax_steps import run_steps
 from passopt.targets.tvm.machines import Gpu, Machine
@@ -157,7 +158,8 @@ def build(lowered: Lowered, machine: Machine, path: Path, on_step: Callable[[str
     target = machine.target()
     module = run_steps(lowered.module, target, on_step)
     try:
-        executable = relax.build(module, target, relax_pipeline=None)
+        with code_generation(target):
+            executable = relax.build(module, target, relax_pipeline=None)
         executable.export_library(str(path))
     except (RuntimeError, ValueError) as error:
         what = f"cuda ({machine.arch})" if isinstance(machine, Gpu) else machine.mcpu

@@ -144,7 +144,7 @@ def test_it_is_cheap_enough_to_run_after_every_pass():
     model = parse_model(HEADER + f"g (float[2] x) => ({outputs}) {{ {' '.join(nodes)} }}")
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         verify_model(model)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.5, f"{times} s; expected about 0.05"

@@ -23,6 +23,7 @@ from passopt.ir.serialization.model_files import load_model
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.streaming.write_weights import write_safetensors
 from passopt.targets.tvm.compiled_folder import CacheLayout, CodeFile, Library, Logits, WeightsFile
+from passopt.targets.tvm.compiler.code_generation import code_generation
 from passopt.targets.tvm.compiler.lowering.graph import Lowered, lower
 from passopt.targets.tvm.compiler.relax_steps import run_steps
 from passopt.targets.tvm.machines import find_cpu
@@ -255,7 +256,8 @@ def _compiled(lowered: Lowered) -> Array:
     from passopt.ir.weights.evaluator import Evaluator
 
     target = find_cpu().target()
-    executable = relax.build(run_steps(lowered.module, target), target, relax_pipeline=None)
+    with code_generation(target):
+        executable = relax.build(run_steps(lowered.module, target), target, relax_pipeline=None)
     machine = relax.VirtualMachine(executable, tvm.cpu())
     tensor = tvm.runtime.tensor
     with Evaluator() as evaluator:

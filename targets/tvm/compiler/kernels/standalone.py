@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from passopt.targets.tvm.compiler.code_generation import code_generation
 from passopt.targets.tvm.machines import Cpu, level
 
 #: For each instruction level, LLVM's name of a basic CPU of that level.
@@ -52,4 +53,6 @@ def _module(function: Any, cpu: Cpu) -> Any:
     import tvm
 
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-    return tvm.compile(module, target=cpu.target())
+    target = cpu.target()
+    with code_generation(target):
+        return tvm.compile(module, target=target)

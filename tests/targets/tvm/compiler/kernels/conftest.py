@@ -1,4 +1,7 @@
-"""Each kernel test that takes `cpu` runs once per level of instructions, where this machine has it."""
+"""Each kernel test that takes `cpu` runs once per level of instructions, where this machine has it.
+
+The first level that it has is the one of its models; the others are marked slow.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import pytest
 from passopt.targets.tvm.compiler.kernels.standalone import member_of
 from passopt.targets.tvm.machines import LEVELS, Cpu, missing_features
 
+BEST = next(isa for isa in LEVELS if not missing_features(isa.features))
+PARAMS = [pytest.param(isa.name, marks=[] if isa == BEST else [pytest.mark.slow]) for isa in LEVELS]
 
-@pytest.fixture(params=[isa.name for isa in LEVELS], scope="module")
+
+@pytest.fixture(params=PARAMS, scope="module")
 def cpu(request: pytest.FixtureRequest) -> Cpu:
     pytest.importorskip("tvm")
     found = member_of(request.param)

@@ -38,8 +38,8 @@ class Kernel:
     def __init__(self, cpu, heads, kv_heads, head_dim, scale=0.2, dtype="float32", alibi=False, softcap=0.0):
         self.heads, self.kv_heads, self.head_dim, self.scale = heads, kv_heads, head_dim, scale
         self.dtype, self.softcap = STORED[dtype], softcap
-        function = attention(heads, kv_heads, head_dim, scale, dtype, cpu.isa, alibi, softcap)
-        self.kernel, self.extents = compile_kernel(function, cpu), extents_kernel(cpu)
+        self.kernel = attention_kernel(cpu, heads, kv_heads, head_dim, scale, dtype, alibi, softcap)
+        self.extents = extents_kernel(cpu)
 
     def inputs(self, batch, length, past, seed=0):
         """q, k and v as [b, s or t, h, d]; keys and values as a cache holds them."""
@@ -72,6 +72,12 @@ class Kernel:
         weights = np.exp(scores - np.where(np.isfinite(largest), largest, 0))
         total = weights.sum(axis=-1, keepdims=True)
         return np.einsum("bhst,bthd->bshd", weights / np.where(total > 0, total, 1), wide_value)
+
+
+@functools.cache
+def attention_kernel(cpu, heads, kv_heads, head_dim, scale, dtype, alibi, softcap):
+    function = attention(heads, kv_heads, head_dim, scale, dtype, cpu.isa, alibi, softcap)
+    return compile_kernel(function, cpu)
 
 
 @functools.cache

@@ -1,0 +1,18 @@
+"""How TVM makes machine code of TIR functions: kernels are tested in the same context as models are compiled in."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+#: It shrinks buffers to what is read of them, and takes most of the time that a kernel takes to compile. Kernels and
+#: TVM's small operators ask for no more than they need, so on a CPU it is left out. Schedules for a GPU do need it.
+COMPACTION = "s_tir.CompactBufferAllocation"
+
+
+def code_generation(target: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return the context for `tvm.compile` and `relax.build` with this target."""
+    import tvm
+
+    left_out = [COMPACTION] if str(target.kind.name) == "llvm" else []
+    return tvm.transform.PassContext(disabled_pass=left_out)  # type: ignore[no-any-return]
