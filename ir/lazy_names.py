@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
-def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_names(
+    package: str, names: Mapping[str, str], modules: Collection[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` for a package whose public `names` live in other modules (PEP 562).
 
     Args:
         package: The import name of the package, for its error message.
         names: Public name → the module that defines it. The name is looked up there once, at its first use.
+        modules: Modules of the package that are public, too: `package.module` imports them at their first use.
 
     Returns:
         Two functions, to be bound to `__getattr__` and `__dir__` in the package's `__init__`.
     """
 
     def get(name: str) -> Any:
+        if name in modules:
+            return importlib.import_module(f"{package}.{name}")
         module = names.get(name)
         if module is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
@@ -27,6 +32,8 @@ def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], 
         return value
 
     def listed() -> list[str]:
-        return sorted({*names, *(name for name in vars(importlib.import_module(package)) if name.startswith("__"))})
+        return sorted(
+            {*names, *modules, *(name for name in vars(importlib.import_module(package)) if name.startswith("__"))}
+        )
 
     return get, listed

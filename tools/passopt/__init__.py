@@ -131,4 +131,5 @@ __getattr__, __dir__ = lazy_names(
         "Reporter": "passopt.reporting.reporter",
         "VerifyReport": "passopt.verification.report",
     },
+    modules=("ir", "passes", "testing"),
 )

@@ -13,10 +13,12 @@ import multiprocessing
 import multiprocessing.connection
 import platform
 import signal
+import sys
 import tempfile
 import time
+import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,21 @@ def _libraries(outer: RankFolders, paths: Sequence[Path]) -> list[Library]:
     return found
 
 
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Hide the program that this process runs from the processes that it starts.
+
+    A spawned process imports the main module of its parent, to find what was defined there. Ranks need nothing of it,
+    and a script without `if __name__ == "__main__"` would run again in every rank.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 class _Processes:
     """The processes of all ranks, which are called all at once."""
 
@@ -227,7 +244,8 @@ class _Processes:
                 process = context.Process(
                     target=_serve, args=(theirs, job, Path(room)), name=f"rank{job.rank}", daemon=True
                 )
-                process.start()
+                with _no_main_module():
+                    process.start()
                 theirs.close()  # Only the process itself holds its end now, so the pipe ends when the process does.
                 self._pipes.append(ours)
                 self._processes.append(process)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import onnx_ir
 
+from passopt.api import checked
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing
 from passopt.api.pipelines import PassesLike, as_pipeline
 from passopt.ir.errors import UsageError
@@ -110,7 +111,7 @@ def compile(
     arch: str = "sm_80",
     mcpu: str = "native",
     allow_fallback: bool = False,
-    print_after: Sequence[str] | None = None,
+    print_after: str | Sequence[str] | None = None,
     memory: int | None = None,
     workers: int | None = None,
     reporter: Reporter = SILENT,
@@ -141,7 +142,9 @@ def compile(
         PassError: A pass cannot work on this model.
         ExpectationError: An expectation of the pipeline does not hold.
     """
-    output = Path(output)
+    checked.one_of("target", target, ("llvm", "cuda"))
+    checked.streaming(memory, workers)
+    output = checked.path("output", output)
     refuse_existing(output)
     # Errors of the model are reported before TVM is imported, because that import takes a second.
     opened = _opened(model)
@@ -149,7 +152,7 @@ def compile(
     from passopt.targets.tvm.compiler.relax_steps import SKIPPED, check_step_names
     from passopt.targets.tvm.machines import find_cpu, find_gpu
 
-    shown = list(print_after or ())
+    shown = list(checked.texts("print_after", print_after or ()))
     check_step_names(shown, target)
     host = find_cpu(mcpu)
     machine = find_gpu(arch, host) if target == "cuda" else host

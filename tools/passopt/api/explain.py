@@ -195,8 +195,14 @@ def _said(tree: ast.Module) -> list[tuple[int, str]]:
                 found.append((node.lineno, _reason(call)))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "op.require_opset":
             opset = ast.unparse(node.args[0]) if node.args else FUSED_OPSET
-            found.append((node.lineno, f"the fused operator needs opset {opset}"))
-    return sorted(found)
+            reason = f"the fused operator needs opset {opset}, this model has …; run legalize first"
+            found.append((node.lineno, reason))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "op.number":
+            found.append((node.lineno, "… is …, not one number"))
+    first: dict[str, int] = {}
+    for line, reason in sorted(found):
+        first.setdefault(reason, line)  # one that many lines may give is said once
+    return [(line, reason) for reason, line in first.items()]
 
 
 def _reason(call: ast.Call) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import onnx_ir
 
+from passopt.api import checked
 from passopt.api.model import Model, refuse_existing, write
 from passopt.ir.dtypes import DTYPES
 from passopt.ir.errors import UsageError
@@ -122,13 +123,15 @@ def export(
     from passopt.frontends.options import ExportOptions
     from passopt.frontends.remote_code import check_consent
 
-    output = Path(output)
+    checked.one_of("weights", weights, ("copy", "reference"))
+    checked.streaming(memory, workers)
+    output = checked.path("output", output)
     refuse_existing(output)
     if dtype not in DTYPES:
         raise UsageError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     if alibi == "baked" and weights == "reference":
         raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use --weights=copy")
-    found = open_checkpoint(Path(checkpoint))
+    found = open_checkpoint(checked.path("checkpoint", checkpoint))
     settings = ExportOptions(
         dtype=DTYPES[dtype],
         opset=opset,

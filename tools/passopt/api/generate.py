@@ -20,6 +20,7 @@ from passopt.generation.open_engine import ModelFacts, open_engine, read_facts
 from passopt.generation.settings import Settings, read_settings
 from passopt.generation.tokenizer import TextStream, Tokenizer, load_tokenizer
 from passopt.ir.errors import UsageError
+from passopt.passes.framework.suggestions import unknown_name
 from passopt.reporting.reporter import SILENT, Reporter, progress_bar
 from passopt.targets.tvm.engine.available_memory import check_caches
 
@@ -216,7 +217,7 @@ class Engine:
             UsageError: A prompt is empty or too long, or the request contradicts itself.
             ModelError: The tokenizer or the chat format is missing or damaged, or logits are not finite.
         """
-        asked = Request(**request)
+        asked = _request(request)
         encoded = _encoded(self._folder, _listed(prompts), asked)
         return _run(self._folder, self._engine, encoded, asked, on_text)
 
@@ -253,7 +254,7 @@ def generate(
         ModelError: The folder or its tokenizer is damaged, this CPU cannot run the library, or logits are not finite.
         UsageError: A prompt is empty or too long, the request contradicts itself, or there is not enough memory.
     """
-    asked = Request(**request)
+    asked = _request(request)
     found = _Folder(Path(folder), reporter)
     asked.sampling(found.settings.sampling)
     encoded = _encoded(found, _listed(prompts), asked)
@@ -276,7 +277,11 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return a list of prompts; a single text, list of ids or conversation becomes a list of one."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise UsageError(f"prompts are a text, token ids, messages, or a list of those, not {prompts!r}")
     alone = all(isinstance(item, (int, np.integer, Message, Mapping)) for item in prompts)
+    if not alone and any(not isinstance(item, Sequence) or isinstance(item, bytes) for item in prompts):
+        raise UsageError("a list of prompts holds texts, lists of token ids, or lists of messages, and nothing else")
     return [prompts] if prompts and alone else list(prompts)  # type: ignore[list-item, arg-type]
 
 
@@ -287,6 +292,15 @@ def _encoded(folder: _Folder, prompts: Sequence[Prompt], request: Request) -> _E
 
 def _is_ids(prompt: Prompt) -> bool:
     return isinstance(prompt[0], (int, np.integer))
+
+
+def _request(given: Mapping[str, Any]) -> Request:
+    """Return the request; raise UsageError for an option that does not exist."""
+    known = [field.name for field in dataclasses.fields(Request)]
+    for name in given:
+        if name not in known:
+            raise UsageError(unknown_name("option of a request", name, known))
+    return Request(**given)
 
 
 def _longest(folder: _Folder, request: Request) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from passopt.api import checked
 from passopt.generation.chat import Message
 from passopt.generation.loop import Generation
 from passopt.generation.sampling import Sampling
@@ -41,6 +42,10 @@ class Request:
     repetition_penalty: float | None = None
     seed: int | None = None
     capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("capacity", 1)):
+            checked.whole(name, getattr(self, name), least)
 
     def sampling(self, defaults: Sampling) -> Sampling:
         """Return the model's defaults, changed as requested; a seed, temperature, top-k or top-p turns sampling on.

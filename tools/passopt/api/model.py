@@ -11,11 +11,13 @@ from typing import Any, Literal, TypeAlias
 
 import onnx_ir
 
+from passopt.api import checked
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.serialization.model_files import load_model, model_path
 from passopt.ir.serialization.text import print_model
 from passopt.ir.version import __version__
+from passopt.ir.weights.sources import identify
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.write_weights import StreamReport
 from passopt.reporting.reporter import SILENT, Reporter, progress_bar
@@ -33,13 +35,40 @@ class Model:
 
     Attributes:
         ir: The graph, as a model of onnx-ir; `passopt.passes` and `passopt.testing` work on it.
-        path: The model file that it was loaded from; None for a model made in memory.
+        path: The model file that it was read from; None for a model made in memory.
         pipeline: The passes that made it, as far as they are known, in the form that `--passes` takes.
+        changes: The passes among them that ran since it was read from `path`.
     """
 
     ir: onnx_ir.Model
     path: Path | None = None
     pipeline: str = ""
+    changes: str = ""
+
+    def after(self, pipeline: str) -> Model:
+        """Return the same graph, with passes added to those that made it.
+
+        Args:
+            pipeline: The passes that have run on it, as `--passes` takes them.
+        """
+        return dataclasses.replace(
+            self, pipeline=_joined(self.pipeline, pipeline), changes=_joined(self.changes, pipeline)
+        )
+
+    def origin(self) -> Origin:
+        """Return what a manifest says of where this model comes from.
+
+        That is the size and digest of the file that it was read from, the root digest of its weights if passopt wrote
+        them, and the passes that ran since; the passes of a model that was only read are those that made it.
+        """
+        if self.path is None:
+            return Origin(__version__, self.pipeline, {})
+        file = identify(self.path)
+        weights: str | None = None
+        with contextlib.suppress(ModelError):  # a manifest.json may be missing, or belong to another tool
+            weights = read_manifest(self.path.parent).root
+        source = {"model": self.path.name, "size": file.size, "header_digest": file.header_digest, "weights": weights}
+        return Origin(__version__, self.changes or self.pipeline, source, self.path.parent)
 
     @property
     def degree(self) -> int:
@@ -55,8 +84,8 @@ class Model:
 
     def __repr__(self) -> str:
         ranks = f", {self.degree} ranks" if self.degree > 1 else ""
-        made = f", after {self.pipeline}" if self.pipeline else ""
-        return f"<passopt.Model of {self.path or 'memory'}: {len(self.ir.graph)} nodes{ranks}{made[:60]}>"
+        changed = f", changed by {self.changes}" if self.changes else ""
+        return f"<passopt.Model of {self.path or 'memory'}: {len(self.ir.graph)} nodes{ranks}{changed[:60]}>"
 
     def _repr_html_(self) -> str:
         """Return a small table for notebooks: nodes, operators, inputs, outputs and bytes of weights."""
@@ -82,6 +111,10 @@ class Model:
         return f"<b>{html.escape(graph.name or 'model')}</b>" + html_table(("", ""), rows)
 
 
+def _joined(*pipelines: str) -> str:
+    return ",".join(text for text in pipelines if text)
+
+
 #: The forms in which operations take a model: a loaded one, a model of onnx-ir, or the path of a file or its folder.
 ModelLike: TypeAlias = "Model | onnx_ir.Model | Path | str"
 
@@ -97,11 +130,14 @@ def load(path: Path | str) -> Model:
 
     Raises:
         ModelError: There is no such model, or it is damaged.
+        UsageError: What is given is no path.
 
     Example:
         >>> model = passopt.load("baichuan2")
         >>> print(model)  # its canonical text
     """
+    if not isinstance(path, (str, Path)):
+        raise UsageError(f"a model is a passopt.Model, a graph of onnx-ir or a path, not {type(path).__name__}")
     file = model_path(Path(path))
     model = load_model(file)
     pipeline = ""
@@ -126,8 +162,6 @@ def as_model(model: ModelLike) -> Model:
         return model
     if isinstance(model, onnx_ir.Model):
         return Model(model)
-    if not isinstance(model, (str, Path)):
-        raise UsageError(f"a model is a passopt.Model, a graph of onnx-ir or a path, not {type(model).__name__}")
     return load(model)
 
 
@@ -194,10 +228,10 @@ def save(
         UsageError: The folder exists, the disk is too small, or `memory` does not suffice.
         ModelError: The model or a weight cannot be read.
     """
-    found, directory = as_model(model), Path(directory)
-    source = {"model": found.path.name} if found.path is not None else {}
-    origin = Origin(__version__, found.pipeline, source, found.path.parent if found.path is not None else None)
-    output = Output(found.ir, origin)
+    checked.one_of("weights", weights, ("copy", "reference"))
+    checked.streaming(memory, workers)
+    found, directory = as_model(model), checked.path("directory", directory)
+    output = Output(found.ir, found.origin())
     if weights == "reference":
         output.write_reference(directory)
         return SaveResult(directory, output.sizes, None)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from passopt.api import checked
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing, write
 from passopt.api.pipelines import PassesLike, as_pipeline
-from passopt.ir.errors import ExpectationError, ModelError, PassoptError, UsageError
+from passopt.ir.errors import ExpectationError, PassoptError, UsageError
 from passopt.ir.graph.run_context import RewriteLimit
 from passopt.ir.serialization.model_files import model_path
-from passopt.ir.version import __version__
-from passopt.ir.weights.sources import identify
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.write_weights import StreamReport
 from passopt.passes.framework.records import PassRecord
@@ -26,8 +24,7 @@ from passopt.passes.pipeline.runner import Instrument, run_passes
 from passopt.passes.pipeline.text import Resolved, Step, resolve
 from passopt.reporting.reporter import SILENT, Reporter
 from passopt.reporting.result import Result, html_table
-from passopt.targets.folders.manifest import read_manifest
-from passopt.targets.folders.output import Origin, Output, OutputSizes
+from passopt.targets.folders.output import Output, OutputSizes
 from passopt.verification.reproducer import Position, free_name, write_reproducer
 
 VerifyEach = Literal["off", "structure", "numeric"]
@@ -115,7 +112,7 @@ def run(
     stop_after: str | None = None,
     rewrite_limit: int | None = None,
     verify_each: VerifyEach = "structure",
-    print_after: Sequence[str] | None = None,
+    print_after: str | Sequence[str] | None = None,
     print_after_change: bool = False,
     dump_dir: Path | str | None = None,
     time_rules: bool = False,
@@ -162,18 +159,25 @@ def run(
         >>> result = passopt.run("model.onnx", "baichuan2,tp{degree=2},int8", "model.tp2.int8")
         >>> print(result)
     """
+    checked.one_of("weights", weights, ("copy", "reference"))
+    checked.one_of("verify_each", verify_each, ("off", "structure", "numeric"))
+    checked.whole("rewrite_limit", rewrite_limit, 0)
+    checked.streaming(memory, workers)
     pipeline = stopped_after(as_pipeline(passes), stop_after)
     limit = RewriteLimit(rewrite_limit) if rewrite_limit is not None else None
     if limit is not None:  # a pipeline's expectations are about a whole run, and this one stops early
         pipeline = dataclasses.replace(pipeline, expectations=())
     names = [item.name for item in pipeline.passes]
-    expectations = [parse_expectation(text, names) for text in (*pipeline.expectations, *_texts(expect))]
-    output = Path(output) if output is not None else None
+    expectations = [
+        parse_expectation(text, names) for text in (*pipeline.expectations, *checked.texts("expect", expect))
+    ]
+    output = checked.path("output", output) if output is not None else None
     if output is not None and not dry_run:
         refuse_existing(output)
     if reproducer and Path(reproducer).exists():
         raise UsageError(f"{reproducer}: exists. Name a new folder for --reproducer")
-    instruments = _instruments(names, print_after, print_after_change, dump_dir, verify_each, reporter)
+    shown = None if print_after is None else checked.texts("print_after", print_after)
+    instruments = _instruments(names, shown, print_after_change, dump_dir, verify_each, reporter)
     found = changeable(model)
     position = Position()
     try:
@@ -198,7 +202,8 @@ def run(
     for name in [] if limit is not None else unwatched_misses(pipeline.passes, expectations, records, found.ir):
         command = f"passopt why {name} {found.path or 'MODEL'} --in {shlex.quote(pipeline.text)}"
         reporter.say(f"{name} matched nothing; what came near: {command}")
-    planned = Output(found.ir, _origin(found, pipeline, limit))
+    found = found.after(pipeline.expanded + (f" # rewrite-limit={limit.limit}" if limit is not None else ""))
+    planned = Output(found.ir, found.origin())
     stream = None
     if output is None or dry_run:
         output = None
@@ -206,8 +211,7 @@ def run(
         planned.write_reference(output)
     else:
         stream = write(planned, output, StreamOptions(memory, workers), reporter)
-    done = ",".join(text for text in (found.pipeline, pipeline.expanded) if text)
-    return RunResult(dataclasses.replace(found, pipeline=done), tuple(records), output, stream, planned, dry_run)
+    return RunResult(found, tuple(records), output, stream, planned, dry_run)
 
 
 def default_output(
@@ -264,11 +268,6 @@ def stopped_after(pipeline: Resolved, name: str | None) -> Resolved:
     return dataclasses.replace(
         pipeline, steps=(*pipeline.steps, step), passes=pipeline.passes[:count], expectations=kept
     )
-
-
-def _texts(given: str | Sequence[str]) -> Sequence[str]:
-    """Return a list also where one text was given."""
-    return [given] if isinstance(given, str) else given
 
 
 def _instruments(
@@ -330,19 +329,3 @@ def _reproduce(
     else:
         note = f"run it again with: passopt replay {folder}"
     error.args = (f"{error}\n{note}",)
-
-
-def _origin(model: Model, pipeline: Resolved, limit: RewriteLimit | None) -> Origin:
-    """Return what the manifest says about the source of an output.
-
-    That is the size and digest of the model file, and the root digest of its weights if passopt wrote them.
-    """
-    expanded = pipeline.expanded + (f" # rewrite-limit={limit.limit}" if limit is not None else "")
-    if model.path is None:
-        return Origin(__version__, expanded, {})
-    file = identify(model.path)
-    weights: str | None = None
-    with contextlib.suppress(ModelError):  # a manifest.json may be missing, or belong to another tool
-        weights = read_manifest(model.path.parent).root
-    source = {"model": model.path.name, "size": file.size, "header_digest": file.header_digest, "weights": weights}
-    return Origin(__version__, expanded, source, model.path.parent)

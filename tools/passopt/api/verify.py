@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx_ir
 
+from passopt.api import checked
 from passopt.api.model import Model, ModelLike
 from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.errors import UsageError
@@ -53,6 +54,10 @@ def verify(
         ModelError: A model or the tokenizer cannot be read, a graph is no decoder, or the two differ in size.
         UsageError: The text cannot be read or has no tokenizer, or `layerwise` is asked of a compiled folder.
     """
+    checked.whole("max_tokens", max_tokens, 1)
+    checked.whole("max_positions", max_positions, 1)
+    checked.whole("seed", seed, 0)
+    checked.tolerance("tolerance", tolerance)
     tokens = _tokens(Path(text), _tokenizer_path(reference, tokenizer), max_tokens) if text is not None else ()
     layers = _Layers(reporter)
     settings = VerifyOptions(
@@ -87,7 +92,10 @@ class _Layers:
 
 def _report(reference: ModelLike, candidate: ModelLike, settings: VerifyOptions) -> VerifyReport:
     original = _graph(reference)
-    if isinstance(candidate, (Model, onnx_ir.Model)) or not (Path(candidate) / LIBRARY_NAME).is_file():
+    if (
+        isinstance(candidate, (Model, onnx_ir.Model))
+        or not (checked.path("the candidate", candidate) / LIBRARY_NAME).is_file()
+    ):
         return compare(original, _graph(candidate), options=settings)
     if settings.layerwise:
         raise UsageError("--layerwise: a compiled library runs as a whole; compare it without")
@@ -100,7 +108,7 @@ def _graph(model: ModelLike) -> onnx_ir.Model:
     """Return the graph of a model; the ranks of a folder of ranks are joined in one graph."""
     if isinstance(model, Model):
         return model.ir
-    return model if isinstance(model, onnx_ir.Model) else load_any(model)
+    return model if isinstance(model, onnx_ir.Model) else load_any(checked.path("a model", model))
 
 
 def _tokenizer_path(reference: ModelLike, named: Path | str | None) -> Path:
