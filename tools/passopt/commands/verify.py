@@ -31,7 +31,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tolerance",
         type=tolerance,
-        help="largest relative error of outputs that is allowed (default: by number type; docs/howto/verify-a-model.md lists them)",
+        help="largest relative error of outputs that is allowed (default: by number type)",
     )
     command.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: %(default)s)")
     command.add_argument(
