@@ -40,7 +40,7 @@ from passopt.targets.tvm.compiled_folder import (
     RankFolders,
     WeightsFile,
 )
-from passopt.targets.tvm.compiler.code_generation import code_generation
+from passopt.targets.tvm.compiler.kernels.code_generation import code_generation
 from passopt.targets.tvm.compiler.lowering.graph import MAIN, Lowered, lower
 from passopt.targets.tvm.compiler.relax_steps import run_steps
 from passopt.targets.tvm.machines import Gpu, Machine

@@ -69,7 +69,7 @@ def test_an_option_without_default_must_be_given():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda: None, r"my-guest \(.*test_declaring\.py:\d+\): the function takes no graph"),
+        (lambda: None, r"my-guest \(.*test_decorators\.py:\d+\): the function takes no graph"),
         (lambda graph, *rest: None, r"\*rest cannot be an option; name each option"),
         (lambda graph, **rest: None, r"\*rest cannot be an option"),
         (lambda graph, limit: None, "option limit needs a type or a default"),

@@ -23,7 +23,7 @@ from passopt.ir.serialization.model_files import load_model
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.streaming.write_weights import write_safetensors
 from passopt.targets.tvm.compiled_folder import CacheLayout, CodeFile, Library, Logits, WeightsFile
-from passopt.targets.tvm.compiler.code_generation import code_generation
+from passopt.targets.tvm.compiler.kernels.code_generation import code_generation
 from passopt.targets.tvm.compiler.lowering.graph import Lowered, lower
 from passopt.targets.tvm.compiler.relax_steps import run_steps
 from passopt.targets.tvm.machines import find_cpu

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from passopt.ir.weights.streaming.write_weights import StreamReport
 from passopt.reporting.reporter import Reporter
 from passopt.terminal.progress import Progress
+
+if TYPE_CHECKING:
+    from passopt.ir.weights.streaming.write_weights import StreamReport
 
 #: Writes of fewer bytes than this are so short that no report about them is worth a line.
 _REPORTED_FROM = 64 << 20

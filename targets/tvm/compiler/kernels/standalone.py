@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from passopt.targets.tvm.compiler.code_generation import code_generation
+from passopt.targets.tvm.compiler.kernels.code_generation import code_generation
 from passopt.targets.tvm.machines import Cpu, level
 
 #: For each instruction level, LLVM's name of a basic CPU of that level.

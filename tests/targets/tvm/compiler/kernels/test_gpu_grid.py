@@ -59,22 +59,22 @@ def literal(array: np.ndarray[Any, Any], dtype: DataType) -> Expression:
     return Literal(dtype, array.shape, array.tobytes())
 
 
-def values(plan: LinearKernel) -> Arrays:
+def values(kernel: LinearKernel) -> Arrays:
     with Evaluator() as evaluator:
         return [
             np.ascontiguousarray(evaluator.read(item, tuple((0, length) for length in item.shape)))
-            for _, item in plan.weights
+            for _, item in kernel.weights
         ]
 
 
-def linear_case(plan: Callable[[Isa], LinearKernel], *, residual: bool = False) -> Case:
+def linear_case(kernel: Callable[[Isa], LinearKernel], *, residual: bool = False) -> Case:
     """Of a linear with 37 outputs and 301 inputs: a kernel per number of rows up to a tile, two for more."""
 
     def arguments(rows: int) -> Callable[[Isa], Arrays]:
         before = [numbers(rows, 37, seed=5)] if residual else []
-        return lambda isa: [numbers(rows, 301), *values(plan(isa)), *before, np.zeros((rows, 37), np.float32)]
+        return lambda isa: [numbers(rows, 301), *values(kernel(isa)), *before, np.zeros((rows, 37), np.float32)]
 
-    return Case(lambda isa: plan(isa).function(residual=residual), tuple(arguments(rows) for rows in (1, 3, 17)), 6)
+    return Case(lambda isa: kernel(isa).function(residual=residual), tuple(arguments(rows) for rows in (1, 3, 17)), 6)
 
 
 def float_plan(dtype: DataType) -> Callable[[Isa], LinearKernel]:
@@ -92,8 +92,8 @@ def scales() -> Expression:
 def w8a8_arguments(rows: int) -> Callable[[Isa], Arrays]:
     def make(isa: Isa) -> Arrays:
         stored = codes_layout(301, isa).store(codes(rows, 301))
-        plan = int8_int8_kernel(int8_codes(), scales(), isa)
-        return [stored, np.abs(numbers(rows, seed=4)), *values(plan), np.zeros((rows, 37), np.float32)]
+        kernel = int8_int8_kernel(int8_codes(), scales(), isa)
+        return [stored, np.abs(numbers(rows, seed=4)), *values(kernel), np.zeros((rows, 37), np.float32)]
 
     return make
 

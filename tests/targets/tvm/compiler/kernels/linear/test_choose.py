@@ -29,10 +29,10 @@ def values(expression: Expression) -> np.ndarray[Any, Any]:
         return np.ascontiguousarray(evaluator.read(expression, tuple((0, length) for length in expression.shape)))
 
 
-def run(plan: LinearKernel, cpu: Cpu, outputs: int) -> Callable[..., np.ndarray[Any, Any]]:
+def run(kernel: LinearKernel, cpu: Cpu, outputs: int) -> Callable[..., np.ndarray[Any, Any]]:
     """Callable (x, [residual]) → y."""
-    kernels = {added: compile_kernel(plan.function(residual=added), cpu) for added in (False, True)}
-    weights = [values(expression) for _, expression in plan.weights]
+    kernels = {added: compile_kernel(kernel.function(residual=added), cpu) for added in (False, True)}
+    weights = [values(expression) for _, expression in kernel.weights]
 
     def call(x: np.ndarray[Any, Any], *residual: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         y = np.full((len(x), outputs), np.nan, np.float32)
@@ -42,8 +42,8 @@ def run(plan: LinearKernel, cpu: Cpu, outputs: int) -> Callable[..., np.ndarray[
     return call
 
 
-def check(plan: LinearKernel, cpu: Cpu, weight: np.ndarray[Any, Any]) -> None:
-    call, random = run(plan, cpu, len(weight)), np.random.default_rng(7)
+def check(kernel: LinearKernel, cpu: Cpu, weight: np.ndarray[Any, Any]) -> None:
+    call, random = run(kernel, cpu, len(weight)), np.random.default_rng(7)
     for rows in ROWS:
         x = random.standard_normal((rows, weight.shape[1]), np.float32)
         expected = x.astype(np.float64) @ weight.astype(np.float64).T
@@ -74,8 +74,8 @@ def test_int8_weights(shape, dtype, cpu):
     random = np.random.default_rng(2)
     codes = random.integers(-127, 128, shape).astype(np.int8)
     scales = random.uniform(0.001, 0.02, shape[0]).astype(STORED[dtype])
-    plan = int8_kernel(Literal.of(codes), Literal.of(scales), cpu.isa)
-    check(plan, cpu, codes * scales.astype(np.float64)[:, None])
+    kernel = int8_kernel(Literal.of(codes), Literal.of(scales), cpu.isa)
+    check(kernel, cpu, codes * scales.astype(np.float64)[:, None])
 
 
 @pytest.mark.slow
@@ -90,9 +90,9 @@ def test_every_finite_half_is_read_exactly(cpu):
 
 
 def test_more_rows_than_one_span_has(cpu):
-    plan = float_kernel(Literal.of(np.eye(70, 40, dtype=np.float32)), cpu.isa)
+    kernel = float_kernel(Literal.of(np.eye(70, 40, dtype=np.float32)), cpu.isa)
     x = np.random.default_rng(3).standard_normal((1601, 40), np.float32)
-    np.testing.assert_allclose(run(plan, cpu, 70)(x), np.pad(x, ((0, 0), (0, 30))), rtol=1e-6)
+    np.testing.assert_allclose(run(kernel, cpu, 70)(x), np.pad(x, ((0, 0), (0, 30))), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", [isa.name for isa in LEVELS])
@@ -113,8 +113,8 @@ def listing(kind: str, name: str) -> str:
     shape = (512, 512)
     codes, scales = Fill(DataType.INT8, shape, 1), Fill(DataType.FLOAT, shape[:1], 1)
     isa = level(name)
-    plan = int8_kernel(codes, scales, isa) if kind == "int8" else float_kernel(Fill(DataType[kind], shape, 1), isa)
-    return assembly(plan.function(), member_of(name))
+    kernel = int8_kernel(codes, scales, isa) if kind == "int8" else float_kernel(Fill(DataType[kind], shape, 1), isa)
+    return assembly(kernel.function(), member_of(name))
 
 
 @pytest.mark.slow

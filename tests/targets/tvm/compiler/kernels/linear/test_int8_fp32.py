@@ -31,8 +31,8 @@ Array = np.ndarray[Any, Any]
 def build(codes: Expression, residual: bool = False) -> Callable[..., Array]:
     """Callable (x [M, K], [residual]) → y [M, N] for codes [N, K] with scales of 1."""
     n, k = codes.shape
-    plan = int8_kernel(codes, Fill(DataType.FLOAT, (n,), 1), ISA)
-    function, cpu = plan.function(residual=residual), Cpu("icelake-server", ISA)
+    kernel = int8_kernel(codes, Fill(DataType.FLOAT, (n,), 1), ISA)
+    function, cpu = kernel.function(residual=residual), Cpu("icelake-server", ISA)
     if missing_features(ISA.features):
         inner = byte_kernel(ISA)
         dot = functools.partial(dot_of_operations, lanes=inner.lanes, group=inner.group)
@@ -40,7 +40,7 @@ def build(codes: Expression, residual: bool = False) -> Callable[..., Array]:
         function, cpu = linear_planes(n, k, codes_layout(k, ISA), kernel, residual), Cpu("x86-64", ISA)
     run = compile_kernel(function, cpu)
     with Evaluator() as evaluator:
-        weights = [np.array(evaluator.array(expression)) for _, expression in plan.weights]
+        weights = [np.array(evaluator.array(expression)) for _, expression in kernel.weights]
 
     def call(x: Array, *residual: Array) -> Array:
         y = np.full((len(x), n), np.nan, np.float32)

@@ -34,8 +34,8 @@ def build(request):
 
     @functools.cache
     def kernel(n: int, k: int, residual: bool):
-        plan = int8_int8_kernel(Literal.of(np.zeros((n, k), np.int8)), Literal.of(np.ones(n, np.float32)), isa)
-        function = plan.function(residual=residual)
+        kernel = int8_int8_kernel(Literal.of(np.zeros((n, k), np.int8)), Literal.of(np.ones(n, np.float32)), isa)
+        function = kernel.function(residual=residual)
         if written_out:
             inner = byte_kernel(isa)
             dot = functools.partial(dot_of_operations, lanes=inner.lanes, group=inner.group)
@@ -43,9 +43,9 @@ def build(request):
         return compile_kernel(function, cpu)
 
     def with_weights(weights, scales):
-        plan = int8_int8_kernel(Literal.of(weights), Literal.of(scales), isa)
+        kernel = int8_int8_kernel(Literal.of(weights), Literal.of(scales), isa)
         with Evaluator() as evaluator:
-            packed = [np.array(evaluator.array(expression)) for _, expression in plan.weights]
+            packed = [np.array(evaluator.array(expression)) for _, expression in kernel.weights]
 
         def call(codes, row_scales, *residual):
             y = np.full((len(codes), len(weights)), np.nan, np.float32)
@@ -131,8 +131,8 @@ def spills(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize("mcpu", ["icelake-server", "znver5"])
 def test_avx512_multiplies_bytes_in_registers(mcpu):
     isa: Isa = level("avx512-vnni")
-    plan = int8_int8_kernel(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
-    runs = products(assembly(plan.function(), Cpu(mcpu, isa)), "vpdpbusd")
+    kernel = int8_int8_kernel(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
+    runs = products(assembly(kernel.function(), Cpu(mcpu, isa)), "vpdpbusd")
     # One to six rows, and tiles of many rows in three sizes.
     assert len(runs) >= 7
     for run in runs:
@@ -142,8 +142,8 @@ def test_avx512_multiplies_bytes_in_registers(mcpu):
 
 def test_avx2_keeps_its_sums_in_registers():
     isa = level("avx2")
-    plan = int8_int8_kernel(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
-    runs = products(assembly(plan.function(), Cpu("znver3", isa)), "vpmaddwd")
+    kernel = int8_int8_kernel(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
+    runs = products(assembly(kernel.function(), Cpu("znver3", isa)), "vpmaddwd")
     # Runs that multiply codes broadcast from memory; others widen panels, and store them.
     runs = [run for run in runs if "vpbroadcast" in " ".join(run)]
     assert len(runs) >= 5
@@ -153,5 +153,5 @@ def test_avx2_keeps_its_sums_in_registers():
 
 def test_plain_multiplies_pairs_as_sse2_has_them():
     isa = level("plain")
-    plan = int8_int8_kernel(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
-    assert "pmaddwd" in assembly(plan.function(), Cpu("x86-64", isa))
+    kernel = int8_int8_kernel(Literal.of(np.zeros((256, 1024), np.int8)), Literal.of(np.ones(256, np.float32)), isa)
+    assert "pmaddwd" in assembly(kernel.function(), Cpu("x86-64", isa))

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from passopt.ir.weights.expressions import DataType, Fill
-from passopt.targets.tvm.compiler.code_generation import COMPACTION, code_generation
 from passopt.targets.tvm.compiler.kernels.attention.attention import attention
 from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
 from passopt.targets.tvm.compiler.kernels.attention.mask_extents import mask_extents
 from passopt.targets.tvm.compiler.kernels.attention.position_parts import ITEMS
+from passopt.targets.tvm.compiler.kernels.code_generation import COMPACTION, code_generation
 from passopt.targets.tvm.compiler.kernels.computed_rows import rows_kernel
-from passopt.targets.tvm.compiler.kernels.linear.choose import plan_float, plan_int8
-from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import plan_w8a8
+from passopt.targets.tvm.compiler.kernels.linear.choose import float_kernel, int8_kernel
+from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import int8_int8_kernel
 from passopt.targets.tvm.compiler.kernels.quantize_rows import quantize_rows
 from passopt.targets.tvm.compiler.kernels.rms_norm import RmsNorm
 from passopt.targets.tvm.compiler.kernels.rotary import rotary
@@ -34,9 +34,9 @@ CODES, SCALES = Fill(DataType.INT8, SHAPE, 1), Fill(DataType.FLOAT, SHAPE[:1], 1
 KERNELS: dict[str, Callable[[Isa], Any]] = {
     "append_cache": lambda isa: append_cache(3, 10, "float16", isa),
     "mask_extents": mask_extents,
-    "linear_fp32": lambda isa: plan_float(Fill(DataType.FLOAT, SHAPE, 1), isa).function(residual=True),
-    "linear_int8": lambda isa: plan_int8(CODES, SCALES, isa).function(),
-    "linear_w8a8": lambda isa: plan_w8a8(CODES, SCALES, isa).function(),
+    "linear_fp32": lambda isa: float_kernel(Fill(DataType.FLOAT, SHAPE, 1), isa).function(residual=True),
+    "linear_int8": lambda isa: int8_kernel(CODES, SCALES, isa).function(),
+    "linear_w8a8": lambda isa: int8_int8_kernel(CODES, SCALES, isa).function(),
     "quantize_rows": lambda isa: quantize_rows(12, isa),
     "rms_norm": lambda isa: rows_kernel(RmsNorm(11, "float16", 1e-5, isa)),
     "rotary": lambda isa: rotary(3, 10, 8, False, isa),
