@@ -101,6 +101,7 @@ def test_every_dimension_of_the_graph_has_a_name_of_the_contract(family: str, re
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["rotary", "alibi"])
 def test_weights_are_lazy_under_their_state_dict_names(family: str, request: pytest.FixtureRequest) -> None:
     checkpoint, model = (request.getfixturevalue(name) for name in (family, f"{family}_graph"))

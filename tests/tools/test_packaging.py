@@ -220,6 +220,7 @@ def test_a_wrong_or_missing_golden_fails_and_says_how_to_make_it(plugin):
         golden.write_text(text)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_is_an_error(tmp_path):
     clash = Installed(tmp_path)
     clash.write(
@@ -232,6 +233,7 @@ def test_a_name_that_is_taken_is_an_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_left_in_this_environment(plugin):
     assert plugin.target.exists()
     assert importlib.util.find_spec("doubled_negation") is None

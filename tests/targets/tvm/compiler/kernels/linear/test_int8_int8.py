@@ -33,7 +33,7 @@ def build(request):
     cpu = Cpu("x86-64", isa) if written_out else member_of(isa.name)
 
     @functools.cache
-    def kernel(n: int, k: int, residual: bool):
+    def compiled(n: int, k: int, residual: bool):
         kernel = int8_int8_kernel(Literal.of(np.zeros((n, k), np.int8)), Literal.of(np.ones(n, np.float32)), isa)
         function = kernel.function(residual=residual)
         if written_out:
@@ -50,7 +50,7 @@ def build(request):
         def call(codes, row_scales, *residual):
             y = np.full((len(codes), len(weights)), np.nan, np.float32)
             stored = codes_layout(codes.shape[1], isa).store(codes)
-            kernel(*weights.shape, bool(residual))(stored, row_scales, *packed, *residual, y)
+            compiled(*weights.shape, bool(residual))(stored, row_scales, *packed, *residual, y)
             return y
 
         return call
