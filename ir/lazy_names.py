@@ -27,6 +27,6 @@ def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], 
         return value
 
     def listed() -> list[str]:
-        return sorted({*vars(importlib.import_module(package)), *names})
+        return sorted({*names, *(name for name in vars(importlib.import_module(package)) if name.startswith("__"))})
 
     return get, listed

@@ -18,6 +18,7 @@ from onnx import shape_inference
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import attributes_key
 from passopt.ir.graph.functions import DOMAIN, grown, infer_function_types
+from passopt.ir.graph.operators import COLLECTIVE_OPS
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
 
@@ -170,7 +171,7 @@ def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -
     Raises:
         VerifyError: If the operator does not exist in this opset or does not accept its inputs.
     """
-    if node.domain == MICROSOFT:
+    if node.domain == MICROSOFT and node.op_type in COLLECTIVE_OPS:
         _infer_collective(node)
         return
     if node.domain == DOMAIN:

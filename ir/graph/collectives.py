@@ -12,9 +12,7 @@ import onnx_ir
 from passopt.ir.errors import ModelError, VerifyError
 from passopt.ir.graph.builder import MICROSOFT
 from passopt.ir.graph.decoder import COLLECTIVE
-
-COLLECTIVE_OPS = ("AllReduce", "AllGather")
-
+from passopt.ir.graph.operators import COLLECTIVE_OPS
 
 Dim: TypeAlias = "int | str | None"
 

@@ -13,4 +13,7 @@ def operators(*lines: str) -> frozenset[str]:
     return frozenset(name for line in lines for name in line.split())
 
 
+#: The operators of onnxruntime's domain that make ranks wait for each other. All others of that domain are unknown.
+COLLECTIVE_OPS = frozenset({"AllReduce", "AllGather"})
+#: Operators of two inputs whose order does not matter.
 COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Max", "Min", "Equal"})

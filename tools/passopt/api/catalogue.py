@@ -11,7 +11,7 @@ from passopt.passes.pipeline.named import PIPELINES, Pipeline
 from passopt.reporting.result import Result
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Catalogue(Result):
     """All passes and named pipelines by name, as their sources describe them; none of them is imported.
 

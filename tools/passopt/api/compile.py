@@ -11,6 +11,7 @@ from typing import Any, Literal
 import onnx_ir
 
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing
+from passopt.api.pipelines import PassesLike, as_pipeline
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
@@ -19,7 +20,6 @@ from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.write_weights import StreamReport
 from passopt.passes.pipeline.expectations import parse_expectation
 from passopt.passes.pipeline.runner import run_passes
-from passopt.passes.pipeline.text import resolve
 from passopt.reporting.reporter import SILENT, Reporter, progress_bar
 from passopt.reporting.result import Result
 from passopt.targets.folders.manifest import MANIFEST_NAME, read_manifest, refuse_single_rank
@@ -43,7 +43,7 @@ class Source:
     passes: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CompileResult(Result):
     """The result of a compilation.
 
@@ -105,7 +105,7 @@ def compile(
     model: ModelLike,
     output: Path | str,
     *,
-    passes: str | None = None,
+    passes: PassesLike | None = None,
     target: Literal["llvm", "cuda"] = "llvm",
     arch: str = "sm_80",
     mcpu: str = "native",
@@ -187,7 +187,7 @@ def compile(
     )
 
 
-def load_source(model: ModelLike, passes: str | None = None) -> Source:
+def load_source(model: ModelLike, passes: PassesLike | None = None) -> Source:
     """Return the model, or the models of all ranks, after `passes`.
 
     Args:
@@ -221,7 +221,7 @@ def _opened(model: ModelLike) -> Source:
     return Source((found.ir,), found.path.parent if found.path is not None else None, done)
 
 
-def _transformed(source: Source, passes: str | None) -> Source:
+def _transformed(source: Source, passes: PassesLike | None) -> Source:
     """Return the source after a pipeline ran on it, whose expectations must hold."""
     if len(source.models) > 1:
         if passes:
@@ -232,7 +232,7 @@ def _transformed(source: Source, passes: str | None) -> Source:
         return source
     (model,), done = source.models, source.passes
     if passes:
-        pipeline = resolve(passes)
+        pipeline = as_pipeline(passes)
         names = [item.name for item in pipeline.passes]
         run_passes(
             model, pipeline.passes, expectations=[parse_expectation(text, names) for text in pipeline.expectations]

@@ -62,7 +62,7 @@ class Guard:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation(Result):
     """The explanation of a pass or a pipeline.
 

@@ -35,7 +35,7 @@ CLEAN_UP = "fold-constants,dead-code"
 _SKIPPED = "skipped"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ExportResult(Result):
     """The result of an export.
 

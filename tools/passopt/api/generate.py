@@ -89,7 +89,18 @@ class Engine:
 
     def __init__(self, folder: _Folder, engine: LoadedEngine) -> None:
         self._folder = folder
-        self._engine = engine
+        self._loaded = engine
+        self._is_closed = False
+
+    @property
+    def _engine(self) -> LoadedEngine:
+        if self._is_closed:
+            raise UsageError(f"{self._folder.path}: this engine was closed; load it again")
+        return self._loaded
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else f"{self.vocab} logits, at most {self.max_positions} positions"
+        return f"<passopt.Engine of {self._folder.path}: {state}>"
 
     @classmethod
     def load(
@@ -141,9 +152,10 @@ class Engine:
 
     def close(self) -> None:
         """End the processes of ranks; an engine without ranks has none."""
-        close = getattr(self._engine, "close", None)
+        close = getattr(self._loaded, "close", None)
         if close is not None:
             close()
+        self._is_closed = True
 
     @property
     def vocab(self) -> int:

@@ -62,7 +62,7 @@ class Request:
         return dataclasses.replace(defaults, **given, do_sample=defaults.do_sample or bool(asked))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GenerateResult(Result):
     """The result of a generation.
 

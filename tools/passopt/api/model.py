@@ -54,7 +54,9 @@ class Model:
         return print_text(self)
 
     def __repr__(self) -> str:
-        return f"<passopt.Model {self.path or 'in memory'}: {len(self.ir.graph)} nodes>"
+        ranks = f", {self.degree} ranks" if self.degree > 1 else ""
+        made = f", after {self.pipeline}" if self.pipeline else ""
+        return f"<passopt.Model of {self.path or 'memory'}: {len(self.ir.graph)} nodes{ranks}{made[:60]}>"
 
     def _repr_html_(self) -> str:
         """Return a small table for notebooks: nodes, operators, inputs, outputs and bytes of weights."""
@@ -122,7 +124,11 @@ def as_model(model: ModelLike) -> Model:
     """
     if isinstance(model, Model):
         return model
-    return Model(model) if isinstance(model, onnx_ir.Model) else load(model)
+    if isinstance(model, onnx_ir.Model):
+        return Model(model)
+    if not isinstance(model, (str, Path)):
+        raise UsageError(f"a model is a passopt.Model, a graph of onnx-ir or a path, not {type(model).__name__}")
+    return load(model)
 
 
 def changeable(model: ModelLike) -> Model:
@@ -137,10 +143,10 @@ def changeable(model: ModelLike) -> Model:
     Raises:
         ModelError: There is no model at the path, or it is damaged.
     """
-    return as_model(model).copy() if isinstance(model, (Model, onnx_ir.Model)) else load(model)
+    return as_model(model).copy() if isinstance(model, (Model, onnx_ir.Model)) else as_model(model)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SaveResult(Result):
     """The result of `save`.
 

@@ -118,7 +118,7 @@ addopts = "--import-mode=importlib"
 """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class NewPass(Result):
     """The result of `new_pass`.
 
@@ -133,7 +133,10 @@ class NewPass(Result):
     package: Path | None
 
     def to_text(self) -> str:
-        lines = [f"  {_shown(path)}" for path in self.files]
+        lines = (
+            [] if self.package is not None else ["this folder is a checkout of passopt: the pass becomes part of it"]
+        )
+        lines += [f"  {_shown(path)}" for path in self.files]
         lines.append(f"run its tests:  pytest {_shown(self.tests)}")
         lines.append("after a change that you want, and have looked at: the same with --update-golden")
         if self.package is not None:
@@ -178,14 +181,14 @@ def _checked(name: str) -> str:
         UsageError: It is taken, is not in the form verb-object, or would be a module that Python has already.
     """
     if not _NAME.match(name):
-        raise UsageError(f"new-pass: {name!r} is no name of a pass; write verb-object in lower case, as in fuse-silu")
+        raise UsageError(f"{name!r} is no name of a pass; write verb-object in lower case, as in fuse-silu")
     module = name.replace("-", "_")
     if keyword.iskeyword(module) or module in sys.stdlib_module_names:
-        raise UsageError(f"new-pass: {name!r} would make a module {module!r}, which Python has already")
+        raise UsageError(f"{name!r} would make a module {module!r}, which Python has already")
     known = catalog().get(name)
     if name in PIPELINES or known is not None:
         what = f"a pass, {known.origin}" if known is not None else "a pipeline"
-        raise UsageError(f"new-pass: {name!r} is {what} already; choose another name")
+        raise UsageError(f"{name!r} is {what} already; choose another name")
     return name
 
 
@@ -199,7 +202,7 @@ def _room(name: str, wanted: str | None) -> str:
         return _ROOMS.get(name.partition("-")[0], "cleanup")
     rooms = sorted({Path(entry.origin).parent.name for entry in _built_in_passes()})
     if wanted not in rooms:
-        raise UsageError(f"new-pass: {unknown_name('room', wanted, rooms, shown_by='ls passes')}")
+        raise UsageError(f"{unknown_name('room', wanted, rooms, shown_by='ls passes')}")
     return wanted
 
 

@@ -17,7 +17,7 @@ from passopt.reporting.result import Result
 _DEGREES = (2, 3, 4, 5, 6, 8, 10, 16, 20, 32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PlanResult(Result):
     """The result of `plan`: the ways in which a model can be sharded.
 

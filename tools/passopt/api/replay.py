@@ -32,7 +32,7 @@ from passopt.verification.reproducer import (
 from passopt.verification.rewrites.check import NumericCheck
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ReplayResult(Result):
     """The result of running a reproducer again.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing, write
+from passopt.api.pipelines import PassesLike, as_pipeline
 from passopt.ir.errors import ExpectationError, ModelError, PassoptError, UsageError
 from passopt.ir.graph.run_context import RewriteLimit
 from passopt.ir.serialization.model_files import model_path
@@ -34,7 +35,7 @@ VerifyEach = Literal["off", "structure", "numeric"]
 _UNTIL = "until-"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RunResult(Result):
     """The result of a pipeline.
 
@@ -105,12 +106,12 @@ class RunResult(Result):
 
 def run(
     model: ModelLike,
-    passes: str,
+    passes: PassesLike,
     output: Path | str | None = None,
     *,
     weights: Literal["copy", "reference"] = "copy",
     dry_run: bool = False,
-    expect: Sequence[str] = (),
+    expect: str | Sequence[str] = (),
     stop_after: str | None = None,
     rewrite_limit: int | None = None,
     verify_each: VerifyEach = "structure",
@@ -161,12 +162,12 @@ def run(
         >>> result = passopt.run("model.onnx", "baichuan2,tp{degree=2},int8", "model.tp2.int8")
         >>> print(result)
     """
-    pipeline = stopped_after(resolve(passes), stop_after)
+    pipeline = stopped_after(as_pipeline(passes), stop_after)
     limit = RewriteLimit(rewrite_limit) if rewrite_limit is not None else None
     if limit is not None:  # a pipeline's expectations are about a whole run, and this one stops early
         pipeline = dataclasses.replace(pipeline, expectations=())
     names = [item.name for item in pipeline.passes]
-    expectations = [parse_expectation(text, names) for text in (*pipeline.expectations, *expect)]
+    expectations = [parse_expectation(text, names) for text in (*pipeline.expectations, *_texts(expect))]
     output = Path(output) if output is not None else None
     if output is not None and not dry_run:
         refuse_existing(output)
@@ -195,7 +196,7 @@ def run(
     if limit is not None:
         reporter.say(str(limit))
     for name in [] if limit is not None else unwatched_misses(pipeline.passes, expectations, records, found.ir):
-        command = f"passopt why {name} {found.path or 'MODEL'} --in {shlex.quote(passes)}"
+        command = f"passopt why {name} {found.path or 'MODEL'} --in {shlex.quote(pipeline.text)}"
         reporter.say(f"{name} matched nothing; what came near: {command}")
     planned = Output(found.ir, _origin(found, pipeline, limit))
     stream = None
@@ -263,6 +264,11 @@ def stopped_after(pipeline: Resolved, name: str | None) -> Resolved:
     return dataclasses.replace(
         pipeline, steps=(*pipeline.steps, step), passes=pipeline.passes[:count], expectations=kept
     )
+
+
+def _texts(given: str | Sequence[str]) -> Sequence[str]:
+    """Return a list also where one text was given."""
+    return [given] if isinstance(given, str) else given
 
 
 def _instruments(

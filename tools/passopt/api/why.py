@@ -11,15 +11,16 @@ from passopt.ir.errors import UsageError
 from passopt.passes.explain.node_report import NodeReport, explain_node
 from passopt.passes.explain.report import LIMIT, Report, explain
 from passopt.passes.framework.base import Pass
+from passopt.passes.framework.catalog import catalog
 from passopt.passes.framework.suggestions import unknown_name
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.pipeline.named import PIPELINES
 from passopt.passes.pipeline.runner import run_passes
-from passopt.passes.pipeline.text import parse_steps, resolve
+from passopt.passes.pipeline.text import describe, parse_steps, resolve
 from passopt.reporting.result import Result
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class WhyResult(Result):
     """The result of `why`: where a pass matched and where it did not.
 
@@ -53,7 +54,7 @@ class WhyResult(Result):
 
 
 def why(
-    name: str, model: ModelLike, *, node: str | None = None, after: str | None = None, within: str | None = None
+    name: str | Pass, model: ModelLike, *, node: str | None = None, after: str | None = None, within: str | None = None
 ) -> WhyResult:
     """Explain why a pass did not match: the nearest misses, expected against found, with the exporter's source line.
 
@@ -82,7 +83,7 @@ def why(
     return WhyResult(explain_node(item, found, node))
 
 
-def _chosen(name: str, after: str | None, within: str | None) -> tuple[Sequence[Pass], Pass]:
+def _chosen(name: str | Pass, after: str | None, within: str | None) -> tuple[Sequence[Pass], Pass]:
     """Return the passes to run first, and the pass to explain.
 
     Raises:
@@ -92,16 +93,25 @@ def _chosen(name: str, after: str | None, within: str | None) -> tuple[Sequence[
     item = _single(name)
     if within is None:
         return before, item
-    (step,) = parse_steps(name)
+    (step,) = parse_steps(name if isinstance(name, str) else describe(item))
     pipeline = resolve(within)
     names = [item.name for item in pipeline.passes]
     if step.name not in names:
-        raise UsageError("--in: " + unknown_name(f"pass of {within}", step.name, names))
+        outside = (
+            f"; it is no part of that pipeline: explain it after {within}, with --after"
+            if step.name in catalog()
+            else ""
+        )
+        raise UsageError("--in: " + unknown_name(f"pass of {within}", step.name, names) + outside)
     place = names.index(step.name)
     return [*before, *pipeline.passes[:place]], item if step.options else pipeline.passes[place]
 
 
-def _single(text: str) -> Pass:
+def _single(text: str | Pass) -> Pass:
+    if isinstance(text, Pass):
+        return text
+    if not isinstance(text, str):
+        raise UsageError(f"why takes the name of a pass, or a pass, and then the model; {text!r} is neither")
     steps = parse_steps(text)
     if len(steps) != 1:
         raise UsageError(f"{text!r} is a pipeline; why explains one pass, the others go into --after")

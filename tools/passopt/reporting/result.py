@@ -7,6 +7,9 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+#: Characters of the first line of a result's text that its repr shows.
+_SHOWN = 80
+
 
 class Result(abc.ABC):
     """The outcome of an operation; `str` gives the text that the command of the same name prints."""
@@ -26,6 +29,11 @@ class Result(abc.ABC):
 
     def __str__(self) -> str:
         return self.to_text()
+
+    def __repr__(self) -> str:
+        """Return one short line, so that a result may be looked at in an interpreter; `print` shows all of it."""
+        first = next((line for line in self.to_text().splitlines() if line.strip()), "")
+        return f"<passopt.{type(self).__name__} {'ok' if self.ok else 'not ok'}: {first[:_SHOWN].strip()}>"
 
     def _repr_html_(self) -> str:
         """Return a view for notebooks: the text with its alignment kept."""

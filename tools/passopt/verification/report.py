@@ -47,7 +47,7 @@ class Row:
         return not self.ok, self.error / self.tolerance if self.tolerance else self.error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class VerifyReport(Result):
     """The rows of all comparisons, and notes that say what was compared and how.
 
