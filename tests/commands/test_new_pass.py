@@ -47,12 +47,14 @@ def test_outside_of_a_checkout_it_is_a_package(outside):
     assert "pip install -e drop-double-negation\n" in output
 
 
+@pytest.mark.slow
 def test_its_tests_pass_at_once(outside):
     done = python(outside[0], "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_its_golden_is_what_an_update_writes(outside):
     folder = outside[0]
     (golden,) = folder.rglob("*.txt")
@@ -63,6 +65,7 @@ def test_its_golden_is_what_an_update_writes(outside):
     assert "Identity" in text
 
 
+@pytest.mark.slow
 def test_its_tests_can_fail(outside, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(outside[0], folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -73,6 +76,7 @@ def test_its_tests_can_fail(outside, tmp_path):
     assert "relative error" in done.stdout
 
 
+@pytest.mark.slow
 def test_its_entry_point_is_found(outside, tmp_path):
     flags = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"
@@ -106,6 +110,7 @@ def checkout(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_in_a_checkout_it_is_a_file_and_a_test_of_it(checkout):
     path = [checkout / "build" / "typepath"]
     done = python(checkout, "-m", "passopt", "new-pass", "drop-negation", path=path)

@@ -17,7 +17,9 @@ from passopt.testing.checkpoints import ALIBI, ROTARY, evaluation_text, make_che
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what starts from an exported family, which takes many seconds."""
     for item in items:
-        if item.path.parent == Path(__file__).parent and {"root", "family"} & set(getattr(item, "fixturenames", ())):
+        if item.path.parent == Path(__file__).parent and {"root", "family", "long_model"} & set(
+            getattr(item, "fixturenames", ())
+        ):
             item.add_marker(pytest.mark.slow)
 
 

@@ -38,6 +38,7 @@ def exported(folder: Path, spec: CheckpointSpec, alibi: str = "formula", dtype=o
     return clean_up(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [5, 6, 12, 28, 40, 60])
 def test_slopes_of_all_ranks_are_those_of_the_true_head_count(heads: int, tmp_path: Path):
     """Also where padding reaches or crosses a power of two, which would change the slopes of a padded count."""
@@ -70,6 +71,7 @@ def test_a_padded_degree_with_other_slopes_would_be_wrong():
     assert not np.array_equal(alibi_slopes(3), alibi_slopes(6)[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16])
 def test_a_baked_mask_becomes_the_graph_of_the_formula(dtype: onnx_ir.DataType, tmp_path: Path):
     baked = exported(tmp_path / "checkpoint", ALIBI, "baked", dtype)
@@ -80,6 +82,7 @@ def test_a_baked_mask_becomes_the_graph_of_the_formula(dtype: onnx_ir.DataType, 
     assert print_model(baked, canonical=True) == print_model(formula, canonical=True)
 
 
+@pytest.mark.slow
 def test_a_baked_mask_shards_after_dematerialisation(tmp_path: Path):
     baked = exported(tmp_path / "checkpoint", ALIBI, "baked")
     candidate = baked.clone()

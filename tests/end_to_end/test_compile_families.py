@@ -14,6 +14,7 @@ pytest.importorskip("tvm")
 pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "falcon-mqa", "bloom", "gpt2", "gemma2"])
 def test_family_equals_onnxruntime(tmp_path: Path, capsys, name: str):
     make_family_checkpoint(tmp_path / "checkpoint", name)

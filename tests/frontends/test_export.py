@@ -71,6 +71,7 @@ def cache(kind: str, spec: CheckpointSpec, length: str) -> dict[str, list[Any]]:
     return {f"{kind}.{layer}.{part}": shape for layer in range(spec.layers) for part in ("key", "value")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["rotary", "alibi"])
 def test_inputs_and_outputs_are_those_of_the_contract(family: str, request: pytest.FixtureRequest) -> None:
     spec = SHORT if family == "rotary" else LONG
@@ -87,6 +88,7 @@ def test_inputs_and_outputs_are_those_of_the_contract(family: str, request: pyte
     assert (model.ir_version, model.opset_imports) == (10, {"": 21})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["rotary", "alibi"])
 def test_every_dimension_of_the_graph_has_a_name_of_the_contract(family: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(f"{family}_graph")
@@ -99,6 +101,7 @@ def test_every_dimension_of_the_graph_has_a_name_of_the_contract(family: str, re
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["rotary", "alibi"])
 def test_weights_are_lazy_under_their_state_dict_names(family: str, request: pytest.FixtureRequest) -> None:
     checkpoint, model = (request.getfixturevalue(name) for name in (family, f"{family}_graph"))
@@ -120,12 +123,14 @@ def test_half_precision_has_fp32_islands(family: str, request: pytest.FixtureReq
     assert {node.inputs[0].dtype for node in nodes} == {DataType.FLOAT}
 
 
+@pytest.mark.slow
 def test_rotary_tables_are_one_pair(rotary_graph: onnx_ir.Model) -> None:
     tables = [name for name, value in rotary_graph.graph.initializers.items() if len(value.shape or ()) == 4]
     assert tables == ["rotary.cos", "rotary.sin"]
     assert {rotary_graph.graph.initializers[name].dtype for name in tables} == {DataType.FLOAT}
 
 
+@pytest.mark.slow
 def test_slopes_are_of_the_true_head_count(alibi_graph: onnx_ir.Model) -> None:
     slopes = alibi_graph.graph.initializers["alibi.slopes"].const_value
     assert slopes is not None
@@ -133,6 +138,7 @@ def test_slopes_are_of_the_true_head_count(alibi_graph: onnx_ir.Model) -> None:
     assert np.array_equal(slopes.numpy(), alibi_slopes(LONG.heads).reshape(-1, 1, 1))
 
 
+@pytest.mark.slow
 def test_nodes_say_where_they_come_from(alibi: Checkpoint, alibi_graph: onnx_ir.Model) -> None:
     keys = {key for node in alibi_graph.graph for key in node.metadata_props}
     assert keys == {"passopt.module", "passopt.source"}
@@ -149,6 +155,7 @@ def test_code_of_the_checkpoint_leaves_no_trace(
     assert not (rotary.directory / "__pycache__").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [DataType.FLOAT, DataType.FLOAT16])
 def test_rotary_family_agrees_with_the_stock_code(
     rotary: Checkpoint, dtype: DataType, capfd: pytest.CaptureFixture[str]
@@ -157,10 +164,12 @@ def test_rotary_family_agrees_with_the_stock_code(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_alibi_family_agrees_with_the_stock_code(alibi: Checkpoint) -> None:
     assert self_check(alibi, options(dtype=DataType.FLOAT, alibi="baked"), finish=unchanged) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["rotary", "alibi"])
 @pytest.mark.parametrize("phase", ["merged", "prefill", "decode"])
 def test_torchscript_agrees_with_the_stock_code(family: str, phase: Phase, request: pytest.FixtureRequest) -> None:
@@ -168,6 +177,7 @@ def test_torchscript_agrees_with_the_stock_code(family: str, phase: Phase, reque
     assert self_check(request.getfixturevalue(family), settings, finish=clean_up) < 1e-5
 
 
+@pytest.mark.slow
 def test_bf16_agrees_after_constants_were_folded(alibi: Checkpoint) -> None:
     def fold(model: onnx_ir.Model) -> onnx_ir.Model:
         FoldConstants().run(model)
@@ -176,6 +186,7 @@ def test_bf16_agrees_after_constants_were_folded(alibi: Checkpoint) -> None:
     assert self_check(alibi, options(dtype=DataType.BFLOAT16), finish=fold) < 1e-5
 
 
+@pytest.mark.slow
 def test_self_check_notices_a_wrong_graph(alibi: Checkpoint) -> None:
     def steeper(model: onnx_ir.Model) -> onnx_ir.Model:
         slopes = model.graph.initializers["alibi.slopes"]
@@ -187,6 +198,7 @@ def test_self_check_notices_a_wrong_graph(alibi: Checkpoint) -> None:
         self_check(alibi, options(dtype=DataType.FLOAT), finish=steeper)
 
 
+@pytest.mark.slow
 def test_fp16_is_right_at_the_end_of_the_context(alibi: Checkpoint, alibi_graph: onnx_ir.Model, tmp_path: Path) -> None:
     """At column 4095 a bias in fp16 is off by 2, which softmax turns into other attention: 8e-2 instead of 2e-3."""
     reference = export_graph(alibi, options(dtype=DataType.FLOAT), tmp_path)
@@ -217,6 +229,7 @@ def first_output(model: onnx_ir.Model, feeds: dict[str, Any], directory: Path) -
     return np.asarray(session.run(["logits"], feeds)[0], np.float32)
 
 
+@pytest.mark.slow
 def test_without_consent_nothing_of_the_checkpoint_runs(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "checkpoint", ODD, trained=False)
     (directory / "modeling_baichuan.py").write_text("raise SystemExit('ran')")
@@ -330,6 +343,7 @@ def test_weight_that_tracing_lost_is_loud(rotary: Checkpoint) -> None:
         bind_weights(onnx_ir.from_onnx_text(GRAPH), rotary, DataType.FLOAT)
 
 
+@pytest.mark.slow
 def test_head_that_lost_its_normalisation_is_loud(rotary_graph: onnx_ir.Model) -> None:
     baichuan2.check_head(rotary_graph)
     with pytest.raises(ModelError, match="does not normalise its weight"):

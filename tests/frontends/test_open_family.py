@@ -60,6 +60,7 @@ def expected_cache(kind: str, length: str) -> dict[str, list[Any]]:
     return {f"{kind}.{n}.{part}": ["batch", 2, length, 10] for n in range(2) for part in ("key", "value")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", ["llama", "legacy"])
 def test_inputs_and_outputs_are_those_of_the_contract(graph: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(graph)
@@ -100,6 +101,7 @@ def test_both_exporters_and_implementations_agree(llama: onnx_ir.Model, legacy: 
     assert verify(clean_up(llama.clone()), clean_up(legacy.clone())).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
     [

@@ -137,6 +137,7 @@ def test_a_page_gets_what_it_needs(run_page: Run) -> None:
     assert "needs: the-moon: expected checkpoint-alibi" in output
 
 
+@pytest.mark.slow
 def test_what_a_page_installs_stays_in_the_page(run_page: Run) -> None:
     project = '[project]\nname = "of-this-page"\nversion = "1"\n[tool.setuptools]\npy-modules = []\n'
     page = f"<!-- file: pyproject.toml -->\n```toml\n{project}```\n\n```console\n$ pip install --quiet .\n```\n\n"

@@ -54,6 +54,7 @@ def test_a_circle_is_refused(scripts):
         scripts["layered"].layered({"a": (9, 9), "b": (9, 9)}, [("a", "b"), ("b", "a")])
 
 
+@pytest.mark.slow
 def test_pictures_are_svg_with_text(scripts):
     found = {**scripts["graph_pictures"].pictures(), **scripts["room_pictures"].pictures()}
     assert {"pipeline.svg", "rooms.svg", "room-passes-fusion.svg", "room-tools-docs.svg"} <= found.keys()
@@ -70,6 +71,7 @@ def test_the_drawn_pictures_are_those_of_the_script(scripts):
         )
 
 
+@pytest.mark.slow
 def test_every_room_has_a_picture_on_the_page(scripts):
     page = (ROOT / "docs/project/architecture.md").read_text(encoding="utf-8")
     assert [room.file for room in scripts["room_pictures"].rooms() if room.file not in page] == []

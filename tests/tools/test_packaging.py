@@ -63,6 +63,7 @@ def built(target: Path, *flags: str) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_its_data(tmp_path):
     with zipfile.ZipFile(built(tmp_path, "--wheel")) as archive:
         names = set(archive.namelist())
@@ -183,6 +184,7 @@ def plugin(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_a_pass_of_another_package_is_listed(plugin):
     done = plugin.python("-m", "passopt", "list", "--json")
     assert done.returncode == 0, done.stderr
@@ -191,12 +193,14 @@ def test_a_pass_of_another_package_is_listed(plugin):
     assert entry["options"] == [["often", "int", "2"]]
 
 
+@pytest.mark.slow
 def test_its_golden_test_passes_with_the_fixture(plugin):
     done = plugin.python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_wrong_or_missing_golden_fails_and_says_how_to_make_it(plugin):
     golden = plugin.source / "tests/golden/test_doubled_negation/test_both_go.txt"
     text = golden.read_text()
@@ -216,6 +220,7 @@ def test_a_wrong_or_missing_golden_fails_and_says_how_to_make_it(plugin):
         golden.write_text(text)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_is_an_error(tmp_path):
     clash = Installed(tmp_path)
     clash.write(
@@ -228,6 +233,7 @@ def test_a_name_that_is_taken_is_an_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_left_in_this_environment(plugin):
     assert plugin.target.exists()
     assert importlib.util.find_spec("doubled_negation") is None

@@ -524,6 +524,7 @@ def test_a_single_layer_joins_the_head() -> None:
 # Real exports
 
 
+@pytest.mark.slow
 def test_an_exported_graph_equals_itself(tmp_path: Path) -> None:
     from passopt.frontends.checkpoint import open_checkpoint
     from passopt.frontends.export import export_graph

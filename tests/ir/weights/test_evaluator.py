@@ -372,6 +372,7 @@ def test_packs_of_placed_codes(stored):
         assert np.array_equal(columns, Evaluator().array(Literal.of(expected).pack(8, 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_turned_weights(stored, kind):
     array = weight(35, 33, kind)  # Both lengths are a whole tile of the transposition and a part of one.

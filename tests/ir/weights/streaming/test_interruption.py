@@ -135,6 +135,7 @@ print(report.resumed, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     """SIGKILL, 20 times: whatever the journal names is whole, and the end is that of an undisturbed run."""
     weights = all_sharded(write_layers(tmp_path / "checkpoint.safetensors", copies=12), 2)

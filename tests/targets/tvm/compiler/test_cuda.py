@@ -51,6 +51,7 @@ def folder(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_a_model_is_built_with_its_source(folder):
     library = read_library(folder)
     assert isinstance(library, Library)
@@ -61,6 +62,7 @@ def test_a_model_is_built_with_its_source(folder):
         assert re.search(rf"__global__ void .*{kernel}\w*_kernel", source), kernel
 
 
+@pytest.mark.slow
 def test_a_library_for_cuda_is_not_loaded(folder):
     with pytest.raises(ModelError, match=r"compiled for cuda \(sm_80\), which was never run on a GPU"):
         Engine.load(folder, capacity=16)

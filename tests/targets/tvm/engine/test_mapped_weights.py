@@ -15,6 +15,7 @@ from passopt.targets.tvm.engine.engine import Engine
 from passopt.targets.tvm.engine.mapped_weights import WeightsMap
 
 
+@pytest.mark.slow
 def test_a_damaged_weight_is_refused_by_name_and_never_stamped(folder: Path):
     data = bytearray((folder / "weights.safetensors").read_bytes())
     data[-1 - 32] ^= 1  # the last tensor takes 264 bytes of 320

@@ -94,6 +94,7 @@ def test_what_is_larger_than_a_piece_goes_in_several(run, monkeypatch, shape, ax
         np.testing.assert_array_equal(joined, np.concatenate(parts, axis))
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named(run):
     def work(group):
         if group.rank == 1:

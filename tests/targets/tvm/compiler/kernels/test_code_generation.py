@@ -105,6 +105,7 @@ def compile_whole(function: Any, compaction: Any) -> str:
         return str(tvm.compile(module, target=CPU.target()).mod.inspect_source("s"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_are_the_same_with_the_pass_that_is_left_out(name, compaction):
     function = KERNELS[name](CPU.isa)
@@ -112,6 +113,7 @@ def test_kernels_are_the_same_with_the_pass_that_is_left_out(name, compaction):
     assert compaction.after == compaction.before
 
 
+@pytest.mark.slow
 def test_of_attention_it_shrinks_only_the_parts_of_short_texts(compaction):
     """Their number, at most `ITEMS`, becomes arithmetic over lengths; which saves no memory worth the name."""
     compile_whole(attention(4, 2, 12, 0.3, "float16", CPU.isa, True, 3.0), compaction)

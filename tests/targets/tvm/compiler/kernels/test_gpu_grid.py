@@ -180,6 +180,8 @@ CASES = {
 }
 #: They differ from `linear_fp16` in how a weight is read, which the source shows; each takes seconds to build.
 SOURCE_ONLY = {"linear_fp32", "linear_bf16"}
+SLOW = {name for name in CASES if name.startswith(("linear", "attention"))}
+PARAMS = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CASES]
 
 
 def thread_by_thread(function: Any) -> Any:
@@ -195,7 +197,7 @@ def thread_by_thread(function: Any) -> Any:
     return function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, serial), order="post"))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in SOURCE_ONLY])
+@pytest.mark.parametrize("name", [name for name in PARAMS if name.values[0] not in SOURCE_ONLY])
 def test_a_grid_computes_what_the_cpu_does(name):
     case = CASES[name]
     grid = compile_kernel(thread_by_thread(bind_threads(case.make(GPU_ISA), name)), HOST)
@@ -224,7 +226,7 @@ def source_of() -> Callable[[str], str]:
     return make
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PARAMS)
 def test_cuda_source(source_of, name):
     source = source_of(name)
     kernels = set(re.findall(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(", source))

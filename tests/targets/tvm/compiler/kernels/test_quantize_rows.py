@@ -67,6 +67,7 @@ def test_a_row_with_nan_or_infinity_says_so_by_its_scale(isa, column):
     assert np.isinf(scales[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 72, 517])
 @pytest.mark.parametrize("kind", ["norm", "swiglu"])
 def test_rows_that_never_go_to_memory_have_the_codes_of_those_that_do(isa, kind, k):

@@ -134,6 +134,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_and_numbers(both, lowered_text, name):
     body, extra, wanted, unwanted = CASES[name]

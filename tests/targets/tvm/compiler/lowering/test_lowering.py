@@ -286,6 +286,7 @@ MERGE = "t = Transpose <perm = [0,2,1,3]> (a)\n s = Shape (y)\n logits = Reshape
 SHAPE = "int64[4] shape = {0, 0, 2, 3}"
 
 
+@pytest.mark.slow
 def test_attention_of_three_axes(both):
     body = 'logits, pk, pv = Attention <q_num_heads = 2, kv_num_heads = 2> (y, x, y, , "past.0.key", "past.0.value")'
     found, expected = both(body)
@@ -305,6 +306,7 @@ def test_mask_of_another_width_is_refused(both):
         both(body, SHAPE + ", float[1,1,5,8] mask = {" + ", ".join(["0"] * 40) + "}")
 
 
+@pytest.mark.slow
 def test_boolean_mask(both):
     body = (
         'n = Shape (attention_mask)\n s0 = Shape (input_ids)\n one = Gather (n, i1)\n r = Range (i0, one, i1)\n'

@@ -96,7 +96,7 @@ def check(actual, expected, tolerance=1e-5):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", [SIZES[0], *(pytest.param(it, marks=pytest.mark.slow) for it in SIZES[1:])], ids=str)
 def test_equals_softmax(cpu, sizes):
     kernel = Kernel(cpu, *sizes)
     for batch, length, past in LENGTHS:
@@ -105,6 +105,7 @@ def test_equals_softmax(cpu, sizes):
             check(kernel(*inputs, mask), kernel.reference(*inputs, mask.astype(np.float64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("sizes", [(6, 2, 12), (2, 2, 80)], ids=str)
 def test_narrow_caches_are_read_exactly(cpu, sizes, dtype):
@@ -146,6 +147,7 @@ def test_a_mask_of_any_numbers(kernel_6_2_16):
         check(kernel_6_2_16(*inputs, mask), kernel_6_2_16.reference(*inputs, mask.astype(np.float64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [LOWEST, -np.inf])
 @pytest.mark.parametrize("sizes", [(5, 1, 64), (6, 2, 12), (4, 4, 16), (14, 1, 80)], ids=str)
 def test_parts_of_a_long_past_are_joined(cpu, sizes, hidden):
@@ -167,6 +169,7 @@ def test_parts_of_a_long_past_are_joined(cpu, sizes, hidden):
         check(kernel(query, key, value, mask), expected, 2e-5)
 
 
+@pytest.mark.slow
 def test_parts_with_alibi_are_joined(cpu):
     kernel = Kernel(cpu, 5, 1, 16, alibi=True)
     slopes = alibi_slopes(5)
@@ -187,6 +190,7 @@ def test_large_scores(kernel_6_2_16):
         check(kernel_6_2_16(query, key, value, mask), expected, 2e-4)  # scores of 1000 are 6e-5 apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(6, 6, 16), (5, 1, 12)], ids=str)
 def test_softcap(cpu, sizes):
     kernel = Kernel(cpu, *sizes, scale=2.0, softcap=7.0)
@@ -196,6 +200,7 @@ def test_softcap(cpu, sizes):
         check(kernel(*inputs, mask), kernel.reference(*inputs, mask.astype(np.float64)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [LOWEST, -np.inf])
 @pytest.mark.parametrize("sizes", [(6, 6, 12), (5, 1, 64)], ids=str)
 def test_alibi(cpu, sizes, hidden):
@@ -228,6 +233,7 @@ def heads_first(*parts):
     return [np.ascontiguousarray(part.swapaxes(1, 2)) for part in parts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_equals_onnxruntime(cpu, softcap):
     kernel = Kernel(cpu, 6, 2, 16, softcap=softcap)
@@ -246,6 +252,7 @@ def test_equals_onnxruntime(cpu, softcap):
             check(y, expected.swapaxes(1, 2))
 
 
+@pytest.mark.slow
 def test_equals_the_body_of_alibi_attention(cpu):
     kernel = Kernel(cpu, 6, 2, 16, alibi=True)
     function = local_function(ALIBI_ATTENTION, 23)
@@ -267,6 +274,7 @@ def test_equals_the_body_of_alibi_attention(cpu):
             check(kernel(query, key, value, mask, slopes, positions), expected, 1e-2 if hidden == -65504 else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mcpu", "register"), [("avx512-vnni", "icelake-server", "zmm"), ("avx2", "x86-64-v3", "ymm")]
 )

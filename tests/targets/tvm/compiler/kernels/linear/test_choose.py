@@ -59,15 +59,17 @@ CASES = [(shape, "float32") for shape in SHAPES] + [((72, 517), dtype) for dtype
 CASES += [((72, 2500), dtype) for dtype in STORED]
 #: Groups of several panels, some of more than others, and several chunks.
 CASES += [((600, 1100), dtype) for dtype in ("float32", "float16")]
+FAST = {((180, 72), "float32"), ((72, 517), "float16")}
+PARAMS = [pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow]) for case in CASES]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), PARAMS, ids=str)
 def test_float_weights(shape, dtype, cpu):
     weight = np.random.default_rng(1).standard_normal(shape).astype(STORED[dtype])
     check(float_kernel(Literal.of(weight), cpu.isa), cpu, weight)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), PARAMS, ids=str)
 def test_int8_weights(shape, dtype, cpu):
     random = np.random.default_rng(2)
     codes = random.integers(-127, 128, shape).astype(np.int8)
@@ -76,6 +78,7 @@ def test_int8_weights(shape, dtype, cpu):
     check(kernel, cpu, codes * scales.astype(np.float64)[:, None])
 
 
+@pytest.mark.slow
 def test_every_finite_half_is_read_exactly(cpu):
     bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = bits[np.isfinite(bits)]
@@ -114,6 +117,7 @@ def listing(kind: str, name: str) -> str:
     return assembly(kernel.function(), member_of(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "instruction"),
     [
@@ -132,6 +136,7 @@ def test_instructions(kind, name, instruction):
     assert re.search(instruction, listing(kind, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["FLOAT16", "BFLOAT16", "int8"])
 def test_plain_code_calls_no_conversion_of_a_compiler_library(kind):
     assert not re.search(r"call\w*\s+__(extend|gnu)", listing(kind, "plain"))

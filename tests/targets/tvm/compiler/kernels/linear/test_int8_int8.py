@@ -20,7 +20,10 @@ SHAPES = ((16, 4), (180, 72), (72, 516), (130, 1030))
 ROWS = (1, 2, 3, 5, 7, 17, 130, 193, 400)
 
 
-@pytest.fixture(params=[*(isa.name for isa in LEVELS), WRITTEN_OUT], scope="module")
+BEST, *OTHERS = (*(isa.name for isa in LEVELS), WRITTEN_OUT)
+
+
+@pytest.fixture(params=[BEST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)], scope="module")
 def build(request):
     """(weights int8[n, k], scales) → callable (codes, row_scales, [residual]) → y."""
     written_out = request.param == WRITTEN_OUT
@@ -30,7 +33,7 @@ def build(request):
     cpu = Cpu("x86-64", isa) if written_out else member_of(isa.name)
 
     @functools.cache
-    def kernel(n: int, k: int, residual: bool):
+    def compiled(n: int, k: int, residual: bool):
         kernel = int8_int8_kernel(Literal.of(np.zeros((n, k), np.int8)), Literal.of(np.ones(n, np.float32)), isa)
         function = kernel.function(residual=residual)
         if written_out:
@@ -47,7 +50,7 @@ def build(request):
         def call(codes, row_scales, *residual):
             y = np.full((len(codes), len(weights)), np.nan, np.float32)
             stored = codes_layout(codes.shape[1], isa).store(codes)
-            kernel(*weights.shape, bool(residual))(stored, row_scales, *packed, *residual, y)
+            compiled(*weights.shape, bool(residual))(stored, row_scales, *packed, *residual, y)
             return y
 
         return call
@@ -72,6 +75,7 @@ def test_equals_numpys_integers(build, n, k):
         np.testing.assert_array_equal(linear(codes, row_scales), expected(codes, weights, row_scales, scales))
 
 
+@pytest.mark.slow
 def test_a_residual_is_added(build):
     rng = np.random.default_rng(8)
     # Outputs that fill no vector, and more inputs than one panel has.
@@ -84,6 +88,7 @@ def test_a_residual_is_added(build):
         np.testing.assert_allclose(linear(codes, row_scales, residual), wanted, rtol=1e-6, atol=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extremes_do_not_saturate(build, sign):
     weights = np.full((5, 13696), 127, np.int8)
@@ -96,6 +101,7 @@ def test_extremes_do_not_saturate(build, sign):
         np.testing.assert_array_equal(sums, expected(codes, weights, np.ones(rows, np.float32), np.float32(1)))
 
 
+@pytest.mark.slow
 def test_fp16_scales_are_used_as_stored(build):
     weights = np.arange(-60, 60, dtype=np.int8).reshape(10, 12)
     scales = np.linspace(0.001, 0.01, 10).astype(np.float16)
