@@ -128,7 +128,7 @@ def _named(dimension: int | onnx_ir.SymbolicDim, names: Mapping[str, str]) -> in
         return dimension if isinstance(dimension, int) else None
     text = _SYMBOL.sub(lambda symbol: names.get(symbol[0], symbol[0]), _divided(str(dimension.value)))
     if unknown := _SYMBOL.search(text):
-        raise ModelError(f"the traced graph has a dimension {dimension} whose {unknown[0]} is of none of its inputs")
+        raise ModelError(f"the traced graph has a dimension {dimension}, whose {unknown[0]} is the length of no input")
     summands = [part.replace(" ", "") for part in text.split("+")]
     return "+".join(sorted(summands, key=lambda part: (part.isdigit(), part)))
 

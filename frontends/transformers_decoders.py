@@ -53,8 +53,8 @@ class TransformersDecoder(Family):
         super().__init__(checkpoint)
         if options.alibi != "formula":
             raise UsageError(
-                f"a baked ALiBi mask is something of Baichuan2; {checkpoint.config['model_type']} has none, "
-                f"leave out --alibi"
+                f"only Baichuan2 can be exported with a baked ALiBi mask; leave out --alibi for "
+                f"{checkpoint.config['model_type']}"
             )
         self._attention = options.attention or "eager"
 

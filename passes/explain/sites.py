@@ -98,7 +98,7 @@ class _Explorer:
         return _near(self._rule, node, self._once("at", [node], lambda: nearest(self._pattern, node, opset)))
 
     def without_root(self, graph: onnx_ir.Graph) -> Iterator[Site]:
-        """Yield places where all is there but the root itself.
+        """Yield places where every node of the pattern is present except the root.
 
         At least half of the pattern must fit there, and at least `_FITTING_BELOW` nodes.
         """

@@ -14,7 +14,7 @@ from passopt.passes.patterns.rules import Rewriter
 
 @dataclasses.dataclass(frozen=True)
 class InjectNormHeadBias(RewritePass):
-    """Give the head a zero bias that is sharded with it: the place where a target masks the rows that padding added.
+    """Give the head a zero bias that is sharded with it, in which a target can mask the rows that padding added.
 
     Before: ``logits = MatMul(x, Transpose(w))``
     After:  ``logits = Add(MatMul(x, Transpose(w)), bias)``, bias zeros [vocab]

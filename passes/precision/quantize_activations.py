@@ -25,7 +25,7 @@ _OPSET_OF_AXES_INPUT = 18
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeActivations(RewritePass):
-    """Multiply int8 by int8, since integer products are several times as fast as floating ones and widen no weight.
+    """Multiply int8 by int8, since integer products are several times as fast and weights stay bytes.
 
     Before: ``y = MatMul(x, Transpose(DequantizeLinear(w.codes, w.scales, axis=0)))``
     After:  ``y = Mul(Mul(Cast<fp32>(MatMulInteger(codes, Transpose(w.codes))), scale), w.scales)``

@@ -108,7 +108,7 @@ def _sharded_heads(state: Propagation, node: onnx_ir.Node, broadcast: int, cache
         axis = spec.axis + 4 - ndim_of(node.inputs[index])
         flat = index <= _VALUE and ndim_of(node.inputs[index]) == 3
         if spec.segments != ONE or (spec.axis != _FLAT_HEADS if flat else axis != _HEADS):
-            raise Conflict(f"expected sharded heads in input {index}, found what is {spec}")
+            raise Conflict(f"expected input {index} to be sharded by heads, found {spec}")
         found.append(spec.at(_HEADS))
     return state.one_sharded(found)
 

@@ -210,7 +210,7 @@ def test_implementation_that_a_class_lacks_is_named(checkpoints: Any, tmp_path: 
 
 
 def test_baked_mask_is_for_baichuan2(checkpoints: Any, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="baked ALiBi mask is something of Baichuan2"):
+    with pytest.raises(UsageError, match="only Baichuan2 can be exported with a baked ALiBi mask"):
         export_graph(checkpoints("bloom"), ExportOptions(alibi="baked"), tmp_path)
 
 

@@ -48,7 +48,7 @@ class Graph:
         return self.boxes[name][0] or (name,)
 
     def sizes(self) -> dict[str, Point]:
-        """Width and height of every box."""
+        """Return the width and height of every box."""
         found = {}
         for name in self.boxes:
             lines = self.lines(name)
@@ -90,7 +90,7 @@ def _draw(picture: Picture, graph: Graph, layout: Layout, corner: Point) -> None
 
 
 def _boxes(**tones: str) -> dict[str, tuple[Sequence[str], Tone]]:
-    """Boxes by their colours: `old="Pow, Add|+ 1"` makes two; `|` begins another line, and `Add 2=Add` shows Add."""
+    """Return boxes by colour: `old="Pow, Add|+ 1"` makes two; `|` begins a line, and `Add 2=Add` shows Add."""
     found: dict[str, tuple[Sequence[str], Tone]] = {}
     for tone, text in tones.items():
         for item in text.split(","):

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from passopt.api.generate_result import GenerateResult, OnText, Prompt, Request
 from passopt.generation.chat import Message, chat_ids
+from passopt.generation.loop import cache_size_for
 from passopt.generation.loop import generate as run
-from passopt.generation.loop import room_for
 from passopt.generation.open_engine import Engine as LoadedEngine
 from passopt.generation.open_engine import ModelFacts, open_engine, read_facts
 from passopt.generation.settings import Settings, read_settings
@@ -258,9 +258,9 @@ def generate(
     found = _Folder(Path(folder), reporter)
     asked.sampling(found.settings.sampling)
     encoded = _encoded(found, _listed(prompts), asked)
-    room = room_for(found.facts, encoded.ids, _longest(found, asked), asked.capacity)
+    size = cache_size_for(found.facts, encoded.ids, _longest(found, asked), asked.capacity)
     copied = found.facts.weight_bytes if copy_weights else 0
-    check_caches(found.facts.caches, len(encoded.ids), room.columns, copied=copied)
+    check_caches(found.facts.caches, len(encoded.ids), size.columns, copied=copied)
     with Engine._opened(found, threads, verify_weights=verify_weights, copy_weights=copy_weights) as engine:
         return _run(found, engine._engine, encoded, asked, on_text, on_end)
 

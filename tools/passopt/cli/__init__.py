@@ -1,4 +1,4 @@
-"""Run the command line: find the command, call it, and turn errors into messages and exit codes."""
+"""Find and run commands; `main` is the entry point of `passopt`."""
 
 from passopt.cli.main import main
 

@@ -82,18 +82,18 @@ def generate(
         on_end: A function that gets each row once, after its last token.
 
     Raises:
-        UsageError: In the cases of `room_for`, before anything runs.
+        UsageError: In the cases of `cache_size_for`, before anything runs.
         ModelError: If logits are not finite.
     """
-    room = room_for(engine, prompts, max_new_tokens, capacity)
-    engine.allocate(len(prompts), room.columns)
-    run = _Run(engine, prompts, sampling, room.width, eos, pad, on_token, on_end)
-    return run.result(room.steps, "length" if room.steps == max_new_tokens else "positions")
+    size = cache_size_for(engine, prompts, max_new_tokens, capacity)
+    engine.allocate(len(prompts), size.columns)
+    run = _Run(engine, prompts, sampling, size.width, eos, pad, on_token, on_end)
+    return run.result(size.steps, "length" if size.steps == max_new_tokens else "positions")
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
-    """The room that prompts take.
+class CacheSize:
+    """The size of the cache that a set of prompts needs.
 
     `width` is the number of columns of the longest prompt, `steps` the largest number of new tokens, and `columns` the
     number of columns of the cache.
@@ -104,7 +104,9 @@ class Room:
     columns: int
 
 
-def room_for(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int | None) -> Room:
+def cache_size_for(
+    bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: int, capacity: int | None
+) -> CacheSize:
     """Return the room that the prompts and their new tokens need.
 
     Args:
@@ -128,7 +130,7 @@ def room_for(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: i
             f"{width} prompt tokens and {steps} new ones take {needed} columns of the cache, --capacity is {capacity}. "
             f"Raise it, or ask for fewer new tokens."
         )
-    return Room(width, steps, capacity or needed)
+    return CacheSize(width, steps, capacity or needed)
 
 
 def _checked_width(bounds: Bounds, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:

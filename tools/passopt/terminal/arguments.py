@@ -48,7 +48,7 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text}: not a size; write it like 1GiB, 750MB or 1073741824")
     found = int(float(match[1]) * _UNITS[match[2]])
     if found <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is no memory at all")
+        raise argparse.ArgumentTypeError(f"{text} is too little memory; give a size such as 1GiB")
     return found
 
 

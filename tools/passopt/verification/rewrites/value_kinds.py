@@ -30,7 +30,7 @@ class Kind(enum.IntEnum):
 
 
 class Kinds:
-    """The kinds of values, found on demand and remembered.
+    """Find what a value holds, such as token ids or activations, and remember it.
 
     This is safe while a graph is rewritten, because a rewrite keeps the kind of what it replaces.
     """
