@@ -45,7 +45,7 @@ from passopt.passes import EXACT, Decline, RewritePass
 
 @dataclasses.dataclass(frozen=True)  # fields are options: `limit: int = 3` makes $name{limit=3}
 class $class_name(RewritePass):
-    """Remove two negations in a row, which change nothing. (A working example: say here why your pass exists.)
+    """Remove two negations in a row, which change nothing: an example, until you say here why your pass exists.
 
     Before: ``y = Neg(Neg(x))``
     After:  ``y = Identity(x)``
