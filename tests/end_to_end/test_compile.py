@@ -129,7 +129,7 @@ def test_steps_can_be_printed(family: Path, tmp_path: Path, capsys):
     assert main(["compile", str(family), "-o", str(tmp_path / "other"), "--print-after", "legalise"]) == 2
     told = capsys.readouterr().err
     assert "no step 'legalise'" in told
-    assert re.search(r"\n  legalize +small operators to TIR", told)
+    assert re.search(r"\n  legalize +lower small operators to TIR", told)
 
 
 def test_without_a_c_compiler_it_says_so_before_anything_else(alibi: Path, tmp_path: Path, capsys, monkeypatch):

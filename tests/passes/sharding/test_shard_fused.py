@@ -244,7 +244,7 @@ def test_what_works_on_each_head_alone(norm):
         (HEADS.format("u = Transpose<perm=[0,2,1,3]>(t) [mine] w = RotaryEmbedding(u, cos, sin) "
                       "z = Transpose<perm=[0,2,1,3]>(w)"), "'mine': turns whole heads by their positions"),
         (HEADS.format("u = Transpose<perm=[0,2,1,3]>(t) [mine] w = Attention(u, u, u) "
-                      "z = Transpose<perm=[0,2,1,3]>(w)"), "'mine': expected sharded heads in input 0"),
+                      "z = Transpose<perm=[0,2,1,3]>(w)"), "'mine': expected input 0 to be sharded by heads"),
         ("[mine] r = RotaryEmbedding<num_heads = 3>(q, cos4, sin4)", None),
         (HEADS.format("[mine] z = RotaryEmbedding(t, c, c)").replace("qh =", "c = Slice(q, zero, two, last) qh ="),
          "Slice"),
