@@ -113,6 +113,7 @@ def test_weights_are_lazy_under_their_state_dict_names(family: str, request: pyt
     assert weights == {name: source.cast(DataType.FLOAT16).text() for name, source in checkpoint.tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["rotary", "alibi"])
 def test_half_precision_has_fp32_islands(family: str, request: pytest.FixtureRequest) -> None:
     """Seen in the graph, since onnxruntime on a CPU computes them in fp32 whatever the graph says."""
