@@ -35,7 +35,8 @@ _ENVIRONMENT = {
     "TERM": "dumb",
     "TOKENIZERS_PARALLELISM": "false",
 }
-_UNSET = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTHONPATH", "VIRTUAL_ENV")
+# `CI` and `BUILD_NUMBER` make pytest print more than a reader sees at a terminal.
+_UNSET = ("BUILD_NUMBER", "CI", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTHONPATH", "VIRTUAL_ENV")
 _TIMEOUT = 600
 _CHECKOUT = Path(__file__).resolve().parents[3]
 _SECONDS = re.compile(r"(\d (?:passed|failed)[^\n]*) in \d+\.\d+s")
