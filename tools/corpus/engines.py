@@ -56,7 +56,9 @@ class Runtime:
             given = {name: _to_runtime(feeds[name], types[name]) for name in types if name in feeds}
             return list(self._session.run(None, given))
         except Exception as error:
-            raise Refused(_line(error)) from error
+            # onnxruntime hands out no numbers of dtypes that numpy does not know, such as bfloat16.
+            lacks = type(error).__name__ == "NotImplemented" or "No corresponding Numpy type" in str(error)
+            raise Refused(_line(error), lacks_kernel=lacks) from error
 
 
 def _to_runtime(value: Any, kind: str) -> Any:

@@ -36,7 +36,9 @@ def faults(rows: Sequence[Row], kinds: Sequence[str] = FAULTS) -> str:
         cases = list(dict.fromkeys(f"{row[0]}/{row[1]}" for row in found))
         lines.append(f"{kind} × {len(found)}: {detail}")
         lines.append(f"    steps: {', '.join(steps)}")
-        lines.append(f"    cases: {', '.join(cases[:_NAMED])}{f' and {len(cases) - _NAMED} more' * (len(cases) > _NAMED)}")
+        lines.append(
+            f"    cases: {', '.join(cases[:_NAMED])}{f' and {len(cases) - _NAMED} more' * (len(cases) > _NAMED)}"
+        )
     return "".join(f"{line}\n" for line in lines)
 
 

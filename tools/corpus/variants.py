@@ -55,7 +55,9 @@ def parameters(case: Case) -> Written | None:
 def external(case: Case) -> Written | None:
     """Turn all inputs but the first into initializers whose data stand in a file of their own."""
     written = _with_constants(case, first=1)
-    if written is None or any(tensor.data_type == onnx.TensorProto.STRING for tensor in written.model.graph.initializer):
+    if written is None or any(
+        tensor.data_type == onnx.TensorProto.STRING for tensor in written.model.graph.initializer
+    ):
         return None
     return dataclasses.replace(written, is_external=True)
 
@@ -77,7 +79,22 @@ def _with_constants(case: Case, first: int) -> Written | None:
     del model.graph.input[:]
     model.graph.input.extend(kept)
     model.ir_version = max(model.ir_version, 4)
+    _hand_outputs_on(model)
     return Written(model, [feeds])
+
+
+def _hand_outputs_on(model: onnx.ModelProto) -> None:
+    """Put an Identity before every output, because passes leave the producers of outputs alone in some ways."""
+    _import_default(model)
+    version = next(item.version for item in model.opset_import if item.domain in {"", "ai.onnx"})
+    made = {name for node in model.graph.node for name in node.output}
+    for value in model.graph.output:
+        is_tensor = value.type.HasField("tensor_type")
+        if value.name not in made or version < (1 if is_tensor else 16):
+            continue
+        inner = f"{value.name}_inner"
+        _rename(model.graph.node, value.name, inner)
+        model.graph.node.append(onnx.helper.make_node("Identity", [inner], [value.name]))
 
 
 def _tensor(array: np.ndarray[Any, np.dtype[Any]], value: onnx.ValueInfoProto) -> onnx.TensorProto:
@@ -164,6 +181,9 @@ def _rename(nodes: Sequence[onnx.NodeProto], old: str, new: str) -> None:
     for node in nodes:
         node.input[:] = [new if name == old else name for name in node.input]
         node.output[:] = [new if name == old else name for name in node.output]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g.node, old, new)
 
 
 def _import_default(model: onnx.ModelProto) -> None:
