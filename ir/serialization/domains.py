@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import onnx_ir
 
 from passopt.ir.errors import ModelError
@@ -21,7 +19,8 @@ def normalize_domains(model: onnx_ir.Model) -> None:
     Raises:
         ModelError: If both names are imported with different versions, so that nobody can tell which one nodes mean.
     """
-    for container in itertools.chain(model.graphs(), model.functions.values()):
+    containers: list[onnx_ir.Graph | onnx_ir.Function] = [*model.graphs(), *model.functions.values()]
+    for container in containers:
         imports = container.opset_imports
         if _ALIAS not in imports:
             continue

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.passes.opset import image_converters as images
-from passopt.passes.opset.step import INLINE, Step
+from passopt.passes.opset.step import Step
 
 #: The lowest number of fp32, which was the default bound of a Clip.
 _LOWEST = -3.4028234663852886e38
@@ -39,7 +39,7 @@ def count_outputs(step: Step) -> None:
 def bounds_to_input(step: Step) -> None:
     """Turn the bounds of a Clip into inputs, as ONNX did in opset 11.
 
-    Without bounds, both operators clip to the finite numbers of the dtype; only for fp64 are the old ones those of fp32.
+    Without bounds, both operators clip to the finite numbers of the dtype; only for fp64 did the old one take fp32's.
     """
     if step.dtype("a bound") == onnx_ir.DataType.DOUBLE:
         for name, bound in (("min", _LOWEST), ("max", -_LOWEST)):
@@ -160,7 +160,9 @@ def scale_per_channel(step: Step) -> None:
     source, groups = step.node.inputs[0], step.integer("num_groups", 0)
     channels = source.shape[1] if source is not None and source.shape is not None and len(source.shape) > 1 else None
     if not isinstance(channels, int):
-        step.fail("the number of channels of its input is unknown", "Give the input of the model a fixed number of them.")
+        step.fail(
+            "the number of channels of its input is unknown", "Give the input of the model a fixed number of them."
+        )
     for index in (1, 2):
         per_group = step.node.inputs[index]
         axes = step.constant("axes", np.array([1], np.int64))

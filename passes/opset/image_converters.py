@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.weights.lazy_weight import small_constant
-from passopt.passes.opset.step import INLINE, Step
+from passopt.passes.opset.step import Step
 
 #: From this opset on, a Resize may leave its regions out.
 _OPSET_WITHOUT_REGIONS = 13
@@ -32,7 +32,7 @@ def scales_to_input(step: Step) -> None:
 
 
 def upsample_to_resize(step: Step) -> None:
-    """Call an Upsample Resize, as ONNX does from opset 10 on; as it never makes smaller, its nearest is the lower one."""
+    """Call an Upsample Resize, as ONNX does from opset 10 on; it only grows images, so its nearest is the lower one."""
     step.node.op_type = "Resize"
     if step.target > step.version:
         _sample(step, "floor")

@@ -70,7 +70,7 @@ class Legalize(Pass):
             )
 
     def _check_calls(self, model: onnx_ir.Model, bodies: Sequence[Container]) -> None:
-        """Check that functions can be lowered in the dtypes of each of their calls, by lowering a copy without calls."""
+        """Check that functions can be lowered in the dtypes of each call, by lowering a copy that has no calls."""
         lowered = [body for body in bodies if isinstance(body, onnx_ir.Function)]
         if not any(body.opset_imports[""] > self.opset for body in lowered):
             return

@@ -1,4 +1,4 @@
-"""Convert one node to an older opset, if the older operator has all that the node uses; nothing is taken for granted."""
+"""Convert one node to an older opset, if the older operator is known to have all that the node uses."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _spelled(kind: onnx_ir.TypeProtocol) -> str:
     """Return a type as operator schemas spell it, such as `seq(tensor(float))`."""
     for outer, name in ((onnx_ir.SequenceType, "seq"), (onnx_ir.OptionalType, "optional")):
         if isinstance(kind, outer):
-            return f"{name}({_spelled(kind.elem_type)})"  # type: ignore[arg-type]
+            return f"{name}({_spelled(kind.elem_type)})"
     prefix = "sparse_tensor" if isinstance(kind, onnx_ir.SparseTensorType) else "tensor"
     return f"{prefix}({onnx.TensorProto.DataType.Name(kind.dtype.value).lower()})"
 

@@ -27,7 +27,9 @@ def refuse(node: onnx_ir.Node, given: int, wanted: int, reason: str, advice: str
         advice: The next step, as a sentence; by default, to stay at the opset that the node has.
     """
     advice = advice or f"Change that node, or stay at opset {given}: legalize{{opset={given}}}."
-    raise PassError(f"legalize: {node.op_type} {node.name!r} cannot go from opset {given} to {wanted}: {reason}. {advice}")
+    raise PassError(
+        f"legalize: {node.op_type} {node.name!r} cannot go from opset {given} to {wanted}: {reason}. {advice}"
+    )
 
 
 class Step:

@@ -14,7 +14,8 @@ from passopt.passes import resolve, run_passes
 MODEL = """<ir_version: 8, opset_import: ["ai.onnx" : 17, "local" : 1]>
 g (float[2,3] x, bool c) => (float[2,3] y) {
     h = local.twice (x)
-    y = If (c) <then_branch = a () => (float[2,3] t) { t = Neg(h) }, else_branch = b () => (float[2,3] e) { e = Exp(h) }>
+    y = If (c) <then_branch = a () => (float[2,3] t) { t = Neg(h) },
+                else_branch = b () => (float[2,3] e) { e = Exp(h) }>
 }
 <domain: "local", opset_import: ["ai.onnx" : 17]>
 twice (x) => (y) { y = Add(x, x) }"""
@@ -61,5 +62,7 @@ def test_both_names_with_one_version_are_one():
 def test_refuses_both_names_with_two_versions(tmp_path):
     proto = onnx.parser.parse_model(MODEL.replace('"ai.onnx" : 17, "local"', '"" : 16, "ai.onnx" : 17, "local"'))
     onnx.save(proto, str(tmp_path / "model.onnx"))
-    with pytest.raises(ModelError, match=r"model.onnx: 'g' imports opset 16 of the domain '' and opset 17 of 'ai.onnx'"):
+    with pytest.raises(
+        ModelError, match=r"model.onnx: 'g' imports opset 16 of the domain '' and opset 17 of 'ai.onnx'"
+    ):
         load_model(tmp_path / "model.onnx")
