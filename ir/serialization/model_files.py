@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.serialization.domains import normalize_domains
 from passopt.ir.serialization.text_files import TEXT_SUFFIX, load_text_model
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator
@@ -76,6 +77,10 @@ def load_model(path: Path | str) -> onnx_ir.Model:
         raise ModelError(f"{path}: not an ONNX model: the graph has neither nodes nor outputs")
     if not model.graph.opset_imports:
         raise ModelError(f"{path}: not an ONNX model, or truncated: it names no opset")
+    try:
+        normalize_domains(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     plan: dict[str, ex.Expression] | None = None
     for graph in model.graphs():
         for value in graph.initializers.values():
