@@ -20,7 +20,7 @@ from passopt.ir.serialization.sparse_tensors import make_dense
 from passopt.ir.serialization.text_files import TEXT_SUFFIX, load_text_model
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight, expression_of
+from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight, expression_of, is_large
 from passopt.ir.weights.plan_file import PLAN_NAME, write_plan
 from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.streaming.write_weights import write_safetensors
@@ -101,7 +101,7 @@ def _lazy_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
         tensor = value.const_value
         if tensor is None:
             raise ModelError(f"initializer {name!r} has no data")
-        if isinstance(tensor, LazyWeight) or tensor.nbytes > SMALL_BYTES:
+        if is_large(tensor):
             expression = expression_of(value)
             assert expression is not None
             weights[name] = expression

@@ -286,3 +286,156 @@ def test_sparse_tensors_that_do_not_fit_are_refused(tensor, message, tmp_path):
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match=message):
         load_model(path)
+
+
+# Elements of few bits
+
+FEW_BITS = [
+    "FLOAT8E4M3FN",
+    "FLOAT8E4M3FNUZ",
+    "FLOAT8E5M2",
+    "FLOAT8E5M2FNUZ",
+    "FLOAT8E8M0",
+    "FLOAT4E2M1",
+    "INT4",
+    "UINT4",
+    "INT2",
+    "UINT2",
+    "BFLOAT16",
+]
+#: An odd and a large number of elements: below and above what stays inside of model.onnx.
+SHAPES = [(3, 5), (67, 127)]
+
+
+def bits(name, dtype, shape):
+    """A tensor of random bytes, which stand for all numbers of the dtype, NaN included."""
+    kind = getattr(TensorProto, dtype)
+    width = {"2": 2, "4": 4, "8": 8, "1": 16}[next(c for c in dtype if c.isdigit())]
+    count = -(-int(np.prod(shape)) * width // 8)
+    return TensorProto(name=name, data_type=kind, dims=shape, raw_data=RNG.bytes(count))
+
+
+def tensors(folder):
+    """Every initializer of a written model, with its bytes."""
+    proto = onnx.load(folder / MODEL_NAME)
+    return {item.name: (item.data_type, tuple(item.dims), item.raw_data) for item in proto.graph.initializer}
+
+
+@pytest.mark.parametrize("dtype", FEW_BITS)
+@pytest.mark.parametrize("external", [False, True])
+def test_few_bits_stay_as_they_are(dtype, external, folder, tmp_path):
+    kind = getattr(TensorProto, dtype)
+    values = [bits(f"w{index}", dtype, shape) for index, shape in enumerate(SHAPES)]
+    expected = {item.name: (kind, tuple(item.dims), _masked(item)) for item in values}
+    if external:
+        values = [outside(item, folder) for item in values]
+    outputs = [declared(item.name, item.dims, kind) for item in values]
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    model = made(nodes, [declared("x", [2])], [declared("y", [2]), *outputs], values, opset=25, ir_version=13)
+    target = written_again(model, tmp_path)
+    assert {name: (a, b, _masked_bytes(a, b, c)) for name, (a, b, c) in tensors(target).items()} == expected
+
+
+def _masked(tensor):
+    return _masked_bytes(tensor.data_type, tuple(tensor.dims), tensor.raw_data)
+
+
+def _masked_bytes(kind, shape, data):
+    """The bytes without the bits behind the last element, which have no meaning."""
+    count = int(np.prod(shape)) * {TensorProto.INT2: 2, TensorProto.UINT2: 2}.get(kind, 4)
+    few = {TensorProto.INT2, TensorProto.UINT2, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1}
+    if kind not in few or not count % 8:
+        return data
+    return data[:-1] + bytes([data[-1] & ((1 << count % 8) - 1)])
+
+
+# Strings, sequences, optional values
+
+
+def test_strings_stay_as_they_are(tmp_path):
+    words = np.array(["one", "two", "déjà", "quoted \"word\"", ""], object)
+    many = np.array([f"word {index} of many" for index in range(200)], object)
+    table = [numpy_helper.from_array(words, "words"), numpy_helper.from_array(many, "many")]
+    nodes = [
+        helper.make_node("Gather", ["words", "i"], ["y"]),
+        helper.make_node("Gather", ["many", "i"], ["z"]),
+        helper.make_node("Constant", [], ["s"], value_strings=["a", "b"]),
+        helper.make_node("Constant", [], ["t"], value=numpy_helper.from_array(words, "t")),
+        helper.make_node("Gather", ["t", "i"], ["u"]),
+    ]
+    outputs = [declared(name, ["n"], TensorProto.STRING) for name in ("y", "z", "u")]
+    model = made(
+        nodes, [declared("i", ["n"], TensorProto.INT64)], [*outputs, declared("s", [2], TensorProto.STRING)], table
+    )
+    passes = (RemoveDeadCode(), MergeCommonSubexpressions())
+    target = written_again(model, tmp_path, {"i": np.array([4, 0, 3])}, passes)
+    assert 'words = {"one","two","déjà","quoted \\"word\\"",""}' in print_model(load_model(target))
+
+
+def sequence_of(name, dtype=TensorProto.FLOAT, shape=("n", 2)):
+    return helper.make_tensor_sequence_value_info(name, dtype, list(shape))
+
+
+def test_sequences_stay_as_they_are(tmp_path):
+    nodes = [
+        helper.make_node("Identity", ["q"], ["kept"]),
+        helper.make_node("SequenceInsert", ["kept", "x"], ["longer"]),
+        helper.make_node("ConcatFromSequence", ["longer"], ["y"], axis=0),
+        helper.make_node("SequenceLength", ["longer"], ["count"]),
+    ]
+    outputs = [declared("y", ["m", 2]), declared("count", [], TensorProto.INT64), sequence_of("kept")]
+    model = made(nodes, [sequence_of("q"), declared("x", ["n", 2])], outputs)
+    feeds = {"q": [np.ones((3, 2), np.float32)], "x": np.full((2, 2), 7, np.float32)}
+    target = written_again(model, tmp_path, feeds)
+    text = print_model(load_model(target))
+    assert "seq(float[n,2]) q" in text
+    assert "seq(float[n,2]) kept" in text
+
+
+def test_optional_values_stay_as_they_are(tmp_path):
+    kind = helper.make_optional_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, ["n", 2]))
+    given = helper.make_value_info("o", kind)
+    nodes = [
+        helper.make_node("OptionalHasElement", ["o"], ["has"]),
+        helper.make_node("OptionalGetElement", ["o"], ["v"]),
+        helper.make_node("Relu", ["v"], ["y"]),
+        helper.make_node("Optional", ["y"], ["p"]),
+    ]
+    outputs = [declared("has", [], TensorProto.BOOL), declared("y", ["n", 2]), helper.make_value_info("p", kind)]
+    target = written_again(made(nodes, [given], outputs), tmp_path)
+    assert "optional(float[n,2]) o" in print_model(load_model(target))
+    session(target / MODEL_NAME)
+
+
+# Initializers that are graph inputs or outputs
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_a_default_may_have_a_symbolic_length(ir_version, tmp_path):
+    """As adapters have it: without one, the rank is 0; the caller may feed another."""
+    empty = numpy_helper.from_array(np.zeros((4, 0), np.float32), "a")
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node("MatMul", ["h", "b"], ["d"]),
+        helper.make_node("Add", ["x", "d"], ["y"]),
+    ]
+    other = numpy_helper.from_array(np.zeros((0, 4), np.float32), "b")
+    inputs = [declared("x", ["n", 4]), declared("a", [4, "rank"]), declared("b", ["rank", 4])]
+    model = made(nodes, inputs, [declared("y", ["n", 4])], [empty, other], opset=8, ir_version=ir_version)
+    feeds = {"x": RNG.standard_normal((3, 4)).astype(np.float32)}
+    target = written_again(model, tmp_path, feeds)
+    if ir_version == 3:  # onnxruntime takes such defaults as constants
+        return
+    feeds |= {"a": np.ones((4, 2), np.float32), "b": np.ones((2, 4), np.float32)}
+    one, other = (session(path / MODEL_NAME).run(None, feeds)[0] for path in (tmp_path / "in", target))
+    assert np.array_equal(one, other)
+    assert not np.array_equal(one, feeds["x"])
+
+
+def test_an_initializer_may_be_a_graph_output(tmp_path):
+    nodes = [helper.make_node("Relu", ["x"], ["y"])]
+    for name, shape in (("w", (30, 40)), ("v", (2,))):
+        model = made(nodes, [declared("x", [2])], [declared("y", [2]), declared(name, shape)], [floats(name, *shape)])
+        folder = tmp_path / name
+        folder.mkdir()
+        written_again(model, folder, {"x": np.ones(2, np.float32)})
