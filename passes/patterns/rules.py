@@ -5,6 +5,7 @@ A rule is a pair of a pattern method and a rewrite method.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
@@ -189,6 +190,15 @@ def rules_of(owner: RuleOwner) -> tuple[Rule, ...]:
     Raises:
         PassError: If a rule can never work.
     """
+    try:
+        return _traced(owner)
+    except TypeError:  # A pass with a list among its options cannot be remembered.
+        return _traced.__wrapped__(owner)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(owner: RuleOwner) -> tuple[Rule, ...]:
+    """Trace the rules of a pass once, however many models it runs on: equal passes have equal rules."""
     return tuple(Rule(owner, pattern, rewrite) for pattern, rewrite in owner.rules())
 
 
