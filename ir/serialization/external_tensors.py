@@ -125,7 +125,9 @@ class ExternalTensors:
                 continue
             where = f"{node.op_type} {node.name!r}, attribute {name}"
             loaded = [self._loaded(t, where) if isinstance(t, onnx_ir.ExternalTensor) else t for t in tensors]
-            node.attributes[name] = onnx_ir.Attr(name, attribute.type, loaded[0] if attribute.type == _TENSOR else loaded)
+            node.attributes[name] = onnx_ir.Attr(
+                name, attribute.type, loaded[0] if attribute.type == _TENSOR else loaded
+            )
 
     def _loaded(
         self, tensor: onnx_ir.ExternalTensor, name: str, value: onnx_ir.Value | None = None
@@ -148,8 +150,7 @@ class ExternalTensors:
         shape = tuple(tensor.shape.numpy())
         if shape != expression.shape:
             raise ModelError(
-                f"{plan_path}: weight {name!r} has shape {list(expression.shape)}, "
-                f"{path.name} expects {list(shape)}"
+                f"{plan_path}: weight {name!r} has shape {list(expression.shape)}, {path.name} expects {list(shape)}"
             )
         dtype = value.dtype if value is not None and value.dtype is not None else tensor.dtype
         if dtype != expression.dtype:

@@ -20,7 +20,7 @@ from passopt.ir.serialization.sparse_tensors import make_dense
 from passopt.ir.serialization.text_files import TEXT_SUFFIX, load_text_model
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight, expression_of, is_large
+from passopt.ir.weights.lazy_weight import SMALL_BYTES, expression_of, is_large
 from passopt.ir.weights.plan_file import PLAN_NAME, write_plan
 from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.streaming.write_weights import write_safetensors

@@ -210,7 +210,8 @@ def _initializer(value: onnx_ir.Value) -> str:
 
 def _elements(tensor: onnx_ir.TensorProtocol) -> str:
     if tensor.dtype == onnx_ir.DataType.STRING:
-        return ",".join(_quoted_string(str(item)) for item in tensor.numpy().reshape(-1))
+        strings: list[bytes] = tensor.string_data()  # type: ignore[attr-defined]
+        return ",".join(_quoted_string(item.decode(errors="replace")) for item in strings)
     array = tensor.numpy().reshape(-1)
     if tensor.dtype in {onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}:
         return ",".join(str(bits) for bits in array.view(np.uint16))  # ONNX text writes 16-bit floats as bit patterns.

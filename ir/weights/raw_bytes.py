@@ -1,4 +1,4 @@
-"""Write weights whose dtype the safetensors format does not have, such as int4 and float8, as the bytes that they are."""
+"""Let a weight file hold dtypes that the safetensors format does not have, such as int4 and float8, as plain bytes."""
 
 from __future__ import annotations
 

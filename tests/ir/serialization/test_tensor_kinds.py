@@ -16,6 +16,7 @@ from passopt.passes.cleanup.cse import MergeCommonSubexpressions
 from passopt.passes.cleanup.dead_code import RemoveDeadCode
 from passopt.passes.cleanup.fold_constants import FoldConstants
 
+PASSES = (RemoveDeadCode(), FoldConstants(), MergeCommonSubexpressions())
 RNG = np.random.default_rng(3)
 
 
@@ -53,7 +54,7 @@ def session(path):
     return onnxruntime.InferenceSession(str(path), options)
 
 
-def written_again(model, tmp_path, feeds=None, passes=(RemoveDeadCode(), FoldConstants(), MergeCommonSubexpressions())):
+def written_again(model, tmp_path, feeds=None, passes=PASSES):
     """The model as passopt loads it, runs passes and writes it; onnxruntime must give the same numbers for both."""
     source = tmp_path / "in"
     source.mkdir(exist_ok=True)
@@ -353,7 +354,7 @@ def _masked_bytes(kind, shape, data):
 
 
 def test_strings_stay_as_they_are(tmp_path):
-    words = np.array(["one", "two", "déjà", "quoted \"word\"", ""], object)
+    words = np.array(["one", "two", "déjà", 'quoted "word"', ""], object)
     many = np.array([f"word {index} of many" for index in range(200)], object)
     table = [numpy_helper.from_array(words, "words"), numpy_helper.from_array(many, "many")]
     nodes = [
