@@ -17,6 +17,7 @@ import onnx_ir
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.builder import infer_types
+from passopt.ir.graph.contrib_types import is_runtime_operator
 from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import LazyWeight
 
@@ -172,6 +173,8 @@ def _verify_operator(
     if node.domain:
         return
     signature = _signature(node.op_type, version)
+    if signature is None and is_runtime_operator(node, version):
+        return
     if signature is None:
         raise fail(index, f"{node.op_type} {node.name!r}: no such operator in opset {version}")
     count = len(node.inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import onnx
@@ -32,7 +32,7 @@ def _make_dense_initializers(graph: onnx.GraphProto) -> None:
     graph.ClearField("sparse_initializer")
 
 
-def _make_dense_nodes(nodes: Iterator[onnx.NodeProto]) -> None:
+def _make_dense_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
     for node in nodes:
         for attribute in node.attribute:
             for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
@@ -73,14 +73,14 @@ def _positions(
     """Return where each value stands in the flat tensor: indices are flat themselves, or have a column per axis."""
     expected = f"expected {count} numbers, or {count} rows of {len(shape)}, within {list(shape)}"
     if indices.shape == (count,):
-        inside = (indices >= 0) & (indices < math.prod(shape))
+        inside = bool(np.all((indices >= 0) & (indices < math.prod(shape))))
         flat = indices
     elif indices.shape == (count, len(shape)):
-        inside = ((indices >= 0) & (indices < np.array(shape, np.int64))).all(axis=1)
+        inside = bool(np.all((indices >= 0) & (indices < np.array(shape, np.int64))))
         steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         flat = indices @ np.array(steps, np.int64)
     else:
         raise ModelError(f"{where}: sparse indices of shape {list(indices.shape)}, {expected}")
-    if not inside.all():
+    if not inside:
         raise ModelError(f"{where}: sparse indices lie outside, {expected}")
     return flat
