@@ -119,7 +119,7 @@ def export(
         CheckError: The self-check found a difference from eager torch.
     """
     from passopt.frontends.checkpoint import open_checkpoint
-    from passopt.frontends.open_family import is_remote
+    from passopt.frontends.open_family import is_remote, passed_over
     from passopt.frontends.options import ExportOptions
     from passopt.frontends.remote_code import check_consent
 
@@ -143,6 +143,8 @@ def export(
     )
     if is_remote(found) and found.config.get("auto_map"):
         check_consent(found, trust_remote_code=trust_remote_code)
+    if (notice := passed_over(found, trust_remote_code=trust_remote_code)) is not None:
+        reporter.say(notice)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.scratch-", dir=output.absolute().parent) as scratch:
         model = _traced(found, settings, Path(scratch), reporter)
