@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import gguf
 import numpy as np
@@ -27,7 +27,7 @@ _PLAIN = {
 }
 
 #: Rows are read and dequantised in pieces of about so many elements, so that memory does not grow with a tensor.
-_PIECE = 4 << 20
+_PIECE = 2 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Tensor:
 
         Args:
             path: The file.
-            order: The row to read at each place, or None for the order of the file.
+            order: The row to read at each place, not far from it; or None for the order of the file.
 
         Raises:
             ModelError: If the file cannot be read.
@@ -171,12 +171,11 @@ def _check_dequantisable(path: Path, tensors: Sequence[Tensor]) -> None:
             ) from error
 
 
-def _read_rows(file: Any, offset: int, width: int, rows: Array) -> Array:
-    """Return rows of `width` bytes; those that follow each other are read together."""
-    found = np.empty((len(rows), width), np.uint8)
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    for start, stop in zip([0, *breaks], [*breaks, len(rows)], strict=True):
-        file.seek(offset + int(rows[start]) * width)
-        if file.readinto(found[start:stop]) != (stop - start) * width:
-            raise OSError(0, "it ended early")
-    return found
+def _read_rows(file: BinaryIO, offset: int, width: int, rows: Array) -> Array:
+    """Return rows of `width` bytes, after reading all from the first to the last in the file."""
+    first, count = int(rows.min()), int(rows.max() - rows.min()) + 1
+    file.seek(offset + first * width)
+    data = file.read(count * width)
+    if len(data) != count * width:
+        raise OSError(0, "it ended early")
+    return np.frombuffer(data, np.uint8).reshape(count, width)[rows - first]
