@@ -178,4 +178,5 @@ def _read_rows(file: BinaryIO, offset: int, width: int, rows: Array) -> Array:
     data = file.read(count * width)
     if len(data) != count * width:
         raise OSError(0, "it ended early")
-    return np.frombuffer(data, np.uint8).reshape(count, width)[rows - first]
+    found: Array = np.frombuffer(data, np.uint8).reshape(count, width)[rows - first]
+    return found

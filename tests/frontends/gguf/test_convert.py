@@ -298,17 +298,17 @@ def test_damaged_files_are_refused_and_named(llama_file: Path, tmp_path: Path) -
     for length in [0, 3, 4, 20, *random.integers(24, len(data), 30)]:
         path.write_bytes(data[:length])
         assert str(path) in refused(path)
-    survived = 0
+    messages = []
     for place in random.integers(4, header, 150):
         damaged = bytearray(data)
         damaged[place] ^= int(random.integers(1, 256))
         path.write_bytes(damaged)
         try:
-            check_gguf(open_gguf(path))
-            survived += 1
+            check_gguf(open_gguf(path))  # Some bytes, as of a name, change nothing.
         except ModelError as error:
-            assert str(path) in str(error)
-    assert survived < 100
+            messages.append(str(error))
+    assert len(messages) > 50
+    assert all(str(path) in message for message in messages)
 
 
 def test_big_endian_files_are_refused(llama_file: Path, tmp_path: Path) -> None:
