@@ -11,7 +11,7 @@ from typing import NoReturn
 import onnx
 import onnx_ir
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import PassError, UsageError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.shapes import complete_types
 from passopt.passes.framework.base import Pass
@@ -39,7 +39,7 @@ class Legalize(Pass):
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Convert the main graph and all local functions in place; raise PassError if a node cannot be converted."""
         if not OLDEST <= self.opset <= NEWEST:
-            raise PassError(f"{self.name}: opset {self.opset} is not between {OLDEST} and {NEWEST}")
+            raise UsageError(f"{self.name}: opset {self.opset} is not between {OLDEST} and {NEWEST}")
         every: list[onnx_ir.Graph | onnx_ir.Function] = [model.graph, *model.functions.values()]
         bodies = [body for body in every if body.opset_imports.get("", self.opset) != self.opset]
         if not bodies:
@@ -61,7 +61,7 @@ class Legalize(Pass):
         if given < OLDEST:
             raise PassError(f"{self.name}: {body.name!r} is of opset {given}; the oldest that is converted is {OLDEST}")
         if self.opset < given and self.opset < LOWEST_TARGET:
-            raise PassError(
+            raise UsageError(
                 f"{self.name}: {body.name!r} is of opset {given}; downwards, {LOWEST_TARGET} is the lowest target, "
                 f"not {self.opset}"
             )
