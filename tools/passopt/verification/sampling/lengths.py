@@ -32,6 +32,17 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
 _TOKENS = re.compile(r"(?:\A|_)(?:input_ids|position_ids|inputs_embeds|token_type_ids)\Z")
 _PAST = re.compile(r"past(?:_key_values)?[._].*(?:key|value|k|v)\Z|past_\d+\Z")
 
+#: Operators that take empty axes. Others may not only refuse them: kernels of onnxruntime have crashed on them (those of
+#: InstanceNormalization, ConvTranspose, GRU and LSTM), which no program survives.
+_TAKES_EMPTY = frozenset(
+    """Abs Add And Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos DequantizeLinear Div Dropout
+    DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm Greater
+    GreaterOrEqual Hardmax Identity If IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop MatMul Max
+    Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceMax ReduceMean ReduceMin
+    ReduceSum Relu Reshape RotaryEmbedding Round Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub
+    Sum Swish Tanh Tile Transpose Trilu Unsqueeze Where Xor""".split()
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
@@ -135,8 +146,26 @@ def _roles(name: str, ndim: int, has_past: bool) -> Sequence[str]:
     return ()
 
 
+def takes_empty(model: onnx_ir.Model) -> bool:
+    """Return whether it is safe to run the graph with empty axes."""
+    nodes = [*model.graph.all_nodes(), *(node for item in model.functions.values() for node in item.all_nodes())]
+    called = model.functions.keys()
+    return all(
+        (not node.domain and node.op_type in _TAKES_EMPTY) or node.op_identifier() in called for node in nodes
+    )
+
+
 def assignments(model: onnx_ir.Model) -> Iterator[Lengths]:
-    """Yield lengths to try: symbols apart, then each symbol as 1 and as 0, then all symbols equal, then pairs of them."""
+    """Yield lengths to try: symbols apart, each symbol as 1 and as 0, and all symbols equal.
+
+    Lengths of 0 are left out where a kernel might not survive them.
+    """
+    for lengths in _assignments(model):
+        if takes_empty(model) or all(lengths.known.values()):
+            yield lengths
+
+
+def _assignments(model: onnx_ir.Model) -> Iterator[Lengths]:
     roles = roles_of(model)
     free = [name for name in symbols_of(model) if name not in roles]
     for turn, sizes in enumerate(_DECODER if roles or free else _DECODER[:1]):
@@ -166,7 +195,7 @@ def tied(model: onnx_ir.Model, legal: Lengths) -> Iterator[Lengths]:
     singles = [(name,) for name in free]
     pairs = [(one, other) for index, one in enumerate(free) for other in free[index + 1 :]]
     for names in (*singles, *pairs):
-        for length in (2, 1, 0):
+        for length in (2, 1, 0) if takes_empty(model) else (2, 1):
             yield dataclasses.replace(legal, known={**legal.known, **dict.fromkeys(names, length)})
 
 

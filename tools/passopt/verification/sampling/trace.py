@@ -83,6 +83,7 @@ def trace(model: onnx_ir.Model, samples: Sequence[Sample] = (), seed: int = 0) -
 def _legal(model: onnx_ir.Model, traced: _Traced, seed: int) -> list[Run]:
     enough = _ENOUGH if traced.real else _ENOUGH_LARGE
     runs: list[Run] = []
+    doubtful: list[Run] = []
     seen: set[tuple[object, ...]] = set()
     for count, sample in enumerate(candidates(model, seed)):
         if len(runs) >= enough or count >= _TRIED:
@@ -90,8 +91,21 @@ def _legal(model: onnx_ir.Model, traced: _Traced, seed: int) -> list[Run]:
         run = traced.run(sample)
         if run is not None and (key := _kind(sample)) not in seen:
             seen.add(key)
-            runs.append(run)
-    return runs + [run for run in _untied(model, traced, runs, seed)]
+            (runs if _keeps_outputs(model, run) else doubtful).append(run)
+    runs = runs or doubtful[:enough]
+    return runs + list(_untied(model, traced, runs, seed))
+
+
+def _keeps_outputs(model: onnx_ir.Model, run: Run) -> bool:
+    """Return whether the outputs have the lengths that the model states; inputs that change these are not meant."""
+    for value in model.graph.outputs:
+        shape = run.shapes.get(value.name or "")
+        if shape is None or value.shape is None or not isinstance(value.type, onnx_ir.TensorType):
+            continue
+        dims = list(value.shape.dims)
+        if len(dims) != len(shape) or any(isinstance(dim, int) and dim != n for dim, n in zip(dims, shape, strict=True)):
+            return False
+    return True
 
 
 def _kind(sample: Sample) -> tuple[object, ...]:
@@ -103,7 +117,7 @@ def _untied(model: onnx_ir.Model, traced: _Traced, runs: Sequence[Run], seed: in
     equal = [run for run in runs if len(set(run.sample.lengths.known.values())) < 2]
     if len(equal) < len(runs) or not runs or len(symbols_of(model)) < 2:
         return
-    found = 0
+    found = 0  # legal samples
     for lengths in tied(model, runs[0].sample.lengths):
         run = traced.run(made(model, lengths, runs[0].sample.style, seed))
         if run is not None:
