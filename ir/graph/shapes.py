@@ -251,22 +251,28 @@ def complete_outputs(model: onnx_ir.Model) -> None:
 
 
 def _complete(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool]) -> None:
-    opset, memo = model.graph.opset_imports.get("", 0), RunContext.of(model).types
     for node in model.graph:
-        if node.domain not in {"", MICROSOFT, DOMAIN}:
-            continue
-        if all(_is_complete(value) or not wanted(value) for value in node.outputs):
-            continue
-        stated = [(value.type, value.shape) for value in node.outputs]
-        try:
-            infer_types(node, opset, memo)
-        except VerifyError:
-            continue  # The checker reports this error; here the node only stays without a shape.
-        for value, (kind, shape) in zip(node.outputs, stated, strict=True):
-            value.type = kind or (value.type if wanted(value) else None)
-            value.shape = merged_shapes(shape, value.shape) if wanted(value) else shape
-        if wanted(node.outputs[0]):
-            _complete_target(node)
+        complete_node(node, model, wanted)
+
+
+def complete_node(
+    node: onnx_ir.Node, model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool] = lambda value: True
+) -> None:
+    """Fill in dtypes and shapes of those outputs of a node that are `wanted`, without changing what they state."""
+    if node.domain not in {"", MICROSOFT, DOMAIN}:
+        return
+    if all(_is_complete(value) or not wanted(value) for value in node.outputs):
+        return
+    stated = [(value.type, value.shape) for value in node.outputs]
+    try:
+        infer_types(node, model.graph.opset_imports.get("", 0), RunContext.of(model).types)
+    except VerifyError:
+        return  # The checker reports this error; here the node only stays without a shape.
+    for value, (kind, shape) in zip(node.outputs, stated, strict=True):
+        value.type = kind or (value.type if wanted(value) else None)
+        value.shape = merged_shapes(shape, value.shape) if wanted(value) else shape
+    if wanted(node.outputs[0]):
+        _complete_target(node)
 
 
 def _is_complete(value: onnx_ir.Value) -> bool:

@@ -13,14 +13,16 @@ from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
 
 _END = 2**31 - 1
+#: Below this opset Dropout trains unless its attribute is_test is set; from this one on it never does.
+_DROPOUT_WITHOUT_TRAINING = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Canonicalize(RewritePass):
     """Remove operators that leave data as it is, so that patterns see what a graph computes.
 
-    Before: ``Transpose(x, perm=[0, 1])`` or ``Slice(x, 0, end)`` or ``Concat(x)`` or ``CastLike(x, y)``
-    After:  ``x``, and ``Cast(x, to=…)`` for the last
+    Before: ``Transpose(x, perm=[0, 1])`` or ``Slice(x, 0, end)`` or ``Concat(x)`` or ``Dropout(x)`` or ``CastLike(x, y)``
+    After:  ``x``, and ``Cast(x, to=…)`` for the last; a Dropout that may train stays
     A chain of Transpose or of Reshape becomes one operator. A Transpose of the last two axes that goes through three
     axes becomes a plain Transpose, and a look-up by GatherND with one index becomes a Gather.
     """
@@ -42,6 +44,7 @@ class Canonicalize(RewritePass):
             (self.times_one, self.drop_times_one),
             (self.cast_like, self.cast),
             (self.gather_rows, self.gather),
+            (self.dropout, self.drop_dropout),
         ]
 
     def transpose(self, op: Any, x: Any, perm: Any) -> Any:
@@ -182,6 +185,27 @@ class Canonicalize(RewritePass):
         if dims is None or op.constant(axis).reshape(-1).tolist() not in ([-1], [len(dims)]):
             raise Decline(f"{ids.name} {dims} does not hold one index per row")
         return op.Gather(table, ids, axis=0)
+
+    def dropout(self, op: Any, x: Any) -> Any:
+        """Match a Dropout, which is dropped unless it may train, or its mask is read."""
+        return op.Dropout(x, op.rest("options"), bind="kept")
+
+    def drop_dropout(self, op: Any, x: Any, options: Any, kept: Any) -> Any:
+        node = kept.producer()
+        if op.opset < _DROPOUT_WITHOUT_TRAINING and not _is_test(node):
+            raise Decline(f"{kept.name} is of an opset below 7, where Dropout trains unless it says is_test")
+        if len(options) > 1 and options[1] is not None and op.constant(options[1]).any():
+            raise Decline(f"{kept.name} is in training mode")
+        for mask in node.outputs[1:]:
+            if mask.uses() or mask.is_graph_output():
+                raise Decline(f"the mask {mask.name} is read")
+        return x
+
+
+def _is_test(node: onnx_ir.Node) -> bool:
+    """Return True for a Dropout of an old opset that is told to keep its input."""
+    attribute = node.attributes.get("is_test")
+    return attribute is not None and attribute.as_int() != 0
 
 
 def is_own_shape(x: onnx_ir.Value, shape: onnx_ir.Value) -> bool:
