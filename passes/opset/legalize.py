@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir
 import onnx_ir.passes.common
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import PassError, UsageError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.serialization.inference import complete_all_types
 from passopt.passes.framework.base import Pass
@@ -42,7 +42,7 @@ class Legalize(Pass):
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Convert the main graph and all local functions in place; raise PassError if a node cannot be converted."""
         if not OLDEST <= self.opset <= NEWEST:
-            raise PassError(
+            raise UsageError(
                 f"{self.name}: opset {self.opset} is not between {OLDEST} and {NEWEST}. Choose one of these."
             )
         every: list[Container] = [model.graph, *model.functions.values()]
@@ -65,7 +65,7 @@ class Legalize(Pass):
                 f"{NEWEST_READ}. Export the model again with an opset between them."
             )
         if self.opset < given and self.opset < LOWEST_TARGET:
-            raise PassError(
+            raise UsageError(
                 f"{self.name}: {body.name!r} is of opset {given}; downwards, {LOWEST_TARGET} is the lowest target, "
                 f"not {self.opset}. Choose {LOWEST_TARGET} or more."
             )

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir
 import pytest
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import PassError, UsageError
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
 from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.model_files import model_bytes
@@ -32,8 +32,8 @@ def converted(opset, target, body, **settings):
     return [node.op_type for node in model.graph], model
 
 
-def refused(opset, target, body, message):
-    with pytest.raises(PassError, match=message):
+def refused(opset, target, body, message, kind=PassError):
+    with pytest.raises(kind, match=message):
         Legalize(opset=target).run(parse_model(model_text(opset, body)))
 
 
@@ -345,7 +345,8 @@ def test_the_same_opset_changes_nothing():
 
 @pytest.mark.parametrize(("opset", "target"), [(23, 27), (13, 6)])
 def test_declines_opsets_that_cannot_be_reached(opset, target):
-    refused(opset, target, f"{X} {{ y = Relu(x) }}", f"opset {target} is not between 7 and 26. Choose")
+    message = f"opset {target} is not between 7 and 26. Choose"
+    refused(opset, target, f"{X} {{ y = Relu(x) }}", message, UsageError)
 
 
 @pytest.mark.parametrize("opset", [6, 29])
@@ -433,7 +434,7 @@ def test_declines_an_input_that_the_older_operator_lacks():
 
 
 def test_declines_below_18():
-    refused(21, 17, f"{X} {{ y = Relu(x) }}", "downwards, 18 is the lowest target, not 17")
+    refused(21, 17, f"{X} {{ y = Relu(x) }}", "downwards, 18 is the lowest target, not 17", UsageError)
 
 
 def test_declines_the_way_back_of_a_conversion():
