@@ -42,7 +42,10 @@ class CastModel(Pass):
     After:  ``n = Mul(w, Cast(Mul(Cast(x), Reciprocal(Sqrt(…))))); y = MatMul(n, w2)``, float16 but for the norm
     Norms, softmax, rotary embedding and whatever is computed from positions and masks alone (ALiBi, angles) stay in
     fp32. Weights become lazy casts. Casts between floating dtypes that the model has already are removed, and placed
-    where they are needed. With `dtype=fp32` the pass widens a model of 16 bits.
+    where they are needed. An operator that ONNX does not define for the dtype, in the model's opset, stays in fp32.
+    Bodies of If, Loop and Scan, calls of local functions, operators of other domains, sequences and optional values
+    keep the dtypes that they have, with casts around them; a note counts them. Activations beyond the range of the
+    dtype, which is 65504 for fp16, become infinite. With `dtype=fp32` the pass widens a model of 16 bits.
     """
 
     name = "cast"

@@ -76,7 +76,8 @@ class Borders:
         shown = ", ".join(f"{count} × {name}" for name, count in sorted(counts.items())[:_SHOWN])
         calls = any(node.op_identifier() in self._functions for node in kept)
         hint = "; run inline-functions first to cast inside of calls" if calls else ""
-        return f"{len(kept)} nodes keep the dtypes that they have: {shown}{', …' * (len(counts) > _SHOWN)}{hint}"
+        nodes = "1 node keeps the dtypes that it has" if len(kept) == 1 else f"{len(kept)} nodes keep their dtypes"
+        return f"{nodes}: {shown}{', …' * (len(counts) > _SHOWN)}{hint}"
 
     def _keeps(self, node: onnx_ir.Node) -> bool:
         if is_alibi(node) or is_collective(node):
