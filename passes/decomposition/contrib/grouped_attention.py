@@ -74,15 +74,16 @@ def _group_query_attention(op: Any, node: onnx_ir.Node) -> Values:
     length = total if past[0] is None else op.Max(total, length_of(op, past[0], 2))
     columns = op.Unsqueeze(op.Range(np.int64(0), length, np.int64(1)), [0])  # [1, t]
     key, value = (_grown(op, old, new, columns, before, steps) for old, new in zip(past, (key, value), strict=True))
-    hidden = _hidden(op, node, columns, positions)
-    attended = total  # A bias has as many columns as are attended; the cache may have more.
-    keys, values = (op.Slice(x, [0], op.Unsqueeze(attended, [0]), [2]) for x in (key, value))
-    hidden = op.Slice(hidden, [0], op.Unsqueeze(attended, [0]), [3])
+    terms = [_hidden(op, node, columns, positions)]
+    keys, values = (repeated(op, x, heads // groups) for x in (key, value))
     bias = operand(node, 10)
-    terms = [hidden] if bias is None else [bias, hidden]
+    if bias is not None:  # It has as many columns as are attended; the cache may have more, which hold nothing yet.
+        end = op.Unsqueeze(total, [0])
+        keys, values = (op.Slice(x, [0], end, [2]) for x in (keys, values))
+        terms = [bias, op.Slice(terms[0], [0], end, [3])]
     scores = Scores(scale_of(attribute(node, "scale", 0.0), query), attribute(node, "softcap", 0.0), tuple(terms))
-    keys, values = (repeated(op, x, heads // groups) for x in (keys, values))
-    return [join_heads(op, attend(op, query, keys, values, scores)), key, value, None]
+    width = heads * known_length(value, 3)
+    return [join_heads(op, attend(op, query, keys, values, scores), width), key, value, None]
 
 
 def _projections(op: Any, node: onnx_ir.Node, heads: int, groups: int) -> list[Any]:
