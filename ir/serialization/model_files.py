@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.serialization.domains import normalize_domains
 from passopt.ir.serialization.external_tensors import ExternalTensors
 from passopt.ir.serialization.sparse_tensors import make_dense
 from passopt.ir.serialization.text_files import TEXT_SUFFIX, load_text_model
@@ -81,6 +82,10 @@ def load_model(path: Path | str) -> onnx_ir.Model:
         raise ModelError(f"{path}: not an ONNX model: the graph has neither nodes nor outputs")
     if not model.graph.opset_imports:
         raise ModelError(f"{path}: not an ONNX model, or truncated: it names no opset")
+    try:
+        normalize_domains(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     ExternalTensors(model, path).replace()
     for value in model.graph.initializers.values():
         if value.const_value is not None and not value.is_graph_input():

@@ -16,6 +16,7 @@ import onnx_ir
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.repeated_layers import Run, longest_run
 from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.serialization.domains import normalize_domains
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 
 INLINE_ELEMENTS = 16
@@ -133,6 +134,7 @@ def parse_model(text: str) -> onnx_ir.Model:
         raise ModelError(f"not ONNX text: {detail}") from None
     except onnx_ir.serde.SerdeError as error:
         raise ModelError(f"not a model: {error.__cause__ or error}") from error
+    normalize_domains(model)
     for index, node in enumerate(model.graph):
         node.name = node.name or f"{node.op_type}_{index}"
     complete_outputs(model)

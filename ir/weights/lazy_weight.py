@@ -100,12 +100,12 @@ def constant_tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
 
 
 def small_constant(value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]] | None:
-    """Return the array of a constant of at most `SMALL_BYTES`, or None; never read a weight of the checkpoint."""
+    """Return the numbers of a constant of at most `SMALL_BYTES`, or None; never read a weight of the checkpoint."""
     if value is None:
         return None
     tensor = constant_tensor(value)
     kind = type(tensor)  # isinstance would go through a slow protocol check.
-    if tensor is None or kind is LazyWeight:
+    if tensor is None or kind is LazyWeight or tensor.dtype == onnx_ir.DataType.STRING:
         return None
     if kind is onnx_ir.serde.TensorProtoTensor:
         proto: onnx.TensorProto = tensor.raw
