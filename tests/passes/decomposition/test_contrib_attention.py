@@ -52,6 +52,7 @@ MASKS = {
 @pytest.mark.parametrize("causal", [0, 1])
 @pytest.mark.parametrize("past", [False, True])
 def test_attention(kind, causal, past):
+    """A row that sees nothing has scores near -10000, where fp32 knows steps of 0.001: these limit what is equal."""
     columns = T if past else S
     declared, numbers = MASKS[kind]
     inputs = f"float[2,3,7] x, float[2,2,2,{P},6] past, float[2,2,3,{S}] extra"
@@ -61,7 +62,7 @@ def test_attention(kind, causal, past):
         y, present = com.microsoft.Attention <num_heads = 2, unidirectional = {causal}>
             (x, w, b, {"m" if declared else '""'}, {"past" if past else '"", extra'}) }}"""
     feeds = {"m": numbers(columns)} if declared else {}
-    decomposed(text, feeds=feeds)
+    decomposed(text, feeds=feeds, tolerance=1e-3 if kind == "hidden rows" else 1e-5)
 
 
 @pytest.mark.parametrize("call", ["scale = 0.7", "qkv_hidden_sizes = [12, 12, 8]", "mask_filter_value = -3.0"])
@@ -202,14 +203,15 @@ def test_group_query_attention_with_other_scores(call, steps, past):
     grouped(call, steps=steps, past=past)
 
 
+@pytest.mark.parametrize("window", ["", ", local_window_size = 2"])
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize(
     ("steps", "past", "filled"),
-    [(1, 4, [5, 3]), (1, 9, [5, 3]), (1, 9, [9, 1]), (3, 0, [3, 2])],
+    [(1, 4, [5, 3]), (1, 9, [5, 3]), (1, 9, [9, 1]), (3, 0, [3, 2]), (5, 0, [2, 5])],
 )
-def test_group_query_attention_of_rows_that_are_filled_to_different_ends(steps, past, filled, rotary):
+def test_group_query_attention_of_rows_that_are_filled_to_different_ends(steps, past, filled, rotary, window):
     call = ", do_rotary = 1" if rotary else ""
-    grouped(call, batch=2, steps=steps, past=past, filled=filled, rotary=rotary)
+    grouped(call + window, batch=2, steps=steps, past=past, filled=filled, rotary=rotary)
 
 
 @pytest.mark.parametrize(
