@@ -35,8 +35,14 @@ COMMANDS = (
     "generate",
 )
 
-#: The extra of passopt that installs a package; all other packages come with the extra `export`.
+#: The extra of passopt that installs a package, by the name of its module.
 _EXTRAS = {
+    "accelerate": "export",
+    "onnxscript": "export",
+    "torch": "export",
+    "transformers": "export",
+    "jinja2": "run",
+    "numba": "fast",
     "onnx_graphsurgeon": "guests",
     "onnxsim": "guests",
     "sentencepiece": "run",
@@ -78,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(str(interrupt) or ("interrupted; nothing half-written was kept" if writes else "interrupted"))
         return _INTERRUPTED
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(str(error.name), "export")
-        say(f"needs {error.name}, which is not installed; pip install 'passopt[{extra}]' brings it")
+        say(_missing(error))
         return UsageError.exit_code
     except BrokenPipeError:
         # The reader of stdout has gone, as in `| head`. Without this, Python would complain once more at exit.
@@ -89,6 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"{error.filename or 'a file'}: {error.strerror or error}")
         return UsageError.exit_code
     return code
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """Return what to install: an extra of passopt only for packages that it brings."""
+    package = (error.name or "").partition(".")[0]
+    if not package:
+        return f"needs a package that is not installed: {error}"
+    extra = _EXTRAS.get(package)
+    source = f"'passopt[{extra}]' brings it" if extra else f"{package}, or the package that has this module"
+    return f"needs {error.name}, which is not installed; pip install {source}"
 
 
 def parser() -> argparse.ArgumentParser:
