@@ -13,11 +13,14 @@ from typing import Any, BinaryIO, TypeAlias
 import gguf
 import numpy as np
 
+from passopt.frontends.checkpoint import LFS_POINTER
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.expressions import DataType, SourceFile
 from passopt.ir.weights.sources import identify
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+MAGIC = b"GGUF"
 
 #: The storage types that safetensors holds as they are; all others are dequantised to fp32.
 _PLAIN = {
@@ -106,7 +109,7 @@ def open_gguf(path: Path) -> GgufFile:
     """
     file = identify(path)
     try:
-        _check_order(path)
+        _check_start(path)
         reader = _Reader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = [_tensor(entry) for entry in reader.tensors]
@@ -131,10 +134,12 @@ class _Reader(gguf.GGUFReader):
         return np.ndarray(int(count), kind, self.data, int(offset))
 
 
-def _check_order(path: Path) -> None:
+def _check_start(path: Path) -> None:
     with path.open("rb") as stream:
-        head = stream.read(8)
-    if head[:4] == b"GGUF" and head[4:6] == b"\0\0":
+        head = stream.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise ValueError("it is a git-lfs pointer instead of the file; fetch it with: git lfs pull")
+    if head[:4] == MAGIC and head[4:6] == b"\0\0":
         raise ValueError("it is big-endian, and only little-endian files are supported")
 
 

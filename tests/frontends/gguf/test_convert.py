@@ -311,6 +311,40 @@ def test_damaged_files_are_refused_and_named(llama_file: Path, tmp_path: Path) -
     assert all(str(path) in message for message in messages)
 
 
+def test_the_disk_is_asked_first(llama_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UsageError, match="bytes for the time of the export, the disk has 1,000 free"):
+        converted(llama_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_file_names_it(llama_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"has no config.json; name the file .*{llama_file.name}"):
+        passopt.export(llama_file.parent, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"nosuch\.gguf: cannot be read: No such file"):
+        passopt.export(tmp_path / "nosuch.gguf", tmp_path / "out")
+
+
+def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refused(path)
+
+
+def test_an_unknown_tokenizer_is_left_out_and_told(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    def change(writer: Any) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("nosuch")
+        writer.add_token_list(["a", "b"])
+
+    tiny.write(tmp_path / "m.gguf", tiny.build("llama", num_hidden_layers=1), change=change)
+    told: list[str] = []
+    write_checkpoint(open_gguf(tmp_path / "m.gguf"), tmp_path / "out", told.append, lambda count: None)
+    assert len(told) == 1
+    assert "splits words by the rule 'nosuch', so the output has no tokenizer; supported are" in told[0]
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
 def test_big_endian_files_are_refused(llama_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF" + b"\0\0\0\3" + llama_file.read_bytes()[8:])
