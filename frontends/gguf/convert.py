@@ -46,7 +46,7 @@ def write_checkpoint(
         )
     folder.mkdir()
     _write_json(folder / CONFIG_NAME, config)
-    _write_json(folder / "generation_config.json", token_ids(model.metadata))
+    _write_json(folder / "generation_config.json", token_ids(model))
     try:
         write_tokenizer(model.metadata, folder, model.path)
     except UnknownTokenizer as error:

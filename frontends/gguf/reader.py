@@ -29,6 +29,9 @@ _PLAIN = {
     gguf.GGMLQuantizationType.BF16: DataType.BFLOAT16,
 }
 
+#: The longest list in metadata that is read. The longest ones are merges of vocabularies, of some 500,000 entries.
+_LONGEST = 1 << 21
+
 #: Rows are read and dequantised in pieces of about so many elements, so that memory does not grow with a tensor.
 _PIECE = 2 << 20
 
@@ -132,6 +135,13 @@ class _Reader(gguf.GGUFReader):
             raise ValueError(f"it has {len(self.data)} bytes, and something in it ends behind that")
         # Plain arrays, since views of memmap objects take ten times as long to make.
         return np.ndarray(int(count), kind, self.data, int(offset))
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Array], list[int], list[Any]]:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            length = int(self._get(orig_offs + 4, np.uint64)[0])
+            if length > _LONGEST:
+                raise ValueError(f"it has a list of {length} entries")
+        return super()._get_field_parts(orig_offs, raw_type)
 
 
 def _check_start(path: Path) -> None:

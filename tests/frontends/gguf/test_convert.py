@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tracemalloc
 from collections.abc import Callable
@@ -241,6 +242,12 @@ def test_other_factors_are_refused(tiny: SimpleNamespace, tmp_path: Path) -> Non
             lambda writer: writer.add_float32("llama.embedding_scale", 12.0),
             "llama.embedding_scale = 12.0, which is not",
         ),
+        (lambda writer: writer.add_rope_scaling_factor(float("nan")), "rope scaling with settings that are no numbers"),
+        (lambda writer: writer.add_key_length(33), "heads are 33 wide, which does not split into the halves"),
+        (
+            lambda writer: writer.add_string("tokenizer.ggml.eos_token_id", "2"),
+            "is '2', expected the number of a token",
+        ),
         (lambda writer: writer.add_sliding_window(64), "llama.attention.sliding_window = 64, expected 0"),
         (
             lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
@@ -289,6 +296,28 @@ def finish(writer: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+ODD: tuple[Any, ...] = (
+    *(None, "x", "", -1, 0, 1, 2.5, float("nan"), float("inf"), -3.0, 1e30, 2**63),
+    *([], [1], ["a"], [None], True, False, [[1]], [-1, 2]),
+)
+
+
+def test_odd_values_end_in_a_model_or_in_a_message(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    def change(writer: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(2.0)
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+
+    model = with_keys(tiny, tmp_path / "m.gguf", change)
+    for key in model.metadata:
+        for value in ODD:
+            try:
+                check_gguf(dataclasses.replace(model, metadata={**model.metadata, key: value}))
+            except ModelError as error:
+                assert str(tmp_path) in str(error), (key, value)  # noqa: PT017 - most raise, some need not
 
 
 def test_damaged_files_are_refused_and_named(llama_file: Path, tmp_path: Path) -> None:
@@ -355,7 +384,7 @@ def test_a_missing_tensor_is_named(tiny: SimpleNamespace, tmp_path: Path) -> Non
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("blk.0.attn_q.weight", np.ones((3, 5), np.float32))
     for name in ("embedding_length", "head_count", "feed_forward_length", "block_count", "context_length"):
-        getattr(writer, f"add_{name}")(4)
+        getattr(writer, f"add_{name}")(4 if name == "head_count" else 64)
     writer.add_layer_norm_rms_eps(1e-5)
     finish(writer)
     assert "has no tensor token_embd.weight" in refused(tmp_path / "m.gguf")
