@@ -177,7 +177,7 @@ def token_ids(model: GgufFile) -> dict[str, Any]:
     Raises:
         ModelError: If an id is no whole number.
     """
-    ids = {}
+    ids: dict[str, Any] = {}
     for role in ("bos", "eos", "eot", "eom", "padding"):
         key = f"tokenizer.ggml.{role}_token_id"
         ids[role] = model.metadata.get(key)
