@@ -155,13 +155,16 @@ def test_a_rewrite_that_fails_is_a_reason(lines, rule):
 
 
 def test_a_rewrite_with_a_defect_is_a_reason_too(lines, rule):
-    assert lines(rule(silu_negated, lambda self, op, a: 1 // 0), layers(WHOLE)) == [
-        "test-rule: did not finish, declined 2 times, came near at 0 places",
-        "1. declined",
-        "    the pass fails on this model: ZeroDivisionError: integer division or modulo by zero",
-        "2. declined at out0 (Neg)",
-        "    the rewrite fails with ZeroDivisionError: integer division or modulo by zero",
-    ]
+    item = rule(silu_negated, lambda self, op, a: 1 // 0)
+    failed, why, site, step, second, reason = lines(item, layers(WHOLE))[1:]
+    assert (failed, second) == ("1. declined at out0 (Neg)", "2. declined at out0 (Neg)")
+    fault = "failed with ZeroDivisionError: integer division or modulo by zero, at "
+    assert why.startswith("    the pass fails on this model: test-rule (")
+    assert f"<lambda> {fault}" in why
+    assert site == "    site: Neg 'Neg_2', which makes out0"
+    assert "defect of the pass" in step
+    assert reason.startswith(f"    the rewrite {fault}")
+    assert "test_report.py" in reason
 
 
 def test_where_another_rule_of_the_pass_applies_nothing_is_missed(lines, rule):
