@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.serialization.proto_check import check_proto
 from passopt.ir.serialization.text_files import TEXT_SUFFIX, load_text_model
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator
@@ -44,6 +45,8 @@ def model_path(path: Path) -> Path:
         path = inside
     if not path.exists():
         raise ModelError(f"{path}: no such model. Make one with: passopt export CHECKPOINT -o DIR")
+    if not path.is_file():
+        raise ModelError(f"{path}: no model, but a folder, a pipe or a device. Name a model file, or its folder.")
     return path
 
 
@@ -69,7 +72,11 @@ def load_model(path: Path | str) -> onnx_ir.Model:
     if path.suffix == TEXT_SUFFIX:
         return load_text_model(path)
     try:
-        model = onnx_ir.load(path, format="protobuf")
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        check_proto(proto)
+        model = onnx_ir.from_proto(proto)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     except (DecodeError, ValueError, KeyError, OSError, RuntimeError) as error:
         raise ModelError(f"{path}: not an ONNX model, or truncated: {error}") from error
     if not len(model.graph) and not model.graph.outputs:
