@@ -59,7 +59,7 @@ drift: $(INSTALLED)  ## Write docs/measured/drift.md, what the fusions find by f
 	$(BIN)/python tools/docs/drift.py --write docs/measured/drift.md
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,docs,dev]'
+	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,gguf,run,guests,fast,docs,dev]'
 	@touch $@
 
 help:  ## Show the targets.

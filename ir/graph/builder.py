@@ -17,6 +17,7 @@ from onnx import shape_inference
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.contrib_types import infer_contrib_types, is_runtime_operator
 from passopt.ir.graph.functions import DOMAIN, grown, infer_function_types
 from passopt.ir.graph.operators import COLLECTIVE_OPS
 from passopt.ir.weights.expressions import Expression
@@ -95,6 +96,8 @@ class Builder:
                 float among the inputs but no value whose dtype it could take.
         """
         values = self._operands(op_type, inputs)
+        while values and values[-1] is None:
+            values.pop()  # onnxruntime 1.32 crashes on an empty name behind the last input of LayerNormalization.
         converted = [_attribute(name, value) for name, value in attributes.items()]
         name = self._unique(f"{self.hint}/{op_type}")
         node = onnx_ir.Node(domain, op_type, values, converted, num_outputs=outputs, name=name)
@@ -176,6 +179,9 @@ def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -
         return
     if node.domain == DOMAIN:
         infer_function_types(node)
+        return
+    if node.domain == MICROSOFT or is_runtime_operator(node, opset):
+        infer_contrib_types(node)
         return
     if node.domain or any(value is not None and value.type is None for value in node.inputs):
         return

@@ -16,6 +16,7 @@ import onnx_ir
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.repeated_layers import Run, longest_run
 from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.serialization.domains import normalize_domains
 from passopt.ir.serialization.proto_check import check_proto
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 
@@ -136,6 +137,7 @@ def parse_model(text: str) -> onnx_ir.Model:
         raise ModelError(f"not ONNX text: {detail}") from None
     except onnx_ir.serde.SerdeError as error:
         raise ModelError(f"not a model: {error.__cause__ or error}") from error
+    normalize_domains(model)
     for index, node in enumerate(model.graph):
         node.name = node.name or f"{node.op_type}_{index}"
     complete_outputs(model)
@@ -172,6 +174,15 @@ def _declarations(values: Iterable[onnx_ir.Value], hidden: set[str]) -> list[str
 
 
 def _type(value: onnx_ir.Value) -> str:
+    """Return the type as ONNX text writes it, such as `seq(float[n,2])`."""
+    kind, wrappers = value.type, ""
+    while isinstance(kind, (onnx_ir.SequenceType, onnx_ir.OptionalType)):
+        wrappers += "seq(" if isinstance(kind, onnx_ir.SequenceType) else "optional("
+        kind = kind.elem_type
+    return wrappers + _tensor_type(value) + ")" * wrappers.count("(")
+
+
+def _tensor_type(value: onnx_ir.Value) -> str:
     if value.dtype is None:
         return "?"
     name = onnx.TensorProto.DataType.Name(value.dtype.value).lower()
@@ -203,12 +214,20 @@ def _initializer(value: onnx_ir.Value) -> str:
 
 
 def _elements(tensor: onnx_ir.TensorProtocol) -> str:
+    if tensor.dtype == onnx_ir.DataType.STRING:
+        strings: list[bytes] = tensor.string_data()  # type: ignore[attr-defined]
+        return ",".join(_quoted_string(item.decode(errors="replace")) for item in strings)
     array = tensor.numpy().reshape(-1)
     if tensor.dtype in {onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}:
         return ",".join(str(bits) for bits in array.view(np.uint16))  # ONNX text writes 16-bit floats as bit patterns.
     if array.dtype == np.bool_:
         return ",".join(str(int(item)) for item in array)
     return ",".join(str(item) for item in array)
+
+
+def _quoted_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _node(node: onnx_ir.Node) -> str:

@@ -41,9 +41,13 @@ class Parts:
     key_repeated: onnx_ir.Value | None = None
     value_repeated: onnx_ir.Value | None = None
     query_scale: onnx_ir.Value | None = None
+    query_scaling: str = "none"
     key_scale: onnx_ir.Value | None = None
-    scaling: str = "none"
-    scale: onnx_ir.Value | None = None
+    key_scaling: str = "none"
+    turned_scale: onnx_ir.Value | None = None
+    turned_scaling: str = "none"
+    score_scale: onnx_ir.Value | None = None
+    score_scaling: str = "none"
     cap: onnx_ir.Value | None = None
     cap_spelling: str = "none"
     uncap: onnx_ir.Value | None = None
@@ -195,10 +199,17 @@ class Parts:
 
         Raises Decline unless it is above 0 and finite.
         """
-        factors = [op.number(item, 1.0) for item in (self.query_scale, self.key_scale, self.scale)]
-        if self.scaling == "quotient":
-            factors[2] = 1 / factors[2] if factors[2] else math.inf
-        scale = math.prod(factors)
+        scale = 1.0
+        for factor, spelling in (
+            (self.query_scale, self.query_scaling),
+            (self.key_scale, self.key_scaling),
+            (self.turned_scale, self.turned_scaling),
+            (self.score_scale, self.score_scaling),
+        ):
+            number = op.number(factor, 1.0)
+            if spelling == "quotient":
+                number = 1 / number if number else math.inf
+            scale *= number
         if not 0 < scale < math.inf:
             raise Decline(f"the scores are scaled by {scale:g}; the operator takes what is above 0")
         return scale

@@ -100,7 +100,7 @@ class FuseAttention(RewritePass):
 
 def attention(op: Any, keys: Any, values: Any) -> Any:
     """Return the pattern of softmax(q · kᵀ · scale + mask) · v, from [b, h, q, d] to [b, h, q, d], in all spellings."""
-    scores = _masked(op, _widened(op, _capped(op, _scaled(op, _products(op, keys)))))
+    scores = _masked(op, _widened(op, _capped(op, _scaled(op, "score", _products(op, keys)))))
     probabilities = op.Softmax(scores, axis=op.variable("axis"))
     guarded = op.optional("guard", probabilities, lambda p: op.Where(op.IsNaN(p), 0, p))
     narrowed = op.optional("narrowing", guarded, op.Cast)
@@ -108,15 +108,17 @@ def attention(op: Any, keys: Any, values: Any) -> Any:
 
 
 def _products(op: Any, keys: Any) -> Any:
-    """Return the pattern of q · kᵀ: torch scales both sides by √scale, other exporters the query alone."""
-    query = op.variable("query")
-    shared = _heads(op, "key", keys)
+    """Return the pattern of q · kᵀ: torch scales both sides by √scale, other exporters the query alone.
+
+    A side may be multiplied or divided, the keys also before they are turned.
+    """
+    shared = _scaled(op, "key", _heads(op, "key", keys))
     turned = op.any_of(
-        "key_layout", bhsd=op.Transpose(shared, perm=[0, 1, 3, 2]), bshd=op.Transpose(keys, perm=[0, 2, 3, 1])
+        "key_layout",
+        bhsd=op.Transpose(shared, perm=[0, 1, 3, 2]),
+        bshd=op.Transpose(keys, perm=[0, 2, 3, 1]),
     )
-    left = op.optional("query_scaling", query, lambda x: op.Mul(x, op.scalar("query_scale")))
-    right = op.optional("key_scaling", turned, lambda x: op.Mul(x, op.scalar("key_scale")))
-    return op.MatMul(left, right)
+    return op.MatMul(_scaled(op, "query", op.variable("query")), _scaled(op, "turned", turned))
 
 
 def _heads(op: Any, name: str, x: Any) -> Any:
@@ -130,10 +132,10 @@ def _repeated(op: Any, name: str, x: Any) -> Any:
     return op.Reshape(spread, op.anything(), bind=f"{name}_repeated")
 
 
-def _scaled(op: Any, x: Any) -> Any:
+def _scaled(op: Any, name: str, x: Any) -> Any:
     """Add an optional scale to the pattern, as a product or a quotient."""
-    factor = op.scalar("scale")
-    return op.any_of("scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), none=x)
+    factor = op.scalar(f"{name}_scale")
+    return op.any_of(f"{name}_scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), none=x)
 
 
 def _capped(op: Any, x: Any) -> Any:

@@ -5,6 +5,7 @@ A rule is a pair of a pattern method and a rewrite method.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
@@ -191,6 +192,16 @@ def rules_of(owner: RuleOwner) -> tuple[Rule, ...]:
     Raises:
         PassError: If a rule can never work.
     """
+    try:
+        hash(owner)
+    except TypeError:  # A pass with a list among its options cannot be remembered.
+        return _traced.__wrapped__(owner)
+    return _traced(owner)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(owner: RuleOwner) -> tuple[Rule, ...]:
+    """Trace the rules of a pass once, however many models it runs on: equal passes have equal rules."""
     try:
         pairs = [(pattern, rewrite) for pattern, rewrite in owner.rules()]
     except Exception as error:

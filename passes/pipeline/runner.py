@@ -11,6 +11,7 @@ from passopt.ir.errors import PassError, PassoptError, VerifyError
 from passopt.ir.graph.interface import Interface
 from passopt.ir.graph.run_context import RewriteLimit, RunContext
 from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.domains import normalize_domains
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.defects import NEXT_STEP, describe_site, failure, node_at_work
 from passopt.passes.framework.records import PassRecord, PassResult
@@ -83,6 +84,7 @@ def run_passes(
             print([(record.name, record.result.matches) for record in records])
     """
     records: list[PassRecord] = []
+    normalize_domains(model)  # A model that was made in memory may still name the alias of the default domain.
     watch = Watch(expectations, passes)
     context = RunContext.of(model)
     context.times_rules, context.rewrite_limit = time_rules, rewrite_limit

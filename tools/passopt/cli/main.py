@@ -43,6 +43,7 @@ COMMANDS = (
 #: The extra of passopt that installs a package; all other packages come with the extra `export`.
 _EXTRAS = {
     "onnx_graphsurgeon": "guests",
+    "gguf": "gguf",
     "onnxsim": "guests",
     "sentencepiece": "run",
     "tokenizers": "run",

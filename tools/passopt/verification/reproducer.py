@@ -152,11 +152,11 @@ def free_name(path: Path) -> Path:
 def _write_cut(folder: Path, violation: Violation) -> None:
     """Write the single rewrite: the model on either side, and the inputs of the draw on which the two differ most.
 
-    Weights are among those inputs.
+    Weights are among those inputs. Of a violation that only the whole graph shows, there are the inputs alone.
     """
     comparison = violation.comparison
-    for side, name in ((comparison.before, BEFORE_NAME), (comparison.after, AFTER_NAME)):
-        onnx_ir.save(side.model, folder / name)
-    inputs = comparison.inputs(violation.outcome.draw, real=violation.real)
+    if comparison is not None:
+        for side, name in ((comparison.before, BEFORE_NAME), (comparison.after, AFTER_NAME)):
+            onnx_ir.save(side.model, folder / name)
     with (folder / INPUTS_NAME).open("wb") as file:
-        np.savez(file, **inputs)  # type: ignore[arg-type]
+        np.savez(file, **violation.inputs())
