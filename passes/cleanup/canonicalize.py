@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import ConstantElement, DimOf, dimensions, elements
+from passopt.ir.graph.shapes import ConstantElement, DimOf, dimensions, elements, is_zero_with, target_lengths
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
 
@@ -134,8 +134,7 @@ class Canonicalize(RewritePass):
             raise Decline(f"others read {between.name}, so that both reshapes stay")
         if is_own_shape(x, shape) or _same_known_shape(x, result):
             return x
-        target = elements(shape)
-        if target is None or any(isinstance(item, ConstantElement) and item.number == 0 for item in target):
+        if not allowzero and not _means_same_lengths(x, between, shape):
             raise Decline(f"the target {shape.name} may hold a 0, which means a length of the reshape between")
         return op.Reshape(x, shape, **({"allowzero": 1} if allowzero else {}))
 
@@ -168,13 +167,14 @@ class Canonicalize(RewritePass):
         return x
 
     def cast_like(self, op: Any, x: Any, like: Any) -> Any:
-        """Match a CastLike, which becomes a Cast to the dtype of its second input."""
-        return op.CastLike(x, like)
+        """Match a CastLike, which becomes a Cast to the dtype of its second input that rounds in the same way."""
+        return op.CastLike(x, like, bind="result")
 
-    def cast(self, op: Any, x: Any, like: Any) -> Any:
+    def cast(self, op: Any, x: Any, like: Any, result: Any) -> Any:
         if like.dtype is None:
             raise Decline(f"the dtype of {like.name} is unknown")
-        return x if like.dtype == x.dtype else op.Cast(x, to=like.dtype.value)
+        kept = {name: item.value for name, item in result.producer().attributes.items()}
+        return x if like.dtype == x.dtype else op.Cast(x, to=like.dtype.value, **kept)
 
     def gather_rows(self, op: Any, table: Any, ids: Any, axis: Any) -> Any:
         """Match a GatherND that looks up rows of a table by one index each."""
@@ -214,6 +214,21 @@ def is_own_shape(x: onnx_ir.Value, shape: onnx_ir.Value) -> bool:
     if dims is None or target is None or len(dims) != len(target):
         return False
     return all(_is_length(item, x, axis) for axis, item in enumerate(target))
+
+
+def _means_same_lengths(x: onnx_ir.Value, between: onnx_ir.Value, shape: onnx_ir.Value) -> bool:
+    """Return True if no element of a target is 0, or if a 0 means the same length in both values."""
+    target, here, there = target_lengths(shape), dimensions(x) or [], dimensions(between) or []
+    if target is None:
+        return False
+    for axis, length in enumerate(target):
+        if isinstance(length, int) and length:
+            continue
+        one, other = (dims[axis] if axis < len(dims) else None for dims in (here, there))
+        both_vanish = isinstance(length, str) and is_zero_with(length, [one]) and is_zero_with(length, [other])
+        if not both_vanish and (one is None or one != other):
+            return False
+    return True
 
 
 def _is_length(item: object, x: onnx_ir.Value, axis: int) -> bool:
