@@ -11,7 +11,7 @@ import onnx_ir
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
-from passopt.passes.fusion.attention_masks import alibi_mask, split_alibi, visible_mask
+from passopt.passes.fusion.attention_masks import alibi_mask, visible_mask
 from passopt.passes.fusion.attention_parts import Parts
 from passopt.passes.fusion.cache_lengths import lengths_of_parts, shape_of_joined
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -99,8 +99,8 @@ class FuseAttention(RewritePass):
         scale, softcap = parts.total_scale(op), parts.softcap(op)
         query, key, value, outputs = parts.wide_query(op), parts.plain_key(op), parts.value, parts.outputs
         parts.check_hidden_rows(op, self.hidden_rows)
-        terms, floored = parts.bias_terms(op), parts.floor is not None
-        alibi, others = split_alibi(op, terms, parts.heads)
+        floored = parts.floor is not None
+        alibi, others, terms = parts.added(op)
         # AlibiAttention floors all scores alike. Without a floor, one of several masks may reach -inf and another not.
         if alibi is not None and (floored or len(others) < 2):
             if softcap:

@@ -126,9 +126,23 @@ class Graph:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-KINDS = (
-    ["Shape", "Shape", "Part", "Gather", "Gather", "Table", "Slice", "Concat", "Concat", "Cast", "Unsqueeze", "Squeeze", "Arithmetic", "Where", "Reshape"]
-)
+KINDS = [
+    "Shape",
+    "Shape",
+    "Part",
+    "Gather",
+    "Gather",
+    "Table",
+    "Slice",
+    "Concat",
+    "Concat",
+    "Cast",
+    "Unsqueeze",
+    "Squeeze",
+    "Arithmetic",
+    "Where",
+    "Reshape",
+]
 
 
 def feeds(lengths: tuple[int, int, int]) -> dict[str, np.ndarray]:
