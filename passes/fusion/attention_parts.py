@@ -47,19 +47,19 @@ class Parts:
     key_repeated: onnx_ir.Value | None = None
     value_repeated: onnx_ir.Value | None = None
     query_scale: onnx_ir.Value | None = None
-    query_scaling: str = "none"
+    query_scaling: str = "absent"
     key_scale: onnx_ir.Value | None = None
-    key_scaling: str = "none"
+    key_scaling: str = "absent"
     turned_scale: onnx_ir.Value | None = None
-    turned_scaling: str = "none"
+    turned_scaling: str = "absent"
     score_scale: onnx_ir.Value | None = None
-    score_scaling: str = "none"
+    score_scaling: str = "absent"
     cap: onnx_ir.Value | None = None
     cap_spelling: str = "none"
     uncap: onnx_ir.Value | None = None
     early_bias: onnx_ir.Value | None = None
     bias: onnx_ir.Value | None = None
-    masking: str = "none"
+    masking: str = "absent"
     mask: onnx_ir.Value | None = None
     condition: onnx_ir.Value | None = None
     low: onnx_ir.Value | None = None
@@ -301,7 +301,7 @@ class Parts:
             raise Decline("adds a bias before the scores are capped; the operator adds it after")
         if self.widened is not None:
             raise Decline("adds a bias before the scores are widened")
-        if self.score_scaling == "none":
+        if self.score_scaling == "absent":
             assert self.early_bias is not None
             return self.early_bias
         scale = op.Mul if self.score_scaling == "product" else op.Div

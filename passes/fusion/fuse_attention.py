@@ -157,7 +157,7 @@ def _repeated(op: Any, name: str, x: Any) -> Any:
 def _scaled(op: Any, name: str, x: Any) -> Any:
     """Add an optional scale to the pattern, as a product or a quotient."""
     factor = op.scalar(f"{name}_scale")
-    return op.any_of(f"{name}_scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), none=x)
+    return op.any_of(f"{name}_scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), absent=x)
 
 
 def _early_biased(op: Any, x: Any) -> Any:
@@ -195,7 +195,7 @@ def _masked(op: Any, x: Any) -> Any:
         hidden=hidden,
         shown_added=op.Add(shown, op.variable("mask")),
         hidden_added=op.Add(hidden, op.variable("mask")),
-        none=biased,
+        absent=biased,
     )
     floored = op.optional("flooring", masked, lambda y: op.Max(y, op.scalar("floor")))
     return op.optional("late_widening", floored, lambda y: op.Cast(y, bind="late_widened"))
