@@ -147,7 +147,7 @@ class Pass(abc.ABC):
 
 
 def _check_class_attributes(cls: type[Pass]) -> None:
-    """Raise PassError for a class attribute whose name is nearly one of `Pass`, such as `acuracy`.
+    """Raise PassError for a class attribute whose name is nearly one of `Pass`, such as `change_interface`.
 
     Nothing would read it, and the pass would silently have the default. Options have annotations, and are not looked
     at; names that begin with an underscore, constants in capitals and methods are the author's own, and so is a name
