@@ -337,7 +337,10 @@ def _constants_to_initializers(editor: Editor) -> int:
             continue
         name = editor.unique(f"{old.name}.constant") if old.is_graph_output() else old.name or "constant"
         value = onnx_ir.Value(shape=onnx_ir.Shape(tensor.shape.numpy()), type=onnx_ir.TensorType(tensor.dtype))
-        value.const_value = onnx_ir.tensor(tensor.numpy(), name=name)
+        if isinstance(tensor, LazyWeight):
+            value.const_value = LazyWeight(tensor.expression, name)
+        else:
+            value.const_value = onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
         for use in old.uses():
             use.node.replace_input_with(use.idx, value)
         editor.remove_dead([node])
