@@ -104,8 +104,9 @@ LOSSY = {"cast{dtype=fp16}": 2e-2, "decompose-contrib,cast{dtype=fp16}": 2e-2, "
 def saved(name, level, folder):
     """The model as onnxruntime wrote it, optimised up to a level, and inputs with the outputs that it gives."""
     original = MODELS[name]()
-    plain, target = folder / f"{name}-{level}", folder / f"{name}-{level}.onnx"
+    plain = folder / f"{name}-{level}"
     plain.mkdir()
+    target = plain / "optimised.onnx"  # It goes on referring to the weights beside the original.
     save_materialized(original, plain)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
