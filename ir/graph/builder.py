@@ -17,9 +17,8 @@ from onnx import shape_inference
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import attributes_key
-from passopt.ir.graph.contrib_types import infer_contrib_types, is_runtime_operator
 from passopt.ir.graph.functions import DOMAIN, grown, infer_function_types
-from passopt.ir.graph.operators import COLLECTIVE_OPS
+from passopt.ir.graph.operators import COLLECTIVE_OPS, infer_contrib_types, is_runtime_operator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
 

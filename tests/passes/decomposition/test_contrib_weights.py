@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from passopt.ir.serialization.model_files import load_model, save_materialized
 from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.lazy_weight import LazyWeight
-from passopt.passes.decomposition.decompose_contrib import DecomposeContrib
+from passopt.passes.decomposition.contrib.decompose_contrib import DecomposeContrib
 from passopt.testing.checking import check
 
 RNG = np.random.default_rng(13)
