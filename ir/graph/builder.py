@@ -243,7 +243,9 @@ def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
-        raise VerifyError(f"{node.op_type} {node.name!r}: no such operator in opset {opset}") from None
+        raise VerifyError(
+            f"{node.op_type} {node.name!r}: no such operator in opset {opset}; if a later one has it, run legalize"
+        ) from None
     opsets = [onnx.helper.make_opsetid("", opset)]
     proto = onnx_ir.serde.serialize_node(node)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import onnx_ir
 import onnx_ir.passes.common
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import PassError, UsageError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.serialization.inference import complete_all_types
 from passopt.passes.framework.base import Pass
@@ -16,6 +16,7 @@ from passopt.passes.framework.records import PassResult
 from passopt.passes.opset.changes import LOWEST_TARGET, NEWEST, NEWEST_READ, OLDEST, UNCHANGED, changes
 from passopt.passes.opset.converters import CONVERTERS
 from passopt.passes.opset.lowering import lower_node
+from passopt.passes.opset.meanings import check_meaning
 from passopt.passes.opset.step import Place, Step, refuse
 
 Container = onnx_ir.Graph | onnx_ir.Function
@@ -41,7 +42,7 @@ class Legalize(Pass):
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Convert the main graph and all local functions in place; raise PassError if a node cannot be converted."""
         if not OLDEST <= self.opset <= NEWEST:
-            raise PassError(
+            raise UsageError(
                 f"{self.name}: opset {self.opset} is not between {OLDEST} and {NEWEST}. Choose one of these."
             )
         every: list[Container] = [model.graph, *model.functions.values()]
@@ -64,7 +65,7 @@ class Legalize(Pass):
                 f"{NEWEST_READ}. Export the model again with an opset between them."
             )
         if self.opset < given and self.opset < LOWEST_TARGET:
-            raise PassError(
+            raise UsageError(
                 f"{self.name}: {body.name!r} is of opset {given}; downwards, {LOWEST_TARGET} is the lowest target, "
                 f"not {self.opset}. Choose {LOWEST_TARGET} or more."
             )
@@ -101,6 +102,7 @@ class Legalize(Pass):
         """Convert the nodes from opset `version` - 1 to `version`; return how many were edited."""
         edited = 0
         for node in _changed(place, version):
+            check_meaning(node, version, version - 1, version)
             converter = CONVERTERS.get((node.op_type, version))
             if converter is not None:
                 converter(Step(node, version, place, self.opset))
