@@ -52,8 +52,8 @@ def encoder(opset=17):
         "words = Gather(table, input_ids)",
         "kinds = Gather(segments, token_type_ids)",
         "start = Add(words, kinds)",
-        "wide = Cast<to = 1>(attention_mask)",
-        "m1 = Unsqueeze(wide, axes) m2 = Sub(one, m1) hidden = Mul(m2, most)",
+        "m0 = Unsqueeze(attention_mask, axis1) m1 = Unsqueeze(m0, axis2) wide = Cast<to = 1>(m1)",
+        "m2 = Sub(one, wide) hidden = Mul(m2, most)",
         NORM.format(x="start", o="n0"),
     ]
     x = "n0"
@@ -77,7 +77,7 @@ def encoder(opset=17):
             shape = {"up": f"{HIDDEN},{WIDE}", "down": f"{WIDE},{HIDDEN}", "c": f"{WIDE}"}[end]
             weights.append(f"float[{shape}] {name} = random")
     numbers = "float two = {2}, float eps = {1e-5}, float one = {1}, float half = {0.5}, float root = {2}, "
-    numbers += "float root2 = {1.4142135}, float most = {-10000}, int64[2] axes = {1, 2}, "
+    numbers += "float root2 = {1.4142135}, float most = {-10000}, int64[1] axis1 = {1}, int64[1] axis2 = {2}, "
     numbers += f"int64[4] heads = {{0, 0, 3, 4}}, int64[3] joined = {{0, 0, {HIDDEN}}}"
     return read_model(
         f"""<ir_version: 10, opset_import: ["" : {opset}]>
@@ -98,6 +98,37 @@ PIPELINES = [
     "simplify",
 ]
 LOSSY = {"cast{dtype=fp16}": 2e-2, "decompose-contrib,cast{dtype=fp16}": 2e-2, "int8": 8e-2}
+
+
+def fused_by_its_tool(original, plain, *, apart):
+    """The file that onnxruntime's tool for transformers writes, with an Attention or MultiHeadAttention per layer."""
+    tool = pytest.importorskip("onnxruntime.transformers.optimizer")
+    settings = pytest.importorskip("onnxruntime.transformers.fusion_options").FusionOptions("bert")
+    settings.use_multi_head_attention = apart
+    save_materialized(original, plain)
+    fused = tool.optimize_model(
+        str(plain / MODEL_NAME), "bert", num_heads=3, hidden_size=HIDDEN, opt_level=0, optimization_options=settings
+    )
+    fused.save_model_to_file(str(plain / "fused.onnx"))
+    return plain / "fused.onnx"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("passes", ["decompose-contrib", "cse,dead-code", "legalize,decompose-contrib,fuse"])
+def test_what_the_tool_for_transformers_writes(passes, apart, tmp_path):
+    original = encoder()
+    model = load_model(fused_by_its_tool(original, tmp_path, apart=apart))
+    kinds = {node.op_type for node in model.graph if node.domain}
+    attention = "MultiHeadAttention" if apart else "Attention"
+    assert kinds == {"SkipLayerNormalization", "BiasGelu", "EmbedLayerNormalization", attention}
+    run_passes(model, resolve(passes).passes)
+    verify_model(model)
+    assert ("decompose-contrib" not in passes) == any(node.domain for node in model.graph)
+    feeds = random_feeds(original, {})
+    feeds["attention_mask"] = np.array([[1, 1, 0], [1, 0, 1]], np.int64)
+    feeds["token_type_ids"] %= 2
+    expected, found = Session(original).run(feeds)["y"], Session(model).run(feeds)["y"]
+    assert operator_error(expected, found) < 2e-5
 
 
 @functools.cache
