@@ -54,7 +54,7 @@ VARIANTS = {
     "3 ranks": Variant("fuse,tp{degree=3}"),
     "int8 weights": Variant("fuse,int8", kl=0.01, perplexity=1.01),
     "int8 weights and head": Variant("fuse,int8{head=true}", compiled=False, kl=0.01, perplexity=1.01),
-    "int8 weights and activations": Variant("fuse,int8{activations=dynamic}", kl=0.1, perplexity=1.05),
+    "int8 weights and activations": Variant("fuse,int8{activations=dynamic}", kl=0.05, perplexity=1.08),
 }
 
 

@@ -10,6 +10,7 @@ compared with these.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def transformers_reference(gguf: Path, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     logits = np.lib.format.open_memmap(folder / LOGITS, "w+", np.float32, (WINDOWS, WINDOW, model.config.vocab_size))
     with torch.no_grad():
-        new = [_greedy(model, prompt) for prompt in prompts]
+        new = _greedy(model, prompts)
         for index, window in enumerate(windows(ids)):
             logits[index] = model(torch.from_numpy(window[None])).logits[0].numpy()
     end = tokenizer.eos_token_id
@@ -57,21 +58,22 @@ def transformers_reference(gguf: Path, folder: Path) -> dict[str, Any]:
     return compared(lambda: iter(logits), logits, ids)
 
 
-def _greedy(model: Any, prompt: Sequence[int]) -> list[int]:
+def _greedy(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the new tokens of all prompts, which run in one batch with padding on the left."""
     import torch
 
-    ids = torch.tensor([list(prompt)])
-    found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
-    )
-    return [int(token) for token in found[0, len(prompt) :]]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    found = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    return found[:, longest:].tolist()
 
 
 def onnx_candidate(folder: Path, reference: Path) -> dict[str, Any]:
     """Compare the logits of an output folder, in onnxruntime, with the reference."""
     from passopt.generation.tokenizer import load_tokenizer
     from passopt.ir.graph.decoder import LOGITS as OUTPUT
-    from passopt.ir.serialization.model_files import load_any
+    from passopt.targets.onnxruntime.joined_ranks import load_any
     from passopt.targets.onnxruntime.session import Session
     from passopt.verification.scenarios import Step, empty_cache
     from passopt.verification.verify import runnable
@@ -79,7 +81,7 @@ def onnx_candidate(folder: Path, reference: Path) -> dict[str, Any]:
     expected, logits = _reference(reference)
     _check_tokens(load_tokenizer(folder), expected)
     model = runnable(load_any(folder), "candidate", [])
-    session, empty = Session(model), empty_cache(model)
+    session, empty = Session(model, threads=os.cpu_count() or 1), empty_cache(model)
 
     def run() -> Iterator[Array]:
         for window in windows(expected["text"]):

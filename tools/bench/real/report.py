@@ -102,7 +102,7 @@ where a figure is beyond its bar.
   {questions} questions in the model's chat format, and as many beginnings of texts. All {prompts} run in one padded
   batch. `equal tokens` counts the tokens before the first that differs; after that, two continuations are two texts.
 - Bars: fusing and sharding change rounding only, so all greedy tokens are equal, and the mean divergence is at most
-  1e-6. int8 weights may cost 1 % of perplexity and 0.01 nats, int8 activations with one scale per row 5 % and 0.1 nats.
+  1e-6. int8 weights may cost 1 % of perplexity and 0.01 nats, int8 activations with one scale per row 8 % and 0.05 nats.
 
 ## Time, memory and size
 
