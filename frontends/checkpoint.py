@@ -7,12 +7,13 @@ not needed.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from passopt.ir.errors import ModelError
+from passopt.ir.json_text import read_json
+from passopt.ir.regular_files import open_regular
 from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.sources import safetensors_sources, torch_sources
 
@@ -126,7 +127,7 @@ def _tensors(directory: Path) -> dict[str, Source]:
 
 def _indexed_tensors(index: Path) -> dict[str, Source]:
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ModelError(f'{index}: has no "weight_map" from tensor names to files')
     shards = {file: _shard_tensors(index, file) for file in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in shards[file])
@@ -148,8 +149,11 @@ def _shard_tensors(index: Path, file: str) -> dict[str, Source]:
 
 
 def _file_tensors(path: Path) -> dict[str, Source]:
-    with path.open("rb") as file:
-        head = file.read(len(LFS_POINTER))
+    try:
+        with open_regular(path) as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     if head == LFS_POINTER:
         raise ModelError(f"{path}: a git-lfs pointer instead of weights; fetch them with: git lfs pull")
     return safetensors_sources(path) if path.suffix == ".safetensors" else torch_sources(path)
@@ -157,7 +161,7 @@ def _file_tensors(path: Path) -> dict[str, Source]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -17,6 +17,7 @@ from passopt.ir.errors import ModelError
 from passopt.ir.graph.shapes import complete_outputs
 from passopt.ir.serialization.domains import normalize_domains
 from passopt.ir.serialization.external_tensors import ExternalTensors
+from passopt.ir.serialization.proto_check import check_proto
 from passopt.ir.serialization.sparse_tensors import make_dense
 from passopt.ir.serialization.text_files import TEXT_SUFFIX, load_text_model
 from passopt.ir.weights import expressions as ex
@@ -46,6 +47,8 @@ def model_path(path: Path) -> Path:
         path = inside
     if not path.exists():
         raise ModelError(f"{path}: no such model. Make one with: passopt export CHECKPOINT -o DIR")
+    if not path.is_file():
+        raise ModelError(f"{path}: no model, but a folder, a pipe or a device. Name a model file, or its folder.")
     return path
 
 
@@ -72,6 +75,7 @@ def load_model(path: Path | str) -> onnx_ir.Model:
         return load_text_model(path)
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
+        check_proto(proto)
         make_dense(proto)
         model = onnx_ir.from_proto(proto)
     except ModelError as error:

@@ -17,6 +17,7 @@ from passopt.ir.errors import ModelError
 from passopt.ir.graph.repeated_layers import Run, longest_run
 from passopt.ir.graph.shapes import complete_outputs
 from passopt.ir.serialization.domains import normalize_domains
+from passopt.ir.serialization.proto_check import check_proto
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 
 INLINE_ELEMENTS = 16
@@ -127,7 +128,9 @@ def parse_model(text: str) -> onnx_ir.Model:
         ModelError: If the text is not a model; the message has the parser's position.
     """
     try:
-        model = onnx_ir.from_proto(onnx.parser.parse_model(text))
+        proto = onnx.parser.parse_model(text)
+        check_proto(proto)
+        model = onnx_ir.from_proto(proto)
     except onnx.parser.ParseError as error:
         message = error.args[0]
         detail = message.decode(errors="replace") if isinstance(message, bytes) else str(message)

@@ -33,9 +33,9 @@ from subjects import Subject, subjects
 #: The exit codes that the documentation names; 130 is for people who interrupt.
 _DOCUMENTED = range(5)
 #: Texts by which a message says that passopt or one of its passes is wrong, and not what it was given.
-_DEFECTS = ("Traceback (most", "a defect of passopt", "defect of the pass", " failed with ", "internal error")
+_DEFECTS = ("Traceback (most", "a defect of passopt", "defect of the pass", "the rewrite failed", "the pass failed")
 #: What differs between faults of one kind.
-_NAMES = re.compile(r"\d+|'[^']*'|/[\w/.-]*/")
+_NAMES = re.compile(r"\d+|'[^']*'|/[\w/.-]*/|passopt [\w-]+:")
 _SECONDS, _BYTES = 60.0, 3 << 30
 #: These rooms are imported once, before the forks. torch, tvm and what needs them are left out.
 _ROOMS = ("api", "commands", "ir", "passes", "reporting", "targets.folders", "targets.onnxruntime", "verification")
@@ -238,7 +238,8 @@ def _indented(outcome: Outcome) -> str:
 
 def _keep(work: Path, folder: str | None, seed: int) -> None:
     if folder and not (Path(folder) / str(seed)).exists():
-        shutil.copytree(work / "model", Path(folder) / str(seed), symlinks=True)
+        with contextlib.suppress(shutil.Error):  # of a pipe, nothing can be kept
+            shutil.copytree(work / "model", Path(folder) / str(seed), symlinks=True)
 
 
 if __name__ == "__main__":

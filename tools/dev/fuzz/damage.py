@@ -1,4 +1,4 @@
-"""Damage files in seeded ways: bytes, lengths, JSON of wrong types, fields of protobuf messages, and what is no file."""
+"""Damage files in seeded ways: bytes, lengths, JSON of wrong types, fields of protobuf messages, what is no file."""
 
 from __future__ import annotations
 
@@ -291,9 +291,7 @@ def _change(message: Any, field: Any, chance: random.Random) -> None:
     value = getattr(message, field.name)
     if hasattr(value, "add") or hasattr(value, "append"):
         _change_repeated(value, field, chance)
-    elif field.message_type is not None:
-        message.ClearField(field.name)
-    elif chance.random() < 0.2:
+    elif field.message_type is not None or chance.random() < 0.2:
         message.ClearField(field.name)
     else:
         setattr(message, field.name, _wrong_scalar(field, value, chance))
