@@ -151,26 +151,24 @@ def compared(run: Callable[[], Iterator[Array]], reference: Array, ids: Sequence
         reference: The logits of the reference, [windows, positions, vocabulary].
         ids: The tokens of all windows.
     """
-    divergences, surprises, agreements = [], [], []
-    for found, expected, window in zip(run(), reference, windows(ids), strict=True):
-        own, other = _log_probabilities(found), _log_probabilities(expected)
-        divergences.append((np.exp(other) * (other - own)).sum(axis=-1))
-        surprises.append(-own[np.arange(WINDOW - 1), window[1:]])
-        agreements.append(own.argmax(axis=-1) == other.argmax(axis=-1))
-    divergence = np.concatenate(divergences)
+    from passopt.verification.divergence import divergence
+    from passopt.verification.scenarios import Step, surprise
+
+    surprises = []
+
+    def pairs() -> Iterator[tuple[Array, Array]]:
+        for found, expected, window in zip(run(), reference, windows(ids), strict=True):
+            step = Step(window[None], np.ones((1, WINDOW), np.int64), np.arange(WINDOW)[None])
+            surprises.append(surprise(found[None], step, WINDOW - 1) or 0.0)
+            yield expected, found
+
+    judged = divergence(pairs())
     return {
-        "perplexity": float(np.exp(np.concatenate(surprises).mean())),
-        "kl": max(0.0, float(divergence.mean())),
-        "kl99": max(0.0, float(np.quantile(divergence, 0.99))),
-        "top1": float(np.concatenate(agreements).mean()),
+        "perplexity": float(np.exp(sum(surprises) / (WINDOWS * (WINDOW - 1)))),
+        "kl": max(0.0, judged.mean),
+        "kl99": max(0.0, judged.high),
+        "top1": judged.top1,
     }
-
-
-def _log_probabilities(logits: Array) -> Array:
-    rows: Array = logits.astype(np.float64)
-    rows -= rows.max(axis=-1, keepdims=True)
-    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
-    return rows
 
 
 RUN = {"transformers": transformers_reference, "onnx": onnx_candidate, "compiled": compiled_candidate}
