@@ -224,7 +224,7 @@ def _library(folder: Path) -> None:
     import passopt
 
     folder.rmdir()
-    passopt.compile_model(folder.parent / "decoder", folder, passes="fuse", allow_fallback=True)
+    passopt.compile(folder.parent / "decoder", folder, passes="fuse", allow_fallback=True)
 
 
 def _checkpoint(folder: Path) -> None:

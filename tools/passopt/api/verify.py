@@ -98,7 +98,7 @@ def _report(reference: ModelLike, candidate: ModelLike, settings: VerifyOptions)
     ):
         return compare(original, _graph(candidate), options=settings)
     if settings.layerwise:
-        raise UsageError("--layerwise: a compiled library runs as a whole; compare it without")
+        raise UsageError("`layerwise`: a compiled library runs as a whole; compare it without")
     from passopt.verification.verify_compiled import verify_compiled
 
     return verify_compiled(original, Path(candidate), settings)

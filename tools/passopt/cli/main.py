@@ -20,6 +20,7 @@ from typing import Any
 
 from passopt.ir.errors import PassoptError, PluginWarning, UsageError
 from passopt.ir.version import __version__
+from passopt.terminal.flags import flags_of, with_flags
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -69,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = parser().parse_args(arguments)
+    commands = parser()
+    options = commands.parse_args(arguments)
+    options.flags = flags_of(commands, options.command)
 
     def say(message: str) -> None:
-        print(f"passopt {options.command}: {message}", file=sys.stderr)
+        print(f"passopt {options.command}: {with_flags(message, options.flags)}", file=sys.stderr)
 
     try:
         with _plugin_warnings_as_lines(say):
