@@ -28,7 +28,8 @@ WEIGHT_NAMES = (
     "pytorch_model.bin.index.json",
 )
 
-_LFS_POINTER = b"version https://git-lfs"
+#: The beginning of what git puts in the place of a large file that was not fetched.
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     _refuse_adapter(directory)
     config_path = directory / CONFIG_NAME
     if not config_path.exists():
-        raise ModelError(f"{directory}: has no {CONFIG_NAME}; name the directory of a Hugging Face checkpoint")
+        files = sorted(path.name for path in directory.glob("*.gguf"))
+        hint = f"name the file {directory / files[0]}" if files else "name the directory of a Hugging Face checkpoint"
+        raise ModelError(f"{directory}: has no {CONFIG_NAME}; {hint}")
     config = _read_json(config_path)
     _refuse_quantised(directory, config)
     return Checkpoint(directory.absolute(), config, _tensors(directory))
@@ -148,10 +151,10 @@ def _shard_tensors(index: Path, file: str) -> dict[str, Source]:
 def _file_tensors(path: Path) -> dict[str, Source]:
     try:
         with open_regular(path) as file:
-            head = file.read(len(_LFS_POINTER))
+            head = file.read(len(LFS_POINTER))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    if head == _LFS_POINTER:
+    if head == LFS_POINTER:
         raise ModelError(f"{path}: a git-lfs pointer instead of weights; fetch them with: git lfs pull")
     return safetensors_sources(path) if path.suffix == ".safetensors" else torch_sources(path)
 

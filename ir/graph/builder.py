@@ -244,7 +244,9 @@ def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
-        raise VerifyError(f"{node.op_type} {node.name!r}: no such operator in opset {opset}") from None
+        raise VerifyError(
+            f"{node.op_type} {node.name!r}: no such operator in opset {opset}; if a later one has it, run legalize"
+        ) from None
     opsets = [onnx.helper.make_opsetid("", opset)]
     proto = onnx_ir.serde.serialize_node(node)
     try:
@@ -295,8 +297,10 @@ def _infer_collective(node: onnx_ir.Node) -> None:
     if source.shape is None or node.op_type == "AllReduce":
         target.shape = source.shape
         return
-    dims = list(source.shape.dims)
-    axis, size = node.attributes["axis"].as_int() % len(dims), node.attributes["group_size"].as_int()
+    dims, along, ranks = list(source.shape.dims), node.attributes.get("axis"), node.attributes.get("group_size")
+    if along is None or ranks is None or not -len(dims) <= along.as_int() < len(dims):
+        return  # Only passopt's own collectives are sure to state both.
+    axis, size = along.as_int() % len(dims), ranks.as_int()
     length = dims[axis]
     gathered = length * size if isinstance(length, int) else None
     target.shape = onnx_ir.Shape([*dims[:axis], gathered, *dims[axis + 1 :]])

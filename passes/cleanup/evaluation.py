@@ -49,6 +49,9 @@ _MOVES = operators(
     "Concat Expand Flatten Gather GatherElements GatherND Identity Reshape ScatterND Slice Squeeze Tile Transpose",
     "Trilu Unsqueeze Where",
 )
+#: Operators that add up floats, and how many they add up at most: every kernel rounds a longer sum in its own way.
+_SUMS = operators("CumSum MatMul ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean ReduceSum ReduceSumSquare")
+_LONGEST_SUM = 128
 
 
 class NotEvaluated(Exception):
@@ -103,6 +106,8 @@ def _require_plain(node: onnx_ir.Node, arrays: Mapping[str, Array]) -> None:
         raise NotEvaluated("it reads texts, which are never evaluated")
     if node.op_type not in _MOVES and any(_has_nan(array) for array in values):
         raise NotEvaluated("it computes with NaN, which runtimes treat in different ways")
+    if node.op_type in _SUMS and _longest_sum(node, values[0]) > _LONGEST_SUM:
+        raise NotEvaluated(f"it adds up more than {_LONGEST_SUM} floats, which every runtime rounds in its own way")
     integers = [array for array in values if array.dtype.kind in "iu"]
     if node.op_type in {"Div", "Mod"} and integers and not integers[-1].all():
         raise NotEvaluated("it divides an integer by 0")
@@ -110,6 +115,13 @@ def _require_plain(node: onnx_ir.Node, arrays: Mapping[str, Array]) -> None:
         raise NotEvaluated("it adds up fractions, which rounds in different ways")
     if node.op_type in {"Cast", "CastLike"}:
         _require_in_range(node, values[0])
+
+
+def _longest_sum(node: onnx_ir.Node, array: Array) -> int:
+    """Return an upper bound of how many floats an operator of `_SUMS` adds up, 0 for integers."""
+    if array.dtype.kind in "biu" or not array.ndim:
+        return 0
+    return array.shape[-1] if node.op_type == "MatMul" else array.size
 
 
 def _has_nan(array: Array) -> bool:

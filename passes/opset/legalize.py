@@ -16,6 +16,7 @@ from passopt.passes.framework.records import PassResult
 from passopt.passes.opset.changes import LOWEST_TARGET, NEWEST, NEWEST_READ, OLDEST, UNCHANGED, changes
 from passopt.passes.opset.converters import CONVERTERS
 from passopt.passes.opset.lowering import lower_node
+from passopt.passes.opset.meanings import check_meaning
 from passopt.passes.opset.step import Place, Step, refuse
 
 Container = onnx_ir.Graph | onnx_ir.Function
@@ -101,6 +102,7 @@ class Legalize(Pass):
         """Convert the nodes from opset `version` - 1 to `version`; return how many were edited."""
         edited = 0
         for node in _changed(place, version):
+            check_meaning(node, version, version - 1, version)
             converter = CONVERTERS.get((node.op_type, version))
             if converter is not None:
                 converter(Step(node, version, place, self.opset))

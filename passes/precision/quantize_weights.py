@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES
+from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES, OPSET_OF_SCALES_PER_CHANNEL
 from passopt.ir.errors import PassError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.lm_head import is_head
@@ -60,7 +60,7 @@ class QuantizeWeights(RewritePass):
         if half and opset < OPSET_OF_HALF_SCALES:
             raise PassError(
                 f"{self.name}: {half[0]} and {len(half) - 1} more weights are 16-bit; DequantizeLinear takes such "
-                f"scales from opset {OPSET_OF_HALF_SCALES} on, this model has {opset}. Export it at a later opset."
+                f"scales from opset {OPSET_OF_HALF_SCALES} on, this model has {opset}. Run legalize first."
             )
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
@@ -156,6 +156,9 @@ def _dequantized(op: Rewriter, name: str | None, weight: Expression) -> Any:
 
     There is no zero point, since the codes are symmetric.
     """
+    if op.opset < OPSET_OF_SCALES_PER_CHANNEL:
+        needed = OPSET_OF_SCALES_PER_CHANNEL
+        raise Decline(f"one scale per channel needs opset {needed}, this model has {op.opset}; run legalize first")
     return op.DequantizeLinear(*_stored(op, name, weight), axis=0)
 
 

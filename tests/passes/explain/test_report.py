@@ -456,7 +456,7 @@ def test_fold_constants_says_what_it_leaves():
         "4. declined at n (Neg)",
         "it reads a weight of the checkpoint, which no pass does",
         "5. declined at e (Expand)",
-        "its result or what it reads is larger than 64 bytes; fold-constants{limit=…} allows more",
+        "its result is larger than 64 bytes; fold-constants{limit=…} allows more",
     ]
 
 

@@ -504,3 +504,17 @@ def test_a_model_of_the_newest_opset_comes_down():
     model = parse_model(model_text(28, body))
     Legalize(opset=23).run(model)
     assert print_model(model) == print_model(parse_model(model_text(23, body)))
+
+
+def test_declines_scores_that_hold_the_causal_mask_or_not():
+    body = """g (float[2,3,4,6] q) => (float[] y, float[] s) {
+        y, k, v, s = Attention <is_causal = 1, qk_matmul_output_mode = 2> (q, q, q) }"""
+    for opset, target in ((24, 25), (25, 24)):
+        refused(opset, target, body, "its output qk_matmul_output holds the causal mask from opset 25 on only")
+        converted(opset, target, body.replace("mode = 2", "mode = 0"))
+
+
+def test_declines_remainders_of_floats_downwards():
+    body = "g (float[2] x, float[2] z) => (float[2] y) { y = Mod (x, z) }"
+    refused(28, 23, body, "it takes the remainder of floats with the sign of the divisor")
+    Legalize(opset=23).run(parse_model(model_text(28, body.replace("float[2]", "int32[2]"))))

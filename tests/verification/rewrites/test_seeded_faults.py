@@ -1,4 +1,4 @@
-"""Wrong rewrites of every kind, seeded in small graphs, are caught by numbers; right ones over the same graphs are not."""
+"""Wrong rewrites of every kind, seeded in small graphs, are caught by numbers, and right ones raise no alarm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir
 import pytest
 
+from passopt.ir.errors import PassError
 from passopt.ir.graph.shapes import complete_types
 from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, lossy
 from passopt.passes.framework.base import Pass
@@ -183,7 +184,12 @@ FAULTS = [
     ("expand", "an Expand dropped", dropped("w"), EXACT),
     ("expand", "an Expand to another length", constant("to", lambda a: a + [0, 1, 0]), EXACT),
     ("lengths", "the wrong axis as a length", constant("zero", lambda a: a + 1), EXACT),
-    ("lengths", "a Reshape dropped, since a Cast to bool looked like a length", lambda model: _boolean_length(model), EXACT),
+    (
+        "lengths",
+        "a Reshape dropped, since a Cast to bool looked like a length",
+        lambda model: _boolean_length(model),
+        EXACT,
+    ),
     ("lengths", "a length of 2 that was only recorded", folded("i", np.array([2], np.int64)), EXACT),
     ("norm", "an epsilon of 1e-5", constant("eps", scaled(10)), REASSOCIATED),
     ("norm", "the mean over another axis", constant("last", lambda a: a - 1), REASSOCIATED),
@@ -227,7 +233,12 @@ FAULTS = [
     ("convolution", "pads lost on one side", attribute("c", pads=[0, 0, 2, 1]), EXACT),
     ("convolution", "padding counted in a mean", attribute("a", count_include_pad=1), EXACT),
     ("convolution", "the default slope", attribute("out", alpha=None), EXACT),
-    ("convolution", "another kernel of the pool", attribute("p", ceil_mode=0, kernel_shape=[1, 2], pads=[0, 0, 0, 0], strides=[1, 1]), EXACT),
+    (
+        "convolution",
+        "another kernel of the pool",
+        attribute("p", ceil_mode=0, kernel_shape=[1, 2], pads=[0, 0, 0, 0], strides=[1, 1]),
+        EXACT,
+    ),
     ("resize", "another coordinate mode", attribute("r", coordinate_transformation_mode="asymmetric"), EXACT),
     ("pad", "the default value", lambda model: makes(model, "p").resize_inputs(2), EXACT),
     ("pad", "another mode", attribute("p", mode="edge"), EXACT),
@@ -366,9 +377,20 @@ def test_a_seeded_fault_is_caught(fault):
         checked(read_graph(name), [seeded(change, accuracy)])
 
 
+PASSES = (
+    "legalize,fold-constants,canonicalize,cse,inline-functions,fuse-rms-norm,fuse-rotary,fuse-attention,"
+    "decompose-rms-norm,decompose-rotary,decompose-attention,decompose-activations,dead-code"
+)
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_right_rewrites_raise_no_alarm(name):
     model = read_graph(name)
-    passes = "legalize,fold-constants,canonicalize,cse,inline-functions,fuse-rms-norm,fuse-rotary,fuse-attention,dead-code"
-    summaries = checked(model, resolve(passes, complete=False).passes)
-    assert all(summary.worst <= summary.budget for summary in summaries if summary.sites)
+    for item in resolve(PASSES, complete=False).passes:
+        changed = model.clone()
+        try:
+            item.run(changed)
+        except PassError:  # what a pass refuses, it does not rewrite
+            continue
+        (summary,) = checked(model, [item])
+        assert not summary.sites or summary.worst <= summary.budget

@@ -220,7 +220,7 @@ class _Gguf:
 
 
 def _opened(path: Path, settings: ExportOptions, weights: str) -> _Folder | _Gguf:
-    if path.suffix.lower() != GGUF_SUFFIX:
+    if path.suffix.lower() != GGUF_SUFFIX or path.is_dir():
         return _Folder(path, settings)
     if weights == "reference":
         raise UsageError("weights of a GGUF file are dequantised and lie in no file to refer to; use `weights=copy`")

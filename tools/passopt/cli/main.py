@@ -41,8 +41,14 @@ COMMANDS = (
     "generate",
 )
 
-#: The extra of passopt that installs a package; all other packages come with the extra `export`.
+#: The extra of passopt that installs a package, by the name of its module.
 _EXTRAS = {
+    "accelerate": "export",
+    "onnxscript": "export",
+    "torch": "export",
+    "transformers": "export",
+    "jinja2": "run",
+    "numba": "fast",
     "onnx_graphsurgeon": "guests",
     "gguf": "gguf",
     "onnxsim": "guests",
@@ -101,9 +107,7 @@ def _described(error: Exception) -> tuple[str, int]:
     if isinstance(error, PassoptError):
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError):
-        extra = _EXTRAS.get(str(error.name), "export")
-        text = f"needs {error.name}, which is not installed; pip install 'passopt[{extra}]' brings it"
-        return text, UsageError.exit_code
+        return _missing(error), UsageError.exit_code
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}", UsageError.exit_code
     file, line, function, _ = traceback.extract_tb(error.__traceback__)[-1]
@@ -129,6 +133,16 @@ def _plugin_warnings_as_lines(say: Callable[[str], None]) -> Iterator[None]:
         warnings.simplefilter("always", PluginWarning)
         warnings.showwarning = show
         yield
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """Return what to install: an extra of passopt only for packages that it brings."""
+    package = (error.name or "").partition(".")[0]
+    if not package:
+        return f"needs a package that is not installed: {error}"
+    extra = _EXTRAS.get(package)
+    source = f"'passopt[{extra}]' brings it" if extra else f"{package}, or the package that has this module"
+    return f"needs {error.name}, which is not installed; pip install {source}"
 
 
 def parser() -> argparse.ArgumentParser:

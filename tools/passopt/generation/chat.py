@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from passopt.generation.added_tokens import CONFIG_NAME, MAP_NAME
 from passopt.generation.settings import Settings, read_json
-from passopt.generation.tokenizer import CONFIG_NAME, Tokenizer, token_text
+from passopt.generation.tokenizer import Tokenizer, token_text
 from passopt.ir.errors import ModelError, UsageError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -148,7 +149,8 @@ def _rendered(messages: Sequence[Message], folder: Path) -> str:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = complain
     roles = ("bos_token", "eos_token", "unk_token", "pad_token")
-    tokens = {role: text for role in roles if (text := token_text(config, role)) is not None}
+    named = {**read_json(folder / MAP_NAME), **{role: value for role, value in config.items() if value is not None}}
+    tokens = {role: text for role in roles if (text := token_text(named, role)) is not None}
     answer = messages[-1].role != ASSISTANT
     try:
         template = environment.from_string(source)

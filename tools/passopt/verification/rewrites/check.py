@@ -75,8 +75,8 @@ class PassCheck:
 
     `sites` counts the checked rewrites and `distinct` those of different structure. `worst` is the largest error among
     them. `whole` counts the samples on which the whole graph was compared, and `whole_worst` is the largest error of an
-    output there. `unchecked` counts the rewrites that could not be checked, by reason. `shortened` maps lengths of axes that
-    were too long to run to the length that was kept.
+    output there; `not_whole` says why it was not compared. `unchecked` counts the rewrites that were not checked, by
+    reason. `shortened` maps lengths of axes that were too long to run to the length that was kept.
     """
 
     accuracy: str
@@ -235,6 +235,8 @@ class _Checker:
     def _reason_against_whole(self, model: onnx_ir.Model) -> str:
         if not self._trace.runs:
             return self._trace.problem
+        if self._trace.unknown:
+            return f"onnxruntime does not know {', '.join(self._trace.unknown)}"
         if degree_of(model) > 1:
             return "it is a graph of ranks; compare with passopt verify"
         return "" if self._trace.real else "its weights are too large to run it; compare with passopt verify"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -13,11 +12,11 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.fp32_twin import fp32_twin
-from passopt.ir.relative_error import rewrite_error
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression
 from passopt.passes.framework.accuracy import Accuracy
 from passopt.targets.onnxruntime.session import Session
+from passopt.verification.rewrites.array_error import array_error, shape_problem
 from passopt.verification.rewrites.region_models import LARGEST_WEIGHT, Runnable, runnable, shortened_axes
 from passopt.verification.rewrites.regions import Cut, Unchecked
 from passopt.verification.rewrites.sample_weights import SampledEvaluator
@@ -131,9 +130,8 @@ class Comparison:
             name, budget = root.name or "", self.accuracy.budget_of(root.dtype or DataType.FLOAT)
             if isinstance(found, ModelError):
                 return Outcome(float("inf"), budget, name, draw, f"the replacement does not run: {found}")
-            one, other = expected[index], found[index]
-            problem = "" if one.shape == other.shape else f"shape {list(one.shape)} became {list(other.shape)}"
-            error = float("inf") if problem else rewrite_error(one, other)
+            problem = shape_problem(expected[index], found[index])
+            error = float("inf") if problem else array_error(expected[index], found[index])
             outcome = Outcome(error, budget, name, draw, problem)
             if worst is None or outcome.is_worse_than(worst):
                 worst = outcome

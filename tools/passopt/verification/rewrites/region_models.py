@@ -19,6 +19,7 @@ from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, expression_of, small_constant
 from passopt.verification.rewrites.regions import Cut, Region, Unchecked
+from passopt.verification.sampling.trace import wide_type
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -60,9 +61,7 @@ def shortened_axes(cut: Cut, largest: int) -> dict[int, int]:
     return kept
 
 
-def runnable(
-    region: Region, kept: Mapping[int, int], types: Mapping[str, onnx_ir.DataType] | None = None
-) -> Runnable:
+def runnable(region: Region, kept: Mapping[int, int], types: Mapping[str, onnx_ir.DataType] | None = None) -> Runnable:
     """Return the region as a model in which the lengths in `kept` are shortened wherever they appear.
 
     `types` are dtypes of leaves that the graph does not state, by name.
@@ -86,7 +85,15 @@ def runnable(
     outputs = []
     for index, root in enumerate(region.roots):
         output = _value(f"root.{index}", root.dtype, None)
-        nodes.append(onnx_ir.Node("", "Identity", [made[root]], outputs=[output]))
+        if not isinstance(root.type, onnx_ir.TensorType):
+            output.type = root.type
+        wide = wide_type(root.dtype)
+        if wide is None:
+            nodes.append(onnx_ir.Node("", "Identity", [made[root]], outputs=[output]))
+        else:
+            output.type = onnx_ir.TensorType(wide)
+            to = [onnx_ir.AttrInt64("to", int(wide))]
+            nodes.append(onnx_ir.Node("", "Cast", [made[root]], to, outputs=[output]))
         outputs.append(output)
     functions = _functions(region)
     opsets = {"": 1, **region.side.opsets}

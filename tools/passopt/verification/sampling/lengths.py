@@ -32,16 +32,16 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
 _TOKENS = re.compile(r"(?:\A|_)(?:input_ids|position_ids|inputs_embeds|token_type_ids)\Z")
 _PAST = re.compile(r"past(?:_key_values)?[._].*(?:key|value|k|v)\Z|past_\d+\Z")
 
-#: Operators that take empty axes. Others may not only refuse them: kernels of onnxruntime have crashed on them (those of
-#: InstanceNormalization, ConvTranspose, GRU and LSTM), which no program survives.
-_TAKES_EMPTY = frozenset(
-    """Abs Add And Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos DequantizeLinear Div Dropout
+#: Operators that take empty axes. Others may not only refuse them: kernels of onnxruntime have crashed on them, such as
+#: those of InstanceNormalization, ConvTranspose, GRU and LSTM, which no program survives.
+_TAKES_EMPTY = """
+    Abs Add And Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos DequantizeLinear Div Dropout
     DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm Greater
-    GreaterOrEqual Hardmax Identity If IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop MatMul Max
-    Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceMax ReduceMean ReduceMin
-    ReduceSum Relu Reshape RotaryEmbedding Round Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub
-    Sum Swish Tanh Tile Transpose Trilu Unsqueeze Where Xor""".split()
-)
+    GreaterOrEqual Hardmax Identity If IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop
+    MatMul Max Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceMax
+    ReduceMean ReduceMin ReduceSum Relu Reshape RotaryEmbedding Round Shape Sigmoid Sign Sin Size Slice Softmax
+    Softplus Split Sqrt Squeeze Sub Sum Swish Tanh Tile Transpose Trilu Unsqueeze Where Xor
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +149,8 @@ def _roles(name: str, ndim: int, has_past: bool) -> Sequence[str]:
 def takes_empty(model: onnx_ir.Model) -> bool:
     """Return whether it is safe to run the graph with empty axes."""
     nodes = [*model.graph.all_nodes(), *(node for item in model.functions.values() for node in item.all_nodes())]
-    called = model.functions.keys()
-    return all(
-        (not node.domain and node.op_type in _TAKES_EMPTY) or node.op_identifier() in called for node in nodes
-    )
+    called, safe = model.functions.keys(), frozenset(_TAKES_EMPTY.split())
+    return all((not node.domain and node.op_type in safe) or node.op_identifier() in called for node in nodes)
 
 
 def assignments(model: onnx_ir.Model) -> Iterator[Lengths]:
@@ -170,6 +168,10 @@ def _assignments(model: onnx_ir.Model) -> Iterator[Lengths]:
     free = [name for name in symbols_of(model) if name not in roles]
     for turn, sizes in enumerate(_DECODER if roles or free else _DECODER[:1]):
         yield _assigned(roles, sizes, {name: _PRIMES[(index + turn) % len(_PRIMES)] for index, name in enumerate(free)})
+    for names in [free, *([name] for name in free)] if roles else ():  # axes as long as this step, under other names
+        for turn, sizes in enumerate(_DECODER):
+            rest = {name: _PRIMES[(index + turn) % len(_PRIMES)] for index, name in enumerate(free)}
+            yield _assigned(roles, sizes, {**rest, **dict.fromkeys(names, sizes[1])})
     apart = {name: _PRIMES[index % len(_PRIMES)] for index, name in enumerate(free)}
     for length in (1, 0):
         for name in free[:8]:
@@ -189,7 +191,7 @@ def _other_ndims(model: onnx_ir.Model, roles: Mapping[str, str]) -> Iterator[Len
 
 
 def tied(model: onnx_ir.Model, legal: Lengths) -> Iterator[Lengths]:
-    """Yield lengths that differ from `legal`, where all free symbols are equal, in one symbol or in two of them."""
+    """Yield lengths that differ from `legal` in one symbol or in two of them, and sums of two symbols as a third."""
     roles = roles_of(model)
     free = [name for name in legal.known if name not in roles][:8]
     singles = [(name,) for name in free]
@@ -197,6 +199,10 @@ def tied(model: onnx_ir.Model, legal: Lengths) -> Iterator[Lengths]:
     for names in (*singles, *pairs):
         for length in (2, 1, 0) if takes_empty(model) else (2, 1):
             yield dataclasses.replace(legal, known={**legal.known, **dict.fromkeys(names, length)})
+    for one, other in pairs:
+        for total in (name for name in free if name not in (one, other)):
+            sizes = {one: 5, other: 2, total: 7}
+            yield dataclasses.replace(legal, known={**dict.fromkeys(free, 3), **legal.known, **sizes})
 
 
 def _assigned(roles: Mapping[str, str], sizes: tuple[int, int, int], free: Mapping[str, int]) -> Lengths:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir
 
-from passopt.verification.sampling.lengths import Lengths, assignments, free_inputs
-from passopt.verification.sampling.values import INTEGERS, STYLES, Sampler, Style, index_bounds
+from passopt.verification.sampling.lengths import Lengths, free_inputs
+from passopt.verification.sampling.values import Sampler, Style, index_bounds
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: What an input is fed with: an array, or a list of arrays for a sequence.
@@ -32,29 +31,6 @@ class Sample:
 
     def __str__(self) -> str:
         return f"{self.lengths}; {self.style}"
-
-
-def candidates(model: onnx_ir.Model, seed: int = 0) -> Iterator[Sample]:
-    """Yield samples to try, the most telling ones first.
-
-    Raises:
-        Unsampled: If an input has a type that no value is made for.
-    """
-    turns = itertools.cycle(STYLES)
-    first = None
-    for lengths in assignments(model):
-        first = first or lengths
-        yield made(model, lengths, next(turns), seed)
-    assert first is not None
-    for style in STYLES:  # each style at lengths that may differ from the ones above
-        yield made(model, first, style, seed)
-    if any(_is_free_integer(value) for value in model.graph.inputs):
-        for turn, integers in enumerate(INTEGERS):
-            yield made(model, first, dataclasses.replace(STYLES[turn], integers=integers), seed)
-
-
-def _is_free_integer(value: onnx_ir.Value) -> bool:
-    return value.dtype is not None and value.dtype.is_integer()
 
 
 def made(model: onnx_ir.Model, lengths: Lengths, style: Style, seed: int = 0) -> Sample:

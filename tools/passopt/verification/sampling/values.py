@@ -45,17 +45,17 @@ class Style:
         return f"mask {self.mask}, {self.floats} floats, {self.integers} integers"
 
 
-#: The styles of the first samples; the lengths of samples vary at the same time.
+#: The styles of samples, in turn; the lengths of samples vary at the same time.
 STYLES = (
     Style(),
-    Style("none", "rows", truth=False),
-    Style("right", "coarse"),
-    Style("left", "large", truth=False),
-    Style("holes", "normal"),
-    Style("row", "rows"),
+    Style("none", "rows", "signed", truth=False),
+    Style("right", "coarse", "inferred"),
+    Style("left", "large", "counts", truth=False),
+    Style("holes", "normal", "split"),
+    Style("row", "rows", "signed"),
 )
-#: More kinds of integers, which are tried for graphs that have integer inputs.
-INTEGERS = ("signed", "counts", "inferred", "split")
+#: The kinds of integers that are tried where natural ones are refused, as by a Reshape to them.
+INTEGERS = ("inferred", "split", "counts", "signed")
 
 
 def is_natural(name: str) -> bool:
@@ -76,7 +76,9 @@ class Sampler:
         """Return a value for the leaf or input `name`, of the given dtype and shape."""
         random = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
         if dtype == onnx_ir.DataType.STRING:
-            return np.array([f"s{item}" for item in random.integers(0, _SMALL, int(np.prod(shape)))], object).reshape(shape)
+            return np.array([f"s{item}" for item in random.integers(0, _SMALL, int(np.prod(shape)))], object).reshape(
+                shape
+            )
         if "mask" in name.lower():
             return self._mask(dtype, shape, random)
         kind = dtype.numpy()
@@ -91,16 +93,16 @@ class Sampler:
         return self._integers(name, random, shape, kind)
 
     def _floats(self, random: np.random.Generator, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
-        values = np.asarray(random.standard_normal(shape, np.float32))
+        values: Array = np.asarray(random.standard_normal(shape, np.float32))
         style = self._style.floats
         if style == "coarse":
             values = np.round(values * 2) / 2
         if style == "large":
-            values = values * np.float32(100 if kind.itemsize <= 2 else 1000)
+            values = values * np.float32(100 if kind.itemsize <= 2 else 50_000)
         if style == "rows" and len(shape) > 1:  # each row along the last axis has a scale of its own
             values = values * np.float32(10) ** -random.uniform(0, 4, (*shape[:-1], 1)).astype(np.float32)
         if kind.kind == "c":
-            return (values + 1j * np.asarray(random.standard_normal(shape))).astype(kind)
+            return np.asarray(values + 1j * np.asarray(random.standard_normal(shape)), kind)
         with np.errstate(over="ignore"):
             result: Array = values.astype(kind)
         return result
@@ -133,7 +135,9 @@ class Sampler:
             columns = np.minimum(columns, max(0, bound - 1))
         if len(shape) < 2:
             return columns[: int(np.prod(shape))].reshape(shape)
-        left = self._padding(shape[-2], self._past + shape[-1]) if self._style.mask == "left" else np.zeros(shape[-2], int)
+        left = (
+            self._padding(shape[-2], self._past + shape[-1]) if self._style.mask == "left" else np.zeros(shape[-2], int)
+        )
         return np.broadcast_to(np.maximum(columns[None, :] - left[:, None], 0), shape)
 
     def _seen(self, rows: int, total: int, random: np.random.Generator) -> Array:
@@ -166,11 +170,14 @@ class Sampler:
                 dtype.numpy()
             )
         queries = np.arange(shape[-2])[:, None] + (total - shape[-2])
-        causal = np.arange(total)[None, :] <= queries if self._style.mask != "none" else np.ones((shape[-2], total), bool)
+        causal = (
+            np.arange(total)[None, :] <= queries if self._style.mask != "none" else np.ones((shape[-2], total), bool)
+        )
         seen = tokens.reshape(rows, *(1,) * (len(shape) - 2), total)
         if dtype not in FLOATS:
             return np.broadcast_to(causal & seen, shape).astype(dtype.numpy())
-        lowest: Any = ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]
+        # A row of nothing but the lowest number is undefined: onnxruntime's Attention gives 0, Softmax equal weights.
+        lowest: Any = -np.inf if self._style.mask == "row" else ml_dtypes.finfo(dtype.numpy()).min  # type: ignore[no-untyped-call]
         additive = np.where(seen, np.where(causal, np.float64(0), -np.inf), np.float64(lowest))
         return np.broadcast_to(additive, shape).astype(dtype.numpy())
 
@@ -193,9 +200,7 @@ def index_bounds(inputs: list[onnx_ir.Value], length_of: Callable[[onnx_ir.Value
     return bounds
 
 
-def _table_lengths(
-    value: onnx_ir.Value, length_of: Callable[[onnx_ir.Value, int], int | None]
-) -> list[int | None]:
+def _table_lengths(value: onnx_ir.Value, length_of: Callable[[onnx_ir.Value, int], int | None]) -> list[int | None]:
     lengths: list[int | None] = []
     work, seen = [value], {value}
     while work and len(seen) < 64:
