@@ -108,6 +108,8 @@ def _described(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError):
         return _missing(error), UsageError.exit_code
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f': {error}' if str(error) else ''}", UsageError.exit_code
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}", UsageError.exit_code
     file, line, function, _ = traceback.extract_tb(error.__traceback__)[-1]
