@@ -1,4 +1,4 @@
 """Export Hugging Face checkpoints to graphs, without editing a line of their modeling code.
 
-Importing this package or `checkpoint` does not import torch; importing `export`, `baichuan2` or `self_check` does.
+Importing this package or `checkpoint` does not import torch; importing `export`, `baichuan` or `self_check` does.
 """

@@ -7,16 +7,18 @@ not needed.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from passopt.ir.errors import ModelError
+from passopt.ir.json_text import read_json
+from passopt.ir.regular_files import open_regular
 from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.sources import safetensors_sources, torch_sources
 
 CONFIG_NAME = "config.json"
+ADAPTER_NAME = "adapter_config.json"
 
 #: The names of weight files in order of preference: safetensors come first, since they need no unpickling.
 WEIGHT_NAMES = (
@@ -26,7 +28,8 @@ WEIGHT_NAMES = (
     "pytorch_model.bin.index.json",
 )
 
-_LFS_POINTER = b"version https://git-lfs"
+#: The beginning of what git puts in the place of a large file that was not fetched.
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +49,71 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     if not directory.is_dir():
         raise ModelError(f"{directory}: no such checkpoint directory")
+    _refuse_adapter(directory)
     config_path = directory / CONFIG_NAME
     if not config_path.exists():
-        raise ModelError(f"{directory}: has no {CONFIG_NAME}; name the directory of a Hugging Face checkpoint")
-    return Checkpoint(directory.absolute(), _read_json(config_path), _tensors(directory))
+        files = sorted(path.name for path in directory.glob("*.gguf"))
+        hint = f"name the file {directory / files[0]}" if files else "name the directory of a Hugging Face checkpoint"
+        raise ModelError(f"{directory}: has no {CONFIG_NAME}; {hint}")
+    config = _read_json(config_path)
+    _refuse_quantised(directory, config)
+    return Checkpoint(directory.absolute(), config, _tensors(directory))
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """Raise ModelError for the folder of a LoRA or other adapter, which holds only changes to another model."""
+    path = directory / ADAPTER_NAME
+    holds_model = any((directory / name).exists() for name in WEIGHT_NAMES)
+    holds_adapter = any(directory.glob("adapter_model*"))
+    if not path.exists() or (holds_model and not holds_adapter):
+        return
+    adapter = _read_json(path)
+    kind, base = adapter.get("peft_type") or "an", adapter.get("base_model_name_or_path") or "its base model"
+    raise ModelError(
+        f"{directory}: holds {kind} adapter ({ADAPTER_NAME}) of {base}, not a model of its own. Merge it first, with "
+        f"the package peft: PeftModel.from_pretrained(base, {str(directory)!r}).merge_and_unload().save_pretrained"
+        f"(MERGED), where base is the loaded {base}; then export MERGED."
+    )
+
+
+def _refuse_quantised(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError if the weights are codes of a quantiser, before anything else is found odd about them."""
+    found = _quantisation(directory, config)
+    if found is not None:
+        raise ModelError(
+            f"{directory}: quantised checkpoint: {found}. Export starts from floating point weights: take the "
+            f"checkpoint from which it was made, and quantise with a pass afterwards (int8)."
+        )
+
+
+def _quantisation(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """Return where and how a checkpoint says that its weights are quantised, or None if it does not."""
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            settings = place.get(key)
+            if isinstance(settings, dict) and _is_quantised(settings):
+                return f"{key} of {CONFIG_NAME} says {_described(settings)}"
+        if place.get("quantization_bit"):
+            return f"quantization_bit of {CONFIG_NAME} says {place['quantization_bit']} bits"
+    for name in ("quantize_config.json", "quant_config.json"):  # Beside checkpoints of older versions of GPTQ and AWQ.
+        if (directory / name).exists():
+            return f"{name} says {_described(_read_json(directory / name))}"
+    return None
+
+
+def _is_quantised(settings: Mapping[str, Any]) -> bool:
+    """Return whether the settings quantise: bitsandbytes' may be there with both of its switches off."""
+    switches = [settings[key] for key in ("load_in_4bit", "load_in_8bit") if key in settings]
+    return any(switches) if switches else bool(settings)
+
+
+def _described(settings: Mapping[str, Any]) -> str:
+    method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "no method")
+    bits = next((settings[key] for key in ("bits", "w_bit", "num_bits") if key in settings), None)
+    if bits is None:
+        bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
+    return str(method) if bits is None else f"{method}, {bits} bits"
 
 
 def _tensors(directory: Path) -> dict[str, Source]:
@@ -63,7 +127,7 @@ def _tensors(directory: Path) -> dict[str, Source]:
 
 def _indexed_tensors(index: Path) -> dict[str, Source]:
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ModelError(f'{index}: has no "weight_map" from tensor names to files')
     shards = {file: _shard_tensors(index, file) for file in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in shards[file])
@@ -85,16 +149,19 @@ def _shard_tensors(index: Path, file: str) -> dict[str, Source]:
 
 
 def _file_tensors(path: Path) -> dict[str, Source]:
-    with path.open("rb") as file:
-        head = file.read(len(_LFS_POINTER))
-    if head == _LFS_POINTER:
+    try:
+        with open_regular(path) as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    if head == LFS_POINTER:
         raise ModelError(f"{path}: a git-lfs pointer instead of weights; fetch them with: git lfs pull")
     return safetensors_sources(path) if path.suffix == ".safetensors" else torch_sources(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -18,9 +18,12 @@ from passopt.frontends.contract_names import Contract, apply_contract
 from passopt.frontends.family import Family
 from passopt.frontends.open_family import open_family
 from passopt.frontends.options import ExportOptions
+from passopt.frontends.probing.length_limits import Conditions
 from passopt.frontends.quiet import quiet
-from passopt.frontends.tracing import trace
+from passopt.frontends.stock_errors import stock_errors
+from passopt.frontends.tracing import probe_step, trace
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.decoder import MAX_POSITIONS
 from passopt.ir.weights.expressions import DataType
 
 TORCH_DTYPES = {
@@ -58,14 +61,11 @@ def export_family(family: Family, options: ExportOptions, scratch: Path, *, smal
     checkpoint = dataclasses.replace(family.checkpoint, tensors=family.sources(model))
     check_tensors(checkpoint, model)
     ties = family.ties(model)
-    shape = family.cache_shape(model)
-    step = family.step(model)
-    try:
-        graph = trace(step, shape, options, dtype, scratch)
-    except Exception as error:  # torch and the stock code may raise any error.
-        raise ModelError(
-            f"{checkpoint.directory}: {type(model).__name__} cannot be traced: {type(error).__name__}: {error}"
-        ) from error
+    with stock_errors(checkpoint, f"{type(model).__name__} cannot be traced"):
+        shape = family.cache_shape(model)
+        step = family.step(model)
+        traced = trace(step, shape, options, dtype, scratch)
+    graph = traced.graph
     if graph.opset_imports.get("") != options.target_opset:
         found = graph.opset_imports.get("")
         raise ModelError(f"torch exports opset {found} where {options.target_opset} was asked for")
@@ -74,4 +74,18 @@ def export_family(family: Family, options: ExportOptions, scratch: Path, *, smal
     bind_weights(graph, checkpoint, options.dtype, family.extra_weights(model, scratch))
     graph.ir_version = IR_VERSION
     family.check(graph)
+    conditions = traced.conditions or _probed(family, options)
+    found = conditions.limit(options.phase, family.positions(model), f"{checkpoint.directory}: {type(model).__name__}")
+    limits = [limit for limit in (found, family.longest(model)) if limit is not None]
+    if limits:
+        graph.metadata_props[MAX_POSITIONS] = str(min(limits))
     return graph
+
+
+def _probed(family: Family, options: ExportOptions) -> Conditions:
+    """Return what the code assumes of lengths; the torchscript exporter follows one branch and does not say which."""
+    dtype = TORCH_DTYPES[options.dtype]
+    model = family.build(dtype, small=True)
+    with stock_errors(family.checkpoint, f"the branches of {type(model).__name__} on lengths cannot be followed"):
+        shape = family.cache_shape(model)
+        return probe_step(family.step(model), shape, options, dtype)

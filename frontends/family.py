@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -15,6 +16,7 @@ import onnx_ir
 import torch
 
 from passopt.frontends.checkpoint import Checkpoint
+from passopt.ir.graph.decoder import LENGTH_KEYS
 from passopt.ir.weights.expressions import Source
 
 #: Per layer, the key and the value, each `[b, heads, length, width]`.
@@ -76,6 +78,19 @@ class Step(torch.nn.Module, abc.ABC):
         return (logits, *(state for layer in present for state in layer))
 
 
+def argument_names(model: Any) -> set[str]:
+    """Return the names of the arguments of a model's forward, also of those that it only passes on to a parent."""
+    names: set[str] = set()
+    for parent in type(model).__mro__:
+        if "forward" not in vars(parent):
+            continue
+        found = inspect.signature(parent.forward).parameters
+        names |= found.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values()) or "input_ids" in found:
+            break
+    return names
+
+
 class Family(abc.ABC):
     """A kind of model: how it is built, prepared for tracing, traced and compared with the stock code.
 
@@ -119,9 +134,42 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def reference(
-        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: Cache,
     ) -> tuple[torch.Tensor, Cache]:
-        """Compute logits and cache with the untouched stock code, all positions at once and without a past."""
+        """Compute logits and cache with the untouched stock code, all at once, behind a `past` that may be empty."""
+
+    def positions(self, model: Any) -> int | None:
+        """Return the number of positions that a built model has by its configuration, or None if that does not say."""
+        found = [getattr(model.config, key, None) for key in LENGTH_KEYS]
+        return min((length for length in found if isinstance(length, int)), default=None)
+
+    def longest(self, model: Any) -> int | None:
+        """Return the number of positions beyond which the traced step computes something else than the stock code.
+
+        The result is None if there is none but those that tracing itself shows.
+        """
+        return None
+
+    def numbers(self) -> set[int]:
+        """Return all whole numbers of config.json: some are lengths at which the code changes what it computes."""
+        found: set[int] = set()
+        pending: list[Any] = [self.checkpoint.config]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, Mapping | list | tuple):
+                pending.extend(value.values() if isinstance(value, Mapping) else value)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                found.add(value)
+        return found
+
+    def takes_positions(self, model: Any) -> bool:
+        """Return whether the stock class is told the positions of tokens."""
+        return "position_ids" in argument_names(model)
 
     def ties(self, model: Any) -> Mapping[str, str]:
         """Return a mapping from each name that repeats a parameter to the name under which the parameter is bound."""

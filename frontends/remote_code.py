@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import importlib.abc
+import importlib.machinery
 import itertools
 import sys
 import types
@@ -17,14 +19,21 @@ from typing import Any
 
 from passopt.frontends.checkpoint import Checkpoint
 from passopt.frontends.options import MODEL_TYPES
+from passopt.frontends.stock_errors import stock_errors
 from passopt.ir.errors import ModelError
 
 _packages = itertools.count()
 
+#: Packages of GPU kernels that some code imports without need: its evaluation on a CPU does not call them.
+_ACCELERATORS = ("flash_attn", "xformers")
+
 
 @dataclasses.dataclass(frozen=True)
 class StockClasses:
-    """The checkpoint's own classes: `config` is a PretrainedConfig, `model` a PreTrainedModel with a language head."""
+    """The checkpoint's own classes: `model` is a PreTrainedModel with a language head.
+
+    `config` is a PretrainedConfig; None if the checkpoint brings none, and `model` takes transformers' own.
+    """
 
     config: Any
     model: Any
@@ -37,10 +46,21 @@ def stock_classes(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterato
     Raises:
         ModelError: If the checkpoint names no classes, if they are elsewhere, without consent, or if an import fails.
     """
-    config, model = (_reference(checkpoint, role) for role in ("AutoConfig", "AutoModelForCausalLM"))
+    known = checkpoint.config.get("model_type") in MODEL_TYPES
+    config = None if known and named_class(checkpoint, "AutoConfig") is None else _reference(checkpoint, "AutoConfig")
+    model = _reference(checkpoint, "AutoModelForCausalLM")
     check_consent(checkpoint, trust_remote_code=trust_remote_code)
     with _package(checkpoint) as package:
-        yield StockClasses(_load(checkpoint, package, config), _load(checkpoint, package, model))
+        loaded = None if config is None else _load(checkpoint, package, config)
+        yield StockClasses(loaded, _load(checkpoint, package, model))
+
+
+def named_class(checkpoint: Checkpoint, role: str = "AutoModelForCausalLM") -> str | None:
+    """Return what the auto_map of config.json names for a role, such as `modeling_x.XForCausalLM`, or None."""
+    auto_map = checkpoint.config.get("auto_map")
+    found = auto_map.get(role) if isinstance(auto_map, Mapping) else None
+    name = found[0] if isinstance(found, list) and found else found
+    return name if isinstance(name, str) else None
 
 
 def check_consent(checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:
@@ -58,27 +78,27 @@ def build_stock(checkpoint: Checkpoint, classes: StockClasses, dtype: Any, overr
 
     Args:
         checkpoint: The checkpoint.
-        classes: Its classes.
+        classes: Its classes, of which `config` is not None.
         dtype: The torch dtype of the parameters.
         overrides: Values that replace those of config.json.
 
     Raises:
         ModelError: If the class cannot be built.
     """
+    with stock_errors(checkpoint, f"{classes.model.__name__} cannot be built from config.json"):
+        return instantiate(classes, classes.config.from_dict({**checkpoint.config, **overrides}), dtype)
+
+
+def instantiate(classes: StockClasses, config: Any, dtype: Any, **arguments: Any) -> Any:
+    """Return an instance of the checkpoint's class under the torch dtype `dtype`; its parameters have no data."""
     import torch
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        config = classes.config.from_dict({**checkpoint.config, **overrides})
         with init_empty_weights(include_buffers=False):
-            model = classes.model(config)
-    except Exception as error:  # The checkpoint's code and configuration may raise any error.
-        raise ModelError(
-            f"{checkpoint.directory}: {classes.model.__name__} cannot be built from config.json: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+            model = classes.model(config, **arguments)
     finally:
         torch.set_default_dtype(default)
     return model.requires_grad_(False)
@@ -86,20 +106,19 @@ def build_stock(checkpoint: Checkpoint, classes: StockClasses, dtype: Any, overr
 
 def _reference(checkpoint: Checkpoint, role: str) -> tuple[str, str]:
     """Return the module and the class name that the auto_map gives for a role, such as "AutoConfig"."""
-    auto_map = checkpoint.config.get("auto_map")
-    found = auto_map.get(role) if isinstance(auto_map, Mapping) else None
-    name = found[0] if isinstance(found, list) and found else found
-    if not isinstance(name, str):
+    name = named_class(checkpoint, role)
+    if name is None:
         classes = ", ".join(checkpoint.config.get("architectures") or ["no class"])
         raise ModelError(
             f"{checkpoint.directory}: config.json names {classes} and no {role} in an auto_map. Export supports the "
-            f"model types {', '.join(sorted(MODEL_TYPES))}, and Baichuan2, which brings its own modeling code."
+            f"model types {', '.join(sorted(MODEL_TYPES))}, and Baichuan, which brings its own modeling code."
         )
-    module, _, attribute = name.rpartition(".")
-    if "--" in name or not module.isidentifier():
+    # In what was saved from a hub's repository, names are REPOSITORY--MODULE.CLASS, also with the files beside them.
+    module, _, attribute = name.rpartition("--")[2].rpartition(".")
+    if not module.isidentifier() or not (checkpoint.directory / f"{module}.py").is_file():
         raise ModelError(
             f"{checkpoint.directory}: auto_map names {name}, code that is not beside config.json. "
-            f"Put its files there and name it MODULE.CLASS; passopt downloads nothing."
+            f"Put its files there; passopt downloads nothing."
         )
     return module, attribute
 
@@ -123,9 +142,53 @@ def _package(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _load(checkpoint: Checkpoint, package: str, reference: tuple[str, str]) -> Any:
     module, attribute = reference
+    with stock_errors(checkpoint, f"{module}.py: importing {attribute} failed"):
+        try:
+            return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in _ACCELERATORS:
+                raise
+        with _stand_ins():
+            return getattr(importlib.import_module(f"{package}.{module}"), attribute)
+
+
+class _StandIn(types.ModuleType):
+    """A module that is not installed: it can be imported, and what it holds fails when it is called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def absent(*_: Any, **__: Any) -> Any:
+            raise ModuleNotFoundError(
+                f"No module named {self.__name__!r}, of which {name} is called", name=self.__name__
+            )
+
+        return absent
+
+
+class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Find a stand-in for each module of the packages of GPU kernels."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        is_stand_in = name.partition(".")[0] in _ACCELERATORS
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if is_stand_in else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        return
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Let code import packages of GPU kernels that are not installed; stock code has them at hand for training only."""
+    finder = _StandInFinder()
+    sys.meta_path.append(finder)  # The last place: what is installed is found before.
     try:
-        return getattr(importlib.import_module(f"{package}.{module}"), attribute)
-    except Exception as error:  # The checkpoint's code may raise any error: tell the user in which file.
-        raise ModelError(
-            f"{checkpoint.directory / module}.py: importing {attribute} failed: {type(error).__name__}: {error}"
-        ) from error
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _StandIn)]:
+            del sys.modules[name]

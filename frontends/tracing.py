@@ -6,6 +6,7 @@ Dynamo traces weights without data, so it needs memory for the graph only; torch
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from passopt.frontends.contract_names import COLUMNS, PREFIX, input_names
 from passopt.frontends.family import CacheShape, Step
 from passopt.frontends.options import ExportOptions, Phase
 from passopt.frontends.precision import Fp32Islands
-from passopt.frontends.weightless import fake_weights, zero_weights
+from passopt.frontends.probing.length_limits import Conditions, conditions, probe
+from passopt.frontends.probing.weightless import fake_weights, zero_weights
 from passopt.ir.graph.decoder import ATTENTION_MASK
 
 # The sample sizes are unequal, and neither 0 nor 1, so that no branch of the stock code specialises on them.
@@ -28,8 +30,16 @@ _BATCH, _SEQ, _PAST = 2, 7, 3
 _FUSED_OPSET = 23
 
 
-def trace(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path) -> onnx_ir.Model:
-    """Return the graph of a step, under torch's names.
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A graph under torch's names, and what it assumes of its lengths; None if the exporter does not say."""
+
+    graph: onnx_ir.Model
+    conditions: Conditions | None
+
+
+def trace(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path) -> Trace:
+    """Return the graph of a step.
 
     Args:
         step: The step.
@@ -45,6 +55,16 @@ def trace(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dt
     run = _trace_dynamo if options.exporter == "dynamo" else _trace_torchscript
     with torch.no_grad(), Fp32Islands(dtype, fused=fused):
         return run(step, shape, options, dtype, scratch)
+
+
+def probe_step(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype) -> Conditions:
+    """Return what the code of a step assumes of its lengths, without tracing it to a graph.
+
+    Raises:
+        Exception: Whatever torch or the stock code raises.
+    """
+    with torch.no_grad(), Fp32Islands(dtype, fused=False):
+        return probe(step, _sample(step, shape, options, dtype), options.phase)
 
 
 def _sample(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype) -> dict[str, Any]:
@@ -63,9 +83,7 @@ def _sample(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.
     return arguments
 
 
-def _trace_dynamo(
-    step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path
-) -> onnx_ir.Model:
+def _trace_dynamo(step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path) -> Trace:
     fake_weights(step)
     arguments = _sample(step, shape, options, dtype)
     free = torch.export.Dim.DYNAMIC
@@ -78,12 +96,20 @@ def _trace_dynamo(
         program, (), dynamo=True, opset_version=options.target_opset, optimize=False, verbose=False
     )
     assert exported is not None
-    return exported.model
+    return Trace(exported.model, _conditions(program, options.phase))
+
+
+def _conditions(program: torch.export.ExportedProgram, phase: Phase) -> Conditions | None:
+    """Return what torch recorded about lengths; None if no length is free."""
+    named = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    inputs = {name: named[name] for name in program.graph_signature.user_inputs if isinstance(name, str)}
+    env = next((value.fake_mode.shape_env for value in inputs.values()), None)
+    return None if env is None else conditions(env, inputs, phase)
 
 
 def _trace_torchscript(
     step: Step, shape: CacheShape, options: ExportOptions, dtype: torch.dtype, scratch: Path
-) -> onnx_ir.Model:
+) -> Trace:
     """Trace with the torchscript exporter.
 
     Weights are exported as graph inputs, so that none is written, and then become initializers without data.
@@ -120,7 +146,7 @@ def _trace_torchscript(
     logits.shape = onnx_ir.Shape(["batch", length, vocabulary[2] if vocabulary is not None else None])
     for state in present:
         state.shape = onnx_ir.Shape(["batch", shape.heads, COLUMNS[options.phase], shape.width])
-    return model
+    return Trace(model, None)
 
 
 def _dynamic_axes(name: str, phase: Phase) -> dict[int, str]:

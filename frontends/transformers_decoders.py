@@ -7,7 +7,6 @@ also with sliding windows, where the mask then does what a shorter cache would d
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import re
 from collections.abc import Mapping
@@ -20,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passopt.frontends.bind_weights import untied
 from passopt.frontends.checkpoint import Checkpoint
-from passopt.frontends.family import Cache, CacheShape, Family, Step
+from passopt.frontends.family import Cache, CacheShape, Family, Step, argument_names
 from passopt.frontends.options import ExportOptions
-from passopt.frontends.weightless import fake_weights
+from passopt.frontends.probing.weightless import fake_weights
+from passopt.frontends.stock_errors import stock_errors
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.weights.expressions import Source
 
@@ -45,6 +45,17 @@ _SMALL = {
 }
 _SMALL_WINDOW = 8
 
+#: What transformers' class for MPT computes whatever the configuration says, by the name of the setting.
+_MPT_COMPUTED: Mapping[str, tuple[Any, ...]] = {
+    "logit_scale": (None,),
+    "alibi": (True,),
+    "alibi_bias_max": (8,),
+    "attn_type": ("multihead_attention",),
+    "prefix_lm": (False,),
+    "qk_ln": (False,),
+    "attn_uses_sequence_id": (False,),
+}
+
 
 class TransformersDecoder(Family):
     """A decoder, known by its `model_type`, traced in the attention implementation asked for (default: eager)."""
@@ -53,7 +64,7 @@ class TransformersDecoder(Family):
         super().__init__(checkpoint)
         if options.alibi != "formula":
             raise UsageError(
-                f"only Baichuan2 can be exported with a baked ALiBi mask; leave out --alibi for "
+                f"only Baichuan can be exported with a baked ALiBi mask; leave out --alibi for "
                 f"{checkpoint.config['model_type']}"
             )
         self._attention = options.attention or "eager"
@@ -65,21 +76,18 @@ class TransformersDecoder(Family):
     def build(self, dtype: torch.dtype, *, small: bool) -> Any:
         from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
-        try:
+        kind = self.checkpoint.config["model_type"]
+        _refuse_ignored(self.checkpoint)
+        with stock_errors(self.checkpoint, f"{kind} with {self._attention} attention cannot be built from config.json"):
             config = transformers.AutoConfig.for_model(**self.checkpoint.config)
+            refuse_dynamic(self.checkpoint, config)
             if small:
-                _shrink(config)
+                shrink(config)
             with init_empty_weights(include_buffers=False):
                 model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     config, dtype=dtype, attn_implementation=self._attention
                 )
-        except Exception as error:  # The class and the values of config.json may raise any error.
-            message = str(error).partition("\n")[0]
-            raise ModelError(
-                f"{self.checkpoint.directory}: {self.checkpoint.config['model_type']} with {self._attention} attention "
-                f"cannot be built from config.json: {type(error).__name__}: {message}"
-            ) from error
-        model.tie_weights()
+            model.tie_weights()
         return model.eval().requires_grad_(False)
 
     def cache_shape(self, model: Any) -> CacheShape:
@@ -89,7 +97,7 @@ class TransformersDecoder(Family):
         cache = transformers.DynamicCache()
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             probe(input_ids=torch.ones(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
-        keys = [key for key, _ in _states(cache)]
+        keys = [key for key, _ in states(cache)]
         return CacheShape(len(keys), keys[0].shape[1], keys[0].shape[3])
 
     def sources(self, model: Any) -> Mapping[str, Source]:
@@ -111,20 +119,25 @@ class TransformersDecoder(Family):
         return _Step(model)
 
     def reference(
-        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: Cache,
     ) -> tuple[torch.Tensor, Cache]:
-        extra = {"position_ids": position_ids} if _takes_positions(model) else {}
-        cache = transformers.DynamicCache()
+        extra = {"position_ids": position_ids} if self.takes_positions(model) else {}
+        cache = dynamic_cache(past)
         output = model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **extra
         )
-        return output.logits, _states(cache)
+        return output.logits, states(cache)
 
 
 class _Step(Step):
     @property
     def takes_positions(self) -> bool:
-        return _takes_positions(self.stock)
+        return "position_ids" in argument_names(self.stock)
 
     def run(
         self,
@@ -137,14 +150,14 @@ class _Step(Step):
         output = self.stock(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=_cache(past),
+            past_key_values=dynamic_cache(past),
             use_cache=True,
             **extra,
         )
-        return output.logits, _states(output.past_key_values)
+        return output.logits, states(output.past_key_values)
 
 
-def _cache(past: Cache) -> transformers.DynamicCache:
+def dynamic_cache(past: Cache) -> transformers.DynamicCache:
     """Return transformers' cache over these very tensors; its own update would copy them behind an empty cache."""
     cache = transformers.DynamicCache()
     for key, value in past:
@@ -155,12 +168,9 @@ def _cache(past: Cache) -> transformers.DynamicCache:
     return cache
 
 
-def _states(cache: Any) -> Cache:
+def states(cache: Any) -> Cache:
+    """Return the keys and values of all layers of transformers' cache."""
     return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _takes_positions(model: Any) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _parameter_name(name: str, model: Any) -> str:
@@ -172,7 +182,7 @@ def _parameter_name(name: str, model: Any) -> str:
     return next((candidate for candidate in candidates if candidate in parameters), name)
 
 
-def _shrink(config: Any) -> None:
+def shrink(config: Any) -> None:
     """Set the sizes of a self-check in place.
 
     Biases, norms, windows, the grouping of heads and the kinds of positions stay as they are.
@@ -192,6 +202,35 @@ def _shrink(config: Any) -> None:
             setattr(config, name, value)
     if getattr(config, "layer_types", None):
         config.layer_types = list(itertools.islice(itertools.cycle(config.layer_types), _LAYERS))
+
+
+def refuse_dynamic(checkpoint: Checkpoint, config: Any) -> None:
+    """Raise ModelError for rotary angles that grow with the longest position of a call, and stay so afterwards."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in (parameters, *parameters.values()):
+        if isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type")) == "dynamic":
+            raise ModelError(
+                f"{checkpoint.directory}: rope_scaling of config.json is dynamic: past "
+                f"{config.max_position_embeddings} positions, rotary angles depend on the longest position so far, "
+                f"which a graph without state cannot compute. Export with rope_scaling null for up to so many "
+                f"positions, or with yarn or linear scaling."
+            )
+
+
+def _refuse_ignored(checkpoint: Checkpoint) -> None:
+    """Raise ModelError for settings of MPT that its authors' code has and transformers' class ignores."""
+    config = checkpoint.config
+    if config["model_type"] != "mpt":
+        return
+    attention = config.get("attn_config") or {}
+    for place, settings in (("", config), ("attn_config.", attention)):
+        for name, computed in _MPT_COMPUTED.items():
+            if name in settings and settings[name] not in computed:
+                raise ModelError(
+                    f"{checkpoint.directory}: {place}{name} of config.json is {settings[name]!r}, which transformers' "
+                    f"class for mpt ignores: it computes as for {computed[0]!r}. Export the checkpoint's own code "
+                    f"(auto_map and --trust-remote-code)."
+                )
 
 
 def _head_width(config: Any) -> int:

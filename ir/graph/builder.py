@@ -17,6 +17,7 @@ from onnx import shape_inference
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.contrib_types import infer_contrib_types, is_runtime_operator
 from passopt.ir.graph.functions import DOMAIN, grown, infer_function_types
 from passopt.ir.graph.operators import COLLECTIVE_OPS
 from passopt.ir.weights.expressions import Expression
@@ -95,6 +96,8 @@ class Builder:
                 float among the inputs but no value whose dtype it could take.
         """
         values = self._operands(op_type, inputs)
+        while values and values[-1] is None:
+            values.pop()  # onnxruntime 1.32 crashes on an empty name behind the last input of LayerNormalization.
         converted = [_attribute(name, value) for name, value in attributes.items()]
         name = self._unique(f"{self.hint}/{op_type}")
         node = onnx_ir.Node(domain, op_type, values, converted, num_outputs=outputs, name=name)
@@ -177,6 +180,9 @@ def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -
     if node.domain == DOMAIN:
         infer_function_types(node)
         return
+    if node.domain == MICROSOFT or is_runtime_operator(node, opset):
+        infer_contrib_types(node)
+        return
     if node.domain or any(value is not None and value.type is None for value in node.inputs):
         return
     key = _inference_key(node, opset) if memo is not None else None
@@ -238,7 +244,9 @@ def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
-        raise VerifyError(f"{node.op_type} {node.name!r}: no such operator in opset {opset}") from None
+        raise VerifyError(
+            f"{node.op_type} {node.name!r}: no such operator in opset {opset}; if a later one has it, run legalize"
+        ) from None
     opsets = [onnx.helper.make_opsetid("", opset)]
     proto = onnx_ir.serde.serialize_node(node)
     try:
@@ -289,8 +297,10 @@ def _infer_collective(node: onnx_ir.Node) -> None:
     if source.shape is None or node.op_type == "AllReduce":
         target.shape = source.shape
         return
-    dims = list(source.shape.dims)
-    axis, size = node.attributes["axis"].as_int() % len(dims), node.attributes["group_size"].as_int()
+    dims, along, ranks = list(source.shape.dims), node.attributes.get("axis"), node.attributes.get("group_size")
+    if along is None or ranks is None or not -len(dims) <= along.as_int() < len(dims):
+        return  # Only passopt's own collectives are sure to state both.
+    axis, size = along.as_int() % len(dims), ranks.as_int()
     length = dims[axis]
     gathered = length * size if isinstance(length, int) else None
     target.shape = onnx_ir.Shape([*dims[:axis], gathered, *dims[axis + 1 :]])

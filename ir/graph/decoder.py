@@ -20,8 +20,13 @@ DEGREE = "passopt.degree"
 KV_HEADS = "passopt.kv_heads"
 #: Key of node metadata: the index of a collective in the order in which every rank runs the collectives.
 COLLECTIVE = "passopt.collective"
+#: Key of model metadata: the largest number of positions for which the graph computes what the original model does.
+MAX_POSITIONS = "passopt.max_positions"
 #: Key of model metadata: the error that export's self-check measured, or "skipped".
 SELF_CHECK = "passopt.self_check"
+
+#: The keys under which config.json files store the length of the longest sequence.
+LENGTH_KEYS = ("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len")
 
 _LAYER_WEIGHT = re.compile(r"\b(?:layers|h|blocks)\.(\d+)\.")
 _PAST_KEY = re.compile(r"past\.(\d+)\.key\Z")
@@ -87,9 +92,10 @@ def degree_of(model: onnx_ir.Model) -> int:
 
 
 def positions_of(model: onnx_ir.Model) -> int | None:
-    """Return the number of positions for which the model has table entries, or None if it has no such table.
+    """Return the number of positions that the model can take, or None if nothing in it bounds them.
 
-    Tables are rotary angles, learned positions and a baked ALiBi mask; the shortest one counts.
+    Bounds are tables of rotary angles or learned positions, a baked ALiBi mask, and what the export found; the smallest
+    counts.
     """
     tables = model.graph.initializers.items()
     found: list[tuple[onnx_ir.Value | None, int]] = [
@@ -102,6 +108,8 @@ def positions_of(model: onnx_ir.Model) -> int | None:
         if node.op_type == "RotaryEmbedding" and index == 3:
             found += [(table, 0) for table in node.inputs[1:3]]
     lengths = [_length(table, axis) for table, axis in found if table is not None and table.is_initializer()]
+    if (stated := model.metadata_props.get(MAX_POSITIONS, "")).isdigit():
+        lengths.append(int(stated))
     return min((length for length in lengths if length is not None), default=None)
 
 

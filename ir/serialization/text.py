@@ -16,6 +16,8 @@ import onnx_ir
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.repeated_layers import Run, longest_run
 from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.serialization.domains import normalize_domains
+from passopt.ir.serialization.proto_check import check_proto
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 
 INLINE_ELEMENTS = 16
@@ -126,13 +128,16 @@ def parse_model(text: str) -> onnx_ir.Model:
         ModelError: If the text is not a model; the message has the parser's position.
     """
     try:
-        model = onnx_ir.from_proto(onnx.parser.parse_model(text))
+        proto = onnx.parser.parse_model(text)
+        check_proto(proto)
+        model = onnx_ir.from_proto(proto)
     except onnx.parser.ParseError as error:
         message = error.args[0]
         detail = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
         raise ModelError(f"not ONNX text: {detail}") from None
     except onnx_ir.serde.SerdeError as error:
         raise ModelError(f"not a model: {error.__cause__ or error}") from error
+    normalize_domains(model)
     for index, node in enumerate(model.graph):
         node.name = node.name or f"{node.op_type}_{index}"
     complete_outputs(model)
@@ -169,6 +174,15 @@ def _declarations(values: Iterable[onnx_ir.Value], hidden: set[str]) -> list[str
 
 
 def _type(value: onnx_ir.Value) -> str:
+    """Return the type as ONNX text writes it, such as `seq(float[n,2])`."""
+    kind, wrappers = value.type, ""
+    while isinstance(kind, (onnx_ir.SequenceType, onnx_ir.OptionalType)):
+        wrappers += "seq(" if isinstance(kind, onnx_ir.SequenceType) else "optional("
+        kind = kind.elem_type
+    return wrappers + _tensor_type(value) + ")" * wrappers.count("(")
+
+
+def _tensor_type(value: onnx_ir.Value) -> str:
     if value.dtype is None:
         return "?"
     name = onnx.TensorProto.DataType.Name(value.dtype.value).lower()
@@ -200,12 +214,20 @@ def _initializer(value: onnx_ir.Value) -> str:
 
 
 def _elements(tensor: onnx_ir.TensorProtocol) -> str:
+    if tensor.dtype == onnx_ir.DataType.STRING:
+        strings: list[bytes] = tensor.string_data()  # type: ignore[attr-defined]
+        return ",".join(_quoted_string(item.decode(errors="replace")) for item in strings)
     array = tensor.numpy().reshape(-1)
     if tensor.dtype in {onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}:
         return ",".join(str(bits) for bits in array.view(np.uint16))  # ONNX text writes 16-bit floats as bit patterns.
     if array.dtype == np.bool_:
         return ",".join(str(int(item)) for item in array)
     return ",".join(str(item) for item in array)
+
+
+def _quoted_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _node(node: onnx_ir.Node) -> str:

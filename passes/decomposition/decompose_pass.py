@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import onnx_ir
 
 from passopt.ir.graph.editor import Editor, discard
-from passopt.ir.graph.shapes import complete_types
+from passopt.ir.graph.shapes import complete_node, complete_types
 from passopt.passes.framework.accuracy import REASSOCIATED, Accuracy
 from passopt.passes.framework.base import Decline, Pass
 from passopt.passes.framework.records import PassResult
@@ -43,6 +43,8 @@ class DecomposePass(Pass):
         for node in list(model.graph):
             read = [value for value in node.outputs if value.uses() or value.is_graph_output()]
             if (node.domain, node.op_type) not in kinds or not read:
+                # What the node reads may have got a type just now.
+                complete_node(node, model, lambda value: not value.is_graph_output())
                 continue
             result.tries += 1
             op = Rewriter(editor.opset, editor.unique, node.outputs[0].name or node.op_type, memory)

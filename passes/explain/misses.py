@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.graph.provenance import MODULE, SOURCE
+from passopt.ir.graph.provenance import origin_of
 from passopt.passes.explain.differences import Difference, describe_node, provenance
 
 _NAME = re.compile(r"[\w./:]*\w")
@@ -226,9 +226,3 @@ def _lies_inside(miss: Miss, other: Miss | frozenset[onnx_ir.Node]) -> bool:
 def short_rule(where: str) -> str:
     """Shorten `pass (folder/file.py:12)` to `file.py:12`."""
     return where.partition(" (")[2].rstrip(")").replace("\\", "/").rpartition("/")[2] or where
-
-
-def origin_of(node: onnx_ir.Node) -> str:
-    """Return the exporter's source line and the module of a node, as far as the graph has them."""
-    source, module = node.metadata_props.get(SOURCE), node.metadata_props.get(MODULE)
-    return " in ".join(part for part in (source, module) if part)

@@ -13,12 +13,13 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.errors import PassoptError
+from passopt.ir.errors import PassError, PassoptError
 from passopt.ir.graph.shapes import complete_types
 from passopt.passes.explain.differences import operator
 from passopt.passes.explain.misses import Group, Miss, grouped
 from passopt.passes.explain.sites import misses
 from passopt.passes.framework.base import Pass
+from passopt.passes.framework.defects import NEXT_STEP, failure
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.language import outputs_of
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -96,9 +97,9 @@ def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Rep
     try:
         result = item.run(copy)
     except PassoptError as error:
-        return _report_of_failure(item, model, str(error))
+        return _report_of_failure(item, model, f"the pass fails on this model: {error}")
     except Exception as error:  # a defect of the pass is what its author asks about
-        return _report_of_failure(item, model, f"{type(error).__name__}: {error}")
+        return _report_of_failure(item, model, f"the pass {failure(error, type(item).run)}")
     report = explain_rest(item, copy if isinstance(item, RewritePass) else model, result)
     missing = [name for name in item.after if name not in before]
     if not missing or (report.matched and not any(group.example.is_near for group in report.groups)):
@@ -124,15 +125,20 @@ def _report(item: Pass, matched: int | None, found: Iterable[Miss], remarks: Seq
 
 def _refusals(item: Pass, model: onnx_ir.Model) -> list[Miss]:
     """Return what a pass over the whole graph says about itself, as misses of a rule named like the pass."""
-    return [Miss(item.name, refusal.node, reason=refusal.reason) for refusal in item.explain(model)]
+    try:
+        return [Miss(item.name, refusal.node, reason=refusal.reason) for refusal in item.explain(model)]
+    except PassoptError:
+        raise
+    except Exception as error:
+        raise PassError(f"{item.name}: its explain {failure(error, type(item).explain)}\n{NEXT_STEP}") from error
 
 
-def _report_of_failure(item: Pass, model: onnx_ir.Model, error: str) -> Report:
-    """Report that the pass fails with `error` on this model, and where its rules come near."""
+def _report_of_failure(item: Pass, model: onnx_ir.Model, reason: str) -> Report:
+    """Report that the pass fails on this model, for this reason, and where its rules come near."""
     copy = model.clone()
     complete_types(copy)
     found = misses(item, copy) if isinstance(item, RewritePass) else _refusals(item, model)
-    failed = Miss(item.name, _node_named_in(error, copy), reason=f"the pass fails on this model: {error}")
+    failed = Miss(item.name, _node_named_in(reason, copy), reason=reason)
     return _report(item, None, [failed, *found], [])
 
 

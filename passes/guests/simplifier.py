@@ -12,6 +12,7 @@ import onnxsim  # type: ignore[import-untyped]
 from passopt.ir.errors import PassError
 from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.framework.records import PassResult
+from passopt.passes.guests.foreign_names import hide_foreign_names, show_foreign_names
 from passopt.passes.guests.restore_metadata import Snapshot, take_over
 from passopt.passes.guests.weight_handles import (
     LOCATION,
@@ -50,7 +51,9 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     without_defaults(proto, defaults)
     interface = _interface(proto.graph)
     held = _hold_out(proto, quantised, author)
+    hide_foreign_names(proto)
     simplified = _call(proto, author, limit)
+    show_foreign_names(simplified)
     _put_back(simplified.graph, held)
     if _interface(simplified.graph) != interface:
         raise PassError(
@@ -60,9 +63,10 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     del simplified.metadata_props[:]  # onnxsim's list of changed nodes; passopt records in its own way what made a node
     changed = from_proto(simplified, handles)
     _name_new_values(changed, _value_names(model))
+    _name_nodes(changed, model)
     restore_defaults(changed, defaults)
     before.put_back_initializers(changed.graph)
-    result = before.finish(changed, author)
+    result = before.finish(changed, author, ignores_order=True)
     if result.modified:
         take_over(model, changed)
     return result
@@ -149,8 +153,24 @@ def _name_new_values(model: onnx_ir.Model, old: set[str]) -> None:
             kind = producer.op_type.lower() if producer is not None else "constant"
             value.name = _unique(f"{hint}.{kind}", taken)
             old.add(value.name)
-            if producer is not None and len(producer.outputs) == 1:
-                producer.name = f"{hint}/{producer.op_type}"
+
+
+def _name_nodes(changed: onnx_ir.Model, model: onnx_ir.Model) -> None:
+    """Give nodes that were there before the names they had, and new ones names after their outputs; none twice.
+
+    onnxruntime refuses some models with two nodes of one name.
+    """
+    before = {value.name: node.name for node in model.graph.all_nodes() for value in node.outputs if value.name}
+    taken = {name for name in before.values() if name}
+    given: set[str] = set()
+    for node in changed.graph.all_nodes():
+        outputs = [value.name for value in node.outputs if value.name]
+        name = next((before[output] for output in outputs if output in before), None)
+        if outputs and outputs[0] in before and (not name or name not in given):
+            node.name = name
+        else:
+            node.name = _unique(f"{outputs[0] if outputs else 'node'}/{node.op_type}", taken)
+        given.add(node.name or "")
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -13,7 +13,7 @@ import onnx_ir
 import pytest
 
 from passopt.api.export import clean_up
-from passopt.frontends import baichuan2
+from passopt.frontends import baichuan
 from passopt.frontends.bind_weights import bind_weights
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.export import export_graph
@@ -261,8 +261,8 @@ def test_code_that_is_not_in_the_checkpoint(rotary: Checkpoint, auto_map: object
 
 
 def test_other_classes_are_not_supported() -> None:
-    with pytest.raises(ModelError, match=r"SimpleNamespace is not supported.*Baichuan2"):
-        baichuan2.is_alibi(SimpleNamespace())
+    with pytest.raises(ModelError, match=r"SimpleNamespace is not supported.*Baichuan"):
+        baichuan.check_supported(SimpleNamespace())
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_options_that_do_not_exist(settings: dict[str, Any], message: str) -> No
 
 
 def test_attention_of_the_checkpoint_is_not_chosen(rotary: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="Baichuan2 checkpoint has one attention implementation"):
+    with pytest.raises(UsageError, match="Baichuan checkpoint has one attention implementation"):
         export_graph(rotary, options(attention="sdpa"), tmp_path)
 
 
@@ -346,13 +346,13 @@ def test_weight_that_tracing_lost_is_loud(rotary: Checkpoint) -> None:
 
 @pytest.mark.slow
 def test_head_that_lost_its_normalisation_is_loud(rotary_graph: onnx_ir.Model) -> None:
-    baichuan2.check_head(rotary_graph)
+    baichuan.check_head(rotary_graph)
     with pytest.raises(ModelError, match="does not normalise its weight"):
-        baichuan2.check_head(onnx_ir.from_onnx_text(GRAPH))
+        baichuan.check_head(onnx_ir.from_onnx_text(GRAPH))
 
 
 def test_baked_mask_is_the_stock_mask(tmp_path: Path) -> None:
-    source = baichuan2.write_future_mask(tmp_path / "alibi.safetensors", (3, 5, 5))
+    source = baichuan.write_future_mask(tmp_path / "alibi.safetensors", alibi_slopes(3), 5)
     with Evaluator() as evaluator:
         mask = evaluator.array(source)
     expected = alibi_slopes(3)[:, None, None] * np.arange(5, dtype=np.float32) + np.triu(np.full((5, 5), -np.inf), 1)

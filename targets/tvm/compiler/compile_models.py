@@ -6,7 +6,6 @@ The folder appears only when it is complete.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ import onnx_ir
 from passopt.ir.atomic_folders import JOURNAL_NAME, keep_only, resumable_directory
 from passopt.ir.dtypes import DTYPES, DataType
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.graph.decoder import INPUT_IDS, LOGITS, decoder_of, degree_of, positions_of
+from passopt.ir.graph.decoder import INPUT_IDS, LENGTH_KEYS, LOGITS, decoder_of, degree_of, positions_of
+from passopt.ir.json_text import read_json
 from passopt.ir.serialization.model_files import WEIGHTS_NAME
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import small_constant
@@ -44,9 +44,6 @@ from passopt.targets.tvm.compiler.kernels.code_generation import code_generation
 from passopt.targets.tvm.compiler.lowering.graph import MAIN, Lowered, lower
 from passopt.targets.tvm.compiler.relax_steps import run_steps
 from passopt.targets.tvm.machines import Gpu, Machine
-
-#: The keys under which config.json files store the length of the longest sequence.
-_LENGTH_KEYS = ("max_position_embeddings", "model_max_length", "n_positions", "max_seq_len")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,8 +310,10 @@ def max_positions(model: onnx_ir.Model, companions: Path | None) -> int | None:
     path = companions / "config.json" if companions is not None else None
     if path is not None and path.is_file():
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json(path)
         except ValueError as error:
             raise ModelError(f"{path}: is no JSON: {error}. Restore it, or remove it.") from error
-        found += [int(config[key]) for key in _LENGTH_KEYS if isinstance(config.get(key), int)]
+        if not isinstance(config, dict):
+            raise ModelError(f"{path}: is {type(config).__name__} instead of an object. Restore it, or remove it.")
+        found += [int(config[key]) for key in LENGTH_KEYS if isinstance(config.get(key), int)]
     return min(found, default=None)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.regular_files import open_regular
 from passopt.targets.tvm.compiled_folder import CacheLayout, Library, RankFolders, read_library
 from passopt.targets.tvm.engine import virtual_machine
 from passopt.targets.tvm.engine.available_memory import check_caches, check_copy, no_room
@@ -373,7 +374,8 @@ def _check_cpu(folder: Path, library: Library) -> None:
 
 def _check_code(path: Path, library: Library) -> None:
     try:
-        digest = blake3.blake3(path.read_bytes()).hexdigest()
+        with open_regular(path) as file:
+            digest = blake3.blake3(file.read()).hexdigest()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}. Compile the model again.") from error
     if digest != library.library.blake3:

@@ -155,13 +155,16 @@ def test_a_rewrite_that_fails_is_a_reason(lines, rule):
 
 
 def test_a_rewrite_with_a_defect_is_a_reason_too(lines, rule):
-    assert lines(rule(silu_negated, lambda self, op, a: 1 // 0), layers(WHOLE)) == [
-        "test-rule: did not finish, declined 2 times, came near at 0 places",
-        "1. declined",
-        "    the pass fails on this model: ZeroDivisionError: integer division or modulo by zero",
-        "2. declined at out0 (Neg)",
-        "    the rewrite fails with ZeroDivisionError: integer division or modulo by zero",
-    ]
+    item = rule(silu_negated, lambda self, op, a: 1 // 0)
+    failed, why, site, step, second, reason = lines(item, layers(WHOLE))[1:]
+    assert (failed, second) == ("1. declined at out0 (Neg)", "2. declined at out0 (Neg)")
+    fault = "failed with ZeroDivisionError: integer division or modulo by zero, at "
+    assert why.startswith("    the pass fails on this model: test-rule (")
+    assert f"<lambda> {fault}" in why
+    assert site == "    site: Neg 'Neg_2', which makes out0"
+    assert "defect of the pass" in step
+    assert reason.startswith(f"    the rewrite {fault}")
+    assert "test_report.py" in reason
 
 
 def test_where_another_rule_of_the_pass_applies_nothing_is_missed(lines, rule):
@@ -453,7 +456,7 @@ def test_fold_constants_says_what_it_leaves():
         "4. declined at n (Neg)",
         "it reads a weight of the checkpoint, which no pass does",
         "5. declined at e (Expand)",
-        "its result or what it reads is larger than 64 bytes; fold-constants{limit=…} allows more",
+        "its result is larger than 64 bytes; fold-constants{limit=…} allows more",
     ]
 
 

@@ -33,6 +33,8 @@ class _Folder:
         self.facts: ModelFacts = read_facts(folder)
         self.settings: Settings = read_settings(folder)
         self._reporter = reporter
+        if self.settings.ignored:
+            reporter.say(f"generation_config.json sets what passopt does not have: {', '.join(self.settings.ignored)}")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

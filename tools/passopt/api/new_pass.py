@@ -20,7 +20,8 @@ from passopt.ir.errors import UsageError
 from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
 from passopt.passes.framework.base import REGISTERED
-from passopt.passes.framework.catalog import Entry, catalog
+from passopt.passes.framework.catalog import catalog
+from passopt.passes.framework.source_entries import Entry
 from passopt.passes.framework.suggestions import unknown_name
 from passopt.passes.pipeline.named import PIPELINES
 from passopt.reporting.result import Result

@@ -1,4 +1,4 @@
-"""Trace the stock Baichuan2 classes faithfully, with shims on instances, never on files or classes.
+"""Trace the stock Baichuan classes faithfully, with shims on instances, never on files or classes.
 
 Shapes use b batch, q positions of this step, p positions in the cache, kv = p + q.
 """
@@ -20,9 +20,10 @@ import torch
 from passopt.frontends.checkpoint import Checkpoint
 from passopt.frontends.family import Cache, CacheShape, Family, Step
 from passopt.frontends.options import Alibi, ExportOptions
+from passopt.frontends.probing.stock_alibi import Slopes, StockAlibi, measure
 from passopt.frontends.remote_code import StockClasses, build_stock
+from passopt.frontends.stock_errors import stock_errors
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.sources import safetensors_sources
 
@@ -41,16 +42,17 @@ _SMALL = {
     "hidden_size": 6 * 16,
     "intermediate_size": 44,
     "vocab_size": 72,
-    "model_max_length": 40,
-    "max_position_embeddings": 40,
     "pad_token_id": 0,
 }
+#: The largest number of positions of a self-check, since the stock ALiBi mask is quadratic in it.
+_SMALL_POSITIONS = 1024
+_POSITION_KEYS = ("model_max_length", "max_position_embeddings")
 
 _CHUNK_BYTES = 32 << 20
 
 
-class Baichuan2(Family):
-    """Both published sizes, 7B (rotary) and 13B (ALiBi), with packed QKV and NormHead, by the checkpoint's code."""
+class Baichuan(Family):
+    """Baichuan 1 and 2 in both published sizes, 7B (rotary) and 13B (ALiBi), with packed QKV, by their own code."""
 
     constants: ClassVar = {
         "model.alibi_slopes": SLOPES,
@@ -63,17 +65,26 @@ class Baichuan2(Family):
         super().__init__(checkpoint)
         if options.attention is not None:
             raise UsageError(
-                "the code of a Baichuan2 checkpoint has one attention implementation; leave out --attention"
+                "the code of a Baichuan checkpoint has one attention implementation; leave out --attention"
             )
         self._alibi = options.alibi
         self._classes = classes
+        self._normalises = False
+        self._measured: dict[tuple[Any, ...], StockAlibi] = {}
 
     @property
     def source_root(self) -> Path:
         return self.checkpoint.directory
 
     def build(self, dtype: torch.dtype, *, small: bool) -> Any:
-        return build_stock(self.checkpoint, self._classes, dtype, _SMALL if small else {})
+        model = build_stock(self.checkpoint, self._classes, dtype, self._small() if small else {})
+        check_supported(model)
+        return model
+
+    def _small(self) -> dict[str, int]:
+        config = self.checkpoint.config
+        sizes = {key: min(config[key], _SMALL_POSITIONS) for key in _POSITION_KEYS if isinstance(config.get(key), int)}
+        return {**_SMALL, **sizes}
 
     def cache_shape(self, model: Any) -> CacheShape:
         heads = model.config.num_attention_heads
@@ -84,51 +95,99 @@ class Baichuan2(Family):
         return {name: source for name, source in tensors.items() if not name.endswith(_COMPUTED_SUFFIX)}
 
     def step(self, model: Any) -> Step:
-        prepare(model, self._alibi)
+        self._normalises = is_norm_head(model)
+        prepare(model, self._alibi, self.stock_alibi(model).slopes if is_alibi(model) else None)
         return _Step(model)
 
     def reference(
-        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: Cache,
     ) -> tuple[torch.Tensor, Cache]:
-        extra = {} if is_alibi(model) else {"position_ids": position_ids}
+        extra = {"position_ids": position_ids} if self.takes_positions(model) else {}
         logits, present = model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, return_dict=False, **extra
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past or None,
+            use_cache=True,
+            return_dict=False,
+            **extra,
         )
         return logits, present
+
+    def longest(self, model: Any) -> int | None:
+        return self.stock_alibi(model).longest if is_alibi(model) else None
+
+    def stock_alibi(self, model: Any) -> StockAlibi:
+        """Return what the class computes as ALiBi, at the sizes of a built model, which is left alone."""
+        sizes = {
+            key: getattr(model.config, key)
+            for key in ("num_attention_heads", "hidden_size", *_POSITION_KEYS)
+            if hasattr(model.config, key)
+        }
+        one = {**sizes, "num_hidden_layers": 1, "vocab_size": 2}
+
+        def body() -> Any:
+            return build_stock(self.checkpoint, self._classes, torch.float32, one).eval().model
+
+        key = tuple(sorted(sizes.items()))
+        if key not in self._measured:
+            subject = f"{self.checkpoint.directory}: {type(model).__name__}"
+            with stock_errors(self.checkpoint, f"the ALiBi mask of {type(model).__name__} cannot be built"):
+                self._measured[key] = measure(body, self.numbers(), subject)
+        return self._measured[key]
 
     def extra_weights(self, model: Any, scratch: Path) -> Mapping[str, Source]:
         if not is_alibi(model) or self._alibi != "baked":
             return {}
-        return {FUTURE_MASK: write_future_mask(scratch / "alibi.safetensors", future_mask_shape(model))}
+        _, positions, _ = future_mask_shape(model)
+        return {
+            FUTURE_MASK: write_future_mask(scratch / "alibi.safetensors", self.stock_alibi(model).slopes, positions)
+        }
 
     def check(self, graph: onnx_ir.Model) -> None:
-        check_head(graph)
+        if self._normalises:
+            check_head(graph)
+
+
+def check_supported(model: Any) -> None:
+    """Raise ModelError unless the model is a Baichuan decoder, judging by the instance's attributes."""
+    body = getattr(model, "model", None)
+    attention = getattr(next(iter(getattr(body, "layers", [])), None), "self_attn", None)
+    rotary = hasattr(getattr(attention, "rotary_emb", None), "cos_cached")
+    if not hasattr(attention, "W_pack") or rotary == hasattr(body, "get_alibi_mask"):
+        raise ModelError(
+            f"{type(model).__name__} is not supported. Export supports Baichuan: packed W_pack attention with either "
+            f"rotary tables or get_alibi_mask."
+        )
 
 
 def is_alibi(model: Any) -> bool:
-    """Return True for the ALiBi family (13B) and False for the rotary one (7B), judging by the instance's attributes.
+    """Return True for the ALiBi family (13B) and False for the rotary one (7B)."""
+    return hasattr(model.model, "get_alibi_mask")
 
-    Raises:
-        ModelError: If the model is of neither family, or has no NormHead.
+
+def is_norm_head(model: Any) -> bool:
+    """Return whether the head normalises its weight, as that of Baichuan 2 does, and that of Baichuan 1 does not."""
+    return hasattr(model.lm_head, "first_flag")
+
+
+def prepare(model: Any, alibi: Alibi, slopes: Slopes | None) -> None:
+    """Change one instance in place so that it can be traced.
+
+    Args:
+        model: The instance.
+        alibi: The form of the ALiBi bias, which does not matter to the rotary family.
+        slopes: The slopes of the ALiBi family, `[heads]`; None for the rotary family.
     """
-    body, head = getattr(model, "model", None), getattr(model, "lm_head", None)
-    attention = getattr(next(iter(getattr(body, "layers", [])), None), "self_attn", None)
-    rotary = hasattr(getattr(attention, "rotary_emb", None), "cos_cached")
-    alibi = hasattr(body, "get_alibi_mask")
-    if not hasattr(head, "first_flag") or not hasattr(attention, "W_pack") or rotary == alibi:
-        raise ModelError(
-            f"{type(model).__name__} is not supported. Export supports Baichuan2: packed W_pack attention with either "
-            f"rotary tables or get_alibi_mask, and a NormHead."
-        )
-    return alibi
-
-
-def prepare(model: Any, alibi: Alibi) -> None:
-    """Change one instance in place so that it can be traced; `alibi` does not matter to the rotary family."""
     model.eval()
-    # In evaluation mode the head normalises its own data in place, which tracing would silently drop.
-    model.lm_head.train()
-    if not is_alibi(model):
+    if is_norm_head(model):
+        # In evaluation mode the head normalises its own data in place, which tracing would silently drop.
+        model.lm_head.train()
+    if slopes is None:
         _share_rotary_tables(model)
         return
     if alibi == "baked":
@@ -136,8 +195,7 @@ def prepare(model: Any, alibi: Alibi) -> None:
         model.model.register_buffer("alibi_future_mask", mask, persistent=False)
         model.model.get_alibi_mask = types.MethodType(_sliced_mask, model.model)
         return
-    slopes = torch.from_numpy(alibi_slopes(model.config.num_attention_heads)).reshape(-1, 1, 1)
-    model.model.register_buffer("alibi_slopes", slopes, persistent=False)
+    model.model.register_buffer("alibi_slopes", torch.from_numpy(slopes).reshape(-1, 1, 1), persistent=False)
     model.model.get_alibi_mask = types.MethodType(_computed_mask, model.model)
 
 
@@ -147,11 +205,13 @@ def future_mask_shape(model: Any) -> tuple[int, int, int]:
 
 
 def _share_rotary_tables(model: Any) -> None:
-    """Let all layers share the two rotary tables of the first, which are equal, so that they are traced only once."""
+    """Let layers share the two rotary tables of the first where theirs are equal, so that they are traced only once."""
     first = model.model.layers[0].self_attn.rotary_emb
     for layer in model.model.layers:
         rotary = layer.self_attn.rotary_emb
-        rotary.cos_cached, rotary.sin_cached = first.cos_cached, first.sin_cached
+        tables = ((rotary.cos_cached, first.cos_cached), (rotary.sin_cached, first.sin_cached))
+        if all(torch.equal(own, shared) for own, shared in tables):
+            rotary.cos_cached, rotary.sin_cached = first.cos_cached, first.sin_cached
 
 
 def _computed_mask(body: Any, embeddings: torch.Tensor, total: int) -> torch.Tensor:
@@ -174,12 +234,12 @@ def _sliced_mask(body: Any, embeddings: torch.Tensor, total: int) -> torch.Tenso
     return mask
 
 
-def write_future_mask(path: Path, shape: tuple[int, int, int]) -> Source:
+def write_future_mask(path: Path, slopes: Slopes, positions: int) -> Source:
     """Write the baked mask `[heads, positions, positions]` in fp32 to a safetensors file, piece by piece.
 
     Return the tensor in the file. The whole mask is never in memory.
     """
-    heads, positions, _ = shape
+    shape = (len(slopes), positions, positions)
     entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}
     header = json.dumps({FUTURE_MASK: entry}).encode()
     header += b" " * (-(8 + len(header)) % 64)
@@ -187,7 +247,7 @@ def write_future_mask(path: Path, shape: tuple[int, int, int]) -> Source:
     step = max(1, _CHUNK_BYTES // (4 * positions))
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        for slope in alibi_slopes(heads):
+        for slope in slopes:
             for start in range(0, positions, step):
                 rows = np.arange(start, min(start + step, positions), dtype=np.float32)[:, None]
                 file.write(np.where(columns > rows, np.float32("-inf"), slope * columns).tobytes())

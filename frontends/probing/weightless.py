@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 _EXACT_INTEGERS = 256
 
 
-def fake_weights(module: torch.nn.Module) -> None:
+def fake_weights(module: torch.nn.Module, mode: FakeTensorMode | None = None) -> None:
     """Put parameters and buffers of the meta device on the CPU without giving them memory, for torch.export."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with mode or FakeTensorMode(allow_non_fake_inputs=True):
         _replace(module, torch.empty)
 
 
