@@ -29,8 +29,8 @@ GRAPHS = {
         => (float[b,d,7] logits)
         <float[9,6] words = random, float[6,7] w = random> {
         x = Gather(words, encoder_ids) y = Gather(words, decoder_ids) xt = Transpose <perm = [0, 2, 1]> (x)
-        s = MatMul(y, xt) axes = Constant <value_ints = [1]> () m = Squeeze(cross_mask, axes) t = Add(s, m) p = Softmax(t)
-        c = MatMul(p, x) h = Add(c, y) logits = MatMul(h, w) }""",
+        s = MatMul(y, xt) axes = Constant <value_ints = [1]> () m = Squeeze(cross_mask, axes) t = Add(s, m)
+        p = Softmax(t) c = MatMul(p, x) h = Add(c, y) logits = MatMul(h, w) }""",
 }
 
 
