@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import numbers
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,18 @@ class _Settings:
         values = value if isinstance(value, list) else [value]
         if value is None:
             raise ModelError(f"{self._where}: its metadata lacks {self._prefix}{name}")
-        if not values or not all(isinstance(each, numbers.Real) for each in values):
-            raise ModelError(f"{self._where}: {self._prefix}{name} is {value!r}, expected a number")
+        if not values or not all(_is_number(each) for each in values):
+            raise ModelError(f"{self._where}: {self._prefix}{name} is {_short(value)}, expected a number")
         if any(each != values[0] for each in values):
             raise ModelError(f"{self._where}: {self._prefix}{name} differs between layers, which is not supported")
         return float(values[0])
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        """Return a number above 0, without the digits that fp32 does not hold."""
+        number = self.take(name, default)
+        if not number > 0:
+            raise ModelError(f"{self._where}: {self._prefix}{name} is {number}, expected a positive number")
+        return _tidy(number)
 
     def size(self, name: str, default: float | None = None) -> int:
         """Return a number that is whole and positive."""
@@ -102,7 +109,11 @@ def config_of(model: GgufFile) -> dict[str, Any]:
             raise ModelError(
                 f"{model.path}: {model.architecture}.{name} is {found}, where heads are {width} wide; not supported"
             )
-    base = _tidy(settings.take("rope.freq_base", 10000.0))
+    if width % 2:
+        raise ModelError(
+            f"{model.path}: heads are {width} wide, which does not split into the halves of rotary positions"
+        )
+    base = settings.positive("rope.freq_base", 10000.0)
     config = {
         "architectures": [architecture.model_class],
         "model_type": architecture.model_type,
@@ -114,13 +125,13 @@ def config_of(model: GgufFile) -> dict[str, Any]:
         "num_key_value_heads": settings.size("attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": settings.size("context_length"),
-        "rms_norm_eps": _tidy(settings.take("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": settings.positive("attention.layer_norm_rms_epsilon"),
         "rope_theta": base,
         "rope_scaling": _scaling(model, settings, base),
         "vocab_size": _vocabulary(model),
         "tie_word_embeddings": "output.weight" not in model.tensors,
         **_biases(model, architecture),
-        **token_ids(model.metadata),
+        **token_ids(model),
         "torch_dtype": "float32",
     }
     settings.take("vocab_size", 0)  # The rows of the embedding say how many there are.
@@ -158,12 +169,20 @@ def _biases(model: GgufFile, architecture: Architecture) -> dict[str, bool]:
     return found | ({"mlp_bias": "blk.0.ffn_down.bias" in model.tensors} if architecture.model_type == "llama" else {})
 
 
-def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def token_ids(model: GgufFile) -> dict[str, Any]:
     """Return the ids of special tokens as config.json and generation_config.json name them.
 
     What ends a turn or a message ends a generation, as it does in llama.cpp.
+
+    Raises:
+        ModelError: If an id is no whole number.
     """
-    ids = {role: metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "eot", "eom", "padding")}
+    ids: dict[str, Any] = {}
+    for role in ("bos", "eos", "eot", "eom", "padding"):
+        key = f"tokenizer.ggml.{role}_token_id"
+        ids[role] = model.metadata.get(key)
+        if ids[role] is not None and (type(ids[role]) is not int or ids[role] < 0):
+            raise ModelError(f"{model.path}: {key} is {_short(ids[role])}, expected the number of a token")
     ends = list(dict.fromkeys(each for each in (ids["eos"], ids["eot"], ids["eom"]) if each is not None))
     found = {
         "bos_token_id": ids["bos"],
@@ -171,6 +190,10 @@ def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "pad_token_id": ids["padding"],
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _tidy(number: float) -> float:

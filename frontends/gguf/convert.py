@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from passopt.frontends.checkpoint import CONFIG_NAME, WEIGHT_NAMES, Checkpoint, 
 from passopt.frontends.gguf.configuration import architecture_of, config_of, token_ids
 from passopt.frontends.gguf.pre_tokenizers import NAMES
 from passopt.frontends.gguf.reader import GgufFile
-from passopt.frontends.gguf.tensors import parameters_of, write_tensors
+from passopt.frontends.gguf.tensors import nbytes_of, parameters_of, write_tensors
 from passopt.frontends.gguf.tokenizer import UnknownTokenizer, write_tokenizer
+from passopt.ir.errors import UsageError
 
 
 def check_gguf(model: GgufFile) -> None:
@@ -27,17 +29,24 @@ def write_checkpoint(
 
     Args:
         model: The open GGUF file.
-        folder: The folder, which must not exist.
+        folder: The folder, which must not exist, in one that does.
         say: Is told if there is no tokenizer that can be written.
         tell: Is given the numbers of bytes of weights written.
 
     Raises:
         ModelError: If the model is not supported, or if the file is damaged.
+        UsageError: If the disk is too small.
     """
     config = config_of(model)
-    folder.mkdir(parents=True)
+    needed, free = nbytes_of(model), shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise UsageError(
+            f"{folder.parent}: the dequantised weights need {needed:,} bytes for the time of the export, the disk has "
+            f"{free:,} free"
+        )
+    folder.mkdir()
     _write_json(folder / CONFIG_NAME, config)
-    _write_json(folder / "generation_config.json", token_ids(model.metadata))
+    _write_json(folder / "generation_config.json", token_ids(model))
     try:
         write_tokenizer(model.metadata, folder, model.path)
     except UnknownTokenizer as error:

@@ -13,11 +13,14 @@ from typing import Any, BinaryIO, TypeAlias
 import gguf
 import numpy as np
 
+from passopt.frontends.checkpoint import LFS_POINTER
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.expressions import DataType, SourceFile
 from passopt.ir.weights.sources import identify
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+MAGIC = b"GGUF"
 
 #: The storage types that safetensors holds as they are; all others are dequantised to fp32.
 _PLAIN = {
@@ -25,6 +28,9 @@ _PLAIN = {
     gguf.GGMLQuantizationType.F16: DataType.FLOAT16,
     gguf.GGMLQuantizationType.BF16: DataType.BFLOAT16,
 }
+
+#: The longest list in metadata that is read. The longest ones are merges of vocabularies, of some 500,000 entries.
+_LONGEST = 1 << 21
 
 #: Rows are read and dequantised in pieces of about so many elements, so that memory does not grow with a tensor.
 _PIECE = 2 << 20
@@ -106,7 +112,7 @@ def open_gguf(path: Path) -> GgufFile:
     """
     file = identify(path)
     try:
-        _check_order(path)
+        _check_start(path)
         reader = _Reader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = [_tensor(entry) for entry in reader.tensors]
@@ -130,11 +136,20 @@ class _Reader(gguf.GGUFReader):
         # Plain arrays, since views of memmap objects take ten times as long to make.
         return np.ndarray(int(count), kind, self.data, int(offset))
 
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Array], list[int], list[Any]]:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            length = int(self._get(orig_offs + 4, np.uint64)[0])
+            if length > _LONGEST:
+                raise ValueError(f"it has a list of {length} entries")
+        return super()._get_field_parts(orig_offs, raw_type)
 
-def _check_order(path: Path) -> None:
+
+def _check_start(path: Path) -> None:
     with path.open("rb") as stream:
-        head = stream.read(8)
-    if head[:4] == b"GGUF" and head[4:6] == b"\0\0":
+        head = stream.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise ValueError("it is a git-lfs pointer instead of the file; fetch it with: git lfs pull")
+    if head[:4] == MAGIC and head[4:6] == b"\0\0":
         raise ValueError("it is big-endian, and only little-endian files are supported")
 
 

@@ -26,6 +26,8 @@ def scaling(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = left.pop("type", "none" if "factor" not in left else "linear")
     left.pop("finetuned", None)  # Whether weights were trained for it; it changes nothing.
     factor = left.pop("factor", 1.0)
+    if not all(isinstance(value, (int, float)) and 0 <= value < math.inf for value in (factor, *left.values())):
+        raise ValueError(f"with settings that are no numbers from 0 on: {dict(settings)}")
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return None
     if kind == "linear":

@@ -61,7 +61,7 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(_header(parameters))
         for name, tensor in parameters.items():
-            order = _order(name, tensor, config) if architecture.interleaved else None
+            order = _order(model, name, tensor, config) if architecture.interleaved else None
             # The values of a bias are reordered like rows.
             rows = tensor if order is None or len(tensor.shape) > 1 else _column(tensor)
             for piece in rows.pieces(model.path, order):
@@ -90,17 +90,15 @@ def _header(parameters: Mapping[str, Tensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _order(name: str, tensor: Tensor, config: Mapping[str, Any]) -> Array | None:
+def _order(model: GgufFile, name: str, tensor: Tensor, config: Mapping[str, Any]) -> Array | None:
     """Return for each row of transformers that of llama.cpp, where the pairs (i, half + i) of a head are neighbours."""
     key = _REORDERED.get(name.split(".")[-2])
     if key is None:
         return None
-    count = tensor.shape[0]
-    if count != config[key] * config["head_dim"]:
-        raise ModelError(
-            f"tensor {tensor.name!r} has {count} rows, expected {config[key]} heads of {config['head_dim']}"
-        )
-    return np.arange(count).reshape(config[key], config["head_dim"] // 2, 2).swapaxes(1, 2).ravel()
+    count, heads, width = tensor.shape[0], config[key], config["head_dim"]
+    if count != heads * width:
+        raise ModelError(f"{model.path}: tensor {tensor.name!r} has {count} rows, expected {heads} heads of {width}")
+    return np.arange(count).reshape(heads, width // 2, 2).swapaxes(1, 2).ravel()
 
 
 def _column(vector: Tensor) -> Tensor:

@@ -66,6 +66,9 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, where: Path) -> N
 
 def _check(values: Mapping[str, Any], where: Path) -> None:
     tokens = values["tokens"]
+    for name in ("tokens", "token_type", "scores", "merges"):
+        if name in values and not isinstance(values[name], list):
+            raise ModelError(f"{where}: {_PREFIX}{name} is {values[name]!r}, expected a list")
     for name in ("token_type", "scores"):
         if name in values and len(values[name]) != len(tokens):
             raise ModelError(f"{where}: has {len(tokens)} tokens, and {len(values[name])} entries in {_PREFIX}{name}")

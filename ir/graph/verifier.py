@@ -17,7 +17,7 @@ import onnx_ir
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.builder import infer_types
-from passopt.ir.graph.contrib_types import is_runtime_operator
+from passopt.ir.graph.operators import is_runtime_operator
 from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import LazyWeight
 
@@ -141,6 +141,10 @@ def _undefined(node: onnx_ir.Node, position: int, value: onnx_ir.Value, nodes: S
     return f"{where} is produced by {producer.op_type} {producer.name!r}, which is not in the graph"
 
 
+#: onnx takes no larger version of an opset.
+_MOST_VERSION = 1 << 31
+
+
 @dataclasses.dataclass(frozen=True)
 class _Signature:
     least_inputs: int
@@ -154,6 +158,8 @@ def _signature(op_type: str, version: int) -> _Signature | None:
 
     The result is cached, because asking ONNX for every node takes time.
     """
+    if not 0 < version < _MOST_VERSION:
+        return None
     try:
         schema = onnx.defs.get_schema(op_type, version, "")
     except onnx.defs.SchemaError:

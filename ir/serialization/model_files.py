@@ -17,6 +17,7 @@ from passopt.ir.errors import ModelError
 from passopt.ir.graph.shapes import complete_outputs
 from passopt.ir.serialization.domains import normalize_domains
 from passopt.ir.serialization.external_tensors import ExternalTensors
+from passopt.ir.serialization.proto_check import check_proto
 from passopt.ir.serialization.sparse_tensors import make_dense
 from passopt.ir.serialization.text_files import TEXT_SUFFIX, load_text_model
 from passopt.ir.weights import expressions as ex
@@ -46,6 +47,8 @@ def model_path(path: Path) -> Path:
         path = inside
     if not path.exists():
         raise ModelError(f"{path}: no such model. Make one with: passopt export CHECKPOINT -o DIR")
+    if not path.is_file():
+        raise ModelError(f"{path}: no model, but a folder, a pipe or a device. Name a model file, or its folder.")
     return path
 
 
@@ -72,12 +75,13 @@ def load_model(path: Path | str) -> onnx_ir.Model:
         return load_text_model(path)
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
+        check_proto(proto)
         make_dense(proto)
         model = onnx_ir.from_proto(proto)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     except (DecodeError, ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ModelError(f"{path}: not an ONNX model, or truncated: {error}") from error
+        raise ModelError(f"{path}: not an ONNX model, or truncated: {_first_cause(error)}") from error
     if not len(model.graph) and not model.graph.outputs:
         raise ModelError(f"{path}: not an ONNX model: the graph has neither nodes nor outputs")
     if not model.graph.opset_imports:
@@ -92,6 +96,13 @@ def load_model(path: Path | str) -> onnx_ir.Model:
             value.shape = onnx_ir.Shape(value.const_value.shape.numpy())  # A declared symbol would say less.
     complete_outputs(model)
     return model
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Return the error that the others of a chain were raised for, which says what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def file_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:

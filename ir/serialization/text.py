@@ -17,6 +17,7 @@ from passopt.ir.errors import ModelError
 from passopt.ir.graph.repeated_layers import Run, longest_run
 from passopt.ir.graph.shapes import complete_outputs
 from passopt.ir.serialization.domains import normalize_domains
+from passopt.ir.serialization.proto_check import check_proto
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 
 INLINE_ELEMENTS = 16
@@ -136,6 +137,7 @@ def parse_model(text: str) -> onnx_ir.Model:
     """
     try:
         proto = onnx.parser.parse_model(text)
+        check_proto(proto)
         _refuse_digests(proto)
         model = onnx_ir.from_proto(proto)
     except onnx.parser.ParseError as error:

@@ -112,8 +112,6 @@ def small_constant(value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]
         plain = _PLAIN.get(proto.data_type)
         if plain is not None and proto.HasField("raw_data"):
             return _raw_array(proto, plain)
-    if tensor.dtype == onnx_ir.DataType.STRING:
-        return None
     return tensor.numpy() if tensor.nbytes <= SMALL_BYTES else None
 
 

@@ -21,7 +21,7 @@ _DROPOUT_WITHOUT_TRAINING = 7
 class Canonicalize(RewritePass):
     """Remove operators that leave data as it is, so that patterns see what a graph computes.
 
-    Before: ``Transpose(x, perm=[0, 1])``, ``Slice(x, 0, end)``, ``Concat(x)``, ``Dropout(x)`` or ``CastLike(x, y)``
+    Before: ``Transpose(x, perm=[0, 1])``, ``Slice(x, 0, end)``, ``Concat(x)``, ``Dropout(x)``, or ``CastLike(x, y)``
     After:  ``x``, and ``Cast(x, to=…)`` for the last; a Dropout that may train stays
     A chain of Transpose or of Reshape becomes one operator. A Transpose of the last two axes that goes through three
     axes becomes a plain Transpose, and a look-up by GatherND with one index becomes a Gather.

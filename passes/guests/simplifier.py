@@ -12,6 +12,7 @@ import onnxsim  # type: ignore[import-untyped]
 from passopt.ir.errors import PassError
 from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.framework.records import PassResult
+from passopt.passes.guests.foreign_names import hide_foreign_names, show_foreign_names
 from passopt.passes.guests.restore_metadata import Snapshot, take_over
 from passopt.passes.guests.weight_handles import (
     LOCATION,
@@ -57,7 +58,9 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     without_defaults(proto, defaults)
     interface = _interface(proto.graph)
     held = _hold_out(proto, quantised, author)
+    hide_foreign_names(proto)
     simplified = _call(proto, author, limit)
+    show_foreign_names(simplified)
     _put_back(simplified.graph, held)
     if _interface(simplified.graph) != interface:
         raise PassError(

@@ -21,7 +21,7 @@ OLDEST, LOWEST_TARGET, NEWEST, NEWEST_READ = 7, 18, 26, 28
 
 #: By opset, the operators whose change only admits more: further dtypes, optional inputs, and attributes whose default
 #: is what the operator did before. Where ONNX reworded what an operator does, onnxruntime computes the same as before:
-#: the indices of OneHot below 0 (11), the padding of ConvTranspose (11), and windows of pools at the end (19, 22).
+#: the indices of OneHot below 0 (11), and the padding of ConvTranspose (11). `meanings` refuses the rest.
 UNCHANGED: Mapping[int, frozenset[str]] = {
     8: operators("Max MaxPool Mean Min Sum"),
     9: operators("Cast Constant Flatten Gemm Greater Less MatMul PRelu"),

@@ -14,6 +14,7 @@ import onnx_ir
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.opset.changes import DECOMPOSED_BY, UNCHANGED, changes
 from passopt.passes.opset.image_converters import RENAMED_MODES
+from passopt.passes.opset.meanings import check_meaning
 from passopt.passes.opset.step import INLINE, refuse
 
 Formal = onnx.defs.OpSchema.FormalParameter
@@ -47,6 +48,7 @@ def lower_node(node: onnx_ir.Node, version: int, *, typed: bool) -> int:
         converter(node)
     elif node.op_type not in UNCHANGED.get(version, ()) and (node.op_type, version) not in _REVERSIBLE:
         refuse(node, version, version - 1, "its operator changed, and no conversion of it is known")
+    check_meaning(node, version, version, version - 1)
     _check_values(node, version)
     dropped = _drop_defaults(node, version)
     _check_inputs(node, version)
@@ -145,7 +147,8 @@ def _old_modes(node: onnx_ir.Node) -> None:
     source = node.inputs[0]
     if source is None or source.shape is None or len(source.shape) != 4:
         shape = None if source is None else source.shape
-        refuse(node, 20, 19, f"it samples images [n, c, h, w] only there, and its input has the shape {shape}")
+        reason = f"it samples images [n, c, h, w] only there, and its input has the shape {shape}"
+        refuse(node, 20, 19, reason, INLINE if shape is None else "")
     attribute = node.attributes.get("mode")
     if attribute is not None and attribute.is_ref():
         refuse(node, 20, 19, "its attribute mode is a parameter of its function", INLINE)

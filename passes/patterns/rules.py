@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir
 
+from passopt.ir.errors import PassError
 from passopt.ir.graph.builder import Builder, TypesMemo
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.framework.base import Decline
+from passopt.passes.framework.defects import NEXT_STEP, failure
 from passopt.passes.patterns.language import Pattern, trace
 from passopt.passes.patterns.matcher import Match
 from passopt.passes.patterns.quick_tests import Constants
@@ -191,15 +193,20 @@ def rules_of(owner: RuleOwner) -> tuple[Rule, ...]:
         PassError: If a rule can never work.
     """
     try:
-        return _traced(owner)
+        hash(owner)
     except TypeError:  # A pass with a list among its options cannot be remembered.
         return _traced.__wrapped__(owner)
+    return _traced(owner)
 
 
 @functools.lru_cache(maxsize=64)
 def _traced(owner: Any) -> tuple[Rule, ...]:
     """Trace the rules of a pass once, however many models it runs on: equal passes have equal rules."""
-    return tuple(Rule(owner, pattern, rewrite) for pattern, rewrite in owner.rules())
+    try:
+        pairs = [(pattern, rewrite) for pattern, rewrite in owner.rules()]
+    except Exception as error:
+        raise PassError(f"{owner.name}: its rules {failure(error, type(owner).rules)}\n{NEXT_STEP}") from error
+    return tuple(Rule(owner, pattern, rewrite) for pattern, rewrite in pairs)
 
 
 def source_line(method: Callable[..., Any]) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES
+from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES, OPSET_OF_SCALES_PER_CHANNEL
 from passopt.ir.errors import PassError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.lm_head import is_head
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import is_checkpoint_weight
-from passopt.passes.framework.accuracy import lossy
+from passopt.passes.framework.accuracy import QualityBar, lossy
 from passopt.passes.framework.base import Decline
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -42,7 +42,8 @@ class QuantizeWeights(RewritePass):
     after = ("fold-norm-head", "split-packed-qkv")
     #: A code is off by at most 1/254 of its channel's largest weight; a product with normally distributed weights is
     #: off by about 1 %.
-    accuracy = lossy(2e-2)
+    #: A trained model of 135M parameters, which suffers more than large ones: KL 0.003, 0.019 at 99 %, top-1 0.97.
+    accuracy = lossy(2e-2, bar=QualityBar(kl=0.01, kl99=0.06, top1=0.94))
 
     embedding: bool = False
     head: bool = False
@@ -60,7 +61,7 @@ class QuantizeWeights(RewritePass):
         if half and opset < OPSET_OF_HALF_SCALES:
             raise PassError(
                 f"{self.name}: {half[0]} and {len(half) - 1} more weights are 16-bit; DequantizeLinear takes such "
-                f"scales from opset {OPSET_OF_HALF_SCALES} on, this model has {opset}. Export it at a later opset."
+                f"scales from opset {OPSET_OF_HALF_SCALES} on, this model has {opset}. Run legalize first."
             )
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
@@ -156,6 +157,9 @@ def _dequantized(op: Rewriter, name: str | None, weight: Expression) -> Any:
 
     There is no zero point, since the codes are symmetric.
     """
+    if op.opset < OPSET_OF_SCALES_PER_CHANNEL:
+        needed = OPSET_OF_SCALES_PER_CHANNEL
+        raise Decline(f"one scale per channel needs opset {needed}, this model has {op.opset}; run legalize first")
     return op.DequantizeLinear(*_stored(op, name, weight), axis=0)
 
 

@@ -12,6 +12,7 @@ COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
 )

@@ -145,3 +145,34 @@ def test_damaged_settings_are_told(folder: Path, text: str):
     (folder / "generation_config.json").write_text(text)
     with pytest.raises(ModelError, match=r"generation_config\.json"):
         read_settings(folder)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_sampling_of_the_most_likely_token_alone_is_greedy(folder: Path, name: str, zero: float):
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, name: zero, "top_k": 5}))
+    assert read_settings(folder).sampling == Sampling(do_sample=False, top_k=5)
+
+
+@pytest.mark.parametrize(
+    ("own", "ignored"),
+    [
+        ({"num_beams": 4, "no_repeat_ngram_size": 3}, ("no_repeat_ngram_size", "num_beams")),
+        ({"num_beams": 1, "no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": []}, ()),
+        ({"min_p": 0.1, "typical_p": 0.9}, ()),
+        ({"min_p": 0.1, "typical_p": 1.0, "do_sample": True}, ("min_p",)),
+        ({"max_length": 512}, ("max_length",)),
+        ({"max_length": 512, "max_new_tokens": 9}, ()),
+        ({"user_token_id": 3, "transformers_version": "4.29.2", "chat_format": "chatml"}, ()),
+    ],
+)
+def test_options_that_are_not_implemented_are_known(folder: Path, own: dict[str, object], ignored: tuple[str, ...]):
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    assert read_settings(folder).ignored == ignored
+
+
+def test_a_template_gets_the_begin_token_of_either_file(folder: Path):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": None}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    assert chat_ids([Message("user", "y")], folder, Letters(), settings(), None) == Letters().encode_template("<s>y")

@@ -212,3 +212,27 @@ def test_a_rank_that_is_not_there_is_told(tmp_path: Path, capsys):
     RankFolders(2, ("rank0", "rank1"), ("a", "b")).write(tmp_path / "model")
     assert main(["generate", str(tmp_path / "model"), "--prompt", "a"]) == 2
     assert "rank0: has no library.json" in capsys.readouterr().err
+
+
+def test_options_of_the_model_that_are_not_implemented_are_named_once(folder: Path, capsys):
+    own = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(own | {"num_beams": 4, "min_p": 0.1}))
+    said = run(capsys, folder, "--prompt", "a", "--prompt", "b", "--max-new-tokens", "2").err
+    assert said.count("generation_config.json sets what passopt does not have: num_beams, min_p") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("tvm", "needs tvm, which is not installed; pip install 'passopt[run]' brings it"),
+        ("transformers.models.x", "pip install 'passopt[export]' brings it"),
+        ("einops", "needs einops, which is not installed; pip install einops, or the package that has this module"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_brings_it(folder: Path, capsys, monkeypatch, module: str, says: str):
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr("passopt.api.generate.open_engine", missing)
+    assert main(["generate", str(folder), "--prompt", "a"]) == 2
+    assert says in capsys.readouterr().err

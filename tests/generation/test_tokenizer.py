@@ -133,7 +133,7 @@ def test_a_damaged_file_is_told(tmp_path: Path, name: str):
 
 
 def test_no_tokenizer_is_told(tmp_path: Path):
-    with pytest.raises(ModelError, match="--ids"):
+    with pytest.raises(ModelError, match="`ids`"):
         load_tokenizer(tmp_path)
 
 
@@ -142,3 +142,80 @@ def test_a_begin_token_that_there_is_not_is_told(fast: Path, tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<none>"}')
     with pytest.raises(ModelError, match="<none>"):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def widened(checkpoint: Path, tmp_path_factory) -> Path:
+    """The sentencepiece model with six tokens added behind its vocabulary, each file naming some of them."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path_factory.mktemp("widened") / "copy"))
+    size = ROTARY.vocab
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {
+        "2": {"content": "</s>", "special": True},
+        str(size): {"content": "<|im_start|>", "special": True},
+        str(size + 1): {"content": "<|im_end|>", "special": True, "rstrip": True},
+        str(size + 4): {"content": "tool", "special": False, "single_word": True},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    added = {"<|im_start|>": size, "<think>": size + 2, "<think>more": size + 3, "<|late|>": size + 5}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    roles = json.loads((folder / "special_tokens_map.json").read_text())
+    (folder / "special_tokens_map.json").write_text(json.dumps({**roles, "additional_special_tokens": ["<|late|>"]}))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["encode", "encode_text", "encode_template"])
+def test_added_tokens_are_found_in_every_text(widened: Path, checkpoint: Path, method: str):
+    plain, size = load_tokenizer(checkpoint), ROTARY.vocab
+    found = getattr(load_tokenizer(widened), method)("<|im_start|>user<think>more<think> b<|late|>")
+    parts = [[size], plain.encode_text("user"), [size + 3, size + 2], plain.encode_text(" b"), [size + 5]]
+    assert found == [index for part in parts for index in part]
+
+
+def test_added_tokens_keep_to_their_flags(widened: Path, checkpoint: Path):
+    plain, size = load_tokenizer(checkpoint), ROTARY.vocab
+    tokenizer = load_tokenizer(widened)
+    assert tokenizer.encode_text("a<|im_end|> \n b") == [*plain.encode_text("a"), size + 1, *plain.encode_text("b")]
+    assert tokenizer.encode_text("a tool") == [*plain.encode_text("a "), size + 4]
+    assert tokenizer.encode_text("a tools") == plain.encode_text("a tools")
+
+
+def test_control_tokens_are_no_added_tokens(widened: Path, checkpoint: Path):
+    """Files of a checkpoint list `</s>` too; in a prompt it stays four characters."""
+    tokenizer = load_tokenizer(widened)
+    assert tokenizer.encode_text("a</s>") == load_tokenizer(checkpoint).encode_text("a</s>")
+    assert tokenizer.encode_template("a</s>")[-1] == 2
+
+
+def test_special_added_tokens_are_no_text_and_others_are(widened: Path):
+    tokenizer = load_tokenizer(widened)
+    ids = tokenizer.encode_template("<|im_start|>user <think> é🦜<|late|> a tool<|im_end|>")
+    assert tokenizer.decode(ids) == "user <think> é🦜 a tool"
+    stream = TextStream(tokenizer)
+    assert "".join(stream.put(index) for index in ids) + stream.end() == "user <think> é🦜 a tool"
+
+
+@pytest.mark.parametrize(
+    ("added", "says"),
+    [
+        ({"<a>": 600, "<b>": 600}, "'<b>' as 600 and '<a>' as 600"),
+        ({"<a>": 5}, "token 5 is .* add '<a>'"),
+        ({"<a>": "5"}, "the id of '<a>' is '5'"),
+    ],
+)
+def test_added_tokens_that_contradict_are_told(checkpoint: Path, tmp_path: Path, added: object, says: str):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(ModelError, match=says):
+        load_tokenizer(folder)
+
+
+def test_added_tokens_beside_a_fast_tokenizer(fast: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(fast, tmp_path / "copy"))
+    size = len(json.loads((fast / "tokenizer.json").read_text())["model"]["vocab"])
+    decoder = {str(size): {"content": "<|end|>", "special": True}, str(size + 1): {"content": "<t>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode_text("a<t>b<|end|>")
+    assert ids[1::2] == [size + 1, size]
+    assert tokenizer.decode(ids) == "a<t>b"

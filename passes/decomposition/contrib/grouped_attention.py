@@ -74,15 +74,22 @@ def _group_query_attention(op: Any, node: onnx_ir.Node) -> Values:
     length = total if past[0] is None else op.Max(total, length_of(op, past[0], 2))
     columns = op.Unsqueeze(op.Range(np.int64(0), length, np.int64(1)), [0])  # [1, t]
     key, value = (_grown(op, old, new, columns, before, steps) for old, new in zip(past, (key, value), strict=True))
-    hidden = _hidden(op, node, columns, positions)
-    attended = total  # A bias has as many columns as are attended; the cache may have more.
-    keys, values = (op.Slice(x, [0], op.Unsqueeze(attended, [0]), [2]) for x in (key, value))
-    hidden = op.Slice(hidden, [0], op.Unsqueeze(attended, [0]), [3])
+    terms = [_hidden(op, node, columns, positions, filled)]
+    keys, values = (repeated(op, x, heads // groups) for x in (key, value))
     bias = operand(node, 10)
-    terms = [hidden] if bias is None else [bias, hidden]
+    if bias is not None:  # It has as many columns as are attended; the cache may have more, which hold nothing yet.
+        end = op.Unsqueeze(total, [0])
+        keys, values = (op.Slice(x, [0], end, [2]) for x in (keys, values))
+        terms = [bias, op.Slice(terms[0], [0], end, [3])]
     scores = Scores(scale_of(attribute(node, "scale", 0.0), query), attribute(node, "softcap", 0.0), tuple(terms))
-    keys, values = (repeated(op, x, heads // groups) for x in (keys, values))
-    return [join_heads(op, attend(op, query, keys, values, scores)), key, value, None]
+    result = attend(op, query, keys, values, scores)
+    window = attribute(node, "local_window_size", -1)
+    if window > 0:  # A window behind the end of a row shows nothing, for which the kernel gives 0.
+        starts = op.Sub(op.Unsqueeze(positions, [1, 3]), np.int64(window - 1))
+        assert query.dtype is not None
+        nothing = np.asarray(0, query.dtype.numpy())
+        result = op.Where(op.Less(starts, op.Unsqueeze(filled, [1, 2])), result, nothing)
+    return [join_heads(op, result, heads * known_length(value, 3)), key, value, None]
 
 
 def _projections(op: Any, node: onnx_ir.Node, heads: int, groups: int) -> list[Any]:
@@ -120,10 +127,10 @@ def _grown(op: Any, old: onnx_ir.Value | None, new: Any, columns: Any, before: A
     return op.Where(op.Unsqueeze(is_filled, [1, 3]), taken, np.asarray(0, new.dtype.numpy()))
 
 
-def _hidden(op: Any, node: onnx_ir.Node, columns: Any, positions: Any) -> Any:
-    """Return what hides later columns, and those before a window, as a term [b, 1, s, t] of the scores."""
+def _hidden(op: Any, node: onnx_ir.Node, columns: Any, positions: Any, filled: Any) -> Any:
+    """Return what hides later columns, those before a window and those behind the end, for the scores [b, 1, s, t]."""
     rows, places = op.Unsqueeze(positions, [1, 3]), op.Unsqueeze(columns, [1, 2])
-    seen = op.LessOrEqual(places, rows)
+    seen = op.And(op.LessOrEqual(places, rows), op.Less(places, op.Unsqueeze(filled, [1, 2])))
     window = attribute(node, "local_window_size", -1)
     if window > 0:
         seen = op.And(seen, op.Greater(places, op.Sub(rows, np.int64(window))))

@@ -25,9 +25,9 @@ def split_heads(op: Any, x: onnx_ir.Value, heads: int) -> Any:
     return op.Transpose(op.Reshape(x, [0, 0, heads, width // heads]), perm=[0, 2, 1, 3])
 
 
-def join_heads(op: Any, x: onnx_ir.Value) -> Any:
-    """Turn [b, heads, s, d] into [b, s, heads · d]."""
-    width = known_length(x, 1) * known_length(x, 3)
+def join_heads(op: Any, x: onnx_ir.Value, width: int | None = None) -> Any:
+    """Turn [b, heads, s, d] into [b, s, heads · d]; `width` is heads · d where it cannot be read off `x`."""
+    width = width or known_length(x, 1) * known_length(x, 3)
     return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, width])
 
 
@@ -48,7 +48,7 @@ def scale_of(scale: float, query: onnx_ir.Value) -> float:
 def attend(op: Any, query: onnx_ir.Value, key: onnx_ir.Value, value: onnx_ir.Value, scores: Scores) -> Any:
     """Return softmax(query · keyᵀ · scale + …) · value, computed in fp32; all are [b, heads, …, d]."""
     wide_query, wide_key, wide_value = (cast(op, item, _FLOAT) for item in (query, key, value))
-    found = op.MatMul(op.Mul(wide_query, scores.scale), op.Transpose(wide_key, perm=[0, 1, 3, 2]))
+    found = op.Mul(op.MatMul(wide_query, op.Transpose(wide_key, perm=[0, 1, 3, 2])), scores.scale)
     if scores.softcap:
         found = op.Mul(op.Tanh(op.Div(found, scores.softcap)), scores.softcap)
     for term in scores.added:

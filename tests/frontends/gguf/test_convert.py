@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tracemalloc
 from collections.abc import Callable
@@ -241,6 +242,12 @@ def test_other_factors_are_refused(tiny: SimpleNamespace, tmp_path: Path) -> Non
             lambda writer: writer.add_float32("llama.embedding_scale", 12.0),
             "llama.embedding_scale = 12.0, which is not",
         ),
+        (lambda writer: writer.add_rope_scaling_factor(float("nan")), "rope scaling with settings that are no numbers"),
+        (lambda writer: writer.add_key_length(33), "heads are 33 wide, which does not split into the halves"),
+        (
+            lambda writer: writer.add_string("tokenizer.ggml.eos_token_id", "2"),
+            "is '2', expected the number of a token",
+        ),
         (lambda writer: writer.add_sliding_window(64), "llama.attention.sliding_window = 64, expected 0"),
         (
             lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
@@ -291,6 +298,28 @@ def finish(writer: Any) -> None:
     writer.close()
 
 
+ODD: tuple[Any, ...] = (
+    *(None, "x", "", -1, 0, 1, 2.5, float("nan"), float("inf"), -3.0, 1e30, 2**63),
+    *([], [1], ["a"], [None], True, False, [[1]], [-1, 2]),
+)
+
+
+def test_odd_values_end_in_a_model_or_in_a_message(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    def change(writer: Any) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(2.0)
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+
+    model = with_keys(tiny, tmp_path / "m.gguf", change)
+    for key in model.metadata:
+        for value in ODD:
+            try:
+                check_gguf(dataclasses.replace(model, metadata={**model.metadata, key: value}))
+            except ModelError as error:
+                assert str(tmp_path) in str(error), (key, value)  # noqa: PT017 - most raise, some need not
+
+
 def test_damaged_files_are_refused_and_named(llama_file: Path, tmp_path: Path) -> None:
     data = llama_file.read_bytes()
     header = data.index(b"blk.1.ffn_down.weight") + 200
@@ -311,6 +340,40 @@ def test_damaged_files_are_refused_and_named(llama_file: Path, tmp_path: Path) -
     assert all(str(path) in message for message in messages)
 
 
+def test_the_disk_is_asked_first(llama_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UsageError, match="bytes for the time of the export, the disk has 1,000 free"):
+        converted(llama_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_file_names_it(llama_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"has no config.json; name the file .*{llama_file.name}"):
+        passopt.export(llama_file.parent, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"nosuch\.gguf: cannot be read: No such file"):
+        passopt.export(tmp_path / "nosuch.gguf", tmp_path / "out")
+
+
+def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refused(path)
+
+
+def test_an_unknown_tokenizer_is_left_out_and_told(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    def change(writer: Any) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("nosuch")
+        writer.add_token_list(["a", "b"])
+
+    tiny.write(tmp_path / "m.gguf", tiny.build("llama", num_hidden_layers=1), change=change)
+    told: list[str] = []
+    write_checkpoint(open_gguf(tmp_path / "m.gguf"), tmp_path / "out", told.append, lambda count: None)
+    assert len(told) == 1
+    assert "splits words by the rule 'nosuch', so the output has no tokenizer; supported are" in told[0]
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
 def test_big_endian_files_are_refused(llama_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF" + b"\0\0\0\3" + llama_file.read_bytes()[8:])
@@ -321,7 +384,7 @@ def test_a_missing_tensor_is_named(tiny: SimpleNamespace, tmp_path: Path) -> Non
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("blk.0.attn_q.weight", np.ones((3, 5), np.float32))
     for name in ("embedding_length", "head_count", "feed_forward_length", "block_count", "context_length"):
-        getattr(writer, f"add_{name}")(4)
+        getattr(writer, f"add_{name}")(4 if name == "head_count" else 64)
     writer.add_layer_norm_rms_eps(1e-5)
     finish(writer)
     assert "has no tensor token_embd.weight" in refused(tmp_path / "m.gguf")

@@ -229,6 +229,17 @@ def test_other_tokenizers_are_named(changes: dict[str, Any], message: str, piece
     assert [path.name for path in tmp_path.iterdir()] == ["chat_template.jinja"]
 
 
+def test_odd_values_end_in_a_tokenizer_or_in_a_message(pieces: Any, tmp_path: Path) -> None:
+    odd = (None, "x", -1, 0, 1, 2.5, [], [1], ["a"], [None], True, [[1]], ["a b"])
+    for metadata in (metadata_of(pieces), byte_level("gpt-2", own_split("gpt-2"), ["<s>", "</s>"], [])[0]):
+        for key in metadata:
+            for value in odd:
+                try:
+                    write_tokenizer({**metadata, key: value}, tmp_path, tmp_path / "m.gguf")
+                except (ModelError, UnknownTokenizer):
+                    continue
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -231,3 +231,28 @@ def test_shapes_that_nobody_states_are_no_reason(parsed):
     for node in model.graph:
         node.outputs[0].shape = onnx_ir.Shape([None, None])
     assert not Canonicalize().run(model).modified
+
+
+@pytest.mark.parametrize(
+    "body", ["d = Dropout(x) y = Neg(d)", "d, m = Dropout(x, half) y = Neg(d)", "d = Dropout(x, half, off) y = Neg(d)"]
+)
+def test_a_dropout_of_inference_goes(body):
+    constants = "<float half = {0.5}, bool off = {0}>"
+    model, result = check(Canonicalize(), f"{HEADER}{X}{constants} {{ {body} }}")
+    assert result.modified
+    assert [node.op_type for node in model.graph] == ["Neg"]
+
+
+@pytest.mark.parametrize(
+    ("body", "outputs", "reason"),
+    [
+        ("y = Dropout(x, half, on)", "float[] y", "y is in training mode"),
+        ("y = Dropout(x, half, fed_flag)", "float[] y", "fed_flag is not a small constant"),
+        ("d, m = Dropout(x, half) y = Neg(d) z = Not(m)", "float[] y, bool[] z", "the mask m is read"),
+    ],
+)
+def test_declines_a_dropout_that_may_train_or_tell(parsed, body, outputs, reason):
+    head = f"g (float[2,3] x, bool fed_flag) => ({outputs}) <float half = {{0.5}}, bool on = {{1}}>"
+    result = Canonicalize().run(parsed(f"{head} {{ {body} }}"))
+    assert not result.modified
+    assert any(reason in text for text in result.declines), result.declines

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir
 import pytest
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import PassError, UsageError
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
 from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.model_files import model_bytes
@@ -32,8 +32,8 @@ def converted(opset, target, body, **settings):
     return [node.op_type for node in model.graph], model
 
 
-def refused(opset, target, body, message):
-    with pytest.raises(PassError, match=message):
+def refused(opset, target, body, message, kind=PassError):
+    with pytest.raises(kind, match=message):
         Legalize(opset=target).run(parse_model(model_text(opset, body)))
 
 
@@ -345,7 +345,8 @@ def test_the_same_opset_changes_nothing():
 
 @pytest.mark.parametrize(("opset", "target"), [(23, 27), (13, 6)])
 def test_declines_opsets_that_cannot_be_reached(opset, target):
-    refused(opset, target, f"{X} {{ y = Relu(x) }}", f"opset {target} is not between 7 and 26. Choose")
+    message = f"opset {target} is not between 7 and 26. Choose"
+    refused(opset, target, f"{X} {{ y = Relu(x) }}", message, UsageError)
 
 
 @pytest.mark.parametrize("opset", [6, 29])
@@ -433,7 +434,7 @@ def test_declines_an_input_that_the_older_operator_lacks():
 
 
 def test_declines_below_18():
-    refused(21, 17, f"{X} {{ y = Relu(x) }}", "downwards, 18 is the lowest target, not 17")
+    refused(21, 17, f"{X} {{ y = Relu(x) }}", "downwards, 18 is the lowest target, not 17", UsageError)
 
 
 def test_declines_the_way_back_of_a_conversion():
@@ -503,3 +504,38 @@ def test_a_model_of_the_newest_opset_comes_down():
     model = parse_model(model_text(28, body))
     Legalize(opset=23).run(model)
     assert print_model(model) == print_model(parse_model(model_text(23, body)))
+
+
+def test_declines_scores_that_hold_the_causal_mask_or_not():
+    body = """g (float[2,3,4,6] q) => (float[] y, float[] s) {
+        y, k, v, s = Attention <is_causal = 1, qk_matmul_output_mode = 2> (q, q, q) }"""
+    for opset, target in ((24, 25), (25, 24)):
+        refused(opset, target, body, "its output qk_matmul_output holds the causal mask from opset 25 on only")
+        converted(opset, target, body.replace("mode = 2", "mode = 0"))
+
+
+def test_declines_remainders_of_floats_downwards():
+    body = "g (float[2] x, float[2] z) => (float[2] y) { y = Mod (x, z) }"
+    refused(28, 23, body, "it takes the remainder of floats with the sign of the divisor")
+    Legalize(opset=23).run(parse_model(model_text(28, body.replace("float[2]", "int32[2]"))))
+
+
+REFUSED_AT_A_CALL = """<ir_version: 10, opset_import: ["" : %d, "local" : 1]>
+g (%s x) => (%s y) { y = local.inner (x, x) }
+<domain: "local", opset_import: ["" : %d]>
+inner (x, like) => (y) { %s }"""
+
+
+@pytest.mark.parametrize(
+    ("opset", "dtype", "body", "message"),
+    [
+        (12, "int32[2]", "y = Erf(x)", "from opset 12 to 13: it no longer takes INT32"),
+        (23, "float8e4m3fnuz[2]", "y = CastLike(x, like)", "the cast of infinities to FLOAT8E4M3FNUZ changed"),
+    ],
+)
+def test_declines_upwards_what_a_call_makes_of_a_function(opset, dtype, body, message):
+    with pytest.raises(PassError, match=message):
+        Legalize(opset=26).run(parse_model(REFUSED_AT_A_CALL % (opset, dtype, dtype, opset, body)))
+    model = parse_model(REFUSED_AT_A_CALL % (opset, "float[2]", "float[2]", opset, body))
+    Legalize(opset=26).run(model)
+    check_onnx(model)

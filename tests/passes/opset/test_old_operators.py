@@ -213,3 +213,17 @@ def test_declines_parameters_of_functions_that_no_constant_takes():
     text = text.replace("y = t, i", "y, i").replace('"" : 10', '"" : 9')
     with pytest.raises(PassError, match="its attribute k is a parameter of the function that it stands in. Run inline"):
         Legalize(opset=13).run(parse_model(text))
+
+
+@pytest.mark.parametrize("kind", ["AveragePool", "MaxPool"])
+def test_declines_windows_in_the_padding(kind):
+    """ONNX counted them before opset 22; onnxruntime never did."""
+    attributes = "kernel_shape = [2, 2], strides = [3, 1], ceil_mode = 1"
+    text = f"g (float[1,2,{{}},5] x) => (float[] y) {{{{ y = {kind} <{attributes}{{}}> (x) }}}}"
+    for opset, target in ((18, 22), (22, 18)):
+        converted(opset, target, text.format(5, ""))
+        converted(opset, target, text.format("h", "").replace("[3, 1]", "[2, 1]"))
+        refused(
+            opset, target, text.format(5, ", pads = [0, 0, 1, 0]"), "the last window along axis 2 starts in the padding"
+        )
+        refused(opset, target, text.format("h", ""), "a window along axis 2 may start in the padding")

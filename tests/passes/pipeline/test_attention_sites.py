@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 
 from passopt.ir.errors import ExpectationError
-
 from passopt.passes.pipeline.attention_sites import attentions, unfused_attentions
 from passopt.passes.pipeline.expectations import parse_expectation
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
 from passopt.testing.checking import read_model
-
 
 HEAD = (
     "g (float[2,3,4,5] q, float[2,3,6,5] k, float[2,3,6,7] v, float[2,3,4,6] mask, float[2,4,5] x) => (float[] y)"

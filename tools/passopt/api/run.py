@@ -11,7 +11,7 @@ from typing import Any, Literal
 from passopt.api import checked
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing, write
 from passopt.api.pipelines import PassesLike, as_pipeline
-from passopt.ir.errors import ExpectationError, PassoptError, UsageError
+from passopt.ir.errors import ExpectationError, ModelError, PassoptError, UsageError
 from passopt.ir.graph.run_context import RewriteLimit
 from passopt.ir.serialization.model_files import model_path
 from passopt.ir.weights.streaming.budget import StreamOptions
@@ -178,7 +178,7 @@ def run(
     if output is not None and not dry_run:
         refuse_existing(output)
     if reproducer and Path(reproducer).exists():
-        raise UsageError(f"{reproducer}: exists. Name a new folder for --reproducer")
+        raise UsageError(f"{reproducer}: exists. Name a new folder for `reproducer`")
     shown = None if print_after is None else checked.texts("print_after", print_after)
     instruments = _instruments(names, shown, print_after_change, dump_dir, verify_each, reporter)
     found = changeable(model)
@@ -193,8 +193,8 @@ def run(
             time_rules=time_rules,
             rewrite_limit=limit,
         )
-    except (UsageError, ExpectationError):
-        raise
+    except (UsageError, ModelError, ExpectationError):
+        raise  # what the user gave is wrong, and no pass is to blame
     except PassoptError as error:
         folder = _reproducer_folder(reproducer, None if dry_run else output)
         if position.index is not None and folder is not None:
@@ -276,7 +276,7 @@ def stopped_after(pipeline: Resolved, name: str | None) -> Resolved:
         return pipeline
     names = [item.name for item in pipeline.passes]
     if name not in names:
-        raise UsageError("--stop-after: " + unknown_name("pass of this pipeline", name, names))
+        raise UsageError("`stop_after`: " + unknown_name("pass of this pipeline", name, names))
     count = names.index(name) + 1
     whole = set(names[:count]) - set(names[count:])
     kept = tuple(text for text in pipeline.expectations if parse_expectation(text, names).name in whole)
@@ -297,7 +297,7 @@ def _instruments(
     found: list[Instrument] = []
     for name in print_after or ():
         if name not in known:
-            raise UsageError("--print-after: " + unknown_name("pass of this pipeline", name, list(known)))
+            raise UsageError("`print_after`: " + unknown_name("pass of this pipeline", name, list(known)))
     if print_after is not None:
         found.append(PrintAfter(reporter.show, tuple(print_after)))
     if print_after_change:
@@ -309,7 +309,7 @@ def _instruments(
     if dump_dir:
         directory = Path(dump_dir)
         if directory.exists() and any(directory.iterdir()):
-            raise UsageError(f"{directory}: is not empty; name a new folder for --dump-dir")
+            raise UsageError(f"{directory}: is not empty; name a new folder for `dump_dir`")
         found.append(Dump(directory))
     return found
 

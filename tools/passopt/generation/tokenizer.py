@@ -1,21 +1,21 @@
 """Turn text into token ids and back, by tokenizer.json (tokenizers) or tokenizer.model (sentencepiece).
 
-Text never becomes a control token: `</s>` in a prompt is four characters, unless the model's chat template wrote it.
+Text never becomes a control token of a sentencepiece model: `</s>` in a prompt is four characters, unless the model's
+chat template wrote it. Tokens that a checkpoint adds to the vocabulary are found in every text.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from passopt.generation.added_tokens import CONFIG_NAME, AddedToken, read_added_tokens, runs, split_at
 from passopt.generation.settings import read_json
 from passopt.ir.errors import ModelError
 
 FAST_NAME = "tokenizer.json"
 MODEL_NAME = "tokenizer.model"
-CONFIG_NAME = "tokenizer_config.json"
 #: The character that decoders write for bytes that are not valid UTF-8, or not yet.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 #: The largest number of bytes of an unfinished character.
@@ -52,7 +52,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return load_tokenizer(path / name)
     raise ModelError(
         f"{path}: no tokenizer, neither {MODEL_NAME} nor {FAST_NAME}. Put one there; generate takes token ids as well "
-        f"(--ids), verify a tokenizer from elsewhere (--tokenizer)."
+        f"(`ids`), verify one from elsewhere (`tokenizer`)."
     )
 
 
@@ -67,7 +67,7 @@ def token_text(config: dict[str, Any], role: str) -> str | None:
 
 
 class _SentencePiece:
-    """A tokenizer from tokenizer.model, by the library sentencepiece."""
+    """A tokenizer from tokenizer.model, by the library sentencepiece, with the tokens that files beside it add."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         import sentencepiece
@@ -79,30 +79,43 @@ class _SentencePiece:
         self._size = int(self._model.get_piece_size())
         self._begin = [self._model.bos_id()] if config.get("add_bos_token", True) else []
         self._end = [self._model.eos_id()] if config.get("add_eos_token", False) else []
+        controls = [index for index in range(self._size) if self._model.is_control(index)]
+        self._controls = [AddedToken(self._model.id_to_piece(index), index, special=True) for index in controls]
+        hidden = {*controls, self._model.unk_id()}
+        self._added = [token for token in read_added_tokens(path.parent, self._known) if token.index not in hidden]
+        for token in self._added:
+            if token.index < self._size and self._model.id_to_piece(token.index) != token.content:
+                piece = self._model.id_to_piece(token.index)
+                raise ModelError(f"{path}: token {token.index} is {piece!r}, and files beside it add {token.content!r}")
+        self._by_index = {token.index: token for token in self._added}
+
+    def _known(self, text: str) -> int | None:
+        index = int(self._model.piece_to_id(text))
+        return index if self._model.id_to_piece(index) == text else None
 
     def encode(self, text: str) -> list[int]:
         return [*self._begin, *self.encode_text(text), *self._end]
 
     def encode_text(self, text: str) -> list[int]:
-        return [int(index) for index in self._model.encode(text)]
+        return self._encode(text, self._added)
 
     def encode_template(self, text: str) -> list[int]:
-        pieces = [self._model.id_to_piece(index) for index in range(self._size) if self._model.is_control(index)]
+        return self._encode(text, [*self._added, *self._controls])
+
+    def _encode(self, text: str, tokens: Sequence[AddedToken]) -> list[int]:
         ids: list[int] = []
-        for control, part in _split(text, pieces):
-            ids += [self._model.piece_to_id(part)] if control else self._model.encode(part)
+        for part in split_at(text, tokens):
+            ids += [part.index] if isinstance(part, AddedToken) else map(int, self._model.encode(part))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._model.decode([int(index) for index in ids if 0 <= index < self._size]))
-
-
-def _split(text: str, words: Sequence[str]) -> list[tuple[bool, str]]:
-    """Return the parts of `text` in order, each with whether it is one of `words`; empty parts are left out."""
-    if not words:
-        return [(False, text)] if text else []
-    parts = re.split("(" + "|".join(map(re.escape, words)) + ")", text)
-    return [(index % 2 == 1, part) for index, part in enumerate(parts) if part]
+        texts: list[str] = []
+        for run in runs([int(index) for index in ids], self._by_index):
+            if not isinstance(run, AddedToken):
+                texts.append(str(self._model.decode([index for index in run if 0 <= index < self._size])))
+            elif not run.special:
+                texts.append(run.content)
+        return "".join(texts)
 
 
 class _Fast:
@@ -115,9 +128,21 @@ class _Fast:
             self._model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
             raise ModelError(f"{path}: is not a tokenizer: {error}") from error
+        self._add_tokens(path)
         self._template = "add_bos_token" not in config
         self._begin = self._special(path, config, "bos_token") if config.get("add_bos_token") else []
         self._end = self._special(path, config, "eos_token") if config.get("add_eos_token") else []
+
+    def _add_tokens(self, path: Path) -> None:
+        """Add the tokens that files beside tokenizer.json name and it lacks, where they get the ids stated there."""
+        import tokenizers
+
+        added = read_added_tokens(path.parent, self._model.token_to_id)
+        for token in sorted(added, key=lambda token: token.index):
+            if self._model.token_to_id(token.content) is None and token.index == self._model.get_vocab_size():
+                flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+                entry = tokenizers.AddedToken(token.content, normalized=False, special=token.special, **flags)
+                (self._model.add_special_tokens if token.special else self._model.add_tokens)([entry])
 
     def _special(self, path: Path, config: dict[str, Any], role: str) -> list[int]:
         text = token_text(config, role)
@@ -139,8 +164,8 @@ class _Fast:
         return self.encode_text(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        size = self._model.get_vocab_size()
-        return str(self._model.decode([int(index) for index in ids if 0 <= index < size], skip_special_tokens=True))
+        known = [int(index) for index in ids if index >= 0 and self._model.id_to_token(int(index)) is not None]
+        return str(self._model.decode(known, skip_special_tokens=True))
 
 
 class TextStream:

@@ -54,7 +54,8 @@ class DecomposeContrib(DecomposePass):
             reason = _why_it_stays(node, is_inside=node.graph is not model.graph)
             if reason is not None:
                 result.declines[reason] += 1
-        used = {node.domain for graph in (model.graph, *model.functions.values()) for node in graph.all_nodes()}
+        bodies: tuple[onnx_ir.Graph | onnx_ir.Function, ...] = (model.graph, *model.functions.values())
+        used = {node.domain for body in bodies for node in body.all_nodes()}
         if result.matches and MICROSOFT not in used:
             model.graph.opset_imports.pop(MICROSOFT, None)
         return result
