@@ -64,6 +64,7 @@ drift: $(INSTALLED)  ## Write docs/measured/drift.md, what the fusions find by f
 
 # CORPUS="--part 1/8 --passes legalize" runs a part of it; some 20 minutes for all of it.
 corpus: $(INSTALLED)  ## Run every pass over models that nobody here wrote, and write docs/measured/corpus.md.
+	-$(BIN)/python -m pip install -q --no-deps -c constraints.txt magika rapidocr-onnxruntime silero-vad
 	$(BIN)/python tools/corpus $(or $(CORPUS),--write docs/measured/corpus.md)
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt

@@ -137,8 +137,8 @@ def parse_model(text: str) -> onnx_ir.Model:
     """
     try:
         proto = onnx.parser.parse_model(text)
-        check_proto(proto)
         _refuse_digests(proto)
+        check_proto(proto)
         model = onnx_ir.from_proto(proto)
     except onnx.parser.ParseError as error:
         message = error.args[0]

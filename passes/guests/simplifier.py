@@ -71,12 +71,27 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     changed = from_proto(simplified, handles)
     _name_new_values(changed, _value_names(model))
     _name_nodes(changed, model)
+    _restore_shapes(changed, model)
     restore_defaults(changed, defaults)
     before.put_back_initializers(changed.graph)
     result = before.finish(changed, author, ignores_order=True)
     if result.modified:
         take_over(model, changed)
     return result
+
+
+def _restore_shapes(changed: onnx_ir.Model, model: onnx_ir.Model) -> None:
+    """Give inputs and outputs the shapes that they had, and drop all others.
+
+    onnxsim takes lengths for equal that are so only where nothing is broadcast; our own inference finds what is sure.
+    """
+    for node in changed.graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None
+    old = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for value in (*changed.graph.inputs, *changed.graph.outputs):
+        before = old[value.name]  # the names were compared before
+        value.type, value.shape = before.type or value.type, before.shape
 
 
 def _call(proto: onnx.ModelProto, author: str, limit: int) -> onnx.ModelProto:

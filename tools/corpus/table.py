@@ -6,6 +6,7 @@ import collections
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from outcomes import FAULTS, OUTCOMES
 from workers import Row
@@ -49,15 +50,18 @@ def _general(detail: str) -> str:
     return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "#", text)[:200]
 
 
-def page(rows: Sequence[Row], before: str = "") -> str:
-    """Return the page docs/measured/corpus.md around the table."""
+def page(rows: Sequence[Row], part: str = "", absent: Sequence[str] = ()) -> str:
+    """Return the page docs/measured/corpus.md around the table, and the table of an earlier state if there is one."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("onnx", "onnx-ir", "onnxruntime", "onnxsim"))
     models = len({row[0] for row in rows})
+    which = f"the part {part} of the corpus: {models} models" if part else f"{models} models"
+    missing = f" The files of {', '.join(absent)} could not be had." if absent else ""
     return f"""# Corpus: every pass over models that nobody here wrote
 
-This page counts what every pass and pipeline does to {models} models: ONNX's backend models, each written in several
-ways that mean the same. It was measured with {versions}; `make corpus` repeats the measurement and
-writes this page.
+This page counts what every pass and pipeline does to {which}. They are ONNX's backend
+models, the graphs that the tests of onnxruntime and onnxscript fuse (rebuilt), and files of packages, each written in
+several ways that mean the same. It was measured with {versions};
+`make corpus` repeats the measurement and writes this page.{missing}
 
 Variants: as it is (plain), every length a symbol (symbolic), all inputs as constants (constants), all but the first
 (parameters), those in a file of their own (external), the graph inside both branches of an If (body), as a local
@@ -75,5 +79,10 @@ its own rewrites, or in ONNX's reference evaluator where onnxruntime does not ru
 | wrong, invalid, crash, hang | defects: other results, a file that is refused, an internal error, no end |
 | not read | passopt refuses to read the model |
 
-{table(rows)}
-{before}"""
+{table(rows)}{_before()}"""
+
+
+def _before() -> str:
+    """Return the section about the state that the corpus found first."""
+    path = Path(__file__).with_name("before.md")
+    return f"\n{path.read_text(encoding='utf-8')}" if path.exists() else ""

@@ -33,7 +33,7 @@ def run_share(options: Mapping[str, Any], cases: Sequence[Case], report: Report)
     skipped = {tuple(item) for item in options["skip"]}
     for case in chosen(cases, options["only"], options["part"])[index::number]:
         for variant in options["variants"]:
-            if (case.name, variant) not in done:
+            if (case.name, variant) not in done and (not case.variants or variant in case.variants):
                 _run_variant(case, variant, options["steps"], skipped, report)
 
 
