@@ -69,7 +69,8 @@ class CastModel(Pass):
 
     def _check(self, editor: Editor, target: DataType) -> None:
         oldest = _OLDEST_CAST[target]
-        if editor.opset < oldest:
+        values = [*editor.graph.inputs, *(value for node in editor.graph for value in node.outputs)]
+        if editor.opset < oldest and any(map(is_float, values)):
             raise PassError(
                 f"{self.name}: Cast takes {target.name} from opset {oldest} on, this model has {editor.opset}. "
                 f"Run legalize first."

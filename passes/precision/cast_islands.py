@@ -51,8 +51,9 @@ _FOLLOWS = operators(
 _NARROWS = operators(
     "Attention Conv ConvTranspose DequantizeLinear Einsum Gemm LayerNormalization MatMul RMSNormalization",
 )
-#: Operators that ONNX defines by others, which take the dtype from this opset on only: Clip by Where.
-_LATE_BODIES = {("Clip", DataType.BFLOAT16): 16}
+#: Operators that ONNX defines by others, which take the dtype from this opset on only: Clip by Where, and the loss by
+#: NegativeLogLikelihoodLoss.
+_LATE_BODIES = {("Clip", DataType.BFLOAT16): 16, ("SoftmaxCrossEntropyLoss", DataType.BFLOAT16): 22}
 #: The attributes by which operators state the dtype of their output.
 STATED = ("to", "dtype", "output_dtype", "output_datatype")
 #: Operators that are moved to fp32 if their outputs are only read in fp32 and their inputs are read in fp32 anyway; one

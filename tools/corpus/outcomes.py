@@ -213,6 +213,11 @@ class Subject:
         is_lossy = result.accuracy.kind == "lossy"
         for number, (feeds, outputs) in enumerate(expected):
             given = _as_declared(feeds, proto) if result.changes_interface else feeds
+            if result.changes_interface:
+                rounded = self._of_rounded(type(session), feeds, given)
+                if rounded is None:
+                    continue
+                outputs = rounded
             try:
                 found = session.run(given)
             except Refused as refused:
@@ -226,6 +231,17 @@ class Subject:
                 kind = "beyond" if is_lossy and ": error" in text else "wrong"
                 return Outcome(kind, f"inputs {number}: {text} ({session.name})")
         return Outcome("ok")
+
+    def _of_rounded(self, engine: type, feeds: Mapping[str, Any], given: Mapping[str, Any]) -> Outputs | None:
+        """Return what the original makes of the numbers that a result is given; None if it does not take them.
+
+        The result takes them in another dtype, and a model that compares its inputs is not to blame for their rounding.
+        """
+        rounded = {name: _like(value, feeds[name]) for name, value in given.items()}
+        try:
+            return self._session(engine, self.path).run(rounded)  # type: ignore[no-any-return]
+        except Refused:
+            return None
 
     def _computed(self, engine: type) -> list[tuple[Mapping[str, Any], Outputs]]:
         """Return the inputs that the original takes in an engine, with its outputs; the first of them must run."""
@@ -326,7 +342,7 @@ def _cast(value: Any, dtype: int) -> Any:
 
 def _like(found: Any, expected: Any) -> Any:
     """Return an output in the dtype of what is expected, if both are floats."""
-    one, other = np.asarray(found), np.asarray(expected)
-    both = isinstance(found, np.ndarray) and isinstance(expected, np.ndarray)
-    floats = all(item.dtype.kind == "f" or item.dtype.kind == "V" for item in (one, other))
-    return one.astype(other.dtype) if both and floats else found
+    if not isinstance(found, np.ndarray) or not isinstance(expected, np.ndarray):
+        return found
+    floats = all(item.dtype.kind in "fV" for item in (found, expected))
+    return found.astype(expected.dtype) if floats else found
