@@ -236,6 +236,24 @@ def test_smaller_operators():
     decomposed(text, matches=3)
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_pad_and_gather_nd(mode):
+    text = f"""g (float[4,5] x, float v) => (float[7,6] y, float[2,5] z)
+        <int64[1,4] p = {{1, 0, 2, 1}}, int32[2,1] i = {{3, 0}}> {{
+        y = com.microsoft.Pad <mode = "{mode}"> (x, p{", v" if mode == "constant" else ""})
+        z = com.microsoft.GatherND(x, i)
+    }}"""
+    decomposed(text, matches=2)
+
+
+def test_a_standard_layer_normalization_is_not_even_tried():
+    _, result = check(
+        DecomposeContrib(),
+        HEADER % 17 + "g (float[n,3] x, float[3] w) => (float[n,3] y) { y = LayerNormalization(x, w) }",
+    )
+    assert (result.tries, dict(result.declines)) == (0, {})
+
+
 # Rotary embedding
 
 
