@@ -163,6 +163,8 @@ class FoldConstants(Pass):
                 infer_types(node, opset)
         if target.dtype is None:
             raise NotEvaluated("the dtype of its result is unknown")
+        if target.dtype == onnx_ir.DataType.STRING:
+            raise NotEvaluated("its results are texts, which are never evaluated")
         dims = target.shape.dims if target.shape is not None else None
         known = [dim for dim in dims if isinstance(dim, int)] if dims is not None else []
         if node.op_type in _GROWING and (dims is None or len(known) < len(dims)):

@@ -126,8 +126,10 @@ class Graph:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
+#: The arithmetic to choose from; what exporters write often stands twice.
 KINDS = (
-    "Shape Shape Part Gather Gather Table Slice Concat Concat Cast Unsqueeze Squeeze Arithmetic Where Reshape".split()
+    *("Shape", "Shape", "Part", "Gather", "Gather", "Table", "Slice", "Concat", "Concat"),
+    *("Cast", "Unsqueeze", "Squeeze", "Arithmetic", "Where", "Reshape"),
 )
 
 
