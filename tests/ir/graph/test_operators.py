@@ -16,7 +16,7 @@ SCHEMAS = {(schema.domain, schema.name): schema for schema in getattr(runtime, "
 
 
 @pytest.mark.skipif(not SCHEMAS, reason="this build of onnxruntime does not show its schemas")
-@pytest.mark.parametrize("name", _DTYPES)
+@pytest.mark.parametrize("name", sorted(_DTYPES))
 def test_dtypes_are_those_of_the_schema(name):
     schema = SCHEMAS["" if name in _RUNTIME_OPS else "com.microsoft", name]
     allowed = {item.type_param_str: set(item.allowed_type_strs) for item in schema.type_constraints}
