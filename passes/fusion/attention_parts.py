@@ -13,7 +13,7 @@ import onnx_ir
 from passopt.ir.graph.shapes import dimensions, fits
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.base import Decline
-from passopt.passes.fusion.attention_masks import Extent, chosen, lowest
+from passopt.passes.fusion.attention_masks import AlibiBias, Extent, chosen, lowest, split_alibi, summed
 from passopt.passes.patterns.rules import Rewriter
 
 #: Scores at or below this are masked, whatever number an exporter chose.
@@ -47,19 +47,19 @@ class Parts:
     key_repeated: onnx_ir.Value | None = None
     value_repeated: onnx_ir.Value | None = None
     query_scale: onnx_ir.Value | None = None
-    query_scaling: str = "none"
+    query_scaling: str = "absent"
     key_scale: onnx_ir.Value | None = None
-    key_scaling: str = "none"
+    key_scaling: str = "absent"
     turned_scale: onnx_ir.Value | None = None
-    turned_scaling: str = "none"
+    turned_scaling: str = "absent"
     score_scale: onnx_ir.Value | None = None
-    score_scaling: str = "none"
+    score_scaling: str = "absent"
     cap: onnx_ir.Value | None = None
     cap_spelling: str = "none"
     uncap: onnx_ir.Value | None = None
     early_bias: onnx_ir.Value | None = None
     bias: onnx_ir.Value | None = None
-    masking: str = "none"
+    masking: str = "absent"
     mask: onnx_ir.Value | None = None
     condition: onnx_ir.Value | None = None
     low: onnx_ir.Value | None = None
@@ -269,21 +269,31 @@ class Parts:
         heads = (dimensions(self.query) or [])[1]
         return heads if isinstance(heads, int) else 0
 
-    def bias_terms(self, op: Rewriter) -> list[onnx_ir.Value]:
-        """Return the terms that are added to the scores.
+    def added(self, op: Rewriter) -> tuple[AlibiBias | None, list[onnx_ir.Value], list[onnx_ir.Value]]:
+        """Return what is added to the scores: an ALiBi bias, the terms beside it, and all terms.
 
-        A choice between scores and a low number becomes such a term. Raises Decline if that number is too high to mask.
+        A choice between scores and a low number becomes such a term. What is added before the choice is chosen with the
+        scores, because a number in place of a score forgets it: -inf would come through a sum. ALiBi is finite, and
+        stays apart. Raises Decline if the low number is too high to mask.
         """
         for name, item in (("low", self.low), ("floor", self.floor)):
             if item is not None and not op.number(item) <= _MASKED:
                 raise Decline(f"{name} scores are {op.number(item)}, which does not mask anything")
-        terms = [term for term in (self.bias, self.mask) if term is not None]
-        if self.early_bias is not None:
-            terms.insert(0, self._scaled_bias(op))
-        if self.condition is not None:
-            shown = self.masking.startswith("shown")
-            terms.append(chosen(op, self.condition, op.number(self.low), shown=shown, query=self.query))
-        return terms
+        before = [self._scaled_bias(op)] if self.early_bias is not None else []
+        before += [self.bias] if self.bias is not None else []
+        after = [self.mask] if self.mask is not None else []
+        if self.condition is None:
+            terms = before + after
+            return *split_alibi(op, terms, self.heads), terms
+        alibi, inner = split_alibi(op, before, self.heads)
+        shown = self.masking.startswith("shown")
+        choice = chosen(op, self.condition, op.number(self.low), summed(op, inner), shown=shown, query=self.query)
+        terms = [choice, *after]
+        if alibi is None:
+            return *split_alibi(op, terms, self.heads), terms
+        if after:
+            raise Decline("adds an ALiBi bias, chooses scores by one mask, and adds another")
+        return alibi, terms, []
 
     def _scaled_bias(self, op: Rewriter) -> onnx_ir.Value:
         """Return the bias that is added before the scores are scaled, scaled like them."""
@@ -291,7 +301,7 @@ class Parts:
             raise Decline("adds a bias before the scores are capped; the operator adds it after")
         if self.widened is not None:
             raise Decline("adds a bias before the scores are widened")
-        if self.score_scaling == "none":
+        if self.score_scaling == "absent":
             assert self.early_bias is not None
             return self.early_bias
         scale = op.Mul if self.score_scaling == "product" else op.Div

@@ -11,7 +11,7 @@ import onnx_ir
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
-from passopt.passes.fusion.attention_masks import alibi_mask, split_alibi, visible_mask
+from passopt.passes.fusion.attention_masks import alibi_mask, visible_mask
 from passopt.passes.fusion.attention_parts import Parts
 from passopt.passes.fusion.cache_lengths import lengths_of_parts, shape_of_joined
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -99,8 +99,8 @@ class FuseAttention(RewritePass):
         scale, softcap = parts.total_scale(op), parts.softcap(op)
         query, key, value, outputs = parts.wide_query(op), parts.plain_key(op), parts.value, parts.outputs
         parts.check_hidden_rows(op, self.hidden_rows)
-        terms, floored = parts.bias_terms(op), parts.floor is not None
-        alibi, others = split_alibi(op, terms, parts.heads)
+        floored = parts.floor is not None
+        alibi, others, terms = parts.added(op)
         # AlibiAttention floors all scores alike. Without a floor, one of several masks may reach -inf and another not.
         if alibi is not None and (floored or len(others) < 2):
             if softcap:
@@ -157,7 +157,7 @@ def _repeated(op: Any, name: str, x: Any) -> Any:
 def _scaled(op: Any, name: str, x: Any) -> Any:
     """Add an optional scale to the pattern, as a product or a quotient."""
     factor = op.scalar(f"{name}_scale")
-    return op.any_of(f"{name}_scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), none=x)
+    return op.any_of(f"{name}_scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), absent=x)
 
 
 def _early_biased(op: Any, x: Any) -> Any:
@@ -195,7 +195,7 @@ def _masked(op: Any, x: Any) -> Any:
         hidden=hidden,
         shown_added=op.Add(shown, op.variable("mask")),
         hidden_added=op.Add(hidden, op.variable("mask")),
-        none=biased,
+        absent=biased,
     )
     floored = op.optional("flooring", masked, lambda y: op.Max(y, op.scalar("floor")))
     return op.optional("late_widening", floored, lambda y: op.Cast(y, bind="late_widened"))
