@@ -33,7 +33,11 @@ def stock_errors(checkpoint: Checkpoint, subject: str) -> Iterator[None]:
 
 def _older_library(checkpoint: Checkpoint) -> str:
     """Return a sentence about the version of transformers if the checkpoint was made for one of before."""
-    made_for, installed = str(checkpoint.config.get("transformers_version", "")), metadata.version("transformers")
+    try:
+        installed = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return ""
+    made_for = str(checkpoint.config.get("transformers_version", ""))
     if not made_for or made_for.partition(".")[0] == installed.partition(".")[0]:
         return ""
     return f" The checkpoint was made for transformers {made_for}; {installed} is installed."

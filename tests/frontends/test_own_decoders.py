@@ -217,8 +217,8 @@ def test_a_decoder_that_cannot_be_traced_is_refused(tmp_path: Path, old: str, ne
         ({"attn_config": {"alibi": False}}, "attn_config.alibi of config.json is False"),
         ({"attn_config": {"alibi_bias_max": 16}}, "attn_config.alibi_bias_max of config.json is 16"),
         (
-            {"attn_config": {"attn_pdrop": 0}},
-            r"(?s)mpt with eager attention cannot be built.*attn_pdrop.*expected.*int",
+            {"max_seq_len": "many"},
+            r"(?s)mpt with eager attention cannot be built from config.json: .*'max_seq_len'.*expected int",
         ),
     ],
 )

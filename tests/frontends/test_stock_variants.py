@@ -88,7 +88,7 @@ def slopes_of(graph: Any) -> list[float]:
 def test_slopes_of_an_interpolation_are_exported_as_they_are(tmp_path: Path) -> None:
     directory = variant(tmp_path / "c", ODD, (SLOPES, f"{SLOPES} / 2"))
     checkpoint = open_checkpoint(directory)
-    graph = export_graph(checkpoint, options(exporter="torchscript"), tmp_path)
+    graph = export_graph(checkpoint, options(), tmp_path)
     assert slopes_of(graph) == (alibi_slopes(ODD.heads) / 2).tolist()
     assert "passopt.max_positions" not in graph.metadata_props
     assert self_check(checkpoint, options(alibi="baked", exporter="torchscript"), finish=clean_up) < 2e-5
@@ -97,7 +97,7 @@ def test_slopes_of_an_interpolation_are_exported_as_they_are(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_slopes_that_follow_the_positions_are_exported_up_to_there(tmp_path: Path) -> None:
     directory = variant(tmp_path / "c", ODD, (SLOPES, f"{SLOPES} / max(1, max_pos / 28)"))
-    graph = export_graph(open_checkpoint(directory), options(exporter="torchscript"), tmp_path)
+    graph = export_graph(open_checkpoint(directory), options(), tmp_path)
     assert slopes_of(graph) == (alibi_slopes(ODD.heads) / 2).tolist()
     assert positions_of(graph) == ODD.max_positions == 56
 

@@ -195,6 +195,15 @@ def test_special_added_tokens_are_no_text_and_others_are(widened: Path):
     assert "".join(stream.put(index) for index in ids) + stream.end() == "user <think> é🦜 a tool"
 
 
+def test_text_around_a_special_token_is_joined(widened: Path, checkpoint: Path):
+    first, *others = load_tokenizer(checkpoint).encode_text("structure of the")
+    ids = [first, ROTARY.vocab, *others, ROTARY.vocab + 1]
+    tokenizer = load_tokenizer(widened)
+    assert tokenizer.decode(ids) == "structure of the"
+    stream = TextStream(tokenizer)
+    assert "".join(stream.put(index) for index in ids) + stream.end() == "structure of the"
+
+
 @pytest.mark.parametrize(
     ("added", "says"),
     [
