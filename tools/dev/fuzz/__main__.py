@@ -39,7 +39,7 @@ _DEFECTS = ("Traceback (most", "a defect of passopt", "defect of the pass", "the
 #: What differs between faults of one kind.
 _NAMES = re.compile(r"\d+|'[^']*'|/[\w/.-]*/|passopt [\w-]+:")
 #: The CPU seconds and the bytes that a call may take, and the seconds after which it is taken to hang.
-_CPU_SECONDS, _BYTES, _SECONDS = 30.0, 3 << 30, 300.0
+_CPU_SECONDS, _BYTES, _SECONDS = 60.0, 3 << 30, 900.0
 #: These rooms are imported once, before the forks. torch, tvm and what needs them are left out.
 _ROOMS = ("api", "commands", "ir", "passes", "reporting", "targets.folders", "targets.onnxruntime", "verification")
 
