@@ -215,9 +215,22 @@ def test_a_place_where_only_the_root_differs_is_found(lines, rule):
         return op.Div(op.Neg(op.Exp(op.Abs(a))), 2.0)
 
     item = rule(pattern, lambda self, op, a: a)
-    assert lines(item, layers("a# = Abs(x) e# = Exp(a#) n# = Neg(e#) out# = Relu(n#)"))[2:] == [
+    assert lines(item, layers("a# = Abs(x) e# = Exp(a#) n# = Neg(e#) out# = Relu(n#)"))[1:] == [
         "1. 3 of 4 nodes fit at n0 (Neg)",
         "    n0 (Neg), read by: expected Div that reads n0, found Relu out0",
+        "the graph has none of the operators at which these rules start: Div (pattern)",
+    ]
+
+
+def test_nodes_that_all_fit_are_not_said_to_be_the_miss(lines, rule):
+    def pattern(self, op, a):
+        return op.Mul(op.Exp(op.Abs(op.Floor(a))), 2.0)
+
+    item = rule(pattern, lambda self, op, a: a)
+    body = "f# = Floor(x) n# = Abs(f#) e# = Exp(n#) t# = Tanh(e#) out# = Mul(t#, two)"
+    assert lines(item, layers(body).replace("{", "<float two = {2}> {", 1))[1:] == [
+        "1. all 4 nodes fit, but not next to each other at out0 (Mul)",
+        "    out0 (Mul), input 0: expected Exp, found Tanh t0 with Exp behind it",
     ]
 
 
