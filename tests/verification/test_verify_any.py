@@ -124,5 +124,5 @@ def test_options_of_decoders_are_refused(options):
 def test_a_graph_that_runs_on_no_sample_asks_for_inputs():
     text = "g (float[n,3] x) => (float[?,?] y) <int64[2] to = {7, 5}> { y = Reshape(x, to) }"
     model = read_model(HEADER + text)
-    with pytest.raises(ModelError, match=r"no inputs were found on which .*Give some with --input FILE\.npz.*x FLOAT"):
+    with pytest.raises(ModelError, match=r"no inputs were found on which .*Give some with `inputs=FILE\.npz`.*x FLOAT"):
         verify(model, model)

@@ -39,7 +39,7 @@ _DEFECTS = ("Traceback (most", "a defect of passopt", "defect of the pass", "the
 #: What differs between faults of one kind.
 _NAMES = re.compile(r"\d+|'[^']*'|/[\w/.-]*/|passopt [\w-]+:")
 #: The CPU seconds and the bytes that a call may take, and the seconds after which it is taken to hang.
-_CPU_SECONDS, _BYTES, _SECONDS = 30.0, 3 << 30, 300.0
+_CPU_SECONDS, _BYTES, _SECONDS = 60.0, 3 << 30, 900.0
 #: These rooms are imported once, before the forks. torch, tvm and what needs them are left out.
 _ROOMS = ("api", "commands", "ir", "passes", "reporting", "targets.folders", "targets.onnxruntime", "verification")
 
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds = range(options.seed, options.seed + options.count)
     counts: collections.Counter[int] = collections.Counter()
     kinds: collections.Counter[str] = collections.Counter()
+    done = 0
     with tempfile.TemporaryDirectory(prefix="passopt-fuzz-") as room:
         originals, work = Path(room) / "originals", Path(room) / "work"
         if options.whole:
@@ -86,20 +87,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _make(chosen, originals)
             cases = [(seed, partial(_damaged, chosen, names, originals)) for seed in seeds]
-        for seed, case in cases:
-            for code, fault in _calls(case, work, seed, options.calls):
-                counts[code] += 1
-                if not fault:
-                    continue
-                kind = _NAMES.sub("…", "".join(fault.partition("\n")[2:]))
-                kinds[kind] += 1
-                if kinds[kind] == 1:
-                    print(fault, flush=True)
-                    _keep(work, options.keep, seed)
-            shutil.rmtree(work)
+        with contextlib.suppress(KeyboardInterrupt):  # what was found until then is still told
+            for seed, case in cases:
+                for code, fault in _calls(case, work, seed, options.calls):
+                    counts[code] += 1
+                    if not fault:
+                        continue
+                    kind = _NAMES.sub("…", "".join(fault.partition("\n")[2:]))
+                    kinds[kind] += 1
+                    if kinds[kind] == 1:
+                        print(fault, flush=True)
+                        _keep(work, options.keep, seed)
+                shutil.rmtree(work)
+                done += 1
     codes = ", ".join(f"{count} × {code}" for code, count in sorted(counts.items()))
     print(
-        f"{len(cases)} {'models' if options.whole else 'damaged files'}, {sum(counts.values())} calls ({codes}), "
+        f"{done} {'models' if options.whole else 'damaged files'}, {sum(counts.values())} calls ({codes}), "
         f"{sum(kinds.values())} faults of {len(kinds)} kinds"
     )
     return 1 if kinds else 0

@@ -159,7 +159,7 @@ def _sampled(model: onnx_ir.Model, session: Session, seed: int) -> list[tuple[st
     samples, problem = legal_samples(model, session, seed)
     if not samples:
         raise ModelError(
-            f"no inputs were found on which the original runs: {problem}. Give some with --input FILE.npz, "
+            f"no inputs were found on which the original runs: {problem}. Give some with `inputs=FILE.npz`, "
             f"one array for each of {', '.join(_stated(value) for value in free_inputs(model))}"
         )
     names = [str(sample.lengths) for sample in samples]
