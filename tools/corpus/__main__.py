@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outcomes import FAULTS, PIPELINES, SAVE, TEXT
+from passopt.ir.errors import UsageError
 from passopt.passes.framework.catalog import catalog
+from passopt.passes.pipeline.text import resolve
 from table import faults, page, table
 from variants import VARIANTS
 from workers import Row, run_all
@@ -25,7 +27,14 @@ from workers import Row, run_all
 
 def main(arguments: Sequence[str]) -> int:
     """Run the corpus as the arguments say, print the table, and return 1 if there is any defect."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        for step in steps(options.passes):
+            if step not in {SAVE, TEXT}:
+                resolve(step)
+    except UsageError as error:
+        parser.error(str(error))
     settings = {
         "steps": steps(options.passes),
         "variants": options.variants.split(",") if options.variants else list(VARIANTS),

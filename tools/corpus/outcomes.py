@@ -4,7 +4,7 @@
 | --- | --- |
 | unchanged | the pass left the model as it was |
 | ok | the numbers, dtypes and shapes are equal within the declared accuracy |
-| not comparable | no engine runs the original; the checker accepts the result, and onnxruntime where it accepts the original |
+| not comparable | no engine runs both; the checker accepts the result, and onnxruntime where it accepts the original |
 | beyond | a lossy pass kept dtypes and shapes, and lost more than it declares on this model |
 | refused | an error with a text for the user |
 | unstable | a second run changes the result again, or `modified` is not what happened |

@@ -61,14 +61,15 @@ writes this page.
 
 Variants: as it is (plain), every length a symbol (symbolic), all inputs as constants (constants), all but the first
 (parameters), those in a file of their own (external), the graph inside both branches of an If (body), as a local
-function (function), and with the default domain called `ai.onnx` (alias).
+function (function), and with the default domain called `ai.onnx` (alias). Numbers are compared in onnxruntime without
+its own rewrites, or in ONNX's reference evaluator where onnxruntime does not run the original.
 
 | outcome | means |
 | --- | --- |
 | unchanged | the pass left the model as it was |
-| ok | equal dtypes and shapes, and numbers within the declared accuracy, in onnxruntime without its own rewrites, or in ONNX's reference evaluator where onnxruntime does not run the original |
-| not comparable | neither runs the original, or they lack a kernel for the result; the checker accepts the result |
-| beyond | a lossy pass kept dtypes and shapes, and lost more than it declares: these models round or compare what it rounds |
+| ok | equal dtypes and shapes, and numbers within the declared accuracy |
+| not comparable | neither runs both; the checker accepts the result, and onnxruntime where it accepts the original |
+| beyond | a lossy pass kept dtypes and shapes, and lost more than it declares, as where a model compares numbers |
 | refused | an error with a text for the user |
 | unstable | a second run changes the result again |
 | wrong, invalid, crash, hang | defects: other results, a file that is refused, an internal error, no end |

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.relative_error import operator_error
-from passopt.passes.decomposition.decompose_contrib import DecomposeContrib
+from passopt.passes.decomposition.contrib.decompose_contrib import DecomposeContrib
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checking import check, read_model
 

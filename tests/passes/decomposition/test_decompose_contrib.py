@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.passes.decomposition.decompose_contrib import DecomposeContrib
+from passopt.passes.decomposition.contrib.decompose_contrib import DecomposeContrib
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : %d, "com.microsoft" : 1]>\n'
