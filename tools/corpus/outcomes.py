@@ -267,7 +267,7 @@ class Subject:
 
 
 def _with_numeric(model: onnx_ir.Model, passes: Sequence[Pass], outcome: Outcome) -> Outcome:
-    """Return the outcome with what numeric verification says: an alarm on a right result, or that it saw a wrong one."""
+    """Return the outcome with what numeric verification says: an alarm on a right result, or a wrong one seen."""
     try:
         run_passes(model.clone(), passes, instruments=[NumericCheck()])
     except Violation as violation:

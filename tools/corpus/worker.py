@@ -2,8 +2,8 @@
 
     python tools/corpus/worker.py OPTIONS
 
-OPTIONS is a JSON object: `steps`, `variants`, `only`, `part`, `numeric`, `share` ([index, number of workers]), and `skip`, the
-steps that made an earlier process hang or die. `{"at": [case, variant, step]}` says what begins, and
+OPTIONS is a JSON object: `steps`, `variants`, `only`, `part`, `numeric`, `share` ([index, number of workers]), and
+`skip`, the steps that made an earlier process hang or die. `{"at": [case, variant, step]}` says what begins, and
 `{"done": [case, variant], "outcomes": {step: [kind, detail]}}` what became of it.
 """
 
