@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         "variants": options.variants.split(",") if options.variants else list(VARIANTS),
         "only": options.only,
         "part": options.part,
+        "numeric": options.numeric,
     }
     if absent := absent_packages():
         print(f"not had: the files of {', '.join(absent)}; install them without dependencies", file=sys.stderr)
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="take cases of these names")
     parser.add_argument("--part", default="", metavar="N/M", help="take the part N of M of a shuffled list")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="run as many processes")
+    parser.add_argument("--numeric", action="store_true", help="run every pass under --verify-each=numeric as well")
     parser.add_argument("--refusals", action="store_true", help="list the reasons of refusals too")
     parser.add_argument("--json", action="store_true", help="print all outcomes as JSON")
     parser.add_argument("--write", metavar="FILE", help="write the page with the table to FILE")

@@ -12,6 +12,7 @@
 | invalid | the checker or onnxruntime refuse the result, and accept the original |
 | crash | any other exception, or an error that is a defect of passopt by its class or text |
 | hang | the time limit passed, or the process died |
+| alarm | with `--numeric`: `--verify-each=numeric` accuses a pass whose result is right |
 | not read | passopt refuses to load the model |
 """
 
@@ -40,6 +41,7 @@ from passopt.passes.pipeline.expectations import parse_expectation
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
+from passopt.verification.rewrites.check import NumericCheck, Violation
 from variants import Written
 
 OUTCOMES = (
@@ -53,10 +55,11 @@ OUTCOMES = (
     "invalid",
     "crash",
     "hang",
+    "alarm",
     "not read",
 )
 #: Outcomes that are defects of passopt.
-FAULTS = ("unstable", "wrong", "invalid", "crash", "hang")
+FAULTS = ("unstable", "wrong", "invalid", "crash", "hang", "alarm")
 
 #: Steps of the corpus that are no passes: writing a model as it was read, and its text.
 SAVE, TEXT = "(save)", "(text)"
@@ -97,7 +100,8 @@ class _Result:
 class Subject:
     """One model as a variant writes it, with what engines make of it; made in an empty folder."""
 
-    def __init__(self, case: Case, written: Written, folder: Path) -> None:
+    def __init__(self, case: Case, written: Written, folder: Path, *, numeric: bool = False) -> None:
+        self._numeric = numeric
         self.case, self.written, self.folder = case, written, folder
         self.path = folder / "original.onnx"
         model = onnx.ModelProto()
@@ -170,6 +174,8 @@ class Subject:
         if not differs:
             return Outcome("unchanged")
         outcome = self._compare(changed, accuracy, changes_interface=any(item.changes_interface for item in passes))
+        if self._numeric and outcome.kind in {"ok", "wrong"}:
+            outcome = _with_numeric(model, passes, outcome)
         if len(passes) == 1 and outcome.kind not in FAULTS:
             again = passes[0].run(changed)
             if again.modified:
@@ -274,6 +280,20 @@ class Subject:
         if isinstance(found, Refused):
             raise found
         return found
+
+
+def _with_numeric(model: onnx_ir.Model, passes: Sequence[Pass], outcome: Outcome) -> Outcome:
+    """Return the outcome with what numeric verification says: an alarm on a right result, or a wrong one seen."""
+    try:
+        run_passes(model.clone(), passes, instruments=[NumericCheck()])
+    except Violation as violation:
+        if outcome.kind == "wrong":
+            return Outcome("wrong", f"{outcome.detail}; numeric verification finds it")
+        # Samples are more than the inputs of the case; a lossy pass may lose more on some of them.
+        is_lossy = any(item.accuracy.kind == "lossy" for item in passes)
+        return Outcome("beyond" if is_lossy else "alarm", str(violation))
+    unseen = "; numeric verification does not find it"
+    return Outcome("wrong", outcome.detail + unseen) if outcome.kind == "wrong" else outcome
 
 
 _PIPELINES: dict[str, Any] = {}

@@ -67,7 +67,9 @@ class Graph:
             self.scalars.append(self.op("Squeeze", self.op("Gather", self.vector(), self.ints(0))))
         elif kind == "Arithmetic":
             other = choose.choice((self.constant(1), self.vector()))
-            self.vectors.append(self.op(choose.choice(("Add", "Sub", "Mul", "Div", "Mod", "Max")), self.vector(), other))
+            self.vectors.append(
+                self.op(choose.choice(("Add", "Sub", "Mul", "Div", "Mod", "Max")), self.vector(), other)
+            )
         elif kind == "Where":
             vector = self.vector()
             same = self.op("Equal", vector, self.constant(1))
