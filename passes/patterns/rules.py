@@ -199,7 +199,7 @@ def rules_of(owner: RuleOwner) -> tuple[Rule, ...]:
         hash(owner)
     except TypeError:  # A pass with a list among its options cannot be remembered.
         return _traced.__wrapped__(owner)
-    return _traced(owner)  # type: ignore[arg-type]  # it was hashed just now
+    return _traced(owner)
 
 
 @functools.lru_cache(maxsize=64)
