@@ -72,7 +72,7 @@ class Report:
             kinds = (
                 f"and {places} places of {len(left)} more kinds" if shown else f"{places} places of {len(left)} kinds"
             )
-            lines.append(f"{kinds}, less near (--limit 0 shows all)")
+            lines.append(f"{kinds}, less near (`limit=0` shows all)")
         return [*lines, *(self.idle if near else ())]
 
     def to_json(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Rep
     missing = [name for name in item.after if name not in before]
     if not missing or (report.matched and not any(group.example.is_near for group in report.groups)):
         return report
-    remark = f"{item.name} belongs after {', '.join(missing)}; give a pipeline with --in, or passes with --after"
+    remark = f"{item.name} belongs after {', '.join(missing)}; give a pipeline with `within`, or passes with `after`"
     return dataclasses.replace(report, remarks=(remark, *report.remarks))
 
 

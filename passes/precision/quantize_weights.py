@@ -15,7 +15,7 @@ from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.lm_head import is_head
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import is_checkpoint_weight
-from passopt.passes.framework.accuracy import lossy
+from passopt.passes.framework.accuracy import QualityBar, lossy
 from passopt.passes.framework.base import Decline
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -35,14 +35,16 @@ class QuantizeWeights(RewritePass):
     A weight [in, out] of a MatMul, and the weight of a Gemm, whose bias becomes an Add, are stored in the same way:
     codes are always [out, in]. Embedding and head stay as they are unless the options include them. An embedding
     becomes ``Gather(codes) · Gather(scales)``, since a table behind a DequantizeLinear would be dequantised whole at
-    every step.
+    every step. Weights inside of model.onnx, in Constant nodes and behind Identity, Cast or Transpose are quantised
+    like those of a checkpoint, and a weight that several linears share is stored once.
     """
 
     name = "quantize-weights"
     after = ("fold-norm-head", "split-packed-qkv")
     #: A code is off by at most 1/254 of its channel's largest weight; a product with normally distributed weights is
     #: off by about 1 %.
-    accuracy = lossy(2e-2)
+    #: A trained model of 135M parameters, which suffers more than large ones: KL 0.003, 0.019 at 99 %, top-1 0.97.
+    accuracy = lossy(2e-2, bar=QualityBar(kl=0.01, kl99=0.06, top1=0.94))
 
     embedding: bool = False
     head: bool = False

@@ -60,13 +60,14 @@ def test_what_is_beyond_its_bar_fails(real: Any, tmp_path: Path) -> None:
         row("export", "onnxruntime", kl=2e-6),
         row("fused", "compiled", equal=1),
         row("int8 weights", "compiled", equal=1, kl=0.009),
-        row("int8 weights and activations", "compiled", perplexity=22.0),
+        row("int8 weights and activations", "compiled", perplexity=22.0, kl99=0.5, top1=0.5),
     ]
-    measurement._judge(measurement.rows[0])
+    measurement._judge()
     assert measurement.failures == [
-        "export, onnxruntime: mean KL divergence 2.00e-06, at most 1e-06 allowed",
+        "export, onnxruntime: mean KL divergence 2e-06, at most 1e-06 allowed",
         "fused, compiled: greedy tokens of 1 of 2 prompts are those of transformers",
-        "int8 weights and activations, compiled: perplexity × 1.1000, at most 1.05 allowed",
+        "int8 weights and activations, compiled: 99 % of the KL divergence 0.5, at most 0.36 allowed",
+        "int8 weights and activations, compiled: top-1 lost 0.5, at most 0.14 allowed",
     ]
     steps = [real.report.Step("passopt run x", real.Usage(cpu=3.0, peak=2_000_000), 5_000_000)]
     page = real.report.page(steps, measurement.rows)

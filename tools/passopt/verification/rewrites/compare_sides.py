@@ -22,7 +22,7 @@ from passopt.verification.rewrites.regions import Cut, Unchecked
 from passopt.verification.rewrites.sample_weights import SampledEvaluator
 from passopt.verification.rewrites.value_kinds import is_control_name
 from passopt.verification.sampling.samples import Sample
-from passopt.verification.sampling.trace import Run
+from passopt.verification.sampling.traced_graph import Run
 from passopt.verification.sampling.values import Sampler, index_bounds
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

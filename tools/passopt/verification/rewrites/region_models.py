@@ -19,7 +19,7 @@ from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, expression_of, small_constant
 from passopt.verification.rewrites.regions import Cut, Region, Unchecked
-from passopt.verification.sampling.trace import wide_type
+from passopt.verification.sampling.traced_graph import wide_type
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 

@@ -20,7 +20,8 @@ from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.framework.accuracy import Accuracy
 from passopt.verification.rewrites.array_error import array_error
 from passopt.verification.sampling.samples import Sample
-from passopt.verification.sampling.trace import Run, Trace, trace
+from passopt.verification.sampling.trace import Trace, trace
+from passopt.verification.sampling.traced_graph import Run
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
