@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift clean
+.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift corpus real clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -55,11 +55,20 @@ bench-scale-peers: $(INSTALLED)  ## Measure other tools' weights under a cap of 
 bench-startup: $(INSTALLED)  ## Measure how long passopt takes to start, and fail where that is beyond its goal.
 	$(BIN)/python tools/bench startup
 
+# REAL=FILE.gguf takes the model from a file instead of the package index.
+real: $(INSTALLED)  ## Take a trained model through everything, against transformers, and write docs/measured/real.md.
+	$(BIN)/python tools/bench real $(REAL)
+
 drift: $(INSTALLED)  ## Write docs/measured/drift.md, what the fusions find by family and exporter, and fail on any miss.
 	$(BIN)/python tools/docs/drift.py --write docs/measured/drift.md
 
+# CORPUS="--part 1/8 --passes legalize" runs a part of it; some 20 minutes for all of it.
+corpus: $(INSTALLED)  ## Run every pass over models that nobody here wrote, and write docs/measured/corpus.md.
+	-$(BIN)/python -m pip install -q --no-deps -c constraints.txt magika rapidocr-onnxruntime silero-vad
+	$(BIN)/python tools/corpus $(or $(CORPUS),--write docs/measured/corpus.md)
+
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,run,guests,fast,docs,dev]'
+	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,gguf,run,guests,fast,docs,dev]'
 	@touch $@
 
 help:  ## Show the targets.

@@ -19,7 +19,7 @@ CORE = ("tests/ir", "tests/passes", "tests/commands", "tests/testing")
 @nox.session(python=VERSIONS)
 def tests(session: nox.Session) -> None:
     """Run the tests that this version can run."""
-    extras = "export,run,guests,fast,docs,dev" if session.python == FULL else "guests,fast,dev"
+    extras = "export,gguf,run,guests,fast,docs,dev" if session.python == FULL else "guests,fast,dev"
     session.env["PIP_CONSTRAINT"] = "constraints.txt"
     session.install("--editable", f".[{extras}]")
     folders = session.posargs or (() if session.python == FULL else CORE)
@@ -30,5 +30,5 @@ def tests(session: nox.Session) -> None:
 def check(session: nox.Session) -> None:
     """Run every gate of `make check`."""
     session.env["PIP_CONSTRAINT"] = "constraints.txt"
-    session.install("--editable", ".[export,run,guests,fast,docs,dev]")
+    session.install("--editable", ".[export,gguf,run,guests,fast,docs,dev]")
     session.run("python", "tools/dev/check.py")

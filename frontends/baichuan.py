@@ -65,7 +65,7 @@ class Baichuan(Family):
         super().__init__(checkpoint)
         if options.attention is not None:
             raise UsageError(
-                "the code of a Baichuan checkpoint has one attention implementation; leave out --attention"
+                "the code of a Baichuan checkpoint has one attention implementation; leave out `attention`"
             )
         self._alibi = options.alibi
         self._classes = classes

@@ -7,12 +7,13 @@ not needed.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from passopt.ir.errors import ModelError
+from passopt.ir.json_text import read_json
+from passopt.ir.regular_files import open_regular
 from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.sources import safetensors_sources, torch_sources
 
@@ -27,7 +28,8 @@ WEIGHT_NAMES = (
     "pytorch_model.bin.index.json",
 )
 
-_LFS_POINTER = b"version https://git-lfs"
+#: The beginning of what git puts in the place of a large file that was not fetched.
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     _refuse_adapter(directory)
     config_path = directory / CONFIG_NAME
     if not config_path.exists():
-        raise ModelError(f"{directory}: has no {CONFIG_NAME}; name the directory of a Hugging Face checkpoint")
+        files = sorted(path.name for path in directory.glob("*.gguf"))
+        hint = f"name the file {directory / files[0]}" if files else "name the directory of a Hugging Face checkpoint"
+        raise ModelError(f"{directory}: has no {CONFIG_NAME}; {hint}")
     config = _read_json(config_path)
     _refuse_quantised(directory, config)
     return Checkpoint(directory.absolute(), config, _tensors(directory))
@@ -123,7 +127,7 @@ def _tensors(directory: Path) -> dict[str, Source]:
 
 def _indexed_tensors(index: Path) -> dict[str, Source]:
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ModelError(f'{index}: has no "weight_map" from tensor names to files')
     shards = {file: _shard_tensors(index, file) for file in sorted(set(weight_map.values()))}
     absent = sorted(name for name, file in weight_map.items() if name not in shards[file])
@@ -145,16 +149,19 @@ def _shard_tensors(index: Path, file: str) -> dict[str, Source]:
 
 
 def _file_tensors(path: Path) -> dict[str, Source]:
-    with path.open("rb") as file:
-        head = file.read(len(_LFS_POINTER))
-    if head == _LFS_POINTER:
+    try:
+        with open_regular(path) as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    if head == LFS_POINTER:
         raise ModelError(f"{path}: a git-lfs pointer instead of weights; fetch them with: git lfs pull")
     return safetensors_sources(path) if path.suffix == ".safetensors" else torch_sources(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:

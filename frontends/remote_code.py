@@ -69,7 +69,7 @@ def check_consent(checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:
         files = ", ".join(sorted(path.name for path in checkpoint.directory.glob("*.py")))
         raise ModelError(
             f"{checkpoint.directory}: the model is defined by Python files of the checkpoint ({files}), which would "
-            f"run on this machine. Read them, then pass --trust-remote-code."
+            f"run on this machine. Read them, then pass `trust_remote_code=True`."
         )
 
 

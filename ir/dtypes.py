@@ -19,5 +19,7 @@ FLOATS = MODEL_FLOATS | {DataType.DOUBLE}
 DTYPES: Mapping[DtypeName, DataType] = {"fp32": DataType.FLOAT, "fp16": DataType.FLOAT16, "bf16": DataType.BFLOAT16}
 #: From this opset on, QuantizeLinear and DequantizeLinear take scales of 16 bits.
 OPSET_OF_HALF_SCALES = 19
+#: From this opset on, they take one scale per channel.
+OPSET_OF_SCALES_PER_CHANNEL = 13
 #: What exporters write for "to the end" in a Slice.
 SLICE_END = 2**63 - 1

@@ -32,6 +32,10 @@ class VerifyError(PassoptError):
     """The graph breaks an invariant: the defect is in a pass, not in the user's model."""
 
 
+class PluginWarning(UserWarning):
+    """An installed package offers a pass that cannot be used; everything else works."""
+
+
 class CheckError(PassoptError):
     """A numerical check found a difference beyond its tolerance."""
 

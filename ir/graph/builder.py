@@ -18,7 +18,7 @@ from onnx import shape_inference
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import attributes_key
 from passopt.ir.graph.functions import DOMAIN, grown, infer_function_types
-from passopt.ir.graph.operators import COLLECTIVE_OPS
+from passopt.ir.graph.operators import COLLECTIVE_OPS, infer_contrib_types, is_runtime_operator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
 
@@ -49,10 +49,10 @@ class Built:
 class Builder:
     """Makes nodes: `b.MatMul(x, w)` makes a MatMul and returns its output; numbers and arrays become initializers.
 
-    Keyword arguments are attributes, except `outputs=` (the number of outputs) and `domain=`. Names start with `hint`
-    and are made unique by the function `unique`, so a rule never chooses one. Nothing enters a graph here: the caller
-    inserts `built`. The optional `types` remembers what inference found, so that equal nodes are inferred once.
-    `Editor.builder` makes one; use it instead of calling this class.
+    Keyword arguments are attributes, except `outputs=` (their number), `domain=` and `like=` (see `node`). Names start
+    with `hint` and are made unique by the function `unique`, so a rule never chooses one. Nothing enters a graph here:
+    the caller inserts `built`. The optional `types` remembers what inference found, so that equal nodes are inferred
+    once. `Editor.builder` makes one; use it instead of calling this class.
 
     Example:
         ::
@@ -77,7 +77,15 @@ class Builder:
             raise AttributeError(op_type)
         return lambda *inputs, **keywords: self.node(op_type, *inputs, **keywords)
 
-    def node(self, op_type: str, *inputs: Operand, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+    def node(
+        self,
+        op_type: str,
+        *inputs: Operand,
+        outputs: int = 1,
+        domain: str = "",
+        like: Value | None = None,
+        **attributes: Any,
+    ) -> Any:
         """Make one node and return its output, or a tuple of outputs if `outputs` is not 1.
 
         Args:
@@ -85,22 +93,28 @@ class Builder:
             *inputs: Values, or None for an omitted input, or numbers, lists and arrays, which become initializers.
             outputs: The number of outputs.
             domain: The operator's domain; empty for standard ONNX.
+            like: A value whose dtype and shape the outputs have. It is meant for operators of other domains, of which
+                nobody can infer them.
             **attributes: The node's attributes.
 
         Returns:
-            The output value, or a tuple of the outputs; each has a type and, where inference finds one, a shape.
+            The output value, or a tuple of the outputs; each has a type and a shape where inference finds them.
 
         Raises:
             VerifyError: If the operator does not exist in the opset or does not accept these inputs, or if there is a
                 float among the inputs but no value whose dtype it could take.
         """
         values = self._operands(op_type, inputs)
+        while values and values[-1] is None:
+            values.pop()  # onnxruntime 1.32 crashes on an empty name behind the last input of LayerNormalization.
         converted = [_attribute(name, value) for name, value in attributes.items()]
         name = self._unique(f"{self.hint}/{op_type}")
         node = onnx_ir.Node(domain, op_type, values, converted, num_outputs=outputs, name=name)
         for index, value in enumerate(node.outputs):
             value.name = self._unique(f"{self.hint}.{op_type.lower()}" + (f".{index}" if outputs > 1 else ""))
         infer_types(node, self.opset, self._types)
+        for value in node.outputs if like is not None else ():
+            value.type, value.shape = value.type or like.type, value.shape or like.shape  # type: ignore[union-attr]
         self.built.nodes.append(node)
         self.built.inferred.update((value, (value.dtype, value.shape)) for value in node.outputs)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
@@ -177,6 +191,9 @@ def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -
     if node.domain == DOMAIN:
         infer_function_types(node)
         return
+    if node.domain == MICROSOFT or is_runtime_operator(node, opset):
+        infer_contrib_types(node)
+        return
     if node.domain or any(value is not None and value.type is None for value in node.inputs):
         return
     key = _inference_key(node, opset) if memo is not None else None
@@ -238,7 +255,9 @@ def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
-        raise VerifyError(f"{node.op_type} {node.name!r}: no such operator in opset {opset}") from None
+        raise VerifyError(
+            f"{node.op_type} {node.name!r}: no such operator in opset {opset}; if a later one has it, run legalize"
+        ) from None
     opsets = [onnx.helper.make_opsetid("", opset)]
     proto = onnx_ir.serde.serialize_node(node)
     try:
@@ -289,8 +308,10 @@ def _infer_collective(node: onnx_ir.Node) -> None:
     if source.shape is None or node.op_type == "AllReduce":
         target.shape = source.shape
         return
-    dims = list(source.shape.dims)
-    axis, size = node.attributes["axis"].as_int() % len(dims), node.attributes["group_size"].as_int()
+    dims, along, ranks = list(source.shape.dims), node.attributes.get("axis"), node.attributes.get("group_size")
+    if along is None or ranks is None or not -len(dims) <= along.as_int() < len(dims):
+        return  # Only passopt's own collectives are sure to state both.
+    axis, size = along.as_int() % len(dims), ranks.as_int()
     length = dims[axis]
     gathered = length * size if isinstance(length, int) else None
     target.shape = onnx_ir.Shape([*dims[:axis], gathered, *dims[axis + 1 :]])

@@ -39,6 +39,12 @@ def absorb_provenance(kept: onnx_ir.Node, removed: onnx_ir.Node, author: str) ->
     set_provenance(kept, author, [kept, removed])
 
 
+def origin_of(node: onnx_ir.Node) -> str:
+    """Return the exporter's source line and the module of a node, as far as the graph has them."""
+    source, module = node.metadata_props.get(SOURCE), node.metadata_props.get(MODULE)
+    return " in ".join(part for part in (source, module) if part)
+
+
 def _common_module(modules: Sequence[str]) -> str:
     """Return the innermost module that contains all of `modules`: `self_attn` for its projections and its scores."""
     first, *others = [module.split(".") for module in modules]

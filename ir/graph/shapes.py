@@ -44,40 +44,56 @@ Dimension: TypeAlias = "int | str | None"
 
 
 def elements(value: onnx_ir.Value | None) -> list[Element] | None:
-    """Return the elements of an int64 scalar or vector, or None if not even their number is known.
+    """Return the elements of an integer scalar or vector, or None if not even their number is known.
 
     An element is a `ConstantElement`, a `DimOf`, or None if nothing is known about it. A vector of more than 16
-    elements is data and gives None.
+    elements is data and gives None, and so does whatever may have two axes or more.
     """
+    found = _listed(value)
+    return found.items if found is not None else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _List:
+    """The elements of a vector, or the one element of a scalar."""
+
+    items: list[Element]
+    is_scalar: bool = False
+
+
+def _listed(value: onnx_ir.Value | None) -> _List | None:
     if value is None:
         return None
     array = small_constant(value)
     if array is not None:
-        if array.dtype.kind not in "iu" or array.size > _LONGEST:
+        if array.dtype.kind not in "iu" or array.size > _LONGEST or array.ndim > 1:
             return None
-        return [ConstantElement(int(item), value, index) for index, item in enumerate(array.reshape(-1))]
+        return _List(
+            [ConstantElement(int(item), value, index) for index, item in enumerate(array.reshape(-1))], not array.ndim
+        )
     node = value.producer()
-    found = _elements_of(node) if node is not None and not node.domain else None
+    found = _list_of(node) if node is not None and not node.domain else None
     if found is None and value.shape is not None and len(value.shape) <= 1:
         length = value.shape[0] if len(value.shape) else 1
-        found = [None] * length if isinstance(length, int) and length <= _LONGEST else None
+        is_short = isinstance(length, int) and length <= _LONGEST
+        return _List([None] * length, not len(value.shape)) if is_short and isinstance(length, int) else None
     return found
 
 
-def _elements_of(node: onnx_ir.Node) -> list[Element] | None:
+def _list_of(node: onnx_ir.Node) -> _List | None:
     source = node.inputs[0] if node.inputs else None
     if node.op_type == "Shape":
         if source is None or source.shape is None:
             return None
         ndim = len(source.shape)
         start, end = _bound(node, "start", 0, ndim), _bound(node, "end", ndim, ndim)
-        return [DimOf(source, axis) for axis in range(start, end)]
-    if node.op_type in {"Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"}:
-        return elements(source)
+        return _List([DimOf(source, axis) for axis in range(start, end)])
+    if node.op_type in _HANDED_ON:
+        return _handed_on(node, _listed(source))
     if node.op_type == "Concat":
-        parts = [elements(item) for item in node.inputs]
-        known = [part for part in parts if part is not None]
-        return [item for part in known for item in part] if len(known) == len(parts) else None
+        parts = [_listed(item) for item in node.inputs]
+        known = [part.items for part in parts if part is not None and not part.is_scalar]
+        return _List([item for part in known for item in part]) if len(known) == len(parts) else None
     if node.op_type == "Gather":
         return _gathered(node)
     if node.op_type == "Slice":
@@ -93,38 +109,93 @@ def _bound(node: onnx_ir.Node, name: str, default: int, ndim: int) -> int:
     return max(0, min(ndim, position + ndim if position < 0 else position))
 
 
-def _gathered(node: onnx_ir.Node) -> list[Element] | None:
-    table, index = elements(node.inputs[0]), small_constant(node.inputs[1])
-    if table is None or index is None:
+#: Operators that hand on all elements of a list in their order.
+_HANDED_ON = frozenset({"Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"})
+#: The dtypes that hold any length, with their limits; in others a Cast may make another number of it.
+_HOLDS_LENGTHS = {onnx_ir.DataType.INT64.value: 2**63, onnx_ir.DataType.INT32.value: 2**31}
+
+
+def _handed_on(node: onnx_ir.Node, source: _List | None) -> _List | None:
+    """Return the elements that come out of an operator of `_HANDED_ON`; None if it may give them two axes."""
+    if source is None or node.op_type == "Identity":
+        return source
+    if node.op_type == "Cast":
+        return source if _keeps_integers(node, source) else None
+    if node.op_type == "Reshape":
+        target = small_constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if target is None or target.size > 1 or (target.size == 0 and len(source.items) != 1):
+            return None
+        return _List(source.items, is_scalar=target.size == 0)
+    axes = _axes(node)
+    if node.op_type == "Unsqueeze":
+        return _List(source.items) if source.is_scalar and axes in ([0], [-1]) else None
+    is_single = not source.is_scalar and len(source.items) == 1 and axes in (None, [0], [-1])
+    return _List(source.items, is_scalar=True) if is_single else None
+
+
+def _keeps_integers(node: onnx_ir.Node, source: _List) -> bool:
+    """Return whether a Cast keeps the numbers, all of which are integers: whether its dtype holds all of them."""
+    attribute = node.attributes.get("to")
+    if attribute is None or attribute.is_ref() or attribute.as_int() not in _HOLDS_LENGTHS:
+        return False
+    limit = _HOLDS_LENGTHS[attribute.as_int()]
+    numbers = [item.number for item in source.items if isinstance(item, ConstantElement)]
+    return all(-limit <= number < limit for number in numbers)
+
+
+def _axes(node: onnx_ir.Node) -> list[int] | None:
+    """Return the axes of a Squeeze, Unsqueeze or Slice, from its input or attribute; None if it gives none.
+
+    Axes that are computed, or none at all, give an empty list, which is no known axis.
+    """
+    position = 3 if node.op_type == "Slice" else 1
+    given = node.inputs[position] if len(node.inputs) > position else None
+    if given is not None:
+        array = small_constant(given)
+        return [] if array is None else [int(item) for item in array.reshape(-1)]
+    attribute = node.attributes.get("axes")
+    return None if attribute is None else [] if attribute.is_ref() else [int(item) for item in attribute.as_ints()]
+
+
+def _gathered(node: onnx_ir.Node) -> _List | None:
+    table, index = _listed(node.inputs[0]), small_constant(node.inputs[1])
+    if table is None or table.is_scalar or index is None or index.ndim > 1:
         return None
-    positions = [int(item) for item in index.reshape(-1)]
-    return [table[item] for item in positions] if all(-len(table) <= item < len(table) for item in positions) else None
-
-
-def _sliced(node: onnx_ir.Node) -> list[Element] | None:
-    source = elements(node.inputs[0])
-    bounds = [small_constant(item) for item in node.inputs[1:]]
-    if source is None or any(item is None or item.size != 1 for item in bounds):
+    positions, length = [int(item) for item in index.reshape(-1)], len(table.items)
+    if not all(-length <= item < length for item in positions):
         return None
-    numbers = [int(item.reshape(-1)[0]) for item in bounds if item is not None]
-    step = numbers[3] if len(numbers) > 3 else 1
-    return source[numbers[0] : numbers[1] : step]
+    return _List([table.items[item] for item in positions], is_scalar=not index.ndim)
 
 
-def _chosen(node: onnx_ir.Node) -> list[Element] | None:
+def _sliced(node: onnx_ir.Node) -> _List | None:
+    source = _listed(node.inputs[0])
+    if source is None or source.is_scalar or _axes(node) not in (None, [0], [-1]):
+        return None
+    if len(node.inputs) > 1:
+        arrays = [small_constant(item) for item in (*node.inputs[1:3], *node.inputs[4:5]) if item is not None]
+        bounds = [None if array is None or array.size != 1 else int(array.reshape(-1)[0]) for array in arrays]
+    else:  # before opset 10, the bounds are attributes
+        lists = [node.attributes[name].as_ints() for name in ("starts", "ends") if name in node.attributes]
+        bounds = [int(items[0]) if len(items) == 1 else None for items in lists]
+    if len(bounds) < 2 or None in bounds or 0 in bounds[2:]:
+        return None
+    return _List(source.items[slice(*bounds)])
+
+
+def _chosen(node: onnx_ir.Node) -> _List | None:
     """Read Where(Equal(shape, -1), ones, shape), which exporters write for an Expand that keeps lengths given as -1."""
     compared = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if compared is None or compared.op_type != "Equal":
+    if compared is None or compared.domain or compared.op_type != "Equal":
         return None
-    vectors = [elements(value) for value in (*compared.inputs, *node.inputs[1:])]
-    known = [vector for vector in vectors if vector is not None]
+    vectors = [_listed(value) for value in (*compared.inputs, *node.inputs[1:])]
+    known = [vector.items for vector in vectors if vector is not None and not vector.is_scalar]
     if len(known) != 4 or len({len(vector) for vector in known}) != 1:
         return None
     found: list[Element] = []
     for first, second, then, otherwise in zip(*known, strict=True):
         equal = _equal(first, second)
         found.append(None if equal is None else then if equal else otherwise)
-    return found
+    return _List(found)
 
 
 def _equal(first: Element, second: Element) -> bool | None:
@@ -180,22 +251,28 @@ def complete_outputs(model: onnx_ir.Model) -> None:
 
 
 def _complete(model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool]) -> None:
-    opset, memo = model.graph.opset_imports.get("", 0), RunContext.of(model).types
     for node in model.graph:
-        if node.domain not in {"", MICROSOFT, DOMAIN}:
-            continue
-        if all(_is_complete(value) or not wanted(value) for value in node.outputs):
-            continue
-        stated = [(value.type, value.shape) for value in node.outputs]
-        try:
-            infer_types(node, opset, memo)
-        except VerifyError:
-            continue  # The checker reports this error; here the node only stays without a shape.
-        for value, (kind, shape) in zip(node.outputs, stated, strict=True):
-            value.type = kind or (value.type if wanted(value) else None)
-            value.shape = merged_shapes(shape, value.shape) if wanted(value) else shape
-        if wanted(node.outputs[0]):
-            _complete_target(node)
+        complete_node(node, model, wanted)
+
+
+def complete_node(
+    node: onnx_ir.Node, model: onnx_ir.Model, wanted: Callable[[onnx_ir.Value], bool] = lambda value: True
+) -> None:
+    """Fill in dtypes and shapes of those outputs of a node that are `wanted`, without changing what they state."""
+    if node.domain not in {"", MICROSOFT, DOMAIN}:
+        return
+    if all(_is_complete(value) or not wanted(value) for value in node.outputs):
+        return
+    stated = [(value.type, value.shape) for value in node.outputs]
+    try:
+        infer_types(node, model.graph.opset_imports.get("", 0), RunContext.of(model).types)
+    except VerifyError:
+        return  # The checker reports this error; here the node only stays without a shape.
+    for value, (kind, shape) in zip(node.outputs, stated, strict=True):
+        value.type = kind or (value.type if wanted(value) else None)
+        value.shape = merged_shapes(shape, value.shape) if wanted(value) else shape
+    if wanted(node.outputs[0]):
+        _complete_target(node)
 
 
 def _is_complete(value: onnx_ir.Value) -> bool:
@@ -219,37 +296,70 @@ def _complete_target(node: onnx_ir.Node) -> None:
         return
     if node.op_type not in {"Reshape", "Expand"} or _is_complete(node.outputs[0]):
         return
-    target, source = elements(node.inputs[1]), node.inputs[0]
+    target, source = target_lengths(node.inputs[1]), node.inputs[0]
     if target is None or source is None:
         return
-    keeps_zero = "allowzero" in node.attributes and bool(node.attributes["allowzero"].as_int())
-    dims = [_dimension(item, source, position, keeps_zero=keeps_zero) for position, item in enumerate(target)]
-    if None in target:
-        symbols = _symbols_of_parts(node.inputs[1])
+    before, output = dimensions(source), node.outputs[0]
+    if node.op_type == "Reshape":
+        keeps_zero = "allowzero" in node.attributes and bool(node.attributes["allowzero"].as_int())
         dims = [
-            symbol if item is None else dim for item, dim, symbol in zip(target, dims, symbols or dims, strict=True)
+            dim if keeps_zero and dim == 0 else _reshaped(target, before, axis, is_sure=keeps_zero)
+            for axis, dim in enumerate(target)
         ]
-    inferred = [index for index, item in enumerate(target) if isinstance(item, ConstantElement) and item.number == -1]
-    if node.op_type == "Reshape" and len(inferred) == 1:
-        dims[inferred[0]] = _remaining(dimensions(source), dims)
-    if node.op_type == "Expand":
-        if source.shape is None or len(source.shape) != len(dims):
+        if target.count(-1) == 1:
+            dims[target.index(-1)] = _remaining(before, dims)
+    else:
+        if before is None or len(before) > len(target):
             return
-        dims = [_expanded(dim, other) for dim, other in zip(dims, dimensions(source) or [], strict=True)]
-    output = node.outputs[0]
+        aligned = [1] * (len(target) - len(before)) + before
+        dims = [_expanded(dim, other) for dim, other in zip(target, aligned, strict=True)]
     output.shape = merged_shapes(output.shape, onnx_ir.Shape(dims)) if output.shape is not None else onnx_ir.Shape(dims)
+
+
+def _reshaped(
+    target: Sequence[Dimension], before: Sequence[Dimension] | None, axis: int, *, is_sure: bool
+) -> Dimension:
+    """Return the length of an axis after Reshape to `target`, where a 0 means the length of that axis before.
+
+    A symbol may be 0 at run time, and then means another length, unless `is_sure`. It is believed only if the tensor is
+    empty then, or has not as many elements as the target would have: a graph that goes on computes with an empty
+    tensor or, as is usual, ends in an error.
+    """
+    length = target[axis]
+    if length == 0:
+        return before[axis] if before is not None and axis < len(before) else None
+    if length is None or isinstance(length, int):
+        return length if isinstance(length, int) and length > 0 else None
+    if is_sure or (before is not None and _vanishes(length, before, target, axis)):
+        return length
+    return None
+
+
+def _vanishes(length: str, before: Sequence[Dimension], target: Sequence[Dimension], axis: int) -> bool:
+    """Return whether a tensor is empty where a length of the target is 0, or cannot be reshaped at all."""
+    if is_zero_with(length, before):
+        return True
+    others = [[*dims[:axis], *dims[axis + 1 :]] for dims in (before, target)]
+    if any(None in dims or -1 in dims or 0 in dims for dims in others):
+        return False
+    (one, symbols), (other, wanted) = map(_factors, others)
+    return one != other and sorted(symbols) == sorted(wanted)
+
+
+def is_zero_with(length: str, dims: Sequence[Dimension]) -> bool:
+    """Return whether the product of `dims` is surely 0 wherever a symbolic length is."""
+    return bool(set(_factors([length])[1]) & set(_factors(dims)[1]))
 
 
 def _expanded(target: Dimension, length: Dimension) -> Dimension:
     """Return the length of an axis of `length` after Expand to `target`.
 
-    Either of two symbols may be 1 and broadcast, so their result is unknown. If `length` is unknown, the result is
-    `target`, because exporters expand to the length that comes out.
+    Either of two symbols may be 1 and broadcast, so their result is unknown.
     """
-    if target == length or length in (1, None):
+    if target == length or length == 1:
         return target
-    if target == 1 or isinstance(length, int):
-        return target if isinstance(target, int) and target != 1 else length
+    if target == 1 or (isinstance(length, int) and not isinstance(target, int)):
+        return length
     return target if isinstance(target, int) else None
 
 
@@ -265,33 +375,45 @@ def _complete_slice(node: onnx_ir.Node) -> None:
     output.shape = merged_shapes(output.shape, whole)
 
 
-def _symbols_of_parts(target: onnx_ir.Value | None) -> list[Dimension] | None:
-    """Return the elements of a Concat as lengths, including multiples and fractions of a length; None if unreadable."""
-    node = target.producer() if target is not None else None
-    if node is None or node.op_type != "Concat":
+def target_lengths(target: onnx_ir.Value | None) -> list[Dimension] | None:
+    """Return the elements of a target shape: numbers (0 and -1 too), symbols with their multiples, and None.
+
+    The result is None if not even the number of elements is known.
+    """
+    found = elements(target)
+    if found is None:
         return None
-    found: list[Dimension] = []
+    dims = [_length_of(item) for item in found]
+    node = target.producer() if target is not None else None
+    if None not in found or node is None or node.domain or node.op_type != "Concat":
+        return dims
+    position = 0
     for part in node.inputs:
-        known = elements(part)
-        if known is None:
-            return None
-        found += [single_length(part)] if known == [None] else [None] * len(known)
-    return found
+        count = len(elements(part) or [])
+        if count == 1 and found[position] is None:
+            dims[position] = single_length(part)
+        position += count
+    return dims
+
+
+def _length_of(item: Element) -> Dimension:
+    if isinstance(item, ConstantElement):
+        return item.number
+    return (dimensions(item.value) or [])[item.axis] if item is not None else None
 
 
 def single_length(value: onnx_ir.Value | None) -> Dimension:
-    """Return one int64 element as a length: a number, a symbol, or a multiple such as `6*batch`, as torch writes it.
+    """Return one integer element as a length: a number, a symbol, or a multiple such as `6*batch`, as torch writes it.
 
     The result is None if the element is neither a constant, the length of an axis, nor computed from one.
     """
     node = value.producer() if value is not None else None
     found = elements(value)
     if found is not None and len(found) == 1 and found[0] is not None:
-        item = found[0]
-        return item.number if isinstance(item, ConstantElement) else (dimensions(item.value) or [])[item.axis]
-    if node is None or node.domain:
+        return _length_of(found[0])
+    if node is None or node.domain or value is None or value.dtype not in {onnx_ir.DataType.INT64, None}:
         return None
-    if node.op_type in {"Unsqueeze", "Squeeze", "Reshape", "Cast"}:
+    if node.op_type in _HANDED_ON and _handed_on(node, _listed(node.inputs[0])) is not None:
         return single_length(node.inputs[0])
     if node.op_type in {"Mul", "Div"}:
         first, second = (single_length(item) for item in node.inputs)
@@ -301,7 +423,7 @@ def single_length(value: onnx_ir.Value | None) -> Dimension:
 
 def _multiple(first: Dimension, second: Dimension) -> Dimension:
     if isinstance(first, int) and isinstance(second, int):
-        return first * second
+        return first * second if first > 0 and second > 0 else None  # 0 and -1 have a meaning of their own in targets
     symbol, number = (first, second) if isinstance(first, str) else (second, first)
     if not isinstance(symbol, str) or not isinstance(number, int) or number < 1:
         return None
@@ -312,7 +434,7 @@ def _multiple(first: Dimension, second: Dimension) -> Dimension:
 
 def _fraction(first: Dimension, second: Dimension) -> Dimension:
     number, symbols = _factors([first])
-    if not isinstance(second, int) or not second or number % second or len(symbols) != 1:
+    if not isinstance(second, int) or second < 1 or number % second or len(symbols) != 1:
         return None
     return symbols[0] if number == second else f"{number // second}*{symbols[0]}"
 
@@ -345,16 +467,6 @@ def _remaining(before: list[Dimension] | None, after: list[Dimension]) -> Dimens
     if any(left[name] != 1 for name in names) or len(names) > 1 or not known or total % known:
         return None
     return _multiple(total // known, names[0]) if names and total != known else names[0] if names else total // known
-
-
-def _dimension(item: Element, source: onnx_ir.Value, position: int, *, keeps_zero: bool) -> Dimension:
-    if isinstance(item, ConstantElement):
-        if item.number == 0 and source.shape is not None and not keeps_zero:
-            return (dimensions(source) or [])[position]
-        return item.number if item.number > 0 else None
-    if isinstance(item, DimOf):
-        return (dimensions(item.value) or [])[item.axis]
-    return None
 
 
 def fits(found: Sequence[Dimension], wanted: Sequence[Dimension]) -> bool:

@@ -17,6 +17,7 @@ import onnx_ir
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.builder import infer_types
+from passopt.ir.graph.operators import is_runtime_operator
 from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import LazyWeight
 
@@ -108,8 +109,14 @@ def _verify_initializer(name: str, value: onnx_ir.Value) -> None:
         raise VerifyError(f"initializer {name!r} is raw external data; load models with passopt.ir.load_model")
     if value.dtype is not None and value.dtype != tensor.dtype:
         raise VerifyError(f"initializer {name!r} is declared {value.dtype.name}, its data is {tensor.dtype.name}")
-    if value.shape is not None and tuple(value.shape.dims) != tuple(tensor.shape.numpy()):
+    if value.shape is not None and not _fits(value.shape, tuple(tensor.shape.numpy())):
         raise VerifyError(f"initializer {name!r} is declared {value.shape}, its data has shape {tensor.shape}")
+
+
+def _fits(declared: onnx_ir.Shape, lengths: tuple[int, ...]) -> bool:
+    """Return whether a tensor of these lengths may stand where a shape is declared; symbols may have any length."""
+    pairs = zip(declared.dims, lengths, strict=False)
+    return len(declared) == len(lengths) and all(dim == length for dim, length in pairs if isinstance(dim, int))
 
 
 def _verify_files(model: onnx_ir.Model) -> None:
@@ -134,6 +141,10 @@ def _undefined(node: onnx_ir.Node, position: int, value: onnx_ir.Value, nodes: S
     return f"{where} is produced by {producer.op_type} {producer.name!r}, which is not in the graph"
 
 
+#: onnx takes no larger version of an opset.
+_MOST_VERSION = 1 << 31
+
+
 @dataclasses.dataclass(frozen=True)
 class _Signature:
     least_inputs: int
@@ -147,6 +158,8 @@ def _signature(op_type: str, version: int) -> _Signature | None:
 
     The result is cached, because asking ONNX for every node takes time.
     """
+    if not 0 < version < _MOST_VERSION:
+        return None
     try:
         schema = onnx.defs.get_schema(op_type, version, "")
     except onnx.defs.SchemaError:
@@ -166,6 +179,8 @@ def _verify_operator(
     if node.domain:
         return
     signature = _signature(node.op_type, version)
+    if signature is None and is_runtime_operator(node, version):
+        return
     if signature is None:
         raise fail(index, f"{node.op_type} {node.name!r}: no such operator in opset {version}")
     count = len(node.inputs)

@@ -15,13 +15,16 @@ from google.protobuf.message import DecodeError
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.serialization.domains import normalize_domains
+from passopt.ir.serialization.external_tensors import ExternalTensors
+from passopt.ir.serialization.proto_check import check_proto
+from passopt.ir.serialization.sparse_tensors import make_dense
 from passopt.ir.serialization.text_files import TEXT_SUFFIX, load_text_model
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight, expression_of
-from passopt.ir.weights.plan_file import PLAN_NAME, read_plan, write_plan
+from passopt.ir.weights.lazy_weight import SMALL_BYTES, expression_of, is_large
+from passopt.ir.weights.plan_file import PLAN_NAME, write_plan
 from passopt.ir.weights.safetensors_layout import layout_of
-from passopt.ir.weights.sources import external_source
 from passopt.ir.weights.streaming.write_weights import write_safetensors
 
 MODEL_NAME = "model.onnx"
@@ -44,6 +47,8 @@ def model_path(path: Path) -> Path:
         path = inside
     if not path.exists():
         raise ModelError(f"{path}: no such model. Make one with: passopt export CHECKPOINT -o DIR")
+    if not path.is_file():
+        raise ModelError(f"{path}: no model, but a folder, a pipe or a device. Name a model file, or its folder.")
     return path
 
 
@@ -69,60 +74,35 @@ def load_model(path: Path | str) -> onnx_ir.Model:
     if path.suffix == TEXT_SUFFIX:
         return load_text_model(path)
     try:
-        model = onnx_ir.load(path, format="protobuf")
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        check_proto(proto)
+        make_dense(proto)
+        model = onnx_ir.from_proto(proto)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     except (DecodeError, ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ModelError(f"{path}: not an ONNX model, or truncated: {error}") from error
+        raise ModelError(f"{path}: not an ONNX model, or truncated: {_first_cause(error)}") from error
     if not len(model.graph) and not model.graph.outputs:
         raise ModelError(f"{path}: not an ONNX model: the graph has neither nodes nor outputs")
     if not model.graph.opset_imports:
         raise ModelError(f"{path}: not an ONNX model, or truncated: it names no opset")
-    plan: dict[str, ex.Expression] | None = None
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if not isinstance(tensor, onnx_ir.ExternalTensor):
-                continue
-            if tensor.location == PLAN_NAME:
-                plan = plan if plan is not None else read_plan(path.parent / PLAN_NAME)
-                value.const_value = LazyWeight(_planned(plan, value, path), value.name)
-            else:
-                value.const_value = LazyWeight(_external(path, value, tensor), value.name)
+    try:
+        normalize_domains(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    ExternalTensors(model, path).replace()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and not value.is_graph_input():
+            value.shape = onnx_ir.Shape(value.const_value.shape.numpy())  # A declared symbol would say less.
     complete_outputs(model)
     return model
 
 
-def _planned(plan: Mapping[str, ex.Expression], value: onnx_ir.Value, path: Path) -> ex.Expression:
-    expression = plan.get(value.name or "")
-    if expression is None:
-        raise ModelError(f"{path.parent / PLAN_NAME}: has no weight {value.name!r}, which {path.name} needs")
-    if value.shape is not None and tuple(value.shape.numpy()) != expression.shape:
-        raise ModelError(
-            f"{path.parent / PLAN_NAME}: weight {value.name!r} has shape {list(expression.shape)}, "
-            f"{path.name} expects {list(value.shape.numpy())}"
-        )
-    if value.dtype is not None and value.dtype != expression.dtype:
-        raise ModelError(
-            f"{path.parent / PLAN_NAME}: weight {value.name!r} is {expression.dtype.name}, "
-            f"{path.name} expects {value.dtype.name}"
-        )
-    return expression
-
-
-def _external(path: Path, value: onnx_ir.Value, tensor: onnx_ir.ExternalTensor) -> ex.Source:
-    location = Path(tensor.location)
-    where = f"{path}: weight {value.name!r}"
-    if location.is_absolute() or ".." in location.parts:
-        raise ModelError(f"{where}: data at {location}, outside of the model's folder; refused")
-    file = path.parent
-    for part in location.parts:
-        file = file / part
-        if file.is_symlink():
-            raise ModelError(f"{where}: data at {location}, behind the link {file}; refused. Copy the file instead.")
-    shape = tuple(tensor.shape.numpy())
-    source = external_source(file, value.name or "", tensor.dtype, shape, tensor.offset or 0)
-    if tensor.length is not None and tensor.length != source.nbytes:
-        raise ModelError(f"{where}: {tensor.length} bytes of data, shape {list(shape)} needs {source.nbytes}")
-    return source
+def _first_cause(error: BaseException) -> BaseException:
+    """Return the error that the others of a chain were raised for, which says what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def file_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
@@ -137,7 +117,7 @@ def _lazy_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:
         tensor = value.const_value
         if tensor is None:
             raise ModelError(f"initializer {name!r} has no data")
-        if isinstance(tensor, LazyWeight) or tensor.nbytes > SMALL_BYTES:
+        if is_large(tensor):
             expression = expression_of(value)
             assert expression is not None
             weights[name] = expression

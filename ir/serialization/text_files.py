@@ -6,6 +6,7 @@ model that was exported from a checkpoint.
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from pathlib import Path
@@ -19,6 +20,8 @@ from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 TEXT_SUFFIX = ".onnxtxt"
+#: Text is for small models, whose weights are printed digit by digit.
+_MOST_RANDOM = 1 << 24
 _RANDOM = re.compile(r'(float16|float)\[([\d,\s]+)\]\s*("[^"]+"|\w+)\s*=\s*random')
 
 
@@ -51,7 +54,9 @@ def read_model(text: str) -> onnx_ir.Model:
 
 def _random_values(found: re.Match[str]) -> str:
     kind, dims, name = found.groups()
-    shape = [int(dim) for dim in dims.split(",")]
+    shape = [int(dim) for dim in dims.split(",") if dim.strip()]
+    if math.prod(shape) > _MOST_RANDOM:
+        raise ModelError(f"{name}: {math.prod(shape):,} random values; a text may have {_MOST_RANDOM:,} at most")
     values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     if kind == "float16":
         listed = ", ".join(str(bits) for bits in values.astype(np.float16).view(np.uint16).reshape(-1))

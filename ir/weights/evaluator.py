@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import blake3
 import numpy as np
+import onnx
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
@@ -115,6 +116,8 @@ class Evaluator:
     # One reader per operation.
 
     def _read_source(self, source: ex.Source, box: Box) -> Array:
+        if source.dtype.bitwidth < 8:
+            return _unpacked(source, bytes(self._pread(source, source.offset, source.nbytes)), box)
         if not source.shape:
             return self._read_rows(source, 0, 1).reshape(())
         (start, stop), *rest = box
@@ -147,6 +150,8 @@ class Evaluator:
         return data
 
     def _read_literal(self, literal: ex.Literal, box: Box) -> Array:
+        if literal.dtype.bitwidth < 8:
+            return _unpacked(literal, literal.data, box)
         whole: Array = np.frombuffer(literal.data, literal.dtype.numpy()).reshape(literal.shape)
         return whole[tuple(slice(*bounds) for bounds in box)]
 
@@ -273,7 +278,7 @@ def not_finite(weight: ex.Expression, row: int) -> ModelError:
     names = ", ".join(sorted({source.name for source in weight.sources()})) or "a constant"
     return ModelError(
         f"{names}: NaN or Inf in row {row}; such a weight has no scale. Repair the checkpoint, or "
-        f"export it with --dtype fp32 if the values overflowed in fp16."
+        f"export it with `dtype=fp32` if the values overflowed in fp16."
     )
 
 
@@ -288,6 +293,13 @@ def pack_blocks(values: Array, out: Array) -> None:
         # The columns of a block are adjacent bytes: move them as one number instead of byte by byte.
         values, out, columns = values.view(word), out.view(word), 1
     out[...] = values.reshape(down, rows, across, columns).transpose(0, 2, 1, 3)
+
+
+def _unpacked(expression: ex.Expression, data: bytes, box: Box) -> Array:
+    """Return elements of less than a byte, which lie in bytes together, as an array of an element per byte."""
+    proto = onnx.TensorProto(data_type=expression.dtype.value, dims=expression.shape, raw_data=data)
+    whole: Array = onnx.numpy_helper.to_array(proto)
+    return whole[tuple(slice(*bounds) for bounds in box)]
 
 
 def _moved(box: Box, axis: int, start: int, stop: int) -> Box:

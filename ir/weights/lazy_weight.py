@@ -52,7 +52,22 @@ def expression_of(value: onnx_ir.Value) -> Expression | None:
         return tensor.expression
     if isinstance(tensor, onnx_ir.ExternalTensor):
         raise ModelError(f"weight {value.name!r} is external data that was not read through passopt.ir.load_model")
-    return Literal(tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes())
+    return Literal(tensor.dtype, tuple(tensor.shape.numpy()), _bytes_of(tensor))
+
+
+def _bytes_of(tensor: onnx_ir.TensorProtocol) -> bytes:
+    """Return the bytes of a tensor; those of strings are separated, so that different strings differ."""
+    if tensor.dtype != onnx_ir.DataType.STRING:
+        return tensor.tobytes()
+    strings: list[bytes] = tensor.string_data()  # type: ignore[attr-defined]
+    return b"".join(b"%d:%s," % (len(item), item) for item in strings)
+
+
+def is_large(tensor: onnx_ir.TensorProtocol) -> bool:
+    """Return whether a tensor is a lazy weight, or takes more than `SMALL_BYTES`; strings always count as small."""
+    if isinstance(tensor, LazyWeight):
+        return True
+    return tensor.dtype != onnx_ir.DataType.STRING and tensor.nbytes > SMALL_BYTES
 
 
 def is_checkpoint_weight(value: onnx_ir.Value) -> bool:
@@ -85,7 +100,7 @@ def constant_tensor(value: onnx_ir.Value) -> onnx_ir.TensorProtocol | None:
 
 
 def small_constant(value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]] | None:
-    """Return the array of a constant of at most `SMALL_BYTES`, or None; never read a weight of the checkpoint."""
+    """Return the numbers of a constant of at most `SMALL_BYTES`, or None; never read a weight of the checkpoint."""
     if value is None:
         return None
     tensor = constant_tensor(value)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from passopt.ir.errors import ModelError
+from passopt.ir.json_text import read_json
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.expression_check import check_expression
 
 PLAN_NAME = "weights.plan.json"
 _VERSION = 1
@@ -58,16 +60,22 @@ def read_plan(path: Path) -> dict[str, ex.Expression]:
         ModelError: If the file cannot be read, has another version, or is not a weight plan.
     """
     try:
-        plan = json.loads(path.read_text())
+        plan = read_json(path)
         if plan["version"] != _VERSION:
             raise ModelError(f"{path}: plan version {plan['version']}, this passopt reads {_VERSION}")
         folder = path.parent.resolve()
         files = [ex.SourceFile(**{**entry, "path": str(folder / entry["path"])}) for entry in plan["files"]]
-        return {name: _decode(body, files) for name, body in plan["weights"].items()}
+        weights = {name: _decode(body, files) for name, body in plan["weights"].items()}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: not a weight plan: {error!r}") from error
+    for name, expression in weights.items():
+        try:
+            check_expression(expression)
+        except ModelError as error:
+            raise ModelError(f"{path}: weight {name!r}: {error}. Run the command again that wrote the plan.") from error
+    return weights
 
 
 def _portable(path: str, folder: Path) -> str:

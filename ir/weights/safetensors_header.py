@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from passopt.ir.errors import ModelError
+from passopt.ir.regular_files import open_regular
 
 _MAX_BYTES = 100 << 20
 
@@ -19,7 +20,7 @@ def read_header(path: Path) -> bytes:
         ModelError: If the file cannot be read, is truncated or is not a safetensors file.
     """
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return read_header_of(stream, path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error

@@ -11,8 +11,8 @@ import json
 import struct
 from collections.abc import Mapping
 
-from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.raw_bytes import stored
 from passopt.ir.weights.sources import SAFETENSORS_NAMES
 
 ALIGNMENT = 64
@@ -32,7 +32,7 @@ def layout_of(weights: Mapping[str, ex.Expression]) -> Layout:
     """Return the layout of the file that `passopt.ir.weights.streaming` writes for these weights, without reading them.
 
     Raises:
-        ModelError: If a weight has a dtype that safetensors does not have.
+        ModelError: If a weight of a dtype that safetensors does not have is computed from others.
     """
     entries: dict[str, dict[str, object]] = {}
     position = 0
@@ -43,11 +43,8 @@ def layout_of(weights: Mapping[str, ex.Expression]) -> Layout:
         position += nbytes
 
     for name in sorted(weights, key=lambda key: (weights[key].nbytes % ALIGNMENT != 0, key)):
-        weight = weights[name]
-        dtype = SAFETENSORS_NAMES.get(weight.dtype)
-        if dtype is None:
-            raise ModelError(f"weight {name!r} has dtype {weight.dtype.name}, which safetensors does not hold")
-        place(name, dtype, weight.shape, weight.nbytes)
+        weight = stored(weights[name], name)
+        place(name, SAFETENSORS_NAMES[weight.dtype], weight.shape, weight.nbytes)
         if position % ALIGNMENT:
             place(f"{_PADDING_PREFIX}{len(entries)}", "U8", (-position % ALIGNMENT,), -position % ALIGNMENT)
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
-import json
 import math
 import os
 import pickle
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from passopt.ir.errors import ModelError
+from passopt.ir.json_text import parse_json
+from passopt.ir.regular_files import open_regular
 from passopt.ir.weights.expressions import DataType, Source, SourceFile
 from passopt.ir.weights.safetensors_header import read_header
 
@@ -59,9 +60,9 @@ def identify(path: Path) -> SourceFile:
     Raises:
         ModelError: If the file cannot be read.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # which, unlike `resolve`, takes links that lead in circles as they are
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_HEADER_BYTES)
             stat = os.fstat(file.fileno())
     except OSError as error:
@@ -97,7 +98,7 @@ def safetensors_sources(path: Path) -> dict[str, Source]:
     file = identify(path)
     text = read_header(path)
     try:
-        header = json.loads(text[8:])
+        header = parse_json(text[8:])
     except ValueError as error:
         raise ModelError(f"{path}: the safetensors header is not JSON: {error}") from error
     try:

@@ -8,19 +8,21 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import ConstantElement, DimOf, dimensions, elements
+from passopt.ir.graph.shapes import ConstantElement, DimOf, dimensions, elements, is_zero_with, target_lengths
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
 
 _END = 2**31 - 1
+#: Below this opset Dropout trains unless its attribute is_test is set; from this one on it never does.
+_DROPOUT_WITHOUT_TRAINING = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Canonicalize(RewritePass):
     """Remove operators that leave data as it is, so that patterns see what a graph computes.
 
-    Before: ``Transpose(x, perm=[0, 1])`` or ``Slice(x, 0, end)`` or ``Concat(x)`` or ``CastLike(x, y)``
-    After:  ``x``, and ``Cast(x, to=…)`` for the last
+    Before: ``Transpose(x, perm=[0, 1])``, ``Slice(x, 0, end)``, ``Concat(x)``, ``Dropout(x)``, or ``CastLike(x, y)``
+    After:  ``x``, and ``Cast(x, to=…)`` for the last; a Dropout that may train stays
     A chain of Transpose or of Reshape becomes one operator. A Transpose of the last two axes that goes through three
     axes becomes a plain Transpose, and a look-up by GatherND with one index becomes a Gather.
     """
@@ -42,6 +44,7 @@ class Canonicalize(RewritePass):
             (self.times_one, self.drop_times_one),
             (self.cast_like, self.cast),
             (self.gather_rows, self.gather),
+            (self.dropout, self.drop_dropout),
         ]
 
     def transpose(self, op: Any, x: Any, perm: Any) -> Any:
@@ -131,8 +134,7 @@ class Canonicalize(RewritePass):
             raise Decline(f"others read {between.name}, so that both reshapes stay")
         if is_own_shape(x, shape) or _same_known_shape(x, result):
             return x
-        target = elements(shape)
-        if target is None or any(isinstance(item, ConstantElement) and item.number == 0 for item in target):
+        if not allowzero and not _means_same_lengths(x, between, shape):
             raise Decline(f"the target {shape.name} may hold a 0, which means a length of the reshape between")
         return op.Reshape(x, shape, **({"allowzero": 1} if allowzero else {}))
 
@@ -165,13 +167,14 @@ class Canonicalize(RewritePass):
         return x
 
     def cast_like(self, op: Any, x: Any, like: Any) -> Any:
-        """Match a CastLike, which becomes a Cast to the dtype of its second input."""
-        return op.CastLike(x, like)
+        """Match a CastLike, which becomes a Cast to the dtype of its second input that rounds in the same way."""
+        return op.CastLike(x, like, bind="result")
 
-    def cast(self, op: Any, x: Any, like: Any) -> Any:
+    def cast(self, op: Any, x: Any, like: Any, result: Any) -> Any:
         if like.dtype is None:
             raise Decline(f"the dtype of {like.name} is unknown")
-        return x if like.dtype == x.dtype else op.Cast(x, to=like.dtype.value)
+        kept = {name: item.value for name, item in result.producer().attributes.items()}
+        return x if like.dtype == x.dtype else op.Cast(x, to=like.dtype.value, **kept)
 
     def gather_rows(self, op: Any, table: Any, ids: Any, axis: Any) -> Any:
         """Match a GatherND that looks up rows of a table by one index each."""
@@ -183,6 +186,27 @@ class Canonicalize(RewritePass):
             raise Decline(f"{ids.name} {dims} does not hold one index per row")
         return op.Gather(table, ids, axis=0)
 
+    def dropout(self, op: Any, x: Any) -> Any:
+        """Match a Dropout, which is dropped unless it may train, or its mask is read."""
+        return op.Dropout(x, op.rest("options"), bind="kept")
+
+    def drop_dropout(self, op: Any, x: Any, options: Any, kept: Any) -> Any:
+        node = kept.producer()
+        if op.opset < _DROPOUT_WITHOUT_TRAINING and not _is_test(node):
+            raise Decline(f"{kept.name} is of an opset below 7, where Dropout trains unless it says is_test")
+        if len(options) > 1 and options[1] is not None and op.constant(options[1]).any():
+            raise Decline(f"{kept.name} is in training mode")
+        for mask in node.outputs[1:]:
+            if mask.uses() or mask.is_graph_output():
+                raise Decline(f"the mask {mask.name} is read")
+        return x
+
+
+def _is_test(node: onnx_ir.Node) -> bool:
+    """Return True for a Dropout of an old opset that is told to keep its input."""
+    attribute = node.attributes.get("is_test")
+    return attribute is not None and attribute.as_int() != 0
+
 
 def is_own_shape(x: onnx_ir.Value, shape: onnx_ir.Value) -> bool:
     """Return True if the target shape consists of the lengths of `x` itself."""
@@ -190,6 +214,21 @@ def is_own_shape(x: onnx_ir.Value, shape: onnx_ir.Value) -> bool:
     if dims is None or target is None or len(dims) != len(target):
         return False
     return all(_is_length(item, x, axis) for axis, item in enumerate(target))
+
+
+def _means_same_lengths(x: onnx_ir.Value, between: onnx_ir.Value, shape: onnx_ir.Value) -> bool:
+    """Return True if no element of a target is 0, or if a 0 means the same length in both values."""
+    target, here, there = target_lengths(shape), dimensions(x) or [], dimensions(between) or []
+    if target is None:
+        return False
+    for axis, length in enumerate(target):
+        if isinstance(length, int) and length:
+            continue
+        one, other = (dims[axis] if axis < len(dims) else None for dims in (here, there))
+        both_vanish = isinstance(length, str) and is_zero_with(length, [one]) and is_zero_with(length, [other])
+        if not both_vanish and (one is None or one != other):
+            return False
+    return True
 
 
 def _is_length(item: object, x: onnx_ir.Value, axis: int) -> bool:

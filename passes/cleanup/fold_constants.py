@@ -5,28 +5,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx.reference
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import attributes_key
 from passopt.ir.graph.builder import infer_types
 from passopt.ir.graph.editor import Editor
-from passopt.ir.graph.operators import RANDOM
+from passopt.ir.graph.operators import operators
 from passopt.ir.graph.provenance import absorb_provenance
 from passopt.ir.graph.shapes import DimOf, complete_types, dimensions, elements, known_numbers, single_length
 from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight, small_constant
+from passopt.passes.cleanup.evaluation import NotEvaluated, cast_target, evaluate, require_evaluable
 from passopt.passes.framework.base import Pass, Refusal
 from passopt.passes.framework.records import PassResult
 
-#: Operators that are never evaluated: random ones, and those whose folding would undo a quantisation.
-_KEPT = RANDOM | {"DequantizeLinear", "QuantizeLinear", "Dropout", "If", "Loop", "Scan"}
+#: Operators whose results may be much larger than what they read.
+_GROWING = operators("ConstantOfShape Expand OneHot Range Tile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,8 @@ class FoldConstants(Pass):
 
     Before: ``y = Reshape(x, Concat(Reshape(Cast(two), [-1]), [3]))``
     After:  ``y = Reshape(x, [2, 3])``
-    A weight of the checkpoint is never read, and a DequantizeLinear is never folded. Equal constants become one.
+    A weight of the checkpoint is never read, and a DequantizeLinear is never folded. Equal constants become one. An
+    operator is evaluated only where its meaning at the model's opset is implemented, and runtimes compute the same.
     Operators without effect (Identity, a Cast to the same dtype) are removed, and the Shape of known dimensions becomes
     a constant.
     `limit`: bytes of the largest result that is stored instead of computed.
@@ -74,18 +73,22 @@ class FoldConstants(Pass):
         for node in copy.graph:
             values = [value for value in node.inputs if value is not None]
             if values and all(constant_tensor(value) is not None for value in values):
-                yield Refusal(node, self._why_it_stays(node, values))
+                yield Refusal(node, self._why_it_stays(node, values, copy.graph.opset_imports.get("", 0)))
 
-    def _why_it_stays(self, node: onnx_ir.Node, values: Sequence[onnx_ir.Value]) -> str:
-        if node.domain or node.op_type in _KEPT:
-            return f"{node.op_type} is never evaluated"
+    def _why_it_stays(self, node: onnx_ir.Node, values: Sequence[onnx_ir.Value], opset: int) -> str:
         if any(is_checkpoint_weight(value) for value in values):
             return "it reads a weight of the checkpoint, which no pass does"
+        try:
+            require_evaluable(node, opset)
+        except NotEvaluated as reason:
+            return str(reason)
         if node.outputs[0].is_graph_output():
             return "its result is an output of the graph"
-        if len(node.outputs) != 1:
-            return f"it has {len(node.outputs)} outputs; only operators with one are evaluated"
-        return f"its result or what it reads is larger than {self.limit} bytes; fold-constants{{limit=…}} allows more"
+        try:
+            self._value_of(node, opset)
+        except NotEvaluated as reason:
+            return str(reason)
+        return f"its result is larger than {self.limit} bytes; fold-constants{{limit=…}} allows more"
 
     def _bypass(self, editor: Editor, node: onnx_ir.Node) -> bool:
         """Let the users of a node without effect read its input; return True if that was done."""
@@ -103,8 +106,11 @@ class FoldConstants(Pass):
         target = node.outputs[0]
         if target.is_graph_output():
             return False
-        array = self._value_of(node, editor.opset)
-        if array is None or array.nbytes > self.limit:
+        try:
+            array = self._value_of(node, editor.opset)
+        except NotEvaluated:
+            return False
+        if array.nbytes > self.limit:
             return False
         if target.dtype is not None:
             array = array.astype(target.dtype.numpy(), copy=False)
@@ -119,53 +125,64 @@ class FoldConstants(Pass):
             editor.graph.register_initializer(constant)
         return True
 
-    def _value_of(self, node: onnx_ir.Node, opset: int) -> np.ndarray[Any, np.dtype[Any]] | None:
-        """Return the constant that a node computes; None if it is unknown, not to be evaluated, or too large."""
-        if node.domain or node.op_type in _KEPT or len(node.outputs) != 1:
-            return None
-        if node.op_type == "Constant":
-            tensor = constant_tensor(node.outputs[0])
-            return tensor.numpy() if tensor is not None else None
-        if node.op_type == "Shape":
-            return _known_dimensions(node)
-        if node.op_type in _SIZE_ARITHMETIC and (sizes := _known_sizes(node.outputs[0])) is not None:
-            return sizes
-        arrays = {}
+    def _value_of(self, node: onnx_ir.Node, opset: int) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return the constant that a node computes; raise NotEvaluated if it is unknown, or not to be evaluated."""
+        if node.op_type == "Constant" and not node.domain:
+            return self._read(node.outputs[0])
+        if node.op_type in _SIZE_ARITHMETIC and not node.domain:
+            sizes = _known_dimensions(node) if node.op_type == "Shape" else _known_sizes(node.outputs[0])
+            if sizes is not None:
+                return sizes
+        require_evaluable(node, opset)
         # CastLike needs only the dtype of its second input, which may be computed.
-        inputs = node.inputs[:1] if _casts_to_known_dtype(node) else node.inputs
-        for value in inputs:
-            if value is None:
-                continue
-            tensor = None if is_checkpoint_weight(value) else constant_tensor(value)
-            if tensor is None or tensor.nbytes > self.limit:
-                return None
-            arrays[value.name or ""] = tensor.numpy()
-        if len(inputs) < len(node.inputs):
-            return next(iter(arrays.values())).astype(_dtype_of(node.inputs[1]))
-        return _evaluate(node, opset, arrays) if arrays and not self._is_too_large(node, opset) else None
+        inputs = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
+        arrays = {value.name or "": self._read(value) for value in inputs if value is not None}
+        if not arrays:
+            raise NotEvaluated("it has no inputs")
+        self._require_small_result(node, opset)
+        return evaluate(_as_cast(node) if node.op_type == "CastLike" else node, opset, arrays)
 
-    def _is_too_large(self, node: onnx_ir.Node, opset: int) -> bool:
-        """Return True if the result is known to have more than `limit` elements.
+    def _read(self, value: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return a small constant that is no weight of the checkpoint, or raise NotEvaluated."""
+        tensor = None if is_checkpoint_weight(value) else constant_tensor(value)
+        if tensor is None:
+            raise NotEvaluated(f"{value.name} is not constant")
+        if tensor.dtype == onnx_ir.DataType.STRING:
+            raise NotEvaluated("it reads texts, which are never evaluated")
+        if tensor.nbytes > self.limit:
+            raise NotEvaluated(f"{value.name} is larger than {self.limit} bytes; fold-constants{{limit=…}} allows more")
+        return tensor.numpy()
+
+    def _require_small_result(self, node: onnx_ir.Node, opset: int) -> None:
+        """Raise NotEvaluated unless the result is known to have at most `limit` bytes.
 
         This is checked before evaluating, because an Expand of one number may be gigabytes.
         """
         target = node.outputs[0]
-        if target.shape is None:
+        if target.shape is None or target.dtype is None:
             with contextlib.suppress(VerifyError):
                 infer_types(node, opset)
-        dims = target.shape.dims if target.shape is not None else ()
-        known = [dim for dim in dims if isinstance(dim, int)]
-        return len(known) == len(dims) and math.prod(known) > self.limit
+        if target.dtype is None:
+            raise NotEvaluated("the dtype of its result is unknown")
+        if target.dtype == onnx_ir.DataType.STRING:
+            raise NotEvaluated("its results are texts, which are never evaluated")
+        dims = target.shape.dims if target.shape is not None else None
+        known = [dim for dim in dims if isinstance(dim, int)] if dims is not None else []
+        if node.op_type in _GROWING and (dims is None or len(known) < len(dims)):
+            raise NotEvaluated("the size of its result is unknown")
+        if math.prod(known) * target.dtype.itemsize > self.limit:
+            raise NotEvaluated(f"its result is larger than {self.limit} bytes; fold-constants{{limit=…}} allows more")
 
 
-def _casts_to_known_dtype(node: onnx_ir.Node) -> bool:
-    return node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None
-
-
-def _dtype_of(value: onnx_ir.Value | None) -> np.dtype[Any]:
-    assert value is not None
-    assert value.dtype is not None
-    return value.dtype.numpy()
+def _as_cast(node: onnx_ir.Node) -> onnx_ir.Node:
+    """Return a Cast that does what a CastLike does; it stands in no graph and uses no value of one."""
+    target, source = cast_target(node), node.inputs[0]
+    if target is None or source is None:
+        raise NotEvaluated("the dtype of its second input is unknown")
+    attributes = [*node.attributes.values(), onnx_ir.AttrInt64("to", target.value)]
+    cast = onnx_ir.Node("", "Cast", [onnx_ir.Value(name=source.name)], attributes)
+    cast.outputs[0].name = node.outputs[0].name
+    return cast
 
 
 def _has_no_effect(node: onnx_ir.Node, source: onnx_ir.Value) -> bool:
@@ -202,25 +219,6 @@ def _known_sizes(value: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]] | None:
     if numbers is None:
         return None
     return np.array(numbers, np.int64).reshape([len(numbers)] if len(value.shape) else [])
-
-
-def _evaluate(
-    node: onnx_ir.Node, opset: int, arrays: dict[str, np.ndarray[Any, np.dtype[Any]]]
-) -> np.ndarray[Any, np.dtype[Any]] | None:
-    """Evaluate one operator by ONNX's reference implementation; return None where it has none, or fails."""
-    proto = onnx_ir.to_proto(node)
-    inputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in arrays]
-    outputs = [onnx.helper.make_tensor_value_info(proto.output[0], onnx.TensorProto.UNDEFINED, None)]
-    graph = onnx.helper.make_graph([proto], "one", inputs, outputs)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            (value,) = onnx.reference.ReferenceEvaluator(model).run(None, arrays)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
-        return None
-    # The value may also be a sequence, which cannot become a constant.
-    return np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else None
 
 
 def _merge_equal_constants(editor: Editor) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.graph.provenance import MODULE, SOURCE
+from passopt.ir.graph.provenance import origin_of
 from passopt.passes.explain.differences import Difference, describe_node, provenance
 
 _NAME = re.compile(r"[\w./:]*\w")
@@ -129,7 +129,11 @@ class Group:
     def title(self) -> str:
         """Return a title such as `declined × 40, such as mul_3 (Mul)`."""
         first = self.example
-        how = "declined" if first.reason is not None else f"{first.matched} of {first.total} nodes fit"
+        how = f"{first.matched} of {first.total} nodes fit"
+        if first.reason is not None:
+            how = "declined"
+        elif first.matched == first.total:
+            how = f"all {first.total} nodes fit, but not next to each other"
         count = len(self.misses)
         if first.node is None:
             return f"{how} × {count}" if count > 1 else how
@@ -226,9 +230,3 @@ def _lies_inside(miss: Miss, other: Miss | frozenset[onnx_ir.Node]) -> bool:
 def short_rule(where: str) -> str:
     """Shorten `pass (folder/file.py:12)` to `file.py:12`."""
     return where.partition(" (")[2].rstrip(")").replace("\\", "/").rpartition("/")[2] or where
-
-
-def origin_of(node: onnx_ir.Node) -> str:
-    """Return the exporter's source line and the module of a node, as far as the graph has them."""
-    source, module = node.metadata_props.get(SOURCE), node.metadata_props.get(MODULE)
-    return " in ".join(part for part in (source, module) if part)

@@ -8,10 +8,11 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.graph.provenance import origin_of
 from passopt.ir.graph.shapes import complete_types
 from passopt.passes.explain.attempt import Attempt
 from passopt.passes.explain.differences import describe_node, operator, provenance
-from passopt.passes.explain.misses import Miss, origin_of, short_rule
+from passopt.passes.explain.misses import Miss, short_rule
 from passopt.passes.explain.nearest_match import nearest
 from passopt.passes.explain.sites import Site, find_node, sites
 from passopt.passes.patterns.language import Alternatives, NodePattern, Output, Pattern

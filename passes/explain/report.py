@@ -13,12 +13,13 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.errors import PassoptError
+from passopt.ir.errors import PassError, PassoptError
 from passopt.ir.graph.shapes import complete_types
 from passopt.passes.explain.differences import operator
 from passopt.passes.explain.misses import Group, Miss, grouped
 from passopt.passes.explain.sites import misses
 from passopt.passes.framework.base import Pass
+from passopt.passes.framework.defects import NEXT_STEP, failure
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.language import outputs_of
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -34,12 +35,16 @@ _FAR = 2
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The explanation of one pass on one model; `matched` is None if the pass did not finish."""
+    """The explanation of one pass on one model; `matched` is None if the pass did not finish.
+
+    `idle` names the rules that no node could start. It comes last where something came near, since that is the reason.
+    """
 
     name: str
     matched: int | None
     groups: tuple[Group, ...]
     remarks: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
     def lines(self, limit: int = LIMIT) -> list[str]:
         """Return readable text: a headline, the nearest groups, and how many more there are.
@@ -57,7 +62,7 @@ class Report:
         near = [group for group in self.groups if group.example.is_near]
         far = [] if self.matched else list(self.groups[: min(limit, _FAR)])
         shown = list(self.groups) if not limit else near[:limit] or far
-        lines = list(self.remarks)
+        lines = [*self.remarks, *(() if near else self.idle)]
         for index, group in enumerate(shown, 1):
             first, *rest = group.lines(_DETAILS if index == 1 else 1)
             lines += [f"{index}. {first}", *rest]
@@ -67,15 +72,15 @@ class Report:
             kinds = (
                 f"and {places} places of {len(left)} more kinds" if shown else f"{places} places of {len(left)} kinds"
             )
-            lines.append(f"{kinds}, less near (--limit 0 shows all)")
-        return lines
+            lines.append(f"{kinds}, less near (`limit=0` shows all)")
+        return [*lines, *(self.idle if near else ())]
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers, the remarks and every group with all its differences."""
         return {
             "pass": self.name,
             "matched": self.matched,
-            "remarks": list(self.remarks),
+            "remarks": [*self.remarks, *self.idle],
             "groups": [group.to_json() for group in self.groups],
         }
 
@@ -96,14 +101,14 @@ def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Rep
     try:
         result = item.run(copy)
     except PassoptError as error:
-        return _report_of_failure(item, model, str(error))
+        return _report_of_failure(item, model, f"the pass fails on this model: {error}")
     except Exception as error:  # a defect of the pass is what its author asks about
-        return _report_of_failure(item, model, f"{type(error).__name__}: {error}")
+        return _report_of_failure(item, model, f"the pass {failure(error, type(item).run)}")
     report = explain_rest(item, copy if isinstance(item, RewritePass) else model, result)
     missing = [name for name in item.after if name not in before]
     if not missing or (report.matched and not any(group.example.is_near for group in report.groups)):
         return report
-    remark = f"{item.name} belongs after {', '.join(missing)}; give a pipeline with --in, or passes with --after"
+    remark = f"{item.name} belongs after {', '.join(missing)}; give a pipeline with `within`, or passes with `after`"
     return dataclasses.replace(report, remarks=(remark, *report.remarks))
 
 
@@ -113,7 +118,8 @@ def explain_rest(item: Pass, model: onnx_ir.Model, result: PassResult) -> Report
     For a pass over the whole graph, `model` may also be the model as it was before the run.
     """
     if isinstance(item, RewritePass):
-        return _report(item, result.matches, misses(item, model), _rules_that_never_start(item, result))
+        report = _report(item, result.matches, misses(item, model), [])
+        return dataclasses.replace(report, idle=tuple(_rules_that_never_start(item, result)))
     reasons = [Miss(item.name, None, reason=reason) for reason in result.declines.elements()]
     return _report(item, result.matches, [*reasons, *_refusals(item, model)], _remarks(item, result))
 
@@ -124,15 +130,20 @@ def _report(item: Pass, matched: int | None, found: Iterable[Miss], remarks: Seq
 
 def _refusals(item: Pass, model: onnx_ir.Model) -> list[Miss]:
     """Return what a pass over the whole graph says about itself, as misses of a rule named like the pass."""
-    return [Miss(item.name, refusal.node, reason=refusal.reason) for refusal in item.explain(model)]
+    try:
+        return [Miss(item.name, refusal.node, reason=refusal.reason) for refusal in item.explain(model)]
+    except PassoptError:
+        raise
+    except Exception as error:
+        raise PassError(f"{item.name}: its explain {failure(error, type(item).explain)}\n{NEXT_STEP}") from error
 
 
-def _report_of_failure(item: Pass, model: onnx_ir.Model, error: str) -> Report:
-    """Report that the pass fails with `error` on this model, and where its rules come near."""
+def _report_of_failure(item: Pass, model: onnx_ir.Model, reason: str) -> Report:
+    """Report that the pass fails on this model, for this reason, and where its rules come near."""
     copy = model.clone()
     complete_types(copy)
     found = misses(item, copy) if isinstance(item, RewritePass) else _refusals(item, model)
-    failed = Miss(item.name, _node_named_in(error, copy), reason=f"the pass fails on this model: {error}")
+    failed = Miss(item.name, _node_named_in(reason, copy), reason=reason)
     return _report(item, None, [failed, *found], [])
 
 

@@ -18,6 +18,7 @@ from passopt.passes.explain.nearest_match import nearest, nearest_below
 from passopt.passes.explain.neighbourhoods import Neighbourhood, Surveyor
 from passopt.passes.explain.search_steps import levels_of
 from passopt.passes.framework.base import Decline
+from passopt.passes.framework.defects import failure
 from passopt.passes.framework.suggestions import unknown_name
 from passopt.passes.patterns.language import Output, outputs_of
 from passopt.passes.patterns.matcher import Match, Matcher
@@ -163,7 +164,7 @@ def _reason(rule: Rule, match: Match, editor: Editor) -> str | None:
     except PassoptError as error:
         return f"the rewrite fails: {error}"
     except Exception as error:  # a defect of the rule is what its author asks about
-        return f"the rewrite fails with {type(error).__name__}: {error}"
+        return f"the rewrite {failure(error, rule.rewrite)}"
     finally:
         discard(op.built)
     return None

@@ -25,6 +25,21 @@ _REASSOCIATED: Mapping[DataType, float] = {DataType.FLOAT: 1e-5, DataType.FLOAT1
 
 
 @dataclasses.dataclass(frozen=True)
+class QualityBar:
+    """How far a lossy pass may move the predictions of a language model whose linears it changes all.
+
+    Attributes:
+        kl: The largest mean KL divergence of next-token distributions from the original, in nats.
+        kl99: The largest 99th percentile of that divergence over positions.
+        top1: The smallest share of positions of a text at which both models predict the same token.
+    """
+
+    kl: float
+    kl99: float
+    top1: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Accuracy:
     """A declared accuracy, printed as `exact`, `reassociated` or `lossy(0.02)`.
 
@@ -33,10 +48,12 @@ class Accuracy:
     Attributes:
         kind: "exact", "reassociated" or "lossy".
         budget: The largest relative error that a lossy pass may cause; None for the other two kinds.
+        bar: How far a lossy pass may move predictions; None if it declares nothing of them.
     """
 
     kind: str
     budget: float | None = None
+    bar: QualityBar | None = None
 
     def budget_of(self, dtype: DataType) -> float:
         """Return the largest relative error that is allowed for a value of `dtype`; 0 for integers unless lossy."""
@@ -57,12 +74,13 @@ EXACT = Accuracy("exact")
 REASSOCIATED = Accuracy("reassociated")
 
 
-def lossy(budget: float) -> Accuracy:
+def lossy(budget: float, *, bar: QualityBar | None = None) -> Accuracy:
     """Declare that a pass changes the numbers by design, as quantization does, but by no more than `budget`.
 
     Args:
         budget: The largest allowed relative error, max|difference| / max|reference|, of every value that the pass
             replaces; more than 0 and less than 1.
+        bar: How far the pass may move the predictions of a language model, which `passopt verify` judges.
 
     Returns:
         The declaration for the class attribute `accuracy` of a pass.
@@ -75,4 +93,4 @@ def lossy(budget: float) -> Accuracy:
     """
     if not 0 < budget < 1:
         raise ValueError(f"a lossy pass needs a budget between 0 and 1, not {budget}")
-    return Accuracy("lossy", budget)
+    return Accuracy("lossy", budget, bar)

@@ -1,84 +1,108 @@
 """Find all passes without importing them, so that `passopt list` answers at once and `run` imports only what it uses.
 
 Names, options and docstrings are read from the source text. Built-in passes are the modules below passes/; passes of
-other packages come from the entry-point group `passopt.passes`.
+other packages come from the entry-point group `passopt.passes`. One that cannot be used stops only what needs it.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from passopt.ir.errors import PassError, UsageError
+from passopt.ir.errors import PassoptError, PluginWarning, UsageError
+from passopt.passes.framework.source_entries import Entry, entries_of
 from passopt.passes.framework.suggestions import unknown_name
 
 if TYPE_CHECKING:
     from passopt.passes.framework.base import Pass
 
 ENTRY_POINTS = "passopt.passes"
-_NAME = re.compile(r"^\s+name\b[^=\n]* = [\"']|\b(?:graphsurgeon_pass|ir_pass)\(", re.MULTILINE)
-#: The decorators that turn a function into a pass, and how many of its parameters stand before the options.
-_DECORATORS = {"graphsurgeon_pass": 1, "ir_pass": 0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """The description of one pass, as read from its source text.
-
-    Attributes:
-        name: The name on the command line.
-        module: The import name of the module that defines it.
-        class_name: The name of the class, or of the variable or function of a guest pass.
-        summary: The first paragraph of its docstring, in one line.
-        options: A triple (name, type, default) for every option, as written in the source; "" for what is not given.
-        origin: The file and line of the definition, as `file:line`.
-        accuracy: The declared accuracy, such as `lossy(0.02)`; "" if the class inherits that of its base class.
-    """
-
-    name: str
-    module: str
-    class_name: str
-    summary: str
-    options: tuple[tuple[str, str, str], ...]
-    origin: str
-    accuracy: str = ""
+_BUILT_IN = "passopt.passes."
+#: What the extra `guests` of passopt installs; the command line says so where one of them is missing.
+_GUESTS = frozenset({"onnx_graphsurgeon", "onnxsim"})
 
 
 def catalog() -> dict[str, Entry]:
-    """Return the entries of all passes by name, built-in ones first; raise PassError if two have the same name."""
-    entries: dict[str, Entry] = {}
-    for entry in (*_built_in(), *_plugins()):
-        earlier = entries.get(entry.name)
-        if earlier is not None:
-            raise PassError(f"two passes are called {entry.name!r}: {earlier.origin} and {entry.origin}")
-        entries[entry.name] = entry
+    """Return the entries of all passes by name, built-in ones first.
+
+    A plug-in that leads to no pass, or to one whose name is taken, is left out with a PluginWarning.
+    """
+    entries, broken = _found()
+    for reason in broken.values():
+        warnings.warn(PluginWarning(reason), stacklevel=2)
     return entries
 
 
 def pass_class(name: str) -> type[Pass]:
-    """Import and return the class of the pass `name`; raise UsageError with the nearest names if there is none."""
+    """Import and return the class of a pass.
+
+    Args:
+        name: The name of the pass.
+
+    Returns:
+        The class.
+
+    Raises:
+        UsageError: There is no such pass, with the nearest names; or it is a plug-in that cannot be used, with why.
+    """
     from passopt.passes.framework.base import REGISTERED
 
+    if name in REGISTERED:
+        return REGISTERED[name]
+    entry = catalog().get(name)
+    if entry is None:
+        raise unknown_pass(name)
+    _import(entry)
     if name not in REGISTERED:
-        entry = catalog().get(name)
-        if entry is None:
-            raise UsageError(unknown_name("pass", name, [*catalog(), *REGISTERED], "passopt list"))
-        importlib.import_module(entry.module)
+        raise UsageError(f"{name}: {entry.class_name} ({entry.origin}) is no pass; derive it from passopt.passes.Pass")
     return REGISTERED[name]
+
+
+def unknown_pass(name: str, others: Iterable[str] = ()) -> UsageError:
+    """Return the error for a name that is no pass: the nearest names, or why the plug-in of that name is left out.
+
+    Args:
+        name: The name.
+        others: Further names that would be right there, such as those of pipelines.
+
+    Returns:
+        The error to raise.
+    """
+    from passopt.passes.framework.base import REGISTERED
+
+    entries, broken = _found()
+    if name in broken:
+        return UsageError(f"the pass {name!r} cannot be used: {broken[name]}")
+    left_out = f". These plug-ins cannot be used: {', '.join(broken)}" if broken else ""
+    return UsageError(unknown_name("pass", name, [*entries, *others, *REGISTERED], "passopt list") + left_out)
+
+
+def _import(entry: Entry) -> None:
+    """Import the module of a pass; raise UsageError if it is a plug-in and that fails."""
+    try:
+        importlib.import_module(entry.module)
+    except PassoptError:
+        raise
+    except Exception as error:
+        if entry.module.startswith(_BUILT_IN) or getattr(error, "name", None) in _GUESTS:
+            raise
+        from passopt.passes.framework.defects import failure
+
+        text = f"importing {entry.module} {failure(error)}"
+        raise UsageError(f"the pass {entry.name!r} cannot be used: {text}. Mend or reinstall that package.") from error
 
 
 @functools.cache
 def _built_in() -> tuple[Entry, ...]:
     root = Path(__file__).parent.parent
     files = sorted(root.rglob("*.py"), key=lambda file: file.name)
-    return tuple(entry for file in files for entry in _entries(file, _module_name(file.relative_to(root))))
+    return tuple(entry for file in files for entry in entries_of(file, _module_name(file.relative_to(root))))
 
 
 def _module_name(path: Path) -> str:
@@ -86,102 +110,40 @@ def _module_name(path: Path) -> str:
     return ".".join(("passopt", "passes", *path.with_suffix("").parts))
 
 
-def _plugins() -> list[Entry]:
-    """Read the passes of other packages; raise PassError if an entry point does not lead to a pass."""
-    found = []
+def _found() -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return the entries of all passes by name, and why plug-ins are left out by the name of what is missing."""
+    entries = {entry.name: entry for entry in _built_in()}
+    plugins: dict[str, Entry] = {}
+    broken: dict[str, str] = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        module, _, class_name = point.value.partition(":")
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise PassError(f"entry point {point.name!r} of {ENTRY_POINTS} names {module}, which cannot be found")
-        entries = [entry for entry in _entries(Path(spec.origin), module) if entry.class_name == class_name]
-        if not entries:
-            raise PassError(f"entry point {point.name!r}: {spec.origin} defines no pass {class_name!r} with a name")
-        found += entries
-    return found
-
-
-def _entries(file: Path, module: str) -> list[Entry]:
-    """Read the passes that a source file defines at its top level."""
-    text = file.read_text(encoding="utf-8")
-    if not _NAME.search(text):
-        return []
-    return [entry for node in ast.parse(text).body if (entry := _entry(node, module, str(file))) is not None]
-
-
-def _entry(node: ast.stmt, module: str, origin: str) -> Entry | None:
-    if isinstance(node, ast.ClassDef):
-        return _class_entry(node, module, origin)
-    if isinstance(node, ast.FunctionDef):
-        calls = [call for call in node.decorator_list if _decorator(call)]
-        return _guest_entry(node.name, calls[0], node, module, f"{origin}:{node.lineno}") if calls else None
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _decorator(node.value):
-        return _guest_entry(node.targets[0].id, node.value, None, module, f"{origin}:{node.lineno}")
-    return None
-
-
-def _decorator(call: ast.expr) -> str:
-    """Return the name of the pass decorator that `call` calls; "" if it calls something else."""
-    name = ast.unparse(call.func).rpartition(".")[2] if isinstance(call, ast.Call) else ""
-    return name if name in _DECORATORS else ""
-
-
-def _guest_entry(
-    variable: str, call: ast.expr, function: ast.FunctionDef | None, module: str, origin: str
-) -> Entry | None:
-    """Return the entry of a pass that a decorator makes from a function, whose parameters are the options.
-
-    It is None if the name of the pass is not a string literal.
-    """
-    assert isinstance(call, ast.Call)
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    name = given.get("name", call.args[0] if call.args else None)
-    if not isinstance(name, ast.Constant) or not isinstance(name.value, str):
-        return None
-    accuracy = _accuracy(given["accuracy"]) if "accuracy" in given else "exact"
-    summary, options = "", []
-    if function is not None:
-        summary = (ast.get_docstring(function) or "").partition("\n\n")[0].replace("\n", " ")
-        options = _parameters(function.args)[_DECORATORS[_decorator(call)] :]
-    return Entry(name.value, module, variable, summary, tuple(options), origin, accuracy)
-
-
-def _parameters(arguments: ast.arguments) -> list[tuple[str, str, str]]:
-    """Return (name, type, default) of each parameter, as written in the source; "" for what is not given."""
-    positional = [*arguments.posonlyargs, *arguments.args]
-    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
-    defaults = [*missing, *arguments.defaults, *arguments.kw_defaults]
-    return [
-        (item.arg, ast.unparse(item.annotation) if item.annotation else "", ast.unparse(default) if default else "")
-        for item, default in zip((*positional, *arguments.kwonlyargs), defaults)
-    ]
-
-
-def _class_entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
-    """Return the entry of a pass that is a class; None if the class sets no `name` and so is not a pass."""
-    name, options, accuracy = None, [], ""
-    for statement in node.body:
-        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        try:
+            entry = _plugin(point)
+        except (Exception, SystemExit) as error:  # finding a module runs the packages that it lies in
+            text = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            broken[point.name] = f"plug-in {point.name} ({point.value}) is left out: {text}"
             continue
-        target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
-        if not isinstance(target, ast.Name):
-            continue
-        if target.id == "name" and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str):
-            name = statement.value.value
-        elif target.id == "accuracy" and statement.value is not None:
-            accuracy = _accuracy(statement.value)
-        elif isinstance(statement, ast.AnnAssign) and "ClassVar" not in (kind := ast.unparse(statement.annotation)):
-            default = ast.unparse(statement.value) if statement.value is not None else ""
-            options.append((target.id, kind, default))
-    if name is None:
-        return None
-    summary = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")
-    return Entry(name, module, node.name, summary, tuple(options), f"{origin}:{node.lineno}", accuracy)
+        if entry.name in entries:
+            own = entries[entry.name].origin
+            broken[point.name] = f"two passes are called {entry.name!r}: {own} and {entry.origin}, which is left out"
+        elif entry.name in plugins:
+            both = f"{plugins[entry.name].origin} and {entry.origin}"
+            broken[entry.name] = f"two passes are called {entry.name!r}: {both}; uninstall one, or rename it"
+        else:
+            plugins[entry.name] = entry
+    return {**entries, **{name: entry for name, entry in plugins.items() if name not in broken}}, broken
 
 
-def _accuracy(declared: ast.expr) -> str:
-    """Return a declared accuracy as it is printed: `REASSOCIATED` → reassociated, `lossy(2e-2)` → lossy(0.02)."""
-    if isinstance(declared, ast.Call) and declared.args:
-        budget = ast.literal_eval(declared.args[0])
-        return f"{ast.unparse(declared.func)}({float(budget):g})"
-    return ast.unparse(declared).rpartition(".")[2].lower()
+def _plugin(point: importlib.metadata.EntryPoint) -> Entry:
+    """Read the pass that an entry point names; raise UsageError if it does not lead to one."""
+    module, class_name = point.module, point.attr
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UsageError(f"{module} cannot be found")
+    try:
+        entries = entries_of(Path(spec.origin), module)
+    except SyntaxError as error:
+        raise UsageError(f"SyntaxError: {error.msg}, {spec.origin}:{error.lineno}") from error
+    for entry in entries:
+        if entry.class_name == class_name:
+            return entry
+    raise UsageError(f"{spec.origin} defines no pass {class_name!r} with a name")

@@ -7,7 +7,7 @@ gives the mean of the values. So masked places are lifted to half of the lowest 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.dtypes import MODEL_FLOATS
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.graph.shapes import Dimension, dimensions
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.framework.base import Decline
 
@@ -43,7 +43,22 @@ def split_alibi(op: Any, terms: Sequence[onnx_ir.Value], heads: int) -> tuple[Al
     return None, list(terms)
 
 
-def alibi_mask(op: Any, terms: Sequence[onnx_ir.Value], query: onnx_ir.Value) -> onnx_ir.Value:
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """The lengths that a mask must have: `rows` of the queries and `columns` of all keys, known or computed.
+
+    Attributes:
+        rows: The number of queries, a symbol, or None.
+        columns: The number of keys with those of the cache, a symbol, or None.
+        lengths: Makes both as one vector of two elements.
+    """
+
+    rows: Dimension
+    columns: Dimension
+    lengths: Callable[[], onnx_ir.Value]
+
+
+def alibi_mask(op: Any, terms: Sequence[onnx_ir.Value], extent: Extent) -> onnx_ir.Value:
     """Return the terms beside an ALiBi bias as one mask [1 or b, 1, q, t] in fp32.
 
     Raises Decline if there are none, or if one of them differs between heads.
@@ -58,12 +73,10 @@ def alibi_mask(op: Any, terms: Sequence[onnx_ir.Value], query: onnx_ir.Value) ->
     missing = 4 - len(dimensions(mask) or [])
     if missing:
         mask = op.Unsqueeze(mask, list(range(missing)))
-    return _with_rows(op, mask, query)
+    return _of_extent(op, mask, extent)
 
 
-def visible_mask(
-    op: Any, terms: Sequence[onnx_ir.Value], query: onnx_ir.Value, *, floored: bool
-) -> onnx_ir.Value | None:
+def visible_mask(op: Any, terms: Sequence[onnx_ir.Value], extent: Extent, *, floored: bool) -> onnx_ir.Value | None:
     """Return the terms as one mask for Attention; None if there are no terms.
 
     Masked places are lifted to half of the lowest number. With `floored`, -inf is lifted like the lowest number,
@@ -73,10 +86,10 @@ def visible_mask(
     mask = _sum(op, terms, kinds.pop() if len(kinds) == 1 else _FLOAT)
     if mask is None:
         return None
-    finite = op.Max(mask, _half_of_lowest(mask))
+    finite = op.Max(mask, _half_oflowest(mask))
     if not floored and not _is_finite(mask):
         finite = op.Where(op.IsInf(mask), mask, finite)
-    return _with_rows(op, finite, query)
+    return _of_extent(op, finite, extent)
 
 
 def chosen(op: Any, condition: onnx_ir.Value, low: float, *, shown: bool, query: onnx_ir.Value) -> onnx_ir.Value:
@@ -85,7 +98,7 @@ def chosen(op: Any, condition: onnx_ir.Value, low: float, *, shown: bool, query:
     A finite `low` is added as the lowest number of all. Put in place of a score, -1e9 hides it; added to the
     score, it might not.
     """
-    zero, masked = np.float32(0), np.float32(low if np.isneginf(low) else _lowest(query))
+    zero, masked = np.float32(0), np.float32(low if np.isneginf(low) else lowest(query))
     mask: onnx_ir.Value = op.Where(condition, zero, masked) if shown else op.Where(condition, masked, zero)
     return mask
 
@@ -188,31 +201,36 @@ def _sum(op: Any, terms: Sequence[onnx_ir.Value], dtype: onnx_ir.DataType | None
     return total
 
 
-def _with_rows(op: Any, mask: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Value:
-    """Expand the mask to a row for every query, because Attention does not broadcast that axis.
+def _of_extent(op: Any, mask: onnx_ir.Value, extent: Extent) -> onnx_ir.Value:
+    """Expand the mask to a row for every query and a column for every key: Attention broadcasts neither.
 
-    Raises Decline if the mask has no axes for queries and columns.
+    A length of another name may be 1 at run time, so only equal lengths are left alone.
     """
-    dims, rows = dimensions(mask) or [], (dimensions(query) or [])[2]
-    if len(dims) < 2 or dims[-1] == 1:
-        raise Decline(f"the mask {mask.name} {dims} does not have axes for queries and columns")
-    if dims[-2] != 1 or rows == 1:
+    dims = dimensions(mask)
+    if dims is None:
+        raise Decline(f"the axes of the mask {mask.name} are unknown")
+    if len(dims) > 4:
+        raise Decline(f"the mask {mask.name} {dims} has more than four axes")
+    wanted = [extent.rows, extent.columns]
+    if len(dims) >= 2 and all(here is not None and here == there for here, there in zip(dims[-2:], wanted)):
         return mask
-    lengths = op.Concat(*([[1]] * (len(dims) - 2)), op.Shape(query, start=2, end=3), [1], axis=0)
+    lengths = extent.lengths()
+    if len(dims) > 2:
+        lengths = op.Concat([1] * (len(dims) - 2), lengths, axis=0)
     expanded: onnx_ir.Value = op.Expand(mask, lengths)
     return expanded
 
 
-def _lowest(value: onnx_ir.Value) -> float:
+def lowest(value: onnx_ir.Value) -> float:
     """Return the lowest number of the dtype of `value`."""
     assert value.dtype is not None
     limits: Any = ml_dtypes.finfo(value.dtype.numpy())  # type: ignore[no-untyped-call]
     return float(limits.min)
 
 
-def _half_of_lowest(mask: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]]:
+def _half_oflowest(mask: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]]:
     assert mask.dtype is not None
-    return np.asarray(_lowest(mask) / 2, mask.dtype.numpy())
+    return np.asarray(lowest(mask) / 2, mask.dtype.numpy())
 
 
 def _is_finite(mask: onnx_ir.Value) -> bool:

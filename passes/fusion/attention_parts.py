@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir
 
 from passopt.ir.graph.shapes import dimensions, fits
+from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.base import Decline
-from passopt.passes.fusion.attention_masks import chosen
+from passopt.passes.fusion.attention_masks import Extent, chosen, lowest
 from passopt.passes.patterns.rules import Rewriter
 
 #: Scores at or below this are masked, whatever number an exporter chose.
 _MASKED = -1e4
 #: How many operators may depend on the joined keys and values, such as on their lengths, before a match is declined.
 _FURTHEST = 200
+#: How the axes of keys in each layout are turned to [batch, heads, seq, d].
+_TO_BHSD = {"bhsd": (0, 1, 2, 3), "bshd": (0, 2, 1, 3), "bhds": (0, 1, 3, 2)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Parts:
     """The parts that a match found, by their names in the pattern; None for what the spelling does not have.
 
     query is [b, h, q, d]. key and value of this step are [b, h_kv, kv, d], but [b, kv, h_kv, d] in layout "bshd".
-    past_key and past_value are [b, h_kv, p, d]. mask and bias are added to scores [b, h, q, p + kv].
+    and [b, h_kv, d, kv] in layout "bhds". past_key and past_value are [b, h_kv, p, d]. mask and bias are added to
+    scores [b, h, q, p + kv].
     """
 
     query: onnx_ir.Value
@@ -41,12 +47,17 @@ class Parts:
     key_repeated: onnx_ir.Value | None = None
     value_repeated: onnx_ir.Value | None = None
     query_scale: onnx_ir.Value | None = None
+    query_scaling: str = "none"
     key_scale: onnx_ir.Value | None = None
-    scaling: str = "none"
-    scale: onnx_ir.Value | None = None
+    key_scaling: str = "none"
+    turned_scale: onnx_ir.Value | None = None
+    turned_scaling: str = "none"
+    score_scale: onnx_ir.Value | None = None
+    score_scaling: str = "none"
     cap: onnx_ir.Value | None = None
     cap_spelling: str = "none"
     uncap: onnx_ir.Value | None = None
+    early_bias: onnx_ir.Value | None = None
     bias: onnx_ir.Value | None = None
     masking: str = "none"
     mask: onnx_ir.Value | None = None
@@ -73,6 +84,12 @@ class Parts:
         return 3 if self.cached else 1
 
     @property
+    def narrows(self) -> bool:
+        """Return True if a model computes scores in fp32, and only weighs 16-bit values by shares cast to 16 bits."""
+        halves = (onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16)
+        return not self.cached and self.query.dtype == onnx_ir.DataType.FLOAT and self.value.dtype in halves
+
+    @property
     def past(self) -> tuple[onnx_ir.Value | None, ...]:
         """Return the cached keys and values, or nothing without a cache."""
         return (self.past_key, self.past_value) if self.cached else ()
@@ -91,9 +108,9 @@ class Parts:
             raise Decline(f"the softmax runs over axis {self.axis}, not over the columns")
         if self.cached and self.along % 4 != 2:
             raise Decline(f"the cache is joined along axis {self.along}, not along the positions")
-        if self.cached and self.key_layout == "bshd":
-            raise Decline("the cached keys are [batch, seq, heads, d]")
-        if self.query.dtype != self.value.dtype:
+        if self.cached and self.key_layout != "bhsd":
+            raise Decline(f"the cached keys are in the order {self.key_layout}, not [batch, heads, seq, d]")
+        if self.query.dtype != self.value.dtype and not self.narrows:
             raise Decline(f"queries are {self.query.dtype}, values {self.value.dtype}")
         self._check_groups()
         self._check_lengths()
@@ -105,8 +122,7 @@ class Parts:
         Products and sums broadcast on any axis. The operator broadcasts heads only, and a mask over batch and heads.
         """
         query, key, value, y = (dimensions(item) or [] for item in (self.query, self.key, self.value, self.y))
-        if self.key_layout == "bshd":
-            key = [key[0], key[2], key[1], key[3]]
+        key = [key[axis] for axis in _TO_BHSD[self.key_layout]]
         if not fits(key[:3], value[:3]) or not fits([key[0], key[3]], [query[0], query[3]]) or key[1] != value[1]:
             raise Decline(f"queries {query}, keys {key} and values {value} are not of one batch, length and width")
         if not fits(y, [*query[:3], value[3]]):
@@ -123,7 +139,7 @@ class Parts:
 
         The operator itself gives the grown cache, so this would be a cycle.
         """
-        needed = [self.query, self.key, self.value, self.mask, self.bias, self.condition, *self.past]
+        needed = [self.query, self.key, self.value, self.mask, self.bias, self.early_bias, self.condition, *self.past]
         targets = {item.producer() for item in needed if item is not None} - {None}
         joined = [item for item in (self._joined(self.key), self._joined(self.value)) if item is not None]
         work, seen = [use.node for item in joined for use in item.uses()], {self.y.producer()}
@@ -166,8 +182,86 @@ class Parts:
         """Return the keys of this step as [b, h_kv, kv, d]."""
         if self.key_layout == "bhsd":
             return self.key
-        turned: onnx_ir.Value = op.Transpose(self.key, perm=[0, 2, 1, 3])
+        turned: onnx_ir.Value = op.Transpose(self.key, perm=_TO_BHSD[self.key_layout])
         return turned
+
+    def wide_query(self, op: Rewriter) -> onnx_ir.Value:
+        """Return the queries, repeated where a mask of several rows makes several rows of one query.
+
+        Sums broadcast, and the operator does not. Raises Decline if a mask may make more batches or heads.
+        """
+        wide = self.query
+        for term in (self.mask, self.bias, self.early_bias, self.condition):
+            grown = self._grown_axes(term) if term is not None else []
+            if {0, 1} & set(grown):
+                raise Decline(
+                    f"the mask {term.name} {dimensions(term)} may make more batches or heads than "  # type: ignore[arg-type, union-attr]
+                    f"{self.query.name} {dimensions(self.query)} has"
+                )
+            if grown:
+                wide = op.Expand(wide, op.Concat([1, 1], op.Shape(term, start=-2, end=-1), [1], axis=0))
+        return wide
+
+    def _grown_axes(self, term: onnx_ir.Value) -> list[int]:
+        """Return the axes of batch, heads and rows that are longer in the sum with a mask than in the queries.
+
+        That is possible where a length of the queries may be 1, and neither the mask nor the stated result denies it.
+        """
+        dims, query, y = dimensions(term), dimensions(self.query) or [], dimensions(self.y) or []
+        if dims is None:
+            raise Decline(f"the axes of the mask {term.name} are unknown")
+        dims = [*[1] * (4 - len(dims)), *dims]
+        may_be_one = [not isinstance(length, int) or length == 1 for length in query[:3]]
+        denied = [known is not None and known in (1, here) for known, here in zip(dims, query)]
+        stated = [here is not None and here == there for here, there in zip(query, y)]
+        return [axis for axis in range(3) if may_be_one[axis] and not denied[axis] and not stated[axis]]
+
+    def rows_and_columns(self, op: Rewriter, query: onnx_ir.Value) -> Extent:
+        """Return the lengths that the mask must have for these queries."""
+        seq = _TO_BHSD[self.key_layout][2]
+        rows, new = (dimensions(query) or [None] * 4)[2], (dimensions(self.key) or [])[seq]
+        joined = self._joined(self.key) if self.cached else None
+
+        def lengths() -> onnx_ir.Value:
+            columns = op.Shape(self.key, start=seq, end=seq + 1)
+            if self.past_key is not None:
+                columns = op.Add(op.Shape(self.past_key, start=2, end=3), columns)
+            made: onnx_ir.Value = op.Concat(op.Shape(query, start=2, end=3), columns, axis=0)
+            return made
+
+        return Extent(rows, (dimensions(joined) or [None] * 4)[2] if joined is not None else new, lengths)
+
+    def check_hidden_rows(self, op: Rewriter, hidden_rows: str) -> None:
+        """Raise Decline if a number takes the place of scores, and rows that see nothing would get other values.
+
+        Put in place of scores, -1e4 hides them, and a row of nothing else is the mean of its values. But if something
+        is added beside, which may hide what was left, such a row depends on scores that the operator does not have.
+        The lowest number and -inf are exact, because they swallow what is added.
+        """
+        others = [item for item in (self.early_bias, self.bias, self.mask) if item is not None]
+        if self.condition is None or not others or hidden_rows == "any":
+            return
+        low = op.number(self.low)
+        assert self.low is not None
+        if np.isneginf(low) or low <= lowest(self.low) or self._sees_something(low, others):
+            return
+        raise Decline(
+            f"{op.number(self.low):g} takes the place of scores beside the mask {others[-1].name}; a row that sees "
+            f"nothing would change, which hidden_rows=any accepts"
+        )
+
+    def _sees_something(self, low: float, others: Sequence[onnx_ir.Value]) -> bool:
+        """Return True if the masks are constants by which every row sees a column that outweighs all hidden ones."""
+        arrays = [small_constant(item) for item in (self.condition, *others) if item is not None]
+        known = [array for array in arrays if array is not None]
+        if len(known) != len(arrays) or any(array.size == 0 for array in known):
+            return False
+        shown = known[0] if self.masking.startswith("shown") else ~known[0]
+        added = sum(array.astype(np.float64) for array in known[1:])
+        shown, added = np.broadcast_arrays(shown, added)
+        seen = np.where(shown, added, -np.inf).max(-1, keepdims=True)
+        hidden = np.where(shown, -np.inf, low + added).max(-1, keepdims=True)
+        return bool((seen + low / 2 >= hidden).all())
 
     @property
     def heads(self) -> int:
@@ -184,21 +278,42 @@ class Parts:
             if item is not None and not op.number(item) <= _MASKED:
                 raise Decline(f"{name} scores are {op.number(item)}, which does not mask anything")
         terms = [term for term in (self.bias, self.mask) if term is not None]
+        if self.early_bias is not None:
+            terms.insert(0, self._scaled_bias(op))
         if self.condition is not None:
-            terms.append(
-                chosen(op, self.condition, op.number(self.low), shown=self.masking == "shown", query=self.query)
-            )
+            shown = self.masking.startswith("shown")
+            terms.append(chosen(op, self.condition, op.number(self.low), shown=shown, query=self.query))
         return terms
+
+    def _scaled_bias(self, op: Rewriter) -> onnx_ir.Value:
+        """Return the bias that is added before the scores are scaled, scaled like them."""
+        if self.cap is not None:
+            raise Decline("adds a bias before the scores are capped; the operator adds it after")
+        if self.widened is not None:
+            raise Decline("adds a bias before the scores are widened")
+        if self.score_scaling == "none":
+            assert self.early_bias is not None
+            return self.early_bias
+        scale = op.Mul if self.score_scaling == "product" else op.Div
+        made: onnx_ir.Value = scale(self.early_bias, op.number(self.score_scale))
+        return made
 
     def total_scale(self, op: Rewriter) -> float:
         """Return the number by which the scores are multiplied, on all sides together.
 
         Raises Decline unless it is above 0 and finite.
         """
-        factors = [op.number(item, 1.0) for item in (self.query_scale, self.key_scale, self.scale)]
-        if self.scaling == "quotient":
-            factors[2] = 1 / factors[2] if factors[2] else math.inf
-        scale = math.prod(factors)
+        scale = 1.0
+        for factor, spelling in (
+            (self.query_scale, self.query_scaling),
+            (self.key_scale, self.key_scaling),
+            (self.turned_scale, self.turned_scaling),
+            (self.score_scale, self.score_scaling),
+        ):
+            number = op.number(factor, 1.0)
+            if spelling == "quotient":
+                number = 1 / number if number else math.inf
+            scale *= number
         if not 0 < scale < math.inf:
             raise Decline(f"the scores are scaled by {scale:g}; the operator takes what is above 0")
         return scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import onnx_ir
 
@@ -13,6 +13,7 @@ from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
 from passopt.passes.fusion.attention_masks import alibi_mask, split_alibi, visible_mask
 from passopt.passes.fusion.attention_parts import Parts
+from passopt.passes.fusion.cache_lengths import lengths_of_parts, shape_of_joined
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter
 
@@ -27,7 +28,13 @@ class FuseAttention(RewritePass):
     Heads that share keys (GQA) are no longer repeated; without a cache, past and present are absent. Masked scores stay
     above the lowest number: for a row of nothing else, Attention gives 0, but softmax the mean of its values. A row
     of nothing but -inf, where softmax gives NaN, becomes 0.
+
+    Where a number such as -1e4 takes the place of scores, and another mask is added, as in GPT-2, a row that sees
+    nothing, such as one of padding, has a value that no operator gives. So that is declined unless the masks are
+    constants that prove otherwise; `hidden_rows=any` fuses it, and changes such rows.
     """
+
+    hidden_rows: Literal["exact", "any"] = "exact"
 
     name = "fuse-attention"
     accuracy = REASSOCIATED
@@ -40,11 +47,20 @@ class FuseAttention(RewritePass):
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
         return [
+            (self.shape_of_joined, self.rewrite_shape),
             (self.with_cache, self.rewrite_spelled_out),
             (self.without_cache, self.rewrite_spelled_out),
             (self.exported, self.rewrite_exported),
             (self.exported_without_cache, self.rewrite_exported),
         ]
+
+    def shape_of_joined(self, op: Any, past: Any, new: Any, along: Any, left: Any) -> Any:
+        """Match the shape of a grown cache, or of scores, from which a mask is made."""
+        return shape_of_joined(op, past, new, along, left)
+
+    def rewrite_shape(self, op: Rewriter, **found: Any) -> Any:
+        names = ("past", "new", "along", "joined", "shape", "left", "perm", "start", "end")
+        return lengths_of_parts(op, **{name: found[name] for name in names if found.get(name) is not None})
 
     def with_cache(self, op: Any, past_key: Any, key: Any, past_value: Any, value: Any, along: Any) -> Any:
         """Match attention to a KV cache that is joined with the keys and values of this step."""
@@ -81,26 +97,31 @@ class FuseAttention(RewritePass):
         parts = Parts.of(found)
         parts.check()
         scale, softcap = parts.total_scale(op), parts.softcap(op)
-        query, key, value, outputs = parts.query, parts.plain_key(op), parts.value, parts.outputs
+        query, key, value, outputs = parts.wide_query(op), parts.plain_key(op), parts.value, parts.outputs
+        parts.check_hidden_rows(op, self.hidden_rows)
         terms, floored = parts.bias_terms(op), parts.floor is not None
         alibi, others = split_alibi(op, terms, parts.heads)
         # AlibiAttention floors all scores alike. Without a floor, one of several masks may reach -inf and another not.
         if alibi is not None and (floored or len(others) < 2):
             if softcap:
                 raise Decline("caps the scores and adds an ALiBi bias; no operator does both")
-            inputs = (query, key, value, alibi.slopes, alibi.positions, alibi_mask(op, others, query), *parts.past)
+            beside = alibi_mask(op, others, parts.rows_and_columns(op, query))
+            inputs = (query, key, value, alibi.slopes, alibi.positions, beside, *parts.past)
             kind = ALIBI_ATTENTION if parts.cached else ALIBI_ATTENTION_NO_CACHE
             return op.node(kind, *inputs, outputs=outputs, domain=DOMAIN, scale=scale)
-        mask = visible_mask(op, terms, query, floored=floored)
+        mask = visible_mask(op, terms, parts.rows_and_columns(op, query), floored=floored)
         attributes = {"scale": scale, **({"softcap": softcap} if softcap else {})}
         if parts.widened is not None or parts.late_widened is not None:
             attributes["softmax_precision"] = onnx_ir.DataType.FLOAT.value
-        return op.Attention(query, key, value, mask, *parts.past, outputs=outputs, **attributes)
+        if not parts.narrows:
+            return op.Attention(query, key, value, mask, *parts.past, outputs=outputs, **attributes)
+        wide = op.CastLike(value, query)
+        return op.CastLike(op.Attention(query, key, wide, mask, **attributes), value)
 
 
 def attention(op: Any, keys: Any, values: Any) -> Any:
     """Return the pattern of softmax(q · kᵀ · scale + mask) · v, from [b, h, q, d] to [b, h, q, d], in all spellings."""
-    scores = _masked(op, _widened(op, _capped(op, _scaled(op, _products(op, keys)))))
+    scores = _masked(op, _widened(op, _capped(op, _scaled(op, "score", _early_biased(op, _products(op, keys))))))
     probabilities = op.Softmax(scores, axis=op.variable("axis"))
     guarded = op.optional("guard", probabilities, lambda p: op.Where(op.IsNaN(p), 0, p))
     narrowed = op.optional("narrowing", guarded, op.Cast)
@@ -108,15 +129,18 @@ def attention(op: Any, keys: Any, values: Any) -> Any:
 
 
 def _products(op: Any, keys: Any) -> Any:
-    """Return the pattern of q · kᵀ: torch scales both sides by √scale, other exporters the query alone."""
-    query = op.variable("query")
-    shared = _heads(op, "key", keys)
+    """Return the pattern of q · kᵀ: torch scales both sides by √scale, other exporters the query alone.
+
+    A side may be multiplied or divided, the keys also before they are turned.
+    """
+    shared = _scaled(op, "key", _heads(op, "key", keys))
     turned = op.any_of(
-        "key_layout", bhsd=op.Transpose(shared, perm=[0, 1, 3, 2]), bshd=op.Transpose(keys, perm=[0, 2, 3, 1])
+        "key_layout",
+        bhsd=op.Transpose(shared, perm=[0, 1, 3, 2]),
+        bshd=op.Transpose(keys, perm=[0, 2, 3, 1]),
+        bhds=shared,
     )
-    left = op.optional("query_scaling", query, lambda x: op.Mul(x, op.scalar("query_scale")))
-    right = op.optional("key_scaling", turned, lambda x: op.Mul(x, op.scalar("key_scale")))
-    return op.MatMul(left, right)
+    return op.MatMul(_scaled(op, "query", op.variable("query")), _scaled(op, "turned", turned))
 
 
 def _heads(op: Any, name: str, x: Any) -> Any:
@@ -130,10 +154,15 @@ def _repeated(op: Any, name: str, x: Any) -> Any:
     return op.Reshape(spread, op.anything(), bind=f"{name}_repeated")
 
 
-def _scaled(op: Any, x: Any) -> Any:
+def _scaled(op: Any, name: str, x: Any) -> Any:
     """Add an optional scale to the pattern, as a product or a quotient."""
-    factor = op.scalar("scale")
-    return op.any_of("scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), none=x)
+    factor = op.scalar(f"{name}_scale")
+    return op.any_of(f"{name}_scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), none=x)
+
+
+def _early_biased(op: Any, x: Any) -> Any:
+    """Add an optional bias to the pattern that is scaled with the scores, as a Conformer's relative positions are."""
+    return op.optional("early_biasing", x, lambda y: op.Add(y, op.variable("early_bias")))
 
 
 def _capped(op: Any, x: Any) -> Any:
@@ -154,15 +183,18 @@ def _widened(op: Any, x: Any) -> Any:
 def _masked(op: Any, x: Any) -> Any:
     """Add an optional bias (ALiBi) and an optional mask to the pattern, then the lowest number as an optional floor.
 
-    The mask is added, or chosen by a condition.
+    The mask is added, or chosen by a condition; GPT-2 chooses by one mask, and adds another.
     """
     biased = op.optional("biasing", x, lambda y: op.Add(y, op.variable("bias")))
     condition, low = op.variable("condition"), op.scalar("low")
+    shown, hidden = op.Where(condition, biased, low), op.Where(condition, low, biased)
     masked = op.any_of(
         "masking",
         added=op.Add(biased, op.variable("mask")),
-        shown=op.Where(condition, biased, low),
-        hidden=op.Where(condition, low, biased),
+        shown=shown,
+        hidden=hidden,
+        shown_added=op.Add(shown, op.variable("mask")),
+        hidden_added=op.Add(hidden, op.variable("mask")),
         none=biased,
     )
     floored = op.optional("flooring", masked, lambda y: op.Max(y, op.scalar("floor")))

@@ -55,17 +55,19 @@ class Snapshot:
         self._functions = {key: _function_key(function) for key, function in model.functions.items()}
         self._old_functions = dict(model.functions)
 
-    def finish(self, changed: onnx_ir.Model, author: str) -> PassResult:
+    def finish(self, changed: onnx_ir.Model, author: str, *, ignores_order: bool = False) -> PassResult:
         """Put back what the guest dropped from `changed`, and return the result of the pass.
 
         `modified` is true if the text of the model changed. `matches` counts the nodes that the guest made, changed or
-        removed.
+        removed. With `ignores_order`, a model whose lines only stand in another order counts as unchanged: a guest that
+        sorts the graph in its own way would change it for ever. Then `changed` must be another model than the old one.
         """
         complete_types(changed)
         complete_outputs(changed)
-        if print_model(changed, fold=False) == self.text:
-            return PassResult()
         self._restore_values(changed)
+        text = print_model(changed, fold=False)
+        if text == self.text or (ignores_order and sorted(text.split("\n")) == sorted(self.text.split("\n"))):
+            return PassResult()
         self._restore_functions(changed)
         changed.graph.metadata_props.update(
             {key: text for key, text in self._graph_metadata.items() if key not in changed.graph.metadata_props}

@@ -12,6 +12,7 @@ import onnxsim  # type: ignore[import-untyped]
 from passopt.ir.errors import PassError
 from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.framework.records import PassResult
+from passopt.passes.guests.foreign_names import hide_foreign_names, show_foreign_names
 from passopt.passes.guests.restore_metadata import Snapshot, take_over
 from passopt.passes.guests.weight_handles import (
     LOCATION,
@@ -24,9 +25,16 @@ from passopt.passes.guests.weight_handles import (
     without_defaults,
 )
 
-#: Optimizers that are left out: fusions into operators that later passes do not look for, and one that needs the
-#: numbers of weights.
-_SKIPPED = ("fuse_matmul_add_bias_into_gemm", "fuse_transpose_into_gemm", "fuse_qkv", "fuse_bn_into_conv")
+#: Optimizers that are left out: fusions into operators that later passes do not look for, one that needs the numbers
+#: of weights, and one that writes a 0 for a computed length in targets of Reshape. onnxsim's folding of constants is
+#: left out too: it gives computed shapes wrong lengths.
+_SKIPPED = (
+    "fuse_concat_into_reshape",
+    "fuse_matmul_add_bias_into_gemm",
+    "fuse_transpose_into_gemm",
+    "fuse_qkv",
+    "fuse_bn_into_conv",
+)
 _QUANTISATION = {"DequantizeLinear", "QuantizeLinear"}
 
 
@@ -50,7 +58,9 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     without_defaults(proto, defaults)
     interface = _interface(proto.graph)
     held = _hold_out(proto, quantised, author)
+    hide_foreign_names(proto)
     simplified = _call(proto, author, limit)
+    show_foreign_names(simplified)
     _put_back(simplified.graph, held)
     if _interface(simplified.graph) != interface:
         raise PassError(
@@ -60,12 +70,28 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     del simplified.metadata_props[:]  # onnxsim's list of changed nodes; passopt records in its own way what made a node
     changed = from_proto(simplified, handles)
     _name_new_values(changed, _value_names(model))
+    _name_nodes(changed, model)
+    _restore_shapes(changed, model)
     restore_defaults(changed, defaults)
     before.put_back_initializers(changed.graph)
-    result = before.finish(changed, author)
+    result = before.finish(changed, author, ignores_order=True)
     if result.modified:
         take_over(model, changed)
     return result
+
+
+def _restore_shapes(changed: onnx_ir.Model, model: onnx_ir.Model) -> None:
+    """Give inputs and outputs the shapes that they had, and drop all others.
+
+    onnxsim takes lengths for equal that are so only where nothing is broadcast; our own inference finds what is sure.
+    """
+    for node in changed.graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None
+    old = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for value in (*changed.graph.inputs, *changed.graph.outputs):
+        before = old[value.name]  # the names were compared before
+        value.type, value.shape = before.type or value.type, before.shape
 
 
 def _call(proto: onnx.ModelProto, author: str, limit: int) -> onnx.ModelProto:
@@ -73,7 +99,7 @@ def _call(proto: onnx.ModelProto, author: str, limit: int) -> onnx.ModelProto:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             simplified, valid = onnxsim.simplify(
-                proto, skipped_optimizers=list(_SKIPPED), tensor_size_threshold=f"{limit}B"
+                proto, skipped_optimizers=list(_SKIPPED), tensor_size_threshold=f"{limit}B", skip_constant_folding=True
             )
     except Exception as error:  # onnxsim raises whatever its C++ core, the checker or onnxruntime raise
         raise PassError(f"{author}: onnxsim failed with {type(error).__name__}: {error}") from error
@@ -149,8 +175,24 @@ def _name_new_values(model: onnx_ir.Model, old: set[str]) -> None:
             kind = producer.op_type.lower() if producer is not None else "constant"
             value.name = _unique(f"{hint}.{kind}", taken)
             old.add(value.name)
-            if producer is not None and len(producer.outputs) == 1:
-                producer.name = f"{hint}/{producer.op_type}"
+
+
+def _name_nodes(changed: onnx_ir.Model, model: onnx_ir.Model) -> None:
+    """Give nodes that were there before the names they had, and new ones names after their outputs; none twice.
+
+    onnxruntime refuses some models with two nodes of one name.
+    """
+    before = {value.name: node.name for node in model.graph.all_nodes() for value in node.outputs if value.name}
+    taken = {name for name in before.values() if name}
+    given: set[str] = set()
+    for node in changed.graph.all_nodes():
+        outputs = [value.name for value in node.outputs if value.name]
+        name = next((before[output] for output in outputs if output in before), None)
+        if outputs and outputs[0] in before and (not name or name not in given):
+            node.name = name
+        else:
+            node.name = _unique(f"{outputs[0] if outputs else 'node'}/{node.op_type}", taken)
+        given.add(node.name or "")
 
 
 def _unique(name: str, taken: set[str]) -> str:

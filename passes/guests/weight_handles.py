@@ -16,7 +16,7 @@ import onnx_ir
 from passopt.ir.errors import PassError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression, Literal, Source
-from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
+from passopt.ir.weights.lazy_weight import LazyWeight, is_large
 from passopt.ir.weights.sources import check_unchanged
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -83,7 +83,7 @@ def held_out(model: onnx_ir.Model, handles: Handles) -> Iterator[None]:
         for graph in model.graphs():
             for value in graph.initializers.values():
                 tensor = value.const_value
-                if tensor is not None and (isinstance(tensor, LazyWeight) or tensor.nbytes > SMALL_BYTES):
+                if tensor is not None and is_large(tensor):
                     saved.append((value, tensor))
                     value.const_value = handles.add(tensor)
         yield

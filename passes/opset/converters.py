@@ -7,156 +7,17 @@ place, so that its name, metadata and outputs stay, and may insert nodes before 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
 
 import numpy as np
 import onnx_ir
 
-from passopt.ir.errors import PassError
-from passopt.ir.graph.builder import Builder
-from passopt.ir.graph.provenance import set_provenance
+from passopt.passes.opset import image_converters as images
+from passopt.passes.opset.step import Step
 
-
-class Step:
-    """The conversion of one node from opset `version` - 1 to `version`; `fail` refuses it by raising PassError.
-
-    Args:
-        node: The node to convert.
-        version: The opset to reach.
-        place: The graph or function that holds the node.
-    """
-
-    def __init__(self, node: onnx_ir.Node, version: int, place: Place) -> None:
-        self.node = node
-        self.version = version
-        self.place = place
-
-    def fail(self, reason: str) -> NoReturn:
-        """Raise PassError, which says why the node cannot be converted."""
-        raise PassError(
-            f"legalize: {self.node.op_type} {self.node.name!r} cannot go from opset {self.version - 1} "
-            f"to {self.version}: {reason}"
-        )
-
-    def input(self, index: int) -> onnx_ir.Value | None:
-        """Return input number `index`; None if the node has no such input or it is absent."""
-        return self.node.inputs[index] if index < len(self.node.inputs) else None
-
-    def integer(self, name: str, default: int) -> int:
-        """Return an integer attribute, or the default if it is absent.
-
-        Raises:
-            PassError: If the attribute is a parameter of the function that holds the node, so its value is not known.
-        """
-        attribute = self.node.attributes.get(name)
-        if attribute is None:
-            return default
-        if attribute.is_ref():
-            self.fail(f"its attribute {name} is a parameter of the function that it stands in")
-        return attribute.as_int()
-
-    def set_input(self, index: int, value: onnx_ir.Value) -> None:
-        """Let the node read `value` as input number `index`, which it need not have had before."""
-        self.node.resize_inputs(max(len(self.node.inputs), index + 1))
-        self.node.replace_input_with(index, value)
-
-    def builder(self) -> Builder:
-        """Return a builder for nodes to insert with `before` or `after`."""
-        return Builder(self.version, self.place.unique, self.node.outputs[0].name or self.node.op_type)
-
-    def before(self, builder: Builder) -> None:
-        """Insert the nodes of `builder` before the node."""
-        self._adopt(builder)
-        self.node.prepend(builder.built.nodes)
-
-    def after(self, builder: Builder, result: onnx_ir.Value) -> None:
-        """Insert the nodes of `builder` after the node, and let them replace its first output.
-
-        Everything that read the output reads `result` instead, which takes over the output's name, type and shape.
-        """
-        self._adopt(builder)
-        target, inside = self.node.outputs[0], set(builder.built.nodes)
-        users = [(use.node, use.idx) for use in target.uses() if use.node not in inside]
-        self.node.append(builder.built.nodes)
-        graph = self.node.graph
-        assert graph is not None
-        for index, output in enumerate(graph.outputs):
-            if output is target:
-                graph.outputs[index] = result
-        for node, index in users:
-            node.replace_input_with(index, result)
-        result.type, result.shape = target.type or result.type, target.shape or result.shape
-        name = target.name or "value"
-        result.name, target.name = name, self.place.unique(f"{name}.inner")
-
-    def _adopt(self, builder: Builder) -> None:
-        assert not builder.built.initializers, "constants come from `constant`, which knows where they may stand"
-        for node in builder.built.nodes:
-            set_provenance(node, "legalize", [self.node])
-
-    def constant(self, name: str, array: np.ndarray[Any, np.dtype[Any]]) -> onnx_ir.Value:
-        """Return a constant that the node can read: an initializer, or the output of a Constant node in a function."""
-        return self.place.constant(name, array, self.node)
-
-    def attribute_to_input(self, name: str, index: int, dtype: Any = np.int64) -> None:
-        """Turn the attribute `name` into input `index`, a constant of `dtype`; do nothing if it is absent."""
-        attribute = self.node.attributes.pop(name, None)
-        if attribute is None:
-            return
-        if attribute.is_ref():
-            self.set_input(index, self._parameter(name, attribute))
-        else:
-            self.set_input(index, self.constant(name, np.asarray(attribute.value, dtype)))
-
-    def _parameter(self, name: str, attribute: onnx_ir.Attr) -> onnx_ir.Value:
-        """Return the value of a Constant node that holds an attribute parameter of the enclosing function."""
-        kinds = {onnx_ir.AttributeType.INTS: "value_ints", onnx_ir.AttributeType.FLOAT: "value_float"}
-        inner = onnx_ir.RefAttr(kinds[attribute.type], attribute.ref_attr_name or "", attribute.type)
-        node = onnx_ir.Node("", "Constant", [], [inner], name=self.place.unique(f"{self.node.name}/Constant"))
-        node.outputs[0].name = self.place.unique(name)
-        set_provenance(node, "legalize", [self.node])
-        self.node.prepend(node)
-        return node.outputs[0]
-
-
-class Place:
-    """The graph or function in which nodes are converted; it makes names and constants for all of them.
-
-    Args:
-        container: The graph or function.
-        unique: Returns its argument, or a name like it that nothing else has.
-    """
-
-    def __init__(self, container: onnx_ir.Graph | onnx_ir.Function, unique: Callable[[str], str]) -> None:
-        self.container = container
-        self.unique = unique
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], onnx_ir.Value] = {}
-
-    def constant(self, name: str, array: np.ndarray[Any, np.dtype[Any]], user: onnx_ir.Node) -> onnx_ir.Value:
-        """Return a constant for the node `user`.
-
-        Equal constants of a graph are one initializer. A function has no initializers, so there the constant is the
-        output of a new Constant node before `user`.
-        """
-        tensor = onnx_ir.tensor(array, name=name)
-        if isinstance(self.container, onnx_ir.Function):
-            attribute = onnx_ir.AttrTensor("value", tensor)
-            node = onnx_ir.Node("", "Constant", [], [attribute], name=self.unique(f"{user.name}/Constant"))
-            node.outputs[0].name = self.unique(name)
-            set_provenance(node, "legalize", [user])
-            user.prepend(node)
-            return node.outputs[0]
-        key = (str(array.dtype), array.shape, array.tobytes())
-        if key not in self._constants:
-            value = onnx_ir.Value(
-                name=self.unique(name),
-                shape=onnx_ir.Shape(array.shape),
-                type=onnx_ir.TensorType(tensor.dtype),
-                const_value=tensor,
-            )
-            self.container.register_initializer(value)
-            self._constants[key] = value
-        return self._constants[key]
+#: The lowest number of fp32, which was the default bound of a Clip.
+_LOWEST = -3.4028234663852886e38
+#: From this opset on, Reshape takes a 0 as an empty axis if it has the attribute allowzero.
+_OPSET_OF_ALLOWZERO = 14
 
 
 def axes_to_input(step: Step) -> None:
@@ -175,12 +36,64 @@ def count_outputs(step: Step) -> None:
         step.node.attributes["num_outputs"] = onnx_ir.AttrInt64("num_outputs", len(step.node.outputs))
 
 
+def bounds_to_input(step: Step) -> None:
+    """Turn the bounds of a Clip into inputs, as ONNX did in opset 11.
+
+    Without bounds, both operators clip to the finite numbers of the dtype; only for fp64 did the old one take fp32's.
+    """
+    if step.dtype("a bound") == onnx_ir.DataType.DOUBLE:
+        for name, bound in (("min", _LOWEST), ("max", -_LOWEST)):
+            step.node.attributes.setdefault(name, onnx_ir.AttrFloat32(name, bound))
+    for index, name in enumerate(("min", "max"), 1):
+        step.attribute_to_input(name, index, step.dtype("a bound").numpy())
+
+
+def padding_to_input(step: Step) -> None:
+    """Turn the lengths and the number of a Pad into inputs, as ONNX did in opset 11."""
+    dtype = step.dtype("the number that it pads with") if "value" in step.node.attributes else None
+    step.attribute_to_input("pads", 1)
+    if dtype is not None:
+        step.attribute_to_input("value", 2, dtype.numpy())
+
+
+def ranges_to_input(step: Step) -> None:
+    """Turn the bounds and axes of a Slice into inputs, as ONNX did in opset 10."""
+    for index, name in enumerate(("starts", "ends", "axes"), 1):
+        step.attribute_to_input(name, index)
+
+
+def count_to_input(step: Step) -> None:
+    """Turn the number of elements of a TopK into an input, as ONNX did in opset 10."""
+    step.attribute_to_input("k", 1, ndim=1)
+
+
+def renamed_scatter(step: Step) -> None:
+    """Call a Scatter ScatterElements, as ONNX does from opset 11 on."""
+    step.node.op_type = "ScatterElements"
+
+
+def axis_to_input(step: Step) -> None:
+    """Turn the axis of a DFT into an input, as ONNX did in opset 20; its default was 1 and is -2."""
+    step.node.attributes.setdefault("axis", onnx_ir.AttrInt64("axis", 1))
+    step.attribute_to_input("axis", 2)
+
+
+def unmasked(step: Step) -> None:
+    """Drop the mask of a Dropout, whose dtype changed in opset 10; refuse one that is used.
+
+    What it holds outside of training was not defined before opset 12, and is all True since.
+    """
+    used = [value.name for value in step.node.outputs[1:] if value.uses() or value.is_graph_output()]
+    if used:
+        step.fail(f"its mask {used[0]} is used, and is another one there")
+    step.node.resize_outputs(1)
+
+
 def ratio_to_input(step: Step) -> None:
     """Turn the ratio of a Dropout into an input, as ONNX did in opset 12; it drops nothing in inference anyway."""
-    dtype = step.node.inputs[0].dtype if step.node.inputs[0] is not None else None
-    if step.node.attributes.get("ratio") is not None and dtype is None:
-        step.fail(f"the dtype of {step.node.inputs[0]} is unknown, its ratio needs the same")
-    step.attribute_to_input("ratio", 1, dtype.numpy() if dtype is not None else np.float32)
+    unmasked(step)
+    if "ratio" in step.node.attributes:
+        step.attribute_to_input("ratio", 1, step.dtype("its ratio").numpy())
 
 
 def one_axis(step: Step) -> None:
@@ -189,24 +102,35 @@ def one_axis(step: Step) -> None:
     Before, it normalised over all axes from `axis` on. If that is more than the last axis, these axes are flattened
     into one before the node, and the shape is restored behind it.
     """
-    node, source = step.node, step.node.inputs[0]
-    assert source is not None
+    node, source = step.node, step.source()
     attribute = node.attributes.get("axis")
     axis = attribute if attribute is not None else onnx_ir.AttrInt64("axis", 1)
-    ndim = len(source.shape) if source.shape is not None else None
-    if not axis.is_ref() and axis.as_int() in {-1, None if ndim is None else ndim - 1}:
+    dims = source.shape.dims if source.shape is not None else None
+    if not axis.is_ref() and axis.as_int() in {-1, None if dims is None else len(dims) - 1}:
         node.attributes["axis"] = axis
         return
+    filled = dims is not None and all(isinstance(dim, int) and dim > 0 for dim in dims)
+    if not filled and step.target < _OPSET_OF_ALLOWZERO:
+        step.fail(
+            f"{source.name} of shape {source.shape} may have an empty axis, which a Reshape restores from opset "
+            f"{_OPSET_OF_ALLOWZERO} on only",
+            f"Go to that one at least: legalize{{opset={_OPSET_OF_ALLOWZERO}}}.",
+        )
     front = step.builder()
-    flat = front.Flatten(source)
-    front.built.nodes[-1].attributes["axis"] = axis
+    flat = front.Flatten(source, **({} if axis.is_ref() else {"axis": axis.as_int()}))
+    if axis.is_ref():
+        front.built.nodes[-1].attributes["axis"] = axis
+        flat.shape = None
     shape = front.Shape(source)
     step.before(front)
     node.replace_input_with(0, flat)
     node.attributes["axis"] = onnx_ir.AttrInt64("axis", -1)
     back = step.builder()
     inner = node.outputs[0]
-    step.after(back, back.Reshape(inner, shape))
+    restored = back.Reshape(inner, shape)
+    if not filled:
+        back.built.nodes[-1].attributes["allowzero"] = onnx_ir.AttrInt64("allowzero", 1)
+    step.after(back, restored)
     inner.shape = flat.shape
 
 
@@ -236,7 +160,9 @@ def scale_per_channel(step: Step) -> None:
     source, groups = step.node.inputs[0], step.integer("num_groups", 0)
     channels = source.shape[1] if source is not None and source.shape is not None and len(source.shape) > 1 else None
     if not isinstance(channels, int):
-        step.fail("the number of channels of its input is unknown")
+        step.fail(
+            "the number of channels of its input is unknown", "Give the input of the model a fixed number of them."
+        )
     for index in (1, 2):
         per_group = step.node.inputs[index]
         axes = step.constant("axes", np.array([1], np.int64))
@@ -259,11 +185,25 @@ def no_unsigned_zero_floats(step: Step) -> None:
 #: A function that converts the node of a step in place.
 Converter = Callable[[Step], None]
 
+#: Conversions that edit nothing and refuse some dtypes, so that the calls of a function that holds them are looked at.
+REFUSES_DTYPES = frozenset({("Erf", 13), ("CastLike", 24)})
+
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 
 #: The converter for each operator and the opset in which it changed.
 CONVERTERS: Mapping[tuple[str, int], Converter] = {
+    ("BatchNormalization", 9): images.statistics_per_channel,
+    ("Upsample", 9): images.scales_to_input,
+    ("Upsample", 10): images.upsample_to_resize,
+    ("Dropout", 10): unmasked,
+    ("Slice", 10): ranges_to_input,
+    ("TopK", 10): count_to_input,
+    ("Clip", 11): bounds_to_input,
+    ("Pad", 11): padding_to_input,
+    ("Resize", 11): images.asymmetric_resize,
+    ("Scatter", 11): renamed_scatter,
     ("Dropout", 12): ratio_to_input,
+    ("Resize", 13): images.scales_or_sizes,
     ("Softmax", 13): one_axis,
     ("LogSoftmax", 13): one_axis,
     ("Hardmax", 13): one_axis,
@@ -273,8 +213,11 @@ CONVERTERS: Mapping[tuple[str, int], Converter] = {
     ("Unsqueeze", 13): axes_to_input,
     ("Split", 13): sizes_to_input,
     ("BatchNormalization", 14): inference_only,
+    ("RoiAlign", 16): images.output_half_pixel,
     **{(f"Reduce{kind}", 18): axes_to_input for kind in _REDUCTIONS},
     ("Split", 18): count_outputs,
+    ("DFT", 20): axis_to_input,
+    ("GridSample", 20): images.renamed_modes,
     ("GroupNormalization", 21): scale_per_channel,
     ("Cast", 24): no_unsigned_zero_floats,
     ("CastLike", 24): no_unsigned_zero_floats,

@@ -13,11 +13,12 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import PassError, PassoptError
 from passopt.ir.graph.editor import Editor, discard
 from passopt.ir.graph.run_context import RunContext
 from passopt.ir.graph.shapes import complete_types
 from passopt.passes.framework.base import Decline
+from passopt.passes.framework.defects import NEXT_STEP, describe_site, failure
 from passopt.passes.framework.records import PassResult, RuleStatistics
 from passopt.passes.patterns.matcher import Match, Matcher
 from passopt.passes.patterns.mutation_guard import Untouched
@@ -95,8 +96,8 @@ class Driver:
         """Apply the rules until nothing matches, and return the counts.
 
         Raises:
-            PassError: If a rewrite returns something else than one value per root, or if the rules never come to an
-                end.
+            PassError: If a rewrite fails with an exception, returns something else than one value per root, or if the
+                rules never come to an end.
             VerifyError: If a rewrite changed the graph itself.
         """
         at = self._at
@@ -129,7 +130,12 @@ class Driver:
                 match = active.match(node)
                 if match is None or (self._budget is not None and self._budget.reached):
                     continue
-                made = self._rewrite(active, node, match)
+                try:
+                    made = self._rewrite(active, node, match)
+                except PassoptError:
+                    raise
+                except Exception as error:
+                    raise defect_of_rule(active.rule, node, error) from error
                 queue.extendleft(new for new in reversed(made) if (new.domain, new.op_type) in at)
                 if node.graph is None:
                     break
@@ -201,3 +207,18 @@ class Driver:
             )
         if self.result.matches > self._limit:
             raise PassError(f"{rule.where}: fired {self._limit} times on a graph of this size, last at {site!r}")
+
+
+def defect_of_rule(rule: Rule, node: onnx_ir.Node, error: Exception) -> PassError:
+    """Return the error to raise where the rewrite of a rule failed with an unexpected exception.
+
+    Args:
+        rule: The rule.
+        node: The node at which it matched.
+        error: The exception.
+
+    Returns:
+        An error that names the rule, the line that failed, and the place in the graph.
+    """
+    what = f"{rule.where}: {getattr(rule.rewrite, '__name__', 'rewrite')} {failure(error, rule.rewrite)}"
+    return PassError(f"{what}\nsite: {describe_site(node)}\n{NEXT_STEP}")

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from passopt.ir.errors import PassError
 from passopt.ir.graph.operators import COMMUTATIVE
+from passopt.passes.framework.defects import failure
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,7 +196,7 @@ class Tracer:
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         if not op_type[:1].isupper():
-            raise AttributeError(op_type)
+            raise AttributeError(f"op has no {op_type!r}; operators begin with a capital letter")
         return lambda *inputs, **keywords: self.node(op_type, *inputs, **keywords)
 
     def node(
@@ -305,13 +306,19 @@ def trace(method: Callable[..., Any], where: str) -> Pattern:
         The traced pattern.
 
     Raises:
-        PassError: If the method returns no output of an operator, does not use one of its parameters, takes `*args`
-            or `**kwargs`, or gives an operator something that cannot be an input.
+        PassError: If the method fails with an exception, returns no output of an operator, does not use one of its
+            parameters, takes `*args` or `**kwargs`, or gives an operator something that cannot be an input.
     """
     parameters = tuple(inspect.signature(method).parameters.values())[1:]
     loose = [item.name for item in parameters if item.kind in {item.VAR_POSITIONAL, item.VAR_KEYWORD}]
     names = [item.name for item in parameters if item.name not in loose]
-    returned = method(Tracer(where), *(Variable(name) for name in names))
+    try:
+        returned = method(Tracer(where), *(Variable(name) for name in names))
+    except PassError:
+        raise
+    except Exception as error:
+        name = getattr(method, "__name__", "pattern")
+        raise PassError(f"{where}: {name} {failure(error, method)}. Mend the pattern") from error
     if loose:
         raise PassError(f"{where}: pattern takes *{loose[0]}; name every variable")
     roots = tuple(returned) if isinstance(returned, Sequence) else (returned,)

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.errors import PassError
 from passopt.ir.gc_pause import collector_paused
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
@@ -52,8 +53,11 @@ class RewritePass(Pass):
         Returns:
             The root, which is the output of an operator and which the rewrite replaces. A sequence of several outputs
             makes several roots; each must share a value with those before it.
+
+        Raises:
+            PassError: If the pass does not define the method.
         """
-        raise NotImplementedError(f"{self.name} has no pattern")
+        raise PassError(f"{self.name} has no pattern: define pattern(self, op, …) on {type(self).__name__}")
 
     def rewrite(self, op: Any, *variables: Any) -> Any:
         """Build what replaces one match.
@@ -70,8 +74,9 @@ class RewritePass(Pass):
 
         Raises:
             Decline: If the rule does not apply to this match, with the reason.
+            PassError: If the pass does not define the method.
         """
-        raise NotImplementedError(f"{self.name} has no rewrite")
+        raise PassError(f"{self.name} has no rewrite: define rewrite(self, op, …) on {type(self).__name__}")
 
     def rules(self) -> Sequence[tuple[Callable[..., Any], Callable[..., Any]]]:
         """Return the (pattern, rewrite) pairs of the pass, which are tried in this order at every node.

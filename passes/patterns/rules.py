@@ -5,6 +5,7 @@ A rule is a pair of a pattern method and a rewrite method.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
@@ -12,10 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir
 
+from passopt.ir.errors import PassError
 from passopt.ir.graph.builder import Builder, TypesMemo
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.framework.base import Decline
+from passopt.passes.framework.defects import NEXT_STEP, failure
 from passopt.passes.patterns.language import Pattern, trace
 from passopt.passes.patterns.matcher import Match
 from passopt.passes.patterns.quick_tests import Constants
@@ -34,6 +37,9 @@ class RuleOwner(Protocol):
 
     def rules(self) -> Sequence[tuple[Callable[..., Any], Callable[..., Any]]]:
         """Return the pairs of pattern and rewrite methods, in the order in which they are tried."""
+
+    def __hash__(self) -> int:
+        """Return a hash: passes of equal options are equal, and their rules are traced once."""
 
 
 class Rewriter(Builder):
@@ -189,7 +195,21 @@ def rules_of(owner: RuleOwner) -> tuple[Rule, ...]:
     Raises:
         PassError: If a rule can never work.
     """
-    return tuple(Rule(owner, pattern, rewrite) for pattern, rewrite in owner.rules())
+    try:
+        hash(owner)
+    except TypeError:  # A pass with a list among its options cannot be remembered.
+        return _traced.__wrapped__(owner)
+    return _traced(owner)
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(owner: Any) -> tuple[Rule, ...]:
+    """Trace the rules of a pass once, however many models it runs on: equal passes have equal rules."""
+    try:
+        pairs = [(pattern, rewrite) for pattern, rewrite in owner.rules()]
+    except Exception as error:
+        raise PassError(f"{owner.name}: its rules {failure(error, type(owner).rules)}\n{NEXT_STEP}") from error
+    return tuple(Rule(owner, pattern, rewrite) for pattern, rewrite in pairs)
 
 
 def source_line(method: Callable[..., Any]) -> str:

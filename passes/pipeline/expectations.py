@@ -15,13 +15,16 @@ from passopt.passes.explain.report import explain_rest
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
 from passopt.passes.framework.suggestions import unknown_name
+from passopt.passes.pipeline.attention_sites import attentions, has_attention, unfused_attentions
 
 if TYPE_CHECKING:
     from passopt.passes.framework.records import PassRecord
 
-_TERM = r"(?:(?:\d+\s*\*\s*)?(?:num_layers|rotary_layers)|\d+)"
+#: What a count may be a multiple of; `Expectation` says what each of them is.
+_BASES = ("num_layers", "rotary_layers", "decoder_attentions", "attentions")
+_TERM = rf"(?:(?:\d+\s*\*\s*)?(?:{'|'.join(_BASES)})|\d+)"
 _EXPECTATION = re.compile(rf"\s*([a-z0-9-]+)\s*(==|>=|<=)\s*({_TERM}(?:\s*[+-]\s*{_TERM})*)\s*\Z")
-_SIGNED_TERM = re.compile(r"([+-]?)(?:(\d+)\*)?(num_layers|rotary_layers|\d+)")
+_SIGNED_TERM = re.compile(rf"([+-]?)(?:(\d+)\*)?({'|'.join(_BASES)}|\d+)")
 #: How many groups of similar misses the message of an unmet expectation shows.
 _GROUPS = 4
 
@@ -37,7 +40,10 @@ class Expectation:
     Attributes:
         name: The name of the pass.
         relation: "==", ">=" or "<=".
-        count: The text of N, without spaces: a sum of numbers and multiples of `num_layers` or `rotary_layers`.
+        count: The text of N, without spaces: a sum of numbers and multiples of `num_layers` (of a decoder),
+            `rotary_layers` (the same, or 0 without positions), `attentions` (those in one operator, and every softmax
+            that looks like one and is not) or `decoder_attentions` (the same for a decoder that passopt exported or
+            that has a cache, at least 1; 0 for any other graph).
     """
 
     name: str
@@ -65,9 +71,19 @@ class Expectation:
         """
         total = 0
         for sign, factor, base in _SIGNED_TERM.findall(self.count):
-            number = int(base) if base.isdigit() else self._layers(model, base)
+            number = int(base) if base.isdigit() else self._counted(model, base)
             total += (-1 if sign == "-" else 1) * int(factor or 1) * number
         return total
+
+    @property
+    def counts_attentions(self) -> bool:
+        """Return True if N depends on the attentions of the graph, so that those left over explain a miss."""
+        return "attentions" in self.count
+
+    def _counted(self, model: onnx_ir.Model, base: str) -> int:
+        if base == "decoder_attentions":
+            return max(1, attentions(model)) if has_attention(model) else 0
+        return attentions(model) if base == "attentions" else self._layers(model, base)
 
     def _layers(self, model: onnx_ir.Model, base: str) -> int:
         """Return the value of `num_layers` or `rotary_layers`.
@@ -78,7 +94,7 @@ class Expectation:
         layers = layer_count(model)
         if layers is None:
             raise UsageError(
-                f"{self} is expected, by --expect or by the pipeline, but {base} is unknown: the model has no inputs "
+                f"{self} is expected, by `expect` or by the pipeline, but {base} is unknown: the model has no inputs "
                 f"past.N.key and no weights named layers.N. If it is no decoder, name its passes, not the pipeline"
             )
         takes_positions = any(value.name == POSITION_IDS for value in model.graph.inputs)
@@ -104,10 +120,11 @@ def parse_expectation(text: str, known: Sequence[str]) -> Expectation:
     found = _EXPECTATION.match(text)
     if found is None:
         raise UsageError(
-            f"--expect {text!r}: write PASS==N, PASS>=N or PASS<=N, N a number or num_layers or 2*num_layers+1"
+            f"`expect`: {text!r} is no expectation; write PASS==N, PASS>=N or PASS<=N, N a number, 2*num_layers+1 or "
+            f"attentions"
         )
     if found[1] not in known:
-        raise UsageError(f"--expect {text}: " + unknown_name("pass of this pipeline", found[1], list(known)))
+        raise UsageError(f"`expect={text}`: " + unknown_name("pass of this pipeline", found[1], list(known)))
     return Expectation(found[1], found[2], re.sub(r"\s", "", found[3]))
 
 
@@ -127,7 +144,7 @@ class Watch:
         self._last = {item.name: index for index, item in enumerate(passes)}
         for expectation in expectations:
             if expectation.name not in self._last:
-                raise UsageError(f"--expect {expectation}: {expectation.name} is not in the pipeline")
+                raise UsageError(f"`expect={expectation}`: {expectation.name} is not in the pipeline")
         self._expectations = expectations
         self._order = passes
         self._reports: dict[Expectation, str] = {}
@@ -175,6 +192,11 @@ class Watch:
         report = self._reports.get(expectation)
         if report is None and makes and found < wanted:
             report = f"it held when {expectation.name} had run: a later pass took some away"
+        left = unfused_attentions(model) if expectation.counts_attentions else []
+        if left:
+            names = ", ".join(str(node.outputs[0].name) for node in left[:_GROUPS])
+            more = f" and {len(left) - _GROUPS} more" if len(left) > _GROUPS else ""
+            counted += f"; softmaxes between two products are left: {names}{more}"
         return f"expected {expectation}{meant}: {counted}" + (f"\n{report}" if report else "")
 
     def _found(self, expectation: Expectation, model: onnx_ir.Model, records: Sequence[PassRecord]) -> int:

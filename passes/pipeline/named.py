@@ -41,12 +41,13 @@ _CLEAN_UP = (
     "dead-code",
 )
 _ALIBI = ("dematerialize-alibi", "dematerialize-alibi-row")
-_FUSE = ("fuse-rms-norm", "fuse-rotary", "fuse-attention", "fold-constants", "cse", "dead-code")
+_NORMS_AND_ROTARY = ("fuse-rms-norm", "fuse-rotary")
+_TIDY = ("fold-constants", "cse", "dead-code")
 
 PIPELINES: Mapping[str, Pipeline] = {
     "baichuan2": Pipeline(
         "Fuse norms, rotary embedding and attention of Baichuan2; compute ALiBi from slopes and split q, k and v.",
-        (*_CLEAN_UP, *_ALIBI, "split-packed-qkv", *_FUSE),
+        (*_CLEAN_UP, *_ALIBI, "split-packed-qkv", *_NORMS_AND_ROTARY, "fuse-attention", *_TIDY),
         {"opset": "23"},
         (
             "fuse-rms-norm==2*num_layers+1",
@@ -55,10 +56,15 @@ PIPELINES: Mapping[str, Pipeline] = {
         ),
     ),
     "fuse": Pipeline(
-        "Fuse norms, rotary embedding and attention of any decoder.",
-        (*_CLEAN_UP, *_ALIBI, *_FUSE),
-        {"opset": "23"},
-        ("fuse-attention==num_layers",),
+        "Fuse norms, activations, rotary embedding and attention of any model.",
+        (
+            *(*_CLEAN_UP, *_ALIBI, "fuse-layer-norm", "fuse-gelu", *_NORMS_AND_ROTARY),
+            "fuse-attention{hidden_rows=$hidden_rows}",
+            *_TIDY,
+        ),
+        {"opset": "23", "hidden_rows": "exact"},
+        # A cache proves that there is attention. Of other graphs it is reported what was left, and not demanded.
+        ("fuse-attention>=decoder_attentions",),
     ),
     "tp": Pipeline(
         "Shard the weights for tensor parallelism, in one SPMD graph from which a model per rank is written.",

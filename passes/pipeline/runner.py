@@ -11,7 +11,9 @@ from passopt.ir.errors import PassError, PassoptError, VerifyError
 from passopt.ir.graph.interface import Interface
 from passopt.ir.graph.run_context import RewriteLimit, RunContext
 from passopt.ir.graph.verifier import verify_model
+from passopt.ir.serialization.domains import normalize_domains
 from passopt.passes.framework.base import Pass
+from passopt.passes.framework.defects import NEXT_STEP, describe_site, failure, node_at_work
 from passopt.passes.framework.records import PassRecord, PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.pipeline.expectations import Expectation, Watch
@@ -82,6 +84,7 @@ def run_passes(
             print([(record.name, record.result.matches) for record in records])
     """
     records: list[PassRecord] = []
+    normalize_domains(model)  # A model that was made in memory may still name the alias of the default domain.
     watch = Watch(expectations, passes)
     context = RunContext.of(model)
     context.times_rules, context.rewrite_limit = time_rules, rewrite_limit
@@ -117,10 +120,23 @@ def _run_one(item: Pass, model: onnx_ir.Model, records: Sequence[PassRecord]) ->
         return result
     except PassoptError as error:
         text = str(error) if str(error).startswith(item.name) else f"{item.name}: {error}"
-        error.args = (f"{text} ({_before(records)})",)
+        error.args = (_with_those_before(text, records),)
         raise
     except Exception as error:
-        raise PassError(f"{item.name}: failed with {type(error).__name__}: {error} ({_before(records)})") from error
+        raise PassError(_with_those_before(_defect_of_pass(item, error), records)) from error
+
+
+def _defect_of_pass(item: Pass, error: Exception) -> str:
+    """Return what to say of an exception that a pass did not mean to raise."""
+    node = node_at_work(error)
+    site = f"\nsite: {describe_site(node)}" if node is not None else ""
+    return f"{item.name}: {failure(error, type(item).run)}{site}\n{NEXT_STEP}"
+
+
+def _with_those_before(text: str, records: Sequence[PassRecord]) -> str:
+    """Add the passes that ran before to the first line of an error message."""
+    first, newline, rest = text.partition("\n")
+    return f"{first} ({_before(records)}){newline}{rest}"
 
 
 def _before(records: Sequence[PassRecord]) -> str:

@@ -13,9 +13,10 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from passopt.ir.errors import UsageError
-from passopt.passes.framework.base import Pass
-from passopt.passes.framework.catalog import catalog, pass_class
+from passopt.ir.errors import PassError, PassoptError, UsageError
+from passopt.passes.framework.base import REGISTERED, Pass
+from passopt.passes.framework.catalog import catalog, pass_class, unknown_pass
+from passopt.passes.framework.defects import failure
 from passopt.passes.framework.suggestions import unknown_name
 from passopt.passes.pipeline.named import PIPELINES, Pipeline
 
@@ -95,7 +96,7 @@ def parse_steps(text: str) -> tuple[Step, ...]:
     """Parse `a,b{key=value}` into steps; raise UsageError that points at the first character that does not fit."""
     steps, position = [], 0
     if not text.strip():
-        raise UsageError("the pipeline is empty; give passes such as --passes 'tp{degree=2},int8'")
+        raise UsageError("the pipeline is empty; give `passes`, such as 'tp{degree=2},int8'")
     while position < len(text):
         found = _STEP.match(text, position)
         if found is None:
@@ -153,33 +154,33 @@ def instantiate(step: Step) -> Pass:
         UsageError: If the pass or an option is unknown, a value is of the wrong type, or a value is missing for an
             option without a default.
     """
-    if step.name not in catalog():
-        from passopt.passes.framework.base import REGISTERED
-
-        if step.name not in REGISTERED:
-            raise UsageError(unknown_name("pass", step.name, [*catalog(), *PIPELINES, *REGISTERED], "passopt list"))
+    if step.name not in catalog() and step.name not in REGISTERED:
+        raise unknown_pass(step.name, PIPELINES)
     cls = pass_class(step.name)
     if not dataclasses.is_dataclass(cls):
         raise UsageError(
             f"{step.name}: {cls.__qualname__} is not a dataclass; decorate it with @dataclass(frozen=True)"
         )
-    types_of = typing.get_type_hints(cls)
+    try:
+        types_of = typing.get_type_hints(cls)
+    except Exception as error:  # an annotation names what its module does not have
+        raise PassError(f"{step.name}: the types of its options cannot be read: {error!r}") from error
     fields = {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
     values = {}
     for key, text in step.options:
         if key not in fields:
             raise UsageError(f"{step.name}: {unknown_name('option', key, list(fields))}")
         values[key] = _convert(step.name, key, text, fields[key])
+    needed = [field.name for field in dataclasses.fields(cls) if field.init and _has_no_default(field)]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise UsageError(f"{step.name}: needs a value for {', '.join(missing)}: {step.name}{{{missing[0]}=…}}")
     try:
         return cls(**values)
-    except TypeError:
-        needed = [field.name for field in dataclasses.fields(cls) if _has_no_default(field)]
-        missing = [name for name in needed if name not in values]
-        if not missing:
-            raise
-        raise UsageError(
-            f"{step.name}: needs a value for {', '.join(missing)}: {step.name}{{{missing[0]}=…}}"
-        ) from None
+    except PassoptError:
+        raise
+    except Exception as error:
+        raise PassError(f"{step}: making the pass {failure(error, cls.__init__)}") from error
 
 
 def _has_no_default(field: dataclasses.Field[Any]) -> bool:

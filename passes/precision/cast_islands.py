@@ -8,16 +8,15 @@ ALiBi biases and rotary angles. Weights take the dtype that their readers need.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx
 import onnx_ir
 
-from passopt.ir.dtypes import MODEL_FLOATS
-from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.ir.graph.operators import operators
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
+from passopt.passes.precision.cast_borders import Borders, is_alibi, is_float
 
 DataType = onnx_ir.DataType
 
@@ -31,6 +30,7 @@ class Kind(enum.Enum):
     WEIGHT = "weights and constants only"
     ROWS = "rows of a weight that indices pick: an embedding, or a table of angles"
     RANGE = "a range of a constant that lengths pick: a table of angles or biases"
+    KEPT = "what a node reads that keeps its dtypes"
 
 
 _CONSTANT = frozenset({Kind.WEIGHT, Kind.ROWS, Kind.RANGE})
@@ -51,18 +51,17 @@ _FOLLOWS = operators(
 _NARROWS = operators(
     "Attention Conv ConvTranspose DequantizeLinear Einsum Gemm LayerNormalization MatMul RMSNormalization",
 )
+#: Operators that ONNX defines by others, which take the dtype from this opset on only: Clip by Where, and the loss by
+#: NegativeLogLikelihoodLoss.
+_LATE_BODIES = {("Clip", DataType.BFLOAT16): 16, ("SoftmaxCrossEntropyLoss", DataType.BFLOAT16): 22}
+#: The attributes by which operators state the dtype of their output.
+STATED = ("to", "dtype", "output_dtype", "output_datatype")
 #: Operators that are moved to fp32 if their outputs are only read in fp32 and their inputs are read in fp32 anyway; one
 #: cast before them then replaces several behind them.
 _LIFTS = operators("Concat Neg Slice Split")
-#: passopt's own attention functions, and their inputs that are fp32 in a model of any dtype: slopes, positions, mask.
-_ALIBI = frozenset({ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE})
+#: The inputs of passopt's own attention functions that are fp32 in a model of any dtype: slopes, positions, mask.
 _ALIBI_WIDE = (3, 4, 5)
 _ROTARY = "RotaryEmbedding"
-
-
-def is_float(value: onnx_ir.Value | None) -> bool:
-    """Return True if the value has one of the dtypes that the pass casts: fp32, fp16 or bf16."""
-    return value is not None and value.dtype in MODEL_FLOATS
 
 
 def is_dtype_cast(node: onnx_ir.Node | None) -> bool:
@@ -108,11 +107,13 @@ class Islands:
         graph: The main graph.
         target: The dtype of the model: narrow, or fp32 to widen it.
         opset: The opset of the model, to tell which operators exist for `target`.
+        borders: What keeps the dtypes that it has.
     """
 
-    def __init__(self, graph: onnx_ir.Graph, target: DataType, opset: int) -> None:
+    def __init__(self, graph: onnx_ir.Graph, target: DataType, opset: int, borders: Borders) -> None:
         self.target = target
         self.opset = opset
+        self.borders = borders
         self._kinds: dict[onnx_ir.Value, Kind] = {}
         self._wide_tables: set[onnx_ir.Value] = set()
         self._biases: set[onnx_ir.Value] = set()
@@ -125,13 +126,19 @@ class Islands:
     def dtype(self, value: onnx_ir.Value) -> DataType:
         """Return the dtype that a computed value or graph input is to have."""
         value = uncast(value)
+        given = self.borders.given.get(value)
+        if given is not None:
+            return given
         kind = self.kind(value)
         wide = kind in {Kind.WIDE, Kind.POSITION} or (kind in _CONSTANT and value in self._wide_tables)
         return DataType.FLOAT if wide else self.target
 
     def wanted(self, node: onnx_ir.Node, index: int) -> DataType | None:
         """Return the dtype in which `node` must read input number `index`; None if it can read any."""
-        if node.domain == DOMAIN and node.op_type in _ALIBI:
+        kept = self.borders.read.get((node, index))
+        if kept is not None or node not in self._readers:
+            return kept
+        if is_alibi(node):
             return DataType.FLOAT if index in _ALIBI_WIDE else self.target
         if not node.domain and node.op_type in {"Shape", "Size", "Cast", "CastLike"}:
             return None
@@ -152,6 +159,10 @@ class Islands:
 
     def _sweep(self, node: onnx_ir.Node) -> None:
         """Classify a node and its outputs, whose inputs were classified before."""
+        if node in self.borders.nodes:
+            self._readers[node] = Kind.KEPT
+            self._kinds.update(dict.fromkeys(node.outputs, self._kept_kind(node)))
+            return
         kind = self._kind_of(node)
         self._readers[node] = kind
         for value in node.outputs:
@@ -159,6 +170,13 @@ class Islands:
                 self._kinds[value] = kind
         if kind == Kind.POSITION and self._makes_bias(node):
             self._biases.update(node.outputs)
+
+    def _kept_kind(self, node: onnx_ir.Node) -> Kind:
+        """Return the kind of what a node makes that keeps its dtypes: activations if it reads any, else positions."""
+        sources = self.borders.sources(node)
+        kinds = {self.kind(value) for value in sources}
+        opaque = any(not isinstance(value.type, onnx_ir.TensorType) and value.is_graph_input() for value in sources)
+        return Kind.NARROW if opaque or kinds & {Kind.NARROW, Kind.WIDE} else Kind.POSITION
 
     def _makes_bias(self, node: onnx_ir.Node) -> bool:
         """Return True if a node makes an ALiBi bias: positions times one number per head, or computed from such."""
@@ -171,10 +189,12 @@ class Islands:
         """Return the kind of what a node computes, and keep constants in fp32 that it combines with positions."""
         inputs = [value for value in node.inputs if value is not None]
         floats = [value for value in inputs if is_float(value)]
-        if node.domain == DOMAIN and node.op_type in _ALIBI:
+        if is_alibi(node):
             return Kind.NARROW
         if not node.domain and node.op_type in {"Cast", "CastLike"}:
             return self._cast_kind(inputs[0])
+        if not node.domain and not self._admits(node):
+            return self._excluded(floats)
         if node.op_type in _MOVES:
             return self._moved(node)
         if not floats:
@@ -187,8 +207,6 @@ class Islands:
         if Kind.POSITION in kinds and kinds <= {Kind.POSITION, Kind.WEIGHT, Kind.RANGE} and node.op_type != _ROTARY:
             self._widen(floats)
             return Kind.POSITION
-        if node.domain or not self._admits(node):
-            return Kind.WIDE
         if node.op_type == "Attention":
             return self._attention(node)
         if node.op_type in _FOLLOWS:
@@ -196,6 +214,14 @@ class Islands:
         if node.op_type == _ROTARY:
             self._widen(floats[1:])
         return Kind.NARROW if node.op_type in _NARROWS else Kind.WIDE
+
+    def _excluded(self, floats: Sequence[onnx_ir.Value]) -> Kind:
+        """Return the kind of what an operator makes that the target dtype does not have; it reads and gives fp32."""
+        kinds = {self.kind(value) for value in floats}
+        if kinds & {Kind.NARROW, Kind.WIDE}:
+            return Kind.WIDE
+        self._widen(floats)
+        return Kind.POSITION
 
     def _cast_kind(self, source: onnx_ir.Value) -> Kind:
         """Return the kind of integers that are cast to a floating dtype.
@@ -304,11 +330,25 @@ class Islands:
             work += [uncast(item) for item in node.inputs if is_float(item) and item is not None]
 
     def _admits(self, node: onnx_ir.Node) -> bool:
-        """Return True if ONNX defines the operator for the target dtype."""
+        """Return True if ONNX defines the operator for the target dtype in all its floating inputs and outputs."""
         name = f"tensor({onnx.TensorProto.DataType.Name(self.target.value).lower()})"
         schema = onnx.defs.get_schema(node.op_type, self.opset, "")
-        formals = [*schema.inputs[: len(node.inputs)], *schema.outputs[: len(node.outputs)]]
-        return all(name in formal.types for formal in formals if "tensor(float)" in formal.types)
+        read = _formals(node.inputs, schema.inputs)
+        given = _formals(node.outputs, schema.outputs)
+        if not all(name in formal.types for formal in (*read, *given)):
+            return False
+        if self.opset < _LATE_BODIES.get((node.op_type, self.target), 0):
+            return False
+        # An output whose dtype neither inputs nor attributes state has a dtype of its own, as the mean of a norm has.
+        follows = {formal.type_str for formal in read}
+        return any(key in schema.attributes for key in STATED) or all(one.type_str in follows for one in given)
+
+
+def _formals(
+    values: Sequence[onnx_ir.Value | None], formals: Sequence[onnx.defs.OpSchema.FormalParameter]
+) -> list[onnx.defs.OpSchema.FormalParameter]:
+    """Return the formal parameters of the floating values; further values belong to the last, which is variadic."""
+    return [formals[min(index, len(formals) - 1)] for index, value in enumerate(values) if is_float(value)]
 
 
 def fits(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: DataType) -> bool:

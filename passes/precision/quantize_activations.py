@@ -13,7 +13,7 @@ import onnx_ir
 
 from passopt.ir.graph.linears import LARGEST_CODE, LinearWeight, QuantizedRows, find_weight, quantized_rows_of
 from passopt.ir.weights.expressions import DataType
-from passopt.passes.framework.accuracy import lossy
+from passopt.passes.framework.accuracy import QualityBar, lossy
 from passopt.passes.framework.base import Decline
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -41,7 +41,8 @@ class QuantizeActivations(RewritePass):
     after = ("quantize-weights",)
     makes: ClassVar[tuple[str, ...]] = ("MatMulInteger",)
     #: A code is off by at most 1/254 of the row's largest element, and roundings cancel in a sum over channels.
-    accuracy = lossy(3e-2)
+    #: The same trained model with both passes: KL 0.03, 0.18 at 99 %, top-1 0.90.
+    accuracy = lossy(3e-2, bar=QualityBar(kl=0.06, kl99=0.36, top1=0.86))
 
     activations: Literal["dynamic", "none"] = "dynamic"
 

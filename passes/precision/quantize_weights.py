@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import onnx_ir
 
-from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES
+from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES, OPSET_OF_SCALES_PER_CHANNEL
 from passopt.ir.errors import PassError
-from passopt.ir.graph.builder import Builder
+from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.lm_head import is_head
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import is_checkpoint_weight
-from passopt.passes.framework.accuracy import lossy
+from passopt.passes.framework.accuracy import QualityBar, lossy
 from passopt.passes.framework.base import Decline
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter
+from passopt.passes.precision.inline_weights import content_of, inline_weights_as_lazy
 
 #: The dtypes that DequantizeLinear takes as scales. Weights of other dtypes, such as double, stay as they are.
 _LINEARS = frozenset({"MatMul", "Gemm"})
@@ -33,28 +35,35 @@ class QuantizeWeights(RewritePass):
     A weight [in, out] of a MatMul, and the weight of a Gemm, whose bias becomes an Add, are stored in the same way:
     codes are always [out, in]. Embedding and head stay as they are unless the options include them. An embedding
     becomes ``Gather(codes) · Gather(scales)``, since a table behind a DequantizeLinear would be dequantised whole at
-    every step.
+    every step. Weights inside of model.onnx, in Constant nodes and behind Identity, Cast or Transpose are quantised
+    like those of a checkpoint, and a weight that several linears share is stored once.
     """
 
     name = "quantize-weights"
     after = ("fold-norm-head", "split-packed-qkv")
     #: A code is off by at most 1/254 of its channel's largest weight; a product with normally distributed weights is
     #: off by about 1 %.
-    accuracy = lossy(2e-2)
+    #: A trained model of 135M parameters, which suffers more than large ones: KL 0.003, 0.019 at 99 %, top-1 0.97.
+    accuracy = lossy(2e-2, bar=QualityBar(kl=0.01, kl99=0.06, top1=0.94))
 
     embedding: bool = False
     head: bool = False
 
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Quantise weights in place; raise PassError if the opset does not allow scales in the dtype of the weights."""
+        with inline_weights_as_lazy(Editor(model, self.name)):
+            self._check_opset(model)
+            return super().run(model)
+
+    def _check_opset(self, model: onnx_ir.Model) -> None:
+        """Raise PassError if DequantizeLinear of the model's opset does not take scales in the weights' dtype."""
         opset = model.graph.opset_imports.get("", 0)
         half = [v.name for v in model.graph.initializers.values() if is_checkpoint_weight(v) and _is_half(v.dtype)]
         if half and opset < OPSET_OF_HALF_SCALES:
             raise PassError(
                 f"{self.name}: {half[0]} and {len(half) - 1} more weights are 16-bit; DequantizeLinear takes such "
-                f"scales from opset {OPSET_OF_HALF_SCALES} on, this model has {opset}. Export it at a later opset."
+                f"scales from opset {OPSET_OF_HALF_SCALES} on, this model has {opset}. Run legalize first."
             )
-        return super().run(model)
 
     def rules(self) -> Sequence[tuple[Any, Any]]:
         """Return one rule for each way in which a graph reads a weight."""
@@ -119,9 +128,8 @@ class QuantizeWeights(RewritePass):
             raise Decline(f"{w.name} is not a floating matrix")
         if not self.embedding:
             raise Decline(f"{w.name} is an embedding; int8{{embedding=true}} includes it")
-        codes, scales = op.weight(w).quantize(0)
-        rows = op.Gather(op.initializer(f"{w.name}.codes", codes), ids, axis=0)
-        factor = op.Gather(op.initializer(f"{w.name}.scales", scales), ids, axis=0)
+        codes, scales = _stored(op, w.name, op.weight(w))
+        rows, factor = op.Gather(codes, ids, axis=0), op.Gather(scales, ids, axis=0)
         return op.Mul(op.Cast(rows, to=w.dtype.value), op.Unsqueeze(factor, [-1]))
 
     def _linear_weight(self, op: Any, w: Any, operand: onnx_ir.Value, *, is_turned: bool) -> Expression:
@@ -145,13 +153,22 @@ def _reads_columns(node: onnx_ir.Node, operand: onnx_ir.Value, is_turned: bool) 
     return node.op_type in _LINEARS and node.inputs[1] is operand and turned == is_turned
 
 
-def _dequantized(op: Builder, name: str | None, weight: Expression) -> Any:
+def _dequantized(op: Rewriter, name: str | None, weight: Expression) -> Any:
     """Return the DequantizeLinear of a weight's codes [out, in], with one scale per row.
 
     There is no zero point, since the codes are symmetric.
     """
-    codes, scales = weight.quantize(0)
-    return op.DequantizeLinear(op.initializer(f"{name}.codes", codes), op.initializer(f"{name}.scales", scales), axis=0)
+    if op.opset < OPSET_OF_SCALES_PER_CHANNEL:
+        needed = OPSET_OF_SCALES_PER_CHANNEL
+        raise Decline(f"one scale per channel needs opset {needed}, this model has {op.opset}; run legalize first")
+    return op.DequantizeLinear(*_stored(op, name, weight), axis=0)
+
+
+def _stored(op: Rewriter, name: str | None, weight: Expression) -> list[onnx_ir.Value]:
+    """Return the codes and scales of a weight's rows, which all that read the same bytes of a file share."""
+    parts = zip(("codes", "scales"), weight.quantize(0), strict=True)
+    content = content_of(weight)
+    return [op.shared((kind, content), partial(op.initializer, f"{name}.{kind}", part)) for kind, part in parts]
 
 
 def _is_half(dtype: onnx_ir.DataType | None) -> bool:

@@ -24,13 +24,13 @@ def local_dims(state: Propagation, node: onnx_ir.Node) -> Spec:
     Raises:
         Conflict: If such a length is computed with in a way that cannot be followed.
     """
-    found = elements(node.outputs[0])
+    found, dtype = elements(node.outputs[0]), node.outputs[0].dtype
     local = [index for index in range(len(node.inputs)) if isinstance(state.spec(node, index), LocalDims)]
+    # A value that was cast to floats or booleans and back may hold another number.
+    if local and dtype is not None and dtype not in _INTEGERS:
+        raise Conflict("computes with the length of a sharded axis, which is no longer an integer")
     if found is None or (local and (None in found or ndim_of(node.outputs[0]) > 1)):
         raise Conflict("computes with the length of a sharded axis in a way that cannot be followed")
-    # A value that was cast to floats or booleans and back may hold another number.
-    if any(value is not None and value.dtype not in _INTEGERS for value in (node.inputs[index] for index in local)):
-        raise Conflict("computes with the length of a sharded axis, which is no longer an integer")
     positions = set()
     for position, item in enumerate(found):
         if isinstance(item, DimOf):

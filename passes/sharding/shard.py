@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import onnx_ir
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import PassError, UsageError
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.shapes import complete_types
@@ -41,14 +41,14 @@ class Shard(Pass):
     pad: bool = False
 
     def run(self, model: onnx_ir.Model) -> PassResult:
-        """Shard the model in place; raise PassError if it cannot be sharded, or not with this degree."""
+        """Shard the model in place; raise PassError if it cannot be sharded, UsageError for a wrong degree."""
         present = degree_of(model)
         if present == self.degree:
             return PassResult()
         if present != 1:
-            raise PassError(f"{self.name}: the model is sharded already, degree {present}, asked for {self.degree}")
+            raise UsageError(f"{self.name}: the model is sharded already, degree {present}, asked for {self.degree}")
         if self.degree < 1:
-            raise PassError(f"{self.name}: degree {self.degree} is not a positive number")
+            raise UsageError(f"{self.name}: degree {self.degree} is not a positive number")
         complete_types(model)
         state = propagate(model)
         plan = plan_of(state)
@@ -67,7 +67,7 @@ class Shard(Pass):
             return
         reasons = "; ".join(f"{group.units} units of {group.example}" for group in blockers)
         legal = ", ".join(map(str, plan.legal_degrees)) or "none"
-        raise PassError(
+        raise UsageError(
             f"{self.name}: degree {self.degree} does not divide {reasons}. Legal degrees: {legal}; "
             f"or pad with zeros: tp{{degree={self.degree},pad=true}}"
         )

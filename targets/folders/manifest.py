@@ -17,6 +17,7 @@ import onnx_ir
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.collectives import Collective
 from passopt.ir.graph.decoder import degree_of
+from passopt.ir.json_text import read_json
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 MANIFEST_NAME = "manifest.json"
@@ -80,7 +81,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.exists():
         raise ModelError(f"{directory}: has no {MANIFEST_NAME}; name an output folder of passopt")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = read_json(path)
         version = body.pop("manifest")
         if version != _VERSION:
             raise ModelError(

@@ -22,6 +22,9 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: it raises anyway.
 _FATAL_ONLY = 4
 
+#: Words in the names of onnxruntime's types that numpy does not hold.
+_NARROW = ("float8", "float4", "int4", "int2", "float6")
+
 
 class Session:
     """One model, loaded into onnxruntime.
@@ -76,6 +79,11 @@ class Session:
                 raise ModelError(f"onnxruntime refuses the model: {_first_line(error)}") from error
         self.inputs = {value.name: value.type for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def leave_out_narrow(self) -> None:
+        """Drop the outputs of types that numpy does not hold: those of less than 8 bits, and 8-bit floats."""
+        types = {value.name: value.type for value in self._session.get_outputs()}
+        self.outputs = [name for name in self.outputs if not any(word in types[name] for word in _NARROW)]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model once and return all outputs by name.

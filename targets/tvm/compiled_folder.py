@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import blake3
 
 from passopt.ir.errors import ModelError
+from passopt.ir.json_text import read_json
 from passopt.ir.weights.safetensors_header import read_header
 from passopt.targets.folders.digests import root_digest
 
@@ -202,7 +203,7 @@ def read_library(directory: Path) -> Library | RankFolders:
     if not path.is_file():
         raise ModelError(f"{directory}: has no {LIBRARY_NAME}; name a folder that `passopt compile` has written")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = read_json(path)
         digest = body.pop("digest", None)
         version = body["version"]
         if version != _VERSION:

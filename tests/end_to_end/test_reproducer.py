@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,10 +12,12 @@ import onnxruntime
 import pytest
 
 from passopt.cli import main
+from passopt.ir.graph.provenance import MODULE, SOURCE
 from passopt.ir.serialization.model_files import load_model, save_materialized
 from passopt.ir.serialization.text import print_model
 from passopt.passes.framework import base
 from passopt.passes.framework.base import Pass
+from passopt.passes.framework.defects import NEXT_STEP
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.testing.checking import read_model
@@ -156,6 +159,51 @@ def test_any_failure_of_a_pass_leaves_a_reproducer(model, registered, capsys, tm
     assert run(capsys, "replay", folder)[0] == 1
     registered(failing(lambda model: None))
     assert run(capsys, "replay", folder)[0] == 0
+
+
+class Faulty(RewritePass):
+    """A rule that fails in its pattern or in its rewrite."""
+
+    def pattern(self, op, x, y):
+        if self.name == "faulty-pattern":
+            return op.Relu(x.missing)
+        return op.Relu(op.Sub(x, y))
+
+    def rewrite(self, op, x, y):
+        return op.Relu(op.Sub(x, y.shape[5]))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "error", "code"),
+    [
+        ("faulty-rewrite", "rewrite", "IndexError", "return op.Relu(op.Sub(x, y.shape[5]))"),
+        ("faulty-pattern", "pattern", "AttributeError", "return op.Relu(x.missing)"),
+    ],
+)
+def test_a_defect_of_a_rule_names_rule_line_and_site(model, registered, capsys, tmp_path, name, method, error, code):
+    graph = load_model(model)
+    graph.graph[-1].metadata_props.update({MODULE: "layers.0.mlp", SOURCE: "modeling_x.py:12"})
+    folder = tmp_path / "named"
+    folder.mkdir()
+    save_materialized(graph, folder)
+    kind = dataclasses.dataclass(frozen=True)(type("Kind", (Faulty,), {"name": name}))
+    registered(kind)
+    arguments = ("run", folder, "--passes", name, "-o", tmp_path / "out")
+    found, _, message = run(capsys, *arguments)
+    assert found == 3
+    head, *rest = message.splitlines()
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    line = [text.strip() for text in lines].index(code) + 1
+    rule = f"{__file__}:{Faulty.pattern.__code__.co_firstlineno}"
+    assert head.startswith(f"passopt run: {name} ({rule}): {method} failed with {error}: ")
+    assert f", at {__file__}:{line}: `{code}`" in head
+    if method == "rewrite":
+        assert rest[0] == "site: Relu 'Relu_3', which makes out, modeling_x.py:12 in layers.0.mlp"
+        assert rest[1] == NEXT_STEP
+    assert f"passopt replay {tmp_path / 'out.reproducer'}" in message
+    assert "Traceback" not in message
+    assert run(capsys, "replay", tmp_path / "out.reproducer")[0] == 1
+    assert "Traceback (most recent call last)" in run(capsys, *arguments, "--traceback")[2]
 
 
 def test_what_stood_before_the_failing_pass_may_come_again_after_it(model, registered, capsys, tmp_path):

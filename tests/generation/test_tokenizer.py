@@ -133,7 +133,7 @@ def test_a_damaged_file_is_told(tmp_path: Path, name: str):
 
 
 def test_no_tokenizer_is_told(tmp_path: Path):
-    with pytest.raises(ModelError, match="--ids"):
+    with pytest.raises(ModelError, match="`ids`"):
         load_tokenizer(tmp_path)
 
 

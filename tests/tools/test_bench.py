@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-NAMES = ("rewriting", "weights", "peers", "compiled", "startup", "full-size")
+NAMES = ("rewriting", "weights", "peers", "compiled", "real", "startup", "full-size")
 
 
 def run(*arguments: str, program: str = "bench") -> subprocess.CompletedProcess[str]:
@@ -44,6 +44,7 @@ def test_programs_that_benches_start_are_files():
     """Check every path below tools/bench that a bench names as "….py"; a wrong one shows only when it is started."""
     started = {
         "compiled": ("candidates.py", "with_llama_cpp.py"),
+        "real": ("candidates.py",),
         "rewriting": ("candidates.py",),
         "weights": ("peer_candidates.py", "plain_copy.py"),
     }

@@ -21,6 +21,7 @@ from passopt.ir.relative_error import relative_error
 from passopt.ir.serialization.text import parse_model
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.passes.framework.accuracy import QualityBar
 from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
 from passopt.targets.onnxruntime.session import Session
@@ -29,6 +30,7 @@ from passopt.testing.decoders import DecoderSpec, tiny_decoder
 from passopt.verification import sliced_head
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
+from passopt.verification.divergence import divergence, judged_rows
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
 from passopt.verification.verify import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
@@ -50,6 +52,11 @@ def changed(change: Change, spec: DecoderSpec | None = None) -> onnx_ir.Model:
 
 def node_of(model: onnx_ir.Model, output: str) -> onnx_ir.Node:
     return next(node for node in model.graph if any(value.name == output for value in node.outputs))
+
+
+def outputs_of(report: VerifyReport) -> list[Row]:
+    """The rows of logits and cache."""
+    return [row for row in report.rows if row.output == "logits" or row.output.startswith(("present", "hidden"))]
 
 
 def failed(report: VerifyReport) -> set[str]:
@@ -96,9 +103,10 @@ def test_int8_is_compared_twice(options: VerifyOptions, degree: int, dtype: Data
     report = verify(tiny_decoder(spec), candidate, options=options)
     assert report.ok, report.to_text()
     worst = {
-        kind: max(row.error for row in report.rows if row.comparison.startswith(kind))
+        kind: max(row.error for row in outputs_of(report) if row.comparison.startswith(kind))
         for kind in (NUMPY_TWIN, ORIGINAL)
     }
+    assert report.verdict == "ok: lossy as declared (int8)"
     assert worst[NUMPY_TWIN] < (2e-3 if dtype == FP16 else 2e-6)
     assert 1e-3 < worst[ORIGINAL] < 1e-1
     assert any(row.output == "perplexity" and row.error > 0 for row in report.rows)
@@ -111,10 +119,11 @@ def test_dynamic_activations_are_compared_twice(options: VerifyOptions, dtype: D
     assert QuantizeActivations().run(candidate).modified
     report = verify(tiny_decoder(DecoderSpec(dtype=dtype)), candidate, options=options)
     assert report.ok, report.to_text()
-    assert any(note.startswith("int8 activations: outputs within 1e-01") for note in report.notes)
-    outputs = [row for row in report.rows if row.output not in {"perplexity", "top-1"}]
+    assert any(note.startswith("int8 activations: declared lossy") for note in report.notes)
+    assert report.verdict == "ok: lossy as declared (int8 activations)"
     worst = {
-        kind: max(row.error for row in outputs if row.comparison.startswith(kind)) for kind in (NUMPY_TWIN, ORIGINAL)
+        kind: max(row.error for row in outputs_of(report) if row.comparison.startswith(kind))
+        for kind in (NUMPY_TWIN, ORIGINAL)
     }
     assert worst[NUMPY_TWIN] < worst[ORIGINAL] / 2
     assert 1e-3 < worst[ORIGINAL] < 1e-1
@@ -131,6 +140,60 @@ def test_a_wrong_code_of_a_dynamic_linear_is_found() -> None:
     report = verify(tiny_decoder(), model, options=WHOLE)
     assert failed(report)
     assert {row.comparison for row in report.rows if not row.ok} == {ORIGINAL}
+
+
+@pytest.mark.parametrize("factor", [2.0, 1.1, 0.5])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "activations"])
+def test_one_wrong_scale_is_worse_than_declared(factor: float, dynamic: bool) -> None:
+    """On an untrained model it hardly moves the predictions, so the weights are compared, too."""
+    model = tiny_decoder(DecoderSpec(quantized=True))
+    name = "model.layers.1.mlp.up_proj.weight.scales"
+    scales = np.array(model.graph.initializers[name].const_value.numpy())  # type: ignore[union-attr]
+    scales[7] *= factor
+    model.graph.initializers[name].const_value = LazyWeight(Literal.of(scales), name)
+    if dynamic:
+        QuantizeActivations().run(model)
+    report = verify(tiny_decoder(), model)
+    assert not report.ok
+    assert report.costliest.startswith("model.layers.1.mlp.up_proj.weight, output channel 7: off by ")
+    assert report.verdict.startswith(f"FAILED: worse than declared (int8{' activations' if dynamic else ''}), ")
+    assert report.to_json()["costliest"] == report.costliest
+
+
+def test_a_layer_that_loses_most_is_named() -> None:
+    """Here the codes are those of the weights, and yet a layer loses the predictions."""
+
+    def blunt(model: onnx_ir.Model) -> None:
+        name = "model.layers.1.input_layernorm.weight"
+        value = model.graph.initializers[name]
+        array = np.array(value.const_value.numpy())  # type: ignore[union-attr]
+        value.const_value = LazyWeight(Literal.of(array * np.linspace(-9, 9, array.size, dtype=np.float32)), name)
+        head = model.graph.initializers["lm_head.weight"]
+        numbers = np.array(head.const_value.numpy())  # type: ignore[union-attr]
+        head.const_value = LazyWeight(Literal.of(numbers * 20), head.name)
+
+    reference = tiny_decoder()
+    head = reference.graph.initializers["lm_head.weight"]
+    head.const_value = LazyWeight(Literal.of(np.array(head.const_value.numpy()) * 20), head.name)  # type: ignore[union-attr]
+    report = verify(reference, changed(blunt, DecoderSpec(quantized=True)))
+    assert report.verdict.startswith("FAILED: worse than declared (int8), ")
+    assert report.costliest.startswith("layer 1, ")
+
+
+def test_divergence_of_distributions() -> None:
+    random = np.random.default_rng(0)
+    one = random.standard_normal((5, 7)).astype(np.float32)
+    other = random.standard_normal((5, 7)).astype(np.float32)
+    p, q = (np.exp(item) / np.exp(item).sum(-1, keepdims=True) for item in (one, other))
+    found = divergence([(one[:2], other[:2]), (one[2:], other[2:])])
+    assert found.kl == pytest.approx((p * np.log(p / q)).sum(-1), rel=1e-5)
+    assert found.top1 == (one.argmax(-1) == other.argmax(-1)).mean()
+    assert divergence([(one, one + 3)]).mean == pytest.approx(0, abs=1e-6), "a shift of all logits is no difference"
+    assert math.isnan(divergence([(one, one * np.nan)]).mean)
+    few = judged_rows("c", QualityBar(0.1, 0.5, 0.9), found, "text")
+    assert [row.judged for row in few] == [True, False, False]
+    many = judged_rows("c", QualityBar(0.1, 0.5, 0.9), divergence([(np.tile(one, (60, 1)),) * 2]), "random tokens")
+    assert [(row.judged, row.ok) for row in many] == [(True, True), (True, True), (False, True)]
 
 
 def test_twin_of_a_dynamic_linear_multiplies_numbers(tmp_path: Path) -> None:
@@ -221,7 +284,7 @@ def node_of_length(model: onnx_ir.Model) -> onnx_ir.Value:
 
 def test_a_mask_that_forgets_the_past_shows_with_a_cache_only() -> None:
     report = verify(tiny_decoder(), changed(forget_past))
-    assert failed(report) == {"decode with cache", "chunked prefill", "left padding, then decode"}
+    assert failed(report) == {"decode with cache", "chunked prefill", "left padding, then decode", "near the end, 48"}
 
 
 def test_swapped_ranks_show_in_the_cache() -> None:
@@ -319,22 +382,25 @@ def test_one_rank_of_many_is_refused() -> None:
 def test_the_report_has_one_line_per_scenario() -> None:
     report = verify(tiny_decoder(), tiny_decoder(DecoderSpec(quantized=True)), options=WHOLE)
     lines = report.to_text().splitlines()
-    for comparison in (NUMPY_TWIN, ORIGINAL):
+    for comparison, first, last in ((NUMPY_TWIN, [], []), (ORIGINAL, ["predictions"] * 3, ["codes"])):
         start = lines.index(f"{comparison}:")
         table = list(itertools.takewhile(bool, lines[start + 2 :]))
         assert [line.split("  ")[1] for line in table] == [
+            *first,
             "prefill 1",
             "prefill 7",
             "prefill 33",
             "left padding, then decode",
             "decode with cache",
             "chunked prefill",
+            "near the end, 48",
             "text",
+            *last,
         ]
-    assert lines[-1] == "ok"
+    assert lines[-1] == "ok: lossy as declared (int8)"
     assert VerifyReport(report.rows, report.notes).to_json()["ok"] is True
     bad = dataclasses.replace(report, rows=(*report.rows, Row(ORIGINAL, "x", "y", 1.0, 0.5)))
-    assert bad.to_text().endswith(f"FAILED: 1 of {len(bad.rows)} checks beyond tolerance")
+    assert bad.to_text().endswith(f"FAILED: worse than declared (int8), 1 of {len(bad.rows)} checks")
 
 
 # Parts

@@ -20,6 +20,7 @@ BENCHES = {
     "weights": ("weights.bench", "measure how fast full-size weights are written against the speed of the disk"),
     "peers": ("weights.peers", "measure how fast other tools write the same weights under a cap of memory"),
     "compiled": ("compiled.bench", "measure the speed of compiled models against other runtimes and the machine"),
+    "real": ("real.bench", "measure what the passes do to a trained model, against transformers"),
     "startup": ("startup", "measure how long passopt takes to start, against goals"),
     "full-size": ("full_size", "measure time, memory and exact bytes on the published sizes, without weights"),
 }

@@ -1,6 +1,6 @@
 """Set up the development environment: make .venv, install the pinned packages into it, and show the progress.
 
-    python tools/dev/install.py .venv '.[export,run,guests,fast,dev]'
+    python tools/dev/install.py .venv '.[export,gguf,run,guests,fast,dev]'
 
 This runs on the bare Python of the machine, before anything is installed. If it was interrupted or failed, the next
 call continues: an environment that does not work is made anew, and pip installs what is missing.

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import drift_peers
 from drift_row import BAICHUAN2
 from passopt.testing.families import CONFIGS
 
@@ -216,8 +217,8 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def document(table: str) -> str:
-    """Return the page docs/measured/drift.md around the table."""
+def document(table: str, peers: str) -> str:
+    """Return the page docs/measured/drift.md around the table, followed by the section on peers' graphs."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
     return f"""# Drift: what the fusions find in exported graphs
 
@@ -235,7 +236,7 @@ outputs and rows of a prefill with padding on the left, a chunk and cached decod
 The expected counts follow from each architecture and its configuration; 0 norms means that the family has layer norms
 instead. ✗ marks a part that was missed, numbers that changed, or a step that failed. Any ✗ makes `make drift` fail.
 
-{table}"""
+{table}{peers}"""
 
 
 def main() -> int:
@@ -257,9 +258,12 @@ def main() -> int:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     table = markdown(cells)
     print(json.dumps([cell.to_json() for cell in cells], indent=2) if options.json else table, end="")
+    peers = drift_peers.measure()
+    if not options.json:
+        print(drift_peers.section(peers), end="")
     if options.write:
-        Path(options.write).write_text(document(table), encoding="utf-8")
-    return 0 if all(cell.ok for cell in cells) else 1
+        Path(options.write).write_text(document(table, drift_peers.section(peers)), encoding="utf-8")
+    return 0 if all(part.ok for part in (*cells, *peers)) else 1
 
 
 if __name__ == "__main__":

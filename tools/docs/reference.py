@@ -20,7 +20,8 @@ from typing import Any
 import passopt
 from passopt.cli.main import COMMANDS, parser
 from passopt.passes.explain.diagrams import diagram
-from passopt.passes.framework.catalog import Entry, catalog, pass_class
+from passopt.passes.framework.catalog import catalog, pass_class
+from passopt.passes.framework.source_entries import Entry
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import rules_of
 

@@ -12,6 +12,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from passopt.ir.json_text import parse_json
+
 
 class Journal:
     """The finished tensors of an output, with their digests and overflows.
@@ -38,7 +40,7 @@ class Journal:
         """Take over the entries in `data`, and return whether they belong to this key and are readable."""
         end = data.rfind(b"\n") + 1
         try:
-            first, *rest = [json.loads(line) for line in data[:end].splitlines()]
+            first, *rest = [parse_json(line) for line in data[:end].splitlines()]
             if first != {"key": key}:
                 return False
             for entry in rest:

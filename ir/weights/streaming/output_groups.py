@@ -10,6 +10,7 @@ from pathlib import Path
 
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.raw_bytes import stored
 from passopt.ir.weights.safetensors_layout import Layout, layout_of
 from passopt.ir.weights.streaming.row_spans import Part, Span, base_of, in_order, is_by_columns, matrix_shape, spans_of
 
@@ -181,7 +182,7 @@ def schedule(files: Sequence[WeightFile]) -> list[Group]:
 
 
 def _output(index: int, file: WeightFile, name: str, offset: int) -> tuple[ex.Expression, Output]:
-    weight = file.weights[name]
+    weight = stored(file.weights[name], name)
     base = rows_of = weight.operand if isinstance(weight, ex.Pack) else weight
     spans = spans_of(rows_of, file.rank)
     if in_order(spans, base_of):

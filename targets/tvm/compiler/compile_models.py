@@ -6,7 +6,6 @@ The folder appears only when it is complete.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from passopt.ir.atomic_folders import JOURNAL_NAME, keep_only, resumable_directo
 from passopt.ir.dtypes import DTYPES, DataType
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.graph.decoder import INPUT_IDS, LENGTH_KEYS, LOGITS, decoder_of, degree_of, positions_of
+from passopt.ir.json_text import read_json
 from passopt.ir.serialization.model_files import WEIGHTS_NAME
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import small_constant
@@ -248,7 +248,7 @@ def check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
     if ids is None or len(ids) != 2 or any(isinstance(length, int) for length in ids):
         raise ModelError(
             f"input {INPUT_IDS} has shape {ids}, expected [batch, seq]: one library runs prefill and decode. "
-            f"Export with --phase merged."
+            f"Export with `phase=merged`."
         )
     pasts = {name: value for name, value in inputs.items() if name.startswith("past.")}
     kinds = {name: (value.shape and (value.shape[1], value.shape[3]), value.dtype) for name, value in pasts.items()}
@@ -310,8 +310,10 @@ def max_positions(model: onnx_ir.Model, companions: Path | None) -> int | None:
     path = companions / "config.json" if companions is not None else None
     if path is not None and path.is_file():
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_json(path)
         except ValueError as error:
             raise ModelError(f"{path}: is no JSON: {error}. Restore it, or remove it.") from error
+        if not isinstance(config, dict):
+            raise ModelError(f"{path}: is {type(config).__name__} instead of an object. Restore it, or remove it.")
         found += [int(config[key]) for key in LENGTH_KEYS if isinstance(config.get(key), int)]
     return min(found, default=None)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.regular_files import open_regular
 from passopt.targets.tvm.compiled_folder import CacheLayout, Library, RankFolders, read_library
 from passopt.targets.tvm.engine import virtual_machine
 from passopt.targets.tvm.engine.available_memory import check_caches, check_copy, no_room
@@ -358,7 +359,7 @@ def _check_target(folder: Path, library: Library) -> None:
     if library.target != "llvm":
         raise ModelError(
             f"{folder}: was compiled for {library.target} ({library.isa}), which was never run on a GPU: this "
-            f"release loads libraries for llvm. Compile the model without --target {library.target} to run it."
+            f"release loads libraries for llvm. Compile the model without `target={library.target}` to run it."
         )
 
 
@@ -367,13 +368,14 @@ def _check_cpu(folder: Path, library: Library) -> None:
     if missing:
         raise ModelError(
             f"{folder}: was compiled for {library.mcpu} ({library.isa}) and needs {', '.join(missing)}, which this CPU "
-            f"lacks. Compile the model on this machine, or with --mcpu for a CPU that has no more than this one."
+            f"lacks. Compile the model on this machine, or with `mcpu` for a CPU that has no more than this one."
         )
 
 
 def _check_code(path: Path, library: Library) -> None:
     try:
-        digest = blake3.blake3(path.read_bytes()).hexdigest()
+        with open_regular(path) as file:
+            digest = blake3.blake3(file.read()).hexdigest()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}. Compile the model again.") from error
     if digest != library.library.blake3:

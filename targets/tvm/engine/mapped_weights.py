@@ -26,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.json_text import parse_json, read_json
+from passopt.ir.regular_files import open_regular
 from passopt.ir.weights.safetensors_header import read_header_of
 from passopt.targets.tvm.compiled_folder import WeightsFile
 from passopt.targets.tvm.engine import virtual_machine
@@ -63,7 +65,7 @@ class WeightsMap:
         self._entry = entry
         with contextlib.ExitStack() as stack:
             try:
-                self._file = stack.enter_context(path.open("rb"))
+                self._file = stack.enter_context(open_regular(path))
                 self._open()
             except OSError as error:
                 raise ModelError(f"{path}: cannot be read: {error.strerror}. {_AGAIN}") from error
@@ -79,7 +81,7 @@ class WeightsMap:
         if blake3.blake3(header).hexdigest() != self._entry.header:
             raise ModelError(f"{self.path}: its header is not the one that was written (blake3 differs). {_AGAIN}")
         self._start = len(header)
-        self._tensors: Mapping[str, Any] = json.loads(header[8:])
+        self._tensors: Mapping[str, Any] = parse_json(header[8:])
         for name in self._entry.tensors:
             start, _ = self._place(name)
             if start % virtual_machine.ALIGNMENT:
@@ -128,7 +130,7 @@ class WeightsMap:
     def is_stamped(self) -> bool:
         """Return whether exactly this file was verified before."""
         try:
-            return bool(json.loads(self._stamp_path.read_text(encoding="utf-8")) == self._stamp())
+            return bool(read_json(self._stamp_path) == self._stamp())
         except (OSError, ValueError):
             return False
 
@@ -202,7 +204,7 @@ def _room(path: Path, nbytes: int) -> mmap.mmap:
     try:
         room = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"{path}: no memory for a copy of {nbytes:,} bytes; leave out --copy-weights") from error
+        raise UsageError(f"{path}: no memory for a copy of {nbytes:,} bytes; leave out `copy_weights`") from error
     with contextlib.suppress(OSError):  # Huge pages mean fewer pages to look up, but not every kernel has them.
         room.madvise(mmap.MADV_HUGEPAGE)
     return room

@@ -7,18 +7,17 @@ deleted as soon as all ranks have loaded; the memory itself stays mapped.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.reduction
 import platform
-import signal
 import sys
 import tempfile
+import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from passopt.ir.errors import ModelError, PassoptError, UsageError
 from passopt.targets.tvm.compiled_folder import Library, RankFolders, read_library
 from passopt.targets.tvm.engine.available_memory import check_caches, check_copy
 from passopt.targets.tvm.engine.cores import count_cores
-from passopt.targets.tvm.engine.engine import Engine, Ids, Logits, checked_capacity
-from passopt.targets.tvm.engine.shared_memory_collectives import Counters, Group, create_room
-from passopt.targets.tvm.engine.virtual_machine import runtime
+from passopt.targets.tvm.engine.engine import Ids, Logits, checked_capacity
+from passopt.targets.tvm.engine.rank_process import Job, serve
+from passopt.targets.tvm.engine.shared_memory_collectives import Counters, create_room
 from passopt.targets.tvm.machines import X86
 
 #: The seconds that a rank may lag behind the others, or that all ranks may go without progress.
@@ -40,7 +39,11 @@ TIMEOUT = 60.0
 #: that were never hashed before.
 _LOADING = 3600.0
 _MEMORY = Path("/dev/shm")
-_POLL = 0.5
+#: The seconds between two looks at the ranks. They notice by themselves if one of them lags behind, so all of them are
+#: given two such looks more than that before they are said to hang.
+_POLL = 0.2
+#: Larger messages than this may fill a pipe, and then wait for the rank to read, which a stopped one never does.
+_PIPE_BYTES = 1 << 15
 _Connection = multiprocessing.connection.Connection
 
 
@@ -105,7 +108,7 @@ class RankEngine:
         check_caches([library.cache for library in libraries], batch, capacity, copied=copied)
         share = max(1, threads // found.degree)
         jobs = [
-            _Job(path, rank, found.degree, share, verify_weights, copy_weights, timeout)
+            Job(path, rank, found.degree, share, verify_weights, copy_weights, timeout)
             for rank, path in enumerate(paths)
         ]
         engine = cls(libraries, _Processes(folder, jobs, timeout, progress))
@@ -177,19 +180,6 @@ class RankEngine:
         return logits
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """The arguments that the process of a rank is started with."""
-
-    folder: Path
-    rank: int
-    degree: int
-    threads: int
-    verify_weights: bool
-    copy_weights: bool
-    timeout: float
-
-
 def _libraries(outer: RankFolders, paths: Sequence[Path]) -> list[Library]:
     """Read the libraries of all ranks; raise ModelError unless they are from one run and in the order of ranks."""
     found: list[Library] = []
@@ -228,7 +218,7 @@ class _Processes:
     """The processes of all ranks, which are called all at once."""
 
     def __init__(
-        self, folder: Path, jobs: Sequence[_Job], timeout: float, progress: Callable[[int], None] | None
+        self, folder: Path, jobs: Sequence[Job], timeout: float, progress: Callable[[int], None] | None
     ) -> None:
         self._folder = folder
         self._timeout = timeout
@@ -242,7 +232,7 @@ class _Processes:
             for job in jobs:
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(theirs, job, Path(room)), name=f"rank{job.rank}", daemon=True
+                    target=serve, args=(theirs, job, Path(room)), name=f"rank{job.rank}", daemon=True
                 )
                 with _no_main_module():
                     process.start()
@@ -259,13 +249,23 @@ class _Processes:
         they are ended.
         """
         if self._lost is not None:
-            raise ModelError(f"{self._folder}: {self._lost}; load the model again")
-        try:
-            for pipe in self._pipes:
-                pipe.send((method, arguments))
-        except OSError:
-            pass  # `_collect` finds out which rank has ended.
+            raise ModelError(f"{self._about_folder(self._lost)}; load the model again")
+        message = bytes(multiprocessing.reduction.ForkingPickler.dumps((method, arguments)))
+        if len(message) <= _PIPE_BYTES:
+            self._send(message)
+        else:  # The thread ends when the message is read, or when the rank that does not read it is killed.
+            threading.Thread(target=self._send, args=(message,), daemon=True).start()
         return self._collect(method, self._timeout)
+
+    def _send(self, message: bytes) -> None:
+        """Send a message to all ranks; `_collect` finds out if one of them has ended."""
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send_bytes(message)
+
+    def _about_folder(self, text: str) -> str:
+        """Return a message that begins with the folder, once."""
+        return text if text.startswith(str(self._folder)) else f"{self._folder}: {text}"
 
     def close(self) -> None:
         """End the processes of all ranks; later calls raise ModelError."""
@@ -273,31 +273,42 @@ class _Processes:
         self._finalizer()
 
     def _collect(self, method: str, timeout: float, progress: Callable[[int], None] | None = None) -> Any:
+        replies: dict[int, tuple[PassoptError | None, Any]] = {}
         try:
-            replies = self._replies(method, timeout, progress)
+            self._receive(replies, method, timeout, progress)
         except BaseException as error:
-            self._lost = str(error) or "it was interrupted"
-            self._finalizer()
+            self._lose(str(error) or "it was interrupted", replies)
             raise
-        refused = [error for error, _ in replies if error is not None]
-        unchanged = method != "load" and len(refused) == len(replies)
+        refused = [error for error, _ in replies.values() if error is not None]
+        unchanged = method != "load" and len(refused) == len(self._pipes)
         if refused and not (unchanged and isinstance(refused[0], UsageError)):
             # Some ranks may have loaded nothing, be a step ahead, or be in the middle of a step. They no longer agree,
             # so they cannot be used any more.
-            self._lost = str(refused[0])
-            self._finalizer()
+            self._lose(str(refused[0]), replies)
         if refused:
             raise refused[0]
         return replies[0][1]
 
-    def _replies(
-        self, method: str, timeout: float, progress: Callable[[int], None] | None
-    ) -> list[tuple[PassoptError | None, Any]]:
-        """Wait for the replies of all ranks and return a pair (error, result) for each of them.
+    def _lose(self, why: str, replied: Collection[int]) -> None:
+        """End all ranks; those that did not reply are killed, since they may be stopped and never end by themselves."""
+        self._lost = why
+        for rank, process in enumerate(self._processes):
+            if rank not in replied and process.is_alive():
+                process.kill()
+        self._finalizer()
 
+    def _receive(
+        self,
+        replies: dict[int, tuple[PassoptError | None, Any]],
+        method: str,
+        timeout: float,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        """Wait for the replies of all ranks and add a pair (error, result) for each of them, in the order they come.
+
+        Once a rank fails, the others cannot go on without it, and only those that fail as well at once are waited for.
         Raises ModelError if a rank ends, or if no rank makes progress for `timeout` seconds.
         """
-        replies: dict[int, tuple[PassoptError | None, Any]] = {}
         moved, seen = time.monotonic(), self._counters.written()
         read = 0
         while len(replies) < len(self._pipes):
@@ -307,22 +318,22 @@ class _Processes:
                 with contextlib.suppress(EOFError, OSError):
                     replies[rank] = self._pipes[rank].recv()
                 if rank not in replies:
-                    raise ModelError(f"{self._folder}: {self._ended(rank)} during {method}; the other ranks were ended")
+                    text = f"{self._ended(rank)} during {method}; the other ranks were ended"
+                    raise ModelError(self._about_folder(text))
                 moved = time.monotonic()
             if progress and (reached := self._counters.bytes_read()) > read:
                 progress(reached - read)
                 read = reached
             now = self._counters.written()
             moved, seen = (time.monotonic() if now != seen else moved), now
-            # The ranks notice by themselves if one of them lags behind. Only the case that all stand still is found
-            # here, so this waits a little longer than they do.
+            failed = any(error is not None and not isinstance(error, UsageError) for error, _ in replies.values())
+            if failed and time.monotonic() - moved > _POLL:
+                return
             if time.monotonic() - moved > timeout + 2 * _POLL:
                 late = [rank for rank in range(len(self._pipes)) if rank not in replies]
                 names = ", ".join(map(str, late))
-                raise ModelError(
-                    f"{self._folder}: rank {names} gave no sign for {timeout:g} s during {method}; it hangs"
-                )
-        return [replies[rank] for rank in range(len(self._pipes))]
+                text = f"rank {names} gave no sign for {timeout:g} s during {method}; it hangs"
+                raise ModelError(self._about_folder(text))
 
     def _ended(self, rank: int) -> str:
         process = self._processes[rank]
@@ -342,51 +353,3 @@ def _end(pipes: Sequence[_Connection], processes: Sequence[Any], counters: Count
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def _serve(pipe: _Connection, job: _Job, room: Path) -> None:
-    """Run the process of one rank: load its library, then answer calls until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process, which ends the ranks.
-    group = Group(room, job.rank, job.degree, job.timeout)
-
-    def load() -> Engine:
-        group.register(runtime())
-        return Engine.load(
-            job.folder,
-            capacity=1,
-            threads=job.threads,
-            verify_weights=job.verify_weights,
-            copy_weights=job.copy_weights,
-            progress=functools.partial(group.counters.count_read, job.rank),
-            alone=False,
-        )
-
-    error, engine = _tried(load, group)
-    pipe.send((error, None))
-    while error is None or isinstance(error, UsageError):
-        try:
-            method, arguments = pipe.recv()
-        except (EOFError, OSError):
-            return
-        error, result = _tried(lambda: _answer(engine, job.rank, method, arguments), group)  # noqa: B023
-        pipe.send((error, result))
-
-
-def _answer(engine: Engine, rank: int, method: str, arguments: Sequence[Any]) -> Any:
-    result = getattr(engine, method)(*arguments)
-    if method == "allocate":
-        return engine.batch, engine.capacity
-    return result if rank == 0 else None  # All ranks have the same logits.
-
-
-def _tried(action: Callable[[], Any], group: Group) -> tuple[PassoptError | None, Any]:
-    """Run `action` and return (error, result), one of which is None.
-
-    Any failure becomes an error that can be sent through a pipe; unexpected ones say which rank failed.
-    """
-    try:
-        return None, action()
-    except PassoptError as error:
-        return group.failure or error, None
-    except Exception as error:
-        return group.failure or ModelError(f"rank {group.rank}: {type(error).__name__}: {error}"), None

@@ -24,7 +24,7 @@ from passopt.ir.serialization.text import parse_model, print_model
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, is_checkpoint_weight, small_constant
-from passopt.ir.weights.plan_file import PLAN_NAME
+from passopt.ir.weights.plan_file import PLAN_NAME, read_plan
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -281,7 +281,7 @@ def reference(tmp_path, model):
     ],
 )
 def test_a_plan_that_does_not_fit_its_model_is_refused(reference, change, message):
-    plan = dict(model_files.read_plan(reference / PLAN_NAME))
+    plan = dict(read_plan(reference / PLAN_NAME))
     change(plan)
     model_files.write_plan(reference / PLAN_NAME, plan)
     with pytest.raises(ModelError, match=message):

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from passopt.ir.errors import ModelError
-from passopt.ir.weights.expressions import DataType, Expression, Literal
+from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.output_groups import WeightFile
@@ -111,6 +111,14 @@ def test_no_weights_are_an_empty_file_of_the_format(tmp_path):
         assert not list(file.keys())
 
 
-def test_a_dtype_that_the_format_lacks_is_named():
-    with pytest.raises(ModelError, match="weight 'w' has dtype COMPLEX64, which safetensors does not hold"):
-        layout_of({"w": Expression(DataType.COMPLEX64, (2,))})
+def test_a_dtype_that_the_format_lacks_is_stored_as_bytes(tmp_path):
+    path, data = tmp_path / "w.safetensors", bytes(range(100))
+    weights = {"w": Literal(DataType.INT4, (10, 20), data), "v": Literal(DataType.FLOAT8E5M2, (50, 2), data)}
+    write_weight_files([WeightFile(path, weights)])
+    with safe_open(path, "numpy") as file:
+        assert file.get_tensor("w").tobytes() == file.get_tensor("v").tobytes() == data
+
+
+def test_such_a_weight_cannot_be_computed():
+    with pytest.raises(ModelError, match="weight 'w' is INT4, which can be copied but not cut"):
+        layout_of({"w": Literal(DataType.INT4, (10, 20), bytes(100)).slice(0, 0, 5)})

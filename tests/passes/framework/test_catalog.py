@@ -10,11 +10,13 @@ import textwrap
 
 import pytest
 
-from passopt.ir.errors import PassError, UsageError
+from passopt.cli import main
+from passopt.ir.errors import PassError, PluginWarning, UsageError
 from passopt.passes.framework import base
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.catalog import catalog, pass_class
 from passopt.passes.framework.records import PassResult
+from passopt.passes.pipeline.text import resolve
 
 LISTING = """
 import sys
@@ -125,23 +127,80 @@ def test_entry_points_are_read_without_importing_them(plugged, name):
     assert "dead-code" in catalog()
 
 
-def test_an_entry_point_with_the_name_of_another_pass_is_an_error(plugged):
+def test_an_entry_point_with_the_name_of_a_built_in_pass_is_left_out(plugged):
     plugged(name='name = "dead-code"')
-    with pytest.raises(
-        PassError, match=r"two passes are called 'dead-code': .*dead_code\.py:\d+ and .*plugged_passes\.py"
+    message = r"two passes are called 'dead-code': .*dead_code\.py:\d+ and .*plugged_passes\.py:\d+, which is left out"
+    with pytest.warns(PluginWarning, match=message):
+        assert catalog()["dead-code"].class_name == "RemoveDeadCode"
+
+
+def test_of_two_plug_ins_with_one_name_neither_is_taken(plugged, monkeypatch):
+    plugged()
+    (point,) = importlib.metadata.entry_points(group="passopt.passes")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point, point])
+    with pytest.warns(PluginWarning, match="two passes are called 'mine': .* uninstall one, or rename it"):
+        assert "mine" not in catalog()
+    with (
+        pytest.warns(PluginWarning),
+        pytest.raises(UsageError, match="the pass 'mine' cannot be used: two passes are called 'mine'"),
     ):
-        catalog()
+        resolve("mine")
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("no_such_module:Mine", "entry point 'mine' of passopt.passes names no_such_module, which cannot be found"),
-        ("plugged_passes:Other", r"entry point 'mine': .*plugged_passes\.py defines no pass 'Other' with a name"),
+        ("no_such_module:Mine", "no_such_module cannot be found"),
+        ("no_such_package.module:Mine", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("plugged_passes:Other", r"plugged_passes\.py defines no pass 'Other' with a name"),
         ("plugged_passes:Helper", "defines no pass 'Helper' with a name"),
+        ("not an entry point", "AttributeError"),
+        ("broken_syntax:Mine", r"SyntaxError: .*, .*broken_syntax\.py:2"),
+        ("broken_bytes:Mine", "UnicodeDecodeError"),
+        ("broken_package.passes:Mine", "ZeroDivisionError: division by zero"),
+        ("leaving_package.passes:Mine", "SystemExit: 1"),
     ],
 )
-def test_an_entry_point_that_names_no_pass_is_an_error(plugged, value, message):
+def test_a_plug_in_that_names_no_pass_is_one_warning(plugged, tmp_path, capsys, value, message):
+    (tmp_path / "broken_syntax.py").write_text("import dataclasses\nclass Mine(:\n    name = 'mine'\n")
+    (tmp_path / "broken_bytes.py").write_bytes(b"name = '\xff\xfe'")
+    for package, body in (("broken_package", "1 / 0"), ("leaving_package", "raise SystemExit(1)")):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(body)
+        (tmp_path / package / "passes.py").write_text("")
     plugged(value)
-    with pytest.raises(PassError, match=message):
-        catalog()
+    with pytest.warns(PluginWarning, match=f"plug-in mine .* is left out: .*{message}"):
+        assert "dead-code" in catalog()
+    with pytest.warns(PluginWarning), pytest.raises(UsageError, match=f"the pass 'mine' cannot be used: .*{message}"):
+        resolve("mine")
+    assert main(["list"]) == 0
+    printed = capsys.readouterr()
+    assert "dead-code" in printed.out
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"passopt list: warning: plug-in mine ({value}) is left out: ")
+    assert main(["explain", "mine"]) == 2
+    assert "the pass 'mine' cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            "raise ImportError('no such thing')",
+            r"importing plugged_passes failed with ImportError: no such .*passes\.py:6",
+        ),
+        ("import no_such_package", "importing plugged_passes failed with ModuleNotFoundError"),
+        ("", r"Mine \(.*plugged_passes\.py:\d+\) is no pass; derive it from passopt\.passes\.Pass"),
+    ],
+)
+def test_a_plug_in_that_fails_when_it_is_used_says_why(plugged, tmp_path, monkeypatch, body, message):
+    plugged()
+    monkeypatch.delitem(sys.modules, "plugged_passes", raising=False)
+    source = (tmp_path / "plugged_passes.py").read_text()
+    (tmp_path / "plugged_passes.py").write_text(
+        source.replace('raise RuntimeError("imported")', body).replace("needed: float", "needed: float = 1.0")
+    )
+    importlib.invalidate_caches()
+    with pytest.raises(UsageError, match=message):
+        resolve("mine{needed=2}")
+    monkeypatch.delitem(sys.modules, "plugged_passes", raising=False)

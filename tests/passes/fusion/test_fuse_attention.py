@@ -390,10 +390,32 @@ def test_declines_three_axes():
     assert any("the query query ['b', 'q', 4] does not have four axes" in key for key in result.declines)
 
 
-def test_declines_a_mask_without_columns_or_rows():
-    for dims in ("b,1,q,1", "t"):
-        reason = "does not have axes for queries and columns"
-        declined(reason, MASKED + END, HEAD.replace("b,1,q,t] mask", f"{dims}] mask"))
+@pytest.mark.parametrize("dims", ["b,1,q,1", "t", "1", "b,1,1,1", "q,1"])
+def test_a_mask_without_columns_or_rows(dims):
+    """A mask of one column adds the same to all scores, so it may hold anything."""
+    fused(MASKED + END, HEAD.replace("b,1,q,t] mask", f"{dims}] mask"), feeds={})
+
+
+@pytest.mark.parametrize(
+    ("b", "q", "t", "r", "c"), [(2, 4, 9, 4, 9), (2, 4, 9, 1, 9), (2, 4, 9, 4, 1), (1, 1, 1, 1, 1)]
+)
+def test_a_mask_with_lengths_of_its_own(b, q, t, r, c):
+    """The lengths of the mask may be 1 or those of the scores: both are right, whatever they are called."""
+    head = HEAD.replace("b,1,q,t] mask", "b,1,r,c] mask").replace("float[] y", "float[b,3,q,7] y")
+    fused(MASKED + END, head, feeds={}, lengths={"b": b, "q": q, "t": t, "r": r, "c": c})
+
+
+def test_a_mask_that_makes_rows_of_one_query():
+    head = HEAD.replace("b,1,q,t] mask", "b,1,r,t] mask")
+    for q, r in ((1, 5), (4, 4), (4, 1)):
+        fused(MASKED + END, head, feeds={}, lengths={"b": 2, "q": q, "t": 9, "r": r})
+
+
+@pytest.mark.parametrize("dims", ["a,1,q,t", "b,h,q,t", "5,1,q,t"])
+def test_declines_a_mask_that_may_make_batches_or_heads(dims):
+    head = HEAD.replace("b,1,q,t] mask", f"{dims}] mask").replace("float[b,3,q,4] query", "float[b,n,q,4] query")
+    head = head.replace("float[b,3,t,4] k", "float[b,n,t,4] k").replace("float[b,3,t,7] v", "float[b,n,t,7] v")
+    declined("may make more batches or heads", MASKED + END, head)
 
 
 @pytest.mark.parametrize(

@@ -409,7 +409,7 @@ def test_a_result_of_another_type_is_refused(rule, parsed, rewrite, message):
 def test_a_pass_without_pattern_or_rewrite_says_so(parsed):
     item = type("Empty", (RewritePass,), {})()
     item.name = "empty"
-    with pytest.raises(NotImplementedError, match="empty has no pattern"):
+    with pytest.raises(PassError, match="empty has no pattern: define pattern"):
         item.run(parsed(f"{X} => (float[3,5] out) {{ out = Neg(x) }}"))
 
 

@@ -10,6 +10,7 @@ from passopt.ir.serialization.text import parse_model, print_model
 from passopt.passes.cleanup.dead_code import RemoveDeadCode
 from passopt.passes.cleanup.fold_constants import FoldConstants
 from passopt.passes.framework.base import Decline, Pass
+from passopt.passes.framework.defects import NEXT_STEP
 from passopt.passes.framework.records import PassResult
 from passopt.passes.pipeline.instruments import Dump, PrintAfter, rule_table, summary_table
 from passopt.passes.pipeline.runner import run_passes
@@ -62,11 +63,6 @@ def fail(error):
         (PassError("wrong degree"), PassError, "mine: wrong degree (passes before it: dead-code, fold-constants)"),
         (PassError("mine: wrong"), PassError, "mine: wrong (passes before it: dead-code, fold-constants)"),
         (ModelError("no file"), ModelError, "mine: no file (passes before it: dead-code, fold-constants)"),
-        (
-            KeyError("w"),
-            PassError,
-            "mine: failed with KeyError: 'w' (passes before it: dead-code, fold-constants)",
-        ),
     ],
 )
 def test_errors_name_the_pass_and_those_before_it(model, error, kind, text):
@@ -74,6 +70,21 @@ def test_errors_name_the_pass_and_those_before_it(model, error, kind, text):
         run_passes(model, [RemoveDeadCode(), FoldConstants(), made("mine", fail(error))])
     assert str(found.value) == text
     assert found.value.exit_code == kind.exit_code
+
+
+def test_an_unexpected_error_names_the_line_and_the_node_at_work(model):
+    def run(model):
+        for node in model.graph:
+            node.inputs[7]
+
+    with pytest.raises(PassError) as found:
+        run_passes(model, [RemoveDeadCode(), made("mine", run)])
+    first, site, step = str(found.value).splitlines()
+    line = run.__code__.co_firstlineno + 2
+    assert first.startswith("mine: failed with IndexError: tuple index out of range, at ")
+    assert f"test_runner.py:{line}: `node.inputs[7]` (passes before it: dead-code)" in first
+    assert site == f"site: Identity {model.graph[0].name!r}, which makes one"
+    assert step == NEXT_STEP
 
 
 def test_the_first_pass_has_none_before_it(model):

@@ -451,23 +451,3 @@ def test_there_and_back_is_the_same_text():
     assert not any(node.op_type == "Cast" and node.attributes["to"].as_int() == NARROW.value for node in model.graph)
     CastModel().run(model)
     assert print_model(model, canonical=True) == before
-
-
-# What is refused
-
-
-def test_refuses_bodies():
-    text = """g (bool c, float[2] x) => (float[2] y) {
-        y = If (c) <then_branch = a () => (float[2] t) { t = Neg(x) },
-                    else_branch = b () => (float[2] e) { e = Exp(x) }> }"""
-    with pytest.raises(
-        PassError, match="cast: If 'If_0' has floating outputs that its bodies compute; the pass cannot"
-    ):
-        CastModel().run(read_model(HEADER % 23 + text))
-
-
-def test_refuses_unknown_dtypes():
-    text = """<ir_version: 10, opset_import: ["" : 23, "other" : 1]>
-    g (float[2] x) => (float[2] y) { a = other.Thing(x) y = Neg(a) }"""
-    with pytest.raises(PassError, match="cast: Thing 'Thing_0': the dtype of a is unknown"):
-        CastModel().run(read_model(text))

@@ -239,3 +239,13 @@ def test_declines_an_embedding_of_another_dtype(parsed):
     value = model.graph.initializers["w"]
     value.const_value = LazyWeight(Literal.of(value.const_value.numpy()), "w")
     assert QuantizeWeights(embedding=True).run(model).declines == {"w is not a floating matrix": 1}
+
+
+@pytest.mark.parametrize("opset", [9, 12])
+def test_declines_below_opset_13(opset):
+    text = f"""<ir_version: 7, opset_import: ["" : {opset}]>
+    g (float[b,6] x) => (float[b,5] y) <float[6,5] w = random> {{ y = MatMul(x, w) }}"""
+    _, result = check(QuantizeWeights(), text, matches=0)
+    assert list(result.declines) == [
+        f"one scale per channel needs opset 13, this model has {opset}; run legalize first"
+    ]

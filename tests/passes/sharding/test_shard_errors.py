@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import onnx_ir
 import pytest
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import PassError, UsageError
 from passopt.ir.serialization.text import parse_model, print_model
 from passopt.passes.sharding.legal_degrees import make_plan
 from passopt.passes.sharding.shard import Shard
@@ -19,11 +20,11 @@ mlp (float[batch,6] x) => (float[batch,5] y) <float[6,12] up = random, float[12,
 }"""
 
 
-def refused(text, item=None):
-    """The message of the PassError, after asserting that the text did not change."""
+def refused(text, item=None, kind=PassError):
+    """The message of the error, after asserting that the text did not change."""
     model = read_model(HEADER + text)
     before = print_model(model)
-    with pytest.raises(PassError) as error:
+    with pytest.raises(kind) as error:
         (item or Shard(2)).run(model)
     assert print_model(model) == before
     return str(error.value)
@@ -42,7 +43,7 @@ def between(body, signature="y"):
 
 
 def test_a_degree_that_does_not_divide_lists_the_legal_ones():
-    assert refused(MLP, Shard(5)) == (
+    assert refused(MLP, Shard(5), UsageError) == (
         "shard: degree 5 does not divide 12 units of up. Legal degrees: 2, 3, 4, 6, 12; "
         "or pad with zeros: tp{degree=5,pad=true}"
     )
@@ -51,12 +52,12 @@ def test_a_degree_that_does_not_divide_lists_the_legal_ones():
 def test_without_a_legal_degree_the_message_says_none():
     text = MLP.replace("y = MatMul(h, down)", "z = MatMul(h, down) r = MatMul(z, w) y = MatMul(r, v)")
     text = text.replace("12,5] down = random", "12,5] down = random, float[5,7] w = random, float[7,5] v = random")
-    assert "Legal degrees: none;" in refused(text, Shard(2))
+    assert "Legal degrees: none;" in refused(text, Shard(2), UsageError)
 
 
 @pytest.mark.parametrize("degree", [0, -2])
 def test_a_degree_below_one_is_refused(degree):
-    assert refused(MLP, Shard(degree)) == f"shard: degree {degree} is not a positive number"
+    assert refused(MLP, Shard(degree), UsageError) == f"shard: degree {degree} is not a positive number"
 
 
 def test_degree_one_changes_nothing():
@@ -66,9 +67,9 @@ def test_degree_one_changes_nothing():
 
 def test_another_degree_than_before_is_refused():
     model, _ = check(Shard(3), HEADER + MLP)
-    with pytest.raises(PassError, match="the model is sharded already, degree 3, asked for 2"):
+    with pytest.raises(UsageError, match="the model is sharded already, degree 3, asked for 2"):
         Shard(2).run(model)
-    with pytest.raises(PassError, match="the model is sharded already, degree 3, asked for 1"):
+    with pytest.raises(UsageError, match="the model is sharded already, degree 3, asked for 1"):
         Shard(1).run(model)
 
 
@@ -86,6 +87,22 @@ def test_an_operator_without_a_rule_is_named():
 def test_an_operator_without_a_rule_is_fine_on_replicated_values():
     text = MLP.replace("h = MatMul(x, up)", "c = Celu(x) h = MatMul(c, up)")
     check(Shard(2), HEADER + text)
+
+
+@pytest.mark.parametrize("call", ["Relu(h)", "Transpose<perm=[1,0]>(h)", "Reshape(h, h)", "AllReduce(h)", "Concat(h)"])
+def test_an_operator_of_another_domain_is_never_taken_for_one_of_onnx(call):
+    header = HEADER.replace('"" : ', '"own" : 1, "" : ')
+    model = read_model(header + between(f"r = own.{call}"))
+    result = model.graph[1].outputs[0]
+    result.type, result.shape = onnx_ir.TensorType(onnx_ir.DataType.FLOAT), onnx_ir.Shape(["batch", 12])
+    with pytest.raises(PassError, match="no sharding rule for operators of own; its inputs are sharded along axis 1"):
+        Shard(2).run(model)
+
+
+def test_an_operator_of_onnxruntime_names_the_pass_that_decomposes_it():
+    header = HEADER.replace('"" : ', '"com.microsoft" : 1, "" : ')
+    with pytest.raises(PassError, match="no sharding rule for operators of com.microsoft; run decompose-contrib first"):
+        Shard(2).run(read_model(header + between("r = com.microsoft.QuickGelu(h)")))
 
 
 def test_the_module_of_the_original_model_is_named():
@@ -165,9 +182,9 @@ def test_arithmetic_with_a_local_length_is_refused():
     check(Shard(2), HEADER + text.replace("f = Cast<to=1>(s)", ""))
     text = MLP.replace(
         "y = MatMul(h, down)",
-        "s = Shape<start=1, end=2>(h) f = Cast<to=1>(s) [mine] d = Div(h, f) y = MatMul(d, down)",
+        "s = Shape<start=1, end=2>(h) [mine] f = Cast<to=1>(s) d = Div(h, f) y = MatMul(d, down)",
     )
-    assert refused(text) == "Div 'mine': computes with the length of a sharded axis"
+    assert refused(text) == "Cast 'mine': computes with the length of a sharded axis, which is no longer an integer"
 
 
 def test_a_model_without_shapes_says_which_value():
@@ -196,5 +213,5 @@ def test_plan_names_what_blocks_a_degree():
     assert [(group.units, group.example) for group in plan.blockers(3)] == [(10, "table")]
     assert [(group.units, group.tensors) for group in plan.groups] == [(10, 1), (12, 2)]
     assert (plan.all_reduces, plan.all_gathers) == (2, 0)
-    message = refused(text, Shard(8))
+    message = refused(text, Shard(8), UsageError)
     assert "degree 8 does not divide 10 units of table; 12 units of up. Legal degrees: 2;" in message

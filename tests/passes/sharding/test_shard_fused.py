@@ -7,7 +7,7 @@ import collections
 import onnx_ir
 import pytest
 
-from passopt.ir.errors import PassError
+from passopt.ir.errors import PassoptError
 from passopt.ir.graph.decoder import KV_HEADS
 from passopt.ir.graph.functions import local_function
 from passopt.ir.serialization.text import print_model
@@ -91,7 +91,7 @@ def local_shapes(model, *names):
 
 def refused(model, item):
     before = print_model(model)
-    with pytest.raises(PassError) as error:
+    with pytest.raises(PassoptError) as error:
         item.run(model)
     assert print_model(model) == before
     return str(error.value)

@@ -115,7 +115,7 @@ def test_a_replicated_value_expanded_to_a_local_length_is_sharded():
         ("s = Shape<start=2>(h) t = Concat<axis=0>(s, two) [mine] a, b = Split<axis=2>(q, t) m = Relu(h)",
          ", float[batch,3,10] q", "Split 'mine': computes with the length of a sharded axis"),
         ("s = Shape<start=2>(h) [mine] k = Gather(table, s) m = Mul(h, k)", "", "Gather 'mine': computes with the"),
-        ("s = Shape<start=2>(h) b = Cast<to=9>(s) [mine] c = Cast<to=1>(b) m = Mul(h, c)", "",
+        ("s = Shape<start=2>(h) [mine] b = Cast<to=9>(s) c = Cast<to=1>(b) m = Mul(h, c)", "",
          "Cast 'mine': computes with the length of a sharded axis, which is no longer an integer"),
     ],
 )  # fmt: skip

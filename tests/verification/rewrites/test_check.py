@@ -223,13 +223,16 @@ def test_equal_values_may_be_merged_and_different_ones_may_not(whole, parsed, ch
 
 def test_what_a_whole_graph_pass_leaves_alone_is_no_site(whole, parsed, checked):
     summary = checked(whole(lambda model: None), parsed(LINEAR))
-    assert str(summary) == "nothing to check"
+    assert (summary.sites, summary.distinct, summary.whole_worst) == (0, 0, 0.0)
+    assert summary.whole > 3
 
 
 def test_a_changed_interface_is_said_to_be_unchecked(checked):
     summary = checked(SliceLastToken(), tiny_decoder())
     assert summary.sites == 0
-    assert "1 not checked: it gives inputs or outputs other shapes; compare with passopt verify" in str(summary)
+    assert "not checked: 1 sites, because it gives inputs or outputs other shapes; compare with passopt verify" in str(
+        summary
+    )
 
 
 def test_a_cast_of_the_whole_graph_is_checked_value_by_value(parsed, checked):
@@ -248,23 +251,40 @@ def test_collectives_are_said_to_be_unchecked(rule, parsed, checked):
     assert dict(summary.unchecked) == {"AllReduce joins ranks; compare with passopt verify": 1}
 
 
-def test_what_cannot_be_cut_says_why(rule, parsed, checked):
-    text = """g (bool c, float[6] x) => (float[6] out) {
-        a = If (c) <then_branch = t () => (float[6] p) { p = Neg(x) },
-                    else_branch = e () => (float[6] q) { q = Abs(x) }>
-        b = Neg(a)
-        d = Neg(b)
-        out = Abs(d)
-    }"""
-    item = rule(lambda self, op, a: op.Neg(op.Neg(a)), lambda self, op, a: op.Add(a, 0.0))
-    model = parsed(text)
-    for node in model.graph:
-        node.outputs[0].type = node.outputs[0].type or onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
-        if node.op_type == "If":
-            node.outputs[0].shape = None
-    summary = checked(item, model)
-    assert summary.sites == 0
-    assert list(summary.unchecked) == ["If has a subgraph"]
+BRANCHES = """g (bool c, float[n] x) => (float[n] out) {
+    a = If (c) <then_branch = t () => (float[n] p) { q = Exp(x) p = Sub(x, q) },
+                else_branch = e () => (float[n] r) { r = Abs(x) }>
+    out = Neg(a)
+}"""
+
+
+def test_a_change_in_a_body_is_said_to_be_uncut_and_compared_in_the_whole_graph(whole, parsed, checked):
+    def respell(model):
+        node = next(node for node in model.graph.all_nodes() if node.op_type == "Sub")
+        minus = onnx_ir.node("Neg", [node.inputs[1]])
+        total = onnx_ir.node("Add", [node.inputs[0], minus.outputs[0]])
+        minus.outputs[0].name, total.outputs[0].name = "minus", "total"
+        total.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+        node.graph.insert_before(node, [minus, total])
+        node.outputs[0].replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
+        node.graph.remove(node)
+
+    summary = checked(whole(respell), parsed(BRANCHES))
+    assert dict(summary.unchecked) == {"If has a subgraph": 1}
+    assert (summary.sites, summary.whole_worst) == (0, 0.0)
+    text = str(summary)
+    assert "exact" not in text
+    assert text.endswith("worst error 0.0e+00; not checked: 1 sites, because If has a subgraph")
+
+
+def test_what_follows_from_an_unknown_operator_is_said_to_be_unchecked(rule, parsed, checked):
+    item = rule(lambda self, op, a: op.Neg(op.Neg(a)), lambda self, op, a: op.Identity(a))
+    body = "a = Neg(x) b = Neg(a) u = com.microsoft.NoSuchOperator(b) c = Neg(u) d = Neg(c) out = Add(b, d)"
+    summary = checked(item, parsed(f"{X} => (float[batch,seq,6] out) {{ {body} }}"))
+    assert (summary.sites, summary.whole) == (1, 0)
+    (reason,) = summary.unchecked
+    assert reason.startswith("the original does not run alone: onnxruntime refuses the model")
+    assert "whole graph not compared, because onnxruntime does not know NoSuchOperator" in str(summary)
 
 
 def test_the_record_says_what_was_sampled(rule, parsed):

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from passopt.passes.framework.catalog import Entry, catalog
+from passopt.passes.framework.catalog import catalog
+from passopt.passes.framework.source_entries import Entry
 from passopt.passes.pipeline.named import PIPELINES, Pipeline
 from passopt.reporting.result import Result
 
@@ -46,9 +47,6 @@ def list_passes() -> Catalogue:
     """List all passes and pipelines, those of installed packages too.
 
     Returns:
-        The passes and pipelines by name.
-
-    Raises:
-        PassError: Two passes have the same name, or an entry point does not lead to a pass.
+        The passes and pipelines by name. A plug-in that cannot be used is left out with a PluginWarning.
     """
     return Catalogue(catalog(), PIPELINES)

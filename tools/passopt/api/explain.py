@@ -15,8 +15,8 @@ from typing import Any
 from passopt.ir.errors import UsageError
 from passopt.passes.explain.diagrams import Diagram, code_trees, diagram, draw
 from passopt.passes.framework.base import Pass
-from passopt.passes.framework.catalog import Entry, catalog
-from passopt.passes.framework.suggestions import unknown_name
+from passopt.passes.framework.catalog import catalog, unknown_pass
+from passopt.passes.framework.source_entries import Entry
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import FUSED_OPSET, rules_of
 from passopt.passes.pipeline.named import PIPELINES, Pipeline
@@ -93,8 +93,9 @@ def explain(name: str) -> Explanation:
         The explanation.
 
     Raises:
-        UsageError: There is no such pass or pipeline, an option is wrong, or `name` names several passes.
-        PassError: Two installed passes have the same name.
+        UsageError: There is no such pass or pipeline, an option is wrong, `name` names several passes, or the plug-in
+            cannot be used.
+        PassError: A rule of the pass can never work.
     """
     steps = parse_steps(name)
     if len(steps) != 1:
@@ -105,7 +106,7 @@ def explain(name: str) -> Explanation:
         return Explanation(step.name, _pipeline_text(body), body)
     entry = catalog().get(step.name)
     if entry is None:
-        raise UsageError(unknown_name("pass", step.name, [*catalog(), *PIPELINES], "passopt list"))
+        raise unknown_pass(step.name, PIPELINES)
     item = instantiate(step)
     doc, rules, guards = parse_doc(inspect.getdoc(type(item)) or ""), _rules(item), _guards(entry)
     text = "\n".join(_pass_text(entry, item, doc, rules, guards))

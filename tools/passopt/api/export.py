@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +18,11 @@ from passopt.ir.graph.decoder import SELF_CHECK
 from passopt.ir.graph.shapes import complete_types
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
 from passopt.ir.version import __version__
+from passopt.ir.weights.expressions import SourceFile
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve
-from passopt.reporting.reporter import SILENT, Reporter
+from passopt.reporting.reporter import SILENT, Reporter, progress_bar
 from passopt.reporting.result import Result
 from passopt.targets.folders.output import Origin, Output
 
@@ -33,6 +35,7 @@ Dtype = Literal["fp16", "fp32", "bf16"]
 #: The passes that every exported graph goes through, so that the exporter's arithmetic on constants and lengths is done
 #: once, and not at every run of the model.
 CLEAN_UP = "fold-constants,dead-code"
+GGUF_SUFFIX = ".gguf"
 _SKIPPED = "skipped"
 
 
@@ -93,7 +96,8 @@ def export(
     """Export a stock checkpoint, its code unmodified, to a folder with model.onnx and its weights.
 
     Args:
-        checkpoint: The folder with config.json, code and weights.
+        checkpoint: The folder with config.json, code and weights; or a GGUF file of a decoder like Llama, whose weights
+            are dequantised first.
         output: The new folder. It appears whole or not at all.
         dtype: The number type of the weights.
         alibi: "formula" keeps ALiBi as slopes, "baked" writes it as a constant mask.
@@ -118,10 +122,7 @@ def export(
         ModelError: The checkpoint is incomplete, or its code cannot be exported.
         CheckError: The self-check found a difference from eager torch.
     """
-    from passopt.frontends.checkpoint import open_checkpoint
-    from passopt.frontends.open_family import is_remote, passed_over
     from passopt.frontends.options import ExportOptions
-    from passopt.frontends.remote_code import check_consent
 
     checked.one_of("weights", weights, ("copy", "reference"))
     checked.streaming(memory, workers)
@@ -130,8 +131,7 @@ def export(
     if dtype not in DTYPES:
         raise UsageError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     if alibi == "baked" and weights == "reference":
-        raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use --weights=copy")
-    found = open_checkpoint(checked.path("checkpoint", checkpoint))
+        raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use `weights=copy`")
     settings = ExportOptions(
         dtype=DTYPES[dtype],
         opset=opset,
@@ -141,16 +141,14 @@ def export(
         phase=phase,
         trust_remote_code=trust_remote_code,
     )
-    if is_remote(found) and found.config.get("auto_map"):
-        check_consent(found, trust_remote_code=trust_remote_code)
-    if (notice := passed_over(found, trust_remote_code=trust_remote_code)) is not None:
-        reporter.say(notice)
+    opened = _opened(checked.path("checkpoint", checkpoint), settings, weights)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.scratch-", dir=output.absolute().parent) as scratch:
-        model = _traced(found, settings, Path(scratch), reporter)
+        found = opened.checkpoint(Path(scratch), reporter)
+        model = _traced(found, opened.name, settings, Path(scratch), reporter)
         error = _checked(found, settings, reporter) if self_check else None
         model.metadata_props[SELF_CHECK] = _SKIPPED if error is None else f"{error:.2e}"
-        source = {"checkpoint": found.directory.name, "files": _files(found)}
+        source = {"checkpoint": opened.name, "files": opened.files(found)}
         planned = Output(model, Origin(__version__, resolve(CLEAN_UP).expanded, source, found.directory))
         if weights == "reference":
             planned.write_reference(output)
@@ -174,10 +172,67 @@ def clean_up(model: onnx_ir.Model) -> onnx_ir.Model:
     return model
 
 
-def _traced(checkpoint: Checkpoint, settings: ExportOptions, scratch: Path, reporter: Reporter) -> onnx_ir.Model:
+class _Folder:
+    """A checkpoint that is opened from its folder."""
+
+    def __init__(self, path: Path, settings: ExportOptions) -> None:
+        from passopt.frontends.checkpoint import open_checkpoint
+        from passopt.frontends.open_family import is_remote, passed_over
+        from passopt.frontends.remote_code import check_consent
+
+        self._checkpoint = open_checkpoint(path)
+        if is_remote(self._checkpoint) and self._checkpoint.config.get("auto_map"):
+            check_consent(self._checkpoint, trust_remote_code=settings.trust_remote_code)
+        self._notice = passed_over(self._checkpoint, trust_remote_code=settings.trust_remote_code)
+        self.name = self._checkpoint.directory.name
+
+    def checkpoint(self, scratch: Path, reporter: Reporter) -> Checkpoint:
+        if self._notice is not None:
+            reporter.say(self._notice)
+        return self._checkpoint
+
+    def files(self, found: Checkpoint) -> list[dict[str, object]]:
+        """Return the name, the size and the digest of the header of each weight file that was read."""
+        return _described(source.file for source in found.tensors.values())
+
+
+class _Gguf:
+    """A GGUF file, which is written as a checkpoint first."""
+
+    def __init__(self, path: Path) -> None:
+        from passopt.frontends.gguf.convert import check_gguf
+        from passopt.frontends.gguf.reader import open_gguf
+
+        self._model = open_gguf(path)
+        check_gguf(self._model)
+        self.name = path.name
+
+    def checkpoint(self, scratch: Path, reporter: Reporter) -> Checkpoint:
+        from passopt.frontends.gguf.convert import write_checkpoint
+        from passopt.frontends.gguf.tensors import nbytes_of
+
+        with progress_bar(reporter, f"dequantising {self.name}", nbytes_of(self._model)) as tell:
+            return write_checkpoint(self._model, scratch / "checkpoint", reporter.say, tell)
+
+    def files(self, found: Checkpoint) -> list[dict[str, object]]:
+        """Return the name, the size and the digest of the header of the GGUF file."""
+        return _described([self._model.file])
+
+
+def _opened(path: Path, settings: ExportOptions, weights: str) -> _Folder | _Gguf:
+    if path.suffix.lower() != GGUF_SUFFIX or path.is_dir():
+        return _Folder(path, settings)
+    if weights == "reference":
+        raise UsageError("weights of a GGUF file are dequantised and lie in no file to refer to; use `weights=copy`")
+    return _Gguf(path)
+
+
+def _traced(
+    checkpoint: Checkpoint, name: str, settings: ExportOptions, scratch: Path, reporter: Reporter
+) -> onnx_ir.Model:
     from passopt.frontends.export import export_graph
 
-    reporter.say(f"tracing {checkpoint.directory.name}, stock code")
+    reporter.say(f"tracing {name}, stock code")
     return clean_up(export_graph(checkpoint, settings, scratch))
 
 
@@ -188,9 +243,8 @@ def _checked(checkpoint: Checkpoint, settings: ExportOptions, reporter: Reporter
     return self_check(checkpoint, settings, finish=clean_up)
 
 
-def _files(checkpoint: Checkpoint) -> list[dict[str, object]]:
-    """Return the name, the size and the digest of the header of each weight file that was read."""
-    files = {Path(source.file.path).name: source.file for source in checkpoint.tensors.values()}
+def _described(files: Iterable[SourceFile]) -> list[dict[str, object]]:
+    by_name = {Path(file.path).name: file for file in files}
     return [
-        {"name": name, "size": file.size, "header_digest": file.header_digest} for name, file in sorted(files.items())
+        {"name": name, "size": file.size, "header_digest": file.header_digest} for name, file in sorted(by_name.items())
     ]

@@ -20,7 +20,8 @@ from passopt.ir.errors import UsageError
 from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
 from passopt.passes.framework.base import REGISTERED
-from passopt.passes.framework.catalog import Entry, catalog
+from passopt.passes.framework.catalog import catalog
+from passopt.passes.framework.source_entries import Entry
 from passopt.passes.framework.suggestions import unknown_name
 from passopt.passes.pipeline.named import PIPELINES
 from passopt.reporting.result import Result
@@ -237,7 +238,7 @@ def _write(files: Mapping[Path, str], name: str, root: Path) -> list[Path]:
     golden = root / "tests" / "golden" / f"test_{module}" / "test_double_negation_goes.txt"
     for path in (*files, golden):
         if path.exists():
-            raise UsageError(f"{path}: exists; nothing was written. Choose another name or --directory.")
+            raise UsageError(f"{path}: exists; nothing was written. Choose another name or `directory`.")
     made: list[Path] = []
     try:
         for path, text in files.items():

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from passopt.api import checked
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing, write
 from passopt.api.pipelines import PassesLike, as_pipeline
-from passopt.ir.errors import ExpectationError, PassoptError, UsageError
+from passopt.ir.errors import ExpectationError, ModelError, PassoptError, UsageError
 from passopt.ir.graph.run_context import RewriteLimit
 from passopt.ir.serialization.model_files import model_path
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.write_weights import StreamReport
 from passopt.passes.framework.records import PassRecord
 from passopt.passes.framework.suggestions import unknown_name
+from passopt.passes.pipeline.attention_sites import unfused_attentions
 from passopt.passes.pipeline.expectations import parse_expectation, unwatched_misses
 from passopt.passes.pipeline.instruments import Dump, PrintAfter, rule_table, summary_table
 from passopt.passes.pipeline.runner import Instrument, run_passes
@@ -30,6 +31,8 @@ from passopt.verification.reproducer import Position, free_name, write_reproduce
 VerifyEach = Literal["off", "structure", "numeric"]
 #: The prefix of the step that `stop_after` adds to a pipeline, and so to the name of the output.
 _UNTIL = "until-"
+#: The pass after which it is said which attentions are left.
+FUSE_ATTENTION = "fuse-attention"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -175,7 +178,7 @@ def run(
     if output is not None and not dry_run:
         refuse_existing(output)
     if reproducer and Path(reproducer).exists():
-        raise UsageError(f"{reproducer}: exists. Name a new folder for --reproducer")
+        raise UsageError(f"{reproducer}: exists. Name a new folder for `reproducer`")
     shown = None if print_after is None else checked.texts("print_after", print_after)
     instruments = _instruments(names, shown, print_after_change, dump_dir, verify_each, reporter)
     found = changeable(model)
@@ -190,8 +193,8 @@ def run(
             time_rules=time_rules,
             rewrite_limit=limit,
         )
-    except (UsageError, ExpectationError):
-        raise
+    except (UsageError, ModelError, ExpectationError):
+        raise  # what the user gave is wrong, and no pass is to blame
     except PassoptError as error:
         folder = _reproducer_folder(reproducer, None if dry_run else output)
         if position.index is not None and folder is not None:
@@ -202,6 +205,8 @@ def run(
     for name in [] if limit is not None else unwatched_misses(pipeline.passes, expectations, records, found.ir):
         command = f"passopt why {name} {found.path or 'MODEL'} --in {shlex.quote(pipeline.text)}"
         reporter.say(f"{name} matched nothing; what came near: {command}")
+    if limit is None and any(item.name == FUSE_ATTENTION for item in pipeline.passes):
+        _report_unfused(found, pipeline, reporter)
     found = found.after(pipeline.expanded + (f" # rewrite-limit={limit.limit}" if limit is not None else ""))
     planned = Output(found.ir, found.origin())
     stream = None
@@ -212,6 +217,17 @@ def run(
     else:
         stream = write(planned, output, StreamOptions(memory, workers), reporter)
     return RunResult(found, tuple(records), output, stream, planned, dry_run)
+
+
+def _report_unfused(found: Model, pipeline: Resolved, reporter: Reporter) -> None:
+    """Name the softmaxes that look like an attention and were not fused; nothing is said where none is left."""
+    left = unfused_attentions(found.ir)
+    if not left or any("Attention" in item.decomposes for item in pipeline.passes):
+        return
+    command = f"passopt why {FUSE_ATTENTION} {found.path or 'MODEL'} --in {shlex.quote(pipeline.text)}"
+    names = ", ".join(str(node.outputs[0].name) for node in left[:3]) + (", …" if len(left) > 3 else "")
+    count, looks, stays = (1, "softmax looks", "stays") if len(left) == 1 else (len(left), "softmaxes look", "stay")
+    reporter.say(f"{count} {looks} like attention and {stays} unfused ({names}); why: {command}")
 
 
 def default_output(
@@ -260,7 +276,7 @@ def stopped_after(pipeline: Resolved, name: str | None) -> Resolved:
         return pipeline
     names = [item.name for item in pipeline.passes]
     if name not in names:
-        raise UsageError("--stop-after: " + unknown_name("pass of this pipeline", name, names))
+        raise UsageError("`stop_after`: " + unknown_name("pass of this pipeline", name, names))
     count = names.index(name) + 1
     whole = set(names[:count]) - set(names[count:])
     kept = tuple(text for text in pipeline.expectations if parse_expectation(text, names).name in whole)
@@ -281,7 +297,7 @@ def _instruments(
     found: list[Instrument] = []
     for name in print_after or ():
         if name not in known:
-            raise UsageError("--print-after: " + unknown_name("pass of this pipeline", name, list(known)))
+            raise UsageError("`print_after`: " + unknown_name("pass of this pipeline", name, list(known)))
     if print_after is not None:
         found.append(PrintAfter(reporter.show, tuple(print_after)))
     if print_after_change:
@@ -293,7 +309,7 @@ def _instruments(
     if dump_dir:
         directory = Path(dump_dir)
         if directory.exists() and any(directory.iterdir()):
-            raise UsageError(f"{directory}: is not empty; name a new folder for --dump-dir")
+            raise UsageError(f"{directory}: is not empty; name a new folder for `dump_dir`")
         found.append(Dump(directory))
     return found
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir
 
 from passopt.api import checked
@@ -16,6 +19,7 @@ from passopt.targets.tvm.compiled_folder import LIBRARY_NAME
 from passopt.verification.report import VerifyReport
 from passopt.verification.verify import VerifyOptions
 from passopt.verification.verify import verify as compare
+from passopt.verification.verify_any import read_inputs
 
 
 def verify(
@@ -29,11 +33,14 @@ def verify(
     seed: int = 0,
     max_positions: int | None = None,
     layerwise: bool = False,
+    inputs: Path | str | Mapping[str, Any] | None = None,
     reporter: Reporter = SILENT,
 ) -> VerifyReport:
-    """Run two models side by side, and compare their outputs and, with a text, their perplexity.
+    """Run two models side by side, and compare their outputs and, with a text, their predictions.
 
-    They run a prefill, left padding, decoding with a cache, and a chunked prefill.
+    Decoders run a prefill, left padding, decoding with a cache, a chunked prefill, and the last positions. Other graphs
+    run on inputs that are sampled by type and name, or on inputs that are given. A lossy candidate, such as int8, is
+    judged by its predictions: KL divergence and top-1 agreement with the original.
 
     Args:
         reference: The original: a model, a file or a folder.
@@ -45,14 +52,15 @@ def verify(
         seed: The seed of the random inputs.
         max_positions: The longest sequence to run; None for what the tables of positions hold.
         layerwise: Run one decoder layer at a time, in little memory.
+        inputs: Arrays by the names of inputs, or an .npz file of them, to run both models on in place of sampled ones.
         reporter: Is told about the layers that are done.
 
     Returns:
         A report with a row per scenario and output. `report.ok` is False if anything is beyond its tolerance.
 
     Raises:
-        ModelError: A model or the tokenizer cannot be read, a graph is no decoder, or the two differ in size.
-        UsageError: The text cannot be read or has no tokenizer, or `layerwise` is asked of a compiled folder.
+        ModelError: A model or the tokenizer cannot be read, or the two differ in size, inputs or outputs.
+        UsageError: The text or the inputs cannot be read or do not fit, or an option does not go with these models.
     """
     checked.whole("max_tokens", max_tokens, 1)
     checked.whole("max_positions", max_positions, 1)
@@ -66,12 +74,21 @@ def verify(
         max_positions=max_positions,
         tokens=tokens,
         layerwise=layerwise,
+        inputs=_given(inputs),
         on_piece=layers,
     )
     try:
         return _report(reference, candidate, settings)
     finally:
         layers.close()
+
+
+def _given(inputs: Path | str | Mapping[str, Any] | None) -> dict[str, np.ndarray[Any, np.dtype[Any]]] | None:
+    if inputs is None:
+        return None
+    if isinstance(inputs, Mapping):
+        return {name: np.asarray(array) for name, array in inputs.items()}
+    return read_inputs(checked.path("inputs", inputs))
 
 
 class _Layers:
@@ -97,8 +114,10 @@ def _report(reference: ModelLike, candidate: ModelLike, settings: VerifyOptions)
         or not (checked.path("the candidate", candidate) / LIBRARY_NAME).is_file()
     ):
         return compare(original, _graph(candidate), options=settings)
+    if settings.inputs is not None:
+        raise UsageError("--input: a compiled library has a cache of its own; compare it on sampled inputs")
     if settings.layerwise:
-        raise UsageError("--layerwise: a compiled library runs as a whole; compare it without")
+        raise UsageError("`layerwise`: a compiled library runs as a whole; compare it without")
     from passopt.verification.verify_compiled import verify_compiled
 
     return verify_compiled(original, Path(candidate), settings)

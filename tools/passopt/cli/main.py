@@ -1,20 +1,26 @@
 """Run the command line: find the command, call it, and turn errors into messages and exit codes.
 
 Results go to stdout, messages and progress to stderr. The exit code is 0 for success, 1 for a check that failed, 2 for
-wrong usage or input, 3 for an error of a pass, 4 for an expectation that does not hold, and 130 for an interruption.
+wrong usage or input, 3 for an error of a pass or a defect of passopt, 4 for an expectation that does not hold, and 130
+for an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from passopt.ir.errors import PassoptError, UsageError
+from passopt.ir.errors import PassoptError, PluginWarning, UsageError
 from passopt.ir.version import __version__
+from passopt.terminal.flags import flags_of, with_flags
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -44,6 +50,7 @@ _EXTRAS = {
     "jinja2": "run",
     "numba": "fast",
     "onnx_graphsurgeon": "guests",
+    "gguf": "gguf",
     "onnxsim": "guests",
     "sentencepiece": "run",
     "tokenizers": "run",
@@ -69,31 +76,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = parser().parse_args(arguments)
+    commands = parser()
+    options = commands.parse_args(arguments)
+    options.flags = flags_of(commands, options.command)
 
     def say(message: str) -> None:
-        print(f"passopt {options.command}: {message}", file=sys.stderr)
+        print(f"passopt {options.command}: {with_flags(message, options.flags)}", file=sys.stderr)
 
     try:
-        code: int = options.main(options)
-    except PassoptError as error:
-        say(str(error))
-        return error.exit_code
+        with _plugin_warnings_as_lines(say):
+            code: int = options.main(options)
     except KeyboardInterrupt as interrupt:
         writes = getattr(options, "output", None) is not None
         say(str(interrupt) or ("interrupted; nothing half-written was kept" if writes else "interrupted"))
         return _INTERRUPTED
-    except ModuleNotFoundError as error:
-        say(_missing(error))
-        return UsageError.exit_code
     except BrokenPipeError:
         # The reader of stdout has gone, as in `| head`. Without this, Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        say(f"{error.filename or 'a file'}: {error.strerror or error}")
-        return UsageError.exit_code
+    except Exception as error:
+        message, code = _described(error)
+        say(message)
+        if options.traceback:
+            traceback.print_exception(error, file=sys.stderr)
     return code
+
+
+def _described(error: Exception) -> tuple[str, int]:
+    """Return what to say of an error that ended a command, and the exit code."""
+    if isinstance(error, PassoptError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError):
+        return _missing(error), UsageError.exit_code
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f': {error}' if str(error) else ''}", UsageError.exit_code
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}", UsageError.exit_code
+    file, line, function, _ = traceback.extract_tb(error.__traceback__)[-1]
+    defect = f"{type(error).__name__}: {error}, at {file}:{line} in {function}"
+    advice = "Please report it with the command, the input, and what --traceback adds"
+    return f"a defect of passopt: {defect}. {advice}", PassoptError.exit_code
+
+
+@contextlib.contextmanager
+def _plugin_warnings_as_lines(say: Callable[[str], None]) -> Iterator[None]:
+    """Say every warning about a plug-in in one line and once; other warnings are shown as ever."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, PluginWarning):
+                shown(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                say(f"warning: {message}")
+
+        warnings.simplefilter("always", PluginWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _missing(error: ModuleNotFoundError) -> str:
@@ -122,6 +163,7 @@ def parser() -> argparse.ArgumentParser:
             name, help=module.SUMMARY, description=module.SUMMARY, epilog=examples, formatter_class=raw
         )
         module.add_arguments(command)
+        command.add_argument("--traceback", action="store_true", help="print the Python traceback of an error, too")
         command.set_defaults(main=module.main)
     return found
 

@@ -13,7 +13,9 @@ EXAMPLE = "passopt export Baichuan2-7B-Base -o baichuan2 --dtype fp16 --trust-re
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments of this command to its parser."""
     command.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="folder with config.json, the model's code and its weights"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="folder with config.json, the model's code and its weights; or FILE.gguf of a decoder like Llama",
     )
     command.add_argument(
         "-o", "--output", metavar="DIR", required=True, help="new folder to write model.onnx and the weights to"

@@ -192,13 +192,12 @@ def _read(path: str) -> str:
 
 
 def _messages(path: str) -> Sequence[Any]:
-    import json
-
     from passopt.generation.chat import Message
+    from passopt.ir.json_text import parse_json
 
     text = _read(path)
     try:
-        return [Message(entry["role"], entry["content"]) for entry in json.loads(text)]
+        return [Message(entry["role"], entry["content"]) for entry in parse_json(text)]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{path}: is no list of {{"role": …, "content": …}}: {error}') from error
     except UsageError as error:

@@ -6,7 +6,7 @@ import argparse
 
 from passopt.terminal.arguments import positive, tolerance
 
-SUMMARY = "Compare two models on the same inputs: prefill, left padding, decoding with a cache, chunked prefill."
+SUMMARY = "Compare two models on the same inputs: decoders in prefill and decoding, other graphs on sampled inputs."
 EXAMPLE = "passopt verify model.onnx model.tp2.int8 --text corpus.txt"
 
 
@@ -44,6 +44,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run one decoder layer at a time, so that only one layer's weights are in memory",
     )
+    command.add_argument(
+        "--input",
+        metavar="FILE",
+        help="run both models on the arrays of this .npz file, one for each input by name (default: sampled inputs)",
+    )
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -63,6 +68,7 @@ def main(options: argparse.Namespace) -> int:
         seed=options.seed,
         max_positions=options.max_positions,
         layerwise=options.layerwise,
+        inputs=options.input,
         reporter=Console(options.command),
     )
     if options.json:
@@ -70,5 +76,9 @@ def main(options: argparse.Namespace) -> int:
     else:
         print(report)
     if not report.ok:
+        if report.lossy:
+            raise CheckError(
+                f"{options.candidate} differs from {options.reference} by more than is declared: see above"
+            )
         raise CheckError(f"{options.candidate} is not equivalent to {options.reference} within the tolerances above")
     return 0

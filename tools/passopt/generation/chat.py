@@ -95,7 +95,7 @@ def baichuan_ids(
     """
     if room is not None and room < 1:
         raise UsageError(
-            "no room for a prompt beside the new tokens: ask for fewer of them, or for a larger --capacity"
+            "no room for a prompt beside the new tokens: ask for fewer of them, or for a larger `capacity`"
         )
     first = encode(messages[0].content) if messages[0].role == SYSTEM else []
     answers = messages[-1].role != ASSISTANT
@@ -158,18 +158,24 @@ def _rendered(messages: Sequence[Message], folder: Path) -> str:
         return template.render(messages=turns, add_generation_prompt=answer, **tokens)
     except jinja2.TemplateError as error:
         raise ModelError(f"{folder}: its chat template fails: {error}") from error
+    except Exception as error:  # the template is code of the model's author, which may do anything wrong
+        raise ModelError(f"{folder}: its chat template fails with {type(error).__name__}: {error}") from error
 
 
 def _template(folder: Path, config: dict[str, Any]) -> str:
     beside = folder / TEMPLATE_NAME
     if beside.is_file():
-        return beside.read_text(encoding="utf-8")
+        try:
+            return beside.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{beside}: cannot be read as UTF-8 text: {error}") from error
     found = config.get("chat_template")
     if isinstance(found, list):  # several templates with names
-        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+        named = [entry for entry in found if isinstance(entry, dict)]
+        found = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
     if not isinstance(found, str):
         raise ModelError(
             f"{folder}: has no chat format: generation_config.json names no user_token_id and assistant_token_id, "
-            f"{CONFIG_NAME} has no chat_template. Prompt without --chat."
+            f"{CONFIG_NAME} has no chat_template. Prompt without `chat`."
         )
     return found

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from passopt.generation.sampling import Sampling
+from passopt.ir import json_text
 from passopt.ir.errors import ModelError, UsageError
 
 #: The number of new tokens if neither the user nor the model's files name one.
@@ -85,7 +85,9 @@ def read_settings(folder: Path) -> Settings:
         return value if isinstance(value, int) else None
 
     eos = own.get("eos_token_id", config.get("eos_token_id"))
-    ends = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(end, int) for end in ends):
+        raise ModelError(f"{folder}: eos_token_id is {eos!r}, expected a token id or a list of them")
     try:
         temperature, top_p = (float(_stated(own, key, 1.0)) for key in ("temperature", "top_p"))
         # Both leave only the most likely token, though as numbers they would divide by 0, and leave none.
@@ -106,7 +108,7 @@ def read_settings(folder: Path) -> Settings:
     return Settings(
         sampling=sampling,
         max_new_tokens=longest,
-        eos=ends,
+        eos=frozenset(ends),
         pad=pad if pad is not None else min(ends, default=0),
         user=number("user_token_id"),
         assistant=number("assistant_token_id"),
@@ -137,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_text.read_json(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:

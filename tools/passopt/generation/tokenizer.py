@@ -52,7 +52,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return load_tokenizer(path / name)
     raise ModelError(
         f"{path}: no tokenizer, neither {MODEL_NAME} nor {FAST_NAME}. Put one there; generate takes token ids as well "
-        f"(--ids), verify a tokenizer from elsewhere (--tokenizer)."
+        f"(`ids`), verify one from elsewhere (`tokenizer`)."
     )
 
 

@@ -23,7 +23,7 @@ from passopt.targets.onnxruntime.session import Session
 from passopt.verification.decoder_cut import Cut, Piece, cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, is_quantized
 from passopt.verification.report import Row
-from passopt.verification.scenarios import Observation, Scenario, Step, empty_cache, vocabulary_of
+from passopt.verification.scenarios import Observation, Scenario, Step, empty_cache, first_cache, vocabulary_of
 from passopt.verification.sliced_head import Logits, Part, UnexpectedWidthError, slice_head, whole
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -218,7 +218,7 @@ class _Side:
             seen = Observation()
             cache: dict[str, Array] = {}
             for position, step in enumerate(scenario.steps):
-                cache = cache or {name: empty(step.input_ids.shape[0]) for name, empty in self._empty.items()}
+                cache = cache or first_cache(scenario, self._empty)
                 feeds = {**step.feeds(), **self._shared[index][position], **cache}
                 if piece.carried:
                     feeds[piece.carried] = hidden[index][position]

@@ -20,6 +20,8 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 TOP_1 = "top-1"
 PERPLEXITY = "perplexity"
+#: The scenario of the rows that judge a lossy model by its predictions.
+PREDICTIONS = "predictions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Row:
     """One compared output of one scenario.
 
     `error` is a relative error; for top-1 it is the share of positions that disagree, for the perplexity |ratio − 1|.
+    A row that is not `judged` is shown only: what decides for a lossy model are its predictions. Even so, a value that
+    is not finite, or of another shape, is wrong.
     """
 
     comparison: str
@@ -35,11 +39,12 @@ class Row:
     error: float
     tolerance: float
     note: str = ""
+    judged: bool = True
 
     @property
     def ok(self) -> bool:
-        """Return whether the error is within the tolerance."""
-        return self.error <= self.tolerance
+        """Return whether the error is within the tolerance, or finite if it is not judged."""
+        return self.error <= self.tolerance if self.judged else math.isfinite(self.error)
 
     @property
     def badness(self) -> tuple[bool, float]:
@@ -54,10 +59,14 @@ class VerifyReport(Result):
     Attributes:
         rows: One per scenario and output: the relative error, its tolerance, and a note.
         notes: What was compared, and how.
+        lossy: What a lossy model is judged by, such as "int8"; "" for models that should agree.
+        costliest: The place at which a lossy model that is worse than declared loses most; "" if there is none.
     """
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    lossy: str = ""
+    costliest: str = ""
 
     @property
     def ok(self) -> bool:
@@ -74,39 +83,48 @@ class VerifyReport(Result):
             {**dataclasses.asdict(row), "error": row.error if math.isfinite(row.error) else None, "ok": row.ok}
             for row in self.rows
         ]
-        return {"ok": self.ok, "notes": list(self.notes), "rows": rows}
+        body = {"ok": self.ok, "verdict": self.verdict, "notes": list(self.notes), "rows": rows}
+        return {**body, "costliest": self.costliest} if self.lossy else body
+
+    @property
+    def verdict(self) -> str:
+        """Return the verdict in words."""
+        failed = sum(not row.ok for row in self.rows)
+        if not self.lossy:
+            return "ok" if self.ok else f"FAILED: {failed} of {len(self.rows)} checks beyond tolerance"
+        if self.ok:
+            return f"ok: lossy as declared ({self.lossy})"
+        place = f"; costs most: {self.costliest}" if self.costliest else ""
+        return f"FAILED: worse than declared ({self.lossy}), {failed} of {len(self.rows)} checks{place}"
 
     def to_text(self) -> str:
         """Return the notes, then a table per comparison with one line per scenario that shows its worst output."""
         lines = list(self.notes)
         for comparison in dict.fromkeys(row.comparison for row in self.rows):
             lines += ["", f"{comparison}:", *_table([row for row in self.rows if row.comparison == comparison])]
-        failed = sum(not row.ok for row in self.rows)
-        verdict = "ok" if self.ok else f"FAILED: {failed} of {len(self.rows)} checks beyond tolerance"
-        return "\n".join([*lines, "", verdict]).lstrip("\n")
+        return "\n".join([*lines, "", self.verdict]).lstrip("\n")
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
     cells = [("scenario", "worst output", "error", "tolerance", "", "")]
     for scenario in dict.fromkeys(row.scenario for row in rows):
         own = [row for row in rows if row.scenario == scenario]
+        if scenario == PREDICTIONS:
+            cells += [_cells(row, [row.note]) for row in own]
+            continue
         worst = max(own, key=lambda row: row.badness)
-        notes = dict.fromkeys(row.note for row in (worst, *own) if row.note)
-        cells.append(
-            (
-                scenario,
-                worst.output,
-                f"{worst.error:.2e}",
-                f"{worst.tolerance:.1e}",
-                "ok" if worst.ok else "FAILED",
-                ", ".join(notes),
-            )
-        )
+        cells.append(_cells(worst, list(dict.fromkeys(row.note for row in (worst, *own) if row.note))))
     widths = [max(len(line[column]) for line in cells) for column in range(5)]
     return [
         "  " + "  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[5]]).rstrip()
         for line in cells
     ]
+
+
+def _cells(row: Row, notes: Sequence[str]) -> tuple[str, str, str, str, str, str]:
+    verdict = ("ok" if row.ok else "FAILED") if row.judged or not row.ok else "-"
+    tolerance = f"{row.tolerance:.1e}" if row.judged else "-"
+    return row.scenario, row.output, f"{row.error:.2e}", tolerance, verdict, ", ".join(notes)
 
 
 def compare(

@@ -20,6 +20,7 @@ import onnx_ir
 
 from passopt.ir.atomic_folders import staged_directory
 from passopt.ir.errors import ModelError, PassoptError
+from passopt.ir.json_text import read_json
 from passopt.ir.serialization.model_files import save_reference
 from passopt.ir.version import __version__
 from passopt.passes.framework.base import Pass
@@ -110,12 +111,24 @@ def read_reproducer(directory: Path) -> Reproducer:
     """
     path = directory / REPORT_NAME
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        return Reproducer(**{field.name: body[field.name] for field in dataclasses.fields(Reproducer)})
+        body = read_json(path)
+        found = Reproducer(**{field.name: body[field.name] for field in dataclasses.fields(Reproducer)})
+        _check_types(found)
+        return found
     except OSError as error:
         raise ModelError(f"{directory}: is no reproducer: {REPORT_NAME} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: is not what passopt writes: {error!r}") from error
+
+
+def _check_types(found: Reproducer) -> None:
+    """Raise TypeError if a field is of another type than passopt writes."""
+    texts = (found.passes, found.verify_each, found.kind, found.message)
+    limit = found.rewrite_limit
+    if not all(isinstance(text, str) for text in texts) or not isinstance(found.versions, dict):
+        raise TypeError("passes, verify_each, kind and message must be texts, and versions an object")
+    if limit is not None and (not isinstance(limit, int) or limit < 0):
+        raise TypeError(f"rewrite_limit is {limit!r}, expected a number of rewrites or null")
 
 
 def versions() -> dict[str, str]:
@@ -139,11 +152,11 @@ def free_name(path: Path) -> Path:
 def _write_cut(folder: Path, violation: Violation) -> None:
     """Write the single rewrite: the model on either side, and the inputs of the draw on which the two differ most.
 
-    Weights are among those inputs.
+    Weights are among those inputs. Of a violation that only the whole graph shows, there are the inputs alone.
     """
     comparison = violation.comparison
-    for side, name in ((comparison.before, BEFORE_NAME), (comparison.after, AFTER_NAME)):
-        onnx_ir.save(side.model, folder / name)
-    inputs = comparison.inputs(violation.outcome.draw, real=violation.real)
+    if comparison is not None:
+        for side, name in ((comparison.before, BEFORE_NAME), (comparison.after, AFTER_NAME)):
+            onnx_ir.save(side.model, folder / name)
     with (folder / INPUTS_NAME).open("wb") as file:
-        np.savez(file, **inputs)  # type: ignore[arg-type]
+        np.savez(file, **violation.inputs())

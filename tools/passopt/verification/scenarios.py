@@ -8,7 +8,8 @@ advance, so both models see the same ones whatever they predict.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,6 +26,7 @@ _PADDED_LENGTH = 9
 _PROMPT = 5
 _DECODE_STEPS = 4
 _CHUNKS = (6, 3, 5)
+_LAST = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +55,14 @@ class Step:
 class Scenario:
     """Steps that run one after the other, each on the cache of the step before it.
 
-    In a window of a text, the last `scored` tokens count for the perplexity; otherwise `scored` is 0.
+    In a window of a text, the last `scored` tokens count for the perplexity; otherwise `scored` is 0. The first step
+    finds a cache of `past` positions of random numbers, the same for both models.
     """
 
     name: str
     steps: tuple[Step, ...]
     scored: int = 0
+    past: int = 0
 
 
 @dataclasses.dataclass
@@ -100,6 +104,33 @@ def make_scenarios(vocab: int, max_positions: int, lengths: Sequence[int], seed:
     return found
 
 
+def near_the_end(vocab: int, positions: int, seed: int) -> Scenario:
+    """Return a chunk and a token at the last of `positions` positions, after a cache of random numbers.
+
+    What depends on the length of the sequence, such as rotary angles and slopes, shows there, without a long prefill.
+    """
+    past = positions - _LAST - 1
+    ids = np.random.default_rng([seed, positions]).integers(0, vocab, (1, positions))
+    _, *steps = _steps(ids, [past, _LAST, 1])
+    return Scenario(f"near the end, {positions}", tuple(steps), past=past)
+
+
+def first_cache(
+    scenario: Scenario, empty: Mapping[str, Callable[[int], Array]], scale: float = 1.0
+) -> dict[str, Array]:
+    """Return the cache that the first step of a scenario finds, by the name of the input."""
+    batch = scenario.steps[0].input_ids.shape[0]
+    cache = {name: zeros(batch) for name, zeros in empty.items()}
+    if not scenario.past:
+        return cache
+    filled = {}
+    for name, array in cache.items():
+        shape = (batch, array.shape[1], scenario.past, array.shape[3])
+        random = np.random.default_rng([scenario.past, zlib.crc32(name.encode())])
+        filled[name] = (random.standard_normal(shape, np.float32) * scale).astype(array.dtype)
+    return filled
+
+
 def _steps(ids: Array, lengths: Sequence[int], paddings: Sequence[int] = (0,)) -> Iterator[Step]:
     mask = np.ones(ids.shape, np.int64)
     for row, padding in enumerate(paddings):
@@ -135,9 +166,15 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Scenar
 
 
 def observe(
-    model: onnx_ir.Model, scenarios: Sequence[Scenario], open_session: Callable[[onnx_ir.Model], Session]
+    model: onnx_ir.Model,
+    scenarios: Sequence[Scenario],
+    open_session: Callable[[onnx_ir.Model], Session],
+    keep: Callable[[Array], Array] | None = None,
 ) -> list[Observation]:
-    """Run a model through all scenarios, each step on the cache that the earlier steps of its scenario made."""
+    """Run a model through all scenarios, each step on the cache that the earlier steps of its scenario made.
+
+    The logits of a text are large; they are kept as `keep` returns them, or not at all.
+    """
     session = open_session(model)
     empty = empty_cache(model)
     found = []
@@ -145,11 +182,12 @@ def observe(
         observation = Observation()
         cache: dict[str, Array] = {}
         for step in scenario.steps:
-            cache = cache or {name: zeros(step.input_ids.shape[0]) for name, zeros in empty.items()}
+            cache = cache or first_cache(scenario, empty)
             outputs = session.run({**step.feeds(), **cache})
             logits = outputs.pop(LOGITS)
             if scenario.scored:
                 observation.surprise = surprise(logits, step, scenario.scored)
+                observation.logits += [keep(logits)] if keep is not None else []
                 continue
             observation.logits.append(logits)
             cache = {name.replace("present.", "past.", 1): value for name, value in outputs.items()}

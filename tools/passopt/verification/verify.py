@@ -11,70 +11,54 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir
 
-from passopt.ir.errors import ModelError
+from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.graph.collectives import is_collective
-from passopt.ir.graph.decoder import decoder_of, degree_of, positions_of
+from passopt.ir.graph.decoder import decoder_of, degree_of, find_decoder, positions_of
 from passopt.ir.weights.expressions import DataType
+from passopt.passes.framework.accuracy import QualityBar
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations, is_quantized
+from passopt.verification.divergence import divergence, judged_rows, logit_pairs
 from passopt.verification.layerwise import Label, run_layerwise
-from passopt.verification.report import PERPLEXITY, Row, VerifyReport, compare, compare_perplexity
+from passopt.verification.logit_store import LogitStore
+from passopt.verification.quantised_weights import LARGEST, channel_errors
+from passopt.verification.report import PERPLEXITY, PREDICTIONS, TOP_1, Row, VerifyReport, compare, compare_perplexity
 from passopt.verification.scenarios import (
     Observation,
     Scenario,
     make_scenarios,
+    near_the_end,
     observe,
     perplexity,
     text_windows,
     vocabulary_of,
 )
+from passopt.verification.tolerances import (
+    BARS,
+    DYNAMIC_TWIN_TOLERANCE,
+    TOLERANCES,
+    TWIN_TOLERANCES,
+    Tolerance,
+    bar_note,
+    bar_of,
+    chosen_tolerance,
+    deep,
+)
+from passopt.verification.verify_any import verify_any
 
 ORIGINAL = "against the original"
 NUMPY_TWIN = "against its own codes, dequantised by numpy"
 
 #: Models whose graphs hold no table that limits their positions are tried up to this many positions.
 _UNLIMITED = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Tolerance:
-    """The largest relative error allowed for logits and cache, and the largest allowed |perplexity ratio − 1|."""
-
-    outputs: float
-    perplexity: float
-
-
-#: The default tolerances by the kind of comparison.
-#:
-#: - "fp32" and "fp16": Exact and reassociating passes such as tp share one row, because sums in another order differ by
-#:   only some 1e-7 per operation.
-#: - "bf16": Both models are bf16 and run in fp32. They may still differ, because a pass may have stored a constant
-#:   rounded to bf16 that the original computes while it runs.
-#: - "bf16 and wider": One of the models is bf16 and the other is not.
-#: - "int8": The candidate is quantised and the reference is not. The perplexity decides here; the tolerance of the
-#:   outputs only catches absurd results.
-#: - "int8 activations": Either model quantises activations while it runs. Here too the perplexity decides, because
-#:   each rank quantises by its own part of a row.
-TOLERANCES: Mapping[str, Tolerance] = {
-    "fp32": Tolerance(outputs=1e-5, perplexity=1e-4),
-    "fp16": Tolerance(outputs=2e-2, perplexity=5e-3),
-    "bf16": Tolerance(outputs=5e-3, perplexity=1e-3),
-    "bf16 and wider": Tolerance(outputs=5e-2, perplexity=1e-2),
-    "int8": Tolerance(outputs=1e-1, perplexity=5e-3),
-    "int8 activations": Tolerance(outputs=1e-1, perplexity=1e-2),
-}
-#: The tolerances of an int8 graph against its numpy-dequantised twin, by the dtype of the cache.
-TWIN_TOLERANCES: Mapping[DataType, Tolerance] = {
-    DataType.FLOAT: Tolerance(outputs=1e-5, perplexity=1e-4),
-    DataType.FLOAT16: Tolerance(outputs=2e-3, perplexity=1e-3),
-}
-#: The same for a graph that quantises activations while it runs. Kernels that differ in the last bit may round a value
-#: near a half up or down, and a code that is off by one changes the value by 1/254 of the row's largest number.
-DYNAMIC_TWIN_TOLERANCE = Tolerance(outputs=3e-2, perplexity=2e-3)
+#: The bytes that the random cache of the scenario near the end may take, and its positions where nothing limits them.
+_LARGEST_CACHE, _LONG = 128 << 20, 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +77,7 @@ class VerifyOptions:
         threads: The number of threads that a model runs with.
         scratch: The folder that holds weights while a model runs, by default the system's temporary folder. It needs
             room for a model, or for a layer if `layerwise` is set.
+        inputs: Inputs by name to run both models on, in place of sampled ones.
         on_piece: A function that `layerwise` calls after each layer with that layer's number and the number of all.
     """
 
@@ -106,31 +91,70 @@ class VerifyOptions:
     layerwise: bool = False
     threads: int = 2
     scratch: Path | None = None
+    inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]] | None = None
     on_piece: Callable[[int, int], None] | None = None
 
 
 def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: VerifyOptions | None = None) -> VerifyReport:
     """Run both models on the same inputs and compare their outputs.
 
+    Decoders run prefills, padded batches and decoding with their own cache. Any other graph runs on inputs that are
+    sampled by type and name.
+
     Raises:
-        ModelError: If a graph is not a decoder, or if the two differ in layers, heads, head size or vocabulary.
+        ModelError: If the two differ in layers, heads, head size or vocabulary, or in the names of inputs or outputs.
+        UsageError: If an option is for decoders and the graph is none, or given inputs do not fit.
     """
     options = options or VerifyOptions()
     notes: list[str] = []
     reference = runnable(reference, "reference", notes)
-    heads = decoder_of(reference).kv_heads
-    candidate = runnable(candidate, "candidate", notes, heads)
+    decoder = find_decoder(reference)
+    candidate = runnable(candidate, "candidate", notes, None if decoder is None else decoder.kv_heads)
+    if decoder is None or find_decoder(candidate) is None or options.inputs is not None:
+        return _verify_any(reference, candidate, options, notes)
     _check_interfaces(reference, candidate)
     kind = _kind(reference, candidate)
-    tolerance = chosen_tolerance(TOLERANCES[kind], options)
+    tolerance = chosen_tolerance(deep(TOLERANCES[kind], reference), options.tolerance)
+    bar = bar_of(kind, _differ_in_dtype(reference, candidate), options.tolerance)
     limits = positions_of(reference), positions_of(candidate)
     scenarios = scenarios_within(limits, vocabulary_of(reference), options, notes)
-    notes.append(f"{kind}: outputs within {tolerance.outputs:.0e}, perplexity within {tolerance.perplexity:.0e}")
+    scenarios += _long_scenarios(reference, limits, options)
+    if bar is None:
+        notes.append(f"{kind}: outputs within {tolerance.outputs:.0e}, perplexity within {tolerance.perplexity:.0e}")
+    else:
+        notes.append(bar_note(kind, bar, has_text=bool(options.tokens)))
     run = _verify_layerwise if options.layerwise else _verify_whole
-    report = run(reference, candidate, scenarios, tolerance, options)
+    report = run(reference, candidate, scenarios, tolerance, bar, options)
+    if bar is not None:
+        report = dataclasses.replace(report, lossy=kind)
+        if not report.ok:
+            report = dataclasses.replace(report, costliest=_costliest(reference, candidate, scenarios, options))
     if options.tokens and not any(row.output == PERPLEXITY for row in report.rows):
         notes.append("text: no perplexity, since a model gives logits of the last position only")
     return dataclasses.replace(report, notes=tuple(notes))
+
+
+def _verify_any(
+    reference: onnx_ir.Model, candidate: onnx_ir.Model, options: VerifyOptions, notes: Sequence[str]
+) -> VerifyReport:
+    """Compare graphs that are no decoders, or on given inputs."""
+    if options.layerwise or options.tokens:
+        option = "--layerwise" if options.layerwise else "--text"
+        raise UsageError(
+            f"{option}: is for decoders with a cache and sampled inputs; drop it, or give inputs by --input"
+        )
+    return verify_any(
+        reference,
+        candidate,
+        {kind: tolerance.outputs for kind, tolerance in TOLERANCES.items()},
+        BARS,
+        seed=options.seed,
+        tolerance=options.tolerance,
+        given=options.inputs,
+        threads=options.threads,
+        scratch=options.scratch,
+        notes=notes,
+    )
 
 
 def runnable(model: onnx_ir.Model, role: str, notes: list[str], heads: int | None = None) -> onnx_ir.Model:
@@ -140,7 +164,7 @@ def runnable(model: onnx_ir.Model, role: str, notes: list[str], heads: int | Non
     true number of key/value heads, for ranks to which padding has added some.
 
     Raises:
-        ModelError: If the model is not a decoder, or has collectives but the weights of only one rank.
+        ModelError: If the model has collectives but the weights of only one rank.
     """
     if degree_of(model) > 1:
         notes.append(f"{role}: {degree_of(model)} ranks, joined in one graph")
@@ -148,7 +172,6 @@ def runnable(model: onnx_ir.Model, role: str, notes: list[str], heads: int | Non
     collective = next((node for node in model.graph if is_collective(node)), None)
     if collective is not None:
         raise ModelError(f"{role}: has {collective.op_type} {collective.name!r}, but only one rank's weights")
-    decoder_of(model)
     if not _is_bf16(model):
         return model
     from passopt.ir.graph.fp32_twin import fp32_twin
@@ -185,9 +208,39 @@ def _kind(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> str:
     return "fp16" if DataType.FLOAT16 in dtypes else "fp32"
 
 
-def chosen_tolerance(default: Tolerance, options: VerifyOptions) -> Tolerance:
-    """Return the default tolerance, with the user's own tolerance for outputs if there is one."""
-    return default if options.tolerance is None else Tolerance(options.tolerance, default.perplexity)
+def _differ_in_dtype(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> bool:
+    one, other = ((decoder_of(model).cache_dtype, is_bf16_twin(model)) for model in (reference, candidate))
+    return one != other
+
+
+def _long_scenarios(model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions) -> list[Scenario]:
+    """Return a scenario near the end of the model's positions, if its cache is not too large and others end before."""
+    decoder = decoder_of(model)
+    position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
+    known = [limit for limit in (options.max_positions, *limits) if limit is not None]
+    length = min([*known, _LONG if not known else max(known), _LARGEST_CACHE // position])
+    if length <= max(*options.lengths, 40):
+        return []
+    return [near_the_end(vocabulary_of(model), length, options.seed)]
+
+
+def _costliest(
+    reference: onnx_ir.Model, candidate: onnx_ir.Model, scenarios: Sequence[Scenario], options: VerifyOptions
+) -> str:
+    """Return the place at which a lossy candidate loses most: a channel of a weight, or else a layer by itself."""
+    errors = channel_errors(reference, candidate)
+    worst = max(errors, key=lambda item: item.steps, default=None)
+    if worst is not None and worst.steps > LARGEST:
+        return f"{worst.weight}, output channel {worst.channel}: off by {worst.steps:.1f} steps of int8"
+    session = functools.partial(Session, threads=options.threads, scratch=options.scratch, fold_qdq=True)
+    label = Label(ORIGINAL, 1.0)
+    plain = [scenario for scenario in scenarios if not scenario.scored and not scenario.past]
+    try:
+        result = run_layerwise(reference, candidate, plain[-1:], session, label, label, options.scratch)
+    except ModelError:
+        return ""
+    row = max((row for row in result.rows if row.output not in {PREDICTIONS}), key=lambda row: row.error)
+    return f"{row.scenario}, {row.output}: error {row.error:.1e} on the original's activations"
 
 
 def _check_interfaces(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> None:
@@ -225,19 +278,57 @@ def _verify_whole(
     candidate: onnx_ir.Model,
     scenarios: Sequence[Scenario],
     tolerance: Tolerance,
+    bar: QualityBar | None,
     options: VerifyOptions,
 ) -> VerifyReport:
     """Compare the models with only one of them in memory at a time."""
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
-    found = observe(candidate, scenarios, session)
-    rows: list[Row] = []
-    if is_quantized(candidate):
-        with tempfile.TemporaryDirectory(prefix="passopt-twin-", dir=options.scratch) as folder:
-            twin = observe(dequantised_twin(candidate, Path(folder)), scenarios, session)
-        rows += compare_all(NUMPY_TWIN, scenarios, twin, found, _twin_tolerance(candidate))
-    expected = observe(reference, scenarios, session)
-    rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance)
-    return VerifyReport(tuple(rows))
+    with LogitStore(options.scratch) as store:
+        keep = store.keep if bar is not None else None
+        found = observe(candidate, scenarios, session, keep)
+        rows = _against_own_codes(reference, candidate, scenarios, found, options)
+        expected = observe(reference, scenarios, session, keep)
+        rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
+    return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
+
+
+def _against_own_codes(
+    reference: onnx_ir.Model,
+    candidate: onnx_ir.Model,
+    scenarios: Sequence[Scenario],
+    found: Sequence[Observation],
+    options: VerifyOptions,
+) -> list[Row]:
+    """Return the rows of a quantised candidate against its own codes as numbers.
+
+    Where activations are quantised, a half that rounds the other way in one layer is a large difference some layers
+    later, so layers are compared one by one, each on the activations of the original.
+    """
+    session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
+    own = _twin_tolerance(candidate) if is_quantized(candidate) else None
+    if own is None:
+        return []
+    if has_dynamic_activations(candidate) and options.tolerance is None:
+        plain = [scenario for scenario in scenarios if not scenario.scored]
+        label = Label(f"{NUMPY_TWIN}, layer by layer", own.outputs)
+        try:
+            result = run_layerwise(reference, candidate, plain, session, Label(ORIGINAL, 1.0), label, options.scratch)
+            return [row for row in result.rows if row.comparison == label.comparison]
+        except ModelError:  # a graph that is not cut into layers is compared as a whole
+            pass
+    with tempfile.TemporaryDirectory(prefix="passopt-twin-", dir=options.scratch) as folder:
+        twin = observe(dequantised_twin(candidate, Path(folder)), scenarios, session)
+    return compare_all(NUMPY_TWIN, scenarios, twin, found, deep(own, candidate))
+
+
+def _weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, bar: QualityBar | None) -> list[Row]:
+    """Return a row for the weight whose codes differ most from it, in steps of its channel's scale."""
+    errors = channel_errors(reference, candidate) if bar is not None else []
+    if not errors:
+        return []
+    worst = max(errors, key=lambda item: item.steps)
+    note = f"output channel {worst.channel}, in steps of absmax/127; {len(errors)} weights"
+    return [Row(ORIGINAL, "codes", worst.weight, worst.steps, LARGEST, note)]
 
 
 def compare_all(
@@ -246,14 +337,27 @@ def compare_all(
     expected: Sequence[Observation],
     found: Sequence[Observation],
     tolerance: Tolerance,
+    bar: QualityBar | None = None,
 ) -> list[Row]:
-    """Return the rows for all outputs of all scenarios, and one row for the perplexity of the text."""
+    """Return the rows for all outputs of all scenarios, and one row for the perplexity of the text.
+
+    With a `bar`, rows for the predictions decide, and the others are only shown.
+    """
     rows: list[Row] = []
     for scenario, one, other in zip(scenarios, expected, found, strict=True):
         if not scenario.scored:
             rows += compare(comparison, scenario, one, other, tolerance.outputs)
     both = perplexity(scenarios, expected), perplexity(scenarios, found)
-    return rows + compare_perplexity(comparison, *both, tolerance.perplexity)
+    rows += compare_perplexity(comparison, *both, tolerance.perplexity)
+    if bar is None:
+        return rows
+    pairs, source = logit_pairs(scenarios, expected, found, text=True), "text"
+    if not pairs:
+        pairs, source = logit_pairs(scenarios, expected, found, text=False), "random tokens"
+    shown = [dataclasses.replace(row, judged=False) for row in rows if row.output != TOP_1]
+    if any(one.shape != other.shape for one, other in pairs):
+        return rows
+    return judged_rows(comparison, bar, divergence(pairs), source) + shown
 
 
 def _verify_layerwise(
@@ -261,6 +365,7 @@ def _verify_layerwise(
     candidate: onnx_ir.Model,
     scenarios: Sequence[Scenario],
     tolerance: Tolerance,
+    bar: QualityBar | None,
     options: VerifyOptions,
 ) -> VerifyReport:
     """Compare the models with only one layer of one model in memory at a time.
@@ -280,8 +385,11 @@ def _verify_layerwise(
         options.scratch,
         options.on_piece,
     )
-    rows = result.rows + compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance)
-    return VerifyReport(tuple(rows))
+    pieces = result.rows
+    if bar is not None:
+        pieces = [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in pieces]
+    ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
+    return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))
 
 
 def _twin_tolerance(candidate: onnx_ir.Model) -> Tolerance:

@@ -6,9 +6,11 @@ Both run the same scenarios.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 import onnx_ir
 
 from passopt.generation.open_engine import open_engine
@@ -18,14 +20,13 @@ from passopt.ir.weights.expressions import DataType
 from passopt.targets.onnxruntime.session import Session
 from passopt.targets.tvm.compiled_folder import Library, RankFolders, read_library
 from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
+from passopt.verification.logit_store import LogitStore
 from passopt.verification.report import PERPLEXITY, VerifyReport
 from passopt.verification.scenarios import Observation, Scenario, observe, surprise, vocabulary_of
+from passopt.verification.tolerances import TOLERANCES, Tolerance, bar_note, bar_of, chosen_tolerance
 from passopt.verification.verify import (
     ORIGINAL,
-    TOLERANCES,
-    Tolerance,
     VerifyOptions,
-    chosen_tolerance,
     compare_all,
     is_bf16_twin,
     runnable,
@@ -35,6 +36,11 @@ from passopt.verification.verify import (
 #: The tolerance in fp32, also if both have the same int8 weights. A library sums in another order than onnxruntime
 #: and fuses operators that onnxruntime does not.
 COMPILED = Tolerance(outputs=1e-4, perplexity=1e-4)
+
+#: The names of the dtypes of caches in a library's description.
+_CACHES = {DataType.FLOAT: "fp32", DataType.FLOAT16: "fp16", DataType.BFLOAT16: "bf16"}
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 def verify_compiled(reference: onnx_ir.Model, folder: Path, options: VerifyOptions) -> VerifyReport:
@@ -47,23 +53,37 @@ def verify_compiled(reference: onnx_ir.Model, folder: Path, options: VerifyOptio
     """
     notes: list[str] = []
     reference = runnable(reference, "reference", notes)
+    decoder_of(reference)
     library = _first(folder)
     _check_sizes(reference, library)
     kind, default = _tolerance(reference, library)
-    tolerance = chosen_tolerance(default, options)
+    tolerance = chosen_tolerance(default, options.tolerance)
+    bar = bar_of(kind, _differ_in_dtype(reference, library), options.tolerance)
     limits = positions_of(reference), library.max_positions
     scenarios = scenarios_within(limits, library.logits.vocab, options, notes)
-    notes.append(f"compiled for {library.mcpu} ({library.isa}), {kind}: outputs within {tolerance.outputs:.0e}")
-    found = observe_compiled(folder, scenarios, options.threads)
+    machine = f"compiled for {library.mcpu} ({library.isa})"
+    if bar is None:
+        notes.append(f"{machine}, {kind}: outputs within {tolerance.outputs:.0e}")
+    else:
+        notes += [machine, bar_note(kind, bar, has_text=bool(options.tokens))]
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
-    rows = compare_all(ORIGINAL, scenarios, _without_cache(observe(reference, scenarios, session)), found, tolerance)
+    with LogitStore(options.scratch) as store:
+        keep = store.keep if bar is not None else None
+        found = observe_compiled(folder, scenarios, options.threads, keep)
+        expected = _without_cache(observe(reference, scenarios, session, keep))
+        rows = compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
     if options.tokens and not any(row.output == PERPLEXITY for row in rows):
         notes.append("text: no perplexity, since a model gives logits of the last position only")
-    return VerifyReport(tuple(rows), tuple(notes))
+    return VerifyReport(tuple(rows), tuple(notes), lossy=kind if bar is not None else "")
 
 
-def observe_compiled(folder: Path, scenarios: Sequence[Scenario], threads: int) -> list[Observation]:
-    """Run a library through all scenarios, each with an empty cache that has just the room the scenario needs."""
+def observe_compiled(
+    folder: Path, scenarios: Sequence[Scenario], threads: int, keep: Callable[[Array], Array] | None = None
+) -> list[Observation]:
+    """Run a library through all scenarios, each with an empty cache that has just the room the scenario needs.
+
+    The logits of a text are kept as `keep` returns them, or not at all.
+    """
     found = []
     engine = open_engine(folder, threads=threads)
     for scenario in scenarios:
@@ -74,6 +94,7 @@ def observe_compiled(folder: Path, scenarios: Sequence[Scenario], threads: int) 
             logits = engine.forward(step.input_ids, step.attention_mask)
             if scenario.scored:
                 observation.surprise = surprise(logits, step, scenario.scored)
+                observation.logits += [keep(logits)] if keep is not None else []
             else:
                 observation.logits.append(logits)
         found.append(observation)
@@ -113,6 +134,11 @@ def _tolerance(reference: onnx_ir.Model, library: Library) -> tuple[str, Toleran
     if decoder_of(reference).cache_dtype == DataType.FLOAT16 or library.cache.dtype == "fp16":
         return "fp16", TOLERANCES["fp16"]
     return "fp32", COMPILED
+
+
+def _differ_in_dtype(reference: onnx_ir.Model, library: Library) -> bool:
+    own = "bf16" if is_bf16_twin(reference) else _CACHES.get(decoder_of(reference).cache_dtype, "")
+    return own != library.cache.dtype
 
 
 def _without_cache(observations: Sequence[Observation]) -> list[Observation]:

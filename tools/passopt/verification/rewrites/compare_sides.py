@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import onnx_ir
 
+from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.fp32_twin import fp32_twin
-from passopt.ir.relative_error import rewrite_error
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression
 from passopt.passes.framework.accuracy import Accuracy
 from passopt.targets.onnxruntime.session import Session
+from passopt.verification.rewrites.array_error import array_error, shape_problem
 from passopt.verification.rewrites.region_models import LARGEST_WEIGHT, Runnable, runnable, shortened_axes
 from passopt.verification.rewrites.regions import Cut, Unchecked
-from passopt.verification.rewrites.sample_inputs import Sampler, index_bounds
 from passopt.verification.rewrites.sample_weights import SampledEvaluator
-from passopt.verification.rewrites.symbol_lengths import DRAWS, Draw, Lengths
+from passopt.verification.rewrites.value_kinds import is_control_name
+from passopt.verification.sampling.samples import Sample
+from passopt.verification.sampling.traced_graph import Run
+from passopt.verification.sampling.values import Sampler, index_bounds
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: A cut with a weight of more elements than this is run on the first two draws only, to save time.
+#: A cut with a weight of more elements than this is run on the first two samples only, to save time.
 _LARGE = 1 << 22
+#: Operators whose kernels refuse empty inputs that the operators they stand for accept.
+_NEVER_EMPTY = frozenset({"Attention"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Values for the leaves of a cut: of one sample of the graph, with the graph's own numbers or with random ones."""
+
+    sample: Sample
+    random: bool
+    leaves: Mapping[str, Array]
+
+    def __str__(self) -> str:
+        return f"{self.sample}; {'random numbers' if self.random else 'numbers that the graph computed'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +61,8 @@ class Outcome:
         return self.error <= self.budget
 
     def __str__(self) -> str:
-        sizes = f"batch {self.draw.batch}, seq {self.draw.seq}, past {self.draw.past}"
         measured = f"max|Δ|/max|reference| = {self.error:.2e}, allowed {self.budget:.0e}"
-        return f"{self.problem or measured} (sampled: {sizes})"
+        return f"{self.problem or measured} (sampled: {self.draw})"
 
     def is_worse_than(self, other: Outcome) -> bool:
         """Return whether this outcome exceeds its budget by more than the other one does."""
@@ -64,7 +81,7 @@ class Comparison:
     after: Runnable
     accuracy: Accuracy
     shortened: Mapping[int, int]
-    draws: Sequence[tuple[Draw, Mapping[str, Array]]]
+    draws: Sequence[Draw]
 
     def run(self, *, real: bool) -> Outcome:
         """Return the worst outcome over the draws.
@@ -72,22 +89,30 @@ class Comparison:
         Weights are evaluated from their files if `real`, otherwise they are random.
 
         Raises:
-            Unchecked: If the original side runs on no draw.
+            Unchecked: If the original side runs on no draw, or the replacement on none of those.
         """
-        feeds = [leaves for _, leaves in self.draws]
+        feeds = [draw.leaves for draw in self.draws]
         expected = _results(self.before, feeds, real)
         if all(isinstance(results, ModelError) for results in expected):
             raise Unchecked(f"the original does not run alone: {expected[0]}")
         found = _results(self.after, feeds, real)
         worst: Outcome | None = None
-        for (draw, _), one, other in zip(self.draws, expected, found, strict=True):
-            if isinstance(one, ModelError):
+        for draw, one, other in zip(self.draws, expected, found, strict=True):
+            if isinstance(one, ModelError) or (isinstance(other, ModelError) and self._refuses_empty(draw)):
                 continue
             outcome = self._outcome(draw, one, other)
             if worst is None or outcome.is_worse_than(worst):
                 worst = outcome
-        assert worst is not None
+        if worst is None:
+            raise Unchecked("only samples with empty axes run, which the kernel of the replacement refuses")
         return worst
+
+    def _refuses_empty(self, draw: Draw) -> bool:
+        """Return whether the replacement has an operator whose kernel refuses the empty axes of the draw."""
+        if not any(not all(array.shape) for array in draw.leaves.values()):
+            return False
+        nodes = [*self.after.model.graph, *(node for item in self.after.model.functions.values() for node in item)]
+        return any(node.op_type in _NEVER_EMPTY for node in nodes)
 
     def has_blank_weight(self) -> bool:
         """Return whether some weight is zero everywhere, as in a sparse file without data."""
@@ -97,8 +122,7 @@ class Comparison:
 
     def inputs(self, draw: Draw, *, real: bool) -> dict[str, Array]:
         """Return all inputs of both models in one draw by name, weights included."""
-        leaves = next(leaves for other, leaves in self.draws if other == draw)
-        return {**_feeds(self.before, leaves, real), **_feeds(self.after, leaves, real)}
+        return {**_feeds(self.before, draw.leaves, real), **_feeds(self.after, draw.leaves, real)}
 
     def _outcome(self, draw: Draw, expected: Sequence[Array], found: Sequence[Array] | ModelError) -> Outcome:
         worst: Outcome | None = None
@@ -106,9 +130,8 @@ class Comparison:
             name, budget = root.name or "", self.accuracy.budget_of(root.dtype or DataType.FLOAT)
             if isinstance(found, ModelError):
                 return Outcome(float("inf"), budget, name, draw, f"the replacement does not run: {found}")
-            one, other = expected[index], found[index]
-            problem = "" if one.shape == other.shape else f"shape {list(one.shape)} became {list(other.shape)}"
-            error = float("inf") if problem else rewrite_error(one, other)
+            problem = shape_problem(expected[index], found[index])
+            error = float("inf") if problem else array_error(expected[index], found[index])
             outcome = Outcome(error, budget, name, draw, problem)
             if worst is None or outcome.is_worse_than(worst):
                 worst = outcome
@@ -116,38 +139,89 @@ class Comparison:
         return worst
 
 
-def prepare(cut: Cut, lengths: Sequence[Lengths], accuracy: Accuracy, largest: int = LARGEST_WEIGHT) -> Comparison:
-    """Return both sides as models, with sampled values for their leaves.
+def prepare(
+    cut: Cut,
+    runs: Sequence[Run],
+    name_of: Callable[[onnx_ir.Value], str],
+    accuracy: Accuracy,
+    largest: int = LARGEST_WEIGHT,
+) -> Comparison:
+    """Return both sides as models, with values for their leaves from every run of the graph.
 
-    `lengths` belong to the draws, in order. Axes of weights with more than `largest` elements are shortened.
+    Args:
+        cut: The regions before and after.
+        runs: What the graph computed on its samples.
+        name_of: A function that returns the name by which `runs` know a leaf.
+        accuracy: What the pass declares.
+        largest: Axes of weights with more elements than this are shortened.
 
     Raises:
-        Unchecked: If a weight is too large to shorten, or if the shape or dtype of a leaf is unknown.
+        Unchecked: If a weight is too large to shorten, or no leaf can be given a value.
     """
     shortened = shortened_axes(cut, largest)
-    before, after = (_fp32(runnable(region, shortened)) for region in (cut.before, cut.after))
+    leaves = {leaf.name or "": leaf for leaf in (*cut.after.leaves, *cut.before.leaves)}
+    types = _true_types(leaves, runs, name_of)
+    before, after = (_fp32(runnable(region, shortened, types)) for region in (cut.before, cut.after))
     weights = [*before.weights.values(), *after.weights.values()]
-    count = len(DRAWS)
+    count = len(runs)
     if any(weight.nbytes // weight.dtype.itemsize > _LARGE for weight in weights):
         count = 2
-    if not cut.before.leaves and not cut.after.leaves:
+    if not leaves:
         count = 1  # only weights are read, and they are the same in every draw
-    draws = [(DRAWS[index], _leaves(cut, lengths[index], shortened)) for index in range(count)]
+    draws = [draw for run in runs[:count] for draw in _draws(leaves, types, run, name_of, shortened)]
     return Comparison(cut, before, after, accuracy, shortened, draws)
 
 
-def _leaves(cut: Cut, lengths: Lengths, shortened: Mapping[int, int]) -> dict[str, Array]:
-    bounds = index_bounds((*cut.before.nodes, *cut.after.nodes), shortened)
-    sampler = Sampler(lengths, bounds)
-    found: dict[str, Array] = {}
-    for leaf in (*cut.before.leaves, *cut.after.leaves):
-        shape = lengths.shape_of(leaf)
-        if leaf.name in found:
-            continue
-        if shape is None or leaf.dtype is None:
-            raise Unchecked(f"the shape or dtype of {leaf.name} is unknown")
-        found[leaf.name or ""] = sampler.sample(leaf.name or "", leaf.dtype, tuple(shortened.get(n, n) for n in shape))
+def _true_types(
+    leaves: Mapping[str, onnx_ir.Value], runs: Sequence[Run], name_of: Callable[[onnx_ir.Value], str]
+) -> dict[str, DataType]:
+    """Return the dtypes that leaves had in the runs, for those whose dtype the graph does not state."""
+    found = {}
+    for name, leaf in leaves.items():
+        array = runs[0].arrays.get(name_of(leaf)) if runs else None
+        if leaf.dtype is None and array is not None:
+            found[name] = DataType.from_numpy(array.dtype)
     return found
+
+
+def _draws(
+    leaves: Mapping[str, onnx_ir.Value],
+    types: Mapping[str, DataType],
+    run: Run,
+    name_of: Callable[[onnx_ir.Value], str],
+    shortened: Mapping[int, int],
+) -> list[Draw]:
+    """Return the draw with the numbers that the graph computed, if they are known, and one with random numbers."""
+    own = {name: run.arrays.get(name_of(leaf)) for name, leaf in leaves.items()}
+    shapes = {
+        name: tuple(shortened.get(length, length) for length in run.shapes[name_of(leaf)])
+        for name, leaf in leaves.items()
+    }
+
+    def length_of(value: onnx_ir.Value, axis: int) -> int | None:
+        shape = run.shapes.get(name_of(value))
+        length = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+        return None if length is None else shortened.get(length, length)
+
+    sampler = Sampler(run.sample.style, run.sample.lengths.past, index_bounds(list(leaves.values()), length_of))
+    drawn: dict[str, Array] = {}
+    for name, leaf in leaves.items():
+        array = own[name]
+        dtype = leaf.dtype if leaf.dtype is not None else types.get(name)
+        if array is not None and (array.dtype not in _FLOATS or is_control_name(name)) and array.shape == shapes[name]:
+            drawn[name] = array
+        elif dtype is None:
+            raise Unchecked("the dtype of a value that it reads is unknown")
+        else:
+            drawn[name] = sampler.sample(name, dtype, shapes[name])
+    draws = [Draw(run.sample, True, drawn)]
+    given = {name: array for name, array in own.items() if array is not None and array.shape == shapes[name]}
+    if leaves and len(given) == len(leaves):
+        draws.insert(0, Draw(run.sample, False, given))
+    return draws
+
+
+_FLOATS = frozenset(dtype.numpy() for dtype in FLOATS)
 
 
 def _fp32(side: Runnable) -> Runnable:

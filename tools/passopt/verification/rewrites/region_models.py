@@ -19,6 +19,7 @@ from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, expression_of, small_constant
 from passopt.verification.rewrites.regions import Cut, Region, Unchecked
+from passopt.verification.sampling.traced_graph import wide_type
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -60,12 +61,16 @@ def shortened_axes(cut: Cut, largest: int) -> dict[int, int]:
     return kept
 
 
-def runnable(region: Region, kept: Mapping[int, int]) -> Runnable:
-    """Return the region as a model in which the lengths in `kept` are shortened wherever they appear."""
+def runnable(region: Region, kept: Mapping[int, int], types: Mapping[str, onnx_ir.DataType] | None = None) -> Runnable:
+    """Return the region as a model in which the lengths in `kept` are shortened wherever they appear.
+
+    `types` are dtypes of leaves that the graph does not state, by name.
+    """
     made: dict[onnx_ir.Value, onnx_ir.Value] = {}
     inputs, initializers, weights = [], [], {}
     for leaf in region.leaves:
-        made[leaf] = _value(leaf.name, leaf.dtype, None if leaf.shape is None else [None] * len(leaf.shape))
+        dtype = leaf.dtype if leaf.dtype is not None else (types or {}).get(leaf.name or "")
+        made[leaf] = _value(leaf.name, dtype, None)
         inputs.append(made[leaf])
     for value in region.weights:
         expression = _shortened(value, kept)
@@ -80,12 +85,22 @@ def runnable(region: Region, kept: Mapping[int, int]) -> Runnable:
     outputs = []
     for index, root in enumerate(region.roots):
         output = _value(f"root.{index}", root.dtype, None)
-        nodes.append(onnx_ir.Node("", "Identity", [made[root]], outputs=[output]))
+        if not isinstance(root.type, onnx_ir.TensorType):
+            output.type = root.type
+        wide = wide_type(root.dtype)
+        if wide is None:
+            nodes.append(onnx_ir.Node("", "Identity", [made[root]], outputs=[output]))
+        else:
+            output.type = onnx_ir.TensorType(wide)
+            to = [onnx_ir.AttrInt64("to", int(wide))]
+            nodes.append(onnx_ir.Node("", "Cast", [made[root]], to, outputs=[output]))
         outputs.append(output)
+    functions = _functions(region)
     opsets = {"": 1, **region.side.opsets}
-    opsets.update({node.domain: 1 for node in region.nodes if node.domain not in opsets})
+    for node in (*region.nodes, *(node for function in functions for node in function.all_nodes())):
+        opsets.setdefault(node.domain, 1)
     graph = onnx_ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=opsets, name="cut")
-    model = onnx_ir.Model(graph, ir_version=10, functions=_functions(region))
+    model = onnx_ir.Model(graph, ir_version=10, functions=functions)
     return Runnable(model, weights)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import onnx_ir
 
@@ -17,18 +18,20 @@ from passopt.ir.weights.lazy_weight import expression_of
 from passopt.verification.rewrites.regions import Cut, Region
 from passopt.verification.rewrites.value_kinds import is_control_name
 
+LeafKey: TypeAlias = "Callable[[onnx_ir.Value], object]"
 
-def structure_key(cut: Cut) -> tuple[Any, ...]:
+
+def structure_key(cut: Cut, leaf_key: LeafKey) -> tuple[Any, ...]:
     """Return a key of both sides of a cut.
 
     It covers operators, attributes, dtypes, shapes and digests of constants. Leaves are numbered in the order of their
-    use.
+    use, and `leaf_key` returns what else tells a leaf from others: the shapes that it has.
     """
     numbers: dict[object, int] = {}
-    return _region_key(cut.before, numbers), _region_key(cut.after, numbers)
+    return _region_key(cut.before, numbers, leaf_key), _region_key(cut.after, numbers, leaf_key)
 
 
-def _region_key(region: Region, numbers: dict[object, int]) -> tuple[Any, ...]:
+def _region_key(region: Region, numbers: dict[object, int], leaf_key: LeafKey) -> tuple[Any, ...]:
     made: dict[onnx_ir.Value, object] = {}
     for index, node in enumerate(region.nodes):
         made.update({value: (index, place) for place, value in enumerate(node.outputs)})
@@ -42,19 +45,13 @@ def _region_key(region: Region, numbers: dict[object, int]) -> tuple[Any, ...]:
             assert expression is not None
             return _expression_key(expression, numbers)
         own = value.name if value.producer() is None and is_control_name(value.name or "") else None
-        return numbers.setdefault(value.name, len(numbers)), own, value.dtype, _dims(value)
+        return numbers.setdefault(value.name, len(numbers)), own, value.dtype, leaf_key(value)
 
     nodes = tuple(
         (node.domain, node.op_type, attributes_key(node), tuple(map(reference, node.inputs)), len(node.outputs))
         for node in region.nodes
     )
     return region.side.opsets.get(""), nodes, tuple(reference(root) for root in region.roots)
-
-
-def _dims(value: onnx_ir.Value) -> tuple[object, ...] | None:
-    if value.shape is None:
-        return None
-    return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape.dims)
 
 
 def _expression_key(expression: Expression, numbers: dict[object, int]) -> tuple[object, ...]:

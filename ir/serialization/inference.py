@@ -1,0 +1,97 @@
+"""Find the types of all values of a model, those in bodies and of sequences included, with ONNX's own inference.
+
+`complete_types` looks at one node of the main graph after the other; this asks ONNX about the whole model, without the
+bytes of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+import onnx
+import onnx_ir
+
+from passopt.ir.graph.shapes import complete_types
+from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
+
+#: A value, and the type and shape that were known of it.
+Known: TypeAlias = "tuple[onnx_ir.Value, onnx_ir.TypeProtocol | None, onnx_ir.Shape | None]"
+
+
+def complete_all_types(model: onnx_ir.Model) -> list[Known]:
+    """Fill in types and shapes that are unknown, as far as inference finds them; what is stated stays.
+
+    Values inside of functions stay unknown, because each call may give them other types.
+
+    Args:
+        model: The model, whose values are changed in place; its text stays the same but for the types.
+
+    Returns:
+        What was known of the values that ONNX was asked about, for `forget_types`.
+    """
+    complete_types(model)
+    if all(value.type is not None for value in _values(model)):
+        return []
+    copy = model.clone()
+    for graph in copy.graphs():
+        _withhold_weights(graph, copy.graph)
+    proto = onnx_ir.to_proto(copy)
+    try:
+        inferred = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
+        return []  # The checker reports such a model; here its values only stay unknown.
+    known: list[Known] = []
+    for value, found in zip(_values(model), _values(inferred), strict=True):
+        known.append((value, value.type, value.shape))
+        value.type = value.type or found.type
+        value.shape = value.shape or found.shape
+    return known
+
+
+def forget_types(known: Iterable[Known]) -> None:
+    """Take back what `complete_all_types` filled in, so that a model that is left alone is written as it was read.
+
+    Args:
+        known: The list that `complete_all_types` returned.
+    """
+    for value, kind, shape in known:
+        value.type, value.shape = kind, shape
+
+
+def _values(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
+    """Yield the inputs of all graphs and bodies, and the outputs of all their nodes."""
+    for graph in model.graphs():
+        yield from graph.inputs if graph is not model.graph else ()
+        for node in graph:
+            yield from node.outputs
+
+
+def _withhold_weights(graph: onnx_ir.Graph, main: onnx_ir.Graph) -> None:
+    """Let inputs of the main graph stand for large tensors of a graph, since their types are all that matters."""
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or not _is_large(tensor):
+            continue
+        del graph.initializers[name]
+        if not value.is_graph_input():
+            main.inputs.append(_stand_in(value, tensor, len(main.inputs)))
+    for node in graph:
+        attribute = node.attributes.get("value")
+        if node.op_type != "Constant" or attribute is None or attribute.type != onnx_ir.AttributeType.TENSOR:
+            continue
+        if not attribute.is_ref() and _is_large(attribute.as_tensor()):
+            main.inputs.append(_stand_in(node.outputs[0], attribute.as_tensor(), len(main.inputs)))
+            node.attributes["value"] = onnx_ir.AttrTensor("value", onnx_ir.tensor(0))
+
+
+def _is_large(tensor: onnx_ir.TensorProtocol) -> bool:
+    return isinstance(tensor, (LazyWeight, onnx_ir.ExternalTensor)) or tensor.nbytes > SMALL_BYTES
+
+
+def _stand_in(value: onnx_ir.Value, tensor: onnx_ir.TensorProtocol, number: int) -> onnx_ir.Value:
+    """Return a new value of the type and shape of `tensor`, which all readers of `value` read instead."""
+    shape = onnx_ir.Shape(tensor.shape.numpy())
+    new = onnx_ir.Value(name=f"withheld.{number}.{value.name}", type=onnx_ir.TensorType(tensor.dtype), shape=shape)
+    value.replace_all_uses_with(new, replace_graph_outputs=True)
+    return new

@@ -1,0 +1,1 @@
+"""Say what onnxruntime's own operators compute, in standard operators; decompose-contrib builds that."""

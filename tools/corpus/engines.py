@@ -1,0 +1,123 @@
+"""Run models in onnxruntime, without its own rewrites, or in ONNX's reference evaluator; compare what they compute."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir
+import onnxruntime
+
+from passopt.ir.relative_error import operator_error
+from passopt.passes.framework.accuracy import Accuracy
+
+Outputs = list[Any]
+
+
+class Refused(Exception):
+    """Say that an engine does not take a model.
+
+    Attributes:
+        lacks_kernel: Whether the model is legal for all that the engine says, but it has no code for an operator.
+    """
+
+    def __init__(self, message: str, *, lacks_kernel: bool = False) -> None:
+        super().__init__(message)
+        self.lacks_kernel = lacks_kernel
+
+
+class Runtime:
+    """A model in onnxruntime, on one thread."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_cpu_mem_arena = False
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            kind = type(error).__name__
+            raise Refused(_line(error), lacks_kernel=kind == "NotImplemented") from error
+
+    def run(self, feeds: Mapping[str, Any]) -> Outputs:
+        """Return all outputs in their order; raise Refused if the model cannot be run on these inputs."""
+        types = {value.name: value.type for value in self._session.get_inputs()}
+        try:
+            given = {name: _to_runtime(feeds[name], types[name]) for name in types if name in feeds}
+            return list(self._session.run(None, given))
+        except Exception as error:
+            # onnxruntime hands out no numbers of dtypes that numpy does not know, such as bfloat16.
+            lacks = type(error).__name__ == "NotImplemented" or "No corresponding Numpy type" in str(error)
+            raise Refused(_line(error), lacks_kernel=lacks) from error
+
+
+def _to_runtime(value: Any, kind: str) -> Any:
+    """Return a value as onnxruntime takes it: numbers of dtypes that numpy does not know need their ONNX type."""
+    if not isinstance(value, np.ndarray) or (value.dtype.kind != "V" and value.dtype.isbuiltin == 1):
+        return value
+    dtype = onnx_ir.DataType.from_numpy(value.dtype).value
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(value, dtype)
+
+
+class Evaluator:
+    """A model in ONNX's reference evaluator."""
+
+    name = "reference"
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._evaluator = onnx.reference.ReferenceEvaluator(str(path))
+        except Exception as error:  # the evaluator has no errors of its own
+            raise Refused(_line(error), lacks_kernel=True) from error
+
+    def run(self, feeds: Mapping[str, Any]) -> Outputs:
+        """Return all outputs in their order; raise Refused if the model cannot be run on these inputs."""
+        try:
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")
+                names = set(self._evaluator.input_names)
+                return list(self._evaluator.run(None, {name: feeds[name] for name in feeds if name in names}))
+        except Exception as error:
+            raise Refused(_line(error), lacks_kernel=isinstance(error, NotImplementedError)) from error
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def difference(expected: Sequence[Any], found: Sequence[Any], accuracy: Accuracy, *, is_random: bool) -> str:
+    """Return how outputs differ beyond what a declared accuracy allows, or an empty text if they do not."""
+    if len(expected) != len(found):
+        return f"{len(expected)} outputs became {len(found)}"
+    texts = (_differs(*pair, accuracy, is_random=is_random) for pair in zip(expected, found, strict=True))
+    return next((f"output {index}: {text}" for index, text in enumerate(texts) if text), "")
+
+
+def _differs(one: Any, other: Any, accuracy: Accuracy, *, is_random: bool) -> str:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return difference(one, other, accuracy, is_random=is_random)
+    if one is None or other is None:
+        return "" if one is other else f"{type(one).__name__} became {type(other).__name__}"
+    first, second = np.asarray(one), np.asarray(other)
+    if first.dtype.kind in "OUS" and second.dtype.kind in "OUS":
+        equal = first.shape == second.shape and first.astype(str).tolist() == second.astype(str).tolist()
+        return "" if equal else f"texts {first.tolist()!r:.60} became {second.tolist()!r:.60}"
+    if first.dtype != second.dtype:
+        return f"dtype {first.dtype} became {second.dtype}"
+    if first.shape != second.shape:
+        return f"shape {first.shape} became {second.shape}"
+    if is_random:
+        return ""
+    error = operator_error(first, second)
+    allowed = accuracy.budget_of(onnx_ir.DataType.from_numpy(first.dtype))
+    return "" if error <= allowed and not math.isnan(error) else f"error {error:.1e}, allowed {allowed:.0e}"

@@ -1,0 +1,348 @@
+"""Run passes over one written model, and say what became of each: ok, refused, wrong, invalid, a crash.
+
+| outcome | means |
+| --- | --- |
+| unchanged | the pass left the model as it was |
+| ok | the numbers, dtypes and shapes are equal within the declared accuracy |
+| not comparable | no engine runs both; the checker accepts the result, and onnxruntime where it accepts the original |
+| beyond | a lossy pass kept dtypes and shapes, and lost more than it declares on this model |
+| refused | an error with a text for the user |
+| unstable | a second run changes the result again, or `modified` is not what happened |
+| wrong | other numbers, dtypes or shapes, or a failure while the result runs |
+| invalid | the checker or onnxruntime refuse the result, and accept the original |
+| crash | any other exception, or an error that is a defect of passopt by its class or text |
+| hang | the time limit passed, or the process died |
+| not read | passopt refuses to load the model |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+
+import passopt.ir
+from cases import Case
+from engines import Evaluator, Outputs, Refused, Runtime, difference
+from passopt.ir.errors import ModelError, PassoptError, VerifyError
+from passopt.ir.graph.decoder import degree_of
+from passopt.ir.serialization.model_files import MODEL_NAME, file_weights, model_bytes, save_materialized
+from passopt.ir.serialization.text import parse_model, print_model
+from passopt.passes.framework.accuracy import EXACT, Accuracy
+from passopt.passes.framework.base import Pass
+from passopt.passes.pipeline.expectations import parse_expectation
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
+from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
+from variants import Written
+
+OUTCOMES = (
+    "unchanged",
+    "ok",
+    "not comparable",
+    "beyond",
+    "refused",
+    "unstable",
+    "wrong",
+    "invalid",
+    "crash",
+    "hang",
+    "not read",
+)
+#: Outcomes that are defects of passopt.
+FAULTS = ("unstable", "wrong", "invalid", "crash", "hang")
+
+#: Steps of the corpus that are no passes: writing a model as it was read, and its text.
+SAVE, TEXT = "(save)", "(text)"
+#: The pipelines that run besides every pass by itself.
+PIPELINES = (
+    "legalize{opset=18}",
+    "cast{dtype=bf16}",
+    "fold-constants,canonicalize,fold-constants,cse,dead-code",
+    "simplify,fold-constants,canonicalize",
+    "fuse",
+    "baichuan2",
+    "tp",
+    "int8",
+    "int8{activations=dynamic}",
+)
+_SEVERITY = {"exact": 0, "reassociated": 1, "lossy": 2}
+#: Words that mean something to people who know the source only.
+_INTERNAL = re.compile(r"Traceback|NoneType|has no attribute|<class|object at 0x|KeyError|IndexError|AssertionError")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a model in a step, with the reason or difference."""
+
+    kind: str
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """A changed model on disk: its files, how exact it must be, and whether its interface may have other dtypes."""
+
+    path: Path
+    accuracy: Accuracy
+    changes_interface: bool
+
+
+class Subject:
+    """One model as a variant writes it, with what engines make of it; made in an empty folder."""
+
+    def __init__(self, case: Case, written: Written, folder: Path) -> None:
+        self.case, self.written, self.folder = case, written, folder
+        self.path = folder / "original.onnx"
+        model = onnx.ModelProto()
+        model.CopyFrom(written.model)
+        if written.is_external:
+            onnx.save_model(model, self.path, save_as_external_data=True, location="original.data", size_threshold=0)
+        else:
+            onnx.save_model(model, self.path)
+        self._expected: dict[str, list[tuple[Mapping[str, Any], Outputs]]] = {}
+        self._sessions: dict[tuple[str, Path], Any] = {}
+        self._memo: dict[tuple[bytes, tuple[str, ...], str], Outcome] = {}
+        self._before: tuple[bytes, tuple[str, ...]] | None = None
+        self._number = 0
+
+    def steps(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
+        """Yield every step with the call that takes it; only saving, where that goes wrong already."""
+        try:
+            model = passopt.ir.load_model(self.path)
+            error = None
+        except Exception as caught:
+            error = caught
+        if error is not None:
+            outcome = _of_error(error)
+            kind = "not read" if outcome.kind == "refused" else outcome.kind
+            if kind == "not read" and not _accepted(self.path):
+                return
+            yield SAVE, lambda: Outcome(kind, outcome.detail)
+            return
+        saved = self._step(SAVE, model)
+        if saved.kind in FAULTS or SAVE in names:
+            yield SAVE, lambda: saved
+        for name in names if saved.kind not in FAULTS else ():
+            if name != SAVE:
+                yield name, lambda name=name: self._step(name, model)
+
+    def _step(self, name: str, model: onnx_ir.Model) -> Outcome:
+        try:
+            if name == TEXT:
+                return self._text(model)
+            return self._passes(() if name == SAVE else _resolved(name).passes, name, model)
+        except Exception as error:
+            return _of_error(error)
+
+    def _text(self, model: onnx_ir.Model) -> Outcome:
+        text = print_model(model, fold=False)
+        if re.search(r'= \["digest": ', text):
+            return Outcome("refused", "the text holds the digest of a tensor, not its numbers")
+        try:
+            again = parse_model(text)
+        except ModelError as error:
+            return Outcome("invalid", f"the printed text is not read: {error}")
+        if print_model(again, fold=False) != text:
+            return Outcome("unstable", "the text of the model that was read from it is another one")
+        return self._compare(again, EXACT, changes_interface=False)
+
+    def _passes(self, passes: Sequence[Pass], name: str, model: onnx_ir.Model) -> Outcome:
+        changed = model.clone()
+        pipeline = None if name == SAVE else _resolved(name)
+        wanted = [] if pipeline is None else pipeline.expectations
+        known = [item.name for item in passes]
+        records = run_passes(changed, passes, expectations=[parse_expectation(text, known) for text in wanted])
+        accuracy = max((item.accuracy for item in passes), key=_severity, default=EXACT)
+        if not passes:
+            return self._compare(changed, accuracy, changes_interface=False)
+        self._before = self._before or _bytes(model)
+        differs = _bytes(changed) != self._before
+        modified = any(record.result.modified for record in records)
+        if not modified and print_model(changed, fold=False) != print_model(model, fold=False):
+            return Outcome("unstable", "the text changed, and `modified` is false")
+        if not differs:
+            return Outcome("unchanged")
+        outcome = self._compare(changed, accuracy, changes_interface=any(item.changes_interface for item in passes))
+        if len(passes) == 1 and outcome.kind not in FAULTS:
+            again = passes[0].run(changed)
+            if again.modified:
+                return Outcome("unstable", "a second run changes the model again")
+        return outcome
+
+    def _compare(self, model: onnx_ir.Model, accuracy: Accuracy, *, changes_interface: bool) -> Outcome:
+        if degree_of(model) > 1:
+            model = join_ranks(rank_models(model))
+        key = (*_bytes(model), str(accuracy))
+        if key not in self._memo:
+            self._number += 1
+            folder = self.folder / f"result{self._number}"
+            folder.mkdir()
+            save_materialized(model, folder)
+            result = _Result(folder / MODEL_NAME, accuracy, changes_interface)
+            self._memo[key] = self._check(result)
+        return self._memo[key]
+
+    def _check(self, result: _Result) -> Outcome:
+        if _is_checked(self.path) == "" and (message := _is_checked(result.path)):
+            return Outcome("invalid", f"checker: {message}")
+        for engine in (Runtime, Evaluator):
+            expected = self._computed(engine)
+            try:
+                session = self._session(engine, result.path)
+            except Refused as refused:
+                if engine is Runtime and not refused.lacks_kernel and _loads(self._try(engine, self.path)):
+                    return Outcome("invalid", f"onnxruntime: {refused}")
+                continue
+            outcome = self._numbers(session, expected, result) if expected else None
+            if outcome is not None:
+                return outcome
+        return Outcome("not comparable")
+
+    def _numbers(
+        self, session: Any, expected: Sequence[tuple[Mapping[str, Any], Outputs]], result: _Result
+    ) -> Outcome | None:
+        """Compare what a result computes with what is expected; None if the engine lacks a kernel for it."""
+        proto = onnx.load(result.path, load_external_data=False)
+        is_lossy = result.accuracy.kind == "lossy"
+        for number, (feeds, outputs) in enumerate(expected):
+            given = _as_declared(feeds, proto) if result.changes_interface else feeds
+            if result.changes_interface:
+                rounded = self._of_rounded(type(session), feeds, given)
+                if rounded is None:
+                    continue
+                outputs = rounded
+            try:
+                found = session.run(given)
+            except Refused as refused:
+                if refused.lacks_kernel:
+                    return None
+                return Outcome("wrong", f"the result fails on inputs {number}: {refused}")
+            if result.changes_interface:
+                found = [_like(one, other) for one, other in zip(found, outputs, strict=False)]
+            text = difference(outputs, found, result.accuracy, is_random=self.case.is_random)
+            if text:
+                kind = "beyond" if is_lossy and ": error" in text else "wrong"
+                return Outcome(kind, f"inputs {number}: {text} ({session.name})")
+        return Outcome("ok")
+
+    def _of_rounded(self, engine: type, feeds: Mapping[str, Any], given: Mapping[str, Any]) -> Outputs | None:
+        """Return what the original makes of the numbers that a result is given; None if it does not take them.
+
+        The result takes them in another dtype, and a model that compares its inputs is not to blame for their rounding.
+        """
+        rounded = {name: _like(value, feeds[name]) for name, value in given.items()}
+        try:
+            return self._session(engine, self.path).run(rounded)  # type: ignore[no-any-return]
+        except Refused:
+            return None
+
+    def _computed(self, engine: type) -> list[tuple[Mapping[str, Any], Outputs]]:
+        """Return the inputs that the original takes in an engine, with its outputs; the first of them must run."""
+        if engine.__name__ not in self._expected:
+            found: list[tuple[Mapping[str, Any], Outputs]] = []
+            session = self._try(engine, self.path)
+            for feeds in self.written.feeds if _loads(session) else ():
+                try:
+                    found.append((feeds, session.run(feeds)))
+                except Refused:
+                    if not found:
+                        break
+            self._expected[engine.__name__] = found
+        return self._expected[engine.__name__]
+
+    def _try(self, engine: type, path: Path) -> Any:
+        try:
+            return self._session(engine, path)
+        except Refused as refused:
+            return refused
+
+    def _session(self, engine: type, path: Path) -> Any:
+        key = (engine.__name__, path)
+        if key not in self._sessions:
+            try:
+                self._sessions[key] = engine(path)
+            except Refused as refused:
+                self._sessions[key] = refused
+        found = self._sessions[key]
+        if isinstance(found, Refused):
+            raise found
+        return found
+
+
+_PIPELINES: dict[str, Any] = {}
+
+
+def _resolved(name: str) -> Any:
+    if name not in _PIPELINES:
+        _PIPELINES[name] = resolve(name)
+    return _PIPELINES[name]
+
+
+def _severity(accuracy: Accuracy) -> tuple[int, float]:
+    return _SEVERITY[accuracy.kind], accuracy.budget or 0.0
+
+
+def _loads(session: object) -> bool:
+    return not isinstance(session, Refused)
+
+
+def _bytes(model: onnx_ir.Model) -> tuple[bytes, tuple[str, ...]]:
+    weights = file_weights(model)
+    return model_bytes(model, weights), tuple(weight.digest() for weight in weights.values())
+
+
+def _is_checked(path: Path) -> str:
+    """Return what ONNX's checker has against a model, or an empty text."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return ""
+
+
+def _accepted(path: Path) -> bool:
+    try:
+        Runtime(path)
+    except Refused:
+        return not _is_checked(path)
+    return True
+
+
+def _of_error(error: Exception) -> Outcome:
+    """Say whether an error is a refusal or a defect."""
+    text = f"{type(error).__name__}: {error}"
+    is_defect = isinstance(error, VerifyError) or not isinstance(error, PassoptError)
+    is_defect = is_defect or ": failed with " in text or bool(_INTERNAL.search(text))
+    return Outcome("crash" if is_defect else "refused", text.strip())
+
+
+def _as_declared(feeds: Mapping[str, Any], proto: onnx.ModelProto) -> dict[str, Any]:
+    """Return inputs in the dtypes that a model declares."""
+    declared = {value.name: value.type.tensor_type.elem_type for value in proto.graph.input}
+    return {
+        name: _cast(value, declared[name]) if declared.get(name) else value
+        for name, value in feeds.items()
+        if name in declared
+    }
+
+
+def _cast(value: Any, dtype: int) -> Any:
+    if not isinstance(value, np.ndarray) or value.dtype.kind in "OUS" or dtype == onnx.TensorProto.STRING:
+        return value
+    with np.errstate(all="ignore"):
+        return value.astype(onnx_ir.DataType(dtype).numpy())
+
+
+def _like(found: Any, expected: Any) -> Any:
+    """Return an output in the dtype of what is expected, if both are floats."""
+    if not isinstance(found, np.ndarray) or not isinstance(expected, np.ndarray):
+        return found
+    floats = all(item.dtype.kind in "fV" for item in (found, expected))
+    return found.astype(expected.dtype) if floats else found

@@ -1,0 +1,70 @@
+"""Run a share of the corpus in a process of its own, and print a line of JSON for each thing that happens.
+
+    python tools/corpus/worker.py OPTIONS
+
+OPTIONS is a JSON object: `steps`, `variants`, `only`, `part`, `share` ([index, number of workers]), and `skip`, the
+steps that made an earlier process hang or die. `{"at": [case, variant, step]}` says what begins, and
+`{"done": [case, variant], "outcomes": {step: [kind, detail]}}` what became of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cases import Case, chosen
+from outcomes import Subject
+from sources import all_cases
+from variants import VARIANTS
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def run_share(options: Mapping[str, Any], cases: Sequence[Case], report: Report) -> None:
+    """Run all steps over the variants of a share of the cases."""
+    index, number = options["share"]
+    done = {tuple(item) for item in options["done"]}
+    skipped = {tuple(item) for item in options["skip"]}
+    for case in chosen(cases, options["only"], options["part"])[index::number]:
+        for variant in options["variants"]:
+            if (case.name, variant) not in done and (not case.variants or variant in case.variants):
+                _run_variant(case, variant, options["steps"], skipped, report)
+
+
+def _run_variant(case: Case, variant: str, names: Sequence[str], skipped: set[Any], report: Report) -> None:
+    written = VARIANTS[variant](case)
+    if written is None:
+        return
+    outcomes = {}
+    with tempfile.TemporaryDirectory(prefix="passopt-corpus-") as folder:
+        for step, take in Subject(case, written, Path(folder)).steps(names):
+            if (case.name, variant, step) in skipped:
+                continue
+            report({"at": [case.name, variant, step]})
+            outcome = take()
+            outcomes[step] = [outcome.kind, outcome.detail]
+    report({"done": [case.name, variant], "outcomes": outcomes})
+
+
+def main(text: str) -> None:
+    """Run the share that the options name; whatever libraries print goes to stderr."""
+    warnings.simplefilter("ignore")
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def report(item: Mapping[str, Any]) -> None:
+        print(json.dumps(item), file=lines, flush=True)
+
+    options = json.loads(text)
+    report({"at": ["(start)", "", ""]})
+    run_share(options, all_cases(), report)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

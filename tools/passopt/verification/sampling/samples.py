@@ -1,0 +1,66 @@
+"""Make samples of a graph's inputs: lengths and styles of values, to be tried on the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir
+
+from passopt.verification.sampling.lengths import Lengths, free_inputs
+from passopt.verification.sampling.values import Sampler, Style, index_bounds
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+#: What an input is fed with: an array, or a list of arrays for a sequence.
+Fed: TypeAlias = "Array | list[Array]"
+
+
+class Unsampled(Exception):
+    """Raised for an input that no value can be made for; its message is the reason that reports show."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Values for all inputs of a graph, with the lengths and the style that they were drawn by."""
+
+    lengths: Lengths
+    style: Style
+    feeds: Mapping[str, Fed]
+
+    def __str__(self) -> str:
+        return f"{self.lengths}; {self.style}"
+
+
+def made(model: onnx_ir.Model, lengths: Lengths, style: Style, seed: int = 0) -> Sample:
+    """Return a sample of the given lengths and style.
+
+    Raises:
+        Unsampled: If an input has a type that no value is made for, or a dimension that follows from nothing known.
+    """
+    inputs = free_inputs(model)
+    bounds = index_bounds(inputs, _length)
+    sampler = Sampler(style, lengths.past, bounds, seed)
+    return Sample(lengths, style, {value.name or "": _fed(value, lengths, sampler) for value in inputs})
+
+
+def _fed(value: onnx_ir.Value, lengths: Lengths, sampler: Sampler) -> Fed:
+    name = value.name or ""
+    if isinstance(value.type, onnx_ir.SequenceType):
+        dtype = value.type.dtype
+        shape = lengths.shape_of(value) or ()
+        return [sampler.sample(f"{name}.{index}", dtype, shape) for index in range(3)]
+    if value.dtype is None or not isinstance(value.type, (onnx_ir.TensorType, type(None))):
+        raise Unsampled(f"the input {name} has the type {value.type}, for which no values are made")
+    found = lengths.shape_of(value)
+    if found is None:
+        raise Unsampled(f"the shape of the input {name} is unknown")
+    return sampler.sample(name, value.dtype, found)
+
+
+def _length(value: onnx_ir.Value, axis: int) -> int | None:
+    if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+        return None
+    length = value.shape[axis]
+    return length if isinstance(length, int) else None

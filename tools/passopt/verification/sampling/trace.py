@@ -1,0 +1,174 @@
+"""Run a graph on samples, and record the true shape of every value and the numbers of small ones.
+
+What the graph states about its values is not believed: shapes come from runs alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import onnx_ir
+
+from passopt.ir.errors import ModelError
+from passopt.targets.onnxruntime.session import Session
+from passopt.verification.sampling.lengths import Lengths, assignments, symbols_of, tied
+from passopt.verification.sampling.samples import Sample, Unsampled, made
+from passopt.verification.sampling.traced_graph import Run, TracedGraph, without_bf16
+from passopt.verification.sampling.values import INTEGERS, STYLES, is_natural
+
+#: The number of samples that are kept, of a model with its weights and of one without, and how many may be tried.
+_ENOUGH, _ENOUGH_LARGE, _TRIED = 10, 4, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The runs of one graph on all samples that are legal for it.
+
+    `problem` says why there are none, if so. `real` is true if the graph ran with its own weights. `unknown` are
+    operators that onnxruntime does not know, without which and without what follows from them the graph ran.
+    """
+
+    runs: tuple[Run, ...]
+    problem: str = ""
+    real: bool = True
+    unknown: tuple[str, ...] = ()
+
+    def has(self, name: str | None) -> bool:
+        """Return whether a run can start from the value: its shape is known in every run, and its type can be fed."""
+        return bool(self.runs) and all(name in run.shapes and name not in run.narrow for run in self.runs)
+
+
+def trace(model: onnx_ir.Model, samples: Sequence[Sample] = (), seed: int = 0) -> Trace:
+    """Run the graph on samples of its inputs, and record what it computes.
+
+    Args:
+        model: The graph. A graph of ranks runs as rank 0, alone: that shows its shapes.
+        samples: The samples to run; by default, samples are made, and those on which the graph fails are dropped.
+        seed: The seed of samples that are made.
+    """
+    try:
+        traced = TracedGraph(model)
+    except ModelError as error:
+        return Trace((), f"the graph does not run by itself: {error}")
+    if samples:
+        found = [run for sample in samples if (run := traced.run(sample)) is not None]
+    else:
+        try:
+            found = _legal(model, traced, seed)
+        except Unsampled as reason:
+            return Trace((), str(reason))
+    problem = "" if found else f"the graph runs on none of the inputs that were tried: {traced.problem}"
+    return Trace(tuple(found), problem, traced.real, tuple(traced.unknown))
+
+
+def legal_samples(model: onnx_ir.Model, session: Session, seed: int = 0) -> tuple[list[Sample], str]:
+    """Return samples on which a session of the graph runs, or else the first error of a run.
+
+    Args:
+        model: The graph.
+        session: The graph in onnxruntime.
+        seed: The seed of the samples.
+    """
+    runner = _Outputs(session)
+    try:
+        return [run.sample for run in _legal(model, runner, seed)], runner.problem
+    except Unsampled as reason:
+        return [], str(reason)
+
+
+class _Runner(Protocol):
+    """Runs a graph on samples; `problem` is the first error, and `real` is true if the graph has its own weights."""
+
+    problem: str
+    real: bool
+
+    def run(self, sample: Sample) -> Run | None:
+        """Return what the graph computes of the sample, or None if it fails on it."""
+
+
+class _Outputs:
+    """Runs a session, and records its outputs."""
+
+    def __init__(self, session: Session) -> None:
+        self.problem = ""
+        self.real = True
+        self._session = session
+
+    def run(self, sample: Sample) -> Run | None:
+        try:
+            outputs = self._session.run(without_bf16(sample.feeds))
+        except ModelError as error:
+            self.problem = self.problem or str(error)
+            return None
+        arrays = {name: value for name, value in outputs.items() if isinstance(value, np.ndarray)}
+        return Run(sample, {name: value.shape for name, value in arrays.items()}, {})
+
+
+def _legal(model: onnx_ir.Model, traced: _Runner, seed: int) -> list[Run]:
+    """Return runs on all samples that the graph runs on: with other lengths as far as possible, and in each style."""
+    search = _Search(model, traced, seed, _ENOUGH if traced.real else _ENOUGH_LARGE)
+    for lengths in assignments(model):
+        search.add(lengths)
+    runs = search.runs or search.doubtful
+    if runs and len({tuple(run.sample.lengths.known.items()) for run in runs}) < 3 and symbols_of(model):
+        search.tried = 0
+        for lengths in tied(model, runs[0].sample.lengths):
+            search.add(lengths)
+    for _ in STYLES if runs else ():
+        search.add(runs[0].sample.lengths)
+    return search.runs or search.doubtful
+
+
+class _Search:
+    """The samples that a graph ran on; `doubtful` ones gave outputs of other shapes than the graph states."""
+
+    def __init__(self, model: onnx_ir.Model, traced: _Runner, seed: int, enough: int) -> None:
+        self.runs: list[Run] = []
+        self.doubtful: list[Run] = []
+        self.tried = 0
+        self._model = model
+        self._traced = traced
+        self._seed = seed
+        self._enough = enough
+        self._seen: set[tuple[object, ...]] = set()
+        self._has_integers = any(
+            value.dtype is not None and value.dtype.is_integer() and not is_natural(value.name or "")
+            for value in model.graph.inputs
+        )
+
+    def add(self, lengths: Lengths) -> None:
+        """Try lengths, in the style that is next; with plain integers, if those of the style are refused."""
+        found = self.runs or self.doubtful
+        style = STYLES[len(found) % len(STYLES)]
+        kinds = (style.integers, "natural", *INTEGERS) if self._has_integers else (style.integers,)
+        for kind in dict.fromkeys(kinds):
+            sample = made(self._model, lengths, dataclasses.replace(style, integers=kind), self._seed)
+            if len(found) >= self._enough or self.tried >= _TRIED or _kind(sample) in self._seen:
+                return
+            self.tried += 1
+            run = self._traced.run(sample)
+            if run is not None:
+                self._seen.add(_kind(sample))
+                (self.runs if _keeps_outputs(self._model, run) else self.doubtful).append(run)
+                return
+
+
+def _kind(sample: Sample) -> tuple[object, ...]:
+    return tuple(sorted(sample.lengths.known.items())), sample.lengths.ndim, sample.style
+
+
+def _keeps_outputs(model: onnx_ir.Model, run: Run) -> bool:
+    """Return whether the outputs have the lengths that the model states; inputs that change these are not meant."""
+    for value in model.graph.outputs:
+        shape = run.shapes.get(value.name or "")
+        if shape is None or value.shape is None or not isinstance(value.type, onnx_ir.TensorType):
+            continue
+        dims = list(value.shape.dims)
+        if len(dims) != len(shape) or any(
+            isinstance(dim, int) and dim != n for dim, n in zip(dims, shape, strict=True)
+        ):
+            return False
+    return True
