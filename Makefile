@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift real clean
+.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift corpus real clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -61,6 +61,11 @@ real: $(INSTALLED)  ## Take a trained model through everything, against transfor
 
 drift: $(INSTALLED)  ## Write docs/measured/drift.md, what the fusions find by family and exporter, and fail on any miss.
 	$(BIN)/python tools/docs/drift.py --write docs/measured/drift.md
+
+# CORPUS="--part 1/8 --passes legalize" runs a part of it; some 20 minutes for all of it.
+corpus: $(INSTALLED)  ## Run every pass over models that nobody here wrote, and write docs/measured/corpus.md.
+	-$(BIN)/python -m pip install -q --no-deps -c constraints.txt magika rapidocr-onnxruntime silero-vad
+	$(BIN)/python tools/corpus $(or $(CORPUS),--write docs/measured/corpus.md)
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) tools/dev/install.py $(VENV) '.[export,gguf,run,guests,fast,docs,dev]'

@@ -65,7 +65,7 @@ class Baichuan(Family):
         super().__init__(checkpoint)
         if options.attention is not None:
             raise UsageError(
-                "the code of a Baichuan checkpoint has one attention implementation; leave out --attention"
+                "the code of a Baichuan checkpoint has one attention implementation; leave out `attention`"
             )
         self._alibi = options.alibi
         self._classes = classes
@@ -82,9 +82,10 @@ class Baichuan(Family):
         return model
 
     def _small(self) -> dict[str, int]:
-        config = self.checkpoint.config
-        sizes = {key: min(config[key], _SMALL_POSITIONS) for key in _POSITION_KEYS if isinstance(config.get(key), int)}
-        return {**_SMALL, **sizes}
+        positions = self.checkpoint.config.get("model_max_length")
+        if "max_position_embeddings" in self.checkpoint.config or not isinstance(positions, int):
+            return _SMALL  # The rotary family, whose tables are small whatever the number of positions.
+        return {**_SMALL, "model_max_length": min(positions, _SMALL_POSITIONS)}
 
     def cache_shape(self, model: Any) -> CacheShape:
         heads = model.config.num_attention_heads
@@ -128,7 +129,7 @@ class Baichuan(Family):
             for key in ("num_attention_heads", "hidden_size", *_POSITION_KEYS)
             if hasattr(model.config, key)
         }
-        one = {**sizes, "num_hidden_layers": 1, "vocab_size": 2}
+        one = {**sizes, "num_hidden_layers": 1}
 
         def body() -> Any:
             return build_stock(self.checkpoint, self._classes, torch.float32, one).eval().model

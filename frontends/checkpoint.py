@@ -68,9 +68,9 @@ def _refuse_adapter(directory: Path) -> None:
     if not path.exists() or (holds_model and not holds_adapter):
         return
     adapter = _read_json(path)
-    kind, base = adapter.get("peft_type") or "an", adapter.get("base_model_name_or_path") or "its base model"
+    kind, base = adapter.get("peft_type") or "PEFT", adapter.get("base_model_name_or_path") or "its base model"
     raise ModelError(
-        f"{directory}: holds {kind} adapter ({ADAPTER_NAME}) of {base}, not a model of its own. Merge it first, with "
+        f"{directory}: holds a {kind} adapter ({ADAPTER_NAME}) of {base}, not a model of its own. Merge it first, with "
         f"the package peft: PeftModel.from_pretrained(base, {str(directory)!r}).merge_and_unload().save_pretrained"
         f"(MERGED), where base is the loaded {base}; then export MERGED."
     )

@@ -83,7 +83,10 @@ def export_family(family: Family, options: ExportOptions, scratch: Path, *, smal
 
 
 def _probed(family: Family, options: ExportOptions) -> Conditions:
-    """Return what the code assumes of lengths; the torchscript exporter follows one branch and does not say which."""
+    """Return what the code of a small model assumes of lengths.
+
+    The torchscript exporter follows one branch and does not say which.
+    """
     dtype = TORCH_DTYPES[options.dtype]
     model = family.build(dtype, small=True)
     with stock_errors(family.checkpoint, f"the branches of {type(model).__name__} on lengths cannot be followed"):

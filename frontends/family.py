@@ -84,7 +84,7 @@ def argument_names(model: Any) -> set[str]:
     for parent in type(model).__mro__:
         if "forward" not in vars(parent):
             continue
-        found = inspect.signature(parent.forward).parameters
+        found = inspect.signature(vars(parent)["forward"]).parameters
         names |= found.keys()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values()) or "input_ids" in found:
             break

@@ -33,12 +33,12 @@ def passed_over(checkpoint: Checkpoint, *, trust_remote_code: bool) -> str | Non
     if own.rpartition(".")[2] != stock:
         raise ModelError(
             f"{checkpoint.directory}: config.json names its own class {own}, whose code would run on this machine. "
-            f"Read it, then pass --trust-remote-code; or remove auto_map from config.json to export transformers' "
+            f"Read it, then pass `trust_remote_code=True`; or remove auto_map from config.json to export transformers' "
             f"{stock} for {model_type}, which may compute something else."
         )
     return (
         f"config.json names its own class {own}: it is left alone, and transformers' {stock} is exported; "
-        f"--trust-remote-code exports its own"
+        f"`trust_remote_code=True` exports its own"
     )
 
 

@@ -69,7 +69,7 @@ def check_consent(checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:
         files = ", ".join(sorted(path.name for path in checkpoint.directory.glob("*.py")))
         raise ModelError(
             f"{checkpoint.directory}: the model is defined by Python files of the checkpoint ({files}), which would "
-            f"run on this machine. Read them, then pass --trust-remote-code."
+            f"run on this machine. Read them, then pass `trust_remote_code=True`."
         )
 
 
@@ -152,19 +152,26 @@ def _load(checkpoint: Checkpoint, package: str, reference: tuple[str, str]) -> A
             return getattr(importlib.import_module(f"{package}.{module}"), attribute)
 
 
+class _Absent:
+    """What a module that is not installed would hold: every use of it fails."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise ModuleNotFoundError(f"No module for {self._name}, which is used here", name=self._name)
+
+    def __getattr__(self, name: str) -> Any:
+        return _Absent(f"{self._name}.{name}")()
+
+
 class _StandIn(types.ModuleType):
-    """A module that is not installed: it can be imported, and what it holds fails when it is called."""
+    """A module that is not installed: it can be imported, and what it holds fails when it is used."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-
-        def absent(*_: Any, **__: Any) -> Any:
-            raise ModuleNotFoundError(
-                f"No module named {self.__name__!r}, of which {name} is called", name=self.__name__
-            )
-
-        return absent
+        return _Absent(f"{self.__name__}.{name}")
 
 
 class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 from passopt.frontends.checkpoint import Checkpoint
@@ -26,7 +27,20 @@ def stock_errors(checkpoint: Checkpoint, subject: str) -> Iterator[None]:
     except PassoptError:
         raise
     except Exception as error:  # torch and the stock code may raise any error.
-        raise ModelError(f"{checkpoint.directory}: {subject}: {reason(error, checkpoint.directory)}") from error
+        text = f"{checkpoint.directory}: {subject}: {reason(error, checkpoint.directory)}"
+        raise ModelError(f"{text}{_older_library(checkpoint)}") from error
+
+
+def _older_library(checkpoint: Checkpoint) -> str:
+    """Return a sentence about the version of transformers if the checkpoint was made for one of before."""
+    try:
+        installed = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return ""
+    made_for = str(checkpoint.config.get("transformers_version", ""))
+    if not made_for or made_for.partition(".")[0] == installed.partition(".")[0]:
+        return ""
+    return f" The checkpoint was made for transformers {made_for}; {installed} is installed."
 
 
 def reason(error: BaseException, root: Path) -> str:

@@ -64,7 +64,7 @@ class TransformersDecoder(Family):
         super().__init__(checkpoint)
         if options.alibi != "formula":
             raise UsageError(
-                f"only Baichuan can be exported with a baked ALiBi mask; leave out --alibi for "
+                f"only Baichuan can be exported with a baked ALiBi mask; leave out `alibi` for "
                 f"{checkpoint.config['model_type']}"
             )
         self._attention = options.attention or "eager"
@@ -229,7 +229,7 @@ def _refuse_ignored(checkpoint: Checkpoint) -> None:
                 raise ModelError(
                     f"{checkpoint.directory}: {place}{name} of config.json is {settings[name]!r}, which transformers' "
                     f"class for mpt ignores: it computes as for {computed[0]!r}. Export the checkpoint's own code "
-                    f"(auto_map and --trust-remote-code)."
+                    f"(auto_map and `trust_remote_code=True`)."
                 )
 
 

@@ -89,12 +89,15 @@ def resumable_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
 
 
 def keep_only(folder: Path, names: Collection[str]) -> None:
-    """Remove all files below `folder` that are not in `names`, and the folders that are then empty.
+    """Remove all files below `folder` that are not in `names`, all links, and the folders that are then empty.
 
     A run of another output may have left such files there before it was interrupted. Names are relative to `folder`.
+    passopt writes no links, and one with the name of a file would lead what is written out of the folder.
     """
     for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
             with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.rmdir()
         elif str(path.relative_to(folder)) not in names:
@@ -133,7 +136,9 @@ def _lock(descriptor: int, temporary: Path, final: Path) -> None:
 
 def _refuse_existing(final: Path) -> None:
     if final.exists():
-        raise UsageError(f"{final}: output exists. Name another with -o, or remove it first; nothing was written.")
+        raise UsageError(
+            f"{final}: output exists. Name another with `output`, or remove it first; nothing was written."
+        )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from passopt.ir.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from passopt.ir.graph.run_context import RewriteLimit
-    from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, lossy
+    from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, QualityBar, lossy
     from passopt.passes.framework.base import Decline, Pass, Refusal
     from passopt.passes.framework.records import PassRecord, PassResult
     from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -30,6 +30,7 @@ __all__ = [
     "Pass",
     "PassRecord",
     "PassResult",
+    "QualityBar",
     "Refusal",
     "Resolved",
     "RewriteLimit",
@@ -49,6 +50,7 @@ __getattr__, __dir__ = lazy_names(
         "Instrument": "passopt.passes.pipeline.runner",
         "EXACT": "passopt.passes.framework.accuracy",
         "REASSOCIATED": "passopt.passes.framework.accuracy",
+        "QualityBar": "passopt.passes.framework.accuracy",
         "lossy": "passopt.passes.framework.accuracy",
         "Decline": "passopt.passes.framework.base",
         "Pass": "passopt.passes.framework.base",

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -20,6 +22,8 @@ from passopt.frontends.probing.weightless import fake_weights
 from passopt.ir.errors import ModelError
 
 _BATCH, _SEQ, _PAST, _TOTAL = "batch", "seq", "past", "past+seq"
+#: The number of columns that a graph must hold for if the configuration names no number of positions.
+_LEAST = 16
 #: The lengths beyond which nothing is looked at, and the batches that are looked at.
 _FARTHEST = 1 << 20
 _BATCHES = (2, 3, 5, 17, 128)
@@ -56,7 +60,7 @@ class Conditions:
                 broken = self._broken(symbols, sizes)
                 if broken is None:
                     continue
-                if positions is not None and good < positions:
+                if good < (positions or _LEAST):
                     raise ModelError(f"{subject} {_refusal(broken, sizes, positions)}")
                 return good
             good = total
@@ -106,8 +110,14 @@ def conditions(env: ShapeEnv, inputs: Mapping[str, Any], phase: str) -> Conditio
     for guard in env.guards:
         expression = env.replace(guard.expr)
         if expression != sympy.true:
-            guards.setdefault(expression, str(guard.sloc.maybe_user_loc or "") if guard.sloc is not None else "")
+            guards.setdefault(expression, _place(guard))
     return Conditions(expected, list(guards.items()))
+
+
+def _place(guard: Any) -> str:
+    """Return the file and line of the code that made a condition, or nothing if torch did not keep it."""
+    frame = getattr(guard.sloc, "framework_loc", None)
+    return f"{Path(frame.filename).name}:{frame.lineno}" if isinstance(frame, traceback.FrameSummary) else ""
 
 
 def probe(step: Any, arguments: Mapping[str, Any], phase: str) -> Conditions:
@@ -142,7 +152,7 @@ def _axes(name: str, phase: str) -> dict[int, str]:
     if name.startswith("past"):
         return {0: _BATCH, 2: _PAST}
     if name == "attention_mask":
-        return {0: _BATCH, 1: _TOTAL}
+        return {0: _BATCH, 1: _SEQ if phase == "prefill" else _TOTAL}
     return {0: _BATCH} if phase == "decode" else {0: _BATCH, 1: _SEQ}
 
 
@@ -161,12 +171,13 @@ def _named(expression: Any, symbols: Mapping[Any, str]) -> str:
     return str(expression.xreplace({symbol: sympy.Symbol(name) for symbol, name in symbols.items()}))
 
 
-def _refusal(broken: tuple[str, str], sizes: Sizes, positions: int) -> str:
+def _refusal(broken: tuple[str, str], sizes: Sizes, positions: int | None) -> str:
     rule, place = broken
     where = f" ({place})" if place else ""
     call = ", ".join(f"{name} {size}" for name, size in sizes.items() if name != _TOTAL)
+    known = f"The model has {positions} positions by config.json: " if positions else ""
     return (
         f"takes another branch where not {rule}{where}, such as at {call}, and a graph has one branch for all "
-        f"lengths. The model has {positions} positions by config.json: set fewer there, so that the rule holds for all "
-        f"of them, or export code without this branch."
+        f"lengths. {known}Set fewer positions there, so that the rule holds for all of them, or export code without "
+        f"this branch."
     )

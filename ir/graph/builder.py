@@ -17,9 +17,8 @@ from onnx import shape_inference
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import attributes_key
-from passopt.ir.graph.contrib_types import infer_contrib_types, is_runtime_operator
 from passopt.ir.graph.functions import DOMAIN, grown, infer_function_types
-from passopt.ir.graph.operators import COLLECTIVE_OPS
+from passopt.ir.graph.operators import COLLECTIVE_OPS, infer_contrib_types, is_runtime_operator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
 
@@ -50,10 +49,10 @@ class Built:
 class Builder:
     """Makes nodes: `b.MatMul(x, w)` makes a MatMul and returns its output; numbers and arrays become initializers.
 
-    Keyword arguments are attributes, except `outputs=` (the number of outputs) and `domain=`. Names start with `hint`
-    and are made unique by the function `unique`, so a rule never chooses one. Nothing enters a graph here: the caller
-    inserts `built`. The optional `types` remembers what inference found, so that equal nodes are inferred once.
-    `Editor.builder` makes one; use it instead of calling this class.
+    Keyword arguments are attributes, except `outputs=` (their number), `domain=` and `like=` (see `node`). Names start
+    with `hint` and are made unique by the function `unique`, so a rule never chooses one. Nothing enters a graph here:
+    the caller inserts `built`. The optional `types` remembers what inference found, so that equal nodes are inferred
+    once. `Editor.builder` makes one; use it instead of calling this class.
 
     Example:
         ::
@@ -78,7 +77,15 @@ class Builder:
             raise AttributeError(op_type)
         return lambda *inputs, **keywords: self.node(op_type, *inputs, **keywords)
 
-    def node(self, op_type: str, *inputs: Operand, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+    def node(
+        self,
+        op_type: str,
+        *inputs: Operand,
+        outputs: int = 1,
+        domain: str = "",
+        like: Value | None = None,
+        **attributes: Any,
+    ) -> Any:
         """Make one node and return its output, or a tuple of outputs if `outputs` is not 1.
 
         Args:
@@ -86,10 +93,12 @@ class Builder:
             *inputs: Values, or None for an omitted input, or numbers, lists and arrays, which become initializers.
             outputs: The number of outputs.
             domain: The operator's domain; empty for standard ONNX.
+            like: A value whose dtype and shape the outputs have. It is meant for operators of other domains, of which
+                nobody can infer them.
             **attributes: The node's attributes.
 
         Returns:
-            The output value, or a tuple of the outputs; each has a type and, where inference finds one, a shape.
+            The output value, or a tuple of the outputs; each has a type and a shape where inference finds them.
 
         Raises:
             VerifyError: If the operator does not exist in the opset or does not accept these inputs, or if there is a
@@ -104,6 +113,8 @@ class Builder:
         for index, value in enumerate(node.outputs):
             value.name = self._unique(f"{self.hint}.{op_type.lower()}" + (f".{index}" if outputs > 1 else ""))
         infer_types(node, self.opset, self._types)
+        for value in node.outputs if like is not None else ():
+            value.type, value.shape = value.type or like.type, value.shape or like.shape  # type: ignore[union-attr]
         self.built.nodes.append(node)
         self.built.inferred.update((value, (value.dtype, value.shape)) for value in node.outputs)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)

@@ -11,7 +11,7 @@ from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 #: Attributes of standard operators that hold a data type.
-_DTYPE_ATTRIBUTES = {"to", "dtype", "output_dtype"}
+_DTYPE_ATTRIBUTES = {"to", "dtype", "output_dtype", "output_datatype"}
 
 
 def fp32_twin(model: onnx_ir.Model) -> onnx_ir.Model:

@@ -17,7 +17,7 @@ import onnx_ir
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.builder import infer_types
-from passopt.ir.graph.contrib_types import is_runtime_operator
+from passopt.ir.graph.operators import is_runtime_operator
 from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import LazyWeight
 

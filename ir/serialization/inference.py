@@ -6,7 +6,8 @@ bytes of its weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 import onnx
 import onnx_ir
@@ -14,18 +15,24 @@ import onnx_ir
 from passopt.ir.graph.shapes import complete_types
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
 
+#: A value, and the type and shape that were known of it.
+Known: TypeAlias = "tuple[onnx_ir.Value, onnx_ir.TypeProtocol | None, onnx_ir.Shape | None]"
 
-def complete_all_types(model: onnx_ir.Model) -> None:
+
+def complete_all_types(model: onnx_ir.Model) -> list[Known]:
     """Fill in types and shapes that are unknown, as far as inference finds them; what is stated stays.
 
     Values inside of functions stay unknown, because each call may give them other types.
 
     Args:
         model: The model, whose values are changed in place; its text stays the same but for the types.
+
+    Returns:
+        What was known of the values that ONNX was asked about, for `forget_types`.
     """
     complete_types(model)
     if all(value.type is not None for value in _values(model)):
-        return
+        return []
     copy = model.clone()
     for graph in copy.graphs():
         _withhold_weights(graph, copy.graph)
@@ -33,10 +40,23 @@ def complete_all_types(model: onnx_ir.Model) -> None:
     try:
         inferred = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(proto))
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
-        return  # The checker reports such a model; here its values only stay unknown.
+        return []  # The checker reports such a model; here its values only stay unknown.
+    known: list[Known] = []
     for value, found in zip(_values(model), _values(inferred), strict=True):
+        known.append((value, value.type, value.shape))
         value.type = value.type or found.type
         value.shape = value.shape or found.shape
+    return known
+
+
+def forget_types(known: Iterable[Known]) -> None:
+    """Take back what `complete_all_types` filled in, so that a model that is left alone is written as it was read.
+
+    Args:
+        known: The list that `complete_all_types` returned.
+    """
+    for value, kind, shape in known:
+        value.type, value.shape = kind, shape
 
 
 def _values(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:

@@ -81,7 +81,7 @@ def load_model(path: Path | str) -> onnx_ir.Model:
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     except (DecodeError, ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ModelError(f"{path}: not an ONNX model, or truncated: {error}") from error
+        raise ModelError(f"{path}: not an ONNX model, or truncated: {_first_cause(error)}") from error
     if not len(model.graph) and not model.graph.outputs:
         raise ModelError(f"{path}: not an ONNX model: the graph has neither nodes nor outputs")
     if not model.graph.opset_imports:
@@ -96,6 +96,13 @@ def load_model(path: Path | str) -> onnx_ir.Model:
             value.shape = onnx_ir.Shape(value.const_value.shape.numpy())  # A declared symbol would say less.
     complete_outputs(model)
     return model
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Return the error that the others of a chain were raised for, which says what is wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def file_weights(model: onnx_ir.Model) -> dict[str, ex.Expression]:

@@ -1,4 +1,4 @@
-"""Check the parts of a model file that are believed later on: tensors, opsets, and the kinds of attributes.
+"""Check the parts of a model file that are believed later on: tensors, opsets, and that what is read is made.
 
 onnx-ir reads tensors when they are used, so a wrong length would end a pass far away from the file that it is in. What
 the graph may hold beyond that, such as cycles, is checked by `ir.graph.verifier`.
@@ -7,7 +7,7 @@ the graph may hold beyond that, such as cycles, is checked by `ir.graph.verifier
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 import onnx_ir
@@ -24,6 +24,7 @@ _FIELDS = {
     "uint64_data": {"UINT64", "UINT32"},
     "string_data": {"STRING"},
 }
+_GRAPH = onnx.AttributeProto.GRAPH
 _NEXT = "The file is damaged, or its writer is wrong: write it again"
 
 
@@ -35,7 +36,8 @@ def check_proto(model: onnx.ModelProto) -> None:
 
     Raises:
         ModelError: A tensor has another number of bytes than its shape, a dtype that does not exist, or a negative
-            length; or an opset has no possible version. The message does not name the file.
+            length; an opset has no possible version; or a node reads what nothing makes. The message does not name the
+            file.
     """
     for where, imports in _opset_imports(model):
         for item in imports:
@@ -43,9 +45,12 @@ def check_proto(model: onnx.ModelProto) -> None:
                 raise ModelError(f"{where} imports opset {item.version} of domain {item.domain!r}. {_NEXT}")
     for where, tensor in _tensors_of_graph(model.graph):
         _check_tensor(where, tensor)
+    _check_names(model.graph, frozenset(), "")
     for function in model.functions:
+        inside = f"function {function.name!r}, "
         for where, tensor in _tensors_of_nodes(function.node):
-            _check_tensor(f"function {function.name!r}, {where}", tensor)
+            _check_tensor(f"{inside}{where}", tensor)
+        _check_reads(function.node, frozenset(function.input), function.output, inside)
 
 
 def _opset_imports(model: onnx.ModelProto) -> Iterator[tuple[str, Iterable[onnx.OperatorSetIdProto]]]:
@@ -72,10 +77,34 @@ def _tensors_of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, on
                 yield where, attribute.t
             for tensor in attribute.tensors:
                 yield where, tensor
-            if attribute.type == onnx.AttributeProto.GRAPH:
+            if attribute.type == _GRAPH:
                 yield from _tensors_of_graph(attribute.g)
             for graph in attribute.graphs:
                 yield from _tensors_of_graph(graph)
+
+
+def _check_names(graph: onnx.GraphProto, outside: frozenset[str], inside: str) -> None:
+    """Raise ModelError if the graph reads or returns a value that neither it nor what is around it has."""
+    weights = [*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)]
+    known = outside.union((item.name for item in graph.input), (item.name for item in weights))
+    _check_reads(graph.node, known, [item.name for item in graph.output], inside)
+
+
+def _check_reads(nodes: Sequence[onnx.NodeProto], known: frozenset[str], outputs: Iterable[str], inside: str) -> None:
+    known = known.union(name for node in nodes for name in node.output)
+    for node in nodes:
+        where = f"{inside}{node.op_type} {node.name!r}"
+        if not node.op_type:
+            raise ModelError(f"{where} has no operator. {_NEXT}")
+        missing = [name for name in node.input if name and name not in known]
+        if missing:
+            raise ModelError(f"{where} reads {missing[0]!r}, which nothing makes. {_NEXT}")
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs) if attribute.type == _GRAPH else attribute.graphs:
+                _check_names(body, known, f"{where}, {attribute.name}: ")
+    absent = [name for name in outputs if name and name not in known]
+    if absent:
+        raise ModelError(f"{inside}the output {absent[0]!r} is made by nothing. {_NEXT}")
 
 
 def _check_tensor(where: str, tensor: onnx.TensorProto) -> None:
@@ -88,12 +117,12 @@ def _check_tensor(where: str, tensor: onnx.TensorProto) -> None:
         _check_place(where, tensor)
         return
     if tensor.HasField("raw_data"):
-        expected, found, unit = math.ceil(count * dtype.bitwidth / 8), len(tensor.raw_data), "bytes"
+        expected, found, unit = math.ceil(count * dtype.bitwidth / 8), len(tensor.raw_data), "bytes of raw_data"
     else:
         expected, (found, unit) = _elements(dtype, count), _stored(tensor, dtype)
     if expected != found:
         shape = list(tensor.dims)
-        raise ModelError(f"{where} is {dtype.name} {shape}: expected {expected} {unit} of data, found {found}. {_NEXT}")
+        raise ModelError(f"{where} is {dtype.name} {shape}: expected {expected} {unit}, found {found}. {_NEXT}")
 
 
 def _dtype(where: str, number: int) -> onnx_ir.DataType:

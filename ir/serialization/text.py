@@ -21,6 +21,14 @@ from passopt.ir.serialization.proto_check import check_proto
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 
 INLINE_ELEMENTS = 16
+#: Dtypes of at most 8 bits whose elements ONNX text writes as numbers; others are bytes of their packed form.
+_WHOLE_BYTES = frozenset({onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8, onnx_ir.DataType.BOOL})
+#: Dtypes of less than a byte, by their numbers.
+_PACKED = frozenset(onnx_ir.DataType[name].value for name in ("INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1"))
+#: Dtypes that ONNX text has no literals for; their tensors are printed as digests.
+_WITHOUT_LITERALS = frozenset(
+    onnx_ir.DataType[name] for name in ("COMPLEX64", "COMPLEX128", "FLOAT6E2M3", "FLOAT6E3M2")
+)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _NODE_NAME = re.compile(r"^\s*\[[^\]]*\] ")
 
@@ -129,6 +137,7 @@ def parse_model(text: str) -> onnx_ir.Model:
     """
     try:
         proto = onnx.parser.parse_model(text)
+        _refuse_digests(proto)
         check_proto(proto)
         model = onnx_ir.from_proto(proto)
     except onnx.parser.ParseError as error:
@@ -142,6 +151,17 @@ def parse_model(text: str) -> onnx_ir.Model:
         node.name = node.name or f"{node.op_type}_{index}"
     complete_outputs(model)
     return model
+
+
+def _refuse_digests(proto: onnx.ModelProto) -> None:
+    """Raise ModelError if a tensor was printed as its digest, because its numbers are not in the text."""
+    digests = (entry.key == "digest" for tensor in proto.graph.initializer for entry in tensor.external_data)
+    if any(digests):
+        names = [tensor.name for tensor in proto.graph.initializer if tensor.external_data]
+        raise ModelError(
+            f"the text has digests in place of the numbers of {', '.join(names[:3])}{' …' if len(names) > 3 else ''}, "
+            "because a text holds small tensors only; use the model.onnx that it was printed from"
+        )
 
 
 def _body(nodes: list[onnx_ir.Node], run: Run | None) -> list[str]:
@@ -206,7 +226,8 @@ def _quoted(name: str | None) -> str:
 def _initializer(value: onnx_ir.Value) -> str:
     tensor = value.const_value
     declared = f"   {_type(value)} {_quoted(value.name)}"
-    if tensor is not None and not isinstance(tensor, LazyWeight) and tensor.size <= INLINE_ELEMENTS:
+    is_short = tensor is not None and not isinstance(tensor, LazyWeight) and tensor.size <= INLINE_ELEMENTS
+    if tensor is not None and is_short and tensor.dtype not in _WITHOUT_LITERALS:
         return f"{declared} = {{{_elements(tensor)}}}"
     expression = expression_of(value)
     assert expression is not None
@@ -217,6 +238,8 @@ def _elements(tensor: onnx_ir.TensorProtocol) -> str:
     if tensor.dtype == onnx_ir.DataType.STRING:
         strings: list[bytes] = tensor.string_data()  # type: ignore[attr-defined]
         return ",".join(_quoted_string(item.decode(errors="replace")) for item in strings)
+    if tensor.dtype.bitwidth <= 8 and tensor.dtype not in _WHOLE_BYTES:
+        return ",".join(str(byte) for byte in tensor.tobytes())  # The parser takes these as they are packed.
     array = tensor.numpy().reshape(-1)
     if tensor.dtype in {onnx_ir.DataType.FLOAT16, onnx_ir.DataType.BFLOAT16}:
         return ",".join(str(bits) for bits in array.view(np.uint16))  # ONNX text writes 16-bit floats as bit patterns.
@@ -231,8 +254,20 @@ def _quoted_string(text: str) -> str:
 
 
 def _node(node: onnx_ir.Node) -> str:
-    text = onnx.printer.to_text(onnx_ir.to_proto(node)).rstrip()
-    return "   " + _NODE_NAME.sub("", text).strip()
+    proto = onnx_ir.to_proto(node)
+    text = onnx.printer.to_text(proto).rstrip()
+    return "   " + _NODE_NAME.sub("", _with_packed(text, proto)).strip()
+
+
+def _with_packed(text: str, proto: onnx.NodeProto) -> str:
+    """Return the text of a node with the bytes of packed tensors, which onnx prints as three dots but reads."""
+    for attribute in proto.attribute:
+        tensor = attribute.t
+        is_packed = attribute.HasField("t") and tensor.data_type in _PACKED
+        if is_packed and (data := onnx_ir.serde.TensorProtoTensor(tensor).tobytes()):
+            dots = f"{tensor.name}..." if tensor.name else "..."
+            text = text.replace(dots, f"{tensor.name} {{{','.join(map(str, data))}}}", 1)
+    return text
 
 
 def _function_text(function: onnx_ir.Function) -> str:

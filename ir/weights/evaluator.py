@@ -278,7 +278,7 @@ def not_finite(weight: ex.Expression, row: int) -> ModelError:
     names = ", ".join(sorted({source.name for source in weight.sources()})) or "a constant"
     return ModelError(
         f"{names}: NaN or Inf in row {row}; such a weight has no scale. Repair the checkpoint, or "
-        f"export it with --dtype fp32 if the values overflowed in fp16."
+        f"export it with `dtype=fp32` if the values overflowed in fp16."
     )
 
 

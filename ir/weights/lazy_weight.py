@@ -105,7 +105,7 @@ def small_constant(value: onnx_ir.Value | None) -> np.ndarray[Any, np.dtype[Any]
         return None
     tensor = constant_tensor(value)
     kind = type(tensor)  # isinstance would go through a slow protocol check.
-    if tensor is None or kind is LazyWeight or tensor.dtype == onnx_ir.DataType.STRING:
+    if tensor is None or kind is LazyWeight:
         return None
     if kind is onnx_ir.serde.TensorProtoTensor:
         proto: onnx.TensorProto = tensor.raw

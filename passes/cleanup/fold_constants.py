@@ -33,7 +33,8 @@ class FoldConstants(Pass):
 
     Before: ``y = Reshape(x, Concat(Reshape(Cast(two), [-1]), [3]))``
     After:  ``y = Reshape(x, [2, 3])``
-    A weight of the checkpoint is never read, and a DequantizeLinear is never folded. Equal constants become one.
+    A weight of the checkpoint is never read, and a DequantizeLinear is never folded. Equal constants become one. An
+    operator is evaluated only where its meaning at the model's opset is implemented, and runtimes compute the same.
     Operators without effect (Identity, a Cast to the same dtype) are removed, and the Shape of known dimensions becomes
     a constant.
     `limit`: bytes of the largest result that is stored instead of computed.

@@ -34,6 +34,10 @@ class DecomposePass(Pass):
         May raise Decline, with the reason; the node then stays.
         """
 
+    def takes(self, node: onnx_ir.Node, opset: int) -> bool:
+        """Return whether a node of these operators is one to decompose; all are, unless a pass says otherwise."""
+        return True
+
     def run(self, model: onnx_ir.Model) -> PassResult:
         complete_types(model)
         editor = Editor(model, self.name)
@@ -42,12 +46,12 @@ class DecomposePass(Pass):
         kinds = {tuple(text.rpartition("::")[::2]) for text in self.decomposes}
         for node in list(model.graph):
             read = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-            if (node.domain, node.op_type) not in kinds or not read:
+            if (node.domain, node.op_type) not in kinds or not read or not self.takes(node, editor.opset):
                 # What the node reads may have got a type just now.
                 complete_node(node, model, lambda value: not value.is_graph_output())
                 continue
             result.tries += 1
-            op = Rewriter(editor.opset, editor.unique, node.outputs[0].name or node.op_type, memory)
+            op = Rewriter(editor.opset, editor.unique, node.outputs[0].name or node.op_type, memory, types=editor.types)
             try:
                 values = dict(zip(node.outputs, self.expand(op, node)))
             except Decline as reason:

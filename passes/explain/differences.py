@@ -150,7 +150,8 @@ def found_words(value: Any) -> Words:
     if not isinstance(value, onnx_ir.Value):
         return Words(attribute_text("", value))
     if value.is_graph_input():
-        return Words(f"the graph input{_type_of(value)}", value.name or "")
+        default = ", whose default freeze-defaults takes for a constant," if value.is_initializer() else ""
+        return Words(f"the graph input{default}{_type_of(value)}", value.name or "")
     if is_checkpoint_weight(value):
         return Words(f"the weight{_type_of(value)}", value.name or "")
     if constant_tensor(value) is not None:

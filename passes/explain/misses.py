@@ -129,7 +129,11 @@ class Group:
     def title(self) -> str:
         """Return a title such as `declined × 40, such as mul_3 (Mul)`."""
         first = self.example
-        how = "declined" if first.reason is not None else f"{first.matched} of {first.total} nodes fit"
+        how = f"{first.matched} of {first.total} nodes fit"
+        if first.reason is not None:
+            how = "declined"
+        elif first.matched == first.total:
+            how = f"all {first.total} nodes fit, but not next to each other"
         count = len(self.misses)
         if first.node is None:
             return f"{how} × {count}" if count > 1 else how

@@ -35,12 +35,16 @@ _FAR = 2
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The explanation of one pass on one model; `matched` is None if the pass did not finish."""
+    """The explanation of one pass on one model; `matched` is None if the pass did not finish.
+
+    `idle` names the rules that no node could start. It comes last where something came near, since that is the reason.
+    """
 
     name: str
     matched: int | None
     groups: tuple[Group, ...]
     remarks: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
     def lines(self, limit: int = LIMIT) -> list[str]:
         """Return readable text: a headline, the nearest groups, and how many more there are.
@@ -58,7 +62,7 @@ class Report:
         near = [group for group in self.groups if group.example.is_near]
         far = [] if self.matched else list(self.groups[: min(limit, _FAR)])
         shown = list(self.groups) if not limit else near[:limit] or far
-        lines = list(self.remarks)
+        lines = [*self.remarks, *(() if near else self.idle)]
         for index, group in enumerate(shown, 1):
             first, *rest = group.lines(_DETAILS if index == 1 else 1)
             lines += [f"{index}. {first}", *rest]
@@ -68,15 +72,15 @@ class Report:
             kinds = (
                 f"and {places} places of {len(left)} more kinds" if shown else f"{places} places of {len(left)} kinds"
             )
-            lines.append(f"{kinds}, less near (--limit 0 shows all)")
-        return lines
+            lines.append(f"{kinds}, less near (`limit=0` shows all)")
+        return [*lines, *(self.idle if near else ())]
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers, the remarks and every group with all its differences."""
         return {
             "pass": self.name,
             "matched": self.matched,
-            "remarks": list(self.remarks),
+            "remarks": [*self.remarks, *self.idle],
             "groups": [group.to_json() for group in self.groups],
         }
 
@@ -104,7 +108,7 @@ def explain(item: Pass, model: onnx_ir.Model, before: Sequence[str] = ()) -> Rep
     missing = [name for name in item.after if name not in before]
     if not missing or (report.matched and not any(group.example.is_near for group in report.groups)):
         return report
-    remark = f"{item.name} belongs after {', '.join(missing)}; give a pipeline with --in, or passes with --after"
+    remark = f"{item.name} belongs after {', '.join(missing)}; give a pipeline with `within`, or passes with `after`"
     return dataclasses.replace(report, remarks=(remark, *report.remarks))
 
 
@@ -114,7 +118,8 @@ def explain_rest(item: Pass, model: onnx_ir.Model, result: PassResult) -> Report
     For a pass over the whole graph, `model` may also be the model as it was before the run.
     """
     if isinstance(item, RewritePass):
-        return _report(item, result.matches, misses(item, model), _rules_that_never_start(item, result))
+        report = _report(item, result.matches, misses(item, model), [])
+        return dataclasses.replace(report, idle=tuple(_rules_that_never_start(item, result)))
     reasons = [Miss(item.name, None, reason=reason) for reason in result.declines.elements()]
     return _report(item, result.matches, [*reasons, *_refusals(item, model)], _remarks(item, result))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Iterable
 from typing import ClassVar
@@ -105,6 +106,7 @@ class Pass(abc.ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        _check_class_attributes(cls)
         name = cls.__dict__.get("name")
         if name is None:
             return
@@ -142,6 +144,27 @@ class Pass(abc.ABC):
             One `Refusal` for every node that the pass leaves unchanged; nothing by default.
         """
         return ()
+
+
+def _check_class_attributes(cls: type[Pass]) -> None:
+    """Raise PassError for a class attribute whose name is nearly one of `Pass`, such as `acuracy`.
+
+    Nothing would read it, and the pass would silently have the default. Options have annotations, and are not looked
+    at; names that begin with an underscore, constants in capitals and methods are the author's own, and so is a name
+    like `names` beside `name`.
+    """
+    known = [*Pass.__annotations__, "name"]
+    annotated = inspect.get_annotations(cls)
+    for attribute, value in cls.__dict__.items():
+        own = attribute in annotated and "ClassVar" not in str(annotated[attribute])
+        if own or attribute.startswith("_") or attribute.isupper() or callable(value) or hasattr(Pass, attribute):
+            continue
+        if attribute not in known and not isinstance(value, (property, classmethod, staticmethod)):
+            close = difflib.get_close_matches(attribute, known, n=1, cutoff=0.75)
+            if close and close[0] not in cls.__dict__:
+                raise PassError(
+                    f"{_where(cls)}: no pass has a class attribute {attribute!r}; did you mean {close[0]!r}?"
+                )
 
 
 def _where(cls: type) -> str:

@@ -6,6 +6,7 @@ other packages come from the entry-point group `passopt.passes`. One that cannot
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.metadata
@@ -79,7 +80,7 @@ def unknown_pass(name: str, others: Iterable[str] = ()) -> UsageError:
     entries, broken = _found()
     if name in broken:
         return UsageError(f"the pass {name!r} cannot be used: {broken[name]}")
-    left_out = f". These plug-ins cannot be used: {', '.join(broken)}" if broken else ""
+    left_out = f" (plug-ins that are left out: {', '.join(broken)})" if broken else ""
     return UsageError(unknown_name("pass", name, [*entries, *others, *REGISTERED], "passopt list") + left_out)
 
 
@@ -141,6 +142,8 @@ def _plugin(point: importlib.metadata.EntryPoint) -> Entry:
         raise UsageError(f"{module} cannot be found")
     try:
         entries = entries_of(Path(spec.origin), module)
+        if not entries:  # a file without a name of a pass was not parsed
+            ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     except SyntaxError as error:
         raise UsageError(f"SyntaxError: {error.msg}, {spec.origin}:{error.lineno}") from error
     for entry in entries:

@@ -82,8 +82,7 @@ def visible_mask(op: Any, terms: Sequence[onnx_ir.Value], extent: Extent, *, flo
     Masked places are lifted to half of the lowest number. With `floored`, -inf is lifted like the lowest number,
     because the model itself lifts its scores to that; otherwise -inf stays.
     """
-    kinds = {term.dtype for term in terms}
-    mask = _sum(op, terms, kinds.pop() if len(kinds) == 1 else _FLOAT)
+    mask = summed(op, terms)
     if mask is None:
         return None
     finite = op.Max(mask, _half_oflowest(mask))
@@ -92,15 +91,31 @@ def visible_mask(op: Any, terms: Sequence[onnx_ir.Value], extent: Extent, *, flo
     return _of_extent(op, finite, extent)
 
 
-def chosen(op: Any, condition: onnx_ir.Value, low: float, *, shown: bool, query: onnx_ir.Value) -> onnx_ir.Value:
+def chosen(
+    op: Any,
+    condition: onnx_ir.Value,
+    low: float,
+    inner: onnx_ir.Value | None,
+    *,
+    shown: bool,
+    query: onnx_ir.Value,
+) -> onnx_ir.Value:
     """Return what to add to scores that are kept where `condition` is `shown`, and are `low` elsewhere.
 
-    A finite `low` is added as the lowest number of all. Put in place of a score, -1e9 hides it; added to the
-    score, it might not.
+    What was added to the scores that are kept is `inner`. A finite `low` is added as the lowest number of all. Put in
+    place of a score, -1e9 hides it; added to the score, it might not.
     """
-    zero, masked = np.float32(0), np.float32(low if np.isneginf(low) else lowest(query))
-    mask: onnx_ir.Value = op.Where(condition, zero, masked) if shown else op.Where(condition, masked, zero)
+    kind = inner.dtype.numpy() if inner is not None and inner.dtype is not None else np.dtype(np.float32)
+    number = low if np.isneginf(low) else lowest(query if inner is None else inner)
+    kept, masked = np.zeros((), kind) if inner is None else inner, np.asarray(number, kind)
+    mask: onnx_ir.Value = op.Where(condition, kept, masked) if shown else op.Where(condition, masked, kept)
     return mask
+
+
+def summed(op: Any, terms: Sequence[onnx_ir.Value]) -> onnx_ir.Value | None:
+    """Return the sum of all terms, in their dtype or in fp32 if they have several; None if there are no terms."""
+    kinds = {term.dtype for term in terms}
+    return _sum(op, terms, kinds.pop() if len(kinds) == 1 else _FLOAT)
 
 
 def _addends(value: onnx_ir.Value) -> Iterator[onnx_ir.Value]:

@@ -13,7 +13,7 @@ import onnx_ir
 from passopt.ir.graph.shapes import dimensions, fits
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.base import Decline
-from passopt.passes.fusion.attention_masks import Extent, chosen, lowest
+from passopt.passes.fusion.attention_masks import AlibiBias, Extent, chosen, lowest, split_alibi, summed
 from passopt.passes.patterns.rules import Rewriter
 
 #: Scores at or below this are masked, whatever number an exporter chose.
@@ -47,18 +47,19 @@ class Parts:
     key_repeated: onnx_ir.Value | None = None
     value_repeated: onnx_ir.Value | None = None
     query_scale: onnx_ir.Value | None = None
-    query_scaling: str = "none"
+    query_scaling: str = "absent"
     key_scale: onnx_ir.Value | None = None
-    key_scaling: str = "none"
+    key_scaling: str = "absent"
     turned_scale: onnx_ir.Value | None = None
-    turned_scaling: str = "none"
+    turned_scaling: str = "absent"
     score_scale: onnx_ir.Value | None = None
-    score_scaling: str = "none"
+    score_scaling: str = "absent"
     cap: onnx_ir.Value | None = None
     cap_spelling: str = "none"
     uncap: onnx_ir.Value | None = None
+    early_bias: onnx_ir.Value | None = None
     bias: onnx_ir.Value | None = None
-    masking: str = "none"
+    masking: str = "absent"
     mask: onnx_ir.Value | None = None
     condition: onnx_ir.Value | None = None
     low: onnx_ir.Value | None = None
@@ -138,7 +139,7 @@ class Parts:
 
         The operator itself gives the grown cache, so this would be a cycle.
         """
-        needed = [self.query, self.key, self.value, self.mask, self.bias, self.condition, *self.past]
+        needed = [self.query, self.key, self.value, self.mask, self.bias, self.early_bias, self.condition, *self.past]
         targets = {item.producer() for item in needed if item is not None} - {None}
         joined = [item for item in (self._joined(self.key), self._joined(self.value)) if item is not None]
         work, seen = [use.node for item in joined for use in item.uses()], {self.y.producer()}
@@ -190,7 +191,7 @@ class Parts:
         Sums broadcast, and the operator does not. Raises Decline if a mask may make more batches or heads.
         """
         wide = self.query
-        for term in (self.mask, self.bias, self.condition):
+        for term in (self.mask, self.bias, self.early_bias, self.condition):
             grown = self._grown_axes(term) if term is not None else []
             if {0, 1} & set(grown):
                 raise Decline(
@@ -209,7 +210,7 @@ class Parts:
         dims, query, y = dimensions(term), dimensions(self.query) or [], dimensions(self.y) or []
         if dims is None:
             raise Decline(f"the axes of the mask {term.name} are unknown")
-        dims = [1] * (4 - len(dims)) + dims
+        dims = [*[1] * (4 - len(dims)), *dims]
         may_be_one = [not isinstance(length, int) or length == 1 for length in query[:3]]
         denied = [known is not None and known in (1, here) for known, here in zip(dims, query)]
         stated = [here is not None and here == there for here, there in zip(query, y)]
@@ -237,7 +238,7 @@ class Parts:
         is added beside, which may hide what was left, such a row depends on scores that the operator does not have.
         The lowest number and -inf are exact, because they swallow what is added.
         """
-        others = [item for item in (self.bias, self.mask) if item is not None]
+        others = [item for item in (self.early_bias, self.bias, self.mask) if item is not None]
         if self.condition is None or not others or hidden_rows == "any":
             return
         low = op.number(self.low)
@@ -268,19 +269,44 @@ class Parts:
         heads = (dimensions(self.query) or [])[1]
         return heads if isinstance(heads, int) else 0
 
-    def bias_terms(self, op: Rewriter) -> list[onnx_ir.Value]:
-        """Return the terms that are added to the scores.
+    def added(self, op: Rewriter) -> tuple[AlibiBias | None, list[onnx_ir.Value], list[onnx_ir.Value]]:
+        """Return what is added to the scores: an ALiBi bias, the terms beside it, and all terms.
 
-        A choice between scores and a low number becomes such a term. Raises Decline if that number is too high to mask.
+        A choice between scores and a low number becomes such a term. What is added before the choice is chosen with the
+        scores, because a number in place of a score forgets it: -inf would come through a sum. ALiBi is finite, and
+        stays apart. Raises Decline if the low number is too high to mask.
         """
         for name, item in (("low", self.low), ("floor", self.floor)):
             if item is not None and not op.number(item) <= _MASKED:
                 raise Decline(f"{name} scores are {op.number(item)}, which does not mask anything")
-        terms = [term for term in (self.bias, self.mask) if term is not None]
-        if self.condition is not None:
-            shown = self.masking.startswith("shown")
-            terms.append(chosen(op, self.condition, op.number(self.low), shown=shown, query=self.query))
-        return terms
+        before = [self._scaled_bias(op)] if self.early_bias is not None else []
+        before += [self.bias] if self.bias is not None else []
+        after = [self.mask] if self.mask is not None else []
+        if self.condition is None:
+            terms = before + after
+            return *split_alibi(op, terms, self.heads), terms
+        alibi, inner = split_alibi(op, before, self.heads)
+        shown = self.masking.startswith("shown")
+        choice = chosen(op, self.condition, op.number(self.low), summed(op, inner), shown=shown, query=self.query)
+        terms = [choice, *after]
+        if alibi is None:
+            return *split_alibi(op, terms, self.heads), terms
+        if after:
+            raise Decline("adds an ALiBi bias, chooses scores by one mask, and adds another")
+        return alibi, terms, []
+
+    def _scaled_bias(self, op: Rewriter) -> onnx_ir.Value:
+        """Return the bias that is added before the scores are scaled, scaled like them."""
+        if self.cap is not None:
+            raise Decline("adds a bias before the scores are capped; the operator adds it after")
+        if self.widened is not None:
+            raise Decline("adds a bias before the scores are widened")
+        if self.score_scaling == "absent":
+            assert self.early_bias is not None
+            return self.early_bias
+        scale = op.Mul if self.score_scaling == "product" else op.Div
+        made: onnx_ir.Value = scale(self.early_bias, op.number(self.score_scale))
+        return made
 
     def total_scale(self, op: Rewriter) -> float:
         """Return the number by which the scores are multiplied, on all sides together.

@@ -11,7 +11,7 @@ import onnx_ir
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
-from passopt.passes.fusion.attention_masks import alibi_mask, split_alibi, visible_mask
+from passopt.passes.fusion.attention_masks import alibi_mask, visible_mask
 from passopt.passes.fusion.attention_parts import Parts
 from passopt.passes.fusion.cache_lengths import lengths_of_parts, shape_of_joined
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -99,14 +99,14 @@ class FuseAttention(RewritePass):
         scale, softcap = parts.total_scale(op), parts.softcap(op)
         query, key, value, outputs = parts.wide_query(op), parts.plain_key(op), parts.value, parts.outputs
         parts.check_hidden_rows(op, self.hidden_rows)
-        terms, floored = parts.bias_terms(op), parts.floor is not None
-        alibi, others = split_alibi(op, terms, parts.heads)
+        floored = parts.floor is not None
+        alibi, others, terms = parts.added(op)
         # AlibiAttention floors all scores alike. Without a floor, one of several masks may reach -inf and another not.
         if alibi is not None and (floored or len(others) < 2):
             if softcap:
                 raise Decline("caps the scores and adds an ALiBi bias; no operator does both")
-            mask = alibi_mask(op, others, parts.rows_and_columns(op, query))
-            inputs = (query, key, value, alibi.slopes, alibi.positions, mask, *parts.past)
+            beside = alibi_mask(op, others, parts.rows_and_columns(op, query))
+            inputs = (query, key, value, alibi.slopes, alibi.positions, beside, *parts.past)
             kind = ALIBI_ATTENTION if parts.cached else ALIBI_ATTENTION_NO_CACHE
             return op.node(kind, *inputs, outputs=outputs, domain=DOMAIN, scale=scale)
         mask = visible_mask(op, terms, parts.rows_and_columns(op, query), floored=floored)
@@ -115,13 +115,13 @@ class FuseAttention(RewritePass):
             attributes["softmax_precision"] = onnx_ir.DataType.FLOAT.value
         if not parts.narrows:
             return op.Attention(query, key, value, mask, *parts.past, outputs=outputs, **attributes)
-        wide = op.Cast(value, to=query.dtype.value)
-        return op.Cast(op.Attention(query, key, wide, mask, **attributes), to=value.dtype.value)
+        wide = op.CastLike(value, query)
+        return op.CastLike(op.Attention(query, key, wide, mask, **attributes), value)
 
 
 def attention(op: Any, keys: Any, values: Any) -> Any:
     """Return the pattern of softmax(q · kᵀ · scale + mask) · v, from [b, h, q, d] to [b, h, q, d], in all spellings."""
-    scores = _masked(op, _widened(op, _capped(op, _scaled(op, "score", _products(op, keys)))))
+    scores = _masked(op, _widened(op, _capped(op, _scaled(op, "score", _early_biased(op, _products(op, keys))))))
     probabilities = op.Softmax(scores, axis=op.variable("axis"))
     guarded = op.optional("guard", probabilities, lambda p: op.Where(op.IsNaN(p), 0, p))
     narrowed = op.optional("narrowing", guarded, op.Cast)
@@ -157,7 +157,12 @@ def _repeated(op: Any, name: str, x: Any) -> Any:
 def _scaled(op: Any, name: str, x: Any) -> Any:
     """Add an optional scale to the pattern, as a product or a quotient."""
     factor = op.scalar(f"{name}_scale")
-    return op.any_of(f"{name}_scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), none=x)
+    return op.any_of(f"{name}_scaling", product=op.Mul(x, factor), quotient=op.Div(x, factor), absent=x)
+
+
+def _early_biased(op: Any, x: Any) -> Any:
+    """Add an optional bias to the pattern that is scaled with the scores, as a Conformer's relative positions are."""
+    return op.optional("early_biasing", x, lambda y: op.Add(y, op.variable("early_bias")))
 
 
 def _capped(op: Any, x: Any) -> Any:
@@ -190,7 +195,7 @@ def _masked(op: Any, x: Any) -> Any:
         hidden=hidden,
         shown_added=op.Add(shown, op.variable("mask")),
         hidden_added=op.Add(hidden, op.variable("mask")),
-        none=biased,
+        absent=biased,
     )
     floored = op.optional("flooring", masked, lambda y: op.Max(y, op.scalar("floor")))
     return op.optional("late_widening", floored, lambda y: op.Cast(y, bind="late_widened"))

@@ -109,7 +109,7 @@ def _check(op: Rewriter, x: onnx_ir.Value, found: Mapping[str, Any]) -> None:
         raise Decline(f"{x.name} is {x.dtype}, for which constants are not exact enough to be told apart")
     if not dimensions(x):
         raise Decline(f"the axes of {x.name} are unknown, or it has none, so that a constant may add some")
-    limits: Any = ml_dtypes.finfo(x.dtype.numpy())  # type: ignore[no-untyped-call, union-attr]
+    limits: Any = ml_dtypes.finfo(x.dtype.numpy())  # type: ignore[no-untyped-call]
     for name, expected in _NUMBERS.items():
         number = op.number(found.get(name), expected)
         if abs(number - expected) > max(_TOLERANCE, float(limits.eps)) * expected:

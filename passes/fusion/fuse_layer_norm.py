@@ -39,32 +39,35 @@ class FuseLayerNorm(RewritePass):
             (self.normalised, self.normalise),
             (self.with_factor, self.take_factor),
             (self.with_bias, self.take_bias),
+            (self.distributed, self.gather_up),
         ]
 
     def normalised(self, op: Any, x: Any, eps: Any, axes: Any, others: Any) -> Any:
         """Match the differences from the mean, divided by the root of the mean of their squares."""
         centred = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
         squared = op.any_of("square", power=op.Pow(centred, 2), product=op.Mul(centred, centred))
-        variance = op.Add(op.ReduceMean(squared, others, keepdims=1), eps)
-        root = op.Sqrt(variance)
-        inverse = op.any_of(
-            "inverse", reciprocal=op.Reciprocal(root), quotient=op.Div(1, root), power=op.Pow(variance, -0.5)
-        )
+        root, inverse = _roots(op, op.Add(op.ReduceMean(squared, others, keepdims=1), eps))
         return op.any_of("division", product=op.Mul(centred, inverse), quotient=op.Div(centred, root))
 
     def normalise(self, op: Rewriter, x: Any, eps: Any, axes: Any, others: Any) -> Any:
-        op.require_opset(_OPSET)
-        dims = dimensions(x) or []
-        for item in (axes, others):
-            if not dims or op.constant(item).reshape(-1).tolist() not in ([-1], [len(dims) - 1]):
-                raise Decline(
-                    f"takes a mean over axes {op.constant(item).tolist()} of {x.name} {dims}, not the last one"
-                )
-        if not isinstance(dims[-1], int):
-            raise Decline(f"the width of {x.name} {dims} is unknown")
-        if x.dtype == onnx_ir.DataType.DOUBLE:
-            raise Decline(f"the input {x.name} is {x.dtype}, the operator computes in FLOAT")
+        _check_means(op, x, axes, others)
         return op.LayerNormalization(x, _ones(op, x), axis=-1, epsilon=op.number(eps), stash_type=1)
+
+    def distributed(self, op: Any, x: Any, eps: Any, axes: Any, others: Any, factor: Any, bias: Any) -> Any:
+        """Match Keras's form: the factor is multiplied into the root first, and the mean is taken off the bias."""
+        mean = op.ReduceMean(x, axes, keepdims=1)
+        centred = op.Sub(x, mean)
+        squared = op.any_of("square", power=op.Pow(centred, 2), product=op.Mul(centred, centred))
+        _, inverse = _roots(op, op.Add(op.ReduceMean(squared, others, keepdims=1), eps))
+        scale = op.Mul(inverse, factor)
+        return op.Add(op.Mul(x, scale), op.Sub(bias, op.Mul(mean, scale)))
+
+    def gather_up(self, op: Rewriter, x: Any, eps: Any, axes: Any, others: Any, factor: Any, bias: Any) -> Any:
+        _check_means(op, x, axes, others)
+        if not x.dtype == factor.dtype == bias.dtype:
+            raise Decline(f"{x.name} is {x.dtype}, the factor {factor.dtype}, the bias {bias.dtype}")
+        vectors = (_vector(op, factor, x, "factor"), _vector(op, bias, x, "bias"))
+        return op.LayerNormalization(x, *vectors, axis=-1, epsilon=op.number(eps), stash_type=1)
 
     def with_factor(self, op: Any, x: Any, ones: Any, factor: Any) -> Any:
         """Match a norm that this pass made, perhaps cast to 16 bits, and a factor behind it."""
@@ -94,6 +97,27 @@ class FuseLayerNorm(RewritePass):
         if bias.dtype != x.dtype:
             raise Decline(f"{x.name} is {x.dtype}, the bias {bias.name} {bias.dtype}")
         return _again(op, norm, x, scale, _vector(op, bias, x, "bias"))
+
+
+def _roots(op: Any, variance: Any) -> tuple[Any, Any]:
+    """Return the pattern of the root of a variance, and that of one divided by it."""
+    root = op.Sqrt(variance)
+    return root, op.any_of(
+        "inverse", reciprocal=op.Reciprocal(root), quotient=op.Div(1, root), power=op.Pow(variance, -0.5)
+    )
+
+
+def _check_means(op: Rewriter, x: onnx_ir.Value, *means: onnx_ir.Value) -> None:
+    """Raise Decline unless both means are taken over the last axis, of a known width, in a dtype that is computed."""
+    op.require_opset(_OPSET)
+    dims = dimensions(x) or []
+    for item in means:
+        if not dims or op.constant(item).reshape(-1).tolist() not in ([-1], [len(dims) - 1]):
+            raise Decline(f"takes a mean over axes {op.constant(item).tolist()} of {x.name} {dims}, not the last one")
+    if not isinstance(dims[-1], int):
+        raise Decline(f"the width of {x.name} {dims} is unknown")
+    if x.dtype == onnx_ir.DataType.DOUBLE:
+        raise Decline(f"the input {x.name} is {x.dtype}, the operator computes in FLOAT")
 
 
 def _ones(op: Rewriter, x: onnx_ir.Value) -> onnx_ir.Value:

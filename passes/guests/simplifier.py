@@ -25,9 +25,16 @@ from passopt.passes.guests.weight_handles import (
     without_defaults,
 )
 
-#: Optimizers that are left out: fusions into operators that later passes do not look for, and one that needs the
-#: numbers of weights.
-_SKIPPED = ("fuse_matmul_add_bias_into_gemm", "fuse_transpose_into_gemm", "fuse_qkv", "fuse_bn_into_conv")
+#: Optimizers that are left out: fusions into operators that later passes do not look for, one that needs the numbers
+#: of weights, and one that writes a 0 for a computed length in targets of Reshape. onnxsim's folding of constants is
+#: left out too: it gives computed shapes wrong lengths.
+_SKIPPED = (
+    "fuse_concat_into_reshape",
+    "fuse_matmul_add_bias_into_gemm",
+    "fuse_transpose_into_gemm",
+    "fuse_qkv",
+    "fuse_bn_into_conv",
+)
 _QUANTISATION = {"DequantizeLinear", "QuantizeLinear"}
 
 
@@ -64,6 +71,7 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     changed = from_proto(simplified, handles)
     _name_new_values(changed, _value_names(model))
     _name_nodes(changed, model)
+    _restore_shapes(changed, model)
     restore_defaults(changed, defaults)
     before.put_back_initializers(changed.graph)
     result = before.finish(changed, author, ignores_order=True)
@@ -72,12 +80,26 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     return result
 
 
+def _restore_shapes(changed: onnx_ir.Model, model: onnx_ir.Model) -> None:
+    """Give inputs and outputs the shapes that they had, and drop all others.
+
+    onnxsim takes lengths for equal that are so only where nothing is broadcast; our own inference finds what is sure.
+    """
+    for node in changed.graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None
+    old = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    for value in (*changed.graph.inputs, *changed.graph.outputs):
+        before = old[value.name]  # the names were compared before
+        value.type, value.shape = before.type or value.type, before.shape
+
+
 def _call(proto: onnx.ModelProto, author: str, limit: int) -> onnx.ModelProto:
     """Run onnxsim; what it prints goes to stderr."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             simplified, valid = onnxsim.simplify(
-                proto, skipped_optimizers=list(_SKIPPED), tensor_size_threshold=f"{limit}B"
+                proto, skipped_optimizers=list(_SKIPPED), tensor_size_threshold=f"{limit}B", skip_constant_folding=True
             )
     except Exception as error:  # onnxsim raises whatever its C++ core, the checker or onnxruntime raise
         raise PassError(f"{author}: onnxsim failed with {type(error).__name__}: {error}") from error

@@ -185,6 +185,9 @@ def no_unsigned_zero_floats(step: Step) -> None:
 #: A function that converts the node of a step in place.
 Converter = Callable[[Step], None]
 
+#: Conversions that edit nothing and refuse some dtypes, so that the calls of a function that holds them are looked at.
+REFUSES_DTYPES = frozenset({("Erf", 13), ("CastLike", 24)})
+
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 
 #: The converter for each operator and the opset in which it changed.

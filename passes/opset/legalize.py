@@ -14,7 +14,7 @@ from passopt.ir.serialization.inference import complete_all_types
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
 from passopt.passes.opset.changes import LOWEST_TARGET, NEWEST, NEWEST_READ, OLDEST, UNCHANGED, changes
-from passopt.passes.opset.converters import CONVERTERS
+from passopt.passes.opset.converters import CONVERTERS, REFUSES_DTYPES
 from passopt.passes.opset.lowering import lower_node
 from passopt.passes.opset.meanings import check_meaning
 from passopt.passes.opset.step import Place, Step, refuse
@@ -71,20 +71,26 @@ class Legalize(Pass):
             )
 
     def _check_calls(self, model: onnx_ir.Model, bodies: Sequence[Container]) -> None:
-        """Check that functions can be lowered in the dtypes of each call, by lowering a copy that has no calls."""
-        lowered = [body for body in bodies if isinstance(body, onnx_ir.Function)]
-        if not any(body.opset_imports[""] > self.opset for body in lowered):
+        """Check what depends on dtypes inside of functions at each call, by converting a copy that has no calls."""
+        found = [body for body in bodies if isinstance(body, onnx_ir.Function) and self._depends_on_dtypes(body)]
+        if not found:
             return
         copy = model.clone()
         try:
             onnx_ir.passes.common.InlinePass()(copy)
         except Exception as error:
             raise PassError(
-                f"{self.name}: function {lowered[0].name!r} cannot be lowered, because its calls cannot be checked: "
+                f"{self.name}: function {found[0].name!r} cannot be converted, because its calls cannot be checked: "
                 f"{error}. Run inline-functions first."
             ) from error
         complete_all_types(copy)
         self._convert(Place(copy.graph, _unique_names(copy, self.name)))
+
+    def _depends_on_dtypes(self, function: onnx_ir.Function) -> bool:
+        """Return True if a function is lowered, or holds an operator that refuses some dtypes on the way up."""
+        given = function.opset_imports[""]
+        passed = {name for name, version in REFUSES_DTYPES if given < version <= self.opset}
+        return given > self.opset or any(node.op_type in passed and not node.domain for node in function.all_nodes())
 
     def _convert(self, place: Place) -> int:
         """Convert the nodes of a graph or function; return how many were edited."""

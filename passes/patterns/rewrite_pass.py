@@ -53,6 +53,9 @@ class RewritePass(Pass):
         Returns:
             The root, which is the output of an operator and which the rewrite replaces. A sequence of several outputs
             makes several roots; each must share a value with those before it.
+
+        Raises:
+            PassError: If the pass does not define the method.
         """
         raise PassError(f"{self.name} has no pattern: define pattern(self, op, …) on {type(self).__name__}")
 
@@ -71,6 +74,7 @@ class RewritePass(Pass):
 
         Raises:
             Decline: If the rule does not apply to this match, with the reason.
+            PassError: If the pass does not define the method.
         """
         raise PassError(f"{self.name} has no rewrite: define rewrite(self, op, …) on {type(self).__name__}")
 

@@ -38,6 +38,9 @@ class RuleOwner(Protocol):
     def rules(self) -> Sequence[tuple[Callable[..., Any], Callable[..., Any]]]:
         """Return the pairs of pattern and rewrite methods, in the order in which they are tried."""
 
+    def __hash__(self) -> int:
+        """Return a hash: passes of equal options are equal, and their rules are traced once."""
+
 
 class Rewriter(Builder):
     """The `op` that a `rewrite` method gets: it builds nodes, and reads constants and weights.
@@ -200,7 +203,7 @@ def rules_of(owner: RuleOwner) -> tuple[Rule, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _traced(owner: RuleOwner) -> tuple[Rule, ...]:
+def _traced(owner: Any) -> tuple[Rule, ...]:
     """Trace the rules of a pass once, however many models it runs on: equal passes have equal rules."""
     try:
         pairs = [(pattern, rewrite) for pattern, rewrite in owner.rules()]

@@ -94,7 +94,7 @@ class Expectation:
         layers = layer_count(model)
         if layers is None:
             raise UsageError(
-                f"{self} is expected, by --expect or by the pipeline, but {base} is unknown: the model has no inputs "
+                f"{self} is expected, by `expect` or by the pipeline, but {base} is unknown: the model has no inputs "
                 f"past.N.key and no weights named layers.N. If it is no decoder, name its passes, not the pipeline"
             )
         takes_positions = any(value.name == POSITION_IDS for value in model.graph.inputs)
@@ -120,10 +120,11 @@ def parse_expectation(text: str, known: Sequence[str]) -> Expectation:
     found = _EXPECTATION.match(text)
     if found is None:
         raise UsageError(
-            f"--expect {text!r}: write PASS==N, PASS>=N or PASS<=N, N a number, 2*num_layers+1 or attentions"
+            f"`expect`: {text!r} is no expectation; write PASS==N, PASS>=N or PASS<=N, N a number, 2*num_layers+1 or "
+            f"attentions"
         )
     if found[1] not in known:
-        raise UsageError(f"--expect {text}: " + unknown_name("pass of this pipeline", found[1], list(known)))
+        raise UsageError(f"`expect={text}`: " + unknown_name("pass of this pipeline", found[1], list(known)))
     return Expectation(found[1], found[2], re.sub(r"\s", "", found[3]))
 
 
@@ -143,7 +144,7 @@ class Watch:
         self._last = {item.name: index for index, item in enumerate(passes)}
         for expectation in expectations:
             if expectation.name not in self._last:
-                raise UsageError(f"--expect {expectation}: {expectation.name} is not in the pipeline")
+                raise UsageError(f"`expect={expectation}`: {expectation.name} is not in the pipeline")
         self._expectations = expectations
         self._order = passes
         self._reports: dict[Expectation, str] = {}

@@ -96,7 +96,7 @@ def parse_steps(text: str) -> tuple[Step, ...]:
     """Parse `a,b{key=value}` into steps; raise UsageError that points at the first character that does not fit."""
     steps, position = [], 0
     if not text.strip():
-        raise UsageError("the pipeline is empty; give passes such as --passes 'tp{degree=2},int8'")
+        raise UsageError("the pipeline is empty; give `passes`, such as 'tp{degree=2},int8'")
     while position < len(text):
         found = _STEP.match(text, position)
         if found is None:

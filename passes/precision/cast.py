@@ -16,21 +16,19 @@ import onnx_ir
 from passopt.ir.dtypes import DTYPES, MODEL_FLOATS, OPSET_OF_HALF_SCALES
 from passopt.ir.errors import PassError
 from passopt.ir.graph.editor import Editor
-from passopt.ir.serialization.inference import complete_all_types
+from passopt.ir.serialization.inference import complete_all_types, forget_types
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.lazy_weight import LazyWeight, constant_tensor, is_checkpoint_weight
 from passopt.passes.framework.accuracy import QualityBar, lossy
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
 from passopt.passes.precision.cast_borders import Borders, is_float
-from passopt.passes.precision.cast_islands import Islands, finite_limits, is_dtype_cast, is_leaf, uncast
+from passopt.passes.precision.cast_islands import STATED, Islands, finite_limits, is_dtype_cast, is_leaf, uncast
 
 DataType = onnx_ir.DataType
 
 #: The opset from which on the operator Cast takes a dtype by its number, or takes it at all.
 _OLDEST_CAST = {DataType.FLOAT: 6, DataType.FLOAT16: 6, DataType.BFLOAT16: 13}
-#: The attributes by which operators state the dtype of their output.
-_STATED = ("to", "dtype", "output_dtype", "output_datatype")
 _NUMBERS = frozenset(dtype.value for dtype in MODEL_FLOATS)
 
 
@@ -57,7 +55,7 @@ class CastModel(Pass):
 
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Cast the model in place; raise PassError if the model's opset has not what that takes."""
-        complete_all_types(model)
+        known = complete_all_types(model)
         target = DTYPES[self.dtype]
         editor = Editor(model, self.name)
         self._check(editor, target)
@@ -65,11 +63,14 @@ class CastModel(Pass):
         caster = _Caster(editor, target)
         caster.run()
         changed = moved + caster.changed
+        if not changed:
+            forget_types(known)
         return PassResult(modified=changed > 0, matches=changed, notes=caster.notes())
 
     def _check(self, editor: Editor, target: DataType) -> None:
         oldest = _OLDEST_CAST[target]
-        if editor.opset < oldest:
+        values = [*editor.graph.inputs, *(value for node in editor.graph for value in node.outputs)]
+        if editor.opset < oldest and any(map(is_float, values)):
             raise PassError(
                 f"{self.name}: Cast takes {target.name} from opset {oldest} on, this model has {editor.opset}. "
                 f"Run legalize first."
@@ -125,7 +126,8 @@ class _Caster:
         constants = {leaf: self._constants(leaf, needs) for leaf, needs in leaves.items()}
         self._outputs()
         for (node, index), dtype in wanted.items():
-            masks = not node.domain and node.op_type == "Attention" and index == 3
+            own = (node, index) not in self.borders.read
+            masks = own and not node.domain and node.op_type == "Attention" and index == 3
             self._read(node, index, self._operand(_input(node, index), dtype, constants, clamped=masks))
         for graph, index, dtype in self.borders.results:
             graph.outputs[index] = self._operand(graph.outputs[index], dtype, constants, clamped=False)
@@ -162,7 +164,7 @@ class _Caster:
             node.op_type = "Cast"
             node.resize_inputs(1)
             self._state(node, "to", dtype)
-        for name in _STATED:
+        for name in STATED:
             if name in node.attributes and node.attributes[name].value in _NUMBERS:
                 self._state(node, name, dtype)
         if node.op_type == "ConstantOfShape" and "value" in node.attributes:
@@ -295,7 +297,8 @@ class _Caster:
         """
         if mask not in self._clamped:
             builder = self.editor.builder(mask.name or "mask")
-            lowest = np.float32(-finite_limits(DataType.FLOAT16)[1] / 2)
+            assert mask.dtype is not None, f"{mask.name} is a mask of unknown dtype"
+            lowest = np.asarray(-finite_limits(DataType.FLOAT16)[1] / 2, mask.dtype.numpy())
             self._clamped[mask] = builder.Where(builder.IsInf(mask), mask, builder.Max(mask, lowest))
             self._insert_after(mask, builder)
         return self._clamped[mask]
@@ -338,7 +341,10 @@ def _constants_to_initializers(editor: Editor) -> int:
             continue
         name = editor.unique(f"{old.name}.constant") if old.is_graph_output() else old.name or "constant"
         value = onnx_ir.Value(shape=onnx_ir.Shape(tensor.shape.numpy()), type=onnx_ir.TensorType(tensor.dtype))
-        value.const_value = onnx_ir.tensor(tensor.numpy(), name=name)
+        if isinstance(tensor, LazyWeight):
+            value.const_value = LazyWeight(tensor.expression, name)
+        else:
+            value.const_value = onnx_ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
         for use in old.uses():
             use.node.replace_input_with(use.idx, value)
         editor.remove_dead([node])

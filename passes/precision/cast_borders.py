@@ -89,6 +89,8 @@ class Borders:
             return True
         if node.op_type == "Constant" and constant_tensor(node.outputs[0]) is None:
             return True  # It is sparse.
+        if node.op_type == "BitCast":
+            return True  # The bits of another dtype are other numbers.
         return not onnx.defs.has(node.op_type, self._opset, "")
 
     def _keep(self, node: onnx_ir.Node) -> None:

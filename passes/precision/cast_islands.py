@@ -51,6 +51,11 @@ _FOLLOWS = operators(
 _NARROWS = operators(
     "Attention Conv ConvTranspose DequantizeLinear Einsum Gemm LayerNormalization MatMul RMSNormalization",
 )
+#: Operators that ONNX defines by others, which take the dtype from this opset on only: Clip by Where, and the loss by
+#: NegativeLogLikelihoodLoss.
+_LATE_BODIES = {("Clip", DataType.BFLOAT16): 16, ("SoftmaxCrossEntropyLoss", DataType.BFLOAT16): 22}
+#: The attributes by which operators state the dtype of their output.
+STATED = ("to", "dtype", "output_dtype", "output_datatype")
 #: Operators that are moved to fp32 if their outputs are only read in fp32 and their inputs are read in fp32 anyway; one
 #: cast before them then replaces several behind them.
 _LIFTS = operators("Concat Neg Slice Split")
@@ -328,12 +333,22 @@ class Islands:
         """Return True if ONNX defines the operator for the target dtype in all its floating inputs and outputs."""
         name = f"tensor({onnx.TensorProto.DataType.Name(self.target.value).lower()})"
         schema = onnx.defs.get_schema(node.op_type, self.opset, "")
-        for values, formals in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
-            for index, value in enumerate(values):
-                formal = formals[min(index, len(formals) - 1)]  # The last one may be variadic.
-                if is_float(value) and name not in formal.types:
-                    return False
-        return True
+        read = _formals(node.inputs, schema.inputs)
+        given = _formals(node.outputs, schema.outputs)
+        if not all(name in formal.types for formal in (*read, *given)):
+            return False
+        if self.opset < _LATE_BODIES.get((node.op_type, self.target), 0):
+            return False
+        # An output whose dtype neither inputs nor attributes state has a dtype of its own, as the mean of a norm has.
+        follows = {formal.type_str for formal in read}
+        return any(key in schema.attributes for key in STATED) or all(one.type_str in follows for one in given)
+
+
+def _formals(
+    values: Sequence[onnx_ir.Value | None], formals: Sequence[onnx.defs.OpSchema.FormalParameter]
+) -> list[onnx.defs.OpSchema.FormalParameter]:
+    """Return the formal parameters of the floating values; further values belong to the last, which is variadic."""
+    return [formals[min(index, len(formals) - 1)] for index, value in enumerate(values) if is_float(value)]
 
 
 def fits(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], dtype: DataType) -> bool:

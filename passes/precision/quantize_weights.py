@@ -35,7 +35,8 @@ class QuantizeWeights(RewritePass):
     A weight [in, out] of a MatMul, and the weight of a Gemm, whose bias becomes an Add, are stored in the same way:
     codes are always [out, in]. Embedding and head stay as they are unless the options include them. An embedding
     becomes ``Gather(codes) · Gather(scales)``, since a table behind a DequantizeLinear would be dequantised whole at
-    every step.
+    every step. Weights inside of model.onnx, in Constant nodes and behind Identity, Cast or Transpose are quantised
+    like those of a checkpoint, and a weight that several linears share is stored once.
     """
 
     name = "quantize-weights"

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import onnx_ir
 
 from passopt.ir.dtypes import FLOATS
+from passopt.ir.graph.builder import MICROSOFT
 from passopt.ir.graph.decoder import INPUT_IDS
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.axes import (
@@ -83,6 +84,9 @@ def propagate(model: onnx_ir.Model) -> Propagation:
 def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
     """Return the specs of a node's outputs; raise Conflict or ValueError if it cannot work on inputs sharded so."""
     specs = [state.spec(node, index) for index in range(len(node.inputs))]
+    if node.domain and _key(node) not in _FORWARD and not all(isinstance(spec, Replicated) for spec in specs):
+        hint = "; run decompose-contrib first" if node.domain == MICROSOFT else ""
+        raise Conflict(f"no sharding rule for operators of {node.domain}{hint}; its inputs are {_listed(specs)}")
     if any(isinstance(spec, VocabMasked) for spec in specs):
         specs = _settle_masked_rows(state, node, specs)
         if any(isinstance(spec, VocabMasked) for spec in specs):
@@ -95,7 +99,7 @@ def shard_forward(state: Propagation, node: onnx_ir.Node) -> list[Spec]:
     if rule is None or (node.op_type not in _SEEDING and all(isinstance(spec, Replicated) for spec in specs)):
         if all(isinstance(spec, Replicated) for spec in specs):
             return [REPLICATED] * len(node.outputs)
-        raise Conflict(f"no sharding rule for this operator; its inputs are {', '.join(map(str, specs))}")
+        raise Conflict(f"no sharding rule for this operator; its inputs are {_listed(specs)}")
     if any(isinstance(spec, LocalDims) for spec in specs) and node.op_type not in READS_LOCAL_DIMS:
         raise Conflict("computes with the length of a sharded axis")
     found = rule(state, node)
@@ -114,6 +118,10 @@ def _never_equal(node: onnx_ir.Node) -> bool:
     """Return True if an Equal compares lengths with negative numbers, as exporters do to find the -1 of an Expand."""
     constants = [small_constant(value) for value in node.inputs]
     return any(array is not None and bool((array < 0).all()) for array in constants)
+
+
+def _listed(specs: Sequence[Spec]) -> str:
+    return ", ".join(map(str, specs))
 
 
 def _key(node: onnx_ir.Node) -> str:

@@ -216,20 +216,30 @@ def _inside(folder: str, name: str) -> str:
 
 
 def _weight_bytes(model: onnx_ir.Model, weights: Mapping[str, ex.Expression]) -> WeightBytes:
-    found = dataclasses.asdict(WeightBytes())
+    found, degree = dataclasses.asdict(WeightBytes()), degree_of(model)
     for name, weight in weights.items():
-        written = degree_of(model) * weight.nbytes
-        real = _unpadded(weight).nbytes if weight.depends_on_rank else written
+        real = _real_bytes(weight, degree)
         found[_kind(model.graph.initializers[name], weight)] += real
-        found["padding"] += written - real
+        found["padding"] += degree * weight.nbytes - real
     return WeightBytes(**found)
 
 
-def _unpadded(weight: ex.Expression) -> ex.Expression:
-    """Return the full tensor that the ranks share: sharding pads first, then cuts."""
-    while isinstance(weight, ex.Shard | ex.Pad):
-        weight = weight.operand
-    return weight
+def _real_bytes(weight: ex.Expression, degree: int) -> int:
+    """Return the bytes that all ranks hold of a weight, without what sharding added to make its units divide.
+
+    A whole weight counts once per rank. What is made of shards counts as they do.
+    """
+    if not weight.depends_on_rank:
+        return degree * weight.nbytes
+    if isinstance(weight, ex.Concat):
+        return sum(_real_bytes(part, degree) for part in weight.parts)
+    (operand,) = weight.operands
+    if not isinstance(weight, ex.Shard):  # Such as a cast: as much of it is real as of what it is made from.
+        written = degree * operand.nbytes
+        return degree * weight.nbytes * _real_bytes(operand, degree) // written if written else 0
+    while isinstance(operand, ex.Shard | ex.Pad):  # Sharding pads first, then cuts.
+        operand = operand.operand
+    return operand.nbytes
 
 
 def _kind(value: onnx_ir.Value, weight: ex.Expression) -> str:

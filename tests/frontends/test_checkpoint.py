@@ -134,3 +134,59 @@ def test_pickle_with_foreign_classes_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ModelError, match="which is not part of a state dict of tensors"):
         open_checkpoint(directory)
     assert not (tmp_path / "pickle-ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantization_config of config.json says gptq, 4",
+        ),
+        ({"quantization_config": {"load_in_4bit": True, "load_in_8bit": False}}, "bitsandbytes, 4 bits"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes, 8 bits"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+            "compressed-tensors",
+        ),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "says fp8"),
+        ({"compression_config": {"quant_method": "sparseml"}}, "compression_config of config.json says sparseml"),
+        ({"quantization_bit": 4}, "quantization_bit of config.json says 4 bits"),
+    ],
+)
+def test_quantised_checkpoints_say_so_before_anything_else(
+    tmp_path: Path, settings: dict[str, object], says: str
+) -> None:
+    directory = make_checkpoint(tmp_path / "c", ODD, weights=False)
+    config = json.loads((directory / "config.json").read_text()) | settings
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"quantised checkpoint: .*{says}.*take the checkpoint from which"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"load_in_4bit": False, "load_in_8bit": False}])
+def test_settings_that_quantise_nothing_are_no_hindrance(sharded: Path, settings: object) -> None:
+    config = json.loads((sharded / "config.json").read_text()) | {"quantization_config": settings}
+    (sharded / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(sharded).tensors
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_quantised_checkpoints_of_older_tools_say_so(sharded: Path, name: str) -> None:
+    (sharded / name).write_text('{"w_bit": 4}')
+    with pytest.raises(ModelError, match=f"quantised checkpoint: {name} says no method, 4 bits"):
+        open_checkpoint(sharded)
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    with pytest.raises(ModelError, match=r"holds a LORA adapter \(adapter_config\.json\) of a/b.*Merge it first"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_merged_checkpoint_may_keep_the_configuration_of_its_adapter(sharded: Path) -> None:
+    (sharded / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert open_checkpoint(sharded).tensors
+    (sharded / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="Merge it first"):
+        open_checkpoint(sharded)

@@ -234,7 +234,7 @@ def first_output(model: onnx_ir.Model, feeds: dict[str, Any], directory: Path) -
 def test_without_consent_nothing_of_the_checkpoint_runs(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "checkpoint", ODD, trained=False)
     (directory / "modeling_baichuan.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(ModelError, match=r"modeling_baichuan\.py.*pass --trust-remote-code"):
+    with pytest.raises(ModelError, match=r"modeling_baichuan\.py.*pass `trust_remote_code=True`"):
         export_graph(open_checkpoint(directory), options(trust_remote_code=False), tmp_path)
 
 

@@ -124,7 +124,7 @@ def test_figures(make_engine):
         ([[1] * 9], {}, "prompt 1 has 9 tokens, the model 8 positions"),
         ([[1, 23]], {}, r"prompt 1: token id 23 is outside of the vocabulary \(0 to 22\)"),
         ([[1]], {"max_new_tokens": 0}, "0 new tokens"),
-        ([[1, 2]], {"capacity": 6}, "2 prompt tokens and 6 new ones take 7 columns of the cache, --capacity is 6"),
+        ([[1, 2]], {"capacity": 6}, "2 prompt tokens and 6 new ones take 7 columns of the cache, `capacity` is 6"),
     ],
 )
 def test_refused_before_anything_runs(make_engine, prompts, options, says):

@@ -133,7 +133,7 @@ def test_a_damaged_file_is_told(tmp_path: Path, name: str):
 
 
 def test_no_tokenizer_is_told(tmp_path: Path):
-    with pytest.raises(ModelError, match="--ids"):
+    with pytest.raises(ModelError, match="`ids`"):
         load_tokenizer(tmp_path)
 
 
@@ -193,6 +193,15 @@ def test_special_added_tokens_are_no_text_and_others_are(widened: Path):
     assert tokenizer.decode(ids) == "user <think> é🦜 a tool"
     stream = TextStream(tokenizer)
     assert "".join(stream.put(index) for index in ids) + stream.end() == "user <think> é🦜 a tool"
+
+
+def test_text_around_a_special_token_is_joined(widened: Path, checkpoint: Path):
+    first, *others = load_tokenizer(checkpoint).encode_text("structure of the")
+    ids = [first, ROTARY.vocab, *others, ROTARY.vocab + 1]
+    tokenizer = load_tokenizer(widened)
+    assert tokenizer.decode(ids) == "structure of the"
+    stream = TextStream(tokenizer)
+    assert "".join(stream.put(index) for index in ids) + stream.end() == "structure of the"
 
 
 @pytest.mark.parametrize(

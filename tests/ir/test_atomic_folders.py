@@ -73,7 +73,7 @@ def test_what_exists_is_never_overwritten(tmp_path, directory):
     else:
         target.write_text("mine")
     before = everything(tmp_path)
-    with pytest.raises(UsageError, match="output exists. Name another with -o"), staged_directory(target):
+    with pytest.raises(UsageError, match="output exists. Name another with `output`"), staged_directory(target):
         pytest.fail("the block ran")
     assert everything(tmp_path) == before
 

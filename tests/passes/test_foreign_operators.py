@@ -36,7 +36,7 @@ def graph_of(domain, opset=18):
     """Every call twice, and a standard operator behind each, whose result the graph gives."""
     lines, outputs = [], []
     for index, call in enumerate(LISTED * 2):
-        lines.append(f'a{index} = {domain}.{call}')
+        lines.append(f"a{index} = {domain}.{call}")
         lines.append(f"r{index} = Identity (a{index})")
         outputs.append(f"float[?] r{index}")
     return parse_model(

@@ -21,6 +21,7 @@ from passopt.ir.relative_error import relative_error
 from passopt.ir.serialization.text import parse_model
 from passopt.ir.weights.expressions import DataType, Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.passes.framework.accuracy import QualityBar
 from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
 from passopt.targets.onnxruntime.session import Session
@@ -29,6 +30,7 @@ from passopt.testing.decoders import DecoderSpec, tiny_decoder
 from passopt.verification import sliced_head
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
+from passopt.verification.divergence import divergence, judged_rows
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
 from passopt.verification.verify import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
@@ -138,6 +140,60 @@ def test_a_wrong_code_of_a_dynamic_linear_is_found() -> None:
     report = verify(tiny_decoder(), model, options=WHOLE)
     assert failed(report)
     assert {row.comparison for row in report.rows if not row.ok} == {ORIGINAL}
+
+
+@pytest.mark.parametrize("factor", [2.0, 1.1, 0.5])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "activations"])
+def test_one_wrong_scale_is_worse_than_declared(factor: float, dynamic: bool) -> None:
+    """On an untrained model it hardly moves the predictions, so the weights are compared, too."""
+    model = tiny_decoder(DecoderSpec(quantized=True))
+    name = "model.layers.1.mlp.up_proj.weight.scales"
+    scales = np.array(model.graph.initializers[name].const_value.numpy())  # type: ignore[union-attr]
+    scales[7] *= factor
+    model.graph.initializers[name].const_value = LazyWeight(Literal.of(scales), name)
+    if dynamic:
+        QuantizeActivations().run(model)
+    report = verify(tiny_decoder(), model)
+    assert not report.ok
+    assert report.costliest.startswith("model.layers.1.mlp.up_proj.weight, output channel 7: off by ")
+    assert report.verdict.startswith(f"FAILED: worse than declared (int8{' activations' if dynamic else ''}), ")
+    assert report.to_json()["costliest"] == report.costliest
+
+
+def test_a_layer_that_loses_most_is_named() -> None:
+    """Here the codes are those of the weights, and yet a layer loses the predictions."""
+
+    def blunt(model: onnx_ir.Model) -> None:
+        name = "model.layers.1.input_layernorm.weight"
+        value = model.graph.initializers[name]
+        array = np.array(value.const_value.numpy())  # type: ignore[union-attr]
+        value.const_value = LazyWeight(Literal.of(array * np.linspace(-9, 9, array.size, dtype=np.float32)), name)
+        head = model.graph.initializers["lm_head.weight"]
+        numbers = np.array(head.const_value.numpy())  # type: ignore[union-attr]
+        head.const_value = LazyWeight(Literal.of(numbers * 20), head.name)
+
+    reference = tiny_decoder()
+    head = reference.graph.initializers["lm_head.weight"]
+    head.const_value = LazyWeight(Literal.of(np.array(head.const_value.numpy()) * 20), head.name)  # type: ignore[union-attr]
+    report = verify(reference, changed(blunt, DecoderSpec(quantized=True)))
+    assert report.verdict.startswith("FAILED: worse than declared (int8), ")
+    assert report.costliest.startswith("layer 1, ")
+
+
+def test_divergence_of_distributions() -> None:
+    random = np.random.default_rng(0)
+    one = random.standard_normal((5, 7)).astype(np.float32)
+    other = random.standard_normal((5, 7)).astype(np.float32)
+    p, q = (np.exp(item) / np.exp(item).sum(-1, keepdims=True) for item in (one, other))
+    found = divergence([(one[:2], other[:2]), (one[2:], other[2:])])
+    assert found.kl == pytest.approx((p * np.log(p / q)).sum(-1), rel=1e-5)
+    assert found.top1 == (one.argmax(-1) == other.argmax(-1)).mean()
+    assert divergence([(one, one + 3)]).mean == pytest.approx(0, abs=1e-6), "a shift of all logits is no difference"
+    assert math.isnan(divergence([(one, one * np.nan)]).mean)
+    few = judged_rows("c", QualityBar(0.1, 0.5, 0.9), found, "text")
+    assert [row.judged for row in few] == [True, False, False]
+    many = judged_rows("c", QualityBar(0.1, 0.5, 0.9), divergence([(np.tile(one, (60, 1)),) * 2]), "random tokens")
+    assert [(row.judged, row.ok) for row in many] == [(True, True), (True, True), (False, True)]
 
 
 def test_twin_of_a_dynamic_linear_multiplies_numbers(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ GRAPHS = {
         => (float[b,d,7] logits)
         <float[9,6] words = random, float[6,7] w = random> {
         x = Gather(words, encoder_ids) y = Gather(words, decoder_ids) xt = Transpose <perm = [0, 2, 1]> (x)
-        s = MatMul(y, xt) axes = Constant <value_ints = [1]> () m = Squeeze(cross_mask, axes) t = Add(s, m) p = Softmax(t)
-        c = MatMul(p, x) h = Add(c, y) logits = MatMul(h, w) }""",
+        s = MatMul(y, xt) axes = Constant <value_ints = [1]> () m = Squeeze(cross_mask, axes) t = Add(s, m)
+        p = Softmax(t) c = MatMul(p, x) h = Add(c, y) logits = MatMul(h, w) }""",
 }
 
 
@@ -124,5 +124,5 @@ def test_options_of_decoders_are_refused(options):
 def test_a_graph_that_runs_on_no_sample_asks_for_inputs():
     text = "g (float[n,3] x) => (float[?,?] y) <int64[2] to = {7, 5}> { y = Reshape(x, to) }"
     model = read_model(HEADER + text)
-    with pytest.raises(ModelError, match=r"no inputs were found on which .*Give some with --input FILE\.npz.*x FLOAT"):
+    with pytest.raises(ModelError, match=r"no inputs were found on which .*Give some with `inputs=FILE\.npz`.*x FLOAT"):
         verify(model, model)

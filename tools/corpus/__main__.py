@@ -17,21 +17,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outcomes import FAULTS, PIPELINES, SAVE, TEXT
+from passopt.ir.errors import UsageError
 from passopt.passes.framework.catalog import catalog
+from passopt.passes.pipeline.text import resolve
 from table import faults, page, table
 from variants import VARIANTS
+from wheels import absent_packages
 from workers import Row, run_all
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the corpus as the arguments say, print the table, and return 1 if there is any defect."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        for step in steps(options.passes):
+            if step not in {SAVE, TEXT}:
+                resolve(step)
+    except UsageError as error:
+        parser.error(str(error))
     settings = {
         "steps": steps(options.passes),
         "variants": options.variants.split(",") if options.variants else list(VARIANTS),
         "only": options.only,
         "part": options.part,
+        "numeric": options.numeric,
     }
+    if absent := absent_packages():
+        print(f"not had: the files of {', '.join(absent)}; install them without dependencies", file=sys.stderr)
     rows: list[Row] = []
     start = time.monotonic()
     for row in run_all(settings, options.workers):
@@ -43,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     print(json.dumps(rows) if options.json else _report(rows, options.refusals), end="")
     print(f"{len(rows)} outcomes in {time.monotonic() - start:.0f} s", file=sys.stderr)
     if options.write:
-        Path(options.write).write_text(page(rows), encoding="utf-8")
+        Path(options.write).write_text(page(rows, options.part, absent), encoding="utf-8")
     return 1 if any(row[3] in FAULTS for row in rows) else 0
 
 
@@ -56,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="take cases of these names")
     parser.add_argument("--part", default="", metavar="N/M", help="take the part N of M of a shuffled list")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="run as many processes")
+    parser.add_argument("--numeric", action="store_true", help="run every pass under --verify-each=numeric as well")
     parser.add_argument("--refusals", action="store_true", help="list the reasons of refusals too")
     parser.add_argument("--json", action="store_true", help="print all outcomes as JSON")
     parser.add_argument("--write", metavar="FILE", help="write the page with the table to FILE")

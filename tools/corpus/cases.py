@@ -34,11 +34,13 @@ class Case:
         name: The name of the case.
         model: The model; nobody changes it.
         feeds: The inputs by name: arrays, lists of arrays for sequences, and None for an absent optional.
+        variants: The variants to write it in, for a large model; all of them if empty.
     """
 
     name: str
     model: onnx.ModelProto
     feeds: Mapping[str, Any]
+    variants: tuple[str, ...] = ()
 
     @property
     def is_random(self) -> bool:

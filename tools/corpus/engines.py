@@ -63,7 +63,7 @@ class Runtime:
 
 def _to_runtime(value: Any, kind: str) -> Any:
     """Return a value as onnxruntime takes it: numbers of dtypes that numpy does not know need their ONNX type."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "V" and value.dtype.isbuiltin == 1:
+    if not isinstance(value, np.ndarray) or (value.dtype.kind != "V" and value.dtype.isbuiltin == 1):
         return value
     dtype = onnx_ir.DataType.from_numpy(value.dtype).value
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(value, dtype)

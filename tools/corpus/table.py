@@ -6,6 +6,7 @@ import collections
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from outcomes import FAULTS, OUTCOMES
 from workers import Row
@@ -49,30 +50,39 @@ def _general(detail: str) -> str:
     return re.sub(r"\d+(\.\d+)?(e[-+]?\d+)?", "#", text)[:200]
 
 
-def page(rows: Sequence[Row], before: str = "") -> str:
-    """Return the page docs/measured/corpus.md around the table."""
+def page(rows: Sequence[Row], part: str = "", absent: Sequence[str] = ()) -> str:
+    """Return the page docs/measured/corpus.md around the table, and the table of an earlier state if there is one."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("onnx", "onnx-ir", "onnxruntime", "onnxsim"))
     models = len({row[0] for row in rows})
+    which = f"the part {part} of the corpus: {models} models" if part else f"{models} models"
+    missing = f" The files of {', '.join(absent)} could not be had." if absent else ""
     return f"""# Corpus: every pass over models that nobody here wrote
 
-This page counts what every pass and pipeline does to {models} models: ONNX's backend models, each written in several
-ways that mean the same. It was measured with {versions}; `make corpus` repeats the measurement and
-writes this page.
+This page counts what every pass and pipeline does to {which}. They are ONNX's backend
+models, the graphs that the tests of onnxruntime and onnxscript fuse (rebuilt), and files of packages, each written in
+several ways that mean the same. It was measured with {versions};
+`make corpus` repeats the measurement and writes this page.{missing}
 
 Variants: as it is (plain), every length a symbol (symbolic), all inputs as constants (constants), all but the first
 (parameters), those in a file of their own (external), the graph inside both branches of an If (body), as a local
-function (function), and with the default domain called `ai.onnx` (alias).
+function (function), and with the default domain called `ai.onnx` (alias). Numbers are compared in onnxruntime without
+its own rewrites, or in ONNX's reference evaluator where onnxruntime does not run the original.
 
 | outcome | means |
 | --- | --- |
 | unchanged | the pass left the model as it was |
-| ok | equal dtypes and shapes, and numbers within the declared accuracy, in onnxruntime without its own rewrites, or in ONNX's reference evaluator where onnxruntime does not run the original |
-| not comparable | neither runs the original, or they lack a kernel for the result; the checker accepts the result |
-| beyond | a lossy pass kept dtypes and shapes, and lost more than it declares: these models round or compare what it rounds |
+| ok | equal dtypes and shapes, and numbers within the declared accuracy |
+| not comparable | neither runs both; the checker accepts the result, and onnxruntime where it accepts the original |
+| beyond | a lossy pass kept dtypes and shapes, and lost more than it declares, as where a model compares numbers |
 | refused | an error with a text for the user |
 | unstable | a second run changes the result again |
 | wrong, invalid, crash, hang | defects: other results, a file that is refused, an internal error, no end |
 | not read | passopt refuses to read the model |
 
-{table(rows)}
-{before}"""
+{table(rows)}{_before()}"""
+
+
+def _before() -> str:
+    """Return the section about the state that the corpus found first."""
+    path = Path(__file__).with_name("before.md")
+    return f"\n{path.read_text(encoding='utf-8')}" if path.exists() else ""

@@ -2,8 +2,8 @@
 
     python tools/corpus/worker.py OPTIONS
 
-OPTIONS is a JSON object: `steps`, `variants`, `only`, `part`, `share` ([index, number of workers]), and `skip`, the
-steps that made an earlier process hang or die. `{"at": [case, variant, step]}` says what begins, and
+OPTIONS is a JSON object: `steps`, `variants`, `only`, `part`, `numeric`, `share` ([index, number of workers]), and
+`skip`, the steps that made an earlier process hang or die. `{"at": [case, variant, step]}` says what begins, and
 `{"done": [case, variant], "outcomes": {step: [kind, detail]}}` what became of it.
 """
 
@@ -33,17 +33,18 @@ def run_share(options: Mapping[str, Any], cases: Sequence[Case], report: Report)
     skipped = {tuple(item) for item in options["skip"]}
     for case in chosen(cases, options["only"], options["part"])[index::number]:
         for variant in options["variants"]:
-            if (case.name, variant) not in done:
-                _run_variant(case, variant, options["steps"], skipped, report)
+            if (case.name, variant) not in done and (not case.variants or variant in case.variants):
+                _run_variant(case, variant, options, skipped, report)
 
 
-def _run_variant(case: Case, variant: str, names: Sequence[str], skipped: set[Any], report: Report) -> None:
+def _run_variant(case: Case, variant: str, options: Mapping[str, Any], skipped: set[Any], report: Report) -> None:
     written = VARIANTS[variant](case)
     if written is None:
         return
     outcomes = {}
     with tempfile.TemporaryDirectory(prefix="passopt-corpus-") as folder:
-        for step, take in Subject(case, written, Path(folder)).steps(names):
+        subject = Subject(case, written, Path(folder), numeric=options.get("numeric", False))
+        for step, take in subject.steps(options["steps"]):
             if (case.name, variant, step) in skipped:
                 continue
             report({"at": [case.name, variant, step]})

@@ -18,6 +18,9 @@ HERE = Path(__file__).resolve().parent
 #: Seconds that one step may take; the start, which builds ONNX's models, may take longer.
 STEP_LIMIT, START_LIMIT = 60.0, 300.0
 
+#: How often a process is started that dies before it takes a case.
+_MOST_STARTS = 3
+
 #: case, variant, step, outcome, detail
 Row = tuple[str, str, str, str, str]
 
@@ -49,12 +52,16 @@ def run_all(options: Mapping[str, Any], number: int) -> Iterator[Row]:
 def _run_share(share: _Share, rows: queue.Queue[Row | None]) -> None:
     """Run a worker until its share is done; start another one where it hangs or dies."""
     try:
+        starts = 0
         while (reason := _run_once(share, rows)) is not None:
             case, variant, step = share.at or ["(start)", "", ""]
-            rows.put((case, variant, step, "hang", reason))
-            if case == "(start)":
+            starts = starts + 1 if case == "(start)" else 0
+            if case != "(start)":
+                share.options["skip"].append([case, variant, step])
+            if case != "(start)" or starts == _MOST_STARTS:
+                rows.put((case, variant, step, "hang", reason))
+            if starts == _MOST_STARTS:
                 return
-            share.options["skip"].append([case, variant, step])
     finally:
         rows.put(None)
 
@@ -67,7 +74,8 @@ def _run_once(share: _Share, rows: queue.Queue[Row | None]) -> str | None:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         assert process.stdout is not None
         lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
+        reader = threading.Thread(target=_read, args=(process.stdout, lines), daemon=True)
+        reader.start()
         share.at = []
         try:
             while True:
@@ -81,6 +89,8 @@ def _run_once(share: _Share, rows: queue.Queue[Row | None]) -> str | None:
         finally:
             process.kill()
             process.wait()
+            reader.join()
+            process.stdout.close()
         if code == 0:
             return None
         log.seek(0)

@@ -1,6 +1,6 @@
 """Check that the fusions still find everything, for every family, exporter, attention and opset, and write the table.
 
-    python tools/docs/drift.py [--only FAMILY] [--json] [--write FILE] [--keep DIR]
+    python tools/docs/drift.py [--only FAMILY] [--json] [--write FILE] [--keep DIR] [--numeric]
 
 A cell that misses a part, or whose numbers change, is marked ✗ and makes the exit code 1. The expected counts follow
 from the architectures and their configurations, never from passes. This takes some 15 minutes. Each row runs in a
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import drift_peers
 from drift_row import BAICHUAN2
 from passopt.testing.families import CONFIGS
 
@@ -165,10 +166,11 @@ def rows(only: Sequence[str]) -> list[Row]:
     return found + [Row(family, phase) for family in _ALL_PHASES if family in chosen for phase in ("prefill", "decode")]
 
 
-def run_row(row: Row, keep: str) -> Iterator[Cell]:
+def run_row(row: Row, keep: str, *, numeric: bool = False) -> Iterator[Cell]:
     """Run a row in a process of its own, and yield its cells, including those that cannot be made.
 
     If the process dies, the cells that it has not reported are failures. With `keep`, graphs are saved in that folder.
+    With `numeric`, every rewrite is checked by `--verify-each=numeric`, and an alarm makes the cell fail.
     """
     wanted = [
         (exporter, opset, attention)
@@ -178,7 +180,8 @@ def run_row(row: Row, keep: str) -> Iterator[Cell]:
     ]
     names = [f"{exporter}:{opset}:{attention}" for exporter, opset, attention in wanted]
     program = str(ROOT / "tools" / "docs" / "drift_row.py")
-    command = [sys.executable, program, row.family, row.phase, row.pipeline, keep, *names]
+    checks = "numeric" if numeric else "structure"
+    command = [sys.executable, program, row.family, row.phase, row.pipeline, keep, checks, *names]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     output, log = process.communicate()
@@ -216,8 +219,8 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def document(table: str) -> str:
-    """Return the page docs/measured/drift.md around the table."""
+def document(table: str, peers: str) -> str:
+    """Return the page docs/measured/drift.md around the table, followed by the section on peers' graphs."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
     return f"""# Drift: what the fusions find in exported graphs
 
@@ -235,7 +238,7 @@ outputs and rows of a prefill with padding on the left, a chunk and cached decod
 The expected counts follow from each architecture and its configuration; 0 norms means that the family has layer norms
 instead. ✗ marks a part that was missed, numbers that changed, or a step that failed. Any ✗ makes `make drift` fail.
 
-{table}"""
+{table}{peers}"""
 
 
 def main() -> int:
@@ -246,20 +249,24 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the cells as JSON")
     parser.add_argument("--write", metavar="FILE", help="also write the page with the table to FILE")
+    parser.add_argument("--numeric", action="store_true", help="check every rewrite by numbers, too")
     parser.add_argument("--keep", metavar="DIR", default="", help="save every exported graph below DIR")
     options = parser.parse_args()
     todo, cells = rows(options.only), []
     for number, row in enumerate(todo, 1):
         if sys.stderr.isatty():
             print(f"\r\033[K{number}/{len(todo)} {row.name}", end="", file=sys.stderr, flush=True)
-        cells += list(run_row(row, options.keep))
+        cells += list(run_row(row, options.keep, numeric=options.numeric))
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     table = markdown(cells)
     print(json.dumps([cell.to_json() for cell in cells], indent=2) if options.json else table, end="")
+    peers = drift_peers.measure()
+    if not options.json:
+        print(drift_peers.section(peers), end="")
     if options.write:
-        Path(options.write).write_text(document(table), encoding="utf-8")
-    return 0 if all(cell.ok for cell in cells) else 1
+        Path(options.write).write_text(document(table, drift_peers.section(peers)), encoding="utf-8")
+    return 0 if all(part.ok for part in (*cells, *peers)) else 1
 
 
 if __name__ == "__main__":

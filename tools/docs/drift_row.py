@@ -1,9 +1,10 @@
 """Make one row of the drift table in a process of its own: export each cell's graph, fuse it, count, and compare.
 
-    python tools/docs/drift_row.py FAMILY PHASE PIPELINE KEEP CELL...
+    python tools/docs/drift_row.py FAMILY PHASE PIPELINE KEEP CHECKS CELL...
 
-A CELL is EXPORTER:OPSET:ATTENTION. KEEP is a folder in which the exported graphs are saved, or an empty string. The
-program prints one JSON object per cell, as soon as its result is known.
+A CELL is EXPORTER:OPSET:ATTENTION. KEEP is a folder in which the exported graphs are saved, or an empty string.
+CHECKS is "numeric" to check every rewrite by numbers, or "structure". The program prints one JSON object per cell, as
+soon as its result is known.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from passopt.passes.pipeline.text import resolve
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checkpoints import ALIBI, ROTARY, make_checkpoint
 from passopt.testing.families import make_family_checkpoint
+from passopt.verification.rewrites.check import NumericCheck
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -55,7 +57,7 @@ _BATCH, _PADDING = 3, 4
 
 def main() -> None:
     """Make the checkpoint of a family, and print the result of every cell."""
-    family, phase, pipeline, keep, *cells = sys.argv[1:]
+    family, phase, pipeline, keep, checks, *cells = sys.argv[1:]
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="passopt-drift-") as folder:
         checkpoint = open_checkpoint(_make_checkpoint(Path(folder) / "checkpoint", family))
@@ -70,7 +72,7 @@ def main() -> None:
                 trust_remote_code=True,
             )
             target = Path(keep) / f"{family}-{phase}-{exporter}-{opset}-{attention}" if keep else None
-            found = _cell(checkpoint, options, pipeline, Path(folder), target)
+            found = _cell(checkpoint, options, pipeline, Path(folder), target, numeric=checks == "numeric")
             print(json.dumps({"cell": cell, **found}), flush=True)
 
 
@@ -81,7 +83,13 @@ def _make_checkpoint(directory: Path, family: str) -> Path:
 
 
 def _cell(
-    checkpoint: Checkpoint, options: ExportOptions, pipeline: str, scratch: Path, keep: Path | None
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    pipeline: str,
+    scratch: Path,
+    keep: Path | None,
+    *,
+    numeric: bool,
 ) -> dict[str, object]:
     """Return the counts by kind as `found` with the `error`, or the `step` that failed with its `reason`."""
     step = "export"
@@ -90,7 +98,7 @@ def _cell(
         _save(graph, keep)
         step = pipeline
         fused = graph.clone()
-        run_passes(fused, resolve(pipeline).passes)
+        run_passes(fused, resolve(pipeline).passes, instruments=[NumericCheck()] if numeric else ())
         step = "compare"
         error = _difference(_run(graph, options.phase), _run(fused, options.phase))
     except PassoptError as failure:

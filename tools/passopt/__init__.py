@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         ModelError,
         PassError,
         PassoptError,
+        PluginWarning,
         UsageError,
         VerifyError,
     )
@@ -60,6 +61,7 @@ __all__ = [
     "PassError",
     "PassoptError",
     "PlanResult",
+    "PluginWarning",
     "Provenance",
     "ReplayResult",
     "Reporter",
@@ -126,6 +128,7 @@ __getattr__, __dir__ = lazy_names(
         "ModelError": "passopt.ir.errors",
         "PassError": "passopt.ir.errors",
         "PassoptError": "passopt.ir.errors",
+        "PluginWarning": "passopt.ir.errors",
         "UsageError": "passopt.ir.errors",
         "VerifyError": "passopt.ir.errors",
         "Reporter": "passopt.reporting.reporter",

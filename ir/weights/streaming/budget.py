@@ -97,8 +97,8 @@ def budget_for(groups: Sequence[Group], options: StreamOptions, kernels: RowKern
     if free < least:
         wanted = memory - free + least
         raise UsageError(
-            f"--memory {memory / 2**20:.0f}MiB is too little: writing these weights takes {-(-wanted // 2**20)} MiB at "
-            f"least. Give --memory {-(-wanted // 2**20)}MiB."
+            f"`memory={memory / 2**20:.0f}MiB` is too little: writing these weights takes {-(-wanted // 2**20)} MiB at "
+            f"least. Give `memory={-(-wanted // 2**20)}MiB`."
         )
     workers = max(1, min(workers, free // max(shares * least, 1)))
     cap = _PANEL_BYTES if any(is_turned(group.base) for group in groups) else _ARENA_BYTES

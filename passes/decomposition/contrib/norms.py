@@ -11,7 +11,6 @@ from passopt.ir.graph.attributes import attribute
 from passopt.ir.graph.editor import is_read
 from passopt.passes.decomposition.contrib.registry import Values, expands, length_of, ndim, reduced_mean
 from passopt.passes.decomposition.decompose_pass import cast, operand, required
-from passopt.passes.framework.base import Decline
 
 _FLOAT = onnx_ir.DataType.FLOAT
 _OPSET_OF_LAYER_NORM, _OPSET_OF_RMS_NORM = 17, 23
@@ -68,8 +67,6 @@ def rms_norm(
 
 @expands("LayerNormalization", attributes=("axis", "epsilon", "stash_type"), inputs=3, domain="")
 def _layer_norm(op: Any, node: onnx_ir.Node) -> Values:
-    if op.opset >= _OPSET_OF_LAYER_NORM:
-        raise Decline(f"LayerNormalization is standard at opset {op.opset}")
     x, scale, bias = required(node, 0), required(node, 1), operand(node, 2)
     epsilon, axis = float(attribute(node, "epsilon", 1e-5)), attribute(node, "axis", -1)
     wanted = any(is_read(value) for value in node.outputs[1:])

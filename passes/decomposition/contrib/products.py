@@ -105,3 +105,14 @@ def _range(op: Any, node: onnx_ir.Node) -> Values:
         assert first.dtype is not None
         step = op.literal(np.asarray(1, first.dtype.numpy()))
     return [op.Range(first, required(node, 1), step)]
+
+
+@expands("Pad", attributes=("mode",), inputs=3)
+def _pad(op: Any, node: onnx_ir.Node) -> Values:
+    mode = attribute(node, "mode", "constant")
+    return [op.Pad(required(node, 0), op.Reshape(required(node, 1), [-1]), operand(node, 2), mode=mode)]
+
+
+@expands("GatherND", inputs=2)
+def _gather_nd(op: Any, node: onnx_ir.Node) -> Values:
+    return [op.GatherND(required(node, 0), op.Cast(required(node, 1), to=onnx_ir.DataType.INT64.value))]

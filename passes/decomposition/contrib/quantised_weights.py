@@ -1,4 +1,4 @@
-"""Expand products with, and look-ups in, weights of few bits into a blocked DequantizeLinear of the same bytes."""
+"""Expand quantisation, and products with and look-ups in weights of few bits, whose bytes stay those of the file."""
 
 from __future__ import annotations
 
@@ -105,3 +105,15 @@ def _gather_block_quantized(op: Any, node: onnx_ir.Node) -> Values:
     else:
         wide = op.DequantizeLinear(data, scales, zeros, axis=1, block_size=block)
     return [op.Gather(wide, required(node, 1), axis=0)]
+
+
+@expands("QuantizeLinear", "DequantizeLinear", attributes=("axis",), inputs=3)
+def _linear(op: Any, node: onnx_ir.Node) -> Values:
+    """Quantise or dequantise with 8-bit codes by the standard operator, which has known more kinds of codes since."""
+    x, scale, zero = required(node, 0), required(node, 1), operand(node, 2)
+    codes = x.dtype if node.op_type == "DequantizeLinear" else DataType.UINT8 if zero is None else zero.dtype
+    if codes not in {DataType.INT8, DataType.UINT8}:
+        raise Decline(f"{node.op_type} {node.name} has codes of {codes}, expected 8 bits")
+    if scale.dtype != DataType.FLOAT:
+        raise Decline(f"{node.op_type} {node.name} has scales of {scale.dtype}, expected fp32")
+    return [op.node(node.op_type, x, scale, zero, **{name: item.value for name, item in node.attributes.items()})]

@@ -248,7 +248,7 @@ def check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
     if ids is None or len(ids) != 2 or any(isinstance(length, int) for length in ids):
         raise ModelError(
             f"input {INPUT_IDS} has shape {ids}, expected [batch, seq]: one library runs prefill and decode. "
-            f"Export with --phase merged."
+            f"Export with `phase=merged`."
         )
     pasts = {name: value for name, value in inputs.items() if name.startswith("past.")}
     kinds = {name: (value.shape and (value.shape[1], value.shape[3]), value.dtype) for name, value in pasts.items()}

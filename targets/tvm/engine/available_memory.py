@@ -22,7 +22,7 @@ def check_copy(folder: Path, nbytes: int) -> None:
     available = available_memory()
     if available is not None and nbytes > available:
         raise UsageError(
-            f"{folder}: no memory for a copy of {nbytes:,} bytes, {available:,} are available; leave out --copy-weights"
+            f"{folder}: no memory for a copy of {nbytes:,} bytes, {available:,} are available; leave out `copy_weights`"
         )
 
 

@@ -359,7 +359,7 @@ def _check_target(folder: Path, library: Library) -> None:
     if library.target != "llvm":
         raise ModelError(
             f"{folder}: was compiled for {library.target} ({library.isa}), which was never run on a GPU: this "
-            f"release loads libraries for llvm. Compile the model without --target {library.target} to run it."
+            f"release loads libraries for llvm. Compile the model without `target={library.target}` to run it."
         )
 
 
@@ -368,7 +368,7 @@ def _check_cpu(folder: Path, library: Library) -> None:
     if missing:
         raise ModelError(
             f"{folder}: was compiled for {library.mcpu} ({library.isa}) and needs {', '.join(missing)}, which this CPU "
-            f"lacks. Compile the model on this machine, or with --mcpu for a CPU that has no more than this one."
+            f"lacks. Compile the model on this machine, or with `mcpu` for a CPU that has no more than this one."
         )
 
 

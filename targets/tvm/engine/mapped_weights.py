@@ -204,7 +204,7 @@ def _room(path: Path, nbytes: int) -> mmap.mmap:
     try:
         room = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"{path}: no memory for a copy of {nbytes:,} bytes; leave out --copy-weights") from error
+        raise UsageError(f"{path}: no memory for a copy of {nbytes:,} bytes; leave out `copy_weights`") from error
     with contextlib.suppress(OSError):  # Huge pages mean fewer pages to look up, but not every kernel has them.
         room.madvise(mmap.MADV_HUGEPAGE)
     return room

@@ -7,13 +7,10 @@ deleted as soon as all ranks have loaded; the memory itself stays mapped.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.reduction
 import platform
-import signal
 import sys
 import tempfile
 import threading
@@ -31,9 +28,9 @@ from passopt.ir.errors import ModelError, PassoptError, UsageError
 from passopt.targets.tvm.compiled_folder import Library, RankFolders, read_library
 from passopt.targets.tvm.engine.available_memory import check_caches, check_copy
 from passopt.targets.tvm.engine.cores import count_cores
-from passopt.targets.tvm.engine.engine import Engine, Ids, Logits, checked_capacity
-from passopt.targets.tvm.engine.shared_memory_collectives import Counters, Group, create_room
-from passopt.targets.tvm.engine.virtual_machine import runtime
+from passopt.targets.tvm.engine.engine import Ids, Logits, checked_capacity
+from passopt.targets.tvm.engine.rank_process import Job, serve
+from passopt.targets.tvm.engine.shared_memory_collectives import Counters, create_room
 from passopt.targets.tvm.machines import X86
 
 #: The seconds that a rank may lag behind the others, or that all ranks may go without progress.
@@ -111,7 +108,7 @@ class RankEngine:
         check_caches([library.cache for library in libraries], batch, capacity, copied=copied)
         share = max(1, threads // found.degree)
         jobs = [
-            _Job(path, rank, found.degree, share, verify_weights, copy_weights, timeout)
+            Job(path, rank, found.degree, share, verify_weights, copy_weights, timeout)
             for rank, path in enumerate(paths)
         ]
         engine = cls(libraries, _Processes(folder, jobs, timeout, progress))
@@ -183,19 +180,6 @@ class RankEngine:
         return logits
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """The arguments that the process of a rank is started with."""
-
-    folder: Path
-    rank: int
-    degree: int
-    threads: int
-    verify_weights: bool
-    copy_weights: bool
-    timeout: float
-
-
 def _libraries(outer: RankFolders, paths: Sequence[Path]) -> list[Library]:
     """Read the libraries of all ranks; raise ModelError unless they are from one run and in the order of ranks."""
     found: list[Library] = []
@@ -234,7 +218,7 @@ class _Processes:
     """The processes of all ranks, which are called all at once."""
 
     def __init__(
-        self, folder: Path, jobs: Sequence[_Job], timeout: float, progress: Callable[[int], None] | None
+        self, folder: Path, jobs: Sequence[Job], timeout: float, progress: Callable[[int], None] | None
     ) -> None:
         self._folder = folder
         self._timeout = timeout
@@ -248,7 +232,7 @@ class _Processes:
             for job in jobs:
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(theirs, job, Path(room)), name=f"rank{job.rank}", daemon=True
+                    target=serve, args=(theirs, job, Path(room)), name=f"rank{job.rank}", daemon=True
                 )
                 with _no_main_module():
                     process.start()
@@ -369,51 +353,3 @@ def _end(pipes: Sequence[_Connection], processes: Sequence[Any], counters: Count
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def _serve(pipe: _Connection, job: _Job, room: Path) -> None:
-    """Run the process of one rank: load its library, then answer calls until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process, which ends the ranks.
-    group = Group(room, job.rank, job.degree, job.timeout)
-
-    def load() -> Engine:
-        group.register(runtime())
-        return Engine.load(
-            job.folder,
-            capacity=1,
-            threads=job.threads,
-            verify_weights=job.verify_weights,
-            copy_weights=job.copy_weights,
-            progress=functools.partial(group.counters.count_read, job.rank),
-            alone=False,
-        )
-
-    error, engine = _tried(load, group)
-    pipe.send((error, None))
-    while error is None or isinstance(error, UsageError):
-        try:
-            method, arguments = pipe.recv()
-        except (EOFError, OSError):
-            return
-        error, result = _tried(lambda: _answer(engine, job.rank, method, arguments), group)  # noqa: B023
-        pipe.send((error, result))
-
-
-def _answer(engine: Engine, rank: int, method: str, arguments: Sequence[Any]) -> Any:
-    result = getattr(engine, method)(*arguments)
-    if method == "allocate":
-        return engine.batch, engine.capacity
-    return result if rank == 0 else None  # All ranks have the same logits.
-
-
-def _tried(action: Callable[[], Any], group: Group) -> tuple[PassoptError | None, Any]:
-    """Run `action` and return (error, result), one of which is None.
-
-    Any failure becomes an error that can be sent through a pipe; unexpected ones say which rank failed.
-    """
-    try:
-        return None, action()
-    except PassoptError as error:
-        return group.failure or error, None
-    except Exception as error:
-        return group.failure or ModelError(f"rank {group.rank}: {type(error).__name__}: {error}"), None

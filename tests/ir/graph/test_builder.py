@@ -146,3 +146,32 @@ def test_shapes_from_the_memo_are_not_shared():
     first, second = b.Neg(x), b.Neg(x)
     first.shape[0] = 7
     assert list(second.shape) == [2, 3]
+
+
+def test_operators_of_other_domains_are_like_a_value_that_is_named(op):
+    x = value("batch", 3)
+    unknown = op.Gate(x, domain="com.acme", limit=3.0)
+    assert (unknown.dtype, unknown.shape) == (None, None)
+    with pytest.raises(VerifyError, match="Mul: the dtype of the number 0.5 is unknown"):
+        op.Mul(unknown, 0.5)
+    gate, count = op.Gate(x, domain="com.acme", outputs=2, like=x)
+    assert (count.dtype, str(count.shape)) == (DataType.FLOAT, "[batch,3]")
+    assert op.Mul(gate, 0.5).dtype == DataType.FLOAT
+    assert op.built.nodes[0].domain == "com.acme"
+
+
+def test_onnxruntimes_own_operators_have_the_dtypes_that_are_known(op):
+    normed = op.SkipLayerNormalization(value(2, 3), value(2, 3), value(3), domain="com.microsoft")
+    assert (normed.dtype, str(normed.shape)) == (DataType.FLOAT, "[2,3]")
+
+
+def test_absent_inputs_at_the_end_are_left_out(op):
+    normed = op.LayerNormalization(value(2, 3), value(3), None)
+    assert len(normed.producer().inputs) == 2
+    clipped = op.Clip(value(2, 3), None, 1.0)
+    assert clipped.producer().inputs[1] is None
+
+
+def test_collectives_that_state_too_little_have_no_shape(op):
+    gathered = op.AllGather(value(2, 3), domain="com.microsoft")
+    assert (gathered.dtype, gathered.shape) == (DataType.FLOAT, None)

@@ -42,6 +42,8 @@ def described(value):
 
 CONSTANTS = "<int64 i0 = {0}, int64[1] i1 = {1}, int64[2] pair = {6, 12}, int64[1] far = {9}, int64[1] axis = {0},"
 CONSTANTS += "int64[2] kept = {-1, -1},"
+CONSTANTS += "int64[3,2] table = {1, 2, 3, 4, 5, 6}, int64[1] back = {-1}, int64[1] behind = {-9}, int64[1] two = {2},"
+CONSTANTS += "int64[0] none = {}, int64[1] huge = {4294967297}, int64[3] sixes3 = {6, 6, 6},"
 CONSTANTS += "int64[2] sixes = {6, 6}, int64[1] last = {-1}>"
 BODY = "g (int64[batch,seq,4] x, int64[3] fed) => (int64[p] y) " + CONSTANTS
 
@@ -67,6 +69,16 @@ BODY = "g (int64[batch,seq,4] x, int64[3] fed) => (int64[p] y) " + CONSTANTS
         ("s = Shape<end=2>(x) e = Equal(s, pair) v = Where(e, pair, s)", [None, None]),
         ("s = Shape(x) v = Mul(s, s)", [None, None, None]),
         ("v = Concat<axis=0>(pair, fed)", [6, 12, None, None, None]),
+        ("v = Gather<axis=0>(table, i0)", [None, None]),
+        ("v = Gather<axis=1>(table, i0)", [None, None, None]),
+        ("s = Shape(x) u = Unsqueeze(s, i1) v = Gather<axis=0>(u, i0)", [None]),
+        ("v = Slice(table, i1, far, axis)", None),
+        ("s = Shape(x) v = Slice(s, last, behind, axis, back)", [("x", 2), ("x", 1), ("x", 0)]),
+        ("s = Shape(x) v = Slice(s, axis, far, axis, two)", [("x", 0), ("x", 2)]),
+        ("s = Shape(x) u = Unsqueeze(s, i0) v = Reshape(u, last)", [None, None, None]),
+        ("s = Shape<end=1>(x) v = Reshape(s, none)", [("x", 0)]),
+        ("big = Identity(huge) v = Cast<to=6>(big)", [None]),
+        ("s = Shape(x) m = Mod(s, sixes3) v = Cast<to=7>(m)", [None, None, None]),
     ],
 )
 def test_elements_of_a_vector(body, expected):

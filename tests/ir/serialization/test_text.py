@@ -287,3 +287,38 @@ def test_canonical_text_tells_structures_apart_and_leaves_the_model_alone():
     before = print_model(model)
     assert print_model(model, canonical=True) != print_model(swapped, canonical=True)
     assert print_model(model) == before
+
+
+@pytest.mark.parametrize("dtype", ["float8e4m3fn", "float8e5m2", "float8e4m3fnuz", "float8e5m2fnuz", "float8e8m0"])
+@pytest.mark.parametrize("in_node", [False, True])
+def test_small_floats_parse_back_bit_by_bit(dtype, in_node):
+    check_bytes(onnx_ir.DataType[dtype.upper()], [1, 2, 0.5], in_node)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "uint2", "float4e2m1"])
+@pytest.mark.parametrize("in_node", [False, True])
+def test_packed_numbers_parse_back_bit_by_bit(dtype, in_node):
+    check_bytes(onnx_ir.DataType[dtype.upper()], [1, 0, 1], in_node)
+
+
+def check_bytes(dtype, numbers, in_node):
+    """Print a model with a constant of a dtype, as an initializer or in a node, and read the same bytes back."""
+    tensor = onnx_ir.tensor(np.array(numbers, np.float32).astype(dtype.numpy()), dtype=dtype, name="w")
+    node = onnx_ir.Node("", "Constant", [], [onnx_ir.AttrTensor("value", tensor)])
+    constant = node.outputs[0] if in_node else onnx_ir.Value(const_value=tensor)
+    constant.name, constant.type, constant.shape = "w", onnx_ir.TensorType(dtype), onnx_ir.Shape([3])
+    reader = onnx_ir.Node("", "Identity", [constant])
+    reader.outputs[0].name, reader.outputs[0].type, reader.outputs[0].shape = "y", constant.type, constant.shape
+    nodes, initializers = ([node, reader], []) if in_node else ([reader], [constant])
+    graph = onnx_ir.Graph([], reader.outputs, nodes=nodes, initializers=initializers, opset_imports={"": 25}, name="g")
+    text = print_model(onnx_ir.Model(graph, ir_version=13), fold=False)
+    again = parse_model(text).graph
+    found = again[0].attributes["value"].as_tensor() if in_node else again.initializers["w"].const_value
+    assert (found.dtype, found.tobytes()) == (dtype, tensor.tobytes())
+    assert print_model(parse_model(text), fold=False) == text
+
+
+def test_a_digest_is_no_tensor():
+    text = HEADER + 'g (float[3] x) => (float[3] y) <float[3] w = ["digest": "6c5a82b6ec70"]> { y = Add(x, w) }'
+    with pytest.raises(ModelError, match=r"digests in place of the numbers of w, .* use the model\.onnx"):
+        parse_model(text)

@@ -246,7 +246,7 @@ def test_overflow_in_fp16_is_found_by_quantisation(stored):
     array = weight()
     array[2, 1] = 1e6
     codes, _ = stored(array).cast(DataType.FLOAT16).quantize(0)
-    with Evaluator() as evaluator, pytest.raises(ModelError, match="row 2.*--dtype fp32"):
+    with Evaluator() as evaluator, pytest.raises(ModelError, match="row 2.*`dtype=fp32`"):
         evaluator.array(codes)
 
 

@@ -67,7 +67,9 @@ class Graph:
             self.scalars.append(self.op("Squeeze", self.op("Gather", self.vector(), self.ints(0))))
         elif kind == "Arithmetic":
             other = choose.choice((self.constant(1), self.vector()))
-            self.vectors.append(self.op(choose.choice(("Add", "Sub", "Mul", "Div", "Mod", "Max")), self.vector(), other))
+            self.vectors.append(
+                self.op(choose.choice(("Add", "Sub", "Mul", "Div", "Mod", "Max")), self.vector(), other)
+            )
         elif kind == "Where":
             vector = self.vector()
             same = self.op("Equal", vector, self.constant(1))
@@ -124,8 +126,10 @@ class Graph:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
+#: The arithmetic to choose from; what exporters write often stands twice.
 KINDS = (
-    "Shape Shape Part Gather Gather Table Slice Concat Concat Cast Unsqueeze Squeeze Arithmetic Where Reshape".split()
+    *("Shape", "Shape", "Part", "Gather", "Gather", "Table", "Slice", "Concat", "Concat"),
+    *("Cast", "Unsqueeze", "Squeeze", "Arithmetic", "Where", "Reshape"),
 )
 
 

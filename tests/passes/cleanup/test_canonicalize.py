@@ -256,3 +256,70 @@ def test_declines_a_dropout_that_may_train_or_tell(parsed, body, outputs, reason
     result = Canonicalize().run(parsed(f"{head} {{ {body} }}"))
     assert not result.modified
     assert any(reason in text for text in result.declines), result.declines
+
+
+ANY = "g (float[a,b] x, float[?] u, int64[2] s, float[n,2] z) => (float[] y)"
+
+
+def kept(body, count, head=ANY, **settings):
+    """Check that operators stay which the lengths of a run need; the numbers agree for these lengths."""
+    model, _ = check(Canonicalize(), f"{HEADER}{head}{CONSTANTS} {{ {body} }}", **settings)
+    assert len(model.graph) == count
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_an_expand_to_one_keeps_a_length_that_is_not_known(length):
+    feeds = {"u": np.arange(length, dtype=np.float32)}
+    kept("e = Expand(u, i1) v = Slice(e, i0, i1, i0) y = Neg(v)", 3, feeds=feeds)
+
+
+@pytest.mark.parametrize("lengths", [{"a": 6, "b": 4, "n": 6}, {"a": 1, "b": 8, "n": 0}, {"a": 3, "b": 1, "n": 3}])
+def test_a_cast_to_bool_is_no_length(lengths):
+    body = "t = Shape<end = 1>(x) b = Cast<to = 9>(t) i = Cast<to = 7>(b) k = Concat<axis = 0>(i, minus) "
+    kept(body + "r = Reshape(x, k) y = Neg(r)", 6, lengths=lengths)
+
+
+def test_an_expand_to_lengths_of_another_value_stays():
+    head = "g (float[?,2] x, int64[2] fed, float[n,2] z) => (float[] y)"
+    body = "t = Shape(z) e = Expand(x, t) y = Neg(e)"
+    kept(body, 3, head, feeds={"x": np.ones((4, 2), np.float32), "z": np.ones((1, 2), np.float32)})
+
+
+@pytest.mark.parametrize("target", [[0, -1], [-1, 0], [2, 12], [0, 0]])
+def test_reshapes_stay_apart_where_a_target_that_is_fed_may_hold_a_zero(target):
+    head = "g (float[2,3,4] x, int64[2] s) => (float[] y)"
+    body = "k = Concat<axis = 0>(i6, i4) a = Reshape(x, k) b = Reshape(a, s) y = Neg(b)".replace("i6", "six")
+    text = f"{HEADER}{head}{CONSTANTS[:-1]}, int64[1] six = {{6}}> {{ {body} }}"
+    s = np.array([6, 4] if target == [0, 0] else target, np.int64)
+    model, result = check(Canonicalize(), text, feeds={"s": s})
+    assert [node.op_type for node in model.graph].count("Reshape") == 2
+    assert any("may hold a 0" in reason for reason in result.declines)
+
+
+@pytest.mark.parametrize(("n", "left"), [(0, 2), (3, 2)])
+def test_reshapes_stay_apart_where_a_length_of_another_value_may_be_zero(n, left):
+    head = "g (float[2,3,4] x, float[n,2] z) => (float[] y)"
+    body = "t = Shape<end = 1>(z) k = Concat<axis = 0>(t, minus) a = Reshape(x, six_four) b = Reshape(a, k) y = Neg(b)"
+    text = f"{HEADER}{head}{CONSTANTS[:-1]}, int64[2] six_four = {{6, 4}}> {{ {body} }}"
+    model, _ = check(Canonicalize(), text, lengths={"n": n})
+    assert [node.op_type for node in model.graph].count("Reshape") == left
+
+
+def test_reshapes_become_one_where_a_zero_means_the_same_length():
+    head = "g (float[batch,6,4] x) => (float[] y)"
+    body = "t = Shape<end = 1>(x) k = Concat<axis = 0>(t, i3, minus) a = Reshape(x, kept) b = Reshape(a, k) y = Neg(b)"
+    text = f"{HEADER}{head}{CONSTANTS.replace('{0, -1, 15}', '{0, -1, 12}')} {{ {body} }}"
+    for batch in (2, 1):
+        model, _ = check(Canonicalize(), text, lengths={"batch": batch})
+        assert [node.op_type for node in model.graph].count("Reshape") == 1
+
+
+@pytest.mark.parametrize("attributes", ["", "<saturate = 1>", "<saturate = 0>"])
+def test_a_cast_like_rounds_as_it_did(attributes):
+    head = "g (float[2] x, float[1] one) => (float[] y)"
+    body = f"like = Cast<to = 17>(one) c = CastLike{attributes}(x, like) y = Cast<to = 1>(c)"
+    feeds = {"x": np.array([1000, 1.5], np.float32)}
+    model, _ = check(Canonicalize(), f"{HEADER}{head} {{ {body} }}", feeds=feeds, matches=1)
+    cast = next(node for node in model.graph if node.outputs[0].name == "c")
+    assert cast.op_type == "Cast"
+    assert ("saturate" in cast.attributes) == bool(attributes)

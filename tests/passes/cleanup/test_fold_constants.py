@@ -285,3 +285,110 @@ def test_a_sum_of_lengths_is_one_in_any_order():
     text += " s = Shape<end=1>(x) t = Concat<axis=0>(s, three) a = Neg(m) y = Reshape(a, t) }"
     _, _, model = folded(text)
     assert next(node for node in model.graph if node.op_type == "Shape").inputs[0].name == "m"
+
+
+TABLE = "int64[2,3] t = {1, 2, 3, 4, 5, 6}, int64 i = {0}, int64[1] one = {1}, int64[1] two = {2}"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("c = Gather<axis = 0>(t, i)", [1, 2, 3]),
+        ("c = Gather<axis = 1>(t, i)", [1, 4]),
+        ("r = Slice(t, one, two, one) c = Squeeze(r, one)", [2, 5]),
+        ("r = Gather<axis = 0>(t, one) c = Squeeze(r)", [4, 5, 6]),
+    ],
+)
+def test_rows_of_tables(body, expected):
+    text = f"g (int64[{len(expected)}] x) => (int64[] y) <{TABLE}> {{ {body} y = Add(c, x) }}"
+    operators, constants, _ = folded(text)
+    assert operators == ["Add"]
+    assert constants["c"].tolist() == expected
+
+
+def at_opset(opset, text, **settings):
+    header = HEADER.replace("21", str(opset)).replace("ir_version: 10", f"ir_version: {4 if opset < 10 else 10}")
+    model, _ = check(FoldConstants(), header + text, **settings)
+    return [node.op_type for node in model.graph]
+
+
+SOFTMAX = "g (float[2,3,2] x) => (float[2,3,2] y) <float[2,3,2] k = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13}>"
+
+
+@pytest.mark.parametrize("operator", ["Softmax", "LogSoftmax", "Hardmax"])
+@pytest.mark.parametrize(("opset", "stays"), [(11, True), (12, True), (13, False), (21, False)])
+def test_the_softmax_of_an_old_opset_stays(operator, opset, stays):
+    found = at_opset(opset, f"{SOFTMAX} {{ c = {operator}<axis = 1>(k) y = Add(c, x) }}")
+    assert (operator in found) == (stays or operator == "Hardmax")
+
+
+def test_operators_that_the_evaluator_knows_badly_stay():
+    body = "c = GroupNormalization<num_groups = 2>(k, s, b) y = Add(c, x)"
+    unchanged(
+        "g (float[1,4,2] x) => (float[1,4,2] y) <float[4] s = {1, 2, 1, 1}, float[4] b = {0, 1, 1, 1},"
+        f" float[1,4,2] k = {{1, 2, 3, 4, 5, 6, 7, 8}}> {{ {body} }}"
+    )
+
+
+def test_a_slice_with_attributes_stays():
+    body = "c = Slice<axes = [0], starts = [0], ends = [2]>(k) y = Add(c, x)"
+    assert at_opset(9, f"g (float[2] x) => (float[2] y) <float[3] k = {{1, 2, 3}}> {{ {body} }}") == ["Slice", "Add"]
+
+
+def test_texts_stay():
+    unchanged('g (bool[2] x) => (bool[2] y) <string[2] k = {"a", "b"}> { c = Equal(k, k) y = And(c, x) }')
+    body = "c = Cast<to = 8>(k) d = Cast<to = 1>(c) y = Add(d, x)"
+    unchanged(f"g (float[2] x) => (float[2] y) <float[2] k = {{1, 2.5}}> {{ {body} }}")
+
+
+@pytest.mark.parametrize(("attributes", "expected"), [("", [448, 1.5]), ("<saturate = 0>", [np.nan, 1.5])])
+def test_casts_to_float8_saturate_unless_they_say_no(attributes, expected):
+    body = f"like = Cast<to = 17>(one) b = CastLike{attributes}(k, like) c = Cast<to = 1>(b) y = Add(c, x)"
+    text = f"g (float[2] x) => (float[2] y) <float[2] k = {{1000, 1.5}}, float one = {{1}}> {{ {body} }}"
+    _, constants, _ = folded(text)
+    if attributes:
+        assert "c" not in constants  # NaN is no number to compute with
+    else:
+        assert constants["c"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("constants", "body"),
+    [
+        ("float[2] k = {300, -1.5}", "c = Cast<to = 2>(k) d = Cast<to = 1>(c)"),
+        ("float[2] k = {3e9, 1}", "c = Cast<to = 6>(k) d = Cast<to = 1>(c)"),
+        ("int64[2] k = {7, -7}, int64[2] o = {0, 2}", "c = Mod(k, o) d = Cast<to = 1>(c)"),
+        ("float i = {0}, float n = {0.2}, float s = {0.1}", "d = Range(i, n, s)"),
+        ("float[2] k = {nan, 1}", "d = Max(k, k)"),
+    ],
+)
+def test_what_runtimes_do_in_different_ways_stays(constants, body):
+    model = read_model(f"{HEADER}g (float[2] x) => (float[2] y) <{constants}> {{ {body} y = Add(d, x) }}")
+    before = print_model(model)
+    FoldConstants().run(model)
+    assert print_model(model) == before
+
+
+def test_integers_divide_as_in_runtimes():
+    text = "g (int64[4] x) => (int64[4] y) <int64[4] k = {7, -7, 7, -7}, int64[4] o = {2, 2, -2, -2}>"
+    _, constants, _ = folded(text + "{ c = Div(k, o) d = Mod(k, o) e = Add(c, d) y = Add(e, x) }")
+    assert constants["e"].tolist() == [3 + 1, -3 + 1, -3 - 1, 3 - 1]
+
+
+def test_small_integers_wrap_as_in_runtimes():
+    text = "g (int64[2] x) => (int64[2] y) <int64[2] k = {300, -129}>"
+    _, constants, _ = folded(text + "{ b = Cast<to = 3>(k) c = Cast<to = 7>(b) y = Add(c, x) }")
+    assert constants["c"].tolist() == [44, 127]
+
+
+def test_long_sums_of_floats_stay():
+    text = "g (float[1] x) => (float[1] y) <int64[1] n = {200}, int64[1] axis = {0}, float[1] tenth = {0.1}>"
+    operators, _, _ = folded(text + "{ e = Expand(tenth, n) s = ReduceSum(e, axis) y = Add(s, x) }")
+    assert operators == ["ReduceSum", "Add"]
+
+
+def test_why_says_what_is_not_evaluated():
+    text = "g (float[2,3,2] x) => (float[2,3,2] y) <float[2,3,2] k = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}>"
+    model = read_model(HEADER.replace("21", "12") + text + "{ c = Softmax<axis = 1>(k) y = Add(c, x) }")
+    (refusal,) = FoldConstants().explain(model)
+    assert refusal.reason == "Softmax is evaluated from opset 13 on, this model has 12; run legalize"

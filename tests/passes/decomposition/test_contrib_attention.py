@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.relative_error import operator_error
-from passopt.passes.decomposition.decompose_contrib import DecomposeContrib
+from passopt.passes.decomposition.contrib.decompose_contrib import DecomposeContrib
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checking import check, read_model
 
@@ -14,6 +14,7 @@ HEADER = '<ir_version: 10, opset_import: ["" : %d, "com.microsoft" : 1]>\n'
 RNG = np.random.default_rng(12)
 #: Batch, positions of this step and of the past, heads, channels per head.
 B, S, P, H, D = 2, 3, 4, 2, 6
+SLOW_FALSE = pytest.param(False, marks=pytest.mark.slow)
 T = S + P
 
 
@@ -100,7 +101,7 @@ def test_declines_attention_that_does_more(call):
 @pytest.mark.parametrize("kind", ["none", "columns", "scores"])
 @pytest.mark.parametrize("causal", [0, 1])
 @pytest.mark.parametrize("past", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [True, SLOW_FALSE])
 def test_multi_head_attention(kind, causal, past, bias):
     columns = T if past else S
     declared, numbers = MASKS[kind]
@@ -189,8 +190,8 @@ def grouped(call="", *, batch=1, steps=3, past=4, filled=None, packed=False, bia
     return decomposed(text, opset, feeds=feeds)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("packed", [True, SLOW_FALSE])
+@pytest.mark.parametrize("bias", [True, SLOW_FALSE])
 @pytest.mark.parametrize("rotary", ["", ", do_rotary = 1", ", do_rotary = 1, rotary_interleaved = 1"])
 @pytest.mark.parametrize(("steps", "past"), [(3, 0), (1, 4), (3, 4)])
 def test_group_query_attention(packed, bias, rotary, steps, past):
@@ -204,7 +205,7 @@ def test_group_query_attention_with_other_scores(call, steps, past):
 
 
 @pytest.mark.parametrize("window", ["", ", local_window_size = 2"])
-@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("rotary", [True, SLOW_FALSE])
 @pytest.mark.parametrize(
     ("steps", "past", "filled"),
     [(1, 4, [5, 3]), (1, 9, [5, 3]), (1, 9, [9, 1]), (3, 0, [3, 2]), (5, 0, [2, 5])],

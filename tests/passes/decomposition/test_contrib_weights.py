@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from passopt.ir.serialization.model_files import load_model, save_materialized
 from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.lazy_weight import LazyWeight
-from passopt.passes.decomposition.decompose_contrib import DecomposeContrib
+from passopt.passes.decomposition.contrib.decompose_contrib import DecomposeContrib
 from passopt.testing.checking import check
 
 RNG = np.random.default_rng(13)
@@ -91,8 +91,6 @@ def test_the_bytes_of_the_file_are_read_as_codes(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     save_materialized(model, out)
-    original = numpy_helper.to_array(proto.graph.initializer[0]) if False else None
-    del original
     written = {item.name: item for item in onnx.load(out / "model.onnx").graph.initializer}
     raw = next(item.raw_data for item in written.values() if list(item.dims) == [40, 128])
     assert raw == (tmp_path / "w.bin").read_bytes()[: 40 * 64]
@@ -141,3 +139,23 @@ def test_gather_block_quantized(zeros, kind, tmp_path):
     initializers = [data, scales, *([zero] if zeros else [])]
     proto = model_of(node, [declared("i", ["b", 3], TensorProto.INT64)], declared("y", ["b", 3, width]), initializers)
     decomposed(proto, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+@pytest.mark.parametrize("axis", ["", "<axis = 1>"])
+def test_linear_quantisation(kind, axis):
+    size = "[3]" if axis else ""
+    text = f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[n,3,5] x, float{size} s, {kind}{size} z) => ({kind}[n,3,5] q, float[n,3,5] y) {{
+        q = com.microsoft.QuantizeLinear {axis} (x, s, z)
+        y = com.microsoft.DequantizeLinear {axis} (q, s, z)
+    }}"""
+    feeds = {"s": np.array([0.05, 0.03, 0.1] if axis else 0.05, np.float32)}
+    check(DecomposeContrib(), text, matches=2, feeds=feeds)
+
+
+def test_declines_codes_of_sixteen_bits():
+    text = """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (float[n,3] x, float s, uint16 z) => (uint16[n,3] q) { q = com.microsoft.QuantizeLinear(x, s, z) }"""
+    _, result = check(DecomposeContrib(), text, matches=0)
+    assert list(result.declines) == ["QuantizeLinear QuantizeLinear_0 has codes of UINT16, expected 8 bits"]

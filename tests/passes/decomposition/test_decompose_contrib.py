@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from passopt.passes.decomposition.decompose_contrib import DecomposeContrib
+from passopt.passes.decomposition.contrib.decompose_contrib import DecomposeContrib
 from passopt.testing.checking import check, read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : %d, "com.microsoft" : 1]>\n'
 RNG = np.random.default_rng(11)
-OPSETS = [13, 17, 21, 23]
+OPSETS = [13, *(pytest.param(opset, marks=pytest.mark.slow) for opset in (17, 21)), 23]
 
 
 def decomposed(text, opset=21, matches=1, tolerance=1e-5, **settings):
@@ -66,7 +66,7 @@ def test_a_chain_of_contrib_operators_is_typed_as_it_goes():
 
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("parts", ["", ", b", ", b, c", ", , c"])
-@pytest.mark.parametrize("skip", ["n,3,8", "1,3,8", "3,8"])
+@pytest.mark.parametrize("skip", ["n,3,8", pytest.param("1,3,8", marks=pytest.mark.slow), "3,8"])
 def test_skip_layer_normalization(opset, parts, skip):
     more = parts.replace(", ,", ', "",')
     text = f"""g (float[n,3,8] x, float[{skip}] k, float[8] w, float[8] b, float[8] c)
@@ -153,7 +153,7 @@ TURNS = [
 
 
 @pytest.mark.parametrize(("call", "left", "right"), TURNS)
-@pytest.mark.parametrize("name", ["FusedMatMul", "TransposeMatMul"])
+@pytest.mark.parametrize("name", ["FusedMatMul", pytest.param("TransposeMatMul", marks=pytest.mark.slow)])
 def test_fused_matmul(call, left, right, name):
     if name == "TransposeMatMul" and "Batch" in call:
         pytest.skip("the older operator has no such attribute")
@@ -234,6 +234,24 @@ def test_smaller_operators():
         r = com.microsoft.Range(a, b, c)
     }"""
     decomposed(text, matches=3)
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_pad_and_gather_nd(mode):
+    text = f"""g (float[4,5] x, float v) => (float[7,6] y, float[2,5] z)
+        <int64[1,4] p = {{1, 0, 2, 1}}, int32[2,1] i = {{3, 0}}> {{
+        y = com.microsoft.Pad <mode = "{mode}"> (x, p{", v" if mode == "constant" else ""})
+        z = com.microsoft.GatherND(x, i)
+    }}"""
+    decomposed(text, matches=2)
+
+
+def test_a_standard_layer_normalization_is_not_even_tried():
+    _, result = check(
+        DecomposeContrib(),
+        HEADER % 17 + "g (float[n,3] x, float[3] w) => (float[n,3] y) { y = LayerNormalization(x, w) }",
+    )
+    assert (result.tries, dict(result.declines)) == (0, {})
 
 
 # Rotary embedding

@@ -73,14 +73,14 @@ def test_nearer_misses_come_first_and_far_ones_are_counted(lines, silu):
         "    m2 (Mul), input 1: expected Sigmoid, found Tanh s2",
         "2. 2 of 3 nodes fit at out3 (Neg)",
         "    s3 (Sigmoid), input 0 (a): expected the same value as a, x, found the graph input float[3,5] y",
-        "and 2 places of 2 more kinds, less near (--limit 0 shows all)",
+        "and 2 places of 2 more kinds, less near (`limit=0` shows all)",
     ]
 
 
 def test_the_limit_is_of_kinds(lines, silu):
     text = layers(OTHER_OPERATOR, OTHER_OPERATOR, OTHER_VALUE, FAR)
     assert [line[:2] for line in lines(silu, text, 1)] == ["te", "1.", "  ", "an"]
-    assert lines(silu, text, 1)[-1] == "and 2 places of 2 more kinds, less near (--limit 0 shows all)"
+    assert lines(silu, text, 1)[-1] == "and 2 places of 2 more kinds, less near (`limit=0` shows all)"
     assert [line[:2] for line in lines(silu, text, 0)] == ["te", "1.", "  ", "2.", "  ", "3.", "  "]
 
 
@@ -91,7 +91,7 @@ def test_where_nothing_is_near_the_nearest_are_shown(lines, silu):
         "1. 1 of 3 nodes fit at out0 (Neg)",
         "2. 1 of 3 nodes fit at out1 (Neg)",
     ]
-    assert report[-1] == "and 1 places of 1 more kinds, less near (--limit 0 shows all)"
+    assert report[-1] == "and 1 places of 1 more kinds, less near (`limit=0` shows all)"
 
 
 def test_the_nearest_kind_shows_three_differences_others_one(lines, rule):
@@ -215,9 +215,22 @@ def test_a_place_where_only_the_root_differs_is_found(lines, rule):
         return op.Div(op.Neg(op.Exp(op.Abs(a))), 2.0)
 
     item = rule(pattern, lambda self, op, a: a)
-    assert lines(item, layers("a# = Abs(x) e# = Exp(a#) n# = Neg(e#) out# = Relu(n#)"))[2:] == [
+    assert lines(item, layers("a# = Abs(x) e# = Exp(a#) n# = Neg(e#) out# = Relu(n#)"))[1:] == [
         "1. 3 of 4 nodes fit at n0 (Neg)",
         "    n0 (Neg), read by: expected Div that reads n0, found Relu out0",
+        "the graph has none of the operators at which these rules start: Div (pattern)",
+    ]
+
+
+def test_nodes_that_all_fit_are_not_said_to_be_the_miss(lines, rule):
+    def pattern(self, op, a):
+        return op.Mul(op.Exp(op.Abs(op.Floor(a))), 2.0)
+
+    item = rule(pattern, lambda self, op, a: a)
+    body = "f# = Floor(x) n# = Abs(f#) e# = Exp(n#) t# = Tanh(e#) out# = Mul(t#, two)"
+    assert lines(item, layers(body).replace("{", "<float two = {2}> {", 1))[1:] == [
+        "1. all 4 nodes fit, but not next to each other at out0 (Mul)",
+        "    out0 (Mul), input 0: expected Exp, found Tanh t0 with Exp behind it",
     ]
 
 
@@ -379,7 +392,7 @@ def test_what_is_searched_once_is_right_in_every_layer(parsed, rule):
 def test_passes_that_belong_before_are_named_where_something_is_missed(parsed, silu):
     type(silu).after = ("legalize", "cse")
     near = explain(silu, parsed(layers(OTHER_OPERATOR)), ["cse"]).lines()
-    assert near[1] == "test-rule belongs after legalize; give a pipeline with --in, or passes with --after"
+    assert near[1] == "test-rule belongs after legalize; give a pipeline with `within`, or passes with `after`"
     assert explain(silu, parsed(layers(OTHER_OPERATOR)), ["cse", "legalize"]).lines()[1].startswith("1. 2 of 3")
     assert len(explain(silu, parsed(layers(WHOLE))).lines()) == 1
 

@@ -40,3 +40,30 @@ def test_listings_show_what_the_class_declares():
         cls = pass_class(name)
         assert entry.accuracy == (str(cls.accuracy) if "accuracy" in vars(cls) else ""), name
     assert catalog()["quantize-weights"].accuracy == "lossy(0.02)"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "value"),
+    [
+        ("acuracy", "accuracy", EXACT),
+        ("mades", "makes", ("Gelu",)),
+        ("afer", "after", ()),
+        ("change_interface", "changes_interface", True),
+    ],
+)
+def test_a_misspelt_class_attribute_is_refused_where_the_pass_is_defined(wrong, right, value):
+    """Nothing reads it, so the pass would silently have the default."""
+    with pytest.raises(PassError, match=f"no pass has a class attribute '{wrong}'; did you mean '{right}'"):
+        type("Wrong", (Pass,), {"name": "misspelt", wrong: value})
+
+
+def test_class_attributes_of_the_author_are_left_alone():
+    content = {
+        "name": "with-attributes-of-its-own",
+        "names": ("a",),
+        "table": {},
+        "_afer": 1,
+        "MAKES_": 2,
+        "run": lambda s, m: None,
+    }
+    assert type("Right", (Pass,), content).names == ("a",)

@@ -162,7 +162,7 @@ def test_of_two_plug_ins_with_one_name_neither_is_taken(plugged, monkeypatch):
     ],
 )
 def test_a_plug_in_that_names_no_pass_is_one_warning(plugged, tmp_path, capsys, value, message):
-    (tmp_path / "broken_syntax.py").write_text("import dataclasses\nclass Mine(:\n    name = 'mine'\n")
+    (tmp_path / "broken_syntax.py").write_text("import dataclasses\nclass Mine(:\n    pass\n")
     (tmp_path / "broken_bytes.py").write_bytes(b"name = '\xff\xfe'")
     for package, body in (("broken_package", "1 / 0"), ("leaving_package", "raise SystemExit(1)")):
         (tmp_path / package).mkdir()

@@ -35,7 +35,7 @@ TEXT = """
         im = Unsqueeze(input_mask, front) imf = Cast <to = 1> (im) inverse = Sub(one, imf) am = Mul(inverse, factor)
         chosen = Where(seen, scores, low) masked = Add(MASKED)
         shares = Softmax <axis = 3> (masked) o = MatMul(shares, values)
-        ot = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape(ot, flat)
+        ob = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape(ob, flat)
     }"""
 TRI = ", ".join(map(str, np.tril(np.ones((8, 8), int)).reshape(-1)))
 LOWEST = "-3.4028235e38"

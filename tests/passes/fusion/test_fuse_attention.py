@@ -466,3 +466,37 @@ def test_declines_scales_per_channel():
     body = f"{TURN} raw = MatMul(query, kt) scaled = Mul(raw, many) masked = Add(scaled, mask)"
     result = FuseAttention().run(read_model(text(body + END, HEAD.replace("t]", "6]").replace("3,t", "3,6"))))
     assert not result.modified
+
+
+@pytest.mark.parametrize("choice", ["Where(seen, biased, low)", "Where(unseen, low, biased)"])
+@pytest.mark.parametrize("value", [-np.inf, LOW, -1e4])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_number_in_place_of_scores_forgets_what_was_added_to_them(choice, value, added):
+    """A row of which every seen column is -inf is the mean of the hidden ones: a sum would make these -inf too."""
+    name = "unseen" if "unseen" in choice else "seen"
+    head = HEAD.replace("mask)", f"mask, bool[1,1,q,t] {name}, float[b,1,1,t] padding)")
+    padding = np.where(np.arange(9) < 6, np.float32(value), np.float32(0)) * np.ones((2, 1, 1, 1), np.float32)
+    seen = np.tril(np.ones((4, 9), bool), 5)[None, None]
+    seen[0, 0, 1, :] = False
+    feeds = {"mask": np.linspace(-1, 1, 72, dtype=np.float32).reshape(2, 1, 4, 9), "padding": padding}
+    feeds[name] = seen if name == "seen" else ~seen
+    body = f"{SCORES} biased = Add(scaled, padding) chosen = {choice} masked = Add(chosen, mask)"
+    if not added:
+        body = body.replace(" masked = Add(chosen, mask)", "").replace("chosen =", "masked =")
+        head = head.replace("float[b,1,q,t] mask, ", "")
+        del feeds["mask"]
+    fused(body + END, head, feeds=feeds)
+
+
+def test_declines_a_low_number_beside_a_bias_that_may_hide():
+    body = f"{SCORES} biased = Add(scaled, mask) masked = Where(seen, biased, billion)"
+    declined("which hidden_rows=any accepts", body + END, HEAD.replace("mask)", "mask, bool[1,1,q,t] seen)"))
+
+
+def test_rows_that_see_something_by_constants_are_fused_with_any_low_number():
+    head = HEAD.replace("float[b,1,q,t] mask", "float[b,1,1,1] unused").replace("q,4]", "3,4]").replace("t,", "3,")
+    tri = "bool[1,1,3,3] tri = {1, 0, 0, 1, 1, 0, 1, 1, 1}, float[3] far = {0, -10000, 0}, float low4 = {-10000}"
+    body = SCORES + " chosen = Where(tri, scaled, low4) masked = Add(chosen, far)" + END
+    body = body.replace("y = ", "z = Neg(unused) y0 = ") + " y = Add(y0, z)"
+    model, _ = check(FuseAttention(), text(body, head).replace("<float scale", f"<{tri}, float scale"), matches=1)
+    assert "Softmax" not in [node.op_type for node in model.graph]

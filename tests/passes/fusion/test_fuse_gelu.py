@@ -13,7 +13,8 @@ HEAD = "g (float[batch,5] x) => (float[batch,5] y)"
 CONSTANTS = (
     "<float half = {0.5}, float one = {1}, float two = {2}, float three = {3}, float root = {1.4142135},"
     "float inverse = {0.70710678}, float short_root = {1.41421}, float factor = {0.7978845608},"
-    "float cubic = {0.044715}, float alpha = {1.702}, float near_root = {1.4142}, float other = {0.6}, float[1] cubic1 = {0.044715},"
+    "float cubic = {0.044715}, float alpha = {1.702}, float near_root = {1.4142}, float other = {0.6}, "
+    "float[1] cubic1 = {0.044715},"
     "float[1] half1 = {0.5}, float[1] one1 = {1}, float[1] root1 = {1.4142135}, float[5] many = {1, 1, 1, 1, 1.1}>"
 )
 ERF = "d = Div(x, root) e = Erf(d) p = Add(e, one)"

@@ -518,3 +518,24 @@ def test_declines_remainders_of_floats_downwards():
     body = "g (float[2] x, float[2] z) => (float[2] y) { y = Mod (x, z) }"
     refused(28, 23, body, "it takes the remainder of floats with the sign of the divisor")
     Legalize(opset=23).run(parse_model(model_text(28, body.replace("float[2]", "int32[2]"))))
+
+
+REFUSED_AT_A_CALL = """<ir_version: 10, opset_import: ["" : %d, "local" : 1]>
+g (%s x) => (%s y) { y = local.inner (x, x) }
+<domain: "local", opset_import: ["" : %d]>
+inner (x, like) => (y) { %s }"""
+
+
+@pytest.mark.parametrize(
+    ("opset", "dtype", "body", "message"),
+    [
+        (12, "int32[2]", "y = Erf(x)", "from opset 12 to 13: it no longer takes INT32"),
+        (23, "float8e4m3fnuz[2]", "y = CastLike(x, like)", "the cast of infinities to FLOAT8E4M3FNUZ changed"),
+    ],
+)
+def test_declines_upwards_what_a_call_makes_of_a_function(opset, dtype, body, message):
+    with pytest.raises(PassError, match=message):
+        Legalize(opset=26).run(parse_model(REFUSED_AT_A_CALL % (opset, dtype, dtype, opset, body)))
+    model = parse_model(REFUSED_AT_A_CALL % (opset, "float[2]", "float[2]", opset, body))
+    Legalize(opset=26).run(model)
+    check_onnx(model)

@@ -115,7 +115,7 @@ def test_a_message_has_at_most_20_lines(rule, parsed):
     item = rule(lambda self, op, a: op.Neg(op.Relu(op.Log(a))), lambda self, op, a: a)
     lines = unmet(parsed(f"g (float[3] x) => ({outputs}) {{ {body} }}"), [item], "test-rule==7")
     assert len(lines) <= 20
-    assert lines[-1] == "and 3 places of 3 more kinds, less near (--limit 0 shows all)"
+    assert lines[-1] == "and 3 places of 3 more kinds, less near (`limit=0` shows all)"
 
 
 def making(name, *operators):

@@ -297,3 +297,35 @@ def test_a_model_of_16_bits_is_widened_around_what_keeps_them():
     model, _ = cast(text, dtype="fp32")
     found = dtypes(model)
     assert (found["x"], found["h"], found["i"], found["y"]) == (WIDE, WIDE, NARROW, WIDE)
+
+
+def test_bits_keep_their_meaning():
+    """onnxruntime runs no BitCast, so only the dtypes are looked at."""
+    text = """<ir_version: 13, opset_import: ["" : 26]> g (float[2] x) => (int32[2] y, float[2] z, int32[2] k)
+    <float[2] c = {1, 2}> {
+        h = Neg(x) y = BitCast <to = 6> (h) f = BitCast <to = 1> (y) z = Neg(f) k = BitCast <to = 6> (c) }"""
+    model = parse_model(text)
+    CastModel().run(model)
+    check_onnx(model)
+    found = dtypes(model)
+    assert (found["h"], found["f"], found["c"]) == (NARROW, WIDE, WIDE)
+    assert [node.inputs[0].dtype for node in model.graph if node.op_type == "BitCast"][::2] == [WIDE, WIDE]
+
+
+def test_a_clip_in_bf16_is_an_island_before_opset_16():
+    text = "g (float[2] x) => (float[2] y) <float low = {-1}> { h = Neg(x) y = Clip(h, low) }"
+    for opset, kind in ((13, WIDE), (16, onnx_ir.DataType.BFLOAT16)):
+        model, _ = cast(text, opset=opset, dtype="bf16", limit=2e-2)
+        assert next(node for node in model.graph if node.op_type == "Clip").inputs[0].dtype == kind
+
+
+def test_the_mean_of_a_norm_is_fp32_by_definition():
+    text = """g (float[2,6] x, float[6] w) => (float[2,6] y, float[2,1] m) {
+        h = Neg(x) y, m = LayerNormalization (h, w) }"""
+    for dtype in ("fp16", "bf16"):
+        cast(text, dtype=dtype, limit=2e-2)
+
+
+def test_a_model_without_floats_is_left_alone_at_any_opset():
+    model = parse_model('<ir_version: 8, opset_import: ["" : 7]> g (bool[2] x) => (bool[2] y) { y = Not(x) }')
+    assert not CastModel(dtype="bf16").run(model).modified

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx_ir
 import pytest
 
 from passopt.ir.errors import PassError, UsageError
@@ -86,6 +87,22 @@ def test_an_operator_without_a_rule_is_named():
 def test_an_operator_without_a_rule_is_fine_on_replicated_values():
     text = MLP.replace("h = MatMul(x, up)", "c = Celu(x) h = MatMul(c, up)")
     check(Shard(2), HEADER + text)
+
+
+@pytest.mark.parametrize("call", ["Relu(h)", "Transpose<perm=[1,0]>(h)", "Reshape(h, h)", "AllReduce(h)", "Concat(h)"])
+def test_an_operator_of_another_domain_is_never_taken_for_one_of_onnx(call):
+    header = HEADER.replace('"" : ', '"own" : 1, "" : ')
+    model = read_model(header + between(f"r = own.{call}"))
+    result = model.graph[1].outputs[0]
+    result.type, result.shape = onnx_ir.TensorType(onnx_ir.DataType.FLOAT), onnx_ir.Shape(["batch", 12])
+    with pytest.raises(PassError, match="no sharding rule for operators of own; its inputs are sharded along axis 1"):
+        Shard(2).run(model)
+
+
+def test_an_operator_of_onnxruntime_names_the_pass_that_decomposes_it():
+    header = HEADER.replace('"" : ', '"com.microsoft" : 1, "" : ')
+    with pytest.raises(PassError, match="no sharding rule for operators of com.microsoft; run decompose-contrib first"):
+        Shard(2).run(read_model(header + between("r = com.microsoft.QuickGelu(h)")))
 
 
 def test_the_module_of_the_original_model_is_named():

@@ -17,8 +17,10 @@ from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError, UsageError, VerifyError
 from passopt.ir.graph.collectives import schedule_of
+from passopt.ir.graph.decoder import DEGREE
 from passopt.ir.serialization.model_files import file_weights, load_model
-from passopt.ir.weights.expressions import DataType
+from passopt.ir.serialization.text import parse_model
+from passopt.ir.weights.expressions import DataType, Literal, concat
 from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.ir.weights.sources import safetensors_sources
 from passopt.ir.weights.streaming.budget import StreamOptions
@@ -90,6 +92,21 @@ def test_sharded_bytes_are_the_full_ones_and_padding(tmp_path: Path) -> None:
         everything = sum(degree * weight.nbytes for weight in weights.values())
         assert split.checkpoint + split.constants + split.padding == everything
         assert bool(split.padding) == (degree != 1)
+
+
+def test_what_is_made_of_shards_counts_as_they_do() -> None:
+    """A Concat of two shards, and its cast, hold every number of both weights once, and what was padded."""
+    one, other = (Literal.of(np.ones((rows, 60), np.float32)) for rows in (8, 10))
+    joined = concat([one.shard(0, 2), other.pad(0, 12).shard(0, 2)], axis=0)
+    text = f"""<ir_version: 10, opset_import: ["" : 21]> g (float[n,60] x) => (float[n,10] y)
+        <float[10,60] w = {{{",".join(["1"] * 600)}}}> {{ t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t) }}"""
+    model = parse_model(text)
+    model.metadata_props[DEGREE] = "2"
+    for weight, width in ((joined, 4), (joined.cast(DataType.FLOAT16), 2)):
+        value = model.graph.initializers["w"]
+        value.const_value = LazyWeight(weight, "w")
+        found = Output(model, ORIGIN).sizes.weights
+        assert (found.constants, found.padding) == (18 * 60 * width, 2 * 60 * width)
 
 
 def test_codes_and_scales_are_told_apart(tmp_path: Path) -> None:

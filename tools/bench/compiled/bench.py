@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from compiled.options import is_partial, parser
 from compiled.other_load import Watch
 from compiled.report import LIMITS, Run, report
 from compiled.shapes import LAYERS, PASTS, PREFILLS, WHOLE, WHOLE_LABEL, Shape
@@ -349,13 +350,13 @@ class Failure(Exception):
 
 def main(arguments: Sequence[str]) -> None:
     """Measure what the options ask for and write the page; raise SystemExit if a candidate of passopt failed."""
-    options = parser().parse_args(arguments)
+    options = parser(__doc__).parse_args(arguments)
     # When it is asked to stop, it must still remove its models, which are tens of gigabytes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     work = Path(options.work) if options.work else Path(tempfile.mkdtemp(prefix="passopt-bench-tvm-"))
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work, Path(options.peers), options)
-    if _is_partial(options):
+    if is_partial(options):
         bench.run.notes.append(
             f'This page holds a part of the measurement only: `make bench-tvm BENCH="{shlex.join(arguments)}"`.'
         )
@@ -371,7 +372,7 @@ def main(arguments: Sequence[str]) -> None:
     finally:
         if not options.work:
             shutil.rmtree(work, ignore_errors=True)
-    output = Path(options.output or (PARTIAL if _is_partial(options) else WHOLE_REPORT))
+    output = Path(options.output or (PARTIAL if is_partial(options) else WHOLE_REPORT))
     output.parent.mkdir(exist_ok=True)
     bench.run.seconds = time.monotonic() - start
     output.write_text(report(bench.run), encoding="utf-8")
@@ -379,44 +380,3 @@ def main(arguments: Sequence[str]) -> None:
     failed = [f"{label}: {name}" for label, name in bench.run.failures() if name.startswith("passopt")]
     if failed:
         raise SystemExit(f"bench-tvm: {', '.join(failed)} failed")
-
-
-def _is_partial(options: argparse.Namespace) -> bool:
-    """Return whether the options leave out something that the committed page has."""
-    whole = parser().parse_args([])
-    if set(options.parts) != set(whole.parts) or options.rounds < whole.rounds or options.retries < whole.retries:
-        return True
-    return any(getattr(options, name) != getattr(whole, name) for name in ("quick", "only", "layers", "threads"))
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the options."""
-    found = argparse.ArgumentParser(
-        prog="python tools/bench compiled",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    found.add_argument(
-        "output",
-        nargs="?",
-        help="default: docs/measured/bench-tvm.md, or build/bench-tvm.md if options leave something out",
-    )
-    found.add_argument("--quick", action="store_true", help="one 7B-shaped layer, one point of each kind")
-    found.add_argument("--only", nargs="+", metavar="NAME", help="candidates whose name contains one of these")
-    found.add_argument("--parts", nargs="+", choices=("layers", "whole"), default=("layers", "whole"))
-    found.add_argument("--layers", type=int, metavar="N", help="cut the whole model to N layers")
-    found.add_argument("--threads", default="1,2", help="default: 1,2")
-    found.add_argument("--rounds", type=int, default=2, help="interleaved launches of each candidate (default: 2)")
-    found.add_argument(
-        "--retries",
-        type=int,
-        default=2,
-        help="how often a launch that other programs disturbed is repeated (default: 2)",
-    )
-    found.add_argument(
-        "--work", metavar="DIR", help="keep the models there, and use those that an earlier run of this version left"
-    )
-    found.add_argument(
-        "--peers", metavar="DIR", default=str(ROOT / "build" / "peers"), help="Python environment of llama.cpp"
-    )
-    return found

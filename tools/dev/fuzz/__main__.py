@@ -11,6 +11,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib
 import os
@@ -24,11 +25,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from damage import damage
-from subjects import Subject, subjects
+from subjects import OF_MODELS, Subject, subjects
 
 #: The exit codes that the documentation names; 130 is for people who interrupt.
 _DOCUMENTED = range(5)
@@ -36,7 +38,8 @@ _DOCUMENTED = range(5)
 _DEFECTS = ("Traceback (most", "a defect of passopt", "defect of the pass", "the rewrite failed", "the pass failed")
 #: What differs between faults of one kind.
 _NAMES = re.compile(r"\d+|'[^']*'|/[\w/.-]*/|passopt [\w-]+:")
-_SECONDS, _BYTES = 60.0, 3 << 30
+#: The CPU seconds and the bytes that a call may take, and the seconds after which it is taken to hang.
+_CPU_SECONDS, _BYTES, _SECONDS = 60.0, 3 << 30, 900.0
 #: These rooms are imported once, before the forks. torch, tvm and what needs them are left out.
 _ROOMS = ("api", "commands", "ir", "passes", "reporting", "targets.folders", "targets.onnxruntime", "verification")
 
@@ -45,7 +48,7 @@ _ROOMS = ("api", "commands", "ir", "passes", "reporting", "targets.folders", "ta
 class Outcome:
     """How one call ended.
 
-    `code` is the exit code, or the number of the signal that ended it as a negative number.
+    `code` is the exit code, or the number of the signal that ended it as a negative number; `seconds` are of the CPU.
     """
 
     code: int
@@ -62,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=3, help="commands to call on each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first damaged file (default: %(default)s)")
     parser.add_argument("--subject", action="append", help="damage only this subject; may be repeated")
+    parser.add_argument("--whole", metavar="DIR", help="damage nothing: call commands on the models below this folder")
     parser.add_argument("--compiler", action="store_true", help="compile, and generate with what was compiled, too")
     parser.add_argument("--exporter", action="store_true", help="export checkpoints, too")
     parser.add_argument("--keep", metavar="DIR", help="keep the inputs of faults in this folder")
@@ -69,26 +73,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = subjects(compiler=options.compiler, exporter=options.exporter)
     names = options.subject or list(chosen)
     _import_all(["passopt.frontends"] if options.exporter else [])
+    gc.freeze()  # what is collected in a fork would copy all that was imported before
+    seeds = range(options.seed, options.seed + options.count)
     counts: collections.Counter[int] = collections.Counter()
     kinds: collections.Counter[str] = collections.Counter()
+    done = 0
     with tempfile.TemporaryDirectory(prefix="passopt-fuzz-") as room:
-        originals = Path(room) / "originals"
-        _make(chosen, originals)
-        for seed in range(options.seed, options.seed + options.count):
-            work = Path(room) / "work"
-            for code, fault in _case(chosen, names, originals, work, seed, options.calls):
-                counts[code] += 1
-                if not fault:
-                    continue
-                kind = _NAMES.sub("…", "".join(fault.partition("\n")[2:]))
-                kinds[kind] += 1
-                if kinds[kind] == 1:
-                    print(fault, flush=True)
-                    _keep(work, options.keep, seed)
-            shutil.rmtree(work)
+        originals, work = Path(room) / "originals", Path(room) / "work"
+        if options.whole:
+            found = sorted(path for path in Path(options.whole).rglob("*") if path.suffix in {".onnx", ".onnxtxt"})
+            random.Random(options.seed).shuffle(found)
+            cases = [(seed, partial(_whole, path.absolute())) for seed, path in enumerate(found[: options.count])]
+        else:
+            _make(chosen, originals)
+            cases = [(seed, partial(_damaged, chosen, names, originals)) for seed in seeds]
+        with contextlib.suppress(KeyboardInterrupt):  # what was found until then is still told
+            for seed, case in cases:
+                for code, fault in _calls(case, work, seed, options.calls):
+                    counts[code] += 1
+                    if not fault:
+                        continue
+                    kind = _NAMES.sub("…", "".join(fault.partition("\n")[2:]))
+                    kinds[kind] += 1
+                    if kinds[kind] == 1:
+                        print(fault, flush=True)
+                        _keep(work, options.keep, seed)
+                shutil.rmtree(work)
+                done += 1
     codes = ", ".join(f"{count} × {code}" for code, count in sorted(counts.items()))
     print(
-        f"{options.count} damaged files, {sum(counts.values())} calls ({codes}), "
+        f"{done} {'models' if options.whole else 'damaged files'}, {sum(counts.values())} calls ({codes}), "
         f"{sum(kinds.values())} faults of {len(kinds)} kinds"
     )
     return 1 if kinds else 0
@@ -121,26 +135,56 @@ def _make(chosen: dict[str, Subject], originals: Path) -> None:
         raise SystemExit(f"the originals could not be made:\n{outcome.printed}{outcome.said}")
 
 
-def _case(
-    chosen: dict[str, Subject], names: Sequence[str], originals: Path, work: Path, seed: int, calls: int
-) -> Iterator[tuple[int, str]]:
-    """Damage one file and call commands on it; yield the exit code and the fault of each, "" if there is none."""
-    chance = random.Random(seed)
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """What commands are called on: the folder or file, what `verify` compares it with, and how it came about."""
+
+    subject: Subject
+    model: Path
+    whole: Path
+    what: str
+
+
+def _damaged(
+    chosen: dict[str, Subject], names: Sequence[str], originals: Path, work: Path, chance: random.Random
+) -> _Case:
+    """Copy a subject and damage one of its files."""
     subject = chosen[chance.choice(names)]
-    work.mkdir()
     model = work / "model"
     shutil.copytree(originals / subject.name, model, symlinks=True)
-    files = sorted(path for path in model.rglob("*") if path.is_file())
-    file = chance.choice(files)
+    file = chance.choice(sorted(path for path in model.rglob("*") if path.is_file()))
     way = damage(file, chance)
-    before = _digest(model)
+    what = f"{subject.name}/{file.relative_to(model)} {way}"
+    return _Case(subject, model, originals / (subject.whole or subject.name), what)
+
+
+def _whole(path: Path, work: Path, chance: random.Random) -> _Case:
+    """Copy a model as it is, with what lies beside it under its name."""
+    model = work / "model"
+    model.mkdir()
+    for file in path.parent.glob(f"{path.stem}*"):
+        if file.is_file():
+            shutil.copy(file, model)
+    return _Case(Subject(path.name, lambda _: None, OF_MODELS), model / path.name, model / path.name, path.name)
+
+
+def _calls(
+    make: Callable[[Path, random.Random], _Case], work: Path, seed: int, calls: int
+) -> Iterator[tuple[int, str]]:
+    """Make a case and call commands on it; yield the exit code and the fault of each, "" if there is none."""
+    chance = random.Random(seed)
+    work.mkdir()
+    case = make(work, chance)
+    before = _digest(work / "model")
     for number in range(calls):
         out = work / f"out{number}"
-        words = subject.command(chance, model, originals / (subject.whole or subject.name), out)
+        words = case.subject.command(chance, case.model, case.whole, out)
         outcome = _forked(lambda: _command(words), work, _SECONDS)  # noqa: B023 # called at once
-        wrong = list(_faults(outcome, out)) + (["the input was changed"] if _digest(model) != before else [])
-        shown = " ".join(word.replace(str(work), "…").replace(str(originals), "…") for word in words)
-        what = f"seed {seed}: {subject.name}/{file.relative_to(model)} {way}; passopt {shown}"
+        wrong = list(_faults(outcome, out))
+        if _digest(work / "model") != before:
+            wrong.append("the input was changed")
+        shown = " ".join(words).replace(str(work), "…").replace(str(case.whole.parent), "…")
+        what = f"seed {seed}: {case.what}; passopt {shown}"
         yield outcome.code, f"{what}\n    {'; '.join(wrong)}\n{_indented(outcome)}" if wrong else ""
 
 
@@ -156,7 +200,7 @@ def _command(words: Sequence[str]) -> int:
 def _faults(outcome: Outcome, out: Path) -> Iterator[str]:
     """Yield what is wrong with how a call ended."""
     if outcome.code < 0:
-        yield f"ended by signal {-outcome.code} after {outcome.seconds:.0f} s"
+        yield f"ended by signal {-outcome.code} after {outcome.seconds:.0f} s of the CPU"
     elif outcome.code not in _DOCUMENTED:
         yield f"exit code {outcome.code}"
     defects = [text for text in _DEFECTS if text in outcome.said or text in outcome.printed]
@@ -166,8 +210,8 @@ def _faults(outcome: Outcome, out: Path) -> Iterator[str]:
         yield "says nothing"
     if outcome.peak > _BYTES:
         yield f"took {outcome.peak >> 20} MiB"
-    if outcome.seconds > _SECONDS / 2:
-        yield f"took {outcome.seconds:.0f} s"
+    if outcome.seconds > _CPU_SECONDS:
+        yield f"took {outcome.seconds:.0f} s of the CPU"
     allowed = {"model", "stdout", "stderr"} | {item.name for item in out.parent.glob("out*.reproducer")}
     left = {item.name for item in out.parent.iterdir()} - allowed
     if outcome.code:
@@ -200,7 +244,8 @@ def _forked(action: object, work: Path, seconds: float) -> Outcome:
     for name in ("stdout", "stderr"):
         texts.append((work / name).read_text(encoding="utf-8", errors="replace"))
         (work / name).unlink()
-    return Outcome(os.waitstatus_to_exitcode(status), *texts, time.monotonic() - start, usage.ru_maxrss << 10)
+    seconds = usage.ru_utime + usage.ru_stime
+    return Outcome(os.waitstatus_to_exitcode(status), *texts, seconds, usage.ru_maxrss << 10)
 
 
 def _be_the_child(action: object, work: Path) -> None:
@@ -224,6 +269,8 @@ def _digest(folder: Path) -> str:
     """Return a digest over the names, kinds and contents of everything in a folder."""
     found = hashlib.blake2b()
     for path in sorted(folder.rglob("*")):
+        if path.suffix == ".verified":  # the stamp that a compiled folder gets when its weights were hashed
+            continue
         content = (
             path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else path.lstat().st_mode
         )

@@ -24,7 +24,8 @@ _PIPELINES = (
     "baichuan2,tp{degree=3,pad=true},int8{activations=dynamic,head=true}",
 )
 
-_OF_MODELS = (
+#: Commands that take a model.
+OF_MODELS = (
     ("print", MODEL),
     ("print", MODEL, "--canonical", "--no-fold"),
     ("print", MODEL, "--provenance"),
@@ -123,7 +124,7 @@ def subjects(*, compiler: bool, exporter: bool) -> dict[str, Subject]:
         compiler: Compile models too, which takes seconds for each.
         exporter: Export checkpoints too, which takes longer still.
     """
-    commands = (*_OF_MODELS, *_COMPILE) if compiler else _OF_MODELS
+    commands = (*OF_MODELS, *_COMPILE) if compiler else OF_MODELS
     found = [
         *(Subject(name, _graph(name), commands) for name in _GRAPHS),
         Subject("text", _text, commands),
@@ -224,7 +225,7 @@ def _library(folder: Path) -> None:
     import passopt
 
     folder.rmdir()
-    passopt.compile_model(folder.parent / "decoder", folder, passes="fuse", allow_fallback=True)
+    passopt.compile(folder.parent / "decoder", folder, passes="fuse", allow_fallback=True)
 
 
 def _checkpoint(folder: Path) -> None:

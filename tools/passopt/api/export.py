@@ -131,7 +131,7 @@ def export(
     if dtype not in DTYPES:
         raise UsageError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     if alibi == "baked" and weights == "reference":
-        raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use --weights=copy")
+        raise UsageError("a baked mask lies in no file of the checkpoint to refer to; use `weights=copy`")
     settings = ExportOptions(
         dtype=DTYPES[dtype],
         opset=opset,
@@ -228,7 +228,7 @@ def _opened(path: Path, settings: ExportOptions, weights: str) -> _Folder | _Ggu
     if path.suffix.lower() != GGUF_SUFFIX or path.is_dir():
         return _Folder(path, settings)
     if weights == "reference":
-        raise UsageError("weights of a GGUF file are dequantised and lie in no file to refer to; use --weights=copy")
+        raise UsageError("weights of a GGUF file are dequantised and lie in no file to refer to; use `weights=copy`")
     return _Gguf(path)
 
 

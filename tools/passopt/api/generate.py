@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,6 @@ from passopt.generation.open_engine import ModelFacts, open_engine, read_facts
 from passopt.generation.settings import Settings, read_settings
 from passopt.generation.tokenizer import TextStream, Tokenizer, load_tokenizer
 from passopt.ir.errors import UsageError
-from passopt.passes.framework.suggestions import unknown_name
 from passopt.reporting.reporter import SILENT, Reporter, progress_bar
 from passopt.targets.tvm.engine.available_memory import check_caches
 
@@ -203,14 +201,33 @@ class Engine:
         return self._engine.forward(ids, mask)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, on_text: OnText | None = None, **request: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        greedy: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        capacity: int | None = None,
+        on_text: OnText | None = None,
     ) -> GenerateResult:
         """Continue prompts together.
 
         Args:
             prompts: A text, or a list of prompts: texts, token ids, or conversations.
+            max_new_tokens: The largest number of new tokens for each prompt. Here and below, None stands for what the
+                model's files say.
+            greedy: Always choose the most likely token, without a repetition penalty unless one is given.
+            temperature: Sample with this temperature; smaller is closer to greedy.
+            top_k: Sample from this many of the most likely tokens; 0 for all.
+            top_p: Sample from the most likely tokens that together have this probability.
+            repetition_penalty: Above 1, make tokens less likely that were said already.
+            seed: Sample with this seed, so that every run gives the same text.
+            capacity: The number of columns of the cache; None for what is needed.
             on_text: A function that gets the number of a prompt and the next piece of its text, as tokens come.
-            **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
 
         Returns:
             The texts or token ids of all prompts, with times and the bytes of the cache.
@@ -219,7 +236,16 @@ class Engine:
             UsageError: A prompt is empty or too long, or the request contradicts itself.
             ModelError: The tokenizer or the chat format is missing or damaged, or logits are not finite.
         """
-        asked = _request(request)
+        asked = Request(
+            max_new_tokens=max_new_tokens,
+            greedy=greedy,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            capacity=capacity,
+        )
         encoded = _encoded(self._folder, _listed(prompts), asked)
         return _run(self._folder, self._engine, encoded, asked, on_text)
 
@@ -228,26 +254,40 @@ def generate(
     folder: Path | str,
     prompts: Prompt | Sequence[Prompt],
     *,
+    max_new_tokens: int | None = None,
+    greedy: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    capacity: int | None = None,
     threads: int | None = None,
     verify_weights: bool = False,
     copy_weights: bool = False,
     on_text: OnText | None = None,
     on_end: Callable[[int], None] | None = None,
     reporter: Reporter = SILENT,
-    **request: Any,
 ) -> GenerateResult:
     """Load a compiled folder, continue prompts, and let it go. What is wrong with them is told before weights are read.
 
     Args:
         folder: What `passopt.compile` has written.
         prompts: A text, or a list of prompts: texts, token ids, or conversations.
+        max_new_tokens: As for `Engine.generate`.
+        greedy: As for `Engine.generate`.
+        temperature: As for `Engine.generate`.
+        top_k: As for `Engine.generate`.
+        top_p: As for `Engine.generate`.
+        repetition_penalty: As for `Engine.generate`.
+        seed: As for `Engine.generate`.
+        capacity: As for `Engine.generate`.
         threads: As for `Engine.load`.
         verify_weights: As for `Engine.load`.
         copy_weights: As for `Engine.load`.
         on_text: A function that gets the number of a prompt and the next piece of its text, as tokens come.
         on_end: A function that gets the number of each prompt that has ended.
         reporter: Is told about progress.
-        **request: The attributes of `Request`, such as `max_new_tokens=64, greedy=True`.
 
     Returns:
         The texts or token ids of all prompts, with times and the bytes of the cache.
@@ -256,7 +296,16 @@ def generate(
         ModelError: The folder or its tokenizer is damaged, this CPU cannot run the library, or logits are not finite.
         UsageError: A prompt is empty or too long, the request contradicts itself, or there is not enough memory.
     """
-    asked = _request(request)
+    asked = Request(
+        max_new_tokens=max_new_tokens,
+        greedy=greedy,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        capacity=capacity,
+    )
     found = _Folder(Path(folder), reporter)
     asked.sampling(found.settings.sampling)
     encoded = _encoded(found, _listed(prompts), asked)
@@ -294,15 +343,6 @@ def _encoded(folder: _Folder, prompts: Sequence[Prompt], request: Request) -> _E
 
 def _is_ids(prompt: Prompt) -> bool:
     return isinstance(prompt[0], (int, np.integer))
-
-
-def _request(given: Mapping[str, Any]) -> Request:
-    """Return the request; raise UsageError for an option that does not exist."""
-    known = [field.name for field in dataclasses.fields(Request)]
-    for name in given:
-        if name not in known:
-            raise UsageError(unknown_name("option of a request", name, known))
-    return Request(**given)
 
 
 def _longest(folder: _Folder, request: Request) -> int:

@@ -61,8 +61,7 @@ class Request:
         asked = [name for name in ("temperature", "top_k", "top_p", "seed") if name in given]
         if self.greedy:
             if asked:
-                flag = asked[0].replace("_", "-")
-                raise UsageError(f"--greedy takes the most likely token; --{flag} says otherwise")
+                raise UsageError(f"`greedy` takes the most likely token; `{asked[0]}` says otherwise")
             return Sampling(repetition_penalty=given.get("repetition_penalty", 1.0))
         return dataclasses.replace(defaults, **given, do_sample=defaults.do_sample or bool(asked))
 

@@ -271,7 +271,9 @@ def refuse_existing(output: Path) -> None:
         UsageError: The folder exists.
     """
     if output.exists():
-        raise UsageError(f"{output}: output exists. Name another with -o, or remove it first; nothing was written.")
+        raise UsageError(
+            f"{output}: output exists. Name another with `output`, or remove it first; nothing was written."
+        )
 
 
 def print_text(model: ModelLike, *, fold: bool = True, canonical: bool = False) -> str:

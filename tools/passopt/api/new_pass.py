@@ -238,7 +238,7 @@ def _write(files: Mapping[Path, str], name: str, root: Path) -> list[Path]:
     golden = root / "tests" / "golden" / f"test_{module}" / "test_double_negation_goes.txt"
     for path in (*files, golden):
         if path.exists():
-            raise UsageError(f"{path}: exists; nothing was written. Choose another name or --directory.")
+            raise UsageError(f"{path}: exists; nothing was written. Choose another name or `directory`.")
     made: list[Path] = []
     try:
         for path, text in files.items():

@@ -178,7 +178,7 @@ def run(
     if output is not None and not dry_run:
         refuse_existing(output)
     if reproducer and Path(reproducer).exists():
-        raise UsageError(f"{reproducer}: exists. Name a new folder for --reproducer")
+        raise UsageError(f"{reproducer}: exists. Name a new folder for `reproducer`")
     shown = None if print_after is None else checked.texts("print_after", print_after)
     instruments = _instruments(names, shown, print_after_change, dump_dir, verify_each, reporter)
     found = changeable(model)
@@ -276,7 +276,7 @@ def stopped_after(pipeline: Resolved, name: str | None) -> Resolved:
         return pipeline
     names = [item.name for item in pipeline.passes]
     if name not in names:
-        raise UsageError("--stop-after: " + unknown_name("pass of this pipeline", name, names))
+        raise UsageError("`stop_after`: " + unknown_name("pass of this pipeline", name, names))
     count = names.index(name) + 1
     whole = set(names[:count]) - set(names[count:])
     kept = tuple(text for text in pipeline.expectations if parse_expectation(text, names).name in whole)
@@ -297,7 +297,7 @@ def _instruments(
     found: list[Instrument] = []
     for name in print_after or ():
         if name not in known:
-            raise UsageError("--print-after: " + unknown_name("pass of this pipeline", name, list(known)))
+            raise UsageError("`print_after`: " + unknown_name("pass of this pipeline", name, list(known)))
     if print_after is not None:
         found.append(PrintAfter(reporter.show, tuple(print_after)))
     if print_after_change:
@@ -309,7 +309,7 @@ def _instruments(
     if dump_dir:
         directory = Path(dump_dir)
         if directory.exists() and any(directory.iterdir()):
-            raise UsageError(f"{directory}: is not empty; name a new folder for --dump-dir")
+            raise UsageError(f"{directory}: is not empty; name a new folder for `dump_dir`")
         found.append(Dump(directory))
     return found
 

@@ -115,9 +115,9 @@ def _report(reference: ModelLike, candidate: ModelLike, settings: VerifyOptions)
     ):
         return compare(original, _graph(candidate), options=settings)
     if settings.inputs is not None:
-        raise UsageError("--input: a compiled library has a cache of its own; compare it on sampled inputs")
+        raise UsageError("`inputs`: a compiled library has a cache of its own; compare it on sampled inputs")
     if settings.layerwise:
-        raise UsageError("--layerwise: a compiled library runs as a whole; compare it without")
+        raise UsageError("`layerwise`: a compiled library runs as a whole; compare it without")
     from passopt.verification.verify_compiled import verify_compiled
 
     return verify_compiled(original, Path(candidate), settings)

@@ -79,7 +79,7 @@ def why(
     if node is None:
         return WhyResult(explain(item, found, [step.name for step in before] if within is None else item.after))
     if not isinstance(item, RewritePass):
-        raise UsageError(f"{item.name} has no rules that could be tried at a node; leave --node away")
+        raise UsageError(f"{item.name} has no rules that could be tried at a node; leave `node` away")
     return WhyResult(explain_node(item, found, node))
 
 
@@ -98,11 +98,11 @@ def _chosen(name: str | Pass, after: str | None, within: str | None) -> tuple[Se
     names = [item.name for item in pipeline.passes]
     if step.name not in names:
         outside = (
-            f"; it is no part of that pipeline: explain it after {within}, with --after"
+            f"; it is no part of that pipeline: explain it after {within}, with `after`"
             if step.name in catalog()
             else ""
         )
-        raise UsageError("--in: " + unknown_name(f"pass of {within}", step.name, names) + outside)
+        raise UsageError("`within`: " + unknown_name(f"pass of {within}", step.name, names) + outside)
     place = names.index(step.name)
     return [*before, *pipeline.passes[:place]], item if step.options else pipeline.passes[place]
 
@@ -114,9 +114,9 @@ def _single(text: str | Pass) -> Pass:
         raise UsageError(f"why takes the name of a pass, or a pass, and then the model; {text!r} is neither")
     steps = parse_steps(text)
     if len(steps) != 1:
-        raise UsageError(f"{text!r} is a pipeline; why explains one pass, the others go into --after")
+        raise UsageError(f"{text!r} is a pipeline; why explains one pass, the others go into `after`")
     if steps[0].name in PIPELINES:
         inside = ", ".join(dict.fromkeys(item.name for item in resolve(text).passes))
-        raise UsageError(f"{steps[0].name} is a pipeline; choose one of its passes with --in {text}: {inside}")
+        raise UsageError(f"{steps[0].name} is a pipeline; choose one of its passes with `within={text}`: {inside}")
     (item,) = resolve(text).passes
     return item

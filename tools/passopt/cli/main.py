@@ -20,6 +20,7 @@ from typing import Any
 
 from passopt.ir.errors import PassoptError, PluginWarning, UsageError
 from passopt.ir.version import __version__
+from passopt.terminal.flags import flags_of, with_flags
 
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -75,10 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = parser().parse_args(arguments)
+    commands = parser()
+    options = commands.parse_args(arguments)
+    options.flags = flags_of(commands, options.command)
 
     def say(message: str) -> None:
-        print(f"passopt {options.command}: {message}", file=sys.stderr)
+        print(f"passopt {options.command}: {with_flags(message, options.flags)}", file=sys.stderr)
 
     try:
         with _plugin_warnings_as_lines(say):
@@ -105,6 +108,8 @@ def _described(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError):
         return _missing(error), UsageError.exit_code
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f': {error}' if str(error) else ''}", UsageError.exit_code
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}", UsageError.exit_code
     file, line, function, _ = traceback.extract_tb(error.__traceback__)[-1]

@@ -46,6 +46,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--input",
+        dest="inputs",
         metavar="FILE",
         help="run both models on the arrays of this .npz file, one for each input by name (default: sampled inputs)",
     )
@@ -68,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
         seed=options.seed,
         max_positions=options.max_positions,
         layerwise=options.layerwise,
-        inputs=options.input,
+        inputs=options.inputs,
         reporter=Console(options.command),
     )
     if options.json:

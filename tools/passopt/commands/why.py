@@ -21,7 +21,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--after", metavar="PIPELINE", help="run these passes on the model first")
     command.add_argument(
-        "--in", dest="pipeline", metavar="PIPELINE", help="run the passes of this pipeline that stand before PASS first"
+        "--in", dest="within", metavar="PIPELINE", help="run the passes of this pipeline that stand before PASS first"
     )
     command.add_argument(
         "--limit",
@@ -37,10 +37,11 @@ def main(options: argparse.Namespace) -> int:
     """Print the near misses, nearest first; the model is not written."""
     from passopt.api.why import why
     from passopt.terminal.console import print_json
+    from passopt.terminal.flags import with_flags
 
-    found = why(options.name, options.model, node=options.node, after=options.after, within=options.pipeline)
+    found = why(options.name, options.model, node=options.node, after=options.after, within=options.within)
     if options.json:
         print_json(found.to_json())
     else:
-        print(found.to_text(options.limit))
+        print(with_flags(found.to_text(options.limit), options.flags))
     return 0

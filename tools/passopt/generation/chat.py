@@ -95,7 +95,7 @@ def baichuan_ids(
     """
     if room is not None and room < 1:
         raise UsageError(
-            "no room for a prompt beside the new tokens: ask for fewer of them, or for a larger --capacity"
+            "no room for a prompt beside the new tokens: ask for fewer of them, or for a larger `capacity`"
         )
     first = encode(messages[0].content) if messages[0].role == SYSTEM else []
     answers = messages[-1].role != ASSISTANT
@@ -176,6 +176,6 @@ def _template(folder: Path, config: dict[str, Any]) -> str:
     if not isinstance(found, str):
         raise ModelError(
             f"{folder}: has no chat format: generation_config.json names no user_token_id and assistant_token_id, "
-            f"{CONFIG_NAME} has no chat_template. Prompt without --chat."
+            f"{CONFIG_NAME} has no chat_template. Prompt without `chat`."
         )
     return found

@@ -127,7 +127,7 @@ def cache_size_for(
     needed = width + steps - 1
     if capacity is not None and capacity < needed:
         raise UsageError(
-            f"{width} prompt tokens and {steps} new ones take {needed} columns of the cache, --capacity is {capacity}. "
+            f"{width} prompt tokens and {steps} new ones take {needed} columns of the cache, `capacity` is {capacity}. "
             f"Raise it, or ask for fewer new tokens."
         )
     return CacheSize(width, steps, capacity or needed)

@@ -52,7 +52,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return load_tokenizer(path / name)
     raise ModelError(
         f"{path}: no tokenizer, neither {MODEL_NAME} nor {FAST_NAME}. Put one there; generate takes token ids as well "
-        f"(--ids), verify a tokenizer from elsewhere (--tokenizer)."
+        f"(`ids`), verify one from elsewhere (`tokenizer`)."
     )
 
 
@@ -108,13 +108,18 @@ class _SentencePiece:
             ids += [part.index] if isinstance(part, AddedToken) else map(int, self._model.encode(part))
         return ids
 
+    def _is_special(self, index: int) -> bool:
+        """Return whether an id is a special token, or only pads the vocabulary."""
+        added = self._by_index.get(index)
+        return added.special if added is not None else not 0 <= index < self._size
+
     def decode(self, ids: Sequence[int]) -> str:
-        texts: list[str] = []
-        for run in runs([int(index) for index in ids], self._by_index):
-            if not isinstance(run, AddedToken):
-                texts.append(str(self._model.decode([index for index in run if 0 <= index < self._size])))
-            elif not run.special:
-                texts.append(run.content)
+        # Special tokens are left out first: the text on both sides of one is joined as if it were not there.
+        kept = [int(index) for index in ids if not self._is_special(int(index))]
+        texts = [
+            run.content if isinstance(run, AddedToken) else str(self._model.decode(run))
+            for run in runs(kept, self._by_index)
+        ]
         return "".join(texts)
 
 

@@ -102,7 +102,7 @@ def cut_decoder(model: onnx_ir.Model) -> Cut:
         if not chains[layer]:
             raise ModelError(
                 f"cannot cut the graph before layer {layer}: no single value connects it with the layers before. "
-                f"Verify without --layerwise."
+                f"Verify without `layerwise`."
             )
     starts = [chain[-1] if chain else "" for chain in chains[:-1]]
     return Cut(model, (*starts, _end(chains)), _shared(model, kinds))

@@ -139,10 +139,8 @@ def _verify_any(
 ) -> VerifyReport:
     """Compare graphs that are no decoders, or on given inputs."""
     if options.layerwise or options.tokens:
-        option = "--layerwise" if options.layerwise else "--text"
-        raise UsageError(
-            f"{option}: is for decoders with a cache and sampled inputs; drop it, or give inputs by --input"
-        )
+        option = "`layerwise`" if options.layerwise else "`text`"
+        raise UsageError(f"{option}: is for decoders with a cache and sampled inputs; drop it, or give `inputs`")
     return verify_any(
         reference,
         candidate,

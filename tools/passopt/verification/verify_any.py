@@ -20,7 +20,6 @@ from passopt.verification.dequantised_twin import dequantised_weights, dynamic_l
 from passopt.verification.divergence import divergence, judged_rows
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.sampling.lengths import free_inputs
-from passopt.verification.sampling.samples import Fed
 from passopt.verification.sampling.trace import legal_samples
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -156,11 +155,11 @@ def _check_names(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> None:
             raise ModelError(f"the candidate has other {what}: missing {missing}, added {extra}: not the same model")
 
 
-def _sampled(model: onnx_ir.Model, session: Session, seed: int) -> list[tuple[str, dict[str, Fed]]]:
+def _sampled(model: onnx_ir.Model, session: Session, seed: int) -> list[tuple[str, dict[str, Any]]]:
     samples, problem = legal_samples(model, session, seed)
     if not samples:
         raise ModelError(
-            f"no inputs were found on which the original runs: {problem}. Give some with --input FILE.npz, "
+            f"no inputs were found on which the original runs: {problem}. Give some with `inputs=FILE.npz`, "
             f"one array for each of {', '.join(_stated(value) for value in free_inputs(model))}"
         )
     names = [str(sample.lengths) for sample in samples]
@@ -170,7 +169,7 @@ def _sampled(model: onnx_ir.Model, session: Session, seed: int) -> list[tuple[st
     ]
 
 
-def _given(model: onnx_ir.Model, given: Mapping[str, Array]) -> list[tuple[str, dict[str, Fed]]]:
+def _given(model: onnx_ir.Model, given: Mapping[str, Array]) -> list[tuple[str, dict[str, Any]]]:
     return [(GIVEN, dict(check_inputs(model, given)))]
 
 

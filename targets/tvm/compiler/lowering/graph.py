@@ -116,7 +116,7 @@ def lower(
 
     if find_decoder(model) is None:
         raise ModelError(
-            "not a decoder with input_ids and past.N.key/value [batch, heads, past, width]; export with --phase merged"
+            "not a decoder with input_ids and past.N.key/value [batch, heads, past, width]; export with `phase=merged`"
         )
     opset = int(model.graph.opset_imports.get("", 0))
     if opset < OLDEST_OPSET:
@@ -193,7 +193,7 @@ class _Lowering:
                 continue
             partner = values.get(f"past.{match[1]}.value")
             if partner is None:
-                raise ModelError(f"input {name!r} has no past.{match[1]}.value beside it; export with --phase merged")
+                raise ModelError(f"input {name!r} has no past.{match[1]}.value beside it; export with `phase=merged`")
             if in_place:
                 slots[value] = self._slot(int(match[1]), value, partner)
                 caches += [slots[value].key, slots[value].value]
@@ -295,7 +295,7 @@ class _Lowering:
         if not self.allow_fallback:
             return False
         if not alone:
-            raise ModelError(f"{self.missing[-1]}; --allow-fallback cannot help there")
+            raise ModelError(f"{self.missing[-1]}; `allow_fallback` cannot help there")
         try:
             import_node(self.at, node, self.opset)
         except Unsupported as error:
@@ -310,7 +310,7 @@ class _Lowering:
         raise ModelError(
             f"no native kernel for:\n{shown}{more}\n"
             "Try passopt compile MODEL --passes baichuan2,fold-norm-head (or fuse). `passopt why fuse-attention MODEL` "
-            "says what kept it from matching. --allow-fallback compiles anyway, slowly, and without a cache in place."
+            "says what kept it from matching. `allow_fallback` compiles anyway, slowly, and without a cache in place."
         )
 
 

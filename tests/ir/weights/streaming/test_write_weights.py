@@ -85,7 +85,7 @@ def test_nan_is_named_with_its_row_in_the_file(tmp_path):
 
 
 def test_too_little_memory_says_how_much_it_takes(tmp_path, weights):
-    with pytest.raises(UsageError, match=r"--memory 0MiB is too little: .* Give --memory \d+MiB"):
+    with pytest.raises(UsageError, match=r"`memory=0MiB` is too little: .* Give `memory=\d+MiB`"):
         write_weight_files(rank_files(tmp_path / "out", sharded(weights, 2), 2), StreamOptions(memory=1000))
 
 

@@ -35,7 +35,7 @@ def test_a_decoder_of_this_contract_is_taken(check):
     ("old", "new", "says"),
     [
         ("int64[batch,seq] input_ids", "int64[batch,seq] token_type_ids, int64[batch,seq] input_ids", "token_type_ids"),
-        ("int64[batch,seq] input_ids", "int64[batch,1] input_ids", r"\[batch,1\].*--phase merged"),
+        ("int64[batch,seq] input_ids", "int64[batch,1] input_ids", r"\[batch,1\].*`phase=merged`"),
         (PASTS, f'{PASTS}, float[batch,3,past,3] "past.1.key"', r"past\.1\.key.*\[batch,3,past,3\].*same heads"),
         (PASTS, f'{PASTS}, float[batch,2,past,4] "past.1.key"', r"past\.1\.key.*same heads, width"),
         (PASTS, f'{PASTS}, float16[batch,2,past,3] "past.1.key"', r"past\.1\.key.*FLOAT16.*type"),

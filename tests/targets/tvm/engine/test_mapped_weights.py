@@ -108,7 +108,7 @@ def test_a_damaged_tensor_is_refused_while_it_is_copied(folder: Path):
 def test_a_copy_that_does_not_fit_is_refused_before_anything_is_read(folder: Path, monkeypatch):
     monkeypatch.setattr(WeightsMap, "read", lambda *_, **__: pytest.fail("read"))
     monkeypatch.setattr(available_memory, "available_memory", lambda: 100)
-    with pytest.raises(UsageError, match=r"no memory for a copy of [\d,]+ bytes, 100 are available; leave out --copy"):
+    with pytest.raises(UsageError, match=r"a copy of [\d,]+ bytes, 100 are available; leave out `copy_weights`"):
         Engine.load(folder, copy_weights=True)
 
 
@@ -160,5 +160,5 @@ def test_no_memory_for_a_copy_is_said(folder: Path, monkeypatch):
         return mapped(file, *args, **how)
 
     monkeypatch.setattr(mapped_weights.mmap, "mmap", full)
-    with pytest.raises(UsageError, match=r"no memory for a copy of [\d,]+ bytes; leave out --copy-weights"):
+    with pytest.raises(UsageError, match=r"no memory for a copy of [\d,]+ bytes; leave out `copy_weights`"):
         Engine.load(folder, copy_weights=True)

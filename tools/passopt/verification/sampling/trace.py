@@ -21,6 +21,8 @@ from passopt.verification.sampling.values import INTEGERS, STYLES, is_natural
 
 #: The number of samples that are kept, of a model with its weights and of one without, and how many may be tried.
 _ENOUGH, _ENOUGH_LARGE, _TRIED = 10, 4, 64
+#: With fewer lengths than this, others are looked for among those that tie some symbols.
+_FEW = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +115,20 @@ def _legal(model: onnx_ir.Model, traced: _Runner, seed: int) -> list[Run]:
     for lengths in assignments(model):
         search.add(lengths)
     runs = search.runs or search.doubtful
-    if runs and len({tuple(run.sample.lengths.known.items()) for run in runs}) < 3 and symbols_of(model):
+    if runs and _are_tied(runs) and len(symbols_of(model)) > 1:
+        del runs[_FEW:]
         search.tried = 0
         for lengths in tied(model, runs[0].sample.lengths):
             search.add(lengths)
     for _ in STYLES if runs else ():
         search.add(runs[0].sample.lengths)
     return search.runs or search.doubtful
+
+
+def _are_tied(runs: Sequence[Run]) -> bool:
+    """Return whether hardly any lengths were found, or only such in which all symbols are equal."""
+    found = {tuple(run.sample.lengths.known.values()) for run in runs}
+    return len(found) < _FEW or all(len(set(lengths)) == 1 for lengths in found)
 
 
 class _Search:

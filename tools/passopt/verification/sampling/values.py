@@ -151,6 +151,7 @@ class Sampler:
         seen = np.ones((rows, total), bool)
         if style == "holes" and total:
             seen = random.integers(0, 3, (rows, total)) > 0
+            seen[:, (total - 1) // 2] = total == 1
             seen[:, -1] = True
         if style == "row" and rows:
             seen[0] = False

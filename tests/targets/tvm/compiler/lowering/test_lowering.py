@@ -237,7 +237,7 @@ def test_swish(both):
 
 def test_computed_product_is_refused_with_its_name(both):
     body = "t = Transpose <perm = [0,2,1]> (x)\n s = MatMul (y, t)\n logits = Softmax (s)"
-    with pytest.raises(ModelError, match=r"(?s)MatMul\): both sides are computed.*--allow-fallback"):
+    with pytest.raises(ModelError, match=r"(?s)MatMul\): both sides are computed.*`allow_fallback`"):
         both(body)
 
 

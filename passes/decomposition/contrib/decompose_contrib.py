@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import onnx_ir
 
 from passopt.ir.graph.builder import MICROSOFT
-from passopt.ir.graph.operators import COLLECTIVE_OPS
+from passopt.ir.graph.operators import COLLECTIVE_OPS, is_runtime_operator
 from passopt.passes.decomposition.contrib import (
     activations,
     attention,
@@ -46,6 +46,10 @@ class DecomposeContrib(DecomposePass):
 
     def expand(self, op: Rewriter, node: onnx_ir.Node) -> Sequence[onnx_ir.Value]:
         return EXPANSIONS[node.domain, node.op_type](op, node)  # type: ignore[return-value]
+
+    def takes(self, node: onnx_ir.Node, opset: int) -> bool:
+        """Leave LayerNormalization alone where it is standard."""
+        return bool(node.domain) or is_runtime_operator(node, opset)
 
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Decompose every node that has a standard form, and count why the others stay."""
