@@ -53,7 +53,9 @@ VARIANTS = {
     "fused": Variant("fuse"),
     "3 ranks": Variant("fuse,tp{degree=3}"),
     "int8 weights": Variant("fuse,int8", QuantizeWeights.accuracy.bar),
-    "int8 weights and head": Variant("fuse,int8{head=true}", QuantizeWeights.accuracy.bar, compiled=False),
+    "int8 weights, head and embedding": Variant(
+        "fuse,int8{head=true,embedding=true}", QuantizeWeights.accuracy.bar, compiled=False
+    ),
     "int8 weights and activations": Variant("fuse,int8{activations=dynamic}", QuantizeActivations.accuracy.bar),
 }
 
@@ -98,7 +100,7 @@ class Measurement:
 
     def _verify(self, name: str, folder: str) -> None:
         usage = self._passopt(
-            "verify", "export", folder, "--text", self._text, "--max-tokens", "600", allowed_to_fail=True
+            "verify", "export", folder, "--text", self._text, "--max-tokens", "384", allowed_to_fail=True
         )
         if usage.failure:
             self.failures.append(f"{name}: passopt verify {usage.failure}")
