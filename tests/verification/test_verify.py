@@ -28,12 +28,13 @@ from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checkpoints import ROTARY, evaluation_text, make_checkpoint
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 from passopt.verification import sliced_head
+from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
 from passopt.verification.divergence import divergence, judged_rows
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
-from passopt.verification.verify import NUMPY_TWIN, ORIGINAL, VerifyOptions, verify
+from passopt.verification.verify import VerifyOptions, verify
 
 FP16, BF16 = DataType.FLOAT16, DataType.BFLOAT16
 TOKENS = tuple(int(token) for token in np.random.default_rng(3).integers(0, 34, 100))

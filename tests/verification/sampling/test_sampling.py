@@ -168,4 +168,4 @@ def test_styles_of_floats():
     assert rows.max() / rows.min() > 100
     coarse = sampler(floats="coarse").sample("x", FLOAT, (40, 7))
     assert len(np.unique(coarse)) < 20
-    assert np.abs(sampler(floats="large").sample("x", FLOAT, (40, 7))).max() > 57_344, "beyond the widest 8-bit float"
+    assert np.abs(sampler(floats="huge").sample("x", FLOAT, (40, 7))).max() > 57_344, "beyond the widest 8-bit float"

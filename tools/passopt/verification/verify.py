@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,24 @@ from passopt.ir.weights.expressions import DataType
 from passopt.passes.framework.accuracy import QualityBar
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations, is_quantized
-from passopt.verification.divergence import divergence, judged_rows, logit_pairs
+from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, compare_all
+from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
 from passopt.verification.layerwise import Label, run_layerwise
 from passopt.verification.logit_store import LogitStore
+from passopt.verification.own_codes import against_own_codes, twin_tolerance
 from passopt.verification.quantised_weights import LARGEST, channel_errors
-from passopt.verification.report import PERPLEXITY, PREDICTIONS, TOP_1, Row, VerifyReport, compare, compare_perplexity
+from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
 from passopt.verification.scenarios import (
-    Observation,
     Scenario,
     make_scenarios,
     near_the_end,
     observe,
-    perplexity,
     text_windows,
     vocabulary_of,
 )
 from passopt.verification.tolerances import (
     BARS,
-    DYNAMIC_TWIN_TOLERANCE,
     TOLERANCES,
-    TWIN_TOLERANCES,
     Tolerance,
     bar_note,
     bar_of,
@@ -51,9 +47,6 @@ from passopt.verification.tolerances import (
     deep,
 )
 from passopt.verification.verify_any import verify_any
-
-ORIGINAL = "against the original"
-NUMPY_TWIN = "against its own codes, dequantised by numpy"
 
 #: Models whose graphs hold no table that limits their positions are tried up to this many positions.
 _UNLIMITED = 1 << 20
@@ -284,39 +277,11 @@ def _verify_whole(
     with LogitStore(options.scratch) as store:
         keep = store.keep if bar is not None else None
         found = observe(candidate, scenarios, session, keep)
-        rows = _against_own_codes(reference, candidate, scenarios, found, options)
+        own = options.tolerance is None
+        rows = against_own_codes(reference, candidate, scenarios, found, session, options.scratch, by_layers=own)
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
     return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
-
-
-def _against_own_codes(
-    reference: onnx_ir.Model,
-    candidate: onnx_ir.Model,
-    scenarios: Sequence[Scenario],
-    found: Sequence[Observation],
-    options: VerifyOptions,
-) -> list[Row]:
-    """Return the rows of a quantised candidate against its own codes as numbers.
-
-    Where activations are quantised, a half that rounds the other way in one layer is a large difference some layers
-    later, so layers are compared one by one, each on the activations of the original.
-    """
-    session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
-    own = _twin_tolerance(candidate) if is_quantized(candidate) else None
-    if own is None:
-        return []
-    if has_dynamic_activations(candidate) and options.tolerance is None:
-        plain = [scenario for scenario in scenarios if not scenario.scored]
-        label = Label(f"{NUMPY_TWIN}, layer by layer", own.outputs)
-        try:
-            result = run_layerwise(reference, candidate, plain, session, Label(ORIGINAL, 1.0), label, options.scratch)
-            return [row for row in result.rows if row.comparison == label.comparison]
-        except ModelError:  # a graph that is not cut into layers is compared as a whole
-            pass
-    with tempfile.TemporaryDirectory(prefix="passopt-twin-", dir=options.scratch) as folder:
-        twin = observe(dequantised_twin(candidate, Path(folder)), scenarios, session)
-    return compare_all(NUMPY_TWIN, scenarios, twin, found, deep(own, candidate))
 
 
 def _weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, bar: QualityBar | None) -> list[Row]:
@@ -327,35 +292,6 @@ def _weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, bar: Qualit
     worst = max(errors, key=lambda item: item.steps)
     note = f"output channel {worst.channel}, in steps of absmax/127; {len(errors)} weights"
     return [Row(ORIGINAL, "codes", worst.weight, worst.steps, LARGEST, note)]
-
-
-def compare_all(
-    comparison: str,
-    scenarios: Sequence[Scenario],
-    expected: Sequence[Observation],
-    found: Sequence[Observation],
-    tolerance: Tolerance,
-    bar: QualityBar | None = None,
-) -> list[Row]:
-    """Return the rows for all outputs of all scenarios, and one row for the perplexity of the text.
-
-    With a `bar`, rows for the predictions decide, and the others are only shown.
-    """
-    rows: list[Row] = []
-    for scenario, one, other in zip(scenarios, expected, found, strict=True):
-        if not scenario.scored:
-            rows += compare(comparison, scenario, one, other, tolerance.outputs)
-    both = perplexity(scenarios, expected), perplexity(scenarios, found)
-    rows += compare_perplexity(comparison, *both, tolerance.perplexity)
-    if bar is None:
-        return rows
-    pairs, source = logit_pairs(scenarios, expected, found, text=True), "text"
-    if not pairs:
-        pairs, source = logit_pairs(scenarios, expected, found, text=False), "random tokens"
-    shown = [dataclasses.replace(row, judged=False) for row in rows if row.output != TOP_1]
-    if any(one.shape != other.shape for one, other in pairs):
-        return rows
-    return judged_rows(comparison, bar, divergence(pairs), source) + shown
 
 
 def _verify_layerwise(
@@ -372,7 +308,7 @@ def _verify_layerwise(
     product.
     """
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch, fold_qdq=True)
-    own = _twin_tolerance(candidate)
+    own = twin_tolerance(candidate)
     result = run_layerwise(
         reference,
         candidate,
@@ -388,9 +324,3 @@ def _verify_layerwise(
         pieces = [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in pieces]
     ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
     return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))
-
-
-def _twin_tolerance(candidate: onnx_ir.Model) -> Tolerance:
-    if has_dynamic_activations(candidate):
-        return DYNAMIC_TWIN_TOLERANCE
-    return TWIN_TOLERANCES[decoder_of(candidate).cache_dtype]

@@ -19,15 +19,14 @@ from passopt.ir.graph.decoder import decoder_of, positions_of
 from passopt.ir.weights.expressions import DataType
 from passopt.targets.onnxruntime.session import Session
 from passopt.targets.tvm.compiled_folder import Library, RankFolders, read_library
+from passopt.verification.comparisons import ORIGINAL, compare_all
 from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
 from passopt.verification.logit_store import LogitStore
 from passopt.verification.report import PERPLEXITY, VerifyReport
 from passopt.verification.scenarios import Observation, Scenario, observe, surprise, vocabulary_of
 from passopt.verification.tolerances import TOLERANCES, Tolerance, bar_note, bar_of, chosen_tolerance
 from passopt.verification.verify import (
-    ORIGINAL,
     VerifyOptions,
-    compare_all,
     is_bf16_twin,
     runnable,
     scenarios_within,

@@ -143,6 +143,8 @@ class _Search:
         self._seed = seed
         self._enough = enough
         self._seen: set[tuple[object, ...]] = set()
+        #: Huge numbers show what narrowing makes of them. Elsewhere they only show where kernels overflow.
+        self._narrows = any(_narrows(node) for node in model.graph.all_nodes())
         self._has_integers = any(
             value.dtype is not None and value.dtype.is_integer() and not is_natural(value.name or "")
             for value in model.graph.inputs
@@ -152,6 +154,8 @@ class _Search:
         """Try lengths, in the style that is next; with plain integers, if those of the style are refused."""
         found = self.runs or self.doubtful
         style = STYLES[len(found) % len(STYLES)]
+        if style.floats == "large" and self._narrows:
+            style = dataclasses.replace(style, floats="huge")
         kinds = (style.integers, "natural", *INTEGERS) if self._has_integers else (style.integers,)
         for kind in dict.fromkeys(kinds):
             sample = made(self._model, lengths, dataclasses.replace(style, integers=kind), self._seed)
@@ -163,6 +167,17 @@ class _Search:
                 self._seen.add(_kind(sample))
                 (self.runs if _keeps_outputs(self._model, run) else self.doubtful).append(run)
                 return
+
+
+def _narrows(node: onnx_ir.Node) -> bool:
+    if node.op_type in {"CastLike", "QuantizeLinear"}:
+        return True
+    to = node.attributes.get("to")
+    return node.op_type == "Cast" and to is not None and not to.is_ref() and _is_narrow(onnx_ir.DataType(to.as_int()))
+
+
+def _is_narrow(dtype: onnx_ir.DataType) -> bool:
+    return dtype != onnx_ir.DataType.STRING and dtype.bitwidth < 16 and dtype != onnx_ir.DataType.BOOL
 
 
 def _kind(sample: Sample) -> tuple[object, ...]:

@@ -30,7 +30,7 @@ class Style:
         mask: What a mask hides: "left" and "right" are padding of different lengths per row, "none" hides nothing,
             "holes" hides single positions, "row" hides all positions of the first row.
         floats: "normal" numbers; "rows" of very different scales, so that the epsilon of a norm matters; "coarse"
-            multiples of a half, among them ties and zeros; "large" numbers beyond the range of 8-bit floats.
+            multiples of a half, among them ties and zeros; "large" numbers; "huge" ones beyond 8-bit floats.
         integers: "natural" numbers below the bound; "signed" ones; "counts" from 1 on; "inferred" targets such as
             (0, -1) and "split" targets such as (-1, 1).
         truth: The value of a boolean scalar.
@@ -98,6 +98,8 @@ class Sampler:
         if style == "coarse":
             values = np.round(values * 2) / 2
         if style == "large":
+            values = values * np.float32(20)
+        if style == "huge":
             values = values * np.float32(100 if kind.itemsize <= 2 else 50_000)
         if style == "rows" and len(shape) > 1:  # each row along the last axis has a scale of its own
             values = values * np.float32(10) ** -random.uniform(0, 4, (*shape[:-1], 1)).astype(np.float32)
