@@ -199,7 +199,8 @@ def rules_of(owner: RuleOwner) -> tuple[Rule, ...]:
         hash(owner)
     except TypeError:  # A pass with a list among its options cannot be remembered.
         return _traced.__wrapped__(owner)
-    return _traced(owner)
+    key: Any = owner
+    return _traced(key)
 
 
 @functools.lru_cache(maxsize=64)
