@@ -22,6 +22,7 @@ from passopt.frontends.probing.weightless import fake_weights
 from passopt.ir.errors import ModelError
 
 _BATCH, _SEQ, _PAST, _TOTAL = "batch", "seq", "past", "past+seq"
+_TORCH = Path(torch.__file__).parent
 #: The number of columns that a graph must hold for if the configuration names no number of positions.
 _LEAST = 16
 #: The lengths beyond which nothing is looked at, and the batches that are looked at.
@@ -109,9 +110,16 @@ def conditions(env: ShapeEnv, inputs: Mapping[str, Any], phase: str) -> Conditio
     guards: dict[Any, str] = {}
     for guard in env.guards:
         expression = env.replace(guard.expr)
-        if expression != sympy.true:
+        if expression != sympy.true and not _is_layout(guard, expression):
             guards.setdefault(expression, _place(guard))
     return Conditions(expected, list(guards.items()))
+
+
+def _is_layout(guard: Any, expression: Any) -> bool:
+    """Return whether torch itself asked if two lengths are equal, for strides and shortcuts that no graph has."""
+    frame = getattr(guard.sloc, "framework_loc", None)
+    own = isinstance(frame, traceback.FrameSummary) and _TORCH in Path(frame.filename).parents
+    return own and isinstance(expression, sympy.Ne)
 
 
 def _place(guard: Any) -> str:

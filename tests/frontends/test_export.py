@@ -31,6 +31,8 @@ from passopt.testing.checkpoints import ODD, ROTARY, CheckpointSpec, make_checkp
 # Two layers are enough to tell layers apart; the ALiBi family is to be right over a long context.
 SHORT = dataclasses.replace(ROTARY, layers=2)
 LONG = dataclasses.replace(ODD, max_positions=4096)
+#: The self-check goes over 1,024 columns, where the steepest ALiBi bias is 512: one unit in its last place is 6e-5.
+FP32_OVER_A_LONG_CONTEXT = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def test_rotary_family_agrees_with_the_stock_code(
 
 @pytest.mark.slow
 def test_alibi_family_agrees_with_the_stock_code(alibi: Checkpoint) -> None:
-    assert self_check(alibi, options(dtype=DataType.FLOAT, alibi="baked"), finish=unchanged) < 1e-5
+    assert self_check(alibi, options(dtype=DataType.FLOAT, alibi="baked"), finish=unchanged) < FP32_OVER_A_LONG_CONTEXT
 
 
 @pytest.mark.slow
@@ -175,7 +177,7 @@ def test_alibi_family_agrees_with_the_stock_code(alibi: Checkpoint) -> None:
 @pytest.mark.parametrize("phase", ["merged", "prefill", "decode"])
 def test_torchscript_agrees_with_the_stock_code(family: str, phase: Phase, request: pytest.FixtureRequest) -> None:
     settings = options(dtype=DataType.FLOAT, exporter="torchscript", phase=phase)
-    assert self_check(request.getfixturevalue(family), settings, finish=clean_up) < 1e-5
+    assert self_check(request.getfixturevalue(family), settings, finish=clean_up) < FP32_OVER_A_LONG_CONTEXT
 
 
 @pytest.mark.slow
@@ -184,7 +186,7 @@ def test_bf16_agrees_after_constants_were_folded(alibi: Checkpoint) -> None:
         FoldConstants().run(model)
         return model
 
-    assert self_check(alibi, options(dtype=DataType.BFLOAT16), finish=fold) < 1e-5
+    assert self_check(alibi, options(dtype=DataType.BFLOAT16), finish=fold) < FP32_OVER_A_LONG_CONTEXT
 
 
 @pytest.mark.slow
