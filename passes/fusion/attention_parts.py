@@ -14,6 +14,7 @@ from passopt.ir.graph.shapes import dimensions, may_be_same, same
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.base import Decline
 from passopt.passes.fusion.attention_masks import AlibiBias, Extent, chosen, lowest, split_alibi, summed
+from passopt.passes.fusion.same_length import same_length
 from passopt.passes.patterns.rules import Rewriter
 
 #: Scores at or below this are masked, whatever number an exporter chose.
@@ -124,17 +125,19 @@ class Parts:
         """
         query, key, value, y = (dimensions(item) or [] for item in (self.query, self.key, self.value, self.y))
         key = [key[axis] for axis in _TO_BHSD[self.key_layout]]
-        if not same(key[:2], value[:2]) or not same(key[:1], query[:1]) or not may_be_same(key[3:], query[3:]):
+        seq = _TO_BHSD[self.key_layout][2]
+        batches = all(same_length(self.key, 0, item, 0) for item in (self.query, self.value))
+        if not batches or not same(key[1:2], value[1:2]) or not may_be_same(key[3:], query[3:]):
             raise Decline(f"queries {query}, keys {key} and values {value} are not known to be of one batch and width")
-        if not same(key[2:3], value[2:3]):
+        if not same_length(self.key, seq, self.value, 2):
             raise Decline(f"keys {key} and values {value} are not known to be of one length")
         if not may_be_same(y, [*query[:3], value[3]]):
             raise Decline(f"{self.y.name} is {y}, broadcast from queries {query} and values {value}")
         if self.key_groups is None and key[1] not in (1, query[1]):
             raise Decline(f"{query[1]} query heads read {key[1]} key heads")
-        if self.cached:
-            pasts = [dimensions(item) or [] for item in self.past if item is not None]
-            if not same(pasts[0][2:3], pasts[1][2:3]):
+        if self.past_key is not None and self.past_value is not None:
+            if not same_length(self.past_key, 2, self.past_value, 2):
+                pasts = [dimensions(item) for item in (self.past_key, self.past_value)]
                 raise Decline(f"the cached keys are {pasts[0]}, the cached values {pasts[1]}, perhaps of other lengths")
 
     def _check_cycle(self) -> None:
