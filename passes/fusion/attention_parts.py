@@ -135,10 +135,10 @@ class Parts:
             raise Decline(f"{self.y.name} is {y}, broadcast from queries {query} and values {value}")
         if self.key_groups is None and key[1] not in (1, query[1]):
             raise Decline(f"{query[1]} query heads read {key[1]} key heads")
-        if self.past_key is not None and self.past_value is not None:
-            if not same_length(self.past_key, 2, self.past_value, 2):
-                pasts = [dimensions(item) for item in (self.past_key, self.past_value)]
-                raise Decline(f"the cached keys are {pasts[0]}, the cached values {pasts[1]}, perhaps of other lengths")
+        pasts = [item for item in self.past if item is not None]
+        if self.cached and not same_length(pasts[0], 2, pasts[1], 2):
+            keys, values = map(dimensions, pasts)
+            raise Decline(f"the cached keys are {keys}, the cached values {values}, perhaps of other lengths")
 
     def _check_cycle(self) -> None:
         """Raise Decline if something that the operator reads depends on the grown cache.

@@ -181,6 +181,15 @@ def test_heads_that_share_keys():
     assert operators[-1] == "Attention"
 
 
+def test_declines_shared_heads_of_values_of_another_batch():
+    body = "ku = Unsqueeze(k, two) kw = Expand(ku, threes) kr = Reshape(kw, wide)"
+    body += " vu = Unsqueeze(v, two) vw = Expand(vu, threes) vr = Reshape(vw, deep)"
+    body += TURN.replace("(k)", "(kr)") + MASKED.replace(TURN, "") + END.replace(", v)", ", vr)")
+    head = HEAD.replace("b,3,q,4] query", "b,6,q,4] query").replace("b,3,t,7] v", "c,3,t,7] v")
+    declined("are not known to be of one batch", body, head)
+    fused(body, head, matches=0, lengths=SIZES | {"c": 1})
+
+
 def test_one_key_head_for_all():
     fused(MASKED + END, HEAD.replace("3,t", "1,t"))
 
@@ -456,6 +465,23 @@ def test_declines_symbols_that_need_not_be_equal(changes, lengths):
         declined("are not known to be of one batch", MASKED + END, head)
         return
     fused(MASKED + END, head, matches=0, lengths=SIZES | lengths, feeds={})
+
+
+PROJECT = "{n}p = MatMul(states, w{n}) {n}r = Reshape({n}p, zeros) {n} = Transpose <perm = [0, 2, 1, 3]> ({n}r) "
+
+
+@pytest.mark.parametrize("name", ["?", "positions"])
+@pytest.mark.parametrize("others", ["states", "more"])
+def test_lengths_without_names_are_equal_if_they_come_from_one_value(name, others):
+    """Keys and values of the same states are of one batch and length, whatever the states are multiplied with."""
+    body = "".join(PROJECT.format(n=n) for n in "kv").replace("(states, wv)", f"({others}, wv)")
+    head = f"g (float[?,3,q,4] query, float[?,{name},5] states, float[?,?,5] more) => (float[] y)"
+    head = head.replace("?", "b", 1).replace("[?", "[b") if name == "positions" else head
+    source = text(body + SCORES.replace("scaled =", "masked =") + END, head).replace(
+        "<float scale", "<float[5,12] wk = random, float[5,12] wv = random, int64[4] zeros = {0, 0, 3, 4}, float scale"
+    )
+    result = FuseAttention().run(read_model(source))
+    assert result.matches == (1 if (name, others) == ("positions", "states") else 0), result.declines
 
 
 def test_declines_caches_of_two_lengths():
