@@ -19,6 +19,7 @@ from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import attributes_key
 from passopt.ir.graph.functions import DOMAIN, grown, infer_function_types
 from passopt.ir.graph.operators import COLLECTIVE_OPS, infer_contrib_types, is_runtime_operator
+from passopt.ir.graph.provenance import called
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
 
@@ -261,7 +262,7 @@ def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
         raise VerifyError(
-            f"{node.op_type} {node.name!r}: no such operator in opset {opset}; if a later one has it, run legalize"
+            f"{called(node)}: no such operator in opset {opset}; if a later one has it, run legalize"
         ) from None
     opsets = [onnx.helper.make_opsetid("", opset)]
     proto = onnx_ir.serde.serialize_node(node)
@@ -269,7 +270,7 @@ def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
         found = shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=opsets)
     except (shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         inputs = [f"{v.name}: {v.dtype} {v.shape}" for v in node.inputs if v is not None]
-        raise VerifyError(f"{node.op_type} {node.name!r} does not fit its inputs {inputs}: {error}") from error
+        raise VerifyError(f"{called(node)} does not fit its inputs {inputs}: {error}") from error
     return [_read_type(found.get(value.name or "")) for value in node.outputs]
 
 

@@ -16,6 +16,19 @@ MODULE = "passopt.module"
 SOURCE = "passopt.source"
 
 
+def called(node: onnx_ir.Node) -> str:
+    """Return the operator of a node and its name, or what it makes if it has no name, as many files' nodes have none.
+
+    Args:
+        node: The node.
+
+    Returns:
+        Such as ``Gelu 'act'``, or ``Gelu that makes 'y'``.
+    """
+    made = next((value.name for value in node.outputs if value.name), None)
+    return f"{node.op_type} {node.name!r}" if node.name or not made else f"{node.op_type} that makes {made!r}"
+
+
 def set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.Node]) -> None:
     """Record that the pass `author` made `node` from `origins`, and pass their names, passes, modules and lines on."""
     node.metadata_props.update(provenance_of(author, origins))

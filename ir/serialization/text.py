@@ -220,24 +220,32 @@ def _dim(dim: int | onnx_ir.SymbolicDim) -> str:
 
 
 def _quoted(name: str | None) -> str:
-    return name if name and _IDENTIFIER.match(name) else f'"{name or ""}"'
+    return name if name and _IDENTIFIER.match(name) else _quoted_string(name or "")
 
 
 def _initializer(value: onnx_ir.Value) -> str:
     tensor = value.const_value
     declared = f"   {_type(value)} {_quoted(value.name)}"
     is_short = tensor is not None and not isinstance(tensor, LazyWeight) and tensor.size <= INLINE_ELEMENTS
-    if tensor is not None and is_short and tensor.dtype not in _WITHOUT_LITERALS:
+    if tensor is not None and is_short and tensor.dtype not in _WITHOUT_LITERALS and not _holds_bytes(tensor):
         return f"{declared} = {{{_elements(tensor)}}}"
     expression = expression_of(value)
     assert expression is not None
     return f'{declared} = ["digest": "{expression.digest()}"]'
 
 
+def _holds_bytes(tensor: onnx_ir.TensorProtocol) -> bool:
+    """Return whether texts of a tensor are bytes that no text can hold: other codes than UTF-8, or a zero."""
+    if tensor.dtype != onnx_ir.DataType.STRING:
+        return False
+    strings: list[bytes] = tensor.string_data()  # type: ignore[attr-defined]
+    return any(b"\0" in item or item.decode(errors="replace").encode() != item for item in strings)
+
+
 def _elements(tensor: onnx_ir.TensorProtocol) -> str:
     if tensor.dtype == onnx_ir.DataType.STRING:
         strings: list[bytes] = tensor.string_data()  # type: ignore[attr-defined]
-        return ",".join(_quoted_string(item.decode(errors="replace")) for item in strings)
+        return ",".join(_quoted_string(item.decode()) for item in strings)
     if tensor.dtype.bitwidth <= 8 and tensor.dtype not in _WHOLE_BYTES:
         return ",".join(str(byte) for byte in tensor.tobytes())  # The parser takes these as they are packed.
     array = tensor.numpy().reshape(-1)

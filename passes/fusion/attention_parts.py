@@ -181,7 +181,7 @@ class Parts:
                 raise Decline(f"{repeated.name} {flat} does not come from repeated heads {wide}")
             if wide[1] * wide[2] != flat[1] or flat[1] != (dimensions(self.query) or [])[1]:  # type: ignore[operator]
                 raise Decline(f"{wide[1]} heads, each {wide[2]} times, are not the heads of {self.query.name}")
-            once = dimensions(spread.producer().inputs[0]) or []  # type: ignore[union-attr]
+            once = dimensions(spread.producer().inputs[0]) or []  # type: ignore[union-attr, arg-type]
             if not same([once[0], *once[3:]], [wide[0], *wide[3:]]) or not same(
                 [flat[0], *flat[2:]], [wide[0], *wide[3:]]
             ):

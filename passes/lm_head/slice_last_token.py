@@ -13,6 +13,7 @@ from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.linears import Linear, find_dynamic_linear
 from passopt.ir.graph.lm_head import head_path
+from passopt.ir.graph.provenance import called
 from passopt.ir.graph.shapes import complete_types
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.framework.base import Pass
@@ -97,11 +98,11 @@ def _other_operand(path: Sequence[onnx_ir.Node]) -> str | None:
     """
     for before, node in itertools.pairwise(path):
         if node.op_type == "Slice" and _selects_positions(node):
-            return f"{node.name} picks positions of the logits"
+            return f"{called(node)} picks positions of the logits"
         for value in node.inputs:
             if value is None or value is before.outputs[0]:
                 continue
-            where = f"{node.op_type} {node.name!r} after the head reads {value.name}"
+            where = f"{called(node)} after the head reads {value.name}"
             tensor = constant_tensor(value)
             if tensor is None:
                 return f"{where}, which has a value per position"

@@ -10,7 +10,7 @@ import onnx_ir
 
 from passopt.ir.errors import PassError
 from passopt.ir.graph.builder import Builder
-from passopt.ir.graph.provenance import set_provenance
+from passopt.ir.graph.provenance import called, set_provenance
 
 #: What to do about a node whose dtypes or attributes depend on the call of the function that it stands in.
 INLINE = "Run inline-functions first."
@@ -27,9 +27,7 @@ def refuse(node: onnx_ir.Node, given: int, wanted: int, reason: str, advice: str
         advice: The next step, as a sentence; by default, to stay at the opset that the node has.
     """
     advice = advice or f"Change that node, or stay at opset {given}: legalize{{opset={given}}}."
-    raise PassError(
-        f"legalize: {node.op_type} {node.name!r} cannot go from opset {given} to {wanted}: {reason}. {advice}"
-    )
+    raise PassError(f"legalize: {called(node)} cannot go from opset {given} to {wanted}: {reason}. {advice}")
 
 
 class Step:

@@ -16,6 +16,7 @@ import onnx_ir
 from passopt.ir.dtypes import DTYPES, MODEL_FLOATS, OPSET_OF_HALF_SCALES
 from passopt.ir.errors import PassError
 from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.provenance import called
 from passopt.ir.serialization.inference import complete_all_types, forget_types
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.lazy_weight import LazyWeight, constant_tensor, is_checkpoint_weight
@@ -79,7 +80,7 @@ class CastModel(Pass):
             too_old = target != DataType.FLOAT and editor.opset < OPSET_OF_HALF_SCALES
             if too_old and node.op_type == "DequantizeLinear" and not node.domain:
                 raise PassError(
-                    f"{self.name}: {node.name!r}: DequantizeLinear takes 16-bit scales from opset "
+                    f"{self.name}: {called(node)} takes 16-bit scales from opset "
                     f"{OPSET_OF_HALF_SCALES} on, this model has {editor.opset}. Run legalize first."
                 )
 

@@ -17,7 +17,7 @@ import onnx_ir
 
 from passopt.ir.errors import PassError
 from passopt.ir.graph.decoder import find_decoder
-from passopt.ir.graph.provenance import MODULE
+from passopt.ir.graph.provenance import MODULE, called
 from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.sharding.axes import ndim_of, products
 from passopt.passes.sharding.placement import (
@@ -332,4 +332,4 @@ _WEIGHT_PATH = frozenset(
 def describe(node: onnx_ir.Node) -> str:
     """Return the operator and name of a node and, if known, the module of the original model that it comes from."""
     module = node.metadata_props.get(MODULE)
-    return f"{node.op_type} {node.name!r}" + (f" in {module}" if module else "")
+    return called(node) + (f" in {module}" if module else "")

@@ -125,5 +125,5 @@ def is_read_at(node: onnx_ir.Node, index: int) -> bool:
 def _mask_index(op: Any, ids: onnx_ir.Value, mask: onnx_ir.Value | None) -> Any:
     """Return how many columns of each row the mask shows, or 0 without a mask, as int32 [b]."""
     if mask is None:
-        return op.Mul(op.Cast(op.Squeeze(op.Slice(ids, [0], [1], [1]), [1]), to=6), np.int32(0))
+        return op.Expand(np.zeros(1, np.int32), op.Slice(op.Shape(ids), [0], [1], [0]))  # There may be no column.
     return op.ReduceSum(op.Cast(op.Equal(mask, np.int32(1)), to=6), [1], keepdims=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir
 import pytest
 
-from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, absorb_provenance, set_provenance
+from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE, SOURCE, absorb_provenance, called, set_provenance
 from passopt.ir.serialization.model_files import load_model, save_reference
 from passopt.ir.serialization.text_files import read_model
 from passopt.passes.pipeline.runner import run_passes
@@ -104,3 +104,11 @@ def test_it_survives_merging_passes_and_the_file(tmp_path):
         SOURCE: "m.py:10-11",
     }
     assert all(SOURCE in item.metadata_props for item in others)
+
+
+def test_a_node_without_a_name_is_called_by_what_it_makes():
+    made = onnx_ir.Value(name="y")
+    assert called(onnx_ir.Node("", "Gelu", [], outputs=[made], name="act")) == "Gelu 'act'"
+    nameless = onnx_ir.Node("", "Gelu", [], outputs=[onnx_ir.Value(name="z")])
+    nameless.name = None
+    assert called(nameless) == "Gelu that makes 'z'"

@@ -322,3 +322,31 @@ def test_a_digest_is_no_tensor():
     text = HEADER + 'g (float[3] x) => (float[3] y) <float[3] w = ["digest": "6c5a82b6ec70"]> { y = Add(x, w) }'
     with pytest.raises(ModelError, match=r"digests in place of the numbers of w, .* use the model\.onnx"):
         parse_model(text)
+
+
+def test_names_with_quotes_and_backslashes_parse_back():
+    names = ['a"b', "c\\d", 'n"m']
+    text = """<ir_version: 10, opset_import: ["" : 18]> g (float[N] x) => (float[N] y) { y = Relu(x) }"""
+    model = parse_model(text)
+    model.graph.name = names[1]
+    model.graph.inputs[0].name = names[0]
+    model.graph.inputs[0].shape = onnx_ir.Shape([names[2]])
+    again = parse_model(print_model(model))
+    assert [again.graph.name, again.graph.inputs[0].name, again.graph.inputs[0].shape[0].value] == [
+        *names[1::-1],
+        names[2],
+    ]
+    assert again.graph[0].inputs[0] is again.graph.inputs[0]
+
+
+@pytest.mark.parametrize("item", [b"\xff\xfe", b"a\0b"])
+def test_bytes_that_are_no_text_are_shown_by_their_digest(item):
+    """As text they would be others, so what parses is only what parses back."""
+    model = parse_model(
+        '<ir_version: 10, opset_import: ["" : 18]> g () => (string[2] y) <string[2] s = {"a", "b"}> { y = Identity(s) }'
+    )
+    assert list(parse_model(print_model(model)).graph.initializers["s"].const_value.string_data()) == [b"a", b"b"]
+    model.graph.initializers["s"].const_value = onnx_ir.StringTensor([item, b"b"], shape=onnx_ir.Shape([2]), name="s")
+    assert '"digest"' in print_model(model)
+    with pytest.raises(ModelError, match="digests in place of the numbers of s"):
+        parse_model(print_model(model))

@@ -135,6 +135,14 @@ def test_embed_layer_normalization(opset, call, outputs):
     decomposed(text, opset, feeds=feeds)
 
 
+def test_embed_layer_normalization_of_no_positions():
+    """Without a mask, each row of the mask index is 0, also where there is no column to count."""
+    text = f"""g (int32[b,s] ids, {EMBED}) => (float[b,s,8] y, int32[b] m) {{
+        y, m = com.microsoft.EmbedLayerNormalization <epsilon = 0.01> (ids, "", words, places, "", w, b) }}"""
+    for batch, steps in ((2, 0), (0, 3), (1, 1), (3, 4)):
+        decomposed(text, feeds={"ids": ids(batch, steps)}, lengths={"b": batch, "s": steps})
+
+
 # Products
 
 

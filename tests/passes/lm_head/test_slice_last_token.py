@@ -157,7 +157,7 @@ def test_declines_a_slice_of_positions():
     text = text.replace(
         "float[5] b = {1, 2, 3, 4, 5}", "int64[1] zero = {0}, int64[1] three = {3}, int64[1] axis = {1}"
     )
-    assert declined(text) == "cut picks positions of the logits"
+    assert declined(text) == "Slice 'cut' picks positions of the logits"
 
 
 def test_types_that_the_model_does_not_state_are_found():
