@@ -290,9 +290,12 @@ def merged_shapes(stated: onnx_ir.Shape | None, inferred: onnx_ir.Shape | None) 
 
 
 def _complete_target(node: onnx_ir.Node) -> None:
-    """Set the output shape of a Reshape, Expand or Slice from its target or axes, where inference gave up on them."""
+    """Set the output shape of a Reshape, Expand, Slice or Range from what it reads, where inference gave up on it."""
     if node.op_type == "Slice":
         _complete_slice(node)
+        return
+    if node.op_type == "Range":
+        _complete_range(node)
         return
     if node.op_type not in {"Reshape", "Expand"} or _is_complete(node.outputs[0]):
         return
@@ -302,8 +305,9 @@ def _complete_target(node: onnx_ir.Node) -> None:
     before, output = dimensions(source), node.outputs[0]
     if node.op_type == "Reshape":
         keeps_zero = "allowzero" in node.attributes and bool(node.attributes["allowzero"].as_int())
+        empty = {dim for dim in target if isinstance(dim, str) and _is_empty_with(dim, source)}
         dims = [
-            dim if keeps_zero and dim == 0 else _reshaped(target, before, axis, is_sure=keeps_zero)
+            dim if keeps_zero and dim == 0 else _reshaped(target, before, axis, is_sure=keeps_zero or dim in empty)
             for axis, dim in enumerate(target)
         ]
         if target.count(-1) == 1:
@@ -314,6 +318,15 @@ def _complete_target(node: onnx_ir.Node) -> None:
         aligned = [1] * (len(target) - len(before)) + before
         dims = [_expanded(dim, other) for dim, other in zip(target, aligned, strict=True)]
     output.shape = merged_shapes(output.shape, onnx_ir.Shape(dims)) if output.shape is not None else onnx_ir.Shape(dims)
+
+
+def _complete_range(node: onnx_ir.Node) -> None:
+    """Set the length of a Range from 0 on in steps of 1, which is its limit, if that is a length itself."""
+    steps = [small_constant(node.inputs[index]) for index in (0, 2)]
+    length = single_length(node.inputs[1])
+    counts = [array is not None and array.size == 1 and array.item() == wanted for array, wanted in zip(steps, (0, 1))]
+    if all(counts) and isinstance(length, str) and not _is_complete(node.outputs[0]):
+        node.outputs[0].shape = onnx_ir.Shape([length])
 
 
 def _reshaped(
@@ -344,6 +357,19 @@ def _vanishes(length: str, before: Sequence[Dimension], target: Sequence[Dimensi
         return False
     (one, symbols), (other, wanted) = map(_factors, others)
     return one != other and sorted(symbols) == sorted(wanted)
+
+
+def _is_empty_with(length: str, value: onnx_ir.Value) -> bool:
+    """Return whether a tensor is surely empty wherever a symbolic length is 0, as it was before it was reshaped."""
+    for _ in range(_LONGEST):
+        if is_zero_with(length, dimensions(value) or []):
+            return True
+        node = value.producer()
+        source = node.inputs[0] if node is not None and not node.domain and node.inputs else None
+        if node is None or source is None or node.op_type not in {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}:
+            return False
+        value = source
+    return False
 
 
 def is_zero_with(length: str, dims: Sequence[Dimension]) -> bool:

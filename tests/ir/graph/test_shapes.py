@@ -260,3 +260,23 @@ def test_a_slice_keeps_the_axes_that_it_does_not_cut():
     assert str(found["s"].shape) == "[batch,None,6]"
     found = values(text + "{ s = Slice(x, zero, n) y = Relu(s) }")
     assert "seq" not in str(found["s"].shape)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [("i0, n, i1", "[batch]"), ("i1, n, i1", "[?]"), ("i0, n, i2", "[?]"), ("i0, m, i1", "[?]")],
+)
+def test_a_range_up_to_a_length_is_as_long(call, expected):
+    """With another start or step, or with a limit that is computed, it is not known to be."""
+    text = f"""g (float[batch,seq] x) => (int64[k] y) <int64 i0 = {{0}}, int64 i1 = {{1}}, int64 i2 = {{2}}> {{
+        s = Shape(x) n = Gather(s, i0) m = Add(n, i1) v = Range({call}) y = Neg(v) }}"""
+    assert str(values(text)["v"].shape).replace("None", "?") == expected
+
+
+@pytest.mark.parametrize(("dims", "expected"), [("batch,seq", "[batch,1,?]"), ("rows,seq", "[?,1,?]")])
+def test_a_symbol_of_a_target_is_believed_if_the_tensor_was_empty_with_it(dims, expected):
+    """Whoever flattens a tensor hides its lengths; it is empty all the same if the batch is 0."""
+    text = f"""g (float[{dims}] x, float[batch,3] z) => (float[k,m,n] y)
+        <int64[1] all = {{-1}}, int64[2] rest = {{1, -1}}> {{
+        f = Reshape(x, all) b = Shape<end=1>(z) t = Concat<axis=0>(b, rest) v = Reshape(f, t) y = Neg(v) }}"""
+    assert str(values(text)["v"].shape).replace("None", "?") == expected
