@@ -212,7 +212,10 @@ def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -
 
 
 def _inference_key(node: onnx_ir.Node, opset: int) -> Hashable | None:
-    """Return a key of everything that inference looks at; None for a node with subgraphs, which may read any value."""
+    """Return a key of everything that inference looks at; None if that is more than tensors and attributes.
+
+    A node with subgraphs may read any value.
+    """
     attributes: list[Hashable] = []
     for item in node.attributes.data.values():
         content = item.value
@@ -229,6 +232,8 @@ def _inference_key(node: onnx_ir.Node, opset: int) -> Hashable | None:
         if value is None:
             inputs.append(None)
             continue
+        if not isinstance(value.type, onnx_ir.TensorType):
+            return None
         data = _shape_data(value)
         dims = None if value.shape is None else tuple(_dim(dim) for dim in value.shape.dims)
         inputs.append((value.dtype, dims, None if data is None else (data.shape, data.tobytes())))
@@ -287,6 +292,8 @@ def _infer_cache(node: onnx_ir.Node) -> None:
 
 
 def _type_proto(value: Value) -> onnx.TypeProto:
+    if not isinstance(value.type, onnx_ir.TensorType):  # The dtype of a sequence is that of its elements.
+        return onnx_ir.serde.serialize_value(value).type
     assert value.dtype is not None
     shape = None if value.shape is None else [_dim(dim) for dim in value.shape.dims]
     return onnx.helper.make_tensor_type_proto(value.dtype.value, shape)

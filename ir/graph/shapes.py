@@ -469,12 +469,22 @@ def _remaining(before: list[Dimension] | None, after: list[Dimension]) -> Dimens
     return _multiple(total // known, names[0]) if names and total != known else names[0] if names else total // known
 
 
-def fits(found: Sequence[Dimension], wanted: Sequence[Dimension]) -> bool:
-    """Return whether two shapes may be the same one.
+def same(found: Sequence[Dimension], wanted: Sequence[Dimension]) -> bool:
+    """Return whether two shapes are known to be the same: as many axes, and each an equal number or an equal symbol.
 
-    They may not if they have different numbers of axes, if two lengths are different numbers, or if one length is 1 and
-    the other is not, since that would broadcast. An exporter may leave a length out or make up a name for it, so
-    otherwise None and symbols fit any length.
+    Symbols of different names may be different lengths, and one of them may be 1, which broadcasts. So may a length
+    that is unknown, and two unknown lengths are not the same either.
+    """
+    return len(found) == len(wanted) and all(
+        one is not None and one == other for one, other in zip(found, wanted, strict=True)
+    )
+
+
+def may_be_same(found: Sequence[Dimension], wanted: Sequence[Dimension]) -> bool:
+    """Return whether nothing denies that two shapes are the same one; this proves nothing.
+
+    It is denied if they have different numbers of axes, if two lengths are different numbers, or if one length is 1 and
+    the other has a name, since that would broadcast.
     """
     if len(found) != len(wanted):
         return False

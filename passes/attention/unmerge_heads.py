@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import Dimension, dimensions
+from passopt.ir.graph.shapes import Dimension, dimensions, same
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -50,8 +50,8 @@ def _parts_heads(inner: list[Dimension], outer: list[Dimension]) -> bool:
     """
     if len(inner) != 3:
         return False
-    same = [before is not None and before == after for before, after in zip(inner[1:], outer[2:])]
-    return all(same) or (any(same) and inner[0] == f"{outer[1]}*{outer[0]}")
+    equal = [before is not None and before == after for before, after in zip(inner[1:], outer[2:])]
+    return all(equal) or (any(equal) and inner[0] == f"{outer[1]}*{outer[0]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class _Unmerging:
     ) -> onnx_ir.Value:
         """Return `source`, which a Reshape merged into `value`, as [batch, heads, *rest]."""
         before = dimensions(source) or [] if source is not None else []
-        if before == [self.batch, self.heads, *rest]:
+        if before[:1] == [self.batch] and same(before[1:], [self.heads, *rest]):
             assert source is not None
             return source
         if None in before:

@@ -111,6 +111,8 @@ def _require_plain(node: onnx_ir.Node, arrays: Mapping[str, Array]) -> None:
     integers = [array for array in values if array.dtype.kind in "iu"]
     if node.op_type in {"Div", "Mod"} and integers and not integers[-1].all():
         raise NotEvaluated("it divides an integer by 0")
+    if node.op_type == "NonZero" and not values[0].ndim:
+        raise NotEvaluated("it looks for places in a scalar, of which onnxruntime gives one axis and ONNX none")
     if node.op_type == "Range" and any(_is_fraction(array) for array in values):
         raise NotEvaluated("it adds up fractions, which rounds in different ways")
     if node.op_type in {"Cast", "CastLike"}:

@@ -250,12 +250,15 @@ _SIZE_ARITHMETIC = frozenset(
 def _unify_sizes(editor: Editor) -> int:
     """Read a length that several graph inputs share from the first of these; return how many nodes changed.
 
-    An exporter reads it from any of them, and not always from the same one.
+    An exporter reads it from any of them, and not always from the same one. An input with a default value is none of
+    them: if it is not fed, its default has a length of its own. Nor is a sequence, whose elements have lengths.
     """
     places: dict[str, tuple[onnx_ir.Value, int]] = {}
     if editor.opset < 15:
         return 0  # before opset 15, Shape cannot give a single axis
     for value in editor.graph.inputs:
+        if value.is_initializer() or not isinstance(value.type, onnx_ir.TensorType):
+            continue
         for axis, dim in enumerate(dimensions(value) or []):
             if isinstance(dim, str):
                 places.setdefault(dim, (value, axis))

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.dtypes import MODEL_FLOATS
-from passopt.ir.graph.shapes import Dimension, dimensions
+from passopt.ir.graph.shapes import Dimension, dimensions, same
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.framework.base import Decline
 
@@ -159,7 +159,7 @@ def _slopes_times_positions(op: Any, value: onnx_ir.Value, heads: int) -> AlibiB
     if node is not None and node.op_type in {"Unsqueeze", "Reshape"} and not _leads(node):
         inner, dims = node.inputs[0], dimensions(value) or []
         before = dimensions(inner) or [] if inner is not None else []
-        if inner is None or len(before) != 3 or len(dims) != 4 or dims[2] != 1 or before != [dims[0], dims[1], dims[3]]:
+        if inner is None or len(dims) != 4 or dims[2] != 1 or not same(before, [dims[0], dims[1], dims[3]]):
             return None
         node, rows = inner.producer(), False
     if node is None or node.op_type != "Mul":

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions, fits
+from passopt.ir.graph.shapes import dimensions, may_be_same, same
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.base import Decline
 from passopt.passes.fusion.attention_masks import AlibiBias, Extent, chosen, lowest, split_alibi, summed
+from passopt.passes.fusion.same_length import same_length
 from passopt.passes.patterns.rules import Rewriter
 
 #: Scores at or below this are masked, whatever number an exporter chose.
@@ -117,22 +118,27 @@ class Parts:
         self._check_cycle()
 
     def _check_lengths(self) -> None:
-        """Raise Decline where the spelled-out form broadcasts and the operator would not.
+        """Raise Decline where the spelled-out form broadcasts, or may do so, and the operator would not.
 
-        Products and sums broadcast on any axis. The operator broadcasts heads only, and a mask over batch and heads.
+        Products and sums broadcast on any axis. The operator broadcasts heads only, and a mask over batch and heads. So
+        lengths must be known to be equal, except for the width, over which a product sums up.
         """
         query, key, value, y = (dimensions(item) or [] for item in (self.query, self.key, self.value, self.y))
         key = [key[axis] for axis in _TO_BHSD[self.key_layout]]
-        if not fits(key[:3], value[:3]) or not fits([key[0], key[3]], [query[0], query[3]]) or key[1] != value[1]:
-            raise Decline(f"queries {query}, keys {key} and values {value} are not of one batch, length and width")
-        if not fits(y, [*query[:3], value[3]]):
+        seq = _TO_BHSD[self.key_layout][2]
+        batches = all(same_length(self.key, 0, item, 0) for item in (self.query, self.value))
+        if not batches or not same(key[1:2], value[1:2]) or not may_be_same(key[3:], query[3:]):
+            raise Decline(f"queries {query}, keys {key} and values {value} are not known to be of one batch and width")
+        if not same_length(self.key, seq, self.value, 2):
+            raise Decline(f"keys {key} and values {value} are not known to be of one length")
+        if not may_be_same(y, [*query[:3], value[3]]):
             raise Decline(f"{self.y.name} is {y}, broadcast from queries {query} and values {value}")
         if self.key_groups is None and key[1] not in (1, query[1]):
             raise Decline(f"{query[1]} query heads read {key[1]} key heads")
-        if self.cached:
-            pasts = [dimensions(item) or [] for item in self.past if item is not None]
-            if not fits(pasts[0][:3], pasts[1][:3]):
-                raise Decline(f"the cached keys are {pasts[0]}, the cached values {pasts[1]}")
+        pasts = [item for item in self.past if item is not None]
+        if self.cached and not same_length(pasts[0], 2, pasts[1], 2):
+            keys, values = map(dimensions, pasts)
+            raise Decline(f"the cached keys are {keys}, the cached values {values}, perhaps of other lengths")
 
     def _check_cycle(self) -> None:
         """Raise Decline if something that the operator reads depends on the grown cache.
@@ -175,8 +181,11 @@ class Parts:
                 raise Decline(f"{repeated.name} {flat} does not come from repeated heads {wide}")
             if wide[1] * wide[2] != flat[1] or flat[1] != (dimensions(self.query) or [])[1]:  # type: ignore[operator]
                 raise Decline(f"{wide[1]} heads, each {wide[2]} times, are not the heads of {self.query.name}")
-            if not fits([flat[0], *flat[2:]], [wide[0], *wide[3:]]):
-                raise Decline(f"{repeated.name} {flat} has other axes than the repeated heads {wide}")
+            once = dimensions(spread.producer().inputs[0]) or []  # type: ignore[union-attr]
+            if not same([once[0], *once[3:]], [wide[0], *wide[3:]]) or not same(
+                [flat[0], *flat[2:]], [wide[0], *wide[3:]]
+            ):
+                raise Decline(f"{repeated.name} {flat} may have other axes than the repeated heads {wide} of {once}")
 
     def plain_key(self, op: Rewriter) -> onnx_ir.Value:
         """Return the keys of this step as [b, h_kv, kv, d]."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.graph.shapes import dimensions, same
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -138,9 +138,9 @@ def _vector(op: Rewriter, value: onnx_ir.Value, x: onnx_ir.Value, role: str) -> 
     """Return a factor or bias as [width]; raise Decline unless it is one number for each channel."""
     dims, width = dimensions(value), (dimensions(x) or [None])[-1]
     ndim = len(dimensions(x) or [])
-    if not dims or dims[-1] != width or len(dims) > ndim or any(dim != 1 for dim in dims[:-1]):
-        raise Decline(f"the {role} {value.name} {dims} is not a vector of the {width} channels of {x.name}")
-    made: onnx_ir.Value = value if len(dims) == 1 else op.Reshape(value, [width])
+    if not dims or not same(dims[-1:], [width]) or len(dims) > ndim or any(dim != 1 for dim in dims[:-1]):
+        raise Decline(f"the {role} {value.name} {dims} is not known to be a vector of the {width} channels of {x.name}")
+    made: onnx_ir.Value = value if len(dims) == 1 else op.Reshape(value, [width if isinstance(width, int) else -1])
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions, fits
+from passopt.ir.graph.shapes import dimensions, same
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
@@ -116,10 +116,10 @@ def _table(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> tuple[onnx_ir.Val
     Raises Decline if the shape is another, or if the halves are not known to be equal.
     """
     dims, wanted = dimensions(value) or [], dimensions(x) or []
-    if len(dims) != 4 or dims[1] != 1 or dims[3] != wanted[3] or not fits(dims[2:3], wanted[2:3]):
-        raise Decline(f"{value.name} {dims} is not {[wanted[0], 1, *wanted[2:]]}")
-    if dims[0] != 1 and not fits(dims[:1], wanted[:1]):
-        raise Decline(f"{value.name} {dims} is of another batch than {x.name} {wanted}")
+    if len(dims) != 4 or dims[1] != 1 or not same(dims[2:], wanted[2:]):
+        raise Decline(f"{value.name} {dims} is not known to be {[wanted[0], 1, *wanted[2:]]}")
+    if dims[0] != 1 and not same(dims[:1], wanted[:1]):
+        raise Decline(f"{value.name} {dims} may be of another batch than {x.name} {wanted}")
     angles = _before_unsqueeze(op, value)
     looked_up = angles.producer() if angles is not None else None
     if looked_up is not None and looked_up.op_type == "Gather" and _takes_rows(looked_up):
@@ -136,7 +136,9 @@ def _takes_rows(gather: onnx_ir.Node) -> bool:
 
 def _for_every_batch(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> onnx_ir.Value:
     """Expand angles [b, s, h] or ids [b, s] to the batch of x, as the operator does not broadcast; ids become int64."""
-    dims, batch = dimensions(value) or [], (dimensions(x) or [])[0]
+    dims, batch = dimensions(value) or [None], (dimensions(x) or [])[0]
+    if dims[0] != 1 and not same(dims[:1], [batch]):
+        raise Decline(f"{value.name} {dims} may be of another batch than {x.name} {dimensions(x)}")
     if value.dtype == onnx_ir.DataType.INT32:
         value = op.Cast(value, to=onnx_ir.DataType.INT64.value)
     if dims[0] == 1 and batch != 1:

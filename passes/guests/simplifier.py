@@ -12,7 +12,7 @@ import onnxsim  # type: ignore[import-untyped]
 from passopt.ir.errors import PassError
 from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.framework.records import PassResult
-from passopt.passes.guests.foreign_names import hide_foreign_names, show_foreign_names
+from passopt.passes.guests.foreign_names import has_negative_zero, hide_foreign_names, show_foreign_names
 from passopt.passes.guests.restore_metadata import Snapshot, take_over
 from passopt.passes.guests.weight_handles import (
     LOCATION,
@@ -35,6 +35,8 @@ _SKIPPED = (
     "fuse_qkv",
     "fuse_bn_into_conv",
 )
+#: The first version of ONNX's format in which a constant need not be an input too; onnxsim refuses constants before.
+_IR_VERSION = 4
 _QUANTISATION = {"DequantizeLinear", "QuantizeLinear"}
 
 
@@ -58,9 +60,11 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     without_defaults(proto, defaults)
     interface = _interface(proto.graph)
     held = _hold_out(proto, quantised, author)
-    hide_foreign_names(proto)
+    hidden = hide_foreign_names(proto)
+    stated, proto.ir_version = proto.ir_version, max(proto.ir_version, _IR_VERSION)
     simplified = _call(proto, author, limit)
-    show_foreign_names(simplified)
+    simplified.ir_version = stated
+    show_foreign_names(simplified, hidden)
     _put_back(simplified.graph, held)
     if _interface(simplified.graph) != interface:
         raise PassError(
@@ -123,15 +127,15 @@ def _read_by_quantisation(model: onnx_ir.Model) -> set[str]:
 
 
 def _hold_out(proto: onnx.ModelProto, quantised: set[str], author: str) -> dict[str, onnx.TensorProto]:
-    """Turn handles and small constants of quantisation into graph inputs, in whatever body they stand.
+    """Turn handles and some small constants into graph inputs, in whatever body they stand; return these by name.
 
-    Returns the tensors by name.
+    The constants are those of quantisation, and those with a negative zero: onnxsim takes it for a positive one.
     """
     held: dict[str, onnx.TensorProto] = {}
     for graph in (proto.graph, *bodies(proto.graph)):
         kept = []
         for tensor in graph.initializer:
-            if not _is_handle(tensor) and tensor.name not in quantised:
+            if not _is_handle(tensor) and tensor.name not in quantised and not has_negative_zero(tensor):
                 kept.append(tensor)
                 continue
             if tensor.name in held:

@@ -47,10 +47,14 @@ def is_constant(pattern: Number | Numbers, value: onnx_ir.Value | None) -> bool:
 
 
 def same_constant(pattern: Number | Numbers, array: np.ndarray[Any, np.dtype[Any]]) -> bool:
-    """Return True if the array is the number (compared in the array's dtype) or the integers of the pattern."""
+    """Return True if the array is the number (compared in the array's dtype) or the integers of the pattern.
+
+    A number may have one axis at most, as `Rewriter.number` wants it: with more, it may add axes to what it is combined
+    with, and the pattern would stand for another shape.
+    """
     if isinstance(pattern, Numbers):
         return array.dtype.kind in "iu" and array.reshape(-1).tolist() == list(pattern.values)
-    if array.size != 1:
+    if array.size != 1 or array.ndim > 1:
         return False
     number = array.reshape(-1)[0]
     if pattern.tolerance:

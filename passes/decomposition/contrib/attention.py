@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.graph.attributes import attribute
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.graph.shapes import dimensions, same
 from passopt.passes.decomposition.contrib.heads import Scores, attend, join_heads, scale_of, shown, split_heads
 from passopt.passes.decomposition.contrib.registry import Values, expands, known_length, length_of, ndim
 from passopt.passes.decomposition.decompose_pass import operand, required
@@ -24,6 +24,7 @@ _FILTER = -10000.0
 def _multi_head_attention(op: Any, node: onnx_ir.Node) -> Values:
     heads = attribute(node, "num_heads", 0)
     query, key, value = _projections(op, node, heads)
+    _check_causal_lengths(node, query, key)
     past = operand(node, 6), operand(node, 7)
     if past[0] is not None and past[1] is not None:
         key, value = op.Concat(past[0], key, axis=2), op.Concat(past[1], value, axis=2)
@@ -32,6 +33,18 @@ def _multi_head_attention(op: Any, node: onnx_ir.Node) -> Values:
     terms = [term for term in (mask, bias) if term is not None]
     scores = Scores(scale_of(attribute(node, "scale", 0.0), query), added=tuple(terms))
     return [join_heads(op, attend(op, query, key, value, scores)), key, value, None]
+
+
+def _check_causal_lengths(node: onnx_ir.Node, query: onnx_ir.Value, key: onnx_ir.Value) -> None:
+    """Raise Decline for causal order between unequal lengths.
+
+    With more keys than queries, onnxruntime's kernel lets the last query see all of them, and the others not.
+    """
+    steps, keys = ((dimensions(item) or [None] * 4)[2:3] for item in (query, key))
+    if attribute(node, "unidirectional", 0) and not same(keys, steps):
+        raise Decline(
+            f"{node.name} is causal over {steps[0]} queries and {keys[0]} keys of this step, which may be other numbers"
+        )
 
 
 def _projections(op: Any, node: onnx_ir.Node, heads: int) -> list[Any]:

@@ -175,3 +175,16 @@ def test_absent_inputs_at_the_end_are_left_out(op):
 def test_collectives_that_state_too_little_have_no_shape(op):
     gathered = op.AllGather(value(2, 3), domain="com.microsoft")
     assert (gathered.dtype, gathered.shape) == (DataType.FLOAT, None)
+
+
+@pytest.mark.parametrize("kind", [onnx_ir.SequenceType, onnx_ir.OptionalType])
+def test_a_sequence_is_no_tensor_of_its_elements(op, kind):
+    """Its dtype and shape are those of its elements, so what reads it is inferred from its whole type."""
+    items = onnx_ir.Value(name="s", type=kind(onnx_ir.TensorType(DataType.FLOAT)), shape=onnx_ir.Shape(["n", 2]))
+    copy = op.Identity(items)
+    assert not isinstance(copy.type, onnx_ir.TensorType)
+    if kind is onnx_ir.SequenceType:
+        assert op.SequenceLength(items).dtype == DataType.INT64
+        assert op.SequenceAt(items, np.int64(0)).dtype == DataType.FLOAT
+    else:
+        assert op.node("OptionalHasElement", items).dtype == DataType.BOOL

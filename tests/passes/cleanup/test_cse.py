@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx_ir
 import pytest
 
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
@@ -293,3 +295,18 @@ def test_merging_is_linear_in_the_number_of_equal_nodes():
     assert MergeCommonSubexpressions().run(model).matches == 2997
     assert len(model.graph) == 4
     assert "Exp (x)" in print_model(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("seq(float[n,2])", "q = Identity(s) k = SequenceLength(q)"),
+        ("optional(float[n,2])", "q = Identity(s) k = OptionalHasElement(q)"),
+    ],
+)
+def test_what_is_made_of_a_sequence_gets_no_tensor_type(kind, body):
+    """A file that calls a sequence a tensor is refused by runtimes."""
+    result = "int64 k" if kind.startswith("seq") else "bool k"
+    model = read_model(f"{HEADER} g ({kind} s) => ({result}) {{ {body} }}")
+    MergeCommonSubexpressions().run(model)
+    onnx.checker.check_model(onnx_ir.to_proto(model), full_check=True)

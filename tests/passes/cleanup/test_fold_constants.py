@@ -133,6 +133,24 @@ def test_a_default_that_the_caller_may_replace_is_no_constant():
     unchanged(text)
 
 
+@pytest.mark.parametrize("first", ["float[K] w", "seq(float[K]) w"])
+def test_a_length_is_read_from_no_input_with_a_default_and_from_no_sequence(first):
+    """A default has a length of its own where nothing is fed, and the elements of a sequence have several."""
+    default = ", float[2] w = {1, 2}" if first.startswith("float") else ""
+    reads = "l = ReduceSum<keepdims=0>(w)" if default else "l0 = SequenceLength(w) l = Cast<to=1>(l0)"
+    text = f"""g ({first}, float[K,3] x, float[K,4] z) => (float[K,3] y) <int64 k = {{0}}{default}> {{
+        s = Shape<start=0, end=1>(z) c = Cast<to=1>(s) {reads} m = Mul(x, c) y = Add(m, l) }}"""
+    model = read_model(HEADER + text)
+    FoldConstants().run(model)
+    sizes = [node for node in model.graph if node.op_type == "Shape"]
+    assert [node.inputs[0].name for node in sizes] == ["x"]
+
+
+def test_places_in_a_scalar_stay():
+    """ONNX gives no axis for them, onnxruntime one."""
+    unchanged("g (int64[1,1] x) => (int64[n,m] y) <int64 k = {3}> { z = NonZero(k) y = Concat<axis=0>(z, x) }")
+
+
 def test_results_above_the_limit_are_not_even_computed(parsed, monkeypatch):
     monkeypatch.setattr(fold_constants, "evaluate", lambda *_: pytest.fail("it was computed"))
     model = parsed(

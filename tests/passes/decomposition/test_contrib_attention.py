@@ -128,6 +128,24 @@ def test_multi_head_attention_of_other_inputs(inputs, call):
     decomposed(text)
 
 
+@pytest.mark.parametrize("inputs", ["{0},12] k, float[{0},12", "2,2,5,6] k, float[2,2,5,6"])
+@pytest.mark.parametrize("keys", ["2,5", "2,t", "2,?"])
+def test_declines_causal_order_between_unequal_lengths(inputs, keys):
+    """The kernel lets the last query see all keys then, and the others only those up to their own place."""
+    text = f"""g (float[2,3,12] q, float[{inputs.format(keys)}] v) => (float[2,3,12] y) {{
+        y = com.microsoft.MultiHeadAttention <num_heads = 2, unidirectional = 1> (q, k, v) }}"""
+    declined(text, "keys of this step, which may be other numbers")
+
+
+def test_causal_order_over_symbolic_lengths():
+    text = """g (float[b,s,12] q, float[b,s,12] k, float[b,s,12] v, float[b,2,p,6] pk, float[b,2,p,6] pv)
+        => (float[b,s,12] y, float[b,2,n,6] nk, float[b,2,n,6] nv) {
+        y, nk, nv = com.microsoft.MultiHeadAttention <num_heads = 2, unidirectional = 1>
+            (q, k, v, "", "", "", pk, pv) }"""
+    for batch, steps, past in ((2, 3, 4), (1, 1, 5), (3, 2, 1)):
+        decomposed(text, lengths={"b": batch, "s": steps, "p": past, "n": steps + past})
+
+
 @pytest.mark.parametrize(("packed", "columns"), [("qkv", 3), ("kv", 5)])
 def test_multi_head_attention_of_packed_inputs(packed, columns):
     """The CPU kernel does not take packed inputs, so its result for the same numbers apart is compared."""

@@ -181,6 +181,15 @@ def test_heads_that_share_keys():
     assert operators[-1] == "Attention"
 
 
+def test_declines_shared_heads_of_values_of_another_batch():
+    body = "ku = Unsqueeze(k, two) kw = Expand(ku, threes) kr = Reshape(kw, wide)"
+    body += " vu = Unsqueeze(v, two) vw = Expand(vu, threes) vr = Reshape(vw, deep)"
+    body += TURN.replace("(k)", "(kr)") + MASKED.replace(TURN, "") + END.replace(", v)", ", vr)")
+    head = HEAD.replace("b,3,q,4] query", "b,6,q,4] query").replace("b,3,t,7] v", "c,3,t,7] v")
+    declined("are not known to be of one batch", body, head)
+    fused(body, head, matches=0, lengths=SIZES | {"c": 1})
+
+
 def test_one_key_head_for_all():
     fused(MASKED + END, HEAD.replace("3,t", "1,t"))
 
@@ -421,9 +430,9 @@ def test_declines_a_mask_that_may_make_batches_or_heads(dims):
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("b,3,q,4] query", "1,3,q,4] query", "are not of one batch"),
-        ("b,3,t,4] k", "b,3,1,4] k", "are not of one batch, length and width"),
-        ("b,3,t,4] k", "b,1,t,4] k", "are not of one batch"),
+        ("b,3,q,4] query", "1,3,q,4] query", "are not known to be of one batch"),
+        ("b,3,t,4] k", "b,3,1,4] k", "are not known to be of one length"),
+        ("b,3,t,4] k", "b,1,t,4] k", "are not known to be of one batch"),
         ("b,3,q,4] query", "b,1,q,4] query", "broadcast from queries"),
         ("b,3,q,4] query", "b,3,1,4] query", "broadcast from queries"),
         ("b,1,q,t] mask", "b,3,1,q,t] mask", "broadcast from queries"),
@@ -431,6 +440,71 @@ def test_declines_a_mask_that_may_make_batches_or_heads(dims):
 )
 def test_declines_what_broadcasts(old, new, reason):
     declined(reason, MASKED + END, HEAD.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths"),
+    [
+        ({"b,3,t,4] k": "c,3,t,4] k", "b,3,t,7] v": "c,3,t,7] v"}, {"c": 1}),
+        ({"b,3,t,4] k": "c,3,t,4] k", "b,3,t,7] v": "c,3,t,7] v"}, {"b": 1, "c": 2}),
+        ({"b,3,t,7] v": "c,3,t,7] v"}, {"c": 1}),
+        ({"b,3,t,4] k": "c,3,t,4] k"}, {"c": 1}),
+        ({"b,3,t,4] k": "?,3,t,4] k", "b,3,t,7] v": "?,3,t,7] v"}, {}),
+        ({"b,3,t,4] k": "b,?,t,4] k", "b,3,t,7] v": "b,?,t,7] v", "b,3,q,4] query": "b,?,q,4] query"}, {}),
+        ({"b,3,t,4] k": "b,h,t,4] k", "b,3,t,7] v": "b,h,t,7] v"}, {"h": 1}),
+        ({"b,3,t,7] v": "b,h,t,7] v"}, {"h": 1}),
+        ({"b,3,t,4] k": "b,3,r,4] k"}, {"r": 1}),
+    ],
+)
+def test_declines_symbols_that_need_not_be_equal(changes, lengths):
+    """A length with a name of its own may be 1, which products broadcast; so nothing is fused, and the graph runs."""
+    head = HEAD
+    for old, new in changes.items():
+        head = head.replace(old, new)
+    if "?" in head:
+        declined("are not known to be of one batch", MASKED + END, head)
+        return
+    fused(MASKED + END, head, matches=0, lengths=SIZES | lengths, feeds={})
+
+
+PROJECT = "{n}p = MatMul(states, w{n}) {n}r = Reshape({n}p, zeros) {n} = Transpose <perm = [0, 2, 1, 3]> ({n}r) "
+
+
+@pytest.mark.parametrize("name", ["?", "positions"])
+@pytest.mark.parametrize("others", ["states", "more"])
+def test_lengths_without_names_are_equal_if_they_come_from_one_value(name, others):
+    """Keys and values of the same states are of one batch and length, whatever the states are multiplied with."""
+    body = "".join(PROJECT.format(n=n) for n in "kv").replace("(states, wv)", f"({others}, wv)")
+    head = f"g (float[?,3,q,4] query, float[?,{name},5] states, float[?,?,5] more) => (float[] y)"
+    head = head.replace("?", "b", 1).replace("[?", "[b") if name == "positions" else head
+    source = text(body + SCORES.replace("scaled =", "masked =") + END, head).replace(
+        "<float scale", "<float[5,12] wk = random, float[5,12] wv = random, int64[4] zeros = {0, 0, 3, 4}, float scale"
+    )
+    result = FuseAttention().run(read_model(source))
+    assert result.matches == (1 if (name, others) == ("positions", "states") else 0), result.declines
+
+
+def test_declines_caches_of_two_lengths():
+    """The new values may make up for a shorter cache, which the operator does not take: the cache stays outside."""
+    head = CACHED.replace("b,3,p,7] past_v", "b,3,r,7] past_v").replace("b,3,q,7] new_v", "b,3,s,7] new_v")
+    operators, _ = fused(JOIN + MASKED + END, head, lengths=SIZES | {"r": 3, "s": 6})
+    assert operators[:2] == ["Concat", "Concat"]
+    result = FuseAttention().run(read_model(text(JOIN + MASKED + END, CACHED.replace("p,7] past_v", "r,7] past_v"))))
+    assert any("perhaps of other lengths" in key for key in result.declines), result.declines
+
+
+def test_declines_heads_that_are_repeated_over_a_batch_too():
+    """The Expand that repeats heads may also make several batches of one, to which the queries are then broadcast."""
+    head = HEAD.replace("b,3,q,4] query", "b,6,q,4] query").replace("g (", "g (float[n] like, ")
+    body = """
+        length = Shape(like) to = Concat <axis = 0> (length, ones)
+        ku = Unsqueeze(k, two) kw = Expand(ku, to) kr = Reshape(kw, wide)
+        vu = Unsqueeze(v, two) vw = Expand(vu, to) vr = Reshape(vw, deep)"""
+    body += TURN.replace("(k)", "(kr)") + MASKED.replace(TURN, "") + END.replace(", v)", ", vr)")
+    source = text(body, head).replace("<float scale", "<int64[4] ones = {1, 2, 1, 1}, float scale")
+    for lengths in ({"n": 2, "b": 1}, {"n": 1, "b": 2}):
+        _, result = check(FuseAttention(), source, matches=0, lengths=SIZES | lengths, feeds={"mask": hidden()[:1]})
+        assert any("may have other axes than the repeated heads" in key for key in result.declines), result.declines
 
 
 def test_declines_caches_along_another_axis():

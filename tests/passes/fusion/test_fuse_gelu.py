@@ -129,3 +129,12 @@ def test_declines_a_number_to_which_constants_add_an_axis():
 def test_what_is_no_gelu():
     for body in (f"d = Div(x, root) e = Erf(d) p = Add(e, many) {END}", f"e = Erf(x) p = Add(e, one) {END}"):
         assert gelu(body, matches=0)[1].matches == 0
+
+
+@pytest.mark.parametrize("place", ["p = Add(e, one)", "m = Mul(x, p) y = Mul(m, half)"])
+def test_a_number_of_two_axes_is_none_of_the_formula(place):
+    """It would give the Gelu of a vector two axes."""
+    body = f"{ERF} {END}".replace(place, place.replace("one", "deep").replace("half", "deep"))
+    text = f"{HEADER % 20}g (float[5] x) => (float[1,5] y){CONSTANTS.replace('<', '<float[1,1] deep = {1}, ', 1)}"
+    _, result = check(FuseGelu(), f"{text} {{ {body} }}", matches=0)
+    assert not result.modified

@@ -125,7 +125,7 @@ def test_declines_doubles():
 @pytest.mark.parametrize(("dims", "matches"), [("batch,seq,6", 1), ("seq,6", 1), ("1,1,1,6", 1), ("1", 1)])
 def test_declines_factors_that_are_no_vector(dims, matches):
     head = HEAD.replace("float[6] w", f"float[{dims}] w")
-    declined("is not a vector of the 6 channels", f"{NORM} {AFFINE}", head, matches=matches)
+    declined("is not known to be a vector of the 6 channels", f"{NORM} {AFFINE}", head, matches=matches)
 
 
 def test_declines_a_bias_that_is_no_vector():
@@ -137,3 +137,23 @@ def test_a_norm_with_a_factor_of_its_own_keeps_it():
     body = "n = LayerNormalization <axis = -1> (x, many) y = Mul(n, w)"
     declined("has a factor or a bias of its own", body)
     declined("has a bias of its own", "n = LayerNormalization <axis = -1> (x, many, many) y = Add(n, w)")
+
+
+@pytest.mark.parametrize(("dims", "matches"), [("D", 1), ("1,D", 1), ("E", 0), ("?", 0), ("1,?", 0), ("1,1,D", 0)])
+def test_a_bias_of_a_width_that_is_only_named(dims, matches):
+    """An equal name is an equal width; with another name, it may be a single number, which is added to all channels."""
+    head = f"g (float[n,D] x, float[D] s, float[{dims}] b) => (float[] y)"
+    body = "f = LayerNormalization(x, s) y = Add(f, b)"
+    if "?" in dims:
+        declined("is not known to be a vector", body, head, matches=None)
+        return
+    for lengths in ({"n": 3, "D": 5, "E": 1}, {"n": 1, "D": 1, "E": 4}):
+        fused(body, head, matches=matches, lengths=lengths)
+
+
+def test_a_number_of_two_axes_is_none_of_the_formula():
+    """It would give the norm of a vector two axes."""
+    head = "g (float[6] x, float[6] w, float[6] b) => (float[] y)"
+    body = NORM.replace("Sqrt(v) n = Div(d, s)", "Sqrt(v) r = Div(deep, s) n = Mul(d, r)") + AFFINE
+    source = f"{HEADER % 18}{head}{CONSTANTS}".replace("<float two", "<float[1,1] deep = {1}, float two")
+    check(FuseLayerNorm(), f"{source} {{ {body} }}", matches=0)

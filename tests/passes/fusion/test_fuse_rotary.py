@@ -205,6 +205,18 @@ def test_declines_one_angle_for_all_positions():
     declined("cos ['batch', 1, 1, 6] is not", ROTATE, head)
 
 
+@pytest.mark.parametrize(
+    ("dims", "lengths"), [("c,seq", {"c": 1}), ("batch,t", {"t": 1}), ("c,t", {"c": 1, "t": 1}), ("1,t", {"t": 1})]
+)
+@pytest.mark.parametrize("angles", [LOOKED_UP, COMPUTED], ids=["stored", "computed"])
+def test_declines_angles_that_may_be_broadcast(dims, lengths, angles):
+    """Ids with lengths of their own may be one row, or one position, which the products repeat."""
+    head = HEAD.replace("batch,seq] ids", f"{dims}] ids")
+    shape = [{"batch": 2, "seq": 3, "1": 1, **lengths}[name] for name in dims.split(",")]
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    fused(angles + ROTATE, head, matches=0, feeds={"ids": ids}, lengths={"batch": 2, "seq": 3, **lengths})
+
+
 def test_declines_angles_whose_halves_may_differ():
     head = "g (float[batch,5,seq,6] x, float[batch,1,seq,6] cos, float[batch,1,seq,6] sin) => (float[] y)"
     declined("the halves of cos are not known to be equal: it is an input", ROTATE, head)

@@ -13,6 +13,8 @@ from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
 from passopt.passes.cleanup.inline_functions import inline_functions
 from passopt.passes.guests import ir_pass
+from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.pipeline.text import resolve
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[2,3] x) => (float[2,3] y) <float[2,3] w = random> {
@@ -122,3 +124,15 @@ def test_the_attention_function_of_passopt_can_be_inlined():
     assert inline_functions().run(model).modified
     assert not model.functions
     assert {node.domain for node in model.graph} == {""}
+
+
+def test_a_function_of_another_opset_is_refused_with_the_next_step():
+    text = """<ir_version: 10, opset_import: ["" : 21, "local" : 1]>
+        g (float[2,3] x) => (float[2,3] y) { y = local.f(x) }
+        <domain: "local", opset_import: ["" : 18]> f (a) => (b) { b = Relu(a) }"""
+    model = read_model(text)
+    with pytest.raises(PassError, match="local::f.*version 21 in the model but version 18.*Run legalize first"):
+        run_passes(model, resolve("inline-functions").passes)
+    model = read_model(text)
+    run_passes(model, resolve("legalize,inline-functions").passes)
+    assert [node.op_type for node in model.graph] == ["Relu"]

@@ -194,6 +194,8 @@ def test_a_variable_binds_an_attribute(match):
         ("float[1] c = {2}", 2.0, True),
         ("float c = {2.5}", 2, False),
         ("float[2] c = {2, 2}", 2, False),
+        ("float[1,1] c = {2}", 2, False),
+        ("float[1,1,1] c = {2}", 2, False),
         ("float c = {0.1}", 0.1, True),
         ("int64 c = {0}", 0.5, False),
         ("int64 c = {3}", 3, True),
