@@ -22,7 +22,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -88,6 +88,12 @@ class Outcome:
     detail: str = ""
 
 
+#: The bytes of a model, with the digests of the weights that its file does not hold.
+_Bytes: TypeAlias = tuple[bytes, tuple[str, ...]]
+#: Outcomes by step of the variants of one case that take the inputs of the case, by what was read.
+Memory: TypeAlias = dict[_Bytes, dict[str, Outcome]]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Result:
     """A changed model on disk: its files, how exact it must be, and whether its interface may have other dtypes."""
@@ -100,8 +106,11 @@ class _Result:
 class Subject:
     """One model as a variant writes it, with what engines make of it; made in an empty folder."""
 
-    def __init__(self, case: Case, written: Written, folder: Path, *, numeric: bool = False) -> None:
+    def __init__(
+        self, case: Case, written: Written, folder: Path, memory: Memory | None = None, *, numeric: bool = False
+    ) -> None:
         self._numeric = numeric
+        self._memory = memory if memory is not None else {}
         self.case, self.written, self.folder = case, written, folder
         self.path = folder / "original.onnx"
         model = onnx.ModelProto()
@@ -113,7 +122,8 @@ class Subject:
         self._expected: dict[str, list[tuple[Mapping[str, Any], Outputs]]] = {}
         self._sessions: dict[tuple[str, Path], Any] = {}
         self._memo: dict[tuple[bytes, tuple[str, ...], str], Outcome] = {}
-        self._before: tuple[bytes, tuple[str, ...]] | None = None
+        self._before: _Bytes | None = None
+        self._text_before = ""
         self._number = 0
 
     def steps(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
@@ -130,12 +140,28 @@ class Subject:
                 return
             yield SAVE, lambda: Outcome(kind, outcome.detail)
             return
+        taken = self._outcomes_of_equal(model)
         saved = self._step(SAVE, model)
         if saved.kind in FAULTS or SAVE in names:
             yield SAVE, lambda: saved
         for name in names if saved.kind not in FAULTS else ():
             if name != SAVE:
-                yield name, lambda name=name: self._step(name, model)
+                yield name, lambda name=name: self._remembered(name, model, taken)
+
+    def _outcomes_of_equal(self, model: onnx_ir.Model) -> dict[str, Outcome]:
+        """Return where to keep outcomes: shared with a variant that was read as the same model and has the same inputs.
+
+        Steps see nothing else of a variant; that the original computes the same is compared in the step that saves.
+        """
+        self._before = _bytes(model)
+        if any(feeds is not self.case.feeds for feeds in self.written.feeds):
+            return {}
+        return self._memory.setdefault(self._before, {})
+
+    def _remembered(self, name: str, model: onnx_ir.Model, taken: dict[str, Outcome]) -> Outcome:
+        if name not in taken:
+            taken[name] = self._step(name, model)
+        return taken[name]
 
     def _step(self, name: str, model: onnx_ir.Model) -> Outcome:
         try:
@@ -166,11 +192,12 @@ class Subject:
         accuracy = max((item.accuracy for item in passes), key=_severity, default=EXACT)
         if not passes:
             return self._compare(changed, accuracy, changes_interface=False)
-        self._before = self._before or _bytes(model)
         differs = _bytes(changed) != self._before
         modified = any(record.result.modified for record in records)
-        if not modified and print_model(changed, fold=False) != print_model(model, fold=False):
-            return Outcome("unstable", "the text changed, and `modified` is false")
+        if differs and not modified:
+            self._text_before = self._text_before or print_model(model, fold=False)
+            if print_model(changed, fold=False) != self._text_before:
+                return Outcome("unstable", "the text changed, and `modified` is false")
         if not differs:
             return Outcome("unchanged")
         outcome = self._compare(changed, accuracy, changes_interface=any(item.changes_interface for item in passes))
@@ -313,7 +340,7 @@ def _loads(session: object) -> bool:
     return not isinstance(session, Refused)
 
 
-def _bytes(model: onnx_ir.Model) -> tuple[bytes, tuple[str, ...]]:
+def _bytes(model: onnx_ir.Model) -> _Bytes:
     weights = file_weights(model)
     return model_bytes(model, weights), tuple(weight.digest() for weight in weights.values())
 
