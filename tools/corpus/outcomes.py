@@ -5,6 +5,7 @@
 | unchanged | the pass left the model as it was |
 | ok | the numbers, dtypes and shapes are equal within the declared accuracy |
 | not comparable | no engine runs both; the checker accepts the result, and onnxruntime where it accepts the original |
+| sensitive | more than declared, and no more than one rounding of the model's inputs moves its outputs |
 | beyond | a lossy pass kept dtypes and shapes, and lost more than it declares on this model |
 | refused | an error with a text for the user |
 | unstable | a second run changes the result again, or `modified` is not what happened |
@@ -30,11 +31,11 @@ import onnx_ir
 
 import passopt.ir
 from cases import Case
-from engines import Evaluator, Outputs, Refused, Runtime, difference
+from engines import Evaluator, Outputs, Refused, Runtime, difference, movement
 from passopt.ir.errors import ModelError, PassoptError, VerifyError
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.serialization.model_files import MODEL_NAME, file_weights, model_bytes, save_materialized
-from passopt.ir.serialization.text import parse_model, print_model
+from passopt.ir.serialization.text import WITHOUT_NUMBERS, parse_model, print_model
 from passopt.passes.framework.accuracy import EXACT, Accuracy
 from passopt.passes.framework.base import Pass
 from passopt.passes.pipeline.expectations import parse_expectation
@@ -48,6 +49,7 @@ OUTCOMES = (
     "unchanged",
     "ok",
     "not comparable",
+    "sensitive",
     "beyond",
     "refused",
     "unstable",
@@ -173,8 +175,8 @@ class Subject:
 
     def _text(self, model: onnx_ir.Model) -> Outcome:
         text = print_model(model, fold=False)
-        if re.search(r'= \["digest": ', text):
-            return Outcome("refused", "the text holds the digest of a tensor, not its numbers")
+        if re.search(r'= \["digest": ', text) or WITHOUT_NUMBERS.search(text):
+            return Outcome("refused", "the text holds a digest or dots in place of a tensor, not its numbers")
         try:
             again = parse_model(text)
         except ModelError as error:
@@ -262,8 +264,20 @@ class Subject:
             text = difference(outputs, found, result.accuracy, is_random=self.case.is_random)
             if text:
                 kind = "beyond" if is_lossy and ": error" in text else "wrong"
+                if result.accuracy.kind == "reassociated" and ": error" in text:
+                    kind = self._judged(type(session), feeds, found, outputs, result.accuracy)
                 return Outcome(kind, f"inputs {number}: {text} ({session.name})")
         return Outcome("ok")
+
+    def _judged(
+        self, engine: type, feeds: Mapping[str, Any], found: Outputs, outputs: Outputs, accuracy: Accuracy
+    ) -> str:
+        """Say whether another order of additions explains an error: "sensitive" if one rounding of inputs does more."""
+        try:
+            moved = movement(self._session(engine, self.path), feeds, outputs)
+        except Refused:
+            return "wrong"
+        return "wrong" if difference(outputs, found, accuracy, is_random=False, moved=moved) else "sensitive"
 
     def _of_rounded(self, engine: type, feeds: Mapping[str, Any], given: Mapping[str, Any]) -> Outputs | None:
         """Return what the original makes of the numbers that a result is given; None if it does not take them.
