@@ -36,7 +36,7 @@ from passopt.ir.errors import ModelError, PassoptError, VerifyError
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.serialization.model_files import MODEL_NAME, file_weights, model_bytes, save_materialized
 from passopt.ir.serialization.text import WITHOUT_NUMBERS, parse_model, print_model
-from passopt.passes.framework.accuracy import EXACT, Accuracy
+from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, Accuracy
 from passopt.passes.framework.base import Pass
 from passopt.passes.pipeline.expectations import parse_expectation
 from passopt.passes.pipeline.runner import run_passes
@@ -258,16 +258,50 @@ class Subject:
             except Refused as refused:
                 if refused.lacks_kernel:
                     return None
+                if number and self._is_fault_of_kernel(given, outputs, result):
+                    continue
                 return Outcome("wrong", f"the result fails on inputs {number}: {refused}")
             if result.changes_interface:
                 found = [_like(one, other) for one, other in zip(found, outputs, strict=False)]
             text = difference(outputs, found, result.accuracy, is_random=self.case.is_random)
+            if text and number and self._is_undefined(type(session), feeds, outputs):
+                continue
             if text:
                 kind = "beyond" if is_lossy and ": error" in text else "wrong"
                 if result.accuracy.kind == "reassociated" and ": error" in text:
                     kind = self._judged(type(session), feeds, found, outputs, result.accuracy)
                 return Outcome(kind, f"inputs {number}: {text} ({session.name})")
         return Outcome("ok")
+
+    def _is_fault_of_kernel(self, given: Mapping[str, Any], outputs: Outputs, result: _Result) -> bool:
+        """Return whether the reference computes what is expected of a result that onnxruntime does not run.
+
+        The lengths are not those of the case, and kernels of some opsets refuse empty ones.
+        """
+        try:
+            found = self._session(Evaluator, result.path).run(given)
+        except Refused:
+            return False
+        return not difference(outputs, found, REASSOCIATED, is_random=self.case.is_random)
+
+    def _is_undefined(self, engine: type, feeds: Mapping[str, Any], outputs: Outputs) -> bool:
+        """Return whether the original has no sure outputs for lengths that are not those of the case.
+
+        That is so if it computes others in another run, or if the reference runs the case and refuses these lengths.
+        """
+        try:
+            again = engine(self.path).run(feeds)
+        except Refused:
+            return True
+        if difference(outputs, again, EXACT, is_random=False):
+            return True
+        if engine is Evaluator or not self._computed(Evaluator):
+            return False
+        try:
+            self._session(Evaluator, self.path).run(feeds)
+        except Refused:
+            return True
+        return False
 
     def _judged(
         self, engine: type, feeds: Mapping[str, Any], found: Outputs, outputs: Outputs, accuracy: Accuracy
