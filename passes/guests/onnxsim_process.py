@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import onnx
 
+
 class OnnxsimError(Exception):
     """Say what onnxsim raised, or how its process died."""
 
@@ -32,7 +33,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        self.log = tempfile.TemporaryFile("w+", errors="replace")
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - it lives as long as the process
         command = [sys.executable, "-c", f"from {__name__} import serve; serve()"]
         path = os.pathsep.join(item for item in sys.path if item)
         self._process = subprocess.Popen(
@@ -45,7 +46,8 @@ class _Process:
 
     def ask(self, proto: onnx.ModelProto, options: Mapping[str, Any]) -> tuple[onnx.ModelProto, bool]:
         """Return what onnxsim makes of a model, and whether it calls that valid."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             _write(self._process.stdin, {"options": dict(options)}, proto.SerializeToString())
             answer, data = _read(self._process.stdout)
@@ -57,7 +59,8 @@ class _Process:
 
     def close(self) -> None:
         """End the process; the parent's copy only, if a fork made this one."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.stdout.close()
         if self.owner == os.getpid():

@@ -2,9 +2,10 @@
 
     python tools/corpus/worker.py <OPTIONS
 
-OPTIONS is a file of a JSON object: `steps`, `variants`, `only`, `part`, `numeric`, `share` ([index, number of workers]), and
-`skip`, the steps that made an earlier process hang or die. `{"at": [case, variant, step]}` says what begins, and
-`{"done": [case, variant], "outcomes": {step: [kind, detail]}}` what became of it.
+OPTIONS is a file of a JSON object: `steps`, `variants`, `only`, `part`, `numeric`, `share` ([index, number of
+workers]), `done`, the cases and variants that an earlier process finished, and `skip`, the steps that made one hang or
+die. `{"at": [case, variant, step]}` says what begins, and `{"done": [case, variant], "outcomes": {step: [kind,
+detail]}}` what became of it.
 """
 
 from __future__ import annotations

@@ -74,9 +74,7 @@ def _run_once(share: _Share, rows: queue.Queue[Row | None]) -> str | None:
         # What is done grows too long for an argument.
         json.dump(share.options, given)
         given.seek(0)
-        process = subprocess.Popen(
-            command, stdin=given, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
+        process = subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         assert process.stdout is not None
         lines: queue.Queue[str | None] = queue.Queue()
         reader = threading.Thread(target=_read, args=(process.stdout, lines), daemon=True)
