@@ -145,6 +145,7 @@ def _verify_any(
         threads=options.threads,
         scratch=options.scratch,
         notes=notes,
+        bf16=(is_bf16_twin(reference), is_bf16_twin(candidate)),
     )
 
 
