@@ -262,6 +262,60 @@ FAULTS = [
     ("function", "a wrong constant in a function", lambda model: _function_constant(model), EXACT),
 ]
 
+#: Faults beyond what a graph compares with, or beyond small numbers: (text, the value, what replaces it).
+LIMITS = [
+    ("(int64[n] x) => (int64[n] y) { a = Cast <to = 3> (x) y = Cast <to = 7> (a) }", "y", "x"),
+    ("(int64[n] x) => (int64[n] y) { a = Cast <to = 6> (x) y = Cast <to = 7> (a) }", "y", "x"),
+    ("(int64[n] x) => (int64[n] y) { a = Cast <to = 1> (x) y = Cast <to = 7> (a) }", "y", "x"),
+    ("(int32[n] x) => (int32[n] y) { a = Cast <to = 1> (x) y = Cast <to = 6> (a) }", "y", "x"),
+    ("(int64[n] x) => (int64[n] y) <int64 k = {5}, int64 o = {6}> {y = Div(x, k) u = Div(x, o) }", "y", "u"),
+    ("(int64[n] x) => (int64[n] y) <int64 k = {70000}> { y = Min(x, k) }", "y", "x"),
+    ("(float[n] x) => (float[n] y) <float l = {-300000}, float h = {300000}> { y = Clip(x, l, h) }", "y", "x"),
+    ("(float[2] x) => (float[2] y) <float l = {-300000}, float h = {300000}> { y = Clip(x, l, h) }", "y", "x"),
+    ("(float[n] x) => (bool[n] y) <float h = {1000}, float t = {1001}> { y = Less(x, h) u = Less(x, t) }", "y", "u"),
+    (
+        "(float[n] x) => (int64[1] y) <int64 k = {30}> { a = Shape(x) b = Min(a, k) y = Neg(b) u = Neg(a) }",
+        "y",
+        "u",
+    ),
+    (
+        "(float[n,m] x) => (int64[2] y) <int64 k = {64}> { a = Shape(x) b = Min(a, k) y = Neg(b) u = Neg(a) }",
+        "y",
+        "u",
+    ),
+    (
+        "(float[n] x) => (float[k] y) <int64[1] s = {0}, int64[1] e = {200}> { y = Slice(x, s, e) }",
+        "y",
+        "x",
+    ),
+    (
+        "(int64[n] position_ids) => (float[n,2] y) <float[100,2] t = random, float[100,1] w = random> "
+        "{ a = Gather(t, position_ids) b = Gather(w, position_ids) c = Mul(b, b) y = Mul(a, c) }",
+        "w",
+        "its last row",
+    ),
+]
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit[0][:60])
+def test_faults_beyond_the_limits_of_a_graph_are_caught(limit):
+    text, name, other = limit
+    model = read_model(f'<ir_version: 10, opset_import: ["" : 21]> g {text}')
+
+    def change(model):
+        if other == "its last row":
+            constant(name, lambda array: np.concatenate([array[:-1], array[-1:] + 1]))(model)
+            return
+        new = onnx_ir.node("Identity", [_value(model, other)])
+        old = makes(model, name)
+        _put(model, old, new)
+        model.graph.remove(new)
+        model.graph.append(new)
+
+    assert checked(model.clone(), [seeded(lambda model: None, EXACT)])
+    with pytest.raises(Violation, match="seeded: "):
+        checked(model, [seeded(change, EXACT)])
+
 
 def _reshaped_first(model):
     """Reshape to the runtime target after a Reshape to one row: a 0 in the target means another axis then."""

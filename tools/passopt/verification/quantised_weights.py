@@ -21,7 +21,8 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 #: The largest root mean square error of a channel, in steps of absmax / 127. Rounding to the nearest makes 0.3.
 LARGEST = 1.0
-_CODES, _SCALES = ".codes", ".scales"
+#: What the names of codes and scales of a weight end with.
+CODES, SCALES = ".codes", ".scales"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +48,33 @@ def channel_errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> list[C
 def _errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Iterator[ChannelError]:
     given = candidate.graph.initializers
     for name, codes in given.items():
-        weight = reference.graph.initializers.get(name.removesuffix(_CODES))
-        scales = given.get(name.removesuffix(_CODES) + _SCALES)
-        if not name.endswith(_CODES) or weight is None or scales is None or weight.dtype not in FLOATS:
+        weight = reference.graph.initializers.get(name.removesuffix(CODES))
+        scales = given.get(name.removesuffix(CODES) + SCALES)
+        if not name.endswith(CODES) or weight is None or scales is None or weight.dtype not in FLOATS:
             continue
         parts = [expression_of(value) for value in (weight, codes, scales)]
         if all(part is not None and not part.depends_on_rank for part in parts):
-            error = _error(name.removesuffix(_CODES), *parts)  # type: ignore[arg-type]
+            error = _error(name.removesuffix(CODES), *parts)  # type: ignore[arg-type]
             if error is not None:
                 yield error
+
+
+def numbers_of_codes(weight: Expression, codes: Expression, scales: Expression) -> Array | None:
+    """Return codes times scales, in the orientation of the weight that they stand for; None if they do not fit it."""
+    if len(weight.shape) != 2 or sorted(weight.shape) != sorted(codes.shape) or len(scales.shape) != 1:
+        return None
+    with Evaluator() as evaluator:
+        numbers, factors = (evaluator.array(part).astype(np.float32) for part in (codes, scales))
+        original = evaluator.array(weight).astype(np.float32)
+    best: Array | None = None
+    apart = float("inf")
+    for axis in (axis for axis in (0, 1) if numbers.shape[axis] == len(factors)):
+        made = numbers * (factors[:, None] if axis == 0 else factors)
+        rounded = made.astype(scales.dtype.numpy()).astype(np.float32)
+        for one in (rounded, rounded.T):
+            if one.shape == original.shape and (distance := float(np.abs(one - original).mean())) < apart:
+                best, apart = one, distance
+    return best
 
 
 def _error(name: str, weight: Expression, codes: Expression, scales: Expression) -> ChannelError | None:

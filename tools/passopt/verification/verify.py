@@ -26,6 +26,7 @@ from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, compare_all
 from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
 from passopt.verification.layerwise import Label, run_layerwise
 from passopt.verification.logit_store import LogitStore
+from passopt.verification.original_on_codes import against_original_on_codes
 from passopt.verification.own_codes import against_own_codes, twin_tolerance
 from passopt.verification.quantised_weights import LARGEST, channel_errors
 from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
@@ -275,11 +276,15 @@ def _verify_whole(
 ) -> VerifyReport:
     """Compare the models with only one of them in memory at a time."""
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
+    kind = _kind(reference, candidate)
     with LogitStore(options.scratch) as store:
         keep = store.keep if bar is not None else None
         found = observe(candidate, scenarios, session, keep)
         own = options.tolerance is None
         rows = against_own_codes(reference, candidate, scenarios, found, session, options.scratch, by_layers=own)
+        if bar is not None and options.tolerance is None and "int8" in kind:
+            known = TOLERANCES["bf16"] if is_bf16_twin(candidate) else None
+            rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, known)
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
     return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))

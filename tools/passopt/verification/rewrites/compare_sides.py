@@ -203,7 +203,10 @@ def _draws(
         length = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
         return None if length is None else shortened.get(length, length)
 
-    sampler = Sampler(run.sample.style, run.sample.lengths.past, index_bounds(list(leaves.values()), length_of))
+    style = run.sample.style
+    if style.integers in {"near", "wide"}:  # an integer inside of the graph may be a length
+        style = dataclasses.replace(style, integers="natural")
+    sampler = Sampler(style, run.sample.lengths.past, index_bounds(list(leaves.values()), length_of))
     drawn: dict[str, Array] = {}
     for name, leaf in leaves.items():
         array = own[name]

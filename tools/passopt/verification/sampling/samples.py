@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
+from passopt.verification.sampling.hints import computed_integers
 from passopt.verification.sampling.lengths import Lengths, free_inputs
 from passopt.verification.sampling.values import Sampler, Style, index_bounds
 
@@ -40,8 +41,9 @@ def made(model: onnx_ir.Model, lengths: Lengths, style: Style, seed: int = 0) ->
         Unsampled: If an input has a type that no value is made for, or a dimension that follows from nothing known.
     """
     inputs = free_inputs(model)
-    bounds = index_bounds(inputs, _length)
-    sampler = Sampler(style, lengths.past, bounds, seed)
+    bounds = index_bounds(inputs, length_of)
+    computed = computed_integers(model) if style.integers in {"near", "wide"} else frozenset()
+    sampler = Sampler(style, lengths.past, bounds, seed, computed)
     return Sample(lengths, style, {value.name or "": _fed(value, lengths, sampler) for value in inputs})
 
 
@@ -59,7 +61,8 @@ def _fed(value: onnx_ir.Value, lengths: Lengths, sampler: Sampler) -> Fed:
     return sampler.sample(name, value.dtype, found)
 
 
-def _length(value: onnx_ir.Value, axis: int) -> int | None:
+def length_of(value: onnx_ir.Value, axis: int) -> int | None:
+    """Return the stated length of an axis; None if it is unknown or a symbol."""
     if value.shape is None or not -len(value.shape) <= axis < len(value.shape):
         return None
     length = value.shape[axis]
