@@ -71,6 +71,17 @@ def stated_wrongly(model: onnx_ir.Model, found: Trace) -> dict[str, Difference]:
     return wrong
 
 
+def one_sided(model: onnx_ir.Model, found: Trace) -> list[str]:
+    """Return the If nodes of the main graph of which one branch ran in no sample."""
+    names = []
+    for node in model.graph:
+        condition = node.inputs[0].name if node.op_type == "If" and node.inputs[0] is not None else None
+        seen = {bool(run.arrays[condition].all()) for run in found.runs if condition in run.arrays}
+        if condition is not None and len(seen) == 1:
+            names.append(node.outputs[0].name or "")
+    return names
+
+
 def _fits(value: onnx_ir.Value, shape: Sequence[int]) -> bool:
     if value.shape is None or not isinstance(value.type, (onnx_ir.TensorType, type(None))):
         return True

@@ -28,7 +28,7 @@ _COMPUTE = operators(
     Sign Sqrt Sub Sum Tanh Where Xor"""
 )
 _COMPUTE_FIRST = operators(
-    """ArgMax ArgMin Expand Flatten ReduceMax ReduceMean ReduceMin ReduceSum Reshape Shape Size Slice Softmax Squeeze
+    """ArgMax ArgMin Expand Flatten If ReduceMax ReduceMean ReduceMin ReduceSum Reshape Shape Size Slice Softmax Squeeze
     Tile Transpose Unsqueeze"""
 )
 
@@ -47,16 +47,23 @@ def hints_of(model: onnx_ir.Model) -> Hints:
     floats: dict[float, None] = {}
     integers: dict[int, None] = {}
     for node in _nodes(model):
+        if _casts_to_bool(node):
+            floats[0.0] = integers[0] = None
         if node.op_type not in _COMPARE or node.domain:
             continue
         for array in _constants(node):
             numbers = array.reshape(-1).tolist()
             if array.dtype.kind == "f":
-                floats.update(dict.fromkeys(item for item in numbers if 0 < abs(item) <= _LARGEST_FLOAT))
+                floats.update(dict.fromkeys(item for item in numbers if abs(item) <= _LARGEST_FLOAT))
             elif array.dtype.kind in "iu":
-                integers.update(dict.fromkeys(item for item in numbers if 1 < abs(item) <= _LARGEST_FLOAT))
+                integers.update(dict.fromkeys(item for item in numbers if abs(item) <= _LARGEST_FLOAT))
     lengths = sorted({abs(item) for item in integers if 8 <= abs(item) < _LONGEST})
     return Hints(tuple(floats)[:_NUMBERS], tuple(integers)[:_NUMBERS], tuple(lengths[:_NUMBERS]))
+
+
+def _casts_to_bool(node: onnx_ir.Node) -> bool:
+    to = node.attributes.get("to")
+    return node.op_type == "Cast" and to is not None and not to.is_ref() and to.as_int() == onnx_ir.DataType.BOOL
 
 
 def _nodes(model: onnx_ir.Model) -> Iterator[onnx_ir.Node]:
@@ -110,7 +117,7 @@ def _is_only_computed(value: onnx_ir.Value) -> bool:
             node, index = use.node, use.idx
             if node.domain or not (node.op_type in _COMPUTE or (node.op_type in _COMPUTE_FIRST and index == 0)):
                 return False
-            if node.op_type in {"Shape", "Size"}:
+            if node.op_type in {"Shape", "Size", "If"}:
                 continue
             following: Iterable[onnx_ir.Value] = [item for item in node.outputs if item not in seen]
             work += following

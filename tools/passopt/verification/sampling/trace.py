@@ -148,6 +148,13 @@ def _add_hinted(model: onnx_ir.Model, search: _Search) -> None:
         styles.append(Style("none", last=True))
     for style in styles:
         search.add_sample(largest, style)
+    truths = [value.name or "" for value in free_inputs(model) if value.dtype == onnx_ir.DataType.BOOL]
+    for turn, name in enumerate(truths[:_FEW] if len(truths) > 1 else (), start=1):
+        for truth in (True, False):
+            search.add_sample(first, Style("none", truth=truth, flipped=frozenset({name}), turn=turn))
+    for turn in range(1, _TURNS) if not first.known else ():  # other numbers where no lengths bring them
+        for truth in (True, False):
+            search.add_sample(first, Style(truth=truth, turn=turn))
     added = 0
     for lengths in around(model, first, hints.lengths):
         if added < _HINTED and _is_cheap(model, lengths):

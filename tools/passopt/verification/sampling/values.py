@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.dtypes import FLOATS
+from passopt.ir.weights.lazy_weight import constant_tensor
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,7 +36,8 @@ class Style:
         integers: "natural" numbers below the bound; "signed" ones; "counts" from 1 on; "inferred" targets such as
             (0, -1) and "split" targets such as (-1, 1). Where a graph only computes with them, "near" ones at, below
             and above `near`, beyond 8 bits, and "wide" ones beyond 32 bits.
-        truth: The value of a boolean scalar.
+        truth: The value of a boolean of one element.
+        flipped: The names of those that have the other value.
         last: Whether positions and ids reach the last row of their table.
         near: The numbers that the graph compares with.
         turn: Tells samples apart that are alike in all else.
@@ -45,6 +47,7 @@ class Style:
     floats: str = "normal"
     integers: str = "natural"
     truth: bool = True
+    flipped: frozenset[str] = frozenset()
     last: bool = False
     near: tuple[float, ...] = ()
     turn: int = 0
@@ -106,8 +109,8 @@ class Sampler:
         if dtype in FLOATS or not (dtype.is_integer() or kind == np.bool_):
             return self._floats(random, shape, kind)
         if kind == np.bool_:
-            if not shape:
-                return np.array(self._style.truth)
+            if np.prod(shape) == 1:
+                return np.full(shape, self._style.truth != (name in self._style.flipped))
             return random.integers(0, 2, shape).astype(bool)
         if "position" in name.lower():
             return self._positions(shape, self._bounds.get(name)).astype(kind)
@@ -169,13 +172,14 @@ class Sampler:
         return np.where(picks < len(wanted), np.asarray(wanted)[picks % len(wanted)], values)
 
     def _computed_with(self, random: np.random.Generator, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
-        """Return integers beyond the range of smaller types, as far as the type holds them, and never 0."""
+        """Return integers beyond the range of smaller types, as far as the type holds them."""
         limit = min(np.iinfo(kind).max, 1 << 33 if self._style.integers == "wide" else 300)
         lowest = 1 if kind.kind == "u" else -int(limit)
-        values = random.integers(lowest, int(limit), shape)
+        values: Array = np.asarray(random.integers(lowest, int(limit), shape))
+        values = np.where(values == 0, 1, values)
         if self._style.integers == "near":
-            values = np.clip(np.trunc(self._near(random, values)), lowest, limit).astype(np.int64)
-        return self._cast(np.where(values == 0, 1, values), kind)
+            values = np.clip(np.trunc(self._near(random, values)), min(lowest, 0), limit)
+        return self._cast(values, kind)
 
     def _cast(self, values: Any, kind: np.dtype[Any]) -> Array:
         return np.asarray(np.asarray(values).astype(np.int64)).astype(kind)
@@ -245,6 +249,8 @@ class Sampler:
 
 #: Operators whose output holds the integers of their first input, so that bounds of indices reach back through them.
 _PASSING = frozenset({"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Expand", "Flatten", "Slice"})
+#: Operators whose output holds integers of any of their inputs.
+_JOINING = frozenset({"Concat", "Min", "Max", "Clip"})
 _INDEXERS = frozenset({"Gather", "GatherElements", "GatherND", "RotaryEmbedding"})
 
 
@@ -263,18 +269,37 @@ def index_bounds(inputs: list[onnx_ir.Value], length_of: Callable[[onnx_ir.Value
 
 def _table_lengths(value: onnx_ir.Value, length_of: Callable[[onnx_ir.Value, int], int | None]) -> list[int | None]:
     lengths: list[int | None] = []
-    work, seen = [value], {value}
+    work, seen = [(value, 0)], {value}
     while work and len(seen) < 64:
-        for use in work.pop().uses():
+        current, added = work.pop()
+        for use in current.uses():
             node = use.node
             if node.domain:
                 continue
-            if node.op_type in _PASSING and use.idx == 0:
-                work += [item for item in node.outputs[:1] if item not in seen]
+            shift = _added(node, use.idx)
+            if shift is not None:
+                work += [(item, added + shift) for item in node.outputs[:1] if item not in seen]
                 seen.update(node.outputs[:1])
-            elif node.op_type == "RotaryEmbedding" and use.idx == 3 and node.inputs[1] is not None:
-                lengths.append(length_of(node.inputs[1], 0))
+                continue
+            length = None
+            if node.op_type == "RotaryEmbedding" and use.idx == 3 and node.inputs[1] is not None:
+                length = length_of(node.inputs[1], 0)
             elif node.op_type in _INDEXERS and use.idx == 1 and node.inputs[0] is not None:
                 axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-                lengths.append(length_of(node.inputs[0], axis))
+                length = length_of(node.inputs[0], axis)
+            lengths.append(None if length is None else max(1, length - added))
     return lengths
+
+
+def _added(node: onnx_ir.Node, index: int) -> int | None:
+    """Return what an operator adds to the integers of an input that it passes on; None if it does something else."""
+    if (node.op_type in _PASSING and index == 0) or node.op_type in _JOINING:
+        return 0
+    if node.op_type == "Where":
+        return 0 if index else None
+    other = node.inputs[1 - index] if node.op_type == "Add" and len(node.inputs) == 2 else None
+    tensor = None if other is None else constant_tensor(other)
+    if tensor is None or tensor.size != 1:
+        return None
+    number = int(tensor.numpy().reshape(-1)[0])
+    return number if number >= 0 else None
