@@ -32,7 +32,7 @@ from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
 from passopt.verification.divergence import divergence, judged_rows
-from passopt.verification.original_on_codes import COMPARISON
+from passopt.verification.quantised_weights import ON_CODES
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
 from passopt.verification.verify import VerifyOptions, verify
@@ -185,7 +185,7 @@ def test_parts_that_int8_does_not_touch_must_agree(
 
     report = verify(tiny_decoder(), changed(faulty, DecoderSpec(quantized=True)), options=WHOLE)
     assert report.verdict.startswith("FAILED: worse than declared")
-    assert {row.comparison for row in report.rows if not row.ok} == {COMPARISON}
+    assert {row.comparison for row in report.rows if not row.ok} == {ON_CODES}
 
 
 def test_a_layer_that_loses_most_is_named() -> None:

@@ -7,6 +7,8 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.precision.cast import CastModel
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.testing.checking import read_model
@@ -227,3 +229,22 @@ def test_random_graphs_are_said_to_be_random():
     text = "g (float[n] x) => (float[n] y) { r = RandomNormalLike(x) y = Add(x, r) }"
     with pytest.raises(ModelError, match=r"nothing can be compared: the graph draws random numbers"):
         compared(text, text)
+
+
+MLP = """g (float[n,32] x) => (float[n,5] y)
+    <float[32,32] w1 = random, float[32] b1 = random, float[32,5] w2 = random> {
+    a = MatMul(x, w1) b = Add(a, b1) r = Relu(b) y = MatMul(r, w2) }"""
+
+
+@pytest.mark.parametrize("name", ["w1.scales", "w2.scales", "b1"])
+def test_int8_of_any_graph_is_compared_with_its_own_codes(name):
+    """A scale of one channel that is off by a tenth moves an output by less than int8 itself may."""
+    changed = read_model(HEADER + MLP)
+    QuantizeWeights(head=True).run(changed)
+    assert verify(read_model(HEADER + MLP), changed).ok
+    value = changed.graph.initializers[name]
+    with Evaluator() as evaluator:
+        array = np.array(evaluator.array(expression_of(value)))
+    array[0] *= 1.1
+    value.const_value = onnx_ir.tensor(array, name=name)
+    assert not verify(read_model(HEADER + MLP), changed).ok

@@ -18,6 +18,7 @@ from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.relative_error import operator_error
 from passopt.ir.weights.expressions import DataType
+from passopt.verification.quantised_weights import LARGEST, channel_errors
 from passopt.verification.report import Row
 from passopt.verification.sampling.shaken import TURNS, movement, shaken_feeds, shaken_model
 
@@ -26,6 +27,16 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Opener: TypeAlias = Callable[[onnx_ir.Model], Callable[[Mapping[str, Any]], Mapping[str, Any]]]
 
 COMPARISON = "against the original"
+
+
+def weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> list[Row]:
+    """Return a row for the weight whose codes differ most from it, in steps of its channel's scale."""
+    errors = channel_errors(reference, candidate)
+    if not errors:
+        return []
+    worst = max(errors, key=lambda item: item.steps)
+    note = f"output channel {worst.channel}, in steps of absmax/127; {len(errors)} weights"
+    return [Row(COMPARISON, "codes", worst.weight, worst.steps, LARGEST, note)]
 
 
 class Ties:
@@ -55,19 +66,23 @@ class Ties:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """How outputs are compared: the tolerance of floats, whether floats may have other dtypes, and ties of integers."""
+    """How outputs are compared: the tolerance of floats, whether floats may have other dtypes, and ties of integers.
+
+    `comparison` is the title of the rows.
+    """
 
     tolerance: float
     narrows: bool
     ties: Ties
+    comparison: str = COMPARISON
 
     def row(self, scenario: str, output: str, reference: Any, found: Any, feeds: Mapping[str, Any]) -> Row:
         """Return the row of one output in one scenario."""
         if problem := self._problem(reference, found):
-            return Row(COMPARISON, scenario, output, math.inf, self.tolerance, problem)
+            return Row(self.comparison, scenario, output, math.inf, self.tolerance, problem)
         if isinstance(reference, np.ndarray) and reference.dtype.kind in "iub":
             return self._integers(scenario, output, reference, found, feeds)
-        return Row(COMPARISON, scenario, output, _error(reference, found), self.tolerance)
+        return Row(self.comparison, scenario, output, _error(reference, found), self.tolerance)
 
     def _integers(self, scenario: str, output: str, reference: Array, found: Array, feeds: Mapping[str, Any]) -> Row:
         wrong = reference != found
@@ -76,7 +91,7 @@ class Judge:
         notes = [f"{int(wrong.sum())} of {wrong.size} differ"] if wrong.any() else []
         notes += [f"{int(excused.sum())} of {wrong.size} at ties"] if excused.any() else []
         error = float(wrong.mean()) if wrong.any() else 0.0
-        return Row(COMPARISON, scenario, output, error, 0.0, ", ".join(notes))
+        return Row(self.comparison, scenario, output, error, 0.0, ", ".join(notes))
 
     def _problem(self, reference: Any, found: Any) -> str:
         """Return in words how kind, length, dtype or shape differ, "" if they do not."""

@@ -29,7 +29,7 @@ from passopt.verification.logit_store import LogitStore
 from passopt.verification.original_on_codes import against_original_on_codes
 from passopt.verification.own_codes import against_own_codes, twin_tolerance
 from passopt.verification.quantised_weights import LARGEST, channel_errors
-from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
+from passopt.verification.report import PERPLEXITY, PREDICTIONS, VerifyReport
 from passopt.verification.scenarios import (
     Scenario,
     make_scenarios,
@@ -47,6 +47,7 @@ from passopt.verification.tolerances import (
     chosen_tolerance,
     deep,
 )
+from passopt.verification.value_rows import weight_rows
 from passopt.verification.verify_any import verify_any
 
 #: Models whose graphs hold no table that limits their positions are tried up to this many positions.
@@ -287,17 +288,7 @@ def _verify_whole(
             rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, known)
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
-    return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
-
-
-def _weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, bar: QualityBar | None) -> list[Row]:
-    """Return a row for the weight whose codes differ most from it, in steps of its channel's scale."""
-    errors = channel_errors(reference, candidate) if bar is not None else []
-    if not errors:
-        return []
-    worst = max(errors, key=lambda item: item.steps)
-    note = f"output channel {worst.channel}, in steps of absmax/127; {len(errors)} weights"
-    return [Row(ORIGINAL, "codes", worst.weight, worst.steps, LARGEST, note)]
+    return VerifyReport((*rows, *(weight_rows(reference, candidate) if bar is not None else [])))
 
 
 def _verify_layerwise(
@@ -329,4 +320,4 @@ def _verify_layerwise(
     if bar is not None:
         pieces = [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in pieces]
     ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
-    return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))
+    return VerifyReport((*pieces, *ends, *(weight_rows(reference, candidate) if bar is not None else [])))

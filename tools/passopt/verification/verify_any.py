@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,12 +20,18 @@ from passopt.ir.graph.operators import random_operators
 from passopt.ir.weights.expressions import DataType
 from passopt.passes.framework.accuracy import QualityBar
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification.dequantised_twin import dequantised_weights, dynamic_linears
+from passopt.verification.dequantised_twin import (
+    dequantised_twin,
+    dequantised_weights,
+    dynamic_linears,
+    without_quantised_rows,
+)
 from passopt.verification.divergence import divergence, judged_rows
+from passopt.verification.quantised_weights import ON_CODES, on_codes
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.sampling.lengths import free_inputs
 from passopt.verification.sampling.trace import legal_samples
-from passopt.verification.value_rows import COMPARISON, Judge, Opener, Ties, is_float, random_outputs
+from passopt.verification.value_rows import COMPARISON, Judge, Opener, Ties, is_float, random_outputs, weight_rows
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -167,7 +174,38 @@ def verify_any(
     if bar is not None and pairs:
         source = "the given inputs" if given is not None else "random inputs"
         rows = [*judged_rows(COMPARISON, bar, divergence(pairs), source), *rows]
+    if lossy and tolerance is None and "int8" in kind:
+        rows += weight_rows(reference, candidate)
+        plain = Judge(
+            tolerances["fp16" if DataType.FLOAT16 in _floats(reference) else "fp32"], False, judge.ties, ON_CODES
+        )
+        rows += _on_own_codes(reference, candidate, opened, samples, plain, scratch)
     return VerifyReport(tuple(rows), tuple(said), lossy=kind if lossy and tolerance is None else "")
+
+
+def _on_own_codes(
+    reference: onnx_ir.Model,
+    candidate: onnx_ir.Model,
+    opened: Opener,
+    samples: Sequence[tuple[str, dict[str, Any]]],
+    judge: Judge,
+    scratch: Path | None,
+) -> list[Row]:
+    """Return the rows of the candidate, with plain activations, against the original with the numbers of its codes.
+
+    There nothing but sums in another order may differ, so that a wrong norm or embedding shows.
+    """
+    with tempfile.TemporaryDirectory(prefix="passopt-codes-", dir=scratch) as folder:
+        original = on_codes(reference, candidate, Path(folder))
+        if original is None:
+            return []
+        first, second = opened(original), opened(dequantised_twin(without_quantised_rows(candidate), Path(folder)))
+        return [
+            judge.row(name, output, value, found[output], feeds)
+            for name, feeds in samples
+            for expected, found in [(first(feeds), second(feeds))]
+            for output, value in expected.items()
+        ]
 
 
 def _random(
