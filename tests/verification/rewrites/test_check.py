@@ -359,3 +359,17 @@ def test_lossy_passes_are_judged_on_the_whole_graph(whole, checked, op_type, rig
     else:
         with pytest.raises(Violation, match="left a wrong graph"):
             checked(item, model)
+
+
+NARROWED = [
+    "g (float[n,4] x) => (float[n,4] y) { a = Exp(x) b = Exp(a) c = Add(b, x) y = Neg(c) }",
+    """g (float[b,2,q,8] x, float[b,2,k,8] z, float[b,1,q,k] attn_mask) => (float[b,2,q,k] y) {
+        t = Transpose <perm = [0, 1, 3, 2]> (z) s = MatMul(x, t) m = Add(s, attn_mask) y = Softmax(m) }""",
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", NARROWED)
+def test_right_casts_raise_no_alarm_where_sampled_inputs_overflow(parsed, checked, text):
+    summary = checked(CastModel(dtype="fp16"), parsed(text))
+    assert summary.whole or summary.sites

@@ -30,15 +30,12 @@ from passopt.verification.divergence import divergence, judged_rows
 from passopt.verification.quantised_weights import ON_CODES, on_codes
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.sampling.lengths import free_inputs
+from passopt.verification.sampling.samples import ORDINARY, hidden_rows
 from passopt.verification.sampling.trace import legal_samples
 from passopt.verification.value_rows import COMPARISON, Judge, Opener, Ties, is_float, random_outputs, weight_rows
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: The styles of floats that lossy candidates are judged on.
-ORDINARY = frozenset({"normal", "coarse"})
-#: Numbers of a mask to add that are this low hide a position.
-_HIDDEN = -1e4
 #: How far a lossy candidate may move numbers, for finding integers that it may pick otherwise.
 _STEPS: Mapping[str, float] = {"fp16": 1e-3, "bf16 and wider": 8e-3, "int8": 1 / 127, "int8 activations": 1 / 64}
 #: Predictions judge the logits of a lossy candidate. Where these are nearly equal for all tokens, they would hide even
@@ -275,8 +272,8 @@ def _with_open_rows(feeds: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs with masks to add that hide no whole row, of which each dtype makes something else."""
     result = dict(feeds)
     for name, array in feeds.items():
-        if "mask" in name.lower() and is_float(array) and array.ndim > 1:
-            hidden = (array.astype(np.float64) <= _HIDDEN).all(axis=-1, keepdims=True)
+        hidden = hidden_rows(name, array)
+        if hidden is not None:
             result[name] = np.where(hidden, np.zeros((), array.dtype), array)
     return result
 

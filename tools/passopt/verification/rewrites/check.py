@@ -34,7 +34,7 @@ from passopt.verification.rewrites.regions import Cut, Request, Side, Unchecked,
 from passopt.verification.rewrites.structure_key import structure_key
 from passopt.verification.rewrites.value_kinds import Kinds
 from passopt.verification.rewrites.whole_graph import Difference, compare_whole, one_sided, stated_wrongly
-from passopt.verification.sampling.samples import Fed, Sample, made
+from passopt.verification.sampling.samples import ORDINARY, Fed, Sample, hides_a_row, made
 from passopt.verification.sampling.trace import Trace, trace
 
 #: Weights of a reproducer are shortened to at most this many elements, if the violation still shows.
@@ -349,8 +349,9 @@ def _same_shapes(before: onnx_ir.Model, after: onnx_ir.Model) -> bool:
 
 
 def _of_common_size(found: Trace) -> Trace:
-    runs = tuple(run for run in found.runs if run.sample.style.floats in {"normal", "coarse"})
-    return dataclasses.replace(found, runs=runs or found.runs)
+    runs = tuple(run for run in found.runs if run.sample.style.floats in ORDINARY)
+    shown = tuple(run for run in runs if not hides_a_row(run.sample.feeds))
+    return dataclasses.replace(found, runs=shown or runs or found.runs)
 
 
 def _pairs(model: onnx_ir.Model, earlier: Trace) -> dict[int, Sample]:

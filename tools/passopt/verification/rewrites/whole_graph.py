@@ -16,7 +16,7 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights.expressions import DataType
 from passopt.passes.framework.accuracy import Accuracy
-from passopt.verification.rewrites.array_error import array_error
+from passopt.verification.rewrites.array_error import array_error, held_in_narrow
 from passopt.verification.sampling.samples import Sample
 from passopt.verification.sampling.shaken import TURNS, movement, shaken_model, shaken_sample
 from passopt.verification.sampling.trace import Trace, trace
@@ -152,7 +152,7 @@ def _difference(name: str, one: Run, other: Run, accuracy: Accuracy) -> tuple[fl
     if before is None or after is None:
         return 0.0, ""
     if accuracy.budget is not None and _is_float(before) and _is_float(after):
-        after = after.astype(before.dtype)  # a lossy pass may narrow the interface
+        before, after = held_in_narrow(before, after.astype(before.dtype))  # a lossy pass may narrow the interface
     if before.dtype != after.dtype:
         return float("inf"), f"the dtype {before.dtype} became {after.dtype}"
     error = array_error(before, after)
@@ -214,6 +214,8 @@ class _Shaking:
         before, after = one.arrays.get(name), other.arrays.get(name)
         if before is None or after is None or before.dtype.kind not in "fiub" or not _comparable(before, after):
             return found
+        if self._step is not None:
+            before, after = held_in_narrow(before, after)
         arrays = [run.arrays[name] for run in moved if name in run.arrays]
         moves = movement(after, arrays)
         loose = self._allowance(before, moves)

@@ -17,6 +17,11 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: What an input is fed with: an array, or a list of arrays for a sequence.
 Fed: TypeAlias = "Array | list[Array]"
 
+#: The styles of floats that lossy passes are judged on.
+ORDINARY = frozenset({"normal", "coarse"})
+#: Numbers of a mask to add that are this low hide a position.
+_HIDDEN = -1e4
+
 
 class Unsampled(Exception):
     """Raised for an input that no value can be made for; its message is the reason that reports show."""
@@ -67,3 +72,20 @@ def length_of(value: onnx_ir.Value, axis: int) -> int | None:
         return None
     length = value.shape[axis]
     return length if isinstance(length, int) else None
+
+
+def hidden_rows(name: str, array: Any) -> Array | None:
+    """Return which rows of a mask to add hide all positions, of which each dtype makes something else.
+
+    The result is None for anything but such a mask.
+    """
+    if "mask" not in name.lower() or not isinstance(array, np.ndarray) or array.ndim < 2 or array.dtype.kind in "iubO":
+        return None
+    rows: Array = (array.astype(np.float64) <= _HIDDEN).all(axis=-1, keepdims=True)
+    return rows if array.shape[-1] else np.zeros_like(rows)
+
+
+def hides_a_row(feeds: Mapping[str, Fed]) -> bool:
+    """Return whether some mask among the inputs hides all positions of a row."""
+    found = (hidden_rows(name, array) for name, array in feeds.items())
+    return any(rows is not None and bool(rows.any()) for rows in found)

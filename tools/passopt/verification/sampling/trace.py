@@ -17,7 +17,7 @@ from passopt.ir.errors import ModelError
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.sampling.hints import computed_integers, hints_of
 from passopt.verification.sampling.lengths import Lengths, around, assignments, free_inputs, symbols_of, tied
-from passopt.verification.sampling.samples import Sample, Unsampled, length_of, made
+from passopt.verification.sampling.samples import Sample, Unsampled, hides_a_row, length_of, made
 from passopt.verification.sampling.traced_graph import Run, TracedGraph, without_bf16
 from passopt.verification.sampling.values import INTEGERS, STYLES, Style, index_bounds, is_natural
 
@@ -135,6 +135,7 @@ def _legal(model: onnx_ir.Model, traced: _Runner, seed: int) -> list[Run]:
 
 def _add_hinted(model: onnx_ir.Model, search: _Search) -> None:
     """Add samples where results may change: at numbers and lengths that the graph compares with, and ends of tables."""
+    first_sample = (search.runs or search.doubtful)[0].sample
     lengths_of = [run.sample.lengths for run in search.runs or search.doubtful]
     first, largest = lengths_of[0], max(lengths_of, key=lambda lengths: math.prod(lengths.known.values()))
     hints = hints_of(model)
@@ -146,6 +147,8 @@ def _add_hinted(model: onnx_ir.Model, search: _Search) -> None:
         styles.append(Style("left", "large", "wide"))
     if index_bounds(free_inputs(model), length_of):
         styles.append(Style("none", last=True))
+    if hides_a_row(first_sample.feeds):
+        styles.append(Style("none"))
     for style in styles:
         search.add_sample(largest, style)
     truths = [value.name or "" for value in free_inputs(model) if value.dtype == onnx_ir.DataType.BOOL]
