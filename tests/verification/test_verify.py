@@ -32,6 +32,7 @@ from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
 from passopt.verification.divergence import divergence, judged_rows
+from passopt.verification.quantised_weights import ON_CODES
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
 from passopt.verification.verify import VerifyOptions, verify
@@ -42,6 +43,7 @@ WHOLE = VerifyOptions(tokens=TOKENS, window=24, stride=12)
 LAYERWISE = dataclasses.replace(WHOLE, layerwise=True)
 BOTH = pytest.mark.parametrize("options", [WHOLE, LAYERWISE], ids=["whole", "layerwise"])
 
+Array = np.ndarray
 Change = Callable[[onnx_ir.Model], None]
 
 
@@ -159,6 +161,31 @@ def test_one_wrong_scale_is_worse_than_declared(factor: float, dynamic: bool) ->
     assert report.costliest.startswith("model.layers.1.mlp.up_proj.weight, output channel 7: off by ")
     assert report.verdict.startswith(f"FAILED: worse than declared (int8{' activations' if dynamic else ''}), ")
     assert report.to_json()["costliest"] == report.costliest
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "activations"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.layers.1.post_attention_layernorm.weight", lambda array: array * np.float32(1.05)),
+        ("model.embed.weight", lambda array: array + np.float32(0.002)),
+        ("lm_head.weight", lambda array: array * np.float32(1.001)),
+    ],
+)
+def test_parts_that_int8_does_not_touch_must_agree(
+    name: str, change: Callable[[np.ndarray], np.ndarray], dynamic: bool
+) -> None:
+    """Predictions of a lossy model may move by more than these faults move them."""
+
+    def faulty(model: onnx_ir.Model) -> None:
+        value = model.graph.initializers[name]
+        value.const_value = LazyWeight(Literal.of(change(np.array(value.const_value.numpy()))), name)  # type: ignore[union-attr]
+        if dynamic:
+            QuantizeActivations().run(model)
+
+    report = verify(tiny_decoder(), changed(faulty, DecoderSpec(quantized=True)), options=WHOLE)
+    assert report.verdict.startswith("FAILED: worse than declared")
+    assert {row.comparison for row in report.rows if not row.ok} == {ON_CODES}
 
 
 def test_a_layer_that_loses_most_is_named() -> None:
