@@ -76,7 +76,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _check_kinds(config: Mapping[str, Any], path: Path) -> None:
-    """Raise ModelError if a value that passopt itself reads is of another kind; the sizes are for the class to judge."""
+    """Raise ModelError if a value that passopt itself reads is of another kind; sizes are for the class to judge."""
     for key, kind in _READ.items():
         stated(config, key, kind, str(path))
     for role, name in (config.get("auto_map") or {}).items():

@@ -19,13 +19,20 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    try:
+        return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    except OverflowError:  # A whole number beyond those of floating point.
+        return False
+
+
 #: What a value may have to be, in the words of messages. Python takes true for 1, and JSON does not.
 _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "a text": lambda value: isinstance(value, str),
     "an object": lambda value: isinstance(value, dict),
     "true or false": lambda value: isinstance(value, bool),
     "a whole number": _is_int,
-    "a number": lambda value: _is_int(value) or (isinstance(value, float) and math.isfinite(value)),
+    "a number": _is_number,
     "a token id": lambda value: _is_int(value) and 0 <= value < _TOKENS,
     "a number of tokens": lambda value: _is_int(value) and 0 < value < _TOKENS,
     "a list of texts": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),

@@ -104,7 +104,7 @@ def _add(found: dict[str, AddedToken], token: AddedToken) -> None:
 
 
 def _special_texts(place: Mapping[str, Any], path: Path) -> Iterator[str]:
-    """Yield the texts of the special tokens of a file, which writes each as a text, or as an object with its content."""
+    """Yield the texts of the special tokens of a file, each a text, or an object with its content."""
     entries: list[tuple[str, Any]] = [(role, place.get(role)) for role in _ROLES]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = place.get(key)
