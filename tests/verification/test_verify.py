@@ -15,7 +15,7 @@ import pytest
 
 from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.errors import ModelError
-from passopt.ir.graph.decoder import positions_of
+from passopt.ir.graph.decoder import decoder_of, positions_of
 from passopt.ir.graph.editor import Editor
 from passopt.ir.relative_error import relative_error
 from passopt.ir.serialization.text import parse_model
@@ -405,6 +405,15 @@ def test_one_rank_of_many_is_refused() -> None:
     del rank.metadata_props["passopt.degree"]
     with pytest.raises(ModelError, match="only one rank's weights"):
         verify(tiny_decoder(), rank)
+
+
+def test_a_cache_that_is_too_large_for_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of(tiny_decoder())
+    position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
+    monkeypatch.setattr("passopt.verification.verify._LARGEST_CACHE", 44 * position)
+    report = verify(tiny_decoder(), tiny_decoder(), options=WHOLE)
+    assert "late, 44 of 48" in {row.scenario for row in report.rows}
+    assert any(note.startswith("positions behind 44 of 48 were not run: their cache takes") for note in report.notes)
 
 
 def test_the_report_has_one_line_per_scenario() -> None:

@@ -113,7 +113,7 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
     bar = bar_of(kind, _differ_in_dtype(reference, candidate), options.tolerance)
     limits = positions_of(reference), positions_of(candidate)
     scenarios = scenarios_within(limits, vocabulary_of(reference), options, notes)
-    scenarios += _long_scenarios(reference, limits, options)
+    scenarios += _long_scenarios(reference, limits, options, notes)
     if bar is None:
         notes.append(f"{kind}: outputs within {tolerance.outputs:.0e}, perplexity within {tolerance.perplexity:.0e}")
     else:
@@ -207,15 +207,22 @@ def _differ_in_dtype(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> bool
     return one != other
 
 
-def _long_scenarios(model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions) -> list[Scenario]:
-    """Return a scenario near the end of the model's positions, if its cache is not too large and others end before."""
+def _long_scenarios(
+    model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions, notes: list[str]
+) -> list[Scenario]:
+    """Return a scenario near the end of the model's positions if others end before, and tell if memory cuts it."""
     decoder = decoder_of(model)
     position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
     known = [limit for limit in (options.max_positions, *limits) if limit is not None]
-    length = min([*known, _LONG if not known else max(known), _LARGEST_CACHE // position])
+    whole = min(known, default=_LONG)
+    length = min(whole, _LARGEST_CACHE // position)
+    if length < whole:
+        notes.append(
+            f"positions behind {length} of {whole} were not run: their cache takes more than {_LARGEST_CACHE >> 20} MiB"
+        )
     if length <= max(*options.lengths, 40):
         return []
-    return [near_the_end(vocabulary_of(model), length, options.seed)]
+    return [near_the_end(vocabulary_of(model), length, options.seed, whole)]
 
 
 def _costliest(
