@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from passopt.ir.errors import ModelError
-from passopt.ir.json_text import read_json
+from passopt.ir.json_text import read_json, shown, stated
 from passopt.ir.regular_files import open_regular
 from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.sources import safetensors_sources, torch_sources
@@ -27,6 +27,20 @@ WEIGHT_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+#: The switches of bitsandbytes, and the names that other quantisers have for the number of bits.
+_SWITCHES, _BITS = ("load_in_4bit", "load_in_8bit"), ("bits", "w_bit", "num_bits")
+
+#: What the values of config.json are that decide how a checkpoint is exported.
+_READ = {
+    "model_type": "a text",
+    "architectures": "a list of texts",
+    "auto_map": "an object",
+    "text_config": "an object",
+    "attn_config": "an object",
+    "transformers_version": "a text",
+    "model_max_length": "a whole number",
+}
 
 #: The beginning of what git puts in the place of a large file that was not fetched.
 LFS_POINTER = b"version https://git-lfs"
@@ -56,8 +70,21 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         hint = f"name the file {directory / files[0]}" if files else "name the directory of a Hugging Face checkpoint"
         raise ModelError(f"{directory}: has no {CONFIG_NAME}; {hint}")
     config = _read_json(config_path)
+    _check_kinds(config, config_path)
     _refuse_quantised(directory, config)
     return Checkpoint(directory.absolute(), config, _tensors(directory))
+
+
+def _check_kinds(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ModelError if a value that passopt itself reads is of another kind; sizes are for the class to judge."""
+    for key, kind in _READ.items():
+        stated(config, key, kind, str(path))
+    for role, name in (config.get("auto_map") or {}).items():
+        names = name if isinstance(name, list) and name else [name]
+        if not all(one is None or isinstance(one, str) for one in names):
+            raise ModelError(
+                f"{path}: auto_map.{role} is {shown(name)}, expected MODULE.CLASS, or a list of such names"
+            )
 
 
 def _refuse_adapter(directory: Path) -> None:
@@ -88,13 +115,12 @@ def _refuse_quantised(directory: Path, config: Mapping[str, Any]) -> None:
 
 def _quantisation(directory: Path, config: Mapping[str, Any]) -> str | None:
     """Return where and how a checkpoint says that its weights are quantised, or None if it does not."""
-    nested = config.get("text_config")
-    for place in (config, nested if isinstance(nested, dict) else {}):
+    for place in (config, config.get("text_config") or {}):
         for key in ("quantization_config", "compression_config"):
-            settings = place.get(key)
-            if isinstance(settings, dict) and _is_quantised(settings):
+            settings = stated(place, key, "an object", str(directory / CONFIG_NAME))
+            if settings and _is_quantised(settings, f"{directory / CONFIG_NAME}: {key}"):
                 return f"{key} of {CONFIG_NAME} says {_described(settings)}"
-        if place.get("quantization_bit"):
+        if stated(place, "quantization_bit", "a whole number", str(directory / CONFIG_NAME)):
             return f"quantization_bit of {CONFIG_NAME} says {place['quantization_bit']} bits"
     for name in ("quantize_config.json", "quant_config.json"):  # Beside checkpoints of older versions of GPTQ and AWQ.
         if (directory / name).exists():
@@ -102,15 +128,17 @@ def _quantisation(directory: Path, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _is_quantised(settings: Mapping[str, Any]) -> bool:
-    """Return whether the settings quantise: bitsandbytes' may be there with both of its switches off."""
-    switches = [settings[key] for key in ("load_in_4bit", "load_in_8bit") if key in settings]
-    return any(switches) if switches else bool(settings)
+def _is_quantised(settings: Mapping[str, Any], where: str) -> bool:
+    """Return whether the settings quantise: only bitsandbytes' may be there with both of their switches off."""
+    switches = [stated(settings, key, "true or false", where) for key in _SWITCHES if key in settings]
+    method = stated(settings, "quant_method", "a text", where)
+    is_off = bool(switches) and not any(switches)
+    return not (is_off and method in (None, "bitsandbytes") and not any(settings.get(key) for key in _BITS))
 
 
 def _described(settings: Mapping[str, Any]) -> str:
     method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "no method")
-    bits = next((settings[key] for key in ("bits", "w_bit", "num_bits") if key in settings), None)
+    bits = next((settings[key] for key in _BITS if key in settings), None)
     if bits is None:
         bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
     return str(method) if bits is None else f"{method}, {bits} bits"

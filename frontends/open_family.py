@@ -17,29 +17,35 @@ def is_remote(checkpoint: Checkpoint) -> bool:
     return checkpoint.config.get("model_type") not in MODEL_TYPES
 
 
-def passed_over(checkpoint: Checkpoint, *, trust_remote_code: bool) -> str | None:
-    """Return one line about the checkpoint's own class if it is left alone for transformers' class of the same name.
+def refuse_passed_over(checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:
+    """Raise ModelError if the checkpoint has classes of its own that would be left alone for those of transformers.
 
-    Raises:
-        ModelError: If the two have different names, so that nothing says that they compute the same.
+    A class of the same name may compute something else (Llama with other positions is still a LlamaForCausalLM), and a
+    self-check compares transformers' class with itself. Only running the code could show that the two are the same.
     """
-    own = named_class(checkpoint)
-    if is_remote(checkpoint) or own is None or trust_remote_code:
-        return None
+    if is_remote(checkpoint):
+        return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = checkpoint.config["model_type"]
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-    if own.rpartition(".")[2] != stock:
+    instead = (
+        f"remove auto_map from config.json to export transformers' {stock} for {model_type}, which may compute "
+        f"something else"
+    )
+    own = named_class(checkpoint)
+    if own is not None and not trust_remote_code:
         raise ModelError(
             f"{checkpoint.directory}: config.json names its own class {own}, whose code would run on this machine. "
-            f"Read it, then pass `trust_remote_code=True`; or remove auto_map from config.json to export transformers' "
-            f"{stock} for {model_type}, which may compute something else."
+            f"Read it, then pass `trust_remote_code=True`; or {instead}."
         )
-    return (
-        f"config.json names its own class {own}: it is left alone, and transformers' {stock} is exported; "
-        f"`trust_remote_code=True` exports its own"
-    )
+    for role in ("AutoConfig", "AutoModel"):
+        part = named_class(checkpoint, role)
+        if own is None and part is not None:
+            raise ModelError(
+                f"{checkpoint.directory}: config.json names its own class {part} ({role} of auto_map) and no "
+                f"AutoModelForCausalLM, which export needs to run its code. Name that class too; or {instead}."
+            )
 
 
 @contextlib.contextmanager
@@ -52,8 +58,8 @@ def open_family(checkpoint: Checkpoint, options: ExportOptions) -> Iterator[Fami
         ModelError: If the checkpoint is of no known family, or without consent to run its code.
         UsageError: If the family does not have one of the options.
     """
-    passed_over(checkpoint, trust_remote_code=options.trust_remote_code)
-    if not is_remote(checkpoint) and (named_class(checkpoint) is None or not options.trust_remote_code):
+    refuse_passed_over(checkpoint, trust_remote_code=options.trust_remote_code)
+    if not is_remote(checkpoint) and named_class(checkpoint) is None:
         from passopt.frontends.transformers_decoders import TransformersDecoder
 
         yield TransformersDecoder(checkpoint, options)

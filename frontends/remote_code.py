@@ -57,10 +57,9 @@ def stock_classes(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Iterato
 
 def named_class(checkpoint: Checkpoint, role: str = "AutoModelForCausalLM") -> str | None:
     """Return what the auto_map of config.json names for a role, such as `modeling_x.XForCausalLM`, or None."""
-    auto_map = checkpoint.config.get("auto_map")
-    found = auto_map.get(role) if isinstance(auto_map, Mapping) else None
-    name = found[0] if isinstance(found, list) and found else found
-    return name if isinstance(name, str) else None
+    found = (checkpoint.config.get("auto_map") or {}).get(role)
+    names: list[str | None] = found if isinstance(found, list) else [found]
+    return next((name for name in names if name), None)
 
 
 def check_consent(checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:

@@ -38,6 +38,8 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 TOLERANCES = {DataType.FLOAT: 1e-4, DataType.BFLOAT16: 1e-4, DataType.FLOAT16: 2e-2}
 
 _LENGTH, _PADDING = 13, 4
+#: The length of a batch whose last tokens come behind a cache of random numbers, and how many tokens at once.
+_BEHIND, _CHUNK = 40, 5
 #: The length of the long sequence, if the model has so many positions.
 _LONG = 1024
 #: The last position that is looked at, behind a cache of random numbers, and how many such positions there are.
@@ -153,15 +155,24 @@ def _random_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _references(family: Family, model: Any, shape: CacheShape, phase: Phase) -> list[_Reference]:
-    """Run a padded batch, a long sequence, and single tokens behind long caches."""
+    """Run a padded batch, a long sequence, and one token and several tokens behind caches of several lengths."""
     mask = torch.ones(2, _LENGTH, dtype=torch.long)
     mask[1, :_PADDING] = 0
     positions = family.positions(model)
     long = min(positions or _LONG, _LONG)
     found = [_reference(family, model, shape, mask, 0)]
+    ones = torch.ones(1, long, dtype=torch.long)
     if long > _LENGTH:
-        found.append(_reference(family, model, shape, torch.ones(1, long, dtype=torch.long), 0))
-    if positions is None or phase == "prefill":
+        found.append(_reference(family, model, shape, ones, 0))
+    if phase == "prefill":
+        return found
+    # The stock code, too, may do something else for one token, or for several behind a cache.
+    batch = torch.ones(2, min(long, _BEHIND), dtype=torch.long)
+    batch[1, :_PADDING] = 0
+    for new in (1,) if phase == "decode" or not family.takes_chunks(model) else (1, _CHUNK):
+        found.append(_reference(family, model, shape, batch, batch.shape[1] - new))
+    found.append(_reference(family, model, shape, ones, long - 1))
+    if positions is None:
         return found
     for past in _late_positions(family.numbers(), long, min(positions, _LAST)):
         found.append(_reference(family, model, shape, torch.ones(1, past + 1, dtype=torch.long), past))
@@ -210,9 +221,9 @@ def _run_graph(session: Any, reference: _Reference, steps: Sequence[int]) -> dic
     names = [value.name for value in session.get_outputs()]
     before = reference.mask.shape[1] - reference.ids.shape[1]
     done = reference.ids.shape[1] - sum(steps)
+    past = reference.outputs if done else reference.past or reference.outputs
     state = {
-        name: (reference.past or reference.outputs)[name][:, :, : before + done].astype(kind)
-        for name in cache_names("present", reference.shape.layers)
+        name: past[name][:, :, : before + done].astype(kind) for name in cache_names("present", reference.shape.layers)
     }
     logits = [reference.outputs["logits"][:, :done]]
     for count in steps:

@@ -20,13 +20,16 @@ class Unsupported(Exception):
 def stock_errors(checkpoint: Checkpoint, subject: str) -> Iterator[None]:
     """Let errors within the block become a ModelError: the checkpoint, `subject` (what cannot be done), the reason.
 
-    Errors of passopt itself pass through.
+    Errors of passopt itself pass through, and so does the user's interrupt. Whatever else is raised is the code's own,
+    also what would end Python or stop a generator.
     """
     try:
         yield
     except PassoptError:
         raise
-    except Exception as error:  # torch and the stock code may raise any error.
+    except BaseException as error:  # torch and the stock code may raise anything, and call sys.exit().
+        if type(error) is KeyboardInterrupt:
+            raise
         text = f"{checkpoint.directory}: {subject}: {reason(error, checkpoint.directory)}"
         raise ModelError(f"{text}{_older_library(checkpoint)}") from error
 

@@ -6,6 +6,7 @@ softmax takes it away. Masks are gigabytes at full length, so the class builds a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -53,11 +54,16 @@ def measure(make: Callable[[], Any], numbers: Iterable[int], subject: str) -> St
     formula = alibi_slopes(heads)
     slopes = formula if np.allclose(measured, formula, rtol=_TOLERANCE, atol=0) else measured
     for length in _lengths(positions, numbers):
-        if (found := _differing(slopes, _slopes(masks, length, subject))) is not None:
-            raise ModelError(
-                f"{subject} has ALiBi slopes that depend on the length: {found} at {length} positions of {positions}. "
-                f"A graph has one slope per head; export code whose slopes are fixed."
-            )
+        # A class may also look at how many of the positions are new: one in a step of decoding, some in a chunk.
+        for tokens in sorted({length, 1, length // 2})[::-1]:
+            found = _differing(slopes, _slopes(masks, length, subject, tokens))
+            if found is not None:
+                cause = "the length" if tokens == length else "the number of new tokens"
+                behind = "" if tokens == length else f", {tokens} of them new"
+                raise ModelError(
+                    f"{subject} has ALiBi slopes that depend on {cause}: {found} at {length} positions of "
+                    f"{positions}{behind}. A graph has one slope per head; export code whose slopes are fixed."
+                )
     beyond = _slopes(masks, positions + max(1, positions // 8), subject)
     return StockAlibi(slopes, None if _differing(slopes, beyond) is None else positions)
 
@@ -82,17 +88,21 @@ class _Masks:
 
     def __init__(self, make: Callable[[], Any], subject: str) -> None:
         self._make, self._subject = make, subject
-        self._body = make()
+        self._body, self._cuts = make(), True
         self.heads, self.positions = int(self._body.n_head), int(self._body.max_cache_pos)
 
-    def mask(self, length: int) -> Mask:
-        """Return the mask for `length` positions, `[heads, rows, length]`."""
+    def mask(self, length: int, tokens: int) -> Mask:
+        """Return the mask for `length` positions, of which `tokens` are new: `[heads, rows, length]`."""
         with torch.no_grad():
             try:
-                with _SomeRows():
-                    mask = self._body.get_alibi_mask(torch.zeros(1, length, 1), length)
-            except RuntimeError:  # The class combines the causal mask with something of its own, and misses rows.
-                mask = self._whole(length)
+                with _SomeRows() if self._cuts else contextlib.nullcontext():
+                    mask = self._built(length, tokens)
+            except RuntimeError:
+                if not self._cuts:
+                    raise
+                # The class combines the causal mask with something of its own, and misses rows.
+                self._body, self._cuts = self._make(), False
+                mask = self._built(length, tokens)
         expected = f"[{self.heads}, rows, {length}]"
         if not isinstance(mask, torch.Tensor):
             raise ModelError(f"{self._subject} has an ALiBi mask that is a {type(mask).__name__}, expected {expected}")
@@ -100,30 +110,33 @@ class _Masks:
             raise ModelError(f"{self._subject} has an ALiBi mask of shape {list(mask.shape)}, expected {expected}")
         return mask.float().numpy()
 
-    def _whole(self, length: int) -> Any:
+    def _built(self, length: int, tokens: int) -> Any:
         largest = max(length, self.positions)
-        if (needed := 4 * self.heads * largest**2 * _COPIES) > _WHOLE_BYTES:
+        if not self._cuts and (needed := 4 * self.heads * largest**2 * _COPIES) > _WHOLE_BYTES:
             raise ModelError(
                 f"{self._subject} has an ALiBi mask that cannot be compared with the formula: it takes "
                 f"{needed / 2**30:.1f} GiB to build for {largest} positions. Set fewer in config.json "
                 f"(model_max_length)."
             )
-        self._body = self._make()
-        return self._body.get_alibi_mask(torch.zeros(1, length, 1), length)
+        return self._body.get_alibi_mask(torch.zeros(1, tokens, 1), length)
 
 
-def _slopes(masks: _Masks, length: int, subject: str) -> Slopes:
-    """Return the slopes of the mask for `length` positions, after comparing the mask with slope × column."""
-    mask = masks.mask(length)
+def _slopes(masks: _Masks, length: int, subject: str, tokens: int | None = None) -> Slopes:
+    """Return the slopes of the mask for `length` positions, after comparing the mask with slope × column.
+
+    Of the positions `tokens` are new; None for all.
+    """
+    mask = masks.mask(length, tokens or length)
     columns = np.arange(length)
     visible = mask > _HIDDEN
     last = visible.sum(-1) - 1
     # The rows may have been cut from a mask for all positions, from one for this length, or not at all.
-    known = (_rows(masks.positions), _rows(length), np.arange(max(masks.positions, length)))
+    known = [_rows(masks.positions), _rows(length), np.arange(max(masks.positions, length))]
+    known += [] if tokens is None else [rows[:length][-tokens:] for rows in known]
     expected_last = [np.minimum(rows[: mask.shape[1]], length - 1).tolist() for rows in known]
     if (visible != (columns <= last[..., None])).any() or any(row not in expected_last for row in last.tolist()):
         raise ModelError(f"{subject} has an ALiBi mask that hides other positions than the later ones")
-    slopes = mask[:, 1, 1] - mask[:, 1, 0]
+    slopes = _slope(mask, last[0])
     expected = slopes[:, None, None] * columns.astype(np.float32)
     size = np.maximum(np.abs(expected), np.abs(mask[..., :1]))
     wrong = visible & (np.abs(mask - mask[..., :1] - expected) > _TOLERANCE * size)
@@ -133,6 +146,16 @@ def _slopes(masks: _Masks, length: int, subject: str) -> Slopes:
             f"{subject} has an ALiBi mask that is not slope × column: at {length} positions, head {head} adds "
             f"{mask[head, row, column] - mask[head, row, 0]:.6g} to column {column}, and {slopes[head]:.6g} to column 1"
         )
+    return slopes
+
+
+def _slope(mask: Mask, last: np.ndarray[Any, Any]) -> Slopes:
+    """Return the slopes over all that the second row sees, or the only one; `last` are the last columns seen.
+
+    In a prefill these are two columns. Of a later row, a constant per row would round the difference of two columns.
+    """
+    row = min(1, mask.shape[1] - 1)
+    slopes: Slopes = (mask[:, row, last[row]] - mask[:, row, 0]) / np.float32(last[row])
     return slopes
 
 

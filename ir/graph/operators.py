@@ -12,6 +12,12 @@ RANDOM = frozenset(
 )
 
 
+def random_operators(model: onnx_ir.Model) -> list[str]:
+    """Return the operators of a model that draw random numbers, in bodies and functions too."""
+    nodes = [*model.graph.all_nodes(), *(node for item in model.functions.values() for node in item.all_nodes())]
+    return sorted({node.op_type for node in nodes if not node.domain and node.op_type in RANDOM})
+
+
 def operators(*lines: str) -> frozenset[str]:
     """Return the operator names in lines of text, where they are separated by spaces."""
     return frozenset(name for line in lines for name in line.split())

@@ -44,8 +44,9 @@ def complete_all_types(model: onnx_ir.Model) -> list[Known]:
     known: list[Known] = []
     for value, found in zip(_values(model), _values(inferred), strict=True):
         known.append((value, value.type, value.shape))
-        value.type = value.type or found.type
-        value.shape = value.shape or found.shape
+        tensor = _constant(value.producer())  # ONNX was asked about a small one in its place
+        value.type = value.type or (found.type if tensor is None else onnx_ir.TensorType(tensor.dtype))
+        value.shape = value.shape or (found.shape if tensor is None else onnx_ir.Shape(tensor.shape.numpy()))
     return known
 
 
@@ -77,12 +78,18 @@ def _withhold_weights(graph: onnx_ir.Graph, main: onnx_ir.Graph) -> None:
         if not value.is_graph_input():
             main.inputs.append(_stand_in(value, tensor, len(main.inputs)))
     for node in graph:
-        attribute = node.attributes.get("value")
-        if node.op_type != "Constant" or attribute is None or attribute.type != onnx_ir.AttributeType.TENSOR:
-            continue
-        if not attribute.is_ref() and _is_large(attribute.as_tensor()):
-            main.inputs.append(_stand_in(node.outputs[0], attribute.as_tensor(), len(main.inputs)))
+        tensor = _constant(node)
+        if tensor is not None and _is_large(tensor):
+            main.inputs.append(_stand_in(node.outputs[0], tensor, len(main.inputs)))
             node.attributes["value"] = onnx_ir.AttrTensor("value", onnx_ir.tensor(0))
+
+
+def _constant(node: onnx_ir.Node | None) -> onnx_ir.TensorProtocol | None:
+    """Return the tensor of a Constant; None for another node, or a constant of another kind."""
+    attribute = node.attributes.get("value") if node is not None and node.op_type == "Constant" else None
+    if attribute is None or attribute.type != onnx_ir.AttributeType.TENSOR or attribute.is_ref():
+        return None
+    return attribute.as_tensor()
 
 
 def _is_large(tensor: onnx_ir.TensorProtocol) -> bool:

@@ -29,6 +29,10 @@ _PACKED = frozenset(onnx_ir.DataType[name].value for name in ("INT4", "UINT4", "
 _WITHOUT_LITERALS = frozenset(
     onnx_ir.DataType[name] for name in ("COMPLEX64", "COMPLEX128", "FLOAT6E2M3", "FLOAT6E3M2")
 )
+#: A constant in the attribute of a node that the text leaves the numbers of out.
+WITHOUT_NUMBERS = re.compile(
+    rf"= ({'|'.join(kind.name.lower() for kind in sorted(_WITHOUT_LITERALS))})\[[^\]]*\]\s*\w*\.\.\."
+)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _NODE_NAME = re.compile(r"^\s*\[[^\]]*\] ")
 
@@ -141,6 +145,7 @@ def parse_model(text: str) -> onnx_ir.Model:
         check_proto(proto)
         model = onnx_ir.from_proto(proto)
     except onnx.parser.ParseError as error:
+        _refuse_dots(text)
         message = error.args[0]
         detail = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
         raise ModelError(f"not ONNX text: {detail}") from None
@@ -161,6 +166,15 @@ def _refuse_digests(proto: onnx.ModelProto) -> None:
         raise ModelError(
             f"the text has digests in place of the numbers of {', '.join(names[:3])}{' …' if len(names) > 3 else ''}, "
             "because a text holds small tensors only; use the model.onnx that it was printed from"
+        )
+
+
+def _refuse_dots(text: str) -> None:
+    """Raise ModelError if a constant was printed as three dots, because ONNX text has no literals of its dtype."""
+    if found := WITHOUT_NUMBERS.search(text):
+        raise ModelError(
+            f"the text has three dots in place of the numbers of a {found[1]} constant, because ONNX text has no "
+            "literals of that dtype; use the model.onnx that it was printed from"
         )
 
 
@@ -263,8 +277,23 @@ def _quoted_string(text: str) -> str:
 
 def _node(node: onnx_ir.Node) -> str:
     proto = onnx_ir.to_proto(node)
+    _drop_quoted_names([proto])
     text = onnx.printer.to_text(proto).rstrip()
     return "   " + _NODE_NAME.sub("", _with_packed(text, proto)).strip()
+
+
+def _drop_quoted_names(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Take the names off tensors in attributes that must be quoted: they mean nothing, and the parser takes no quotes.
+
+    Nodes of bodies are changed too.
+    """
+    for node in nodes:
+        for attribute in node.attribute:
+            for tensor in (attribute.t, *attribute.tensors):
+                if tensor.name and not _IDENTIFIER.match(tensor.name):
+                    tensor.name = ""
+            for body in (attribute.g, *attribute.graphs):
+                _drop_quoted_names(body.node)
 
 
 def _with_packed(text: str, proto: onnx.NodeProto) -> str:
@@ -279,7 +308,9 @@ def _with_packed(text: str, proto: onnx.NodeProto) -> str:
 
 
 def _function_text(function: onnx_ir.Function) -> str:
-    return str(onnx.printer.to_text(onnx_ir.to_proto(function))).rstrip()
+    proto = onnx_ir.to_proto(function)
+    _drop_quoted_names(proto.node)
+    return str(onnx.printer.to_text(proto)).rstrip()
 
 
 def _commas(lines: list[str]) -> list[str]:

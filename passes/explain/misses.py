@@ -129,11 +129,7 @@ class Group:
     def title(self) -> str:
         """Return a title such as `declined × 40, such as mul_3 (Mul)`."""
         first = self.example
-        how = f"{first.matched} of {first.total} nodes fit"
-        if first.reason is not None:
-            how = "declined"
-        elif first.matched == first.total:
-            how = f"all {first.total} nodes fit, but not next to each other"
+        how = "declined" if first.reason is not None else nearness(first)
         count = len(self.misses)
         if first.node is None:
             return f"{how} × {count}" if count > 1 else how
@@ -230,3 +226,10 @@ def _lies_inside(miss: Miss, other: Miss | frozenset[onnx_ir.Node]) -> bool:
 def short_rule(where: str) -> str:
     """Shorten `pass (folder/file.py:12)` to `file.py:12`."""
     return where.partition(" (")[2].rstrip(")").replace("\\", "/").rpartition("/")[2] or where
+
+
+def nearness(miss: Miss) -> str:
+    """Return how much of a pattern fits, as `2 of 3 nodes fit`."""
+    if miss.matched == miss.total:
+        return f"all {miss.total} nodes fit, but not next to each other"
+    return f"{miss.matched} of {miss.total} nodes fit"

@@ -12,7 +12,7 @@ from passopt.ir.graph.provenance import origin_of
 from passopt.ir.graph.shapes import complete_types
 from passopt.passes.explain.attempt import Attempt
 from passopt.passes.explain.differences import describe_node, operator, provenance
-from passopt.passes.explain.misses import Miss, short_rule
+from passopt.passes.explain.misses import Miss, nearness, short_rule
 from passopt.passes.explain.nearest_match import nearest
 from passopt.passes.explain.sites import Site, find_node, sites
 from passopt.passes.patterns.language import Alternatives, NodePattern, Output, Pattern
@@ -161,7 +161,7 @@ def _verdict(site: Site) -> str:
         return f"matches at {describe_node(site.node)}, {len(site.nodes)} nodes"
     if site.miss.reason is not None:
         return f"declines at {describe_node(site.node)}, where all {site.miss.total} nodes fit"
-    return f"{site.miss.matched} of {site.miss.total} nodes fit at {describe_node(site.node)}"
+    return f"{nearness(site.miss)} at {describe_node(site.node)}"
 
 
 def _details(miss: Miss) -> list[str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
+import importlib.util
 
 import onnx
 import onnx_ir
-import onnxsim  # type: ignore[import-untyped]
 
 from passopt.ir.errors import PassError
 from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.framework.records import PassResult
 from passopt.passes.guests.foreign_names import has_negative_zero, hide_foreign_names, show_foreign_names
+from passopt.passes.guests.onnxsim_process import OnnxsimError, simplified
 from passopt.passes.guests.restore_metadata import Snapshot, take_over
 from passopt.passes.guests.weight_handles import (
     LOCATION,
@@ -24,6 +23,9 @@ from passopt.passes.guests.weight_handles import (
     to_proto,
     without_defaults,
 )
+
+if importlib.util.find_spec("onnxsim") is None:  # it is imported where it runs, in a process of its own
+    raise ModuleNotFoundError("No module named 'onnxsim'", name="onnxsim")
 
 #: Optimizers that are left out: fusions into operators that later passes do not look for, one that needs the numbers
 #: of weights, and one that writes a 0 for a computed length in targets of Reshape. onnxsim's folding of constants is
@@ -62,17 +64,17 @@ def run_onnxsim(model: onnx_ir.Model, author: str, limit: int) -> PassResult:
     held = _hold_out(proto, quantised, author)
     hidden = hide_foreign_names(proto)
     stated, proto.ir_version = proto.ir_version, max(proto.ir_version, _IR_VERSION)
-    simplified = _call(proto, author, limit)
-    simplified.ir_version = stated
-    show_foreign_names(simplified, hidden)
-    _put_back(simplified.graph, held)
-    if _interface(simplified.graph) != interface:
+    made = _call(proto, author, limit)
+    made.ir_version = stated
+    show_foreign_names(made, hidden)
+    _put_back(made.graph, held)
+    if _interface(made.graph) != interface:
         raise PassError(
-            f"{author}: onnxsim changed the inputs and outputs from {interface} to {_interface(simplified.graph)}; "
+            f"{author}: onnxsim changed the inputs and outputs from {interface} to {_interface(made.graph)}; "
             f"this is a defect of onnxsim. Leave out the pass for this model."
         )
-    del simplified.metadata_props[:]  # onnxsim's list of changed nodes; passopt records in its own way what made a node
-    changed = from_proto(simplified, handles)
+    del made.metadata_props[:]  # onnxsim's list of changed nodes; passopt records in its own way what made a node
+    changed = from_proto(made, handles)
     _name_new_values(changed, _value_names(model))
     _name_nodes(changed, model)
     _restore_shapes(changed, model)
@@ -99,18 +101,16 @@ def _restore_shapes(changed: onnx_ir.Model, model: onnx_ir.Model) -> None:
 
 
 def _call(proto: onnx.ModelProto, author: str, limit: int) -> onnx.ModelProto:
-    """Run onnxsim; what it prints goes to stderr."""
+    """Run onnxsim, which sees no weight and folds nothing."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            simplified, valid = onnxsim.simplify(
-                proto, skipped_optimizers=list(_SKIPPED), tensor_size_threshold=f"{limit}B", skip_constant_folding=True
-            )
-    except Exception as error:  # onnxsim raises whatever its C++ core, the checker or onnxruntime raise
-        raise PassError(f"{author}: onnxsim failed with {type(error).__name__}: {error}") from error
+        made, valid = simplified(
+            proto, skipped_optimizers=list(_SKIPPED), tensor_size_threshold=f"{limit}B", skip_constant_folding=True
+        )
+    except OnnxsimError as error:
+        raise PassError(f"{author}: onnxsim failed with {error}. Leave out the pass for this model.") from error
     if not valid:
         raise PassError(f"{author}: onnxsim says that its own result is not valid. Leave out the pass for this model.")
-    assert isinstance(simplified, onnx.ModelProto)
-    return simplified
+    return made
 
 
 def _read_by_quantisation(model: onnx_ir.Model) -> set[str]:

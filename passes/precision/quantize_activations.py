@@ -41,8 +41,8 @@ class QuantizeActivations(RewritePass):
     after = ("quantize-weights",)
     makes: ClassVar[tuple[str, ...]] = ("MatMulInteger",)
     #: A code is off by at most 1/254 of the row's largest element, and roundings cancel in a sum over channels.
-    #: The same trained model with both passes: KL 0.03, 0.18 at 99 %, top-1 0.90.
-    accuracy = lossy(3e-2, bar=QualityBar(kl=0.06, kl99=0.36, top1=0.86))
+    #: The same trained model with both passes: KL 0.03, 0.18 at 99 %, top-1 0.87 to 0.90.
+    accuracy = lossy(3e-2, bar=QualityBar(kl=0.06, kl99=0.36, top1=0.84))
 
     activations: Literal["dynamic", "none"] = "dynamic"
 

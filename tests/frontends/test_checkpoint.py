@@ -151,6 +151,12 @@ def test_pickle_with_foreign_classes_is_refused(tmp_path: Path, monkeypatch: pyt
         ),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "says fp8"),
         ({"compression_config": {"quant_method": "sparseml"}}, "compression_config of config.json says sparseml"),
+        ({"quantization_config": {"load_in_8bit": False, "quant_method": "gptq", "bits": 4}}, "says gptq, 4 bits"),
+        (
+            {"quantization_config": {"load_in_8bit": False, "bits": 4}},
+            "says bitsandbytes, 4 bits|says no method, 4 bits",
+        ),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "says awq"),
         ({"quantization_bit": 4}, "quantization_bit of config.json says 4 bits"),
     ],
 )
@@ -189,4 +195,36 @@ def test_a_merged_checkpoint_may_keep_the_configuration_of_its_adapter(sharded: 
     assert open_checkpoint(sharded).tensors
     (sharded / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="Merge it first"):
+        open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model_type": ["llama"]}, r'model_type is \["llama"\], expected a text'),
+        ({"architectures": [1]}, r"architectures is \[1\], expected a list of texts"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is .*, expected a list of texts"),
+        ({"auto_map": ["modeling.X"]}, "auto_map is .*, expected an object"),
+        ({"auto_map": {"AutoModelForCausalLM": 5}}, "auto_map.AutoModelForCausalLM is 5, expected MODULE.CLASS"),
+        ({"auto_map": {"AutoModelForCausalLM": []}}, r"auto_map.AutoModelForCausalLM is \[\], expected MODULE.CLASS"),
+        ({"text_config": "none"}, 'text_config is "none", expected an object'),
+        ({"attn_config": 5}, "attn_config is 5, expected an object"),
+        ({"transformers_version": 5.1}, "transformers_version is 5.1, expected a text"),
+        ({"model_max_length": "4096"}, 'model_max_length is "4096", expected a whole number'),
+        ({"model_max_length": True}, "model_max_length is true, expected a whole number"),
+        ({"quantization_config": []}, r"quantization_config is \[\], expected an object"),
+        ({"quantization_config": "gptq"}, 'quantization_config is "gptq", expected an object'),
+        ({"compression_config": 1}, "compression_config is 1, expected an object"),
+        (
+            {"quantization_config": {"load_in_4bit": "no"}},
+            'quantization_config: load_in_4bit is "no", expected true or',
+        ),
+        ({"quantization_config": {"quant_method": 4}}, "quantization_config: quant_method is 4, expected a text"),
+        ({"quantization_bit": "4"}, 'quantization_bit is "4", expected a whole number'),
+    ],
+)
+def test_values_of_another_kind_are_named(sharded: Path, settings: dict[str, object], says: str) -> None:
+    config = json.loads((sharded / "config.json").read_text()) | settings
+    (sharded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"config\.json: {says}"):
         open_checkpoint(sharded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from passopt.api.export import clean_up
 from passopt.cli import main
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.export import export_graph
-from passopt.frontends.open_family import passed_over
+from passopt.frontends.open_family import refuse_passed_over
 from passopt.frontends.options import ExportOptions
 from passopt.frontends.self_check import self_check
+from passopt.frontends.stock_errors import stock_errors
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.expressions import DataType
 from passopt.testing.families import CONFIGS, make_family_checkpoint
@@ -141,21 +143,54 @@ def test_a_class_of_a_known_type_is_exported_as_it_is(llama: Checkpoint, tmp_pat
     assert self_check(checkpoint, OPTIONS, finish=clean_up) < 1e-4
 
 
-def test_a_class_of_another_name_is_not_passed_over(llama: Checkpoint, tmp_path: Path) -> None:
-    checkpoint = with_class(llama, tmp_path, "raise SystemExit('ran')", "BoundedLlama")
+@pytest.mark.parametrize("name", ["BoundedLlama", "LlamaForCausalLM"])
+def test_a_class_of_its_own_is_not_passed_over(llama: Checkpoint, tmp_path: Path, name: str) -> None:
+    """Also one of the name that transformers' class has: that says nothing about what it computes."""
+    checkpoint = with_class(llama, tmp_path, "raise SystemExit('ran')", name)
     plain = dataclasses.replace(OPTIONS, trust_remote_code=False)
-    says = r"its own class modeling_own\.BoundedLlama.*pass --trust-remote-code; or remove auto_map.*LlamaForCausalLM"
+    says = rf"its own class modeling_own\.{name}.*pass `trust_remote_code=True`; or remove auto_map.*LlamaForCausalLM"
     with pytest.raises(ModelError, match=says):
         export_graph(checkpoint, plain, tmp_path)
+    refuse_passed_over(checkpoint, trust_remote_code=True)
+    refuse_passed_over(llama, trust_remote_code=False)
 
 
-def test_a_class_of_the_same_name_is_passed_over_with_a_line(llama: Checkpoint, tmp_path: Path) -> None:
-    checkpoint = with_class(llama, tmp_path, "raise SystemExit('ran')", "LlamaForCausalLM")
-    notice = passed_over(checkpoint, trust_remote_code=False)
-    assert notice is not None
-    assert "config.json names its own class modeling_own.LlamaForCausalLM: it is left alone" in notice
-    assert passed_over(checkpoint, trust_remote_code=True) is None
-    assert passed_over(llama, trust_remote_code=False) is None
+@pytest.mark.parametrize("trust", [True, False])
+@pytest.mark.parametrize("role", ["AutoConfig", "AutoModel"])
+def test_a_class_of_its_own_without_a_head_is_not_passed_over(llama: Checkpoint, role: str, trust: bool) -> None:
+    checkpoint = dataclasses.replace(llama, config={**llama.config, "auto_map": {role: "own.Own"}})
+    with pytest.raises(ModelError, match=rf"own\.Own \({role} of auto_map\) and no AutoModelForCausalLM.*or remove"):
+        refuse_passed_over(checkpoint, trust_remote_code=trust)
+
+
+def test_a_tokenizer_of_its_own_does_not_matter_to_the_graph(llama: Checkpoint) -> None:
+    auto_map = {"AutoTokenizer": ["own.Tokenizer", None]}
+    checkpoint = dataclasses.replace(llama, config={**llama.config, "auto_map": auto_map})
+    refuse_passed_over(checkpoint, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    "how", ["sys.exit(7)", "raise SystemExit('bye')", "raise GeneratorExit('bye')", "raise Stop('bye')"]
+)
+@pytest.mark.parametrize(
+    ("old", "subject"),
+    [
+        ("class ToyConfig(", "modeling_own.py: importing ToyConfig failed"),
+        ("        self.post_init()\n", "Toy cannot be built from config.json"),
+        ("        past = 0 if", "Toy cannot be traced"),
+    ],
+)
+def test_code_that_would_end_python_is_told_as_its_failure(tmp_path: Path, old: str, how: str, subject: str) -> None:
+    indent = " " * (len(old) - len(old.lstrip()))
+    stop = "import sys\nclass Stop(KeyboardInterrupt):\n    pass\n"
+    checkpoint = toy(tmp_path, stop + TOY.replace(old, f"{indent}{how}\n{old}", 1))
+    with pytest.raises(ModelError, match=rf"{re.escape(subject)}: .*(7|bye) \(at modeling_own.py:\d+: "):
+        export_graph(checkpoint, OPTIONS, tmp_path)
+
+
+def test_an_interrupt_of_the_user_is_no_failure_of_the_code(llama: Checkpoint) -> None:
+    with pytest.raises(KeyboardInterrupt), stock_errors(llama, "it"):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.slow

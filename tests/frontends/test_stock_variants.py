@@ -78,6 +78,16 @@ def test_the_self_check_reaches_lengths_beyond_a_threshold(tmp_path: Path, monke
         self_check(open_checkpoint(directory), options(exporter="torchscript"), finish=clean_up)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [ROTARY, ODD], ids=["rotary", "alibi"])
+def test_the_self_check_runs_the_stock_code_behind_a_cache(tmp_path: Path, spec: CheckpointSpec) -> None:
+    """Code may do something else for one token; a trace follows the branch of several, and shows no condition of it."""
+    once = f"        if q_len == 1:\n            query_states = query_states * 1.5\n{KEYS}"
+    directory = variant(tmp_path / "c", spec, (KEYS, once))
+    with pytest.raises(CheckError, match="differs from the stock code"):
+        self_check(open_checkpoint(directory), options(exporter="torchscript"), finish=clean_up)
+
+
 def slopes_of(graph: Any) -> list[float]:
     tensor = graph.graph.initializers["alibi.slopes"].const_value
     assert tensor is not None

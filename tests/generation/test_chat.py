@@ -147,6 +147,46 @@ def test_damaged_settings_are_told(folder: Path, text: str):
         read_settings(folder)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('"max_new_tokens": 1e400', "max_new_tokens is Infinity, expected a number of tokens"),
+        ('"max_new_tokens": -5', "max_new_tokens is -5, expected a number of tokens"),
+        ('"max_new_tokens": 0', "max_new_tokens is 0, expected a number of tokens"),
+        ('"temperature": 1e400', "temperature is Infinity, expected a number"),
+        ('"temperature": NaN', "temperature is NaN, expected a number"),
+        ('"temperature": true', "temperature is true, expected a number"),
+        ('"repetition_penalty": 1' + 400 * "0", "repetition_penalty is 10+…, expected a number"),
+        ('"top_k": 5.5', r"top_k is 5\.5, expected a whole number"),
+        ('"top_p": "0.9"', 'top_p is "0.9", expected a number'),
+        ('"do_sample": "false"', 'do_sample is "false", expected true or false'),
+        ('"eos_token_id": -1', "eos_token_id is -1, expected a token id"),
+        ('"eos_token_id": [2, true]', "eos_token_id is true, expected a token id"),
+        ('"pad_token_id": [0]', r"pad_token_id is \[0\], expected a token id"),
+        ('"pad_token_id": 1000000000000', "pad_token_id is 1000000000000, expected a token id"),
+        ('"user_token_id": "195"', 'user_token_id is "195", expected a token id'),
+        ('"assistant_token_id": 196.0', r"assistant_token_id is 196\.0, expected a token id"),
+    ],
+)
+def test_settings_of_another_kind_are_named(folder: Path, text: str, says: str):
+    (folder / "generation_config.json").write_text(f"{{{text}}}")
+    with pytest.raises(ModelError, match=rf"generation_config\.json: {says}"):
+        read_settings(folder)
+
+
+def test_settings_of_another_kind_in_config_json_are_named(folder: Path):
+    (folder / "config.json").write_text('{"eos_token_id": "2"}')
+    with pytest.raises(ModelError, match=r'[^_]config\.json: eos_token_id is "2", expected a token id'):
+        read_settings(folder)
+
+
+def test_no_pad_token_is_written_as_null_or_as_minus_one(folder: Path):
+    (folder / "config.json").write_text('{"eos_token_id": 2, "pad_token_id": -1}')
+    assert read_settings(folder).pad == 2
+    (folder / "generation_config.json").write_text('{"pad_token_id": null, "top_k": null, "do_sample": null}')
+    assert (read_settings(folder).pad, read_settings(folder).sampling) == (2, Sampling(top_k=0))
+
+
 @pytest.mark.parametrize("name", ["temperature", "top_p"])
 @pytest.mark.parametrize("zero", [0, 0.0])
 def test_sampling_of_the_most_likely_token_alone_is_greedy(folder: Path, name: str, zero: float):

@@ -60,7 +60,17 @@ def test_tokens_of_equal_score_at_the_border_of_top_k_stay():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": 0}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}, {"repetition_penalty": 0}]
+    "wrong",
+    [
+        {"temperature": 0},
+        {"temperature": 1e-50},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 1e300},
+    ],
 )
 def test_out_of_range_is_refused(wrong):
     (name,) = wrong

@@ -209,13 +209,47 @@ def test_text_around_a_special_token_is_joined(widened: Path, checkpoint: Path):
     [
         ({"<a>": 600, "<b>": 600}, "'<b>' as 600 and '<a>' as 600"),
         ({"<a>": 5}, "token 5 is .* add '<a>'"),
-        ({"<a>": "5"}, "the id of '<a>' is '5'"),
+        ({"<a>": "5"}, "added_tokens.json: the id of '<a>' is \"5\", expected a token id"),
+        ({"<a>": -3}, "the id of '<a>' is -3"),
+        ({"<a>": True}, "the id of '<a>' is true"),
+        ({"<a>": 10**12}, "the id of '<a>' is 1000000000000"),
+        ({"<a>": 5.0}, r"the id of '<a>' is 5\.0"),
     ],
 )
 def test_added_tokens_that_contradict_are_told(checkpoint: Path, tmp_path: Path, added: object, says: str):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     (folder / "added_tokens.json").write_text(json.dumps(added))
     with pytest.raises(ModelError, match=says):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "fast"])
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"added_tokens_decoder": [1]}, r"added_tokens_decoder is \[1\], expected an object"),
+        ({"added_tokens_decoder": {"²": {"content": "<a>"}}}, 'has the key "²", expected a token id'),
+        ({"added_tokens_decoder": {"٣": {"content": "<a>"}}}, 'has the key "٣", expected a token id'),
+        ({"added_tokens_decoder": {"-3": {"content": "<a>"}}}, 'has the key "-3", expected a token id'),
+        ({"added_tokens_decoder": {"9999999999": {"content": "<a>"}}}, "added_tokens_decoder is 9999999999, expected"),
+        ({"added_tokens_decoder": {"600": "<a>"}}, r'added_tokens_decoder\[600\] is "<a>", expected an object'),
+        ({"added_tokens_decoder": {"600": {}}}, r"\[600\]: content is null, expected a text"),
+        (
+            {"added_tokens_decoder": {"600": {"content": "a", "special": "no"}}},
+            'special is "no", expected true or false',
+        ),
+        ({"eos_token": 2}, "eos_token is 2, expected a text"),
+        ({"eos_token": {"content": 2}}, "eos_token is 2, expected a text"),
+        ({"additional_special_tokens": "<a>"}, 'additional_special_tokens is "<a>", expected a list or an object'),
+        ({"extra_special_tokens": {"image": 7}}, "extra_special_tokens is 7, expected a text"),
+        ({"add_bos_token": "no"}, 'add_bos_token is "no", expected true or false'),
+        ({"add_eos_token": 1}, "add_eos_token is 1, expected true or false"),
+    ],
+)
+def test_values_of_another_kind_are_named(request, tmp_path: Path, kind: str, config: dict[str, object], says: str):
+    folder = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "copy"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=rf"tokenizer_config\.json: .*{says}"):
         load_tokenizer(folder)
 
 

@@ -21,7 +21,7 @@ from passopt.testing.decoders import DecoderSpec, tiny_decoder
 READS = {"dematerialize-alibi"}
 
 HEAD = """<ir_version: 10, opset_import: ["" : 21]>
-g (int64[batch,seq] input_ids) => (float[batch,seq,10] logits)
+g (int64[batch,seq] input_ids, float[] embed, float[] packed, float[] out, float[] head) => (float[batch,seq,10] logits)
 <int64[1] axes = {1}, float eps = {1e-12}, int64[3] sizes = {4, 4, 4}> {
     x = Gather<axis=0>(embed, input_ids)
     wt = Transpose<perm=[1,0]>(packed)
@@ -40,7 +40,8 @@ WEIGHTS = {"embed": (10, 6), "packed": (12, 6), "out": (4, 6), "head": (10, 6)}
 
 
 FUSIBLE = """<ir_version: 10, opset_import: ["" : 23]>
-g (float[batch,seq,6] x, float[batch,1,seq,seq] mask) => (float[batch,2,seq,3] y)
+g (float[batch,seq,6] x, float[batch,1,seq,seq] mask, float[] norm, float[] projection, float[] bias)
+=> (float[batch,2,seq,3] y)
 <float two = {2}, float eps = {0.01}, float scale = {0.5}, int64[1] last = {-1}, int64[4] heads = {0, 0, 2, 3}> {
     squares = Pow(x, two)
     mean = ReduceMean(squares, last)
@@ -66,11 +67,8 @@ def unreadable(model, shapes=None):
     """Every weight of the checkpoint becomes a tensor of a file that does not exist."""
     file = SourceFile("/nowhere/w.safetensors", 10**9, 0, "")
     for name, shape in (shapes or {}).items():
-        value = onnx_ir.Value(name=name)
-        for node in model.graph:
-            for index, operand in enumerate(node.inputs):
-                if operand is not None and operand.name == name:
-                    node.replace_input_with(index, value)
+        value = next(item for item in model.graph.inputs if item.name == name)
+        model.graph.inputs.remove(value)
         _point(value, name, Source(onnx_ir.DataType.FLOAT, shape, name, file, 0))
         model.graph.register_initializer(value)
     for name, value in model.graph.initializers.items():

@@ -138,13 +138,53 @@ def test_what_differs(corpus: Any) -> None:
     assert "NoneType" in text(None, ones)
 
 
+def test_a_model_is_sensitive_where_one_rounding_of_its_inputs_does_more_than_a_pass(corpus: Any) -> None:
+    from passopt.passes.framework.accuracy import REASSOCIATED
+
+    class Session:
+        def run(self, feeds: Any) -> Any:
+            return [(feeds["x"] - np.float32(1)) * np.float32(1e6)]
+
+    feeds = {"x": np.array([1.001], np.float32)}
+    moved = corpus.engines.movement(Session(), feeds, outputs := Session().run(feeds))
+    assert 5e-5 < moved < 5e-4
+
+    def text(change: float) -> str:
+        found = [outputs[0] * np.float32(1 + change)]
+        return str(corpus.engines.difference(outputs, found, REASSOCIATED, is_random=False, moved=moved))
+
+    assert text(5e-5) == ""
+    assert "error 1.0e-02" in text(1e-2)
+
+
+def test_a_variant_that_is_read_as_another_one_shares_its_outcomes(
+    corpus: Any, case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    original = corpus.outcomes.Subject._passes
+    monkeypatch.setattr(
+        corpus.outcomes.Subject,
+        "_passes",
+        lambda self, passes, name, model: taken.append(name) or original(self, passes, name, model),
+    )
+    memory: dict[Any, Any] = {}
+    kinds = []
+    for variant in ("plain", "alias", "body"):
+        (folder := tmp_path / variant).mkdir()
+        written = corpus.variants.VARIANTS[variant](case)
+        steps = corpus.outcomes.Subject(case, written, folder, memory).steps(["(save)", "cse"])
+        kinds.append([take().kind for _, take in steps])
+    assert kinds == [["ok", kinds[0][1]]] * 2 + [["ok", kinds[2][1]]]
+    assert taken == ["(save)", "cse", "(save)", "(save)", "cse"]
+
+
 def test_a_process_that_dies_or_hangs_is_an_outcome(
     corpus: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import json, sys, time\n"
-        "options = json.loads(sys.argv[1])\n"
+        "options = json.load(sys.stdin)\n"
         "for step in ('ends', 'stays', 'works'):\n"
         "    if ['case', 'plain', step] in options['skip']: continue\n"
         "    print(json.dumps({'at': ['case', 'plain', step]}), flush=True)\n"
@@ -154,7 +194,7 @@ def test_a_process_that_dies_or_hangs_is_an_outcome(
     )
     monkeypatch.setattr(corpus.workers, "HERE", tmp_path)
     monkeypatch.setattr(corpus.workers, "STEP_LIMIT", 0.3)
-    rows = list(corpus.workers.run_all({}, 1))
+    rows = list(corpus.workers.run_all({"only": ["longer than an argument may be"] * 10_000}, 1))
     assert rows == [
         ("case", "plain", "ends", "hang", "exit code 1: gone"),
         ("case", "plain", "stays", "hang", "no answer within 0 s"),

@@ -15,7 +15,7 @@ import pytest
 
 from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.errors import ModelError
-from passopt.ir.graph.decoder import positions_of
+from passopt.ir.graph.decoder import decoder_of, positions_of
 from passopt.ir.graph.editor import Editor
 from passopt.ir.relative_error import relative_error
 from passopt.ir.serialization.text import parse_model
@@ -32,6 +32,7 @@ from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
 from passopt.verification.divergence import divergence, judged_rows
+from passopt.verification.quantised_weights import ON_CODES
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
 from passopt.verification.verify import VerifyOptions, verify
@@ -42,6 +43,7 @@ WHOLE = VerifyOptions(tokens=TOKENS, window=24, stride=12)
 LAYERWISE = dataclasses.replace(WHOLE, layerwise=True)
 BOTH = pytest.mark.parametrize("options", [WHOLE, LAYERWISE], ids=["whole", "layerwise"])
 
+Array = np.ndarray
 Change = Callable[[onnx_ir.Model], None]
 
 
@@ -159,6 +161,31 @@ def test_one_wrong_scale_is_worse_than_declared(factor: float, dynamic: bool) ->
     assert report.costliest.startswith("model.layers.1.mlp.up_proj.weight, output channel 7: off by ")
     assert report.verdict.startswith(f"FAILED: worse than declared (int8{' activations' if dynamic else ''}), ")
     assert report.to_json()["costliest"] == report.costliest
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "activations"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.layers.1.post_attention_layernorm.weight", lambda array: array * np.float32(1.05)),
+        ("model.embed.weight", lambda array: array + np.float32(0.002)),
+        ("lm_head.weight", lambda array: array * np.float32(1.001)),
+    ],
+)
+def test_parts_that_int8_does_not_touch_must_agree(
+    name: str, change: Callable[[np.ndarray], np.ndarray], dynamic: bool
+) -> None:
+    """Predictions of a lossy model may move by more than these faults move them."""
+
+    def faulty(model: onnx_ir.Model) -> None:
+        value = model.graph.initializers[name]
+        value.const_value = LazyWeight(Literal.of(change(np.array(value.const_value.numpy()))), name)  # type: ignore[union-attr]
+        if dynamic:
+            QuantizeActivations().run(model)
+
+    report = verify(tiny_decoder(), changed(faulty, DecoderSpec(quantized=True)), options=WHOLE)
+    assert report.verdict.startswith("FAILED: worse than declared")
+    assert {row.comparison for row in report.rows if not row.ok} == {ON_CODES}
 
 
 def test_a_layer_that_loses_most_is_named() -> None:
@@ -378,6 +405,15 @@ def test_one_rank_of_many_is_refused() -> None:
     del rank.metadata_props["passopt.degree"]
     with pytest.raises(ModelError, match="only one rank's weights"):
         verify(tiny_decoder(), rank)
+
+
+def test_a_cache_that_is_too_large_for_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of(tiny_decoder())
+    position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
+    monkeypatch.setattr("passopt.verification.verify._LARGEST_CACHE", 44 * position)
+    report = verify(tiny_decoder(), tiny_decoder(), options=WHOLE)
+    assert "late, 44 of 48" in {row.scenario for row in report.rows}
+    assert any(note.startswith("positions behind 44 of 48 were not run: their cache takes") for note in report.notes)
 
 
 def test_the_report_has_one_line_per_scenario() -> None:

@@ -7,6 +7,10 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.lazy_weight import expression_of
+from passopt.passes.precision.cast import CastModel
+from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.testing.checking import read_model
 from passopt.verification.verify import VerifyOptions, verify
 from passopt.verification.verify_any import read_inputs
@@ -126,3 +130,121 @@ def test_a_graph_that_runs_on_no_sample_asks_for_inputs():
     model = read_model(HEADER + text)
     with pytest.raises(ModelError, match=r"no inputs were found on which .*Give some with `inputs=FILE\.npz`.*x FLOAT"):
         verify(model, model)
+
+
+def compared(one, other, **options):
+    models = [read_model(HEADER + text) for text in (one, other)]
+    return verify(*models, options=VerifyOptions(**options))
+
+
+def test_long_strings_and_sequences_are_compared_to_the_last_element():
+    text = "g (string[2000] a, string[2000] b, bool[2000] c) => (string[2000] y) { y = Where(c, a, b) }"
+    given = {"a": np.full(2000, "a", object), "b": np.full(2000, "b", object), "c": np.ones(2000, bool)}
+    given["c"][1000] = False
+    assert compared(text, text, inputs=given).ok
+    assert not compared(text, text.replace("Where(c, a, b)", "Identity(a)"), inputs=given).ok
+    text = "g (float[2000] x) => (seq(float[2000]) y) <float k = {1}> { z = Mul(x, k) y = SequenceConstruct(x, z) }"
+    assert compared(text, text).ok
+    assert not compared(text, text.replace("k = {1}", "k = {1.01}")).ok
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "finding"),
+    [
+        ("(int64[n] y) { y = Cast <to = 7> (x) }", "(int32[n] y) { y = Cast <to = 6> (x) }", "dtype int32, expected"),
+        ("(bool[n] y) { y = IsNaN(x) }", "(float[n] y) { b = IsNaN(x) y = Cast <to = 1> (b) }", "dtype float32, exp"),
+        ("(float[n] y) { y = Relu(x) }", "(double[n] y) { r = Relu(x) y = Cast <to = 11> (r) }", "dtype float64, exp"),
+    ],
+)
+def test_other_dtypes_of_outputs_are_wrong(one, other, finding):
+    report = compared(f"g (float[n] x) => {one}", f"g (float[n] x) => {other}")
+    assert not report.ok
+    assert report.worst.note.startswith(finding)
+
+
+def test_inputs_of_another_dtype_are_another_model():
+    text = "g (int64[n] x) => (int64[n] y) { y = Identity(x) }"
+    with pytest.raises(ModelError, match=r"the candidate has the input x INT32\[n\], expected x INT64\[n\]"):
+        compared(text, text.replace("int64", "int32"))
+
+
+def test_integers_are_equal():
+    text = "g (int64[n] x) => (int64[n] y) <int64 big = {100000}> { z = Add(x, big) y = Identity(z) }"
+    assert not compared(text, text.replace("{100000}", "{100001}")).ok
+
+
+PICKED = """g (float16[n,4] x) => (float16[n,4] logits, float16[n,4] pooled, int64[n] best)
+    { w = Constant <value = float16[4,4] {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,17}> ()
+    logits = MatMul(x, w) pooled = Identity(logits)
+    best = ArgMax <axis = 1, keepdims = 0> (logits) }"""
+
+
+def test_two_graphs_in_fp16_should_agree():
+    assert not compared(PICKED, PICKED).lossy
+    assert compared(PICKED, PICKED).ok
+    for right, wrong in [("pooled = Identity", "pooled = Neg"), ("ArgMax", "ArgMin")]:
+        assert not compared(PICKED, PICKED.replace(right, wrong)).ok
+
+
+def cast(model, dtype):
+    changed = model.clone()
+    CastModel(dtype=dtype).run(changed)
+    return changed
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_right_cast_of_any_graph_is_lossy_as_declared(name, dtype):
+    report = verify(read_graph(name), cast(read_graph(name), dtype))
+    assert report.ok, report.to_text()
+    assert report.lossy == {"fp16": "fp16", "bf16": "bf16 and wider"}[dtype]
+
+
+@pytest.mark.parametrize("name", ["images", "encoder and decoder"])
+def test_a_lossy_candidate_is_judged_by_every_output(name):
+    model = read_graph(name)
+    changed = cast(model, "fp16")
+    weight = changed.graph.initializers["w"]
+    weight.const_value = onnx_ir.tensor(-weight.const_value.numpy(), name="w")
+    assert not verify(model, changed).ok
+
+
+def test_int8_of_a_right_classifier_is_judged_on_ordinary_inputs():
+    text = """g (float[n,32] x) => (float[n,5] logits) <float[32,32] w = random, float[32,5] head = random> {
+        a = MatMul(x, w) r = Relu(a) logits = MatMul(r, head) }"""
+    model = read_model(HEADER + text)
+    changed = model.clone()
+    QuantizeWeights(head=True).run(changed)
+    assert verify(model, changed).ok
+    assert verify(model, changed).lossy == "int8"
+
+
+def test_random_graphs_are_said_to_be_random():
+    text = "g (float[n] x) => (float[n] y, float[n] z) { r = RandomNormalLike(x) y = Add(x, r) z = Neg(x) }"
+    report = compared(text, text)
+    assert report.ok
+    assert any(note.startswith("not compared: y, since the graph draws random numbers") for note in report.notes)
+    assert not compared(text, text.replace("Neg", "Abs")).ok
+    text = "g (float[n] x) => (float[n] y) { r = RandomNormalLike(x) y = Add(x, r) }"
+    with pytest.raises(ModelError, match=r"nothing can be compared: the graph draws random numbers"):
+        compared(text, text)
+
+
+MLP = """g (float[n,32] x) => (float[n,5] y)
+    <float[32,32] w1 = random, float[32] b1 = random, float[32,5] w2 = random> {
+    a = MatMul(x, w1) b = Add(a, b1) r = Relu(b) y = MatMul(r, w2) }"""
+
+
+@pytest.mark.parametrize("name", ["w1.scales", "w2.scales", "b1"])
+def test_int8_of_any_graph_is_compared_with_its_own_codes(name):
+    """A scale of one channel that is off by a tenth moves an output by less than int8 itself may."""
+    changed = read_model(HEADER + MLP)
+    QuantizeWeights(head=True).run(changed)
+    assert verify(read_model(HEADER + MLP), changed).ok
+    value = changed.graph.initializers[name]
+    with Evaluator() as evaluator:
+        array = np.array(evaluator.array(expression_of(value)))
+    array[0] *= 1.1
+    value.const_value = onnx_ir.tensor(array, name=name)
+    assert not verify(read_model(HEADER + MLP), changed).ok

@@ -73,6 +73,7 @@ its own rewrites, or in ONNX's reference evaluator where onnxruntime does not ru
 | unchanged | the pass left the model as it was |
 | ok | equal dtypes and shapes, and numbers within the declared accuracy |
 | not comparable | neither runs both; the checker accepts the result, and onnxruntime where it accepts the original |
+| sensitive | a pass that reorders additions changes no more than one rounding of the model's inputs does |
 | beyond | a lossy pass kept dtypes and shapes, and lost more than it declares, as where a model compares numbers |
 | refused | an error with a text for the user |
 | unstable | a second run changes the result again |

@@ -1,10 +1,11 @@
 """Run a share of the corpus in a process of its own, and print a line of JSON for each thing that happens.
 
-    python tools/corpus/worker.py OPTIONS
+    python tools/corpus/worker.py <OPTIONS
 
-OPTIONS is a JSON object: `steps`, `variants`, `only`, `part`, `numeric`, `share` ([index, number of workers]), and
-`skip`, the steps that made an earlier process hang or die. `{"at": [case, variant, step]}` says what begins, and
-`{"done": [case, variant], "outcomes": {step: [kind, detail]}}` what became of it.
+OPTIONS is a file of a JSON object: `steps`, `variants`, `only`, `part`, `numeric`, `share` ([index, number of
+workers]), `done`, the cases and variants that an earlier process finished, and `skip`, the steps that made one hang or
+die. `{"at": [case, variant, step]}` says what begins, and `{"done": [case, variant], "outcomes": {step: [kind,
+detail]}}` what became of it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from cases import Case, chosen
-from outcomes import Subject
+from outcomes import Memory, Subject
 from sources import all_cases
 from variants import VARIANTS
 
 Report = Callable[[Mapping[str, Any]], None]
+
+
+#: A folder in memory, if there is one: models are written many times, and each write would wait for the disk.
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def run_share(options: Mapping[str, Any], cases: Sequence[Case], report: Report) -> None:
@@ -32,18 +37,21 @@ def run_share(options: Mapping[str, Any], cases: Sequence[Case], report: Report)
     done = {tuple(item) for item in options["done"]}
     skipped = {tuple(item) for item in options["skip"]}
     for case in chosen(cases, options["only"], options["part"])[index::number]:
+        memory: Memory = {}
         for variant in options["variants"]:
             if (case.name, variant) not in done and (not case.variants or variant in case.variants):
-                _run_variant(case, variant, options, skipped, report)
+                _run_variant(case, variant, options, skipped, memory, report)
 
 
-def _run_variant(case: Case, variant: str, options: Mapping[str, Any], skipped: set[Any], report: Report) -> None:
+def _run_variant(
+    case: Case, variant: str, options: Mapping[str, Any], skipped: set[Any], memory: Memory, report: Report
+) -> None:
     written = VARIANTS[variant](case)
     if written is None:
         return
     outcomes = {}
-    with tempfile.TemporaryDirectory(prefix="passopt-corpus-") as folder:
-        subject = Subject(case, written, Path(folder), numeric=options.get("numeric", False))
+    with tempfile.TemporaryDirectory(prefix="passopt-corpus-", dir=_MEMORY) as folder:
+        subject = Subject(case, written, Path(folder), memory, numeric=options.get("numeric", False))
         for step, take in subject.steps(options["steps"]):
             if (case.name, variant, step) in skipped:
                 continue
@@ -68,4 +76,4 @@ def main(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.stdin.read())

@@ -68,10 +68,13 @@ def _run_share(share: _Share, rows: queue.Queue[Row | None]) -> None:
 
 def _run_once(share: _Share, rows: queue.Queue[Row | None]) -> str | None:
     """Run one process; return None if it did all, else why it ended."""
-    command = [sys.executable, str(HERE / "worker.py"), json.dumps(share.options)]
+    command = [sys.executable, str(HERE / "worker.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    with tempfile.TemporaryFile("w+", errors="replace") as log, tempfile.TemporaryFile("w+") as given:
+        # What is done grows too long for an argument.
+        json.dump(share.options, given)
+        given.seek(0)
+        process = subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         assert process.stdout is not None
         lines: queue.Queue[str | None] = queue.Queue()
         reader = threading.Thread(target=_read, args=(process.stdout, lines), daemon=True)

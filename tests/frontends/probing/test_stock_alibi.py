@@ -138,3 +138,38 @@ def test_a_mask_that_is_too_large_to_build_whole_is_refused() -> None:
 
     with pytest.raises(ModelError, match=r"takes 2\.1 GiB to build for 4800 positions"):
         measured(combined, positions=4800)
+
+
+class Stepwise(Body):
+    """A body that looks at how many tokens are new."""
+
+    def __init__(self, change: Callable[[torch.Tensor, int], torch.Tensor], *, cut: bool) -> None:
+        super().__init__(linear, POSITIONS, kept=True)
+        self._change, self._cut = change, cut
+
+    def get_alibi_mask(self, embeddings: torch.Tensor, length: int) -> Any:
+        mask = super().get_alibi_mask(embeddings, length)
+        new = embeddings.shape[1]
+        return self._change(mask[:, -new:] if self._cut else mask, new)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_steps_of_any_number_of_tokens_are_measured(cut: bool) -> None:
+    found = measure(lambda: Stepwise(lambda mask, _: mask, cut=cut), {20}, "X")
+    assert np.array_equal(found.slopes, alibi_slopes(HEADS))
+    for change in (
+        lambda mask, new: mask * 0.5 if new == 1 else mask,
+        lambda mask, new: mask * 0.5 if 1 < new < mask.shape[2] else mask,
+    ):
+        with pytest.raises(ModelError, match="ALiBi slopes that depend on the number of new tokens: head 0"):
+            measure(lambda change=change: Stepwise(change, cut=cut), {20}, "X")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_window_in_steps_alone_is_refused(least: int) -> None:
+    def window(mask: torch.Tensor, new: int) -> torch.Tensor:
+        columns = torch.arange(mask.shape[2])
+        return mask - 1.0 * (columns < mask.shape[2] - 8) if least <= new < mask.shape[2] else mask
+
+    with pytest.raises(ModelError, match="ALiBi mask that is not slope × column"):
+        measure(lambda: Stepwise(window, cut=False), {20}, "X")

@@ -350,3 +350,34 @@ def test_bytes_that_are_no_text_are_shown_by_their_digest(item):
     assert '"digest"' in print_model(model)
     with pytest.raises(ModelError, match="digests in place of the numbers of s"):
         parse_model(print_model(model))
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128", "float6e2m3", "float6e3m2"])
+def test_a_constant_of_a_dtype_without_literals_is_named(dtype):
+    """Check the initializer, which is a digest, and the attribute of a node, which is three dots."""
+    kind = onnx_ir.DataType[dtype.upper()]
+    for in_node, reason in ((False, "digests in place of the numbers of w"), (True, f"three dots .* of a {dtype} con")):
+        with pytest.raises(ModelError, match=rf"{reason}.* use the model\.onnx"):
+            check_bytes(kind, [1, 2, 0.5], in_node)
+
+
+def test_a_tensor_in_a_node_loses_a_name_that_must_be_quoted():
+    """Check a node of the graph, of a body and of a function; the parser takes no quotes there."""
+    text = """g (bool c) => (float[?] y) {
+        a = Constant <value: tensor = float[2] kept {1, 2}> ()
+        b = If (c) <then_branch = t () => (float[2] p) { p = Constant <value: tensor = float[2] one {3, 4}> () },
+                    else_branch = e () => (float[2] q) { q = Constant <value: tensor = float[2] two {5, 6}> () }>
+        y = Add(a, b) }"""
+    model = parse_model(HEADER + text)
+    for graph in model.graphs():
+        for node in graph:
+            if node.op_type == "Constant":
+                tensor = node.attributes["value"].as_tensor()
+                tensor.name = tensor.name if tensor.name == "kept" else f"{tensor.name}/weight.0"
+    printed = print_model(model, fold=False)
+    assert "float[2] kept {1,2}" in printed
+    assert "weight" not in printed
+    again = parse_model(printed)
+    assert print_model(again, fold=False) == printed
+    found = {tuple(node.attributes["value"].as_tensor().numpy()) for node in again.graph.all_nodes() if not node.inputs}
+    assert found == {(1, 2), (3, 4), (5, 6)}

@@ -16,6 +16,7 @@ from passopt.passes.framework.accuracy import REASSOCIATED, lossy
 from passopt.passes.lm_head.slice_last_token import SliceLastToken
 from passopt.passes.precision.cast import CastModel
 from passopt.passes.precision.quantize_weights import QuantizeWeights
+from passopt.testing.checking import read_model
 from passopt.testing.decoders import tiny_decoder
 from passopt.verification.rewrites.check import Violation
 
@@ -301,3 +302,74 @@ def test_the_record_says_what_was_sampled(rule, parsed):
         0.0,
         "exact",
     )
+
+
+PICKED = """g (float[n,5] x, bool c) => (int64[n] y) {
+    h = If <then_branch = t () => (float[n,5] a) { a = Relu(x) },
+            else_branch = e () => (float[n,5] b) { b = Neg(x) }> (c)
+    y = ArgMax <axis = 1, keepdims = 0> (h) }"""
+
+
+def replaced(whole, name, op_type, **facts):
+    """A pass that puts another operator in place of the one that computes a value, in whatever body."""
+
+    def run(model):
+        nodes = [*model.graph.all_nodes(), *(node for item in model.functions.values() for node in item.all_nodes())]
+        old = next(node for node in nodes if node.outputs[0].name == name)
+        old.op_type = op_type
+
+    return whole(run, **facts)
+
+
+@pytest.mark.parametrize(("name", "op_type"), [("a", "Abs"), ("b", "Relu")])
+def test_a_tie_in_one_sample_excuses_no_other_element(whole, parsed, checked, name, op_type):
+    """Multiples of a half have ties, which excused every integer of every sample once."""
+    with pytest.raises(Violation, match="left a wrong graph"):
+        checked(replaced(whole, name, op_type, accuracy=REASSOCIATED), parsed(PICKED))
+
+
+def test_integers_that_ties_decide_are_counted_apart(whole, checked):
+    ones = ", ".join(["1.0"] * 60)
+    model = read_model(f"""<ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+        g (float[n,60] x) => (int64[n] y) {{ r = own.f(x) y = ArgMax <axis = 1, keepdims = 0> (r) }}
+        <domain: "own", opset_import: ["" : 21]> f (v) => (w) {{
+            k = Constant <value_floats = [{ones}]> () r = Relu(v) w = Mul(r, k) }}""")
+
+    def nudge(model):
+        (function,) = model.functions.values()
+        function[0].attributes.add(onnx_ir.AttrFloat32s("value_floats", [1 + 1e-7 * n for n in range(60)]))
+
+    summary = checked(whole(nudge, accuracy=REASSOCIATED), model)
+    assert summary.whole_worst == 0.0
+    assert summary.whole_ties > 0
+    assert f"{summary.whole_ties} elements not compared" in str(summary)
+
+
+FUNCTION = """<ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+g (float[n,5] x) => (float[n,5] y) { h = own.f(x) y = Add(h, x) }
+<domain: "own", opset_import: ["" : 21]> f (v) => (w) { w = Sigmoid(v) }"""
+
+
+@pytest.mark.parametrize(("op_type", "right"), [("Sigmoid", True), ("Neg", False), ("Relu", False)])
+def test_lossy_passes_are_judged_on_the_whole_graph(whole, checked, op_type, right):
+    model = read_model(FUNCTION)
+    item = replaced(whole, "w", op_type, accuracy=lossy(0.02))
+    if right:
+        assert checked(item, model).whole_worst == 0.0
+    else:
+        with pytest.raises(Violation, match="left a wrong graph"):
+            checked(item, model)
+
+
+NARROWED = [
+    "g (float[n,4] x) => (float[n,4] y) { a = Exp(x) b = Exp(a) c = Add(b, x) y = Neg(c) }",
+    """g (float[b,2,q,8] x, float[b,2,k,8] z, float[b,1,q,k] attn_mask) => (float[b,2,q,k] y) {
+        t = Transpose <perm = [0, 1, 3, 2]> (z) s = MatMul(x, t) m = Add(s, attn_mask) y = Softmax(m) }""",
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", NARROWED)
+def test_right_casts_raise_no_alarm_where_sampled_inputs_overflow(parsed, checked, text):
+    summary = checked(CastModel(dtype="fp16"), parsed(text))
+    assert summary.whole or summary.sites

@@ -262,6 +262,119 @@ FAULTS = [
     ("function", "a wrong constant in a function", lambda model: _function_constant(model), EXACT),
 ]
 
+#: Faults beyond what a graph compares with, or beyond small numbers: (text, the value, what replaces it).
+LIMITS = [
+    ("(int64[n] x) => (int64[n] y) { a = Cast <to = 3> (x) y = Cast <to = 7> (a) }", "y", "x"),
+    ("(int64[n] x) => (int64[n] y) { a = Cast <to = 6> (x) y = Cast <to = 7> (a) }", "y", "x"),
+    ("(int64[n] x) => (int64[n] y) { a = Cast <to = 1> (x) y = Cast <to = 7> (a) }", "y", "x"),
+    ("(int32[n] x) => (int32[n] y) { a = Cast <to = 1> (x) y = Cast <to = 6> (a) }", "y", "x"),
+    ("(int64[n] x) => (int64[n] y) <int64 k = {5}, int64 o = {6}> {y = Div(x, k) u = Div(x, o) }", "y", "u"),
+    ("(int64[n] x) => (int64[n] y) <int64 k = {70000}> { y = Min(x, k) }", "y", "x"),
+    ("(float[n] x) => (float[n] y) <float l = {-300000}, float h = {300000}> { y = Clip(x, l, h) }", "y", "x"),
+    ("(float[2] x) => (float[2] y) <float l = {-300000}, float h = {300000}> { y = Clip(x, l, h) }", "y", "x"),
+    ("(float[n] x) => (bool[n] y) <float h = {1000}, float t = {1001}> { y = Less(x, h) u = Less(x, t) }", "y", "u"),
+    (
+        "(float[n] x) => (int64[1] y) <int64 k = {30}> { a = Shape(x) b = Min(a, k) y = Neg(b) u = Neg(a) }",
+        "y",
+        "u",
+    ),
+    (
+        "(float[n,m] x) => (int64[2] y) <int64 k = {64}> { a = Shape(x) b = Min(a, k) y = Neg(b) u = Neg(a) }",
+        "y",
+        "u",
+    ),
+    (
+        "(float[n] x) => (float[k] y) <int64[1] s = {0}, int64[1] e = {200}> { y = Slice(x, s, e) }",
+        "y",
+        "x",
+    ),
+    (
+        "(int64[n] position_ids) => (float[n,2] y) <float[100,2] t = random, float[100,1] w = random> "
+        "{ a = Gather(t, position_ids) b = Gather(w, position_ids) c = Mul(b, b) y = Mul(a, c) }",
+        "w",
+        "its last row",
+    ),
+]
+
+NESTED = """(float[2] x, bool a, bool b) => (float[2] y) { y = If <
+    then_branch = t () => (float[2] s) { s = If <
+        then_branch = t2 () => (float[2] u) { u = Neg(x) }, else_branch = e2 () => (float[2] q) { q = Exp(x) }> (b) },
+    else_branch = e () => (float[2] v) { v = Abs(x) }> (a) }"""
+IN_A_ROW = """(float[2] x, bool a, bool b, bool c) => (float[2] y) {
+    h = If <then_branch = t () => (float[2] p) { p = Neg(x) }, else_branch = e () => (float[2] q) { q = Exp(x) }> (a)
+    i = If <then_branch = t2 () => (float[2] r) { r = Neg(h) }, else_branch = e2 () => (float[2] s) { s = Relu(h) }> (b)
+    y = If <then_branch = t3 () => (float[2] u) { u = Tanh(i) },
+        else_branch = e3 () => (float[2] v) { v = Neg(i) }> (c) }"""
+CHOSEN = """{ y = If <then_branch = t () => (float[2] p) { p = Neg(x) },
+    else_branch = e () => (float[2] q) { q = Exp(x) }> (CONDITION) }"""
+#: Faults in a branch that runs only for some conditions: (text, the value in the branch, another operator for it).
+BRANCHES = [
+    (NESTED, "q", "Relu"),
+    (NESTED, "u", "Abs"),
+    (IN_A_ROW, "s", "Abs"),
+    ("(float[2] x, bool[1] c) => (float[2] y) " + CHOSEN.replace("CONDITION", "c"), "q", "Relu"),
+    ("(float[2] x, bool[1] c) => (float[2] y) " + CHOSEN.replace("CONDITION", "c"), "p", "Relu"),
+    (
+        "(float[2] x, float[1] f) => (float[2] y) "
+        + CHOSEN.replace("CONDITION", "c").replace("{ y", "{ c = Cast <to = 9> (f) y", 1),
+        "q",
+        "Relu",
+    ),
+    (
+        "(float[2] x, int64 mode) => (float[2] y) <int64 k = {5}> "
+        + CHOSEN.replace("CONDITION", "c").replace("{ y", "{ c = Equal(mode, k) y", 1),
+        "p",
+        "Relu",
+    ),
+]
+
+
+@pytest.mark.parametrize("branch", BRANCHES, ids=lambda branch: f"{branch[1]} of {branch[0][:40]}")
+def test_faults_in_rare_branches_are_caught(branch):
+    text, name, op_type = branch
+    model = read_model(f'<ir_version: 10, opset_import: ["" : 21]> g {text}')
+
+    def change(model):
+        makes(model, name).op_type = op_type
+
+    with pytest.raises(Violation, match="seeded: "):
+        checked(model, [seeded(change, EXACT)])
+
+
+def test_a_branch_that_no_sample_runs_is_reported():
+    text = """(float[2] x) => (float[2] y) <float k = {-1}> { s = ReduceSumSquare <keepdims = 0> (x)
+        c = Less(s, k) z = Neg(x) y = If <then_branch = t () => (float[2] p) { p = Neg(z) },
+        else_branch = e () => (float[2] q) { q = Exp(z) }> (c) }"""
+    model = read_model(f'<ir_version: 10, opset_import: ["" : 21]> g {text}')
+    (summary,) = checked(model, [seeded(lambda model: None, EXACT)])
+    assert "the condition of the If y was the same in all samples" in summary.unchecked
+
+
+def test_strings_in_a_cut_are_constants():
+    text = """(string[n] x) => (bool[n] y) <string[1] k = {"s1"}> { e = Identity(k) f = Equal(x, e) y = Identity(f) }"""
+    model = read_model(f'<ir_version: 10, opset_import: ["" : 21]> g {text}')
+    assert any(item.sites for item in checked(model, resolve("fold-constants,canonicalize", complete=False).passes))
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit[0][:60])
+def test_faults_beyond_the_limits_of_a_graph_are_caught(limit):
+    text, name, other = limit
+    model = read_model(f'<ir_version: 10, opset_import: ["" : 21]> g {text}')
+
+    def change(model):
+        if other == "its last row":
+            constant(name, lambda array: np.concatenate([array[:-1], array[-1:] + 1]))(model)
+            return
+        new = onnx_ir.node("Identity", [_value(model, other)])
+        old = makes(model, name)
+        _put(model, old, new)
+        model.graph.remove(new)
+        model.graph.append(new)
+
+    assert checked(model.clone(), [seeded(lambda model: None, EXACT)])
+    with pytest.raises(Violation, match="seeded: "):
+        checked(model, [seeded(change, EXACT)])
+
 
 def _reshaped_first(model):
     """Reshape to the runtime target after a Reshape to one row: a 0 in the target means another axis then."""

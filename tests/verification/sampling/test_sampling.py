@@ -169,3 +169,17 @@ def test_styles_of_floats():
     coarse = sampler(floats="coarse").sample("x", FLOAT, (40, 7))
     assert len(np.unique(coarse)) < 20
     assert np.abs(sampler(floats="huge").sample("x", FLOAT, (40, 7))).max() > 57_344, "beyond the widest 8-bit float"
+
+
+def test_lengths_of_an_encoder_are_its_own():
+    """The cache of cross attention is named like the cache of the decoder, and has the length of the encoder."""
+    model = parsed("""g (int64[b,s] input_ids, int64[b,encoder_length] encoder_attention_mask,
+        float[b,2,p,4] "past_key_values.0.decoder.key", float[b,2,encoder_out,4] "past_key_values.0.encoder.key")
+        => (float[?,?,?,?] out) {
+        k = Transpose <perm = [0, 1, 3, 2]> ("past_key_values.0.encoder.key")
+        m = Cast <to = 1> (encoder_attention_mask) a = Constant <value_ints = [1, 2]> () u = Unsqueeze(m, a)
+        out = Mul(k, u) }""")
+    assert roles_of(model) == {"b": "batch", "s": "seq", "p": "past"}
+    found = [run.sample.lengths.known for run in trace(model).runs]
+    assert len({item["encoder_length"] / (item["p"] + item["s"]) for item in found}) > 2
+    assert any(item["encoder_length"] > 1 and item["b"] > 1 for item in found)

@@ -100,7 +100,16 @@ class Measurement:
 
     def _verify(self, name: str, folder: str) -> None:
         usage = self._passopt(
-            "verify", "export", folder, "--text", self._text, "--max-tokens", "384", allowed_to_fail=True
+            "verify",
+            "export",
+            folder,
+            "--text",
+            self._text,
+            "--max-tokens",
+            "384",
+            "--max-positions",
+            "512",
+            allowed_to_fail=True,
         )
         if usage.failure:
             self.failures.append(f"{name}: passopt verify {usage.failure}")

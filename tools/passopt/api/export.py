@@ -177,18 +177,16 @@ class _Folder:
 
     def __init__(self, path: Path, settings: ExportOptions) -> None:
         from passopt.frontends.checkpoint import open_checkpoint
-        from passopt.frontends.open_family import is_remote, passed_over
+        from passopt.frontends.open_family import is_remote, refuse_passed_over
         from passopt.frontends.remote_code import check_consent
 
         self._checkpoint = open_checkpoint(path)
         if is_remote(self._checkpoint) and self._checkpoint.config.get("auto_map"):
             check_consent(self._checkpoint, trust_remote_code=settings.trust_remote_code)
-        self._notice = passed_over(self._checkpoint, trust_remote_code=settings.trust_remote_code)
+        refuse_passed_over(self._checkpoint, trust_remote_code=settings.trust_remote_code)
         self.name, self.companions = self._checkpoint.directory.name, self._checkpoint.directory
 
     def checkpoint(self, scratch: Path, reporter: Reporter) -> Checkpoint:
-        if self._notice is not None:
-            reporter.say(self._notice)
         return self._checkpoint
 
     def files(self, found: Checkpoint) -> list[dict[str, object]]:

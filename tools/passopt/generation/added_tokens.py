@@ -14,6 +14,7 @@ from typing import Any
 
 from passopt.generation.settings import read_json
 from passopt.ir.errors import ModelError
+from passopt.ir.json_text import check_kind, shown, stated
 
 ADDED_NAME = "added_tokens.json"
 MAP_NAME = "special_tokens_map.json"
@@ -60,14 +61,14 @@ def read_added_tokens(folder: Path, known: Callable[[str], int | None]) -> list[
         ModelError: If a file is damaged, or if two tokens have one text or one id.
     """
     config, roles = read_json(folder / CONFIG_NAME), read_json(folder / MAP_NAME)
-    special = {text for place in (config, roles) for text in _special_texts(place)}
+    places = ((config, folder / CONFIG_NAME), (roles, folder / MAP_NAME))
+    special = {text for place, path in places for text in _special_texts(place, path)}
     found: dict[str, AddedToken] = {}
-    decoder = config.get("added_tokens_decoder")
-    for index, entry in (decoder if isinstance(decoder, dict) else {}).items():
+    decoder = stated(config, "added_tokens_decoder", "an object", str(folder / CONFIG_NAME))
+    for index, entry in (decoder or {}).items():
         _add(found, _decoded(folder / CONFIG_NAME, index, entry))
     for content, index in read_json(folder / ADDED_NAME).items():
-        if not isinstance(index, int):
-            raise ModelError(f"{folder / ADDED_NAME}: the id of {content!r} is {index!r}, expected a number")
+        check_kind(index, "a token id", f"{folder / ADDED_NAME}: the id of {content!r}")
         if content not in found:  # What tokenizer_config.json says goes before this file of older versions.
             _add(found, AddedToken(content, index, special=content in special))
     for content in sorted(special - found.keys()):
@@ -77,11 +78,18 @@ def read_added_tokens(folder: Path, known: Callable[[str], int | None]) -> list[
     return list(found.values())
 
 
-def _decoded(path: Path, index: Any, entry: Any) -> AddedToken:
-    if not str(index).isdigit() or not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
-        raise ModelError(f"{path}: added_tokens_decoder[{index!r}] is {entry!r}, expected a token with its content")
+def _decoded(path: Path, index: str, entry: Any) -> AddedToken:
+    # Python also takes the digits of other scripts for numbers, and takes a superscript for a digit.
+    if not re.fullmatch("[0-9]{1,10}", index):
+        raise ModelError(f"{path}: added_tokens_decoder has the key {shown(index)}, expected a token id")
+    check_kind(int(index), "a token id", f"{path}: the key {index} of added_tokens_decoder")
+    where = f"{path}: added_tokens_decoder[{index}]"
+    check_kind(entry, "an object", where)
+    check_kind(entry.get("content"), "a text", f"{where}: content")
     flags = ("special", "lstrip", "rstrip", "single_word")
-    return AddedToken(entry["content"], int(index), **{flag: bool(entry.get(flag)) for flag in flags})
+    return AddedToken(
+        entry["content"], int(index), **{flag: bool(stated(entry, flag, "true or false", where)) for flag in flags}
+    )
 
 
 def _add(found: dict[str, AddedToken], token: AddedToken) -> None:
@@ -95,14 +103,19 @@ def _add(found: dict[str, AddedToken], token: AddedToken) -> None:
         found[token.content] = token
 
 
-def _special_texts(place: Mapping[str, Any]) -> Iterator[str]:
-    entries: list[Any] = [place.get(role) for role in _ROLES]
+def _special_texts(place: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """Yield the texts of the special tokens of a file, each a text, or an object with its content."""
+    entries: list[tuple[str, Any]] = [(role, place.get(role)) for role in _ROLES]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = place.get(key)
-        entries += more if isinstance(more, list) else list(more.values()) if isinstance(more, dict) else []
-    for entry in entries:
+        if more is not None and not isinstance(more, list | dict):
+            raise ModelError(f"{path}: {key} is {shown(more)}, expected a list or an object of tokens")
+        entries += [(key, entry) for entry in (more.values() if isinstance(more, dict) else more or [])]
+    for key, entry in entries:
         text = entry.get("content") if isinstance(entry, dict) else entry
-        if isinstance(text, str) and text:
+        if text is not None:
+            check_kind(text, "a text", f"{path}: {key}")
+        if text:
             yield text
 
 

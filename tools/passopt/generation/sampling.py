@@ -16,6 +16,11 @@ from passopt.ir.errors import UsageError
 Scores = npt.NDArray[np.float32]
 
 
+#: The factors that leave scores of any size finite in fp32.
+_LEAST, _MOST = 1e-6, 1e6
+_SPAN = f"{_LEAST:g} to {_MOST:,.0f}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """The options of choosing tokens.
@@ -38,10 +43,10 @@ class Sampling:
             UsageError: If an option is out of its range.
         """
         for name, holds, range_ in (
-            ("temperature", self.temperature > 0, "above 0 (greedy instead of 0)"),
+            ("temperature", _LEAST <= self.temperature <= _MOST, f"{_SPAN} (greedy instead of 0)"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", _LEAST <= self.repetition_penalty <= _MOST, _SPAN),
         ):
             if not holds:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected {range_}")

@@ -10,6 +10,9 @@ from typing import Any
 from passopt.generation.sampling import Sampling
 from passopt.ir import json_text
 from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.json_text import check_kind, stated
+
+OWN_NAME, CONFIG_NAME = "generation_config.json", "config.json"
 
 #: The number of new tokens if neither the user nor the model's files name one.
 DEFAULT_NEW_TOKENS = 256
@@ -77,49 +80,55 @@ def read_settings(folder: Path) -> Settings:
     Raises:
         ModelError: If a file is there but damaged, or if it holds an option that is out of its range.
     """
-    own = read_json(folder / "generation_config.json")
-    config = read_json(folder / "config.json")
+    own, config = read_json(folder / OWN_NAME), read_json(folder / CONFIG_NAME)
 
-    def number(key: str) -> int | None:
-        value = own.get(key, config.get(key))
-        return value if isinstance(value, int) else None
+    def ids(key: str) -> list[int]:
+        """Return the token ids under a key, which files write as one or as a list."""
+        name, settings = (OWN_NAME, own) if key in own else (CONFIG_NAME, config)
+        value = settings.get(key)
+        found = value if isinstance(value, list) and key == "eos_token_id" else [] if value is None else [value]
+        # Older files write a pad of -1 for none. As an end of the text it would never come, and is a mistake.
+        found = [] if key == "pad_token_id" and found == [-1] else found
+        for index in found:
+            check_kind(index, "a token id", f"{folder / name}: {key}")
+        return found
 
-    eos = own.get("eos_token_id", config.get("eos_token_id"))
-    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(end, int) for end in ends):
-        raise ModelError(f"{folder}: eos_token_id is {eos!r}, expected a token id or a list of them")
-    try:
-        temperature, top_p = (float(_stated(own, key, 1.0)) for key in ("temperature", "top_p"))
-        # Both leave only the most likely token, though as numbers they would divide by 0, and leave none.
-        greedy = temperature == 0 or top_p == 0
-        sampling = Sampling(
-            do_sample=bool(own.get("do_sample", False)) and not greedy,
-            temperature=temperature or 1.0,
-            top_k=int(own.get("top_k", 50) or 0),
-            top_p=top_p or 1.0,
-            repetition_penalty=float(_stated(own, "repetition_penalty", 1.0)),
-        )
-        longest = int(own.get("max_new_tokens") or DEFAULT_NEW_TOKENS)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{folder / 'generation_config.json'}: is damaged: {error}") from error
-    except UsageError as error:
-        raise ModelError(f"{folder / 'generation_config.json'}: {error}") from error
-    pad = number("pad_token_id")
+    ends = ids("eos_token_id")
+    sampling = _sampling(own, folder / OWN_NAME)
     return Settings(
         sampling=sampling,
-        max_new_tokens=longest,
+        max_new_tokens=stated(own, "max_new_tokens", "a number of tokens", str(folder / OWN_NAME))
+        or DEFAULT_NEW_TOKENS,
         eos=frozenset(ends),
-        pad=pad if pad is not None else min(ends, default=0),
-        user=number("user_token_id"),
-        assistant=number("assistant_token_id"),
+        pad=next(iter(ids("pad_token_id")), min(ends, default=0)),
+        user=next(iter(ids("user_token_id")), None),
+        assistant=next(iter(ids("assistant_token_id")), None),
         ignored=_ignored(own, samples=sampling.do_sample),
     )
 
 
-def _stated(settings: Mapping[str, Any], key: str, default: float) -> Any:
-    """Return what is stated under a key; files also write null for the default."""
-    value = settings.get(key)
-    return default if value is None else value
+def _sampling(own: Mapping[str, Any], path: Path) -> Sampling:
+    """Return the options of choosing tokens in generation_config.json, where files also write null for a default."""
+
+    def number(key: str, default: float) -> float:
+        value = stated(own, key, "a number", str(path))
+        return default if value is None else float(value)
+
+    temperature, top_p = number("temperature", 1.0), number("top_p", 1.0)
+    top_k = stated(own, "top_k", "a whole number", str(path)) if "top_k" in own else 50
+    # Both leave only the most likely token, though as numbers they would divide by 0, and leave none.
+    greedy = temperature == 0 or top_p == 0
+    do_sample = stated(own, "do_sample", "true or false", str(path))
+    try:
+        return Sampling(
+            do_sample=bool(do_sample) and not greedy,
+            temperature=temperature or 1.0,
+            top_k=top_k or 0,
+            top_p=top_p or 1.0,
+            repetition_penalty=number("repetition_penalty", 1.0),
+        )
+    except UsageError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def _ignored(settings: Mapping[str, Any], *, samples: bool) -> tuple[str, ...]:

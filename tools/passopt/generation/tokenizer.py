@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from passopt.generation.added_tokens import CONFIG_NAME, AddedToken, read_added_tokens, runs, split_at
 from passopt.generation.settings import read_json
 from passopt.ir.errors import ModelError
+from passopt.ir.json_text import stated
 
 FAST_NAME = "tokenizer.json"
 MODEL_NAME = "tokenizer.model"
@@ -46,6 +47,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if path.is_file():
         config = read_json(path.parent / CONFIG_NAME)
+        for switch in ("add_bos_token", "add_eos_token"):
+            stated(config, switch, "true or false", str(path.parent / CONFIG_NAME))
         return _Fast(path, config) if path.suffix == Path(FAST_NAME).suffix else _SentencePiece(path, config)
     for name in (FAST_NAME, MODEL_NAME):
         if (path / name).is_file():

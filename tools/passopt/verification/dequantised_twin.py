@@ -88,6 +88,20 @@ def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
     return twin
 
 
+def without_quantised_rows(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Return a clone in which linears multiply plain activations with the same codes, as without dynamic rows."""
+    plain = model.clone()
+    editor = Editor(plain, "plain")
+    for linear in dynamic_linears(plain):
+        weight, last = linear.weight, linear.output.producer()
+        assert last is not None
+        builder = editor.builder(f"{linear.output.name}.plain")
+        matrix = builder.DequantizeLinear(weight.value, weight.scales, axis=0 if weight.transposed else 1)
+        turned = builder.Transpose(matrix, perm=[1, 0]) if weight.transposed else matrix
+        editor.replace({linear.output: builder.MatMul(linear.input, turned)}, builder.built, [last])
+    return plain
+
+
 def _multiply_numbers(editor: Editor, linear: Linear) -> None:
     """Replace an integer product of codes by the same product in fp32.
 

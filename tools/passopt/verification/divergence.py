@@ -62,8 +62,9 @@ def divergence(pairs: Iterable[tuple[Array, Array]]) -> Divergence:
 
 def _log_softmax(logits: Array) -> Array:
     wide = logits.astype(np.float64)
-    wide = wide - wide.max(axis=-1, keepdims=True)
-    result: Array = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    with np.errstate(invalid="ignore"):  # logits that are not finite make NaN, which no bar lets pass
+        wide = wide - wide.max(axis=-1, keepdims=True)
+        result: Array = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
     return result
 
 

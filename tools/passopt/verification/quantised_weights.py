@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,22 +16,32 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
-from passopt.ir.weights.lazy_weight import expression_of
+from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
+from passopt.ir.weights.sources import external_source
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 #: The largest root mean square error of a channel, in steps of absmax / 127. Rounding to the nearest makes 0.3.
 LARGEST = 1.0
-_CODES, _SCALES = ".codes", ".scales"
+#: Where half of the channels differ by more steps than this, the codes are those of another weight.
+_OTHER = 16.0
+#: The comparison of a quantised model with the original on the numbers of its codes.
+ON_CODES = "against the original on the candidate's own codes"
+#: What the names of codes and scales of a weight end with.
+CODES, SCALES = ".codes", ".scales"
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelError:
-    """The output channel of a weight whose codes differ most from it: root mean square, in steps of absmax / 127."""
+    """The output channel of a weight whose codes differ most from it: root mean square, in steps of absmax / 127.
+
+    `common` is the error of its median channel.
+    """
 
     weight: str
     channel: int
     steps: float
+    common: float
 
 
 def channel_errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> list[ChannelError]:
@@ -39,23 +50,40 @@ def channel_errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> list[C
     The result is empty if most weights differ: then the candidate quantised other weights, as after a rotation.
     """
     found = list(_errors(reference, candidate))
-    if not found or float(np.median([item.steps for item in found])) > LARGEST:
-        return []
-    return found
+    others = sum(item.common > _OTHER for item in found)
+    return [] if 2 * others > len(found) else found
 
 
 def _errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Iterator[ChannelError]:
     given = candidate.graph.initializers
     for name, codes in given.items():
-        weight = reference.graph.initializers.get(name.removesuffix(_CODES))
-        scales = given.get(name.removesuffix(_CODES) + _SCALES)
-        if not name.endswith(_CODES) or weight is None or scales is None or weight.dtype not in FLOATS:
+        weight = reference.graph.initializers.get(name.removesuffix(CODES))
+        scales = given.get(name.removesuffix(CODES) + SCALES)
+        if not name.endswith(CODES) or weight is None or scales is None or weight.dtype not in FLOATS:
             continue
         parts = [expression_of(value) for value in (weight, codes, scales)]
         if all(part is not None and not part.depends_on_rank for part in parts):
-            error = _error(name.removesuffix(_CODES), *parts)  # type: ignore[arg-type]
+            error = _error(name.removesuffix(CODES), *parts)  # type: ignore[arg-type]
             if error is not None:
                 yield error
+
+
+def numbers_of_codes(weight: Expression, codes: Expression, scales: Expression) -> Array | None:
+    """Return codes times scales, in the orientation of the weight that they stand for; None if they do not fit it."""
+    if len(weight.shape) != 2 or sorted(weight.shape) != sorted(codes.shape) or len(scales.shape) != 1:
+        return None
+    with Evaluator() as evaluator:
+        numbers, factors = (evaluator.array(part).astype(np.float32) for part in (codes, scales))
+        original = evaluator.array(weight).astype(np.float32)
+    best: Array | None = None
+    apart = float("inf")
+    for axis in (axis for axis in (0, 1) if numbers.shape[axis] == len(factors)):
+        made = numbers * (factors[:, None] if axis == 0 else factors)
+        rounded = made.astype(scales.dtype.numpy()).astype(np.float32)
+        for one in (rounded, rounded.T):
+            if one.shape == original.shape and (distance := float(np.abs(one - original).mean())) < apart:
+                best, apart = one, distance
+    return best if best is not None and apart <= _OTHER / 127 * float(np.abs(original).max(initial=0.0)) else None
 
 
 def _error(name: str, weight: Expression, codes: Expression, scales: Expression) -> ChannelError | None:
@@ -80,4 +108,50 @@ def _worst_channel(name: str, original: Array, made: Array, axis: int) -> Channe
     # A channel of zeros has no step; it must have stayed zero.
     steps = np.where(step > 0, difference / np.where(step > 0, step, 1), np.where(difference > 0, np.inf, 0))
     channel = int(steps.argmax())
-    return ChannelError(name, channel, float(steps[channel]))
+    return ChannelError(name, channel, float(steps[channel]), float(np.median(steps)))
+
+
+def quantised_names(candidate: onnx_ir.Model) -> list[str]:
+    """Return the names of the weights whose codes a model holds."""
+    given = candidate.graph.initializers
+    return [name.removesuffix(CODES) for name, value in given.items() if name.endswith(CODES) and value.uses()]
+
+
+def on_codes(reference: onnx_ir.Model, candidate: onnx_ir.Model, folder: Path) -> onnx_ir.Model | None:
+    """Return a clone of the original that reads the numbers of the candidate's codes, or None if they do not fit.
+
+    They do not if some codes stand for no weight of the original, as after its weights were split or rotated. The
+    numbers are written to files in `folder`, which must stay as long as the clone is used.
+    """
+    names = quantised_names(candidate)
+    if not names or not all(name in reference.graph.initializers for name in names):
+        return None
+    original = reference.clone()
+    graph = original.graph
+    for index, name in enumerate(names):
+        weight, kept = graph.initializers[name], candidate.graph.initializers.get(name)
+        codes, scales = (candidate.graph.initializers.get(name + part) for part in (CODES, SCALES))
+        parts = [None if value is None else expression_of(value) for value in (weight, codes, scales)]
+        if any(part is None or part.depends_on_rank for part in parts):
+            return None
+        made = numbers_of_codes(*parts)  # type: ignore[arg-type]
+        if made is None:
+            return None
+        source = folder / f"codes-{index}.bin"
+        dtype = parts[0].dtype  # type: ignore[union-attr]
+        source.write_bytes(made.astype(dtype.numpy()).tobytes())
+        expression = external_source(source, f"{name}.numbers", dtype, made.shape, 0)
+        value = onnx_ir.Value(
+            name=f"{name}.numbers",
+            type=onnx_ir.TensorType(dtype),
+            shape=onnx_ir.Shape(made.shape),
+            const_value=LazyWeight(expression, f"{name}.numbers"),
+        )
+        graph.register_initializer(value)
+        plain = set() if kept is None else {use.node.op_type for use in kept.uses()}
+        for use in list(weight.uses()):  # a table that is the head, too, may be quantised in one of its places only
+            if use.node.op_type not in plain:
+                use.node.replace_input_with(use.idx, value)
+        if not weight.uses():
+            del graph.initializers[name]
+    return original

@@ -104,15 +104,16 @@ def make_scenarios(vocab: int, max_positions: int, lengths: Sequence[int], seed:
     return found
 
 
-def near_the_end(vocab: int, positions: int, seed: int) -> Scenario:
-    """Return a chunk and a token at the last of `positions` positions, after a cache of random numbers.
+def near_the_end(vocab: int, positions: int, seed: int, whole: int) -> Scenario:
+    """Return a chunk and a token at the last of `positions` positions of `whole`, after a cache of random numbers.
 
     What depends on the length of the sequence, such as rotary angles and slopes, shows there, without a long prefill.
     """
     past = positions - _LAST - 1
     ids = np.random.default_rng([seed, positions]).integers(0, vocab, (1, positions))
     _, *steps = _steps(ids, [past, _LAST, 1])
-    return Scenario(f"near the end, {positions}", tuple(steps), past=past)
+    name = f"near the end, {positions}" if positions == whole else f"late, {positions} of {whole}"
+    return Scenario(name, tuple(steps), past=past)
 
 
 def first_cache(

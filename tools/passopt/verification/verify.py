@@ -26,9 +26,10 @@ from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, compare_all
 from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
 from passopt.verification.layerwise import Label, run_layerwise
 from passopt.verification.logit_store import LogitStore
+from passopt.verification.original_on_codes import against_original_on_codes
 from passopt.verification.own_codes import against_own_codes, twin_tolerance
 from passopt.verification.quantised_weights import LARGEST, channel_errors
-from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
+from passopt.verification.report import PERPLEXITY, PREDICTIONS, VerifyReport
 from passopt.verification.scenarios import (
     Scenario,
     make_scenarios,
@@ -46,6 +47,7 @@ from passopt.verification.tolerances import (
     chosen_tolerance,
     deep,
 )
+from passopt.verification.value_rows import weight_rows
 from passopt.verification.verify_any import verify_any
 
 #: Models whose graphs hold no table that limits their positions are tried up to this many positions.
@@ -111,7 +113,7 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
     bar = bar_of(kind, _differ_in_dtype(reference, candidate), options.tolerance)
     limits = positions_of(reference), positions_of(candidate)
     scenarios = scenarios_within(limits, vocabulary_of(reference), options, notes)
-    scenarios += _long_scenarios(reference, limits, options)
+    scenarios += _long_scenarios(reference, limits, options, notes)
     if bar is None:
         notes.append(f"{kind}: outputs within {tolerance.outputs:.0e}, perplexity within {tolerance.perplexity:.0e}")
     else:
@@ -145,6 +147,7 @@ def _verify_any(
         threads=options.threads,
         scratch=options.scratch,
         notes=notes,
+        bf16=(is_bf16_twin(reference), is_bf16_twin(candidate)),
     )
 
 
@@ -204,15 +207,22 @@ def _differ_in_dtype(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> bool
     return one != other
 
 
-def _long_scenarios(model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions) -> list[Scenario]:
-    """Return a scenario near the end of the model's positions, if its cache is not too large and others end before."""
+def _long_scenarios(
+    model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions, notes: list[str]
+) -> list[Scenario]:
+    """Return a scenario near the end of the model's positions if others end before, and tell if memory cuts it."""
     decoder = decoder_of(model)
     position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
     known = [limit for limit in (options.max_positions, *limits) if limit is not None]
-    length = min([*known, _LONG if not known else max(known), _LARGEST_CACHE // position])
+    whole = min(known, default=_LONG)
+    length = min(whole, _LARGEST_CACHE // position)
+    if length < whole:
+        notes.append(
+            f"positions behind {length} of {whole} were not run: their cache takes more than {_LARGEST_CACHE >> 20} MiB"
+        )
     if length <= max(*options.lengths, 40):
         return []
-    return [near_the_end(vocabulary_of(model), length, options.seed)]
+    return [near_the_end(vocabulary_of(model), length, options.seed, whole)]
 
 
 def _costliest(
@@ -274,24 +284,18 @@ def _verify_whole(
 ) -> VerifyReport:
     """Compare the models with only one of them in memory at a time."""
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
+    kind = _kind(reference, candidate)
     with LogitStore(options.scratch) as store:
         keep = store.keep if bar is not None else None
         found = observe(candidate, scenarios, session, keep)
         own = options.tolerance is None
         rows = against_own_codes(reference, candidate, scenarios, found, session, options.scratch, by_layers=own)
+        if bar is not None and options.tolerance is None and "int8" in kind:
+            known = TOLERANCES["bf16"] if is_bf16_twin(candidate) else None
+            rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, known)
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
-    return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
-
-
-def _weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, bar: QualityBar | None) -> list[Row]:
-    """Return a row for the weight whose codes differ most from it, in steps of its channel's scale."""
-    errors = channel_errors(reference, candidate) if bar is not None else []
-    if not errors:
-        return []
-    worst = max(errors, key=lambda item: item.steps)
-    note = f"output channel {worst.channel}, in steps of absmax/127; {len(errors)} weights"
-    return [Row(ORIGINAL, "codes", worst.weight, worst.steps, LARGEST, note)]
+    return VerifyReport((*rows, *(weight_rows(reference, candidate) if bar is not None else [])))
 
 
 def _verify_layerwise(
@@ -323,4 +327,4 @@ def _verify_layerwise(
     if bar is not None:
         pieces = [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in pieces]
     ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
-    return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))
+    return VerifyReport((*pieces, *ends, *(weight_rows(reference, candidate) if bar is not None else [])))

@@ -20,6 +20,7 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import CheckError
 from passopt.ir.graph.decoder import degree_of
+from passopt.ir.graph.operators import random_operators
 from passopt.ir.graph.provenance import MODULE, SOURCE
 from passopt.ir.graph.run_context import Replacement, listening
 from passopt.ir.graph.shapes import dimensions
@@ -32,8 +33,8 @@ from passopt.verification.rewrites.redefined_values import rewired
 from passopt.verification.rewrites.regions import Cut, Request, Side, Unchecked, cut, names_of
 from passopt.verification.rewrites.structure_key import structure_key
 from passopt.verification.rewrites.value_kinds import Kinds
-from passopt.verification.rewrites.whole_graph import Difference, compare_whole, stated_wrongly
-from passopt.verification.sampling.samples import Fed, Sample, made
+from passopt.verification.rewrites.whole_graph import Difference, compare_whole, one_sided, stated_wrongly
+from passopt.verification.sampling.samples import ORDINARY, Fed, Sample, hides_a_row, made
 from passopt.verification.sampling.trace import Trace, trace
 
 #: Weights of a reproducer are shortened to at most this many elements, if the violation still shows.
@@ -75,7 +76,8 @@ class PassCheck:
 
     `sites` counts the checked rewrites and `distinct` those of different structure. `worst` is the largest error among
     them. `whole` counts the samples on which the whole graph was compared, and `whole_worst` is the largest error of an
-    output there; `not_whole` says why it was not compared. `unchecked` counts the rewrites that were not checked, by
+    output there; `whole_ties` counts elements that were not compared, since they hang on the last bits of numbers;
+    `not_whole` says why the graph was not compared. `unchecked` counts the rewrites that were not checked, by
     reason. `shortened` maps lengths of axes that were too long to run to the length that was kept.
     """
 
@@ -88,6 +90,7 @@ class PassCheck:
     shortened: dict[int, int] = dataclasses.field(default_factory=dict)
     whole: int = 0
     whole_worst: float = 0.0
+    whole_ties: int = 0
     not_whole: str = ""
     seconds: float = 0.0
 
@@ -117,6 +120,8 @@ class PassCheck:
         parts += [f"axes of {length:,} shortened to {kept}" for length, kept in self.shortened.items()]
         if self.whole:
             parts.append(f"whole graph: {self.whole} samples, worst error {self.whole_worst:.1e}")
+            if self.whole_ties:
+                parts.append(f"{self.whole_ties} elements not compared, since the last bits of numbers decide them")
         elif self.not_whole and (self.sites or self.unchecked):
             parts.append(f"whole graph not compared, because {self.not_whole}")
         parts += [f"not checked: {count} sites, because {reason}" for reason, count in self.unchecked.most_common()]
@@ -227,7 +232,10 @@ class _Checker:
         if not self.summary.not_whole:
             result = compare_whole(self._trace, after, pairs, model, self.item.accuracy)
             self.summary.whole, self.summary.whole_worst = result.samples, result.error
+            self.summary.whole_ties = result.ties
             difference = result.difference or difference
+            for name in one_sided(model, after):
+                self.summary.unchecked[f"the condition of the If {name} was the same in all samples"] += 1
         if difference is not None:
             raise Violation(self._whole_message(difference), feeds=difference.sample.feeds)
         self.summary.seconds += time.process_time() - start
@@ -237,6 +245,8 @@ class _Checker:
             return self._trace.problem
         if self._trace.unknown:
             return f"onnxruntime does not know {', '.join(self._trace.unknown)}"
+        if random := random_operators(model):
+            return f"it draws random numbers ({', '.join(random)})"
         if degree_of(model) > 1:
             return "it is a graph of ranks; compare with passopt verify"
         return "" if self._trace.real else "its weights are too large to run it; compare with passopt verify"
@@ -339,8 +349,9 @@ def _same_shapes(before: onnx_ir.Model, after: onnx_ir.Model) -> bool:
 
 
 def _of_common_size(found: Trace) -> Trace:
-    runs = tuple(run for run in found.runs if run.sample.style.floats in {"normal", "coarse"})
-    return dataclasses.replace(found, runs=runs or found.runs)
+    runs = tuple(run for run in found.runs if run.sample.style.floats in ORDINARY)
+    shown = tuple(run for run in runs if not hides_a_row(run.sample.feeds))
+    return dataclasses.replace(found, runs=shown or runs or found.runs)
 
 
 def _pairs(model: onnx_ir.Model, earlier: Trace) -> dict[int, Sample]:

@@ -16,7 +16,7 @@ from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression
 from passopt.passes.framework.accuracy import Accuracy
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification.rewrites.array_error import array_error, shape_problem
+from passopt.verification.rewrites.array_error import array_error, held_in_narrow, shape_problem
 from passopt.verification.rewrites.region_models import LARGEST_WEIGHT, Runnable, runnable, shortened_axes
 from passopt.verification.rewrites.regions import Cut, Unchecked
 from passopt.verification.rewrites.sample_weights import SampledEvaluator
@@ -131,7 +131,10 @@ class Comparison:
             if isinstance(found, ModelError):
                 return Outcome(float("inf"), budget, name, draw, f"the replacement does not run: {found}")
             problem = shape_problem(expected[index], found[index])
-            error = float("inf") if problem else array_error(expected[index], found[index])
+            both = expected[index], found[index]
+            if self.accuracy.budget is not None and not problem:
+                both = held_in_narrow(*both)
+            error = float("inf") if problem else array_error(*both)
             outcome = Outcome(error, budget, name, draw, problem)
             if worst is None or outcome.is_worse_than(worst):
                 worst = outcome
@@ -203,7 +206,10 @@ def _draws(
         length = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
         return None if length is None else shortened.get(length, length)
 
-    sampler = Sampler(run.sample.style, run.sample.lengths.past, index_bounds(list(leaves.values()), length_of))
+    style = run.sample.style
+    if style.integers in {"near", "wide"}:  # an integer inside of the graph may be a length
+        style = dataclasses.replace(style, integers="natural")
+    sampler = Sampler(style, run.sample.lengths.past, index_bounds(list(leaves.values()), length_of))
     drawn: dict[str, Array] = {}
     for name, leaf in leaves.items():
         array = own[name]
@@ -280,4 +286,7 @@ def _evaluated(evaluator: Evaluator, weight: Expression) -> Array:
 
 
 def _as(array: Array, dtype: DataType | None) -> Array:
-    return array if dtype is None else array.astype(dtype.numpy(), copy=False)
+    if dtype is None:
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(dtype.numpy(), copy=False)

@@ -17,7 +17,7 @@ import onnx_ir
 from passopt.ir.graph.functions import DOMAIN, local_function
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
-from passopt.ir.weights.lazy_weight import SMALL_BYTES, expression_of, small_constant
+from passopt.ir.weights.lazy_weight import SMALL_BYTES, constant_tensor, expression_of, small_constant
 from passopt.verification.rewrites.regions import Cut, Region, Unchecked
 from passopt.verification.sampling.traced_graph import wide_type
 
@@ -75,7 +75,10 @@ def runnable(region: Region, kept: Mapping[int, int], types: Mapping[str, onnx_i
     for value in region.weights:
         expression = _shortened(value, kept)
         copy = made[value] = _value(value.name, expression.dtype, expression.shape)
-        if expression.nbytes > SMALL_BYTES or next(expression.sources(), None) is not None:
+        if expression.dtype == onnx_ir.DataType.STRING:  # of no fixed size, and never shortened
+            copy.const_value = value.const_value if value.const_value is not None else constant_tensor(value)
+            initializers.append(copy)
+        elif expression.nbytes > SMALL_BYTES or next(expression.sources(), None) is not None:
             weights[value.name or ""] = expression
             inputs.append(copy)
         else:

@@ -30,6 +30,8 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
 }
 _TOKENS = re.compile(r"(?:\A|_)(?:input_ids|position_ids|inputs_embeds|token_type_ids)\Z")
+#: Inputs of a decoder that come from its encoder, such as `past_key_values.0.encoder.key`: their lengths are their own.
+_ENCODER = re.compile(r"(?:\A|[_.])encoder[_.]")
 _PAST = re.compile(r"past(?:_key_values)?[._].*(?:key|value|k|v)\Z|past_\d+\Z")
 
 #: Operators that take empty axes. Others may not only refuse them: kernels of onnxruntime have crashed on them, such as
@@ -128,7 +130,8 @@ def _names_in(dim: str) -> list[str]:
 def roles_of(model: onnx_ir.Model) -> dict[str, str]:
     """Return what symbols of a decoder's inputs stand for: batch, seq, past or total."""
     found: dict[str, str] = {}
-    has_past = any(_PAST.search(value.name or "") for value in model.graph.inputs)
+    names = [value.name or "" for value in model.graph.inputs]
+    has_past = any(_PAST.search(name) and not _ENCODER.search(name) for name in names)
     for value in free_inputs(model):
         for dim, role in zip(axes_of(value), _roles(value.name or "", len(axes_of(value)), has_past)):
             if role and isinstance(dim, str) and dim.isidentifier():
@@ -137,6 +140,8 @@ def roles_of(model: onnx_ir.Model) -> dict[str, str]:
 
 
 def _roles(name: str, ndim: int, has_past: bool) -> Sequence[str]:
+    if _ENCODER.search(name):
+        return ("batch",) if has_past else ()
     if _PAST.search(name) and ndim == 4:
         return "batch", "", "past", ""
     if _TOKENS.search(name) and ndim >= 2:
@@ -188,6 +193,20 @@ def _other_ndims(model: onnx_ir.Model, roles: Mapping[str, str]) -> Iterator[Len
         for turn in range(2):
             sizes = {name: _PRIMES[index % len(_PRIMES)] if turn else 2 for index, name in enumerate(free)}
             yield dataclasses.replace(_assigned(roles, _DECODER[0], sizes), ndim=ndim)
+
+
+def around(model: onnx_ir.Model, legal: Lengths, limits: Sequence[int]) -> Iterator[Lengths]:
+    """Yield lengths at, below and above those that the graph compares with, in one symbol and in all of them."""
+    roles = roles_of(model)
+    free = [name for name in legal.known if name not in roles][:4]
+    for limit in limits:
+        for length in (limit + 1, limit, limit - 1):
+            if roles:
+                yield _assigned(roles, (1, length, 0), {name: legal.known[name] for name in free})
+            if {"past", "total"} & set(roles.values()):
+                yield _assigned(roles, (1, 2, length), {name: legal.known[name] for name in free})
+            for names in [[name] for name in free] + ([free] if len(free) > 1 else []):
+                yield dataclasses.replace(legal, known={**legal.known, **dict.fromkeys(names, length)})
 
 
 def tied(model: onnx_ir.Model, legal: Lengths) -> Iterator[Lengths]:

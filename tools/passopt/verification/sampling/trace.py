@@ -6,6 +6,7 @@ What the graph states about its values is not believed: shapes come from runs al
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,15 +15,20 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification.sampling.lengths import Lengths, assignments, symbols_of, tied
-from passopt.verification.sampling.samples import Sample, Unsampled, made
+from passopt.verification.sampling.hints import computed_integers, hints_of
+from passopt.verification.sampling.lengths import Lengths, around, assignments, free_inputs, symbols_of, tied
+from passopt.verification.sampling.samples import Sample, Unsampled, hides_a_row, length_of, made
 from passopt.verification.sampling.traced_graph import Run, TracedGraph, without_bf16
-from passopt.verification.sampling.values import INTEGERS, STYLES, is_natural
+from passopt.verification.sampling.values import INTEGERS, STYLES, Style, index_bounds, is_natural
 
 #: The number of samples that are kept, of a model with its weights and of one without, and how many may be tried.
 _ENOUGH, _ENOUGH_LARGE, _TRIED = 10, 4, 64
 #: With fewer lengths than this, others are looked for among those that tie some symbols.
 _FEW = 3
+#: The number of samples at lengths that the graph compares with, and the most elements of their inputs.
+_HINTED, _CHEAP = 9, 1 << 15
+#: The number of samples near numbers that the graph compares with, since there may be more of these than elements.
+_TURNS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +128,45 @@ def _legal(model: onnx_ir.Model, traced: _Runner, seed: int) -> list[Run]:
             search.add(lengths)
     for _ in STYLES if runs else ():
         search.add(runs[0].sample.lengths)
+    if traced.real and (search.runs or search.doubtful):
+        _add_hinted(model, search)
     return search.runs or search.doubtful
+
+
+def _add_hinted(model: onnx_ir.Model, search: _Search) -> None:
+    """Add samples where results may change: at numbers and lengths that the graph compares with, and ends of tables."""
+    first_sample = (search.runs or search.doubtful)[0].sample
+    lengths_of = [run.sample.lengths for run in search.runs or search.doubtful]
+    first, largest = lengths_of[0], max(lengths_of, key=lambda lengths: math.prod(lengths.known.values()))
+    hints = hints_of(model)
+    near = (*hints.floats, *hints.integers)
+    turns = range(_TURNS if near else 1)
+    styles = [Style("left", "near", near=near, turn=turn) for turn in turns if hints.floats]
+    if computed_integers(model):
+        styles += [Style("left", "large", "near", near=near, turn=turn) for turn in turns]
+        styles.append(Style("left", "large", "wide"))
+    if index_bounds(free_inputs(model), length_of):
+        styles.append(Style("none", last=True))
+    if hides_a_row(first_sample.feeds):
+        styles.append(Style("none"))
+    for style in styles:
+        search.add_sample(largest, style)
+    truths = [value.name or "" for value in free_inputs(model) if value.dtype == onnx_ir.DataType.BOOL]
+    for turn, name in enumerate(truths[:_FEW] if len(truths) > 1 else (), start=1):
+        for truth in (True, False):
+            search.add_sample(first, Style("none", truth=truth, flipped=frozenset({name}), turn=turn))
+    for turn in range(1, _TURNS) if not first.known else ():  # other numbers where no lengths bring them
+        for truth in (True, False):
+            search.add_sample(first, Style(truth=truth, turn=turn))
+    added = 0
+    for lengths in around(model, first, hints.lengths):
+        if added < _HINTED and _is_cheap(model, lengths):
+            added += search.add_sample(lengths, STYLES[0])
+
+
+def _is_cheap(model: onnx_ir.Model, lengths: Lengths) -> bool:
+    shapes = [lengths.shape_of(value) for value in free_inputs(model)]
+    return all(shape is not None and math.prod(shape) <= _CHEAP for shape in shapes)
 
 
 def _are_tied(runs: Sequence[Run]) -> bool:
@@ -167,6 +211,18 @@ class _Search:
                 self._seen.add(_kind(sample))
                 (self.runs if _keeps_outputs(self._model, run) else self.doubtful).append(run)
                 return
+
+    def add_sample(self, lengths: Lengths, style: Style) -> bool:
+        """Try one more sample, beyond those that are enough; return whether the graph ran on it."""
+        sample = made(self._model, lengths, style, self._seed)
+        if _kind(sample) in self._seen:
+            return False
+        self._seen.add(_kind(sample))
+        run = self._traced.run(sample)
+        if run is None or bool(self.runs) != _keeps_outputs(self._model, run):
+            return False
+        (self.runs or self.doubtful).append(run)
+        return True
 
 
 def _narrows(node: onnx_ir.Node) -> bool:

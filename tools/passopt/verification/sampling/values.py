@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.dtypes import FLOATS
+from passopt.ir.weights.lazy_weight import constant_tensor
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -30,19 +31,30 @@ class Style:
         mask: What a mask hides: "left" and "right" are padding of different lengths per row, "none" hides nothing,
             "holes" hides single positions, "row" hides all positions of the first row.
         floats: "normal" numbers; "rows" of very different scales, so that the epsilon of a norm matters; "coarse"
-            multiples of a half, among them ties and zeros; "large" numbers; "huge" ones beyond 8-bit floats.
+            multiples of a half, among them ties and zeros; "large" numbers; "huge" ones beyond 8-bit floats; "near"
+            ones at, below and above `near`.
         integers: "natural" numbers below the bound; "signed" ones; "counts" from 1 on; "inferred" targets such as
-            (0, -1) and "split" targets such as (-1, 1).
-        truth: The value of a boolean scalar.
+            (0, -1) and "split" targets such as (-1, 1). Where a graph only computes with them, "near" ones at, below
+            and above `near`, beyond 8 bits, and "wide" ones beyond 32 bits.
+        truth: The value of a boolean of one element.
+        flipped: The names of those that have the other value.
+        last: Whether positions and ids reach the last row of their table.
+        near: The numbers that the graph compares with.
+        turn: Tells samples apart that are alike in all else.
     """
 
     mask: str = "left"
     floats: str = "normal"
     integers: str = "natural"
     truth: bool = True
+    flipped: frozenset[str] = frozenset()
+    last: bool = False
+    near: tuple[float, ...] = ()
+    turn: int = 0
 
     def __str__(self) -> str:
-        return f"mask {self.mask}, {self.floats} floats, {self.integers} integers"
+        last = ", last rows of tables" if self.last else ""
+        return f"mask {self.mask}, {self.floats} floats, {self.integers} integers{last}"
 
 
 #: The styles of samples, in turn; the lengths of samples vary at the same time.
@@ -64,17 +76,29 @@ def is_natural(name: str) -> bool:
 
 
 class Sampler:
-    """Draw values by name; `bounds` holds the bounds of integers that index a table, by name."""
+    """Draw values by name.
 
-    def __init__(self, style: Style, past: int = 0, bounds: Mapping[str, int] | None = None, seed: int = 0) -> None:
+    `bounds` holds the bounds of integers that index a table by name, and `computed` the names of integers that a graph
+    only computes with.
+    """
+
+    def __init__(
+        self,
+        style: Style,
+        past: int = 0,
+        bounds: Mapping[str, int] | None = None,
+        seed: int = 0,
+        computed: frozenset[str] = frozenset(),
+    ) -> None:
         self._style = style
+        self._computed = computed
         self._past = past
         self._bounds = dict(bounds or {})
         self._seed = seed
 
     def sample(self, name: str, dtype: onnx_ir.DataType, shape: tuple[int, ...]) -> Array:
         """Return a value for the leaf or input `name`, of the given dtype and shape."""
-        random = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
+        random = np.random.default_rng([self._seed + (self._style.turn << 16), zlib.crc32(name.encode())])
         if dtype == onnx_ir.DataType.STRING:
             return np.array([f"s{item}" for item in random.integers(0, _SMALL, int(np.prod(shape)))], object).reshape(
                 shape
@@ -85,8 +109,8 @@ class Sampler:
         if dtype in FLOATS or not (dtype.is_integer() or kind == np.bool_):
             return self._floats(random, shape, kind)
         if kind == np.bool_:
-            if not shape:
-                return np.array(self._style.truth)
+            if np.prod(shape) == 1:
+                return np.full(shape, self._style.truth != (name in self._style.flipped))
             return random.integers(0, 2, shape).astype(bool)
         if "position" in name.lower():
             return self._positions(shape, self._bounds.get(name)).astype(kind)
@@ -103,6 +127,8 @@ class Sampler:
             values = values * np.float32(100 if kind.itemsize <= 2 else 50_000)
         if style == "rows" and len(shape) > 1:  # each row along the last axis has a scale of its own
             values = values * np.float32(10) ** -random.uniform(0, 4, (*shape[:-1], 1)).astype(np.float32)
+        if style == "near":
+            values = self._near(random, values).astype(np.float32)
         if kind.kind == "c":
             return np.asarray(values + 1j * np.asarray(random.standard_normal(shape)), kind)
         with np.errstate(over="ignore"):
@@ -111,6 +137,14 @@ class Sampler:
 
     def _integers(self, name: str, random: np.random.Generator, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
         bound, style = self._bounds.get(name, _SMALL), self._style.integers
+        if style in {"near", "wide"}:
+            if name in self._computed and name not in self._bounds and not is_natural(name):
+                return self._computed_with(random, shape, kind)
+            style = "natural"
+        if self._style.last and name in self._bounds and np.prod(shape):
+            values = random.integers(0, bound, shape)
+            values.flat[-1] = bound - 1
+            return self._cast(values, kind)
         if style == "natural" or is_natural(name) or kind.kind == "u":
             return self._cast(random.integers(0, max(1, bound), shape), kind)
         if style == "signed":
@@ -120,6 +154,32 @@ class Sampler:
         target = np.zeros(shape, np.int64) if style == "inferred" else np.ones(shape, np.int64)
         target[-1 if style == "inferred" else 0] = -1
         return self._cast(target, kind)
+
+    def _near(self, random: np.random.Generator, values: Array) -> Array:
+        """Return the values with half of them at, below and above what the graph compares with, also negated.
+
+        Few values are all replaced, by other numbers in each turn.
+        """
+        steps = [(1.5, 0), (1, 0), (1, 1), (1, -1), (0.5, 0)]
+        signs = (1, -1)
+        wanted = [sign * (item * k + d) for k, d in steps for item in self._style.near for sign in signs]
+        if not wanted:
+            return values
+        if values.size <= len(wanted):
+            picks = np.arange(values.size).reshape(values.shape) + self._style.turn * values.size
+            return np.asarray(wanted)[picks % len(wanted)]
+        picks = random.integers(0, 2 * len(wanted), values.shape)
+        return np.where(picks < len(wanted), np.asarray(wanted)[picks % len(wanted)], values)
+
+    def _computed_with(self, random: np.random.Generator, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
+        """Return integers beyond the range of smaller types, as far as the type holds them."""
+        limit = min(np.iinfo(kind).max, 1 << 33 if self._style.integers == "wide" else 300)
+        lowest = 1 if kind.kind == "u" else -int(limit)
+        values: Array = np.asarray(random.integers(lowest, int(limit), shape))
+        values = np.where(values == 0, 1, values)
+        if self._style.integers == "near":
+            values = np.clip(np.trunc(self._near(random, values)), min(lowest, 0), limit)
+        return self._cast(values, kind)
 
     def _cast(self, values: Any, kind: np.dtype[Any]) -> Array:
         return np.asarray(np.asarray(values).astype(np.int64)).astype(kind)
@@ -134,7 +194,9 @@ class Sampler:
         """Return the index of each token: [b, q], or [q]; with left padding among those that are not padding."""
         columns = self._past + np.arange(shape[-1] if shape else 1)
         if bound is not None:
-            columns = np.minimum(columns, max(0, bound - 1))
+            last = max(0, bound - 1)
+            columns = np.minimum(columns + (last - columns[-1] if self._style.last and len(columns) else 0), last)
+            columns = np.maximum(columns, 0)
         if len(shape) < 2:
             return columns[: int(np.prod(shape))].reshape(shape)
         left = (
@@ -187,6 +249,8 @@ class Sampler:
 
 #: Operators whose output holds the integers of their first input, so that bounds of indices reach back through them.
 _PASSING = frozenset({"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Expand", "Flatten", "Slice"})
+#: Operators whose output holds integers of any of their inputs.
+_JOINING = frozenset({"Concat", "Min", "Max", "Clip"})
 _INDEXERS = frozenset({"Gather", "GatherElements", "GatherND", "RotaryEmbedding"})
 
 
@@ -205,18 +269,37 @@ def index_bounds(inputs: list[onnx_ir.Value], length_of: Callable[[onnx_ir.Value
 
 def _table_lengths(value: onnx_ir.Value, length_of: Callable[[onnx_ir.Value, int], int | None]) -> list[int | None]:
     lengths: list[int | None] = []
-    work, seen = [value], {value}
+    work, seen = [(value, 0)], {value}
     while work and len(seen) < 64:
-        for use in work.pop().uses():
+        current, added = work.pop()
+        for use in current.uses():
             node = use.node
             if node.domain:
                 continue
-            if node.op_type in _PASSING and use.idx == 0:
-                work += [item for item in node.outputs[:1] if item not in seen]
+            shift = _added(node, use.idx)
+            if shift is not None:
+                work += [(item, added + shift) for item in node.outputs[:1] if item not in seen]
                 seen.update(node.outputs[:1])
-            elif node.op_type == "RotaryEmbedding" and use.idx == 3 and node.inputs[1] is not None:
-                lengths.append(length_of(node.inputs[1], 0))
+                continue
+            length = None
+            if node.op_type == "RotaryEmbedding" and use.idx == 3 and node.inputs[1] is not None:
+                length = length_of(node.inputs[1], 0)
             elif node.op_type in _INDEXERS and use.idx == 1 and node.inputs[0] is not None:
                 axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-                lengths.append(length_of(node.inputs[0], axis))
+                length = length_of(node.inputs[0], axis)
+            lengths.append(None if length is None else max(1, length - added))
     return lengths
+
+
+def _added(node: onnx_ir.Node, index: int) -> int | None:
+    """Return what an operator adds to the integers of an input that it passes on; None if it does something else."""
+    if (node.op_type in _PASSING and index == 0) or node.op_type in _JOINING:
+        return 0
+    if node.op_type == "Where":
+        return 0 if index else None
+    other = node.inputs[1 - index] if node.op_type == "Add" and len(node.inputs) == 2 else None
+    tensor = None if other is None else constant_tensor(other)
+    if tensor is None or tensor.size != 1:
+        return None
+    number = int(tensor.numpy().reshape(-1)[0])
+    return number if number >= 0 else None

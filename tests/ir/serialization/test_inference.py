@@ -1,0 +1,32 @@
+"""Types of values in bodies, beside the bytes of large constants, which ONNX's inference is not shown."""
+
+import onnx_ir
+
+from passopt.ir.serialization.inference import complete_all_types, forget_types
+from passopt.ir.weights.lazy_weight import SMALL_BYTES
+from passopt.passes.opset.legalize import Legalize
+from passopt.testing.checking import check, read_model
+
+LENGTH = SMALL_BYTES // 4 + 1
+NUMBERS = ", ".join(str(number % 7) for number in range(LENGTH))
+TEXT = f"""<ir_version: 8, opset_import: ["" : 16]> g (bool c, float[1] x) => (float[?] y) {{
+    y = If (c) <then_branch = t () => (float[?] p) {{
+                    w = Constant <value: tensor = float[{LENGTH}] {{{NUMBERS}}}> () p = Add(w, x) }},
+                else_branch = e () => (float[?] q) {{ q = Neg(x) }}> }}"""
+
+
+def constant(model):
+    return next(node for node in model.graph.all_nodes() if node.op_type == "Constant").outputs[0]
+
+
+def test_a_large_constant_of_a_body_has_its_own_type_and_shape():
+    model = read_model(TEXT)
+    known = complete_all_types(model)
+    assert (constant(model).dtype, list(constant(model).shape)) == (onnx_ir.DataType.FLOAT, [LENGTH])
+    forget_types(known)
+    assert constant(model).type is None
+
+
+def test_a_body_with_a_large_constant_is_legalized_to_a_valid_model():
+    model, _ = check(Legalize(opset=18), TEXT)
+    assert constant(model).dtype == onnx_ir.DataType.FLOAT
