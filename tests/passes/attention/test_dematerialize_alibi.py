@@ -34,7 +34,7 @@ def graph(mask, body=ROWS_FIRST, output="scores = Softmax<axis=-1>(bias)", outpu
     kind = {np.dtype(np.float32): "float", np.dtype(np.float16): "float16"}.get(mask.dtype, "int64")
     model = parse_model(
         f"""<ir_version: 10, opset_import: ["" : 21]>
-        g (float[past] cache, float[total] attended) => ({kind}[{mask.shape[0]},seq,total] {outputs})
+        g (float[past] cache, float[total] attended, {kind}[{",".join(map(str, mask.shape))}] mask) => ({kind}[{mask.shape[0]},seq,total] {outputs})
         <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] flat = {{-1}}{constants}> {{
             cached = Shape(cache)
             first = Squeeze(cached)
@@ -50,6 +50,8 @@ def graph(mask, body=ROWS_FIRST, output="scores = Softmax<axis=-1>(bias)", outpu
     value = onnx_ir.Value(name="mask")
     value.const_value = LazyWeight(Literal.of(mask), "mask")
     value.shape, value.type = value.const_value.shape, onnx_ir.TensorType(value.const_value.dtype)
+    stand_in = model.graph.inputs.pop()
+    assert stand_in.name == "mask"
     model.graph.register_initializer(value)
     for node in model.graph:
         for index, operand in enumerate(node.inputs):
