@@ -35,7 +35,8 @@ def graph(mask, body=ROWS_FIRST, output="scores = Softmax<axis=-1>(bias)", outpu
     dims = ",".join(map(str, mask.shape))
     model = parse_model(
         f"""<ir_version: 10, opset_import: ["" : 21]>
-        g (float[past] cache, float[total] attended, {kind}[{dims}] mask) => ({kind}[{mask.shape[0]},seq,total] {outputs})
+        g (float[past] cache, float[total] attended, {kind}[{dims}] mask)
+        => ({kind}[{mask.shape[0]},seq,total] {outputs})
         <int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}}, int64[1] flat = {{-1}}{constants}> {{
             cached = Shape(cache)
             first = Squeeze(cached)
