@@ -78,6 +78,8 @@ PIPELINES = (
     "int8",
     "int8{activations=dynamic}",
 )
+#: Operators whose fp16 kernels in onnxruntime 1.32 read memory that is not theirs where an input is empty.
+_FATAL = frozenset({"InstanceNormalization"})
 #: Seconds after which no more lengths are computed: the reference takes them for each pool over large images.
 _ENOUGH = 1.0
 #: How often a doubtful model runs again: what lies in memory that was not written may be the same a few times.
@@ -258,6 +260,8 @@ class Subject:
                 if rounded is None:
                     continue
                 outputs = rounded
+            if _ends_process(proto, given):
+                continue
             try:
                 found = session.run(given)
             except Refused as refused:
@@ -372,6 +376,13 @@ class Subject:
         if isinstance(found, Refused):
             raise found
         return found
+
+
+def _ends_process(proto: onnx.ModelProto, feeds: Mapping[str, Any]) -> bool:
+    """Return whether onnxruntime ends the whole process on these inputs: some kernels do on empty ones in fp16."""
+    arrays = [value for value in feeds.values() if isinstance(value, np.ndarray)]
+    is_empty = any(not array.size and array.dtype == np.float16 for array in arrays)
+    return is_empty and any(node.op_type in _FATAL for node in proto.graph.node)
 
 
 def _is_other(engine: type, path: Path, feeds: Mapping[str, Any], outputs: Outputs) -> bool:
