@@ -66,6 +66,8 @@ FAULTS = ("unstable", "wrong", "invalid", "crash", "hang", "alarm")
 
 #: Steps of the corpus that are no passes: writing a model as it was read, and its text.
 SAVE, TEXT = "(save)", "(text)"
+#: What a worker does before the first step: running the model as it is, which is no outcome.
+ORIGINAL = "(original)"
 #: The pipelines that run besides every pass by itself.
 PIPELINES = (
     "legalize{opset=18}",
@@ -134,6 +136,10 @@ class Subject:
         self._before: _Bytes | None = None
         self._text_before = ""
         self._number = 0
+
+    def run_original(self) -> None:
+        """Run the model as it is in onnxruntime."""
+        self._computed(Runtime)
 
     def steps(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
         """Yield every step with the call that takes it; only saving, where that goes wrong already."""
