@@ -7,7 +7,7 @@ over tensor names. Identical decoder layers are printed once. Node metadata and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx
@@ -33,6 +33,7 @@ _WITHOUT_LITERALS = frozenset(
 WITHOUT_NUMBERS = re.compile(
     rf"= ({'|'.join(kind.name.lower() for kind in sorted(_WITHOUT_LITERALS))})\[[^\]]*\]\s*\w*\.\.\."
 )
+_TYPE_NAMES = frozenset({"seq", "optional", "map", "sparse_tensor", *(kind.name.lower() for kind in onnx_ir.DataType)})
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _NODE_NAME = re.compile(r"^\s*\[[^\]]*\] ")
 
@@ -310,7 +311,18 @@ def _with_packed(text: str, proto: onnx.NodeProto) -> str:
 def _function_text(function: onnx_ir.Function) -> str:
     proto = onnx_ir.to_proto(function)
     _drop_quoted_names(proto.node)
-    return str(onnx.printer.to_text(proto)).rstrip()
+    text = str(onnx.printer.to_text(proto)).rstrip()
+    plain, quoted = _header(proto, lambda name: name), _header(proto, _quoted_unlike_type)
+    return text.replace(plain, quoted, 1)
+
+
+def _header(proto: onnx.FunctionProto, quote: Callable[[str], str]) -> str:
+    return " => ".join(f"({', '.join(map(quote, names))})" for names in (proto.input, proto.output))
+
+
+def _quoted_unlike_type(name: str) -> str:
+    """Return a name as a function's header needs it: the parser takes `seq` or `float` for the start of a type."""
+    return f'"{name}"' if name in _TYPE_NAMES else name
 
 
 def _commas(lines: list[str]) -> list[str]:

@@ -57,7 +57,8 @@ class Runtime:
             return list(self._session.run(None, given))
         except Exception as error:
             # onnxruntime hands out no numbers of dtypes that numpy does not know, such as bfloat16.
-            lacks = type(error).__name__ == "NotImplemented" or "No corresponding Numpy type" in str(error)
+            texts = ("No corresponding Numpy type", "data type is not supported")
+            lacks = type(error).__name__ == "NotImplemented" or any(text in str(error) for text in texts)
             raise Refused(_line(error), lacks_kernel=lacks) from error
 
 

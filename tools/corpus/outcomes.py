@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -65,6 +66,8 @@ FAULTS = ("unstable", "wrong", "invalid", "crash", "hang", "alarm")
 
 #: Steps of the corpus that are no passes: writing a model as it was read, and its text.
 SAVE, TEXT = "(save)", "(text)"
+#: What a worker does before the first step: running the model as it is, which is no outcome.
+ORIGINAL = "(original)"
 #: The pipelines that run besides every pass by itself.
 PIPELINES = (
     "legalize{opset=18}",
@@ -77,6 +80,10 @@ PIPELINES = (
     "int8",
     "int8{activations=dynamic}",
 )
+#: Operators whose fp16 kernels in onnxruntime 1.32 read memory that is not theirs where an input is empty.
+_FATAL = frozenset({"InstanceNormalization"})
+#: Seconds after which no more lengths are computed: the reference takes them for each pool over large images.
+_ENOUGH = 1.0
 #: How often a doubtful model runs again: what lies in memory that was not written may be the same a few times.
 _REPEATED = 8
 _SEVERITY = {"exact": 0, "reassociated": 1, "lossy": 2}
@@ -129,6 +136,10 @@ class Subject:
         self._before: _Bytes | None = None
         self._text_before = ""
         self._number = 0
+
+    def run_original(self) -> None:
+        """Run the model as it is in onnxruntime."""
+        self._computed(Runtime)
 
     def steps(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
         """Yield every step with the call that takes it; only saving, where that goes wrong already."""
@@ -255,6 +266,8 @@ class Subject:
                 if rounded is None:
                     continue
                 outputs = rounded
+            if _ends_process(proto, given):
+                continue
             try:
                 found = session.run(given)
             except Refused as refused:
@@ -340,7 +353,10 @@ class Subject:
         if engine.__name__ not in self._expected:
             found: list[tuple[Mapping[str, Any], Outputs]] = []
             session = self._try(engine, self.path)
+            start = time.process_time()
             for feeds in self.written.feeds if _loads(session) else ():
+                if time.process_time() - start > _ENOUGH:
+                    break
                 try:
                     found.append((feeds, session.run(feeds)))
                 except Refused:
@@ -366,6 +382,13 @@ class Subject:
         if isinstance(found, Refused):
             raise found
         return found
+
+
+def _ends_process(proto: onnx.ModelProto, feeds: Mapping[str, Any]) -> bool:
+    """Return whether onnxruntime ends the whole process on these inputs: some kernels do on empty ones in fp16."""
+    arrays = [value for value in feeds.values() if isinstance(value, np.ndarray)]
+    is_empty = any(not array.size and array.dtype == np.float16 for array in arrays)
+    return is_empty and any(node.op_type in _FATAL for node in proto.graph.node)
 
 
 def _is_other(engine: type, path: Path, feeds: Mapping[str, Any], outputs: Outputs) -> bool:

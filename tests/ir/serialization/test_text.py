@@ -381,3 +381,13 @@ def test_a_tensor_in_a_node_loses_a_name_that_must_be_quoted():
     assert print_model(again, fold=False) == printed
     found = {tuple(node.attributes["value"].as_tensor().numpy()) for node in again.graph.all_nodes() if not node.inputs}
     assert found == {(1, 2), (3, 4), (5, 6)}
+
+
+@pytest.mark.parametrize("name", ["seq", "optional", "map", "float", "int64"])
+def test_names_of_a_function_that_are_names_of_types_parse_back(name):
+    text = f"""<ir_version: 10, opset_import: ["" : 18, "own" : 1]> g (float[2] x) => (float[2] y) {{ y = own.f(x) }}
+        <domain: "own", opset_import: ["" : 18]> f ("{name}") => ("{name}_out") {{ "{name}_out" = Neg("{name}") }}"""
+    model = parse_model(text)
+    printed = print_model(model, fold=False)
+    assert f'f ("{name}") => ({name}_out)' in printed
+    assert print_model(parse_model(printed), fold=False) == printed
