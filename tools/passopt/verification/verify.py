@@ -35,6 +35,7 @@ from passopt.verification.scenarios import (
     make_scenarios,
     near_the_end,
     observe,
+    spread_over,
     text_windows,
     vocabulary_of,
 )
@@ -113,7 +114,7 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
     bar = bar_of(kind, _differ_in_dtype(reference, candidate), options.tolerance)
     limits = positions_of(reference), positions_of(candidate)
     scenarios = scenarios_within(limits, vocabulary_of(reference), options, notes)
-    scenarios += _long_scenarios(reference, limits, options)
+    scenarios += _long_scenarios(reference, limits, options, notes)
     if bar is None:
         notes.append(f"{kind}: outputs within {tolerance.outputs:.0e}, perplexity within {tolerance.perplexity:.0e}")
     else:
@@ -207,15 +208,28 @@ def _differ_in_dtype(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> bool
     return one != other
 
 
-def _long_scenarios(model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions) -> list[Scenario]:
-    """Return a scenario near the end of the model's positions, if its cache is not too large and others end before."""
+def _long_scenarios(
+    model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions, notes: list[str]
+) -> list[Scenario]:
+    """Return a scenario near the end of the model's positions, if others end before.
+
+    Where its cache would be too large, it ends earlier, which is noted, and another one reads all positions of tables.
+    """
     decoder = decoder_of(model)
     position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
     known = [limit for limit in (options.max_positions, *limits) if limit is not None]
-    length = min([*known, _LONG if not known else max(known), _LARGEST_CACHE // position])
-    if length <= max(*options.lengths, 40):
-        return []
-    return [near_the_end(vocabulary_of(model), length, options.seed)]
+    end = min(known, default=_LONG)
+    length = min(end, _LARGEST_CACHE // position)
+    vocab = vocabulary_of(model)
+    found = [near_the_end(vocab, length, options.seed)] if length > max(*options.lengths, 40) else []
+    if length < end and found:
+        found[0] = dataclasses.replace(found[0], name=f"cache of {length}")
+    if length < end:
+        notes.append(
+            f"positions from {length} to {end}: run without a cache, which would take {end * position >> 20} MiB"
+        )
+        found.append(spread_over(vocab, end, options.seed))
+    return found
 
 
 def _costliest(
