@@ -28,6 +28,9 @@ Opener: TypeAlias = Callable[[onnx_ir.Model], Callable[[Mapping[str, Any]], Mapp
 
 COMPARISON = "against the original"
 
+#: The notes of outputs that show nothing, since they are empty or hold NaN only.
+NOTHING = ("empty", "no number")
+
 
 def weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> list[Row]:
     """Return a row for the weight whose codes differ most from it, in steps of its channel's scale."""
@@ -82,7 +85,7 @@ class Judge:
             return Row(self.comparison, scenario, output, math.inf, self.tolerance, problem)
         if isinstance(reference, np.ndarray) and reference.dtype.kind in "iub":
             return self._integers(scenario, output, reference, found, feeds)
-        return Row(self.comparison, scenario, output, _error(reference, found), self.tolerance)
+        return Row(self.comparison, scenario, output, _error(reference, found), self.tolerance, _nothing(reference))
 
     def _integers(self, scenario: str, output: str, reference: Array, found: Array, feeds: Mapping[str, Any]) -> Row:
         wrong = reference != found
@@ -90,6 +93,7 @@ class Judge:
         wrong = wrong & ~excused
         notes = [f"{int(wrong.sum())} of {wrong.size} differ"] if wrong.any() else []
         notes += [f"{int(excused.sum())} of {wrong.size} at ties"] if excused.any() else []
+        notes += [NOTHING[0]] if not wrong.size else []
         error = float(wrong.mean()) if wrong.any() else 0.0
         return Row(self.comparison, scenario, output, error, 0.0, ", ".join(notes))
 
@@ -110,6 +114,15 @@ class Judge:
         if reference.shape != found.shape:
             return f"shape {list(found.shape)}, expected {list(reference.shape)}"
         return ""
+
+
+def _nothing(reference: Any) -> str:
+    """Return in words why a value shows nothing, "" if it shows something."""
+    if not isinstance(reference, np.ndarray):
+        return ""
+    if not reference.size:
+        return NOTHING[0]
+    return NOTHING[1] if is_float(reference) and np.isnan(reference.astype(np.float64)).all() else ""
 
 
 def is_float(value: Any) -> bool:

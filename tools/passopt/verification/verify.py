@@ -134,8 +134,9 @@ def _verify_any(
     reference: onnx_ir.Model, candidate: onnx_ir.Model, options: VerifyOptions, notes: Sequence[str]
 ) -> VerifyReport:
     """Compare graphs that are no decoders, or on given inputs."""
-    if options.layerwise or options.tokens:
-        option = "`layerwise`" if options.layerwise else "`text`"
+    known = {"`layerwise`": options.layerwise, "`text`": options.tokens, "`max_positions`": options.max_positions}
+    option = next((name for name, value in known.items() if value), "")
+    if option:
         raise UsageError(f"{option}: is for decoders with a cache and sampled inputs; drop it, or give `inputs`")
     return verify_any(
         reference,
