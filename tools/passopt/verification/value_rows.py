@@ -18,7 +18,7 @@ from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.relative_error import operator_error
 from passopt.ir.weights.expressions import DataType
-from passopt.verification.quantised_weights import LARGEST, channel_errors
+from passopt.verification.quantised_weights import LARGEST, channel_errors, rounding_errors
 from passopt.verification.report import Row
 from passopt.verification.sampling.shaken import TURNS, movement, shaken_feeds, shaken_model
 
@@ -32,14 +32,21 @@ COMPARISON = "against the original"
 NOTHING = ("empty", "no number")
 
 
-def weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> list[Row]:
-    """Return a row for the weight whose codes differ most from it, in steps of its channel's scale."""
+def weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, bf16: bool = False) -> list[Row]:
+    """Return rows for the weight whose codes, and the one whose rounded numbers, differ most from the original's."""
+    rounded = rounding_errors(reference, candidate, bf16=bf16)
+    rows = []
+    if rounded:
+        name = max(rounded, key=lambda item: rounded[item])
+        rows.append(
+            Row(COMPARISON, "weights", name, rounded[name], 0.0, f"{len(rounded)} differ by more than rounding")
+        )
     errors = channel_errors(reference, candidate)
     if not errors:
-        return []
+        return rows
     worst = max(errors, key=lambda item: item.steps)
     note = f"output channel {worst.channel}, in steps of absmax/127; {len(errors)} weights"
-    return [Row(COMPARISON, "codes", worst.weight, worst.steps, LARGEST, note)]
+    return [*rows, Row(COMPARISON, "codes", worst.weight, worst.steps, LARGEST, note)]
 
 
 class Ties:

@@ -29,7 +29,7 @@ from passopt.verification.logit_store import LogitStore
 from passopt.verification.original_on_codes import against_original_on_codes
 from passopt.verification.own_codes import against_own_codes, twin_tolerance
 from passopt.verification.quantised_weights import LARGEST, channel_errors
-from passopt.verification.report import PERPLEXITY, PREDICTIONS, VerifyReport
+from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
 from passopt.verification.scenarios import (
     Scenario,
     make_scenarios,
@@ -303,7 +303,13 @@ def _verify_whole(
             rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, known)
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
-    return VerifyReport((*rows, *(weight_rows(reference, candidate) if bar is not None else [])))
+    return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
+
+
+def _weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, bar: QualityBar | None) -> list[Row]:
+    if bar is None:
+        return []
+    return weight_rows(reference, candidate, bf16=is_bf16_twin(reference) or is_bf16_twin(candidate))
 
 
 def _verify_layerwise(
@@ -335,4 +341,4 @@ def _verify_layerwise(
     if bar is not None:
         pieces = [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in pieces]
     ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
-    return VerifyReport((*pieces, *ends, *(weight_rows(reference, candidate) if bar is not None else [])))
+    return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))

@@ -212,8 +212,9 @@ def verify_any(
     if bar is not None and pairs:
         source = "the given inputs" if given is not None else "random inputs"
         rows = [*judged_rows(COMPARISON, bar, divergence(pairs), source), *rows]
+    if lossy and tolerance is None:
+        rows += weight_rows(reference, candidate, bf16=any(bf16))
     if lossy and tolerance is None and "int8" in kind:
-        rows += weight_rows(reference, candidate)
         plain = Judge(
             tolerances["fp16" if DataType.FLOAT16 in _floats(reference) else "fp32"], False, judge.ties, ON_CODES
         )
