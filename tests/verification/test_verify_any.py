@@ -96,12 +96,19 @@ def test_given_inputs_take_the_place_of_sampled_ones(tmp_path):
         ({"attention_mask": None}, "the file has no array for attention_mask"),
         ({"input_ids": np.zeros(3, np.int64)}, r"has the shape \[3\], expected input_ids INT64\[batch, seq\]"),
         ({"input_ids": np.zeros((1, 2), np.float32)}, "is float32, expected input_ids INT64"),
+        ({"attention_mask": np.zeros((5, 2), np.int64)}, "batch is 1 in the array for input_ids and 5 in that for att"),
+        ({"input_ids": np.full((1, 2), 2**63, np.uint64)}, "is uint64 with numbers beyond input_ids INT64"),
+        ({"input_ids": np.full((1, 2), 99)}, r"the original does not run on input_ids int64\[1, 2\], attention_mask"),
+        (
+            {name: np.zeros((1, 0), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")},
+            "nothing was",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_by_name(change, message):
     given = {name: np.zeros((1, 2), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
     given = {name: array for name, array in {**given, **change}.items() if array is not None}
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises((UsageError, ModelError), match=message):
         verify(read_graph("encoder"), read_graph("encoder"), options=VerifyOptions(inputs=given))
 
 
@@ -119,7 +126,9 @@ def test_other_names_are_another_model():
         verify(read_graph("images"), read_graph("encoder"))
 
 
-@pytest.mark.parametrize("options", [VerifyOptions(layerwise=True), VerifyOptions(tokens=(1, 2, 3))])
+@pytest.mark.parametrize(
+    "options", [VerifyOptions(layerwise=True), VerifyOptions(tokens=(1, 2, 3)), VerifyOptions(max_positions=9)]
+)
 def test_options_of_decoders_are_refused(options):
     with pytest.raises(UsageError, match="is for decoders"):
         verify(read_graph("images"), read_graph("images"), options=options)

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 import onnx_ir
 
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import Expression
+from passopt.ir.weights.expressions import DataType, Expression
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.ir.weights.sources import external_source
 
@@ -66,6 +67,44 @@ def _errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Iterator[Chan
             error = _error(name.removesuffix(CODES), *parts)  # type: ignore[arg-type]
             if error is not None:
                 yield error
+
+
+def rounding_errors(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, bf16: bool = False) -> dict[str, float]:
+    """Return how far weights of the same name differ beyond rounding to the narrower dtype, relative to each number.
+
+    `bf16` says that one of the two stands for a model in bf16, as fp32. Weights that both read from the same bytes are
+    left out. The result is empty if more than half of the weights differ: then a pass has folded something into them.
+    """
+    found: dict[str, float] = {}
+    same = 0
+    for name, value in candidate.graph.initializers.items():
+        other = reference.graph.initializers.get(name)
+        parts = [None if item is None else expression_of(item) for item in (other, value)]
+        if other is None or not {other.dtype, value.dtype} <= FLOATS or any(part is None for part in parts):
+            continue
+        one, two = parts
+        assert one is not None
+        assert two is not None
+        if one.shape != two.shape or one.depends_on_rank or two.depends_on_rank:
+            continue
+        error = 0.0 if one == two else _beyond_rounding(one, two, DataType.BFLOAT16 if bf16 else None)
+        same += error == 0.0
+        if error:
+            found[name] = error
+    return found if len(found) <= same else {}
+
+
+def _beyond_rounding(one: Expression, two: Expression, dtype: DataType | None) -> float:
+    narrow = dtype or min((one.dtype, two.dtype), key=lambda dtype: dtype.bitwidth)
+    limits: Any = ml_dtypes.finfo(narrow.numpy())  # type: ignore[no-untyped-call]
+    with Evaluator() as evaluator:
+        first, second = (evaluator.array(part).astype(np.float64) for part in (one, two))
+    first = np.clip(first, float(limits.min), float(limits.max))
+    second = np.clip(second, float(limits.min), float(limits.max))
+    room = np.abs(first) * float(limits.eps) + float(limits.smallest_normal)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        beyond = np.where(np.abs(first - second) > room, np.abs(first - second) / np.maximum(np.abs(first), room), 0.0)
+    return float(beyond.max(initial=0.0))
 
 
 def numbers_of_codes(weight: Expression, codes: Expression, scales: Expression) -> Array | None:

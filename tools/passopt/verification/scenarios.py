@@ -27,6 +27,7 @@ _PROMPT = 5
 _DECODE_STEPS = 4
 _CHUNKS = (6, 3, 5)
 _LAST = 3
+_SPREAD = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,16 @@ def near_the_end(vocab: int, positions: int, seed: int, whole: int) -> Scenario:
     _, *steps = _steps(ids, [past, _LAST, 1])
     name = f"near the end, {positions}" if positions == whole else f"late, {positions} of {whole}"
     return Scenario(name, tuple(steps), past=past)
+
+
+def spread_over(vocab: int, positions: int, seed: int) -> Scenario:
+    """Return a few tokens at positions that are spread over all that a model has, the last ones included.
+
+    This needs no cache, so it reaches the end of tables whose cache would be too large.
+    """
+    ids = np.random.default_rng([seed, positions]).integers(0, vocab, (1, _SPREAD))
+    places = np.linspace(0, positions - 1, _SPREAD).astype(np.int64)[None, :]
+    return Scenario(f"spread over {positions}", (Step(ids, np.ones((1, _SPREAD), np.int64), places),))
 
 
 def first_cache(

@@ -18,7 +18,7 @@ from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.relative_error import operator_error
 from passopt.ir.weights.expressions import DataType
-from passopt.verification.quantised_weights import LARGEST, channel_errors
+from passopt.verification.quantised_weights import LARGEST, channel_errors, rounding_errors
 from passopt.verification.report import Row
 from passopt.verification.sampling.shaken import TURNS, movement, shaken_feeds, shaken_model
 
@@ -28,15 +28,25 @@ Opener: TypeAlias = Callable[[onnx_ir.Model], Callable[[Mapping[str, Any]], Mapp
 
 COMPARISON = "against the original"
 
+#: The notes of outputs that show nothing, since they are empty or hold NaN only.
+NOTHING = ("empty", "no number")
 
-def weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> list[Row]:
-    """Return a row for the weight whose codes differ most from it, in steps of its channel's scale."""
+
+def weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, bf16: bool = False) -> list[Row]:
+    """Return rows for the weight whose codes, and the one whose rounded numbers, differ most from the original's."""
+    rounded = rounding_errors(reference, candidate, bf16=bf16)
+    rows = []
+    if rounded:
+        name = max(rounded, key=lambda item: rounded[item])
+        rows.append(
+            Row(COMPARISON, "weights", name, rounded[name], 0.0, f"{len(rounded)} differ by more than rounding")
+        )
     errors = channel_errors(reference, candidate)
     if not errors:
-        return []
+        return rows
     worst = max(errors, key=lambda item: item.steps)
     note = f"output channel {worst.channel}, in steps of absmax/127; {len(errors)} weights"
-    return [Row(COMPARISON, "codes", worst.weight, worst.steps, LARGEST, note)]
+    return [*rows, Row(COMPARISON, "codes", worst.weight, worst.steps, LARGEST, note)]
 
 
 class Ties:
@@ -82,7 +92,7 @@ class Judge:
             return Row(self.comparison, scenario, output, math.inf, self.tolerance, problem)
         if isinstance(reference, np.ndarray) and reference.dtype.kind in "iub":
             return self._integers(scenario, output, reference, found, feeds)
-        return Row(self.comparison, scenario, output, _error(reference, found), self.tolerance)
+        return Row(self.comparison, scenario, output, _error(reference, found), self.tolerance, _nothing(reference))
 
     def _integers(self, scenario: str, output: str, reference: Array, found: Array, feeds: Mapping[str, Any]) -> Row:
         wrong = reference != found
@@ -90,6 +100,7 @@ class Judge:
         wrong = wrong & ~excused
         notes = [f"{int(wrong.sum())} of {wrong.size} differ"] if wrong.any() else []
         notes += [f"{int(excused.sum())} of {wrong.size} at ties"] if excused.any() else []
+        notes += [NOTHING[0]] if not wrong.size else []
         error = float(wrong.mean()) if wrong.any() else 0.0
         return Row(self.comparison, scenario, output, error, 0.0, ", ".join(notes))
 
@@ -110,6 +121,15 @@ class Judge:
         if reference.shape != found.shape:
             return f"shape {list(found.shape)}, expected {list(reference.shape)}"
         return ""
+
+
+def _nothing(reference: Any) -> str:
+    """Return in words why a value shows nothing, "" if it shows something."""
+    if not isinstance(reference, np.ndarray):
+        return ""
+    if not reference.size:
+        return NOTHING[0]
+    return NOTHING[1] if is_float(reference) and np.isnan(reference.astype(np.float64)).all() else ""
 
 
 def is_float(value: Any) -> bool:

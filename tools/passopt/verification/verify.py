@@ -29,12 +29,13 @@ from passopt.verification.logit_store import LogitStore
 from passopt.verification.original_on_codes import against_original_on_codes
 from passopt.verification.own_codes import against_own_codes, twin_tolerance
 from passopt.verification.quantised_weights import LARGEST, channel_errors
-from passopt.verification.report import PERPLEXITY, PREDICTIONS, VerifyReport
+from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
 from passopt.verification.scenarios import (
     Scenario,
     make_scenarios,
     near_the_end,
     observe,
+    spread_over,
     text_windows,
     vocabulary_of,
 )
@@ -133,8 +134,9 @@ def _verify_any(
     reference: onnx_ir.Model, candidate: onnx_ir.Model, options: VerifyOptions, notes: Sequence[str]
 ) -> VerifyReport:
     """Compare graphs that are no decoders, or on given inputs."""
-    if options.layerwise or options.tokens:
-        option = "`layerwise`" if options.layerwise else "`text`"
+    known = {"`layerwise`": options.layerwise, "`text`": options.tokens, "`max_positions`": options.max_positions}
+    option = next((name for name, value in known.items() if value), "")
+    if option:
         raise UsageError(f"{option}: is for decoders with a cache and sampled inputs; drop it, or give `inputs`")
     return verify_any(
         reference,
@@ -210,19 +212,23 @@ def _differ_in_dtype(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> bool
 def _long_scenarios(
     model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions, notes: list[str]
 ) -> list[Scenario]:
-    """Return a scenario near the end of the model's positions if others end before, and tell if memory cuts it."""
+    """Return a scenario near the end of the model's positions, if others end before.
+
+    Where its cache would be too large, it ends earlier, which is noted, and another one reads all positions of tables.
+    """
     decoder = decoder_of(model)
     position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
     known = [limit for limit in (options.max_positions, *limits) if limit is not None]
-    whole = min(known, default=_LONG)
-    length = min(whole, _LARGEST_CACHE // position)
-    if length < whole:
+    end = min(known, default=_LONG)
+    length = min(end, _LARGEST_CACHE // position)
+    vocab = vocabulary_of(model)
+    found = [near_the_end(vocab, length, options.seed, end)] if length > max(*options.lengths, 40) else []
+    if length < end:
         notes.append(
-            f"positions behind {length} of {whole} were not run: their cache takes more than {_LARGEST_CACHE >> 20} MiB"
+            f"positions from {length} to {end}: run without a cache, which would take {end * position >> 20} MiB"
         )
-    if length <= max(*options.lengths, 40):
-        return []
-    return [near_the_end(vocabulary_of(model), length, options.seed, whole)]
+        found.append(spread_over(vocab, end, options.seed))
+    return found
 
 
 def _costliest(
@@ -295,7 +301,13 @@ def _verify_whole(
             rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, known)
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
-    return VerifyReport((*rows, *(weight_rows(reference, candidate) if bar is not None else [])))
+    return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
+
+
+def _weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, bar: QualityBar | None) -> list[Row]:
+    if bar is None:
+        return []
+    return weight_rows(reference, candidate, bf16=is_bf16_twin(reference) or is_bf16_twin(candidate))
 
 
 def _verify_layerwise(
@@ -327,4 +339,4 @@ def _verify_layerwise(
     if bar is not None:
         pieces = [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in pieces]
     ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
-    return VerifyReport((*pieces, *ends, *(weight_rows(reference, candidate) if bar is not None else [])))
+    return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))

@@ -32,7 +32,16 @@ from passopt.verification.report import Row, VerifyReport
 from passopt.verification.sampling.lengths import free_inputs
 from passopt.verification.sampling.samples import ORDINARY, hidden_rows
 from passopt.verification.sampling.trace import legal_samples
-from passopt.verification.value_rows import COMPARISON, Judge, Opener, Ties, is_float, random_outputs, weight_rows
+from passopt.verification.value_rows import (
+    COMPARISON,
+    NOTHING,
+    Judge,
+    Opener,
+    Ties,
+    is_float,
+    random_outputs,
+    weight_rows,
+)
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -83,7 +92,25 @@ def check_inputs(model: onnx_ir.Model, given: Mapping[str, Array]) -> dict[str, 
         raise UsageError(
             f"{'; '.join(parts)}. The inputs are: {', '.join(_stated(value) for value in inputs.values())}"
         )
+    _check_symbols(inputs, given)
     return {name: _fitting(inputs[name], array) for name, array in given.items()}
+
+
+def _check_symbols(inputs: Mapping[str, onnx_ir.Value], given: Mapping[str, Array]) -> None:
+    """Raise UsageError if a symbol has different lengths in two arrays; arrays of other ranks are refused later."""
+    known: dict[str, tuple[int, str]] = {}
+    for name, array in given.items():
+        shape = inputs[name].shape
+        for axis, dim in enumerate(() if shape is None or len(shape) != array.ndim else shape.dims):
+            symbol = None if isinstance(dim, int) else dim.value
+            if symbol is None:
+                continue
+            length, other = known.setdefault(symbol, (array.shape[axis], name))
+            if length != array.shape[axis]:
+                raise UsageError(
+                    f"{symbol} is {length} in the array for {other} and {array.shape[axis]} in that for {name}; "
+                    f"the model gives both the same length"
+                )
 
 
 def _stated(value: onnx_ir.Value) -> str:
@@ -104,7 +131,18 @@ def _fitting(value: onnx_ir.Value, array: Array) -> Array:
     kinds = {array.dtype.kind, value.dtype.numpy().kind}
     if not (kinds <= set("iu") or (value.dtype in FLOATS and array.dtype.kind == "f")):
         raise UsageError(f"the array for {value.name} is {array.dtype}, expected {_stated(value)}")
-    return array.astype(value.dtype.numpy())
+    with np.errstate(over="ignore", invalid="ignore"):
+        fitted = np.asarray(array.astype(value.dtype.numpy()))
+    if not _holds(fitted, array):
+        raise UsageError(f"the array for {value.name} is {array.dtype} with numbers beyond {_stated(value)}")
+    return fitted
+
+
+def _holds(fitted: Array, array: Array) -> bool:
+    """Return whether an array kept its numbers in another dtype, but for the rounding of floats."""
+    if array.dtype.kind in "iu":
+        return bool(np.array_equal(fitted.astype(object), array.astype(object)))
+    return bool(np.array_equal(np.isfinite(fitted.astype(np.float64)), np.isfinite(array.astype(np.float64))))
 
 
 def verify_any(
@@ -157,7 +195,8 @@ def verify_any(
     rows: list[Row] = []
     pairs: list[tuple[Array, Array]] = []
     for name, feeds in samples:
-        expected, found = first.run(feeds), _run(second, candidate, feeds)
+        expected = _named("original", feeds, first.run)
+        found = _named("candidate", feeds, functools.partial(_run, second, candidate))
         for output, value in expected.items():
             if output in random:
                 continue
@@ -166,18 +205,35 @@ def verify_any(
                 pairs.append(_logit_rows(value, found[output]))
                 row = dataclasses.replace(row, tolerance=_GROSS * allowed)
             rows.append(row)
+    if not any(row.note not in NOTHING for row in rows):
+        raise ModelError("nothing was compared: all outputs are empty or hold no number; give other `inputs=FILE.npz`")
     within = f"{kind}: outputs within {allowed:.0e}" + (", logits by their predictions" if pairs else "")
     said = [*notes, *told, within, f"inputs: {', '.join(_stated(v) for v in free_inputs(reference))}"]
     if bar is not None and pairs:
         source = "the given inputs" if given is not None else "random inputs"
         rows = [*judged_rows(COMPARISON, bar, divergence(pairs), source), *rows]
+    if lossy and tolerance is None:
+        rows += weight_rows(reference, candidate, bf16=any(bf16))
     if lossy and tolerance is None and "int8" in kind:
-        rows += weight_rows(reference, candidate)
         plain = Judge(
             tolerances["fp16" if DataType.FLOAT16 in _floats(reference) else "fp32"], False, judge.ties, ON_CODES
         )
         rows += _on_own_codes(reference, candidate, opened, samples, plain, scratch)
     return VerifyReport(tuple(rows), tuple(said), lossy=kind if lossy and tolerance is None else "")
+
+
+def _named(
+    role: str, feeds: Mapping[str, Any], run: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Return what a model computes; an error names the model and the inputs."""
+    try:
+        return run(feeds)
+    except ModelError as error:
+        fed = ", ".join(
+            f"{name} {value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else name
+            for name, value in feeds.items()
+        )
+        raise ModelError(f"the {role} does not run on {fed}: {error}. Check lengths and ids, or give others") from error
 
 
 def _on_own_codes(

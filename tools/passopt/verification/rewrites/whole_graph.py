@@ -75,9 +75,10 @@ def one_sided(model: onnx_ir.Model, found: Trace) -> list[str]:
     """Return the If nodes of the main graph of which one branch ran in no sample."""
     names = []
     for node in model.graph:
-        condition = node.inputs[0].name if node.op_type == "If" and node.inputs[0] is not None else None
+        value = node.inputs[0] if node.op_type == "If" else None
+        condition = "" if value is None else value.name or ""
         seen = {bool(run.arrays[condition].all()) for run in found.runs if condition in run.arrays}
-        if condition is not None and len(seen) == 1:
+        if len(seen) == 1:
             names.append(node.outputs[0].name or "")
     return names
 

@@ -81,7 +81,7 @@ def hidden_rows(name: str, array: Any) -> Array | None:
     """
     if "mask" not in name.lower() or not isinstance(array, np.ndarray) or array.ndim < 2 or array.dtype.kind in "iubO":
         return None
-    rows: Array = (array.astype(np.float64) <= _HIDDEN).all(axis=-1, keepdims=True)
+    rows: Array = np.asarray((array.astype(np.float64) <= _HIDDEN).all(axis=-1, keepdims=True))
     return rows if array.shape[-1] else np.zeros_like(rows)
 
 

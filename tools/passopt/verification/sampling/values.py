@@ -142,9 +142,9 @@ class Sampler:
                 return self._computed_with(random, shape, kind)
             style = "natural"
         if self._style.last and name in self._bounds and np.prod(shape):
-            values = random.integers(0, bound, shape)
-            values.flat[-1] = bound - 1
-            return self._cast(values, kind)
+            reaching = np.asarray(random.integers(0, bound, shape))
+            reaching.flat[-1] = bound - 1
+            return self._cast(reaching, kind)
         if style == "natural" or is_natural(name) or kind.kind == "u":
             return self._cast(random.integers(0, max(1, bound), shape), kind)
         if style == "signed":
@@ -166,9 +166,9 @@ class Sampler:
         if not wanted:
             return values
         if values.size <= len(wanted):
-            picks = np.arange(values.size).reshape(values.shape) + self._style.turn * values.size
-            return np.asarray(wanted)[picks % len(wanted)]
-        picks = random.integers(0, 2 * len(wanted), values.shape)
+            cycled = np.arange(values.size).reshape(values.shape) + self._style.turn * values.size
+            return np.asarray(wanted)[cycled % len(wanted)]
+        picks = np.asarray(random.integers(0, 2 * len(wanted), values.shape))
         return np.where(picks < len(wanted), np.asarray(wanted)[picks % len(wanted)], values)
 
     def _computed_with(self, random: np.random.Generator, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
@@ -195,8 +195,8 @@ class Sampler:
         columns = self._past + np.arange(shape[-1] if shape else 1)
         if bound is not None:
             last = max(0, bound - 1)
-            columns = np.minimum(columns + (last - columns[-1] if self._style.last and len(columns) else 0), last)
-            columns = np.maximum(columns, 0)
+            ahead = last - int(columns[-1]) if self._style.last and len(columns) else 0
+            columns = np.clip(columns + ahead, 0, last)
         if len(shape) < 2:
             return columns[: int(np.prod(shape))].reshape(shape)
         left = (
