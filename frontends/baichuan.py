@@ -119,9 +119,6 @@ class Baichuan(Family):
         )
         return logits, present
 
-    def takes_chunks(self, model: Any) -> bool:
-        return not is_alibi(model)  # Behind a cache, its code fails on a mask of more tokens than one.
-
     def longest(self, model: Any) -> int | None:
         return self.stock_alibi(model).longest if is_alibi(model) else None
 

@@ -143,10 +143,6 @@ class Family(abc.ABC):
     ) -> tuple[torch.Tensor, Cache]:
         """Compute logits and cache with the untouched stock code, all at once, behind a `past` that may be empty."""
 
-    def takes_chunks(self, model: Any) -> bool:
-        """Return whether the stock code runs with several tokens behind a cache; the graph always does."""
-        return True
-
     def positions(self, model: Any) -> int | None:
         """Return the number of positions that a built model has by its configuration, or None if that does not say."""
         found = [getattr(model.config, key, None) for key in LENGTH_KEYS]

@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -144,7 +145,8 @@ def probe(step: Any, arguments: Mapping[str, Any], phase: str) -> Conditions:
     inputs = {name: _symbolic(mode, name, value, phase) for name, value in (plain | past).items()}
     states = [inputs[name] for name in past]
     given = {name: inputs[name] for name in plain} | {"past": tuple(zip(states[::2], states[1::2], strict=True))}
-    with torch.no_grad(), mode:
+    # Without the dispatcher in Python, an operator within torch's own shape functions takes no symbols (baddbmm).
+    with torch.no_grad(), enable_python_dispatcher(), mode:
         step(**given)
     return conditions(env, inputs, phase)
 

@@ -216,3 +216,18 @@ def test_a_template_gets_the_begin_token_of_either_file(folder: Path):
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
     (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     assert chat_ids([Message("user", "y")], folder, Letters(), settings(), None) == Letters().encode_template("<s>y")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (5, "chat_template is 5, expected a text"),
+        ({"default": "x"}, 'chat_template is {"default": "x"}, expected a text'),
+        (["x"], 'chat_template is "x", expected an object'),
+        ([{"name": "default", "template": 5}], "chat_template is 5, expected a text"),
+    ],
+)
+def test_a_template_of_another_kind_is_named(folder: Path, template: object, says: str):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ModelError, match=rf"tokenizer_config\.json: {says}"):
+        chat_ids([Message("user", "y")], folder, Letters(), settings(), None)

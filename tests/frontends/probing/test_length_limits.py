@@ -54,6 +54,16 @@ def test_code_without_branches_has_no_limit(phase: str, positions: int | None) -
     assert conditions(plain, phase).limit(phase, positions, "X") is None
 
 
+def test_an_operator_whose_shape_torch_finds_by_others_is_followed() -> None:
+    """As in BLOOM's attention: the bias of a baddbmm is expanded to sizes that are symbols."""
+
+    def code(ids: Any, mask: Any, states: Any) -> Any:
+        keys = states[:, 0]
+        return torch.baddbmm(mask[:, None].to(keys.dtype), keys, keys.transpose(1, 2))
+
+    assert conditions(code).limit("merged", None, "X") is None
+
+
 @pytest.mark.parametrize("phase", ["merged", "prefill", "decode"])
 @pytest.mark.parametrize("limit", [32, 100, 4095])
 def test_a_branch_on_the_columns_is_a_limit(phase: str, limit: int) -> None:

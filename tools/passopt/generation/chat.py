@@ -11,6 +11,7 @@ from passopt.generation.added_tokens import CONFIG_NAME, MAP_NAME
 from passopt.generation.settings import Settings, read_json
 from passopt.generation.tokenizer import Tokenizer, token_text
 from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.json_text import check_kind
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 TEMPLATE_NAME = "chat_template.jinja"
@@ -169,10 +170,13 @@ def _template(folder: Path, config: dict[str, Any]) -> str:
             return beside.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{beside}: cannot be read as UTF-8 text: {error}") from error
-    found = config.get("chat_template")
+    found, where = config.get("chat_template"), f"{folder / CONFIG_NAME}: chat_template"
     if isinstance(found, list):  # several templates with names
-        named = [entry for entry in found if isinstance(entry, dict)]
-        found = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+        for entry in found:
+            check_kind(entry, "an object", f"an entry of {where}")
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+    if found is not None:
+        check_kind(found, "a text", where)
     if not isinstance(found, str):
         raise ModelError(
             f"{folder}: has no chat format: generation_config.json names no user_token_id and assistant_token_id, "
