@@ -139,7 +139,7 @@ class FoldConstants(Pass):
         arrays = {value.name or "": self._read(value) for value in inputs if value is not None}
         if not arrays:
             raise NotEvaluated("it has no inputs")
-        self._require_small_result(node, opset)
+        self._require_small_result(node, opset, [arrays[value.name or ""] for value in inputs if value is not None])
         return evaluate(_as_cast(node) if node.op_type == "CastLike" else node, opset, arrays)
 
     def _read(self, value: onnx_ir.Value) -> np.ndarray[Any, np.dtype[Any]]:
@@ -153,7 +153,9 @@ class FoldConstants(Pass):
             raise NotEvaluated(f"{value.name} is larger than {self.limit} bytes; fold-constants{{limit=…}} allows more")
         return tensor.numpy()
 
-    def _require_small_result(self, node: onnx_ir.Node, opset: int) -> None:
+    def _require_small_result(
+        self, node: onnx_ir.Node, opset: int, arrays: list[np.ndarray[Any, np.dtype[Any]]]
+    ) -> None:
         """Raise NotEvaluated unless the result is known to have at most `limit` bytes.
 
         This is checked before evaluating, because an Expand of one number may be gigabytes.
@@ -168,10 +170,22 @@ class FoldConstants(Pass):
             raise NotEvaluated("its results are texts, which are never evaluated")
         dims = target.shape.dims if target.shape is not None else None
         known = [dim for dim in dims if isinstance(dim, int)] if dims is not None else []
-        if node.op_type in _GROWING and (dims is None or len(known) < len(dims)):
+        if node.op_type == "Range" and not node.domain:
+            known = [_length_of_range(*arrays)]  # inference does not read numbers that are no integers
+        elif node.op_type in _GROWING and (dims is None or len(known) < len(dims)):
             raise NotEvaluated("the size of its result is unknown")
         if math.prod(known) * target.dtype.itemsize > self.limit:
             raise NotEvaluated(f"its result is larger than {self.limit} bytes; fold-constants{{limit=…}} allows more")
+
+
+def _length_of_range(*bounds: np.ndarray[Any, np.dtype[Any]]) -> int:
+    """Return how many numbers a Range gives of its start, limit and step."""
+    if len(bounds) != 3 or not all(bound.size == 1 and np.isfinite(bound).all() for bound in bounds):
+        raise NotEvaluated("its bounds are not three finite numbers")
+    start, limit, step = (bound.item() for bound in bounds)
+    if step == 0:
+        raise NotEvaluated("its step is 0")
+    return max(math.ceil((limit - start) / step), 0)
 
 
 def _as_cast(node: onnx_ir.Node) -> onnx_ir.Node:

@@ -393,6 +393,33 @@ def test_integers_divide_as_in_runtimes():
     assert constants["e"].tolist() == [3 + 1, -3 + 1, -3 - 1, 3 - 1]
 
 
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [((1, 5, 2), [1, 3]), ((5, 1, -2), [5, 3]), ((0, 5, 2), [0, 2, 4]), ((3, 3, 1), []), ((2, 2, 2), [])],
+)
+@pytest.mark.parametrize("dtype", ["float", "int64"])
+def test_a_range_of_whole_numbers_is_folded(bounds, expected, dtype):
+    start, limit, step = bounds
+    constants = f"{dtype} i = {{{start}}}, {dtype} n = {{{limit}}}, {dtype} s = {{{step}}}"
+    text = f"g ({dtype}[{len(expected)}] x) => ({dtype}[{len(expected)}] y) <{constants}>"
+    _, folded_constants, _ = folded(text + "{ r = Range(i, n, s) y = Add(r, x) }")
+    assert folded_constants["r"].tolist() == expected
+
+
+def test_a_range_with_one_value_for_two_bounds_is_folded():
+    text = "g (float[1] x) => (float[1] y) <float i = {0}, float n = {1}>"
+    _, constants, _ = folded(text + "{ r = Range(i, n, n) y = Add(r, x) }")
+    assert constants["r"].tolist() == [0]
+
+
+@pytest.mark.parametrize("bounds", ["{0}, float n = {1e9}, float s = {1}", "{0}, float n = {inf}, float s = {1}"])
+def test_a_long_range_stays(bounds):
+    operators, _, _ = folded(
+        f"g (float[?] x) => (float[?] y) <float i = {bounds}> {{ r = Range(i, n, s) y = Add(r, x) }}"
+    )
+    assert operators == ["Range", "Add"]
+
+
 def test_small_integers_wrap_as_in_runtimes():
     text = "g (int64[2] x) => (int64[2] y) <int64[2] k = {300, -129}>"
     _, constants, _ = folded(text + "{ b = Cast<to = 3>(k) c = Cast<to = 7>(b) y = Add(c, x) }")

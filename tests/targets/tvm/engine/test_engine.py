@@ -205,7 +205,7 @@ def test_another_cpu_is_refused(folder: Path):
     with pytest.raises(ModelError) as caught:
         Engine.load(folder)
     assert "icelake-server (avx512-vnni) and needs made-up" in str(caught.value)
-    assert "--mcpu" in str(caught.value)
+    assert "`mcpu`" in str(caught.value)
 
 
 def test_a_damaged_library_is_refused(folder: Path):
