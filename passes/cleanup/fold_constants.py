@@ -185,7 +185,8 @@ def _length_of_range(*bounds: np.ndarray[Any, np.dtype[Any]]) -> int:
     start, limit, step = (bound.item() for bound in bounds)
     if step == 0:
         raise NotEvaluated("its step is 0")
-    return max(int(math.ceil((limit - start) / step)), 0)
+    length: int = max(math.ceil((limit - start) / step), 0)
+    return length
 
 
 def _as_cast(node: onnx_ir.Node) -> onnx_ir.Node:
