@@ -1,13 +1,24 @@
-"""Read attributes of nodes: one by its name, or all of them as a key for finding nodes that differ only in inputs."""
+"""Read attributes of nodes: one by its name, the bodies, or all as a key that finds nodes differing in inputs only."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir
 
 _Type = onnx_ir.AttributeType
+
+
+def bodies(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
+    """Yield the bodies of an operator such as If or Loop, not those of the nodes inside of them."""
+    for attribute in node.attributes.data.values():  # this is read for every node of a model, so no copy is made
+        kind = attribute.type
+        if kind is _Type.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+        elif kind is _Type.GRAPHS and not attribute.is_ref():
+            yield from attribute.as_graphs()
 
 
 def attributes_key(node: onnx_ir.Node) -> tuple[object, ...]:

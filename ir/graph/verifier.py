@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
+from passopt.ir.graph.attributes import bodies
 from passopt.ir.graph.builder import infer_types
 from passopt.ir.graph.operators import is_runtime_operator
 from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 _CONTEXT = 10
-_GRAPH, _GRAPHS = onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS
 
 
 def verify_model(model: onnx_ir.Model) -> None:
@@ -74,7 +74,7 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model,
             if operand is not None and id(operand) not in known:
                 raise fail(index, _undefined(node, position, operand, (*nodes, *scope.nodes)))
         _verify_operator(node, model, scope.opsets, index, fail)
-        for body in _bodies(node):
+        for body in bodies(node):
             _verify_graph(body, model, _Scope(scope.opsets, frozenset(known), (*nodes, *scope.nodes), is_body=True))
         for value in node.outputs:
             if value.name or value.uses() or value.is_graph_output():
@@ -88,15 +88,6 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model,
     for index, node in enumerate(nodes):
         if node in ends or node.op_type == "Cast":
             _verify_types(node, model, scope.opsets, index, fail)
-
-
-def _bodies(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
-    for attribute in node.attributes.data.values():
-        kind = attribute.type
-        if kind is _GRAPH and not attribute.is_ref():
-            yield attribute.as_graph()
-        elif kind is _GRAPHS and not attribute.is_ref():
-            yield from attribute.as_graphs()
 
 
 def _verify_initializer(name: str, value: onnx_ir.Value) -> None:
@@ -215,7 +206,7 @@ def _given_dtypes(
 ) -> Sequence[onnx_ir.DataType | None]:
     """Return the dtypes that inference finds for a node's outputs, with None for those that it does not find."""
     unknown = [None] * len(node.outputs)
-    if node.domain or node.op_identifier() in model.functions or next(_bodies(node), None) is not None:
+    if node.domain or node.op_identifier() in model.functions or next(bodies(node), None) is not None:
         return unknown
     target = node.attributes.get("to") if node.op_type == "Cast" else None
     if target is not None and not target.is_ref():

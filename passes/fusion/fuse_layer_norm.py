@@ -12,6 +12,7 @@ import onnx_ir
 from passopt.ir.graph.shapes import dimensions, same
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
+from passopt.passes.fusion.widened_inputs import before_widening
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter
 
@@ -80,7 +81,7 @@ class FuseLayerNorm(RewritePass):
         if bias is not None or ones is not _ones(op, x):
             raise Decline(f"{norm.name} has a factor or a bias of its own")
         _check_alone(norm)
-        source = _before_widening(x, factor) if narrowed == "present" else x
+        source = before_widening(x, factor) if narrowed == "present" else x
         if source is None or source.dtype != factor.dtype:
             raise Decline(f"{x.name} is {x.dtype}, the factor {factor.name} {factor.dtype}, and no cast joins them")
         return _again(op, norm, source, _vector(op, factor, x, "factor"))
@@ -149,12 +150,3 @@ def _again(op: Rewriter, norm: onnx_ir.Value, *inputs: onnx_ir.Value) -> onnx_ir
     attributes = norm.producer().attributes.items()  # type: ignore[union-attr]
     made: onnx_ir.Value = op.LayerNormalization(*inputs, **{name: item.value for name, item in attributes})
     return made
-
-
-def _before_widening(x: onnx_ir.Value, w: onnx_ir.Value) -> onnx_ir.Value | None:
-    """Return what a half-precision model cast to fp32 before the norm; None if it did not."""
-    node = x.producer()
-    if node is None or node.op_type != "Cast" or x.dtype != onnx_ir.DataType.FLOAT:
-        return None
-    source = node.inputs[0]
-    return source if source is not None and source.dtype == w.dtype else None

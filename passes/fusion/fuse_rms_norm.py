@@ -10,6 +10,7 @@ import onnx_ir
 from passopt.ir.graph.shapes import dimensions
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
+from passopt.passes.fusion.widened_inputs import before_widening
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter
 
@@ -46,7 +47,7 @@ class FuseRmsNorm(RewritePass):
         if dimensions(w) not in ([dims[-1]], [1] * (len(dims) - 1) + [dims[-1]]) or not isinstance(dims[-1], int):
             raise Decline(f"the factor {w.name} {dimensions(w)} is not a weight of the last axis of {x.name} {dims}")
         epsilon = op.number(eps)
-        source = _before_widening(x, w) if narrowed == "present" else x
+        source = before_widening(x, w) if narrowed == "present" else x
         if source is None:
             raise Decline(f"is cast to {w.dtype}, but {x.name} was not widened from that")
         if x.dtype == onnx_ir.DataType.DOUBLE:
@@ -55,15 +56,3 @@ class FuseRmsNorm(RewritePass):
             raise Decline(f"the input {source.name} is {source.dtype}, the weight {w.name} {w.dtype}")
         scale = w if len(w.shape) == 1 else op.Reshape(w, [dims[-1]])
         return op.RMSNormalization(source, scale, axis=-1, epsilon=epsilon, stash_type=1)
-
-
-def _before_widening(x: onnx_ir.Value, w: onnx_ir.Value) -> onnx_ir.Value | None:
-    """Return what a half-precision model cast to fp32 before the norm; None if it did not.
-
-    The operator widens its input itself.
-    """
-    node = x.producer()
-    if node is None or node.op_type != "Cast" or x.dtype != onnx_ir.DataType.FLOAT:
-        return None
-    source = node.inputs[0]
-    return source if source is not None and source.dtype == w.dtype else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir
 
-from passopt.passes.opset import image_converters as images
+import passopt.passes.opset.image_converters as images  # mypy's cache loses a module that is imported from its package
 from passopt.passes.opset.step import Step
 
 #: The lowest number of fp32, which was the default bound of a Clip.

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir
 
 from passopt.ir.dtypes import MODEL_FLOATS
+from passopt.ir.graph.attributes import bodies
 from passopt.ir.graph.collectives import is_collective
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.ir.weights.lazy_weight import constant_tensor
@@ -82,7 +83,7 @@ class Borders:
     def _keeps(self, node: onnx_ir.Node) -> bool:
         if is_alibi(node) or is_collective(node):
             return False
-        if node.domain or node.op_identifier() in self._functions or next(_bodies(node), None) is not None:
+        if node.domain or node.op_identifier() in self._functions or next(bodies(node), None) is not None:
             return True
         values = [value for value in (*node.inputs, *node.outputs) if value is not None and value.name]
         if not all(isinstance(value.type, onnx_ir.TensorType) for value in values):
@@ -115,17 +116,9 @@ class Borders:
         return [value for _, value in found if value is not None]
 
 
-def _bodies(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type == onnx_ir.AttributeType.GRAPH and not attribute.is_ref():
-            yield attribute.as_graph()
-        elif attribute.type == onnx_ir.AttributeType.GRAPHS and not attribute.is_ref():
-            yield from attribute.as_graphs()
-
-
 def _inner_graphs(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
     """Yield the bodies of a node, and the bodies of the nodes inside of them."""
-    for body in _bodies(node):
+    for body in bodies(node):
         yield body
         for inner in body:
             yield from _inner_graphs(inner)

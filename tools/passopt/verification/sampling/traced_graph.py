@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.attributes import bodies
 from passopt.ir.graph.collectives import is_collective
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.graph.fp32_twin import fp32_twin
@@ -208,7 +209,7 @@ def _leave_out(model: onnx_ir.Model, op_type: str) -> bool:
     """Drop the nodes of an operator, and all that is computed from them; return whether anything is left."""
     gone: set[onnx_ir.Node] = set()
     for node in model.graph:
-        inside = [item.op_type for graph in _bodies(node) for item in graph.all_nodes()]
+        inside = [item.op_type for graph in bodies(node) for item in graph.all_nodes()]
         if op_type in (node.op_type, *inside) or any(
             value is not None and value.producer() in gone for value in (*node.inputs, *_captured(node))
         ):
@@ -220,16 +221,8 @@ def _leave_out(model: onnx_ir.Model, op_type: str) -> bool:
     return bool(gone and kept)
 
 
-def _bodies(node: onnx_ir.Node) -> list[onnx_ir.Graph]:
-    graphs = []
-    for attribute in node.attributes.values():
-        if attribute.type == onnx_ir.AttributeType.GRAPH:
-            graphs.append(attribute.as_graph())
-    return graphs
-
-
 def _captured(node: onnx_ir.Node) -> list[onnx_ir.Value | None]:
-    return [value for graph in _bodies(node) for item in graph.all_nodes() for value in item.inputs]
+    return [value for graph in bodies(node) for item in graph.all_nodes() for value in item.inputs]
 
 
 def _forget_types(model: onnx_ir.Model) -> None:
