@@ -162,6 +162,10 @@ def test_what_a_page_installs_stays_in_the_page(run_page: Run) -> None:
         ("", "", True),
         ("", "a\n", False),
         ("a  \n", "a\n\n", True),
+        ("rule (fuse.py:31); x=1\n", "rule (fuse.py:32); x=1\n", True),
+        ("module.py:182-195\n", "module.py:9\n", True),
+        ("rule (fuse.py:31); x=1\n", "rule (fuse.py:31); x=2\n", False),
+        ("rule (fuse.py:31)\n", "rule (swap.py:31)\n", False),
     ],
 )
 def test_what_counts_as_the_same(shown: str, printed: str, expected: bool) -> None:
