@@ -6,7 +6,7 @@
 | ok | the numbers, dtypes and shapes are equal within the declared accuracy |
 | not comparable | no engine runs both; the checker accepts the result, and onnxruntime where it accepts the original |
 | sensitive | more than declared, and no more than one rounding of the model's inputs moves its outputs |
-| beyond | a lossy pass kept dtypes and shapes, and lost more than it declares on this model |
+| beyond | a lossy pass lost up to ten times what it declares, or more where the model rounds or compares numbers |
 | refused | an error with a text for the user |
 | unstable | a second run changes the result again, or `modified` is not what happened |
 | wrong | other numbers, dtypes or shapes, or a failure while the result runs |
@@ -19,25 +19,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import onnx
 import onnx_ir
 
 import passopt.ir
 from cases import Case
-from engines import Evaluator, Outputs, Refused, Runtime, difference, movement
+from comparison import Comparison, Outcome, Result, is_accepted
 from passopt.ir.errors import ModelError, PassoptError, VerifyError
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.serialization.model_files import MODEL_NAME, file_weights, model_bytes, save_materialized
 from passopt.ir.serialization.text import WITHOUT_NUMBERS, parse_model, print_model
-from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, Accuracy
+from passopt.passes.framework.accuracy import EXACT, Accuracy
 from passopt.passes.framework.base import Pass
 from passopt.passes.pipeline.expectations import parse_expectation
 from passopt.passes.pipeline.runner import run_passes
@@ -80,38 +77,15 @@ PIPELINES = (
     "int8",
     "int8{activations=dynamic}",
 )
-#: Operators whose fp16 kernels in onnxruntime 1.32 read memory that is not theirs where an input is empty.
-_FATAL = frozenset({"InstanceNormalization"})
-#: Seconds after which no more lengths are computed: the reference takes them for each pool over large images.
-_ENOUGH = 1.0
-#: How often a doubtful model runs again: what lies in memory that was not written may be the same a few times.
-_REPEATED = 8
 _SEVERITY = {"exact": 0, "reassociated": 1, "lossy": 2}
 #: Words that mean something to people who know the source only.
 _INTERNAL = re.compile(r"Traceback|NoneType|has no attribute|<class|object at 0x|KeyError|IndexError|AssertionError")
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of a model in a step, with the reason or difference."""
-
-    kind: str
-    detail: str = ""
 
 
 #: The bytes of a model, with the digests of the weights that its file does not hold.
 _Bytes: TypeAlias = tuple[bytes, tuple[str, ...]]
 #: Outcomes by step of the variants of one case that take the inputs of the case, by what was read.
 Memory: TypeAlias = dict[_Bytes, dict[str, Outcome]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Result:
-    """A changed model on disk: its files, how exact it must be, and whether its interface may have other dtypes."""
-
-    path: Path
-    accuracy: Accuracy
-    changes_interface: bool
 
 
 class Subject:
@@ -130,8 +104,7 @@ class Subject:
             onnx.save_model(model, self.path, save_as_external_data=True, location="original.data", size_threshold=0)
         else:
             onnx.save_model(model, self.path)
-        self._expected: dict[str, list[tuple[Mapping[str, Any], Outputs]]] = {}
-        self._sessions: dict[tuple[str, Path], Any] = {}
+        self._comparison = Comparison(case, written, self.path)
         self._memo: dict[tuple[bytes, tuple[str, ...], str], Outcome] = {}
         self._before: _Bytes | None = None
         self._text_before = ""
@@ -139,7 +112,7 @@ class Subject:
 
     def run_original(self) -> None:
         """Run the model as it is in onnxruntime."""
-        self._computed(Runtime)
+        self._comparison.run_original()
 
     def steps(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
         """Yield every step with the call that takes it; only saving, where that goes wrong already."""
@@ -151,7 +124,7 @@ class Subject:
         if error is not None:
             outcome = _of_error(error)
             kind = "not read" if outcome.kind == "refused" else outcome.kind
-            if kind == "not read" and not _accepted(self.path):
+            if kind == "not read" and not is_accepted(self.path):
                 return
             yield SAVE, lambda: Outcome(kind, outcome.detail)
             return
@@ -233,170 +206,9 @@ class Subject:
             folder = self.folder / f"result{self._number}"
             folder.mkdir()
             save_materialized(model, folder)
-            result = _Result(folder / MODEL_NAME, accuracy, changes_interface)
-            self._memo[key] = self._check(result)
+            result = Result(folder / MODEL_NAME, accuracy, changes_interface)
+            self._memo[key] = self._comparison.outcome(result)
         return self._memo[key]
-
-    def _check(self, result: _Result) -> Outcome:
-        if _is_checked(self.path) == "" and (message := _is_checked(result.path)):
-            return Outcome("invalid", f"checker: {message}")
-        for engine in (Runtime, Evaluator):
-            expected = self._computed(engine)
-            try:
-                session = self._session(engine, result.path)
-            except Refused as refused:
-                if engine is Runtime and not refused.lacks_kernel and _loads(self._try(engine, self.path)):
-                    return Outcome("invalid", f"onnxruntime: {refused}")
-                continue
-            outcome = self._numbers(session, expected, result) if expected else None
-            if outcome is not None:
-                return outcome
-        return Outcome("not comparable")
-
-    def _numbers(
-        self, session: Any, expected: Sequence[tuple[Mapping[str, Any], Outputs]], result: _Result
-    ) -> Outcome | None:
-        """Compare what a result computes with what is expected; None if the engine lacks a kernel for it."""
-        proto = onnx.load(result.path, load_external_data=False)
-        is_lossy = result.accuracy.kind == "lossy"
-        for number, (feeds, outputs) in enumerate(expected):
-            given = _as_declared(feeds, proto) if result.changes_interface else feeds
-            if result.changes_interface:
-                rounded = self._of_rounded(type(session), feeds, given)
-                if rounded is None:
-                    continue
-                outputs = rounded
-            if _ends_process(proto, given):
-                continue
-            try:
-                found = session.run(given)
-            except Refused as refused:
-                if refused.lacks_kernel:
-                    return None
-                if number and self._is_fault_of_kernel(given, outputs, result):
-                    continue
-                return Outcome("wrong", f"the result fails on inputs {number}: {refused}")
-            if result.changes_interface:
-                found = [_like(one, other) for one, other in zip(found, outputs, strict=False)]
-            text = difference(outputs, found, result.accuracy, is_random=self.case.is_random)
-            if text and number and self._is_undefined(session, given, found, feeds, outputs, result):
-                continue
-            if text:
-                kind = "beyond" if is_lossy and ": error" in text else "wrong"
-                if result.accuracy.kind == "reassociated" and ": error" in text:
-                    kind = self._judged(type(session), feeds, found, outputs, result.accuracy)
-                return Outcome(kind, f"inputs {number}: {text} ({session.name})")
-        return Outcome("ok")
-
-    def _is_fault_of_kernel(self, given: Mapping[str, Any], outputs: Outputs, result: _Result) -> bool:
-        """Return whether the reference computes what is expected of a result that onnxruntime fails on.
-
-        The lengths are not those of the case, and kernels of some opsets refuse empty ones.
-        """
-        try:
-            found = self._session(Evaluator, result.path).run(given)
-        except Refused:
-            return False
-        return not difference(outputs, found, REASSOCIATED, is_random=self.case.is_random)
-
-    def _is_undefined(
-        self,
-        session: Any,
-        given: Mapping[str, Any],
-        found: Outputs,
-        feeds: Mapping[str, Any],
-        outputs: Outputs,
-        result: _Result,
-    ) -> bool:
-        """Return whether the original or the result has no sure outputs for lengths that are not those of the case.
-
-        onnxruntime returns memory that it has not written for some of them, such as a Scan over nothing. So that is
-        what another run shows, or the reference, if it runs the case and refuses these lengths or computes others.
-        """
-        engine = type(session)
-        if result.changes_interface:
-            return False
-        runs = [(self.path, feeds, outputs), (result.path, given, found)] * _REPEATED
-        if any(_is_other(engine, *run) for run in runs):
-            return True
-        if engine is Evaluator or not self._computed(Evaluator):
-            return False
-        try:
-            others = self._session(Evaluator, self.path).run(feeds)
-        except Refused:
-            return True
-        return bool(difference(outputs, others, REASSOCIATED, is_random=False))
-
-    def _judged(
-        self, engine: type, feeds: Mapping[str, Any], found: Outputs, outputs: Outputs, accuracy: Accuracy
-    ) -> str:
-        """Say whether another order of additions explains an error: "sensitive" if one rounding of inputs does more."""
-        try:
-            moved = movement(self._session(engine, self.path), feeds, outputs)
-        except Refused:
-            return "wrong"
-        return "wrong" if difference(outputs, found, accuracy, is_random=False, moved=moved) else "sensitive"
-
-    def _of_rounded(self, engine: type, feeds: Mapping[str, Any], given: Mapping[str, Any]) -> Outputs | None:
-        """Return what the original makes of the numbers that a result is given; None if it does not take them.
-
-        The result takes them in another dtype, and a model that compares its inputs is not to blame for their rounding.
-        """
-        rounded = {name: _like(value, feeds[name]) for name, value in given.items()}
-        try:
-            return self._session(engine, self.path).run(rounded)  # type: ignore[no-any-return]
-        except Refused:
-            return None
-
-    def _computed(self, engine: type) -> list[tuple[Mapping[str, Any], Outputs]]:
-        """Return the inputs that the original takes in an engine, with its outputs; the first of them must run."""
-        if engine.__name__ not in self._expected:
-            found: list[tuple[Mapping[str, Any], Outputs]] = []
-            session = self._try(engine, self.path)
-            start = time.process_time()
-            for feeds in self.written.feeds if _loads(session) else ():
-                if time.process_time() - start > _ENOUGH:
-                    break
-                try:
-                    found.append((feeds, session.run(feeds)))
-                except Refused:
-                    if not found:
-                        break
-            self._expected[engine.__name__] = found
-        return self._expected[engine.__name__]
-
-    def _try(self, engine: type, path: Path) -> Any:
-        try:
-            return self._session(engine, path)
-        except Refused as refused:
-            return refused
-
-    def _session(self, engine: type, path: Path) -> Any:
-        key = (engine.__name__, path)
-        if key not in self._sessions:
-            try:
-                self._sessions[key] = engine(path)
-            except Refused as refused:
-                self._sessions[key] = refused
-        found = self._sessions[key]
-        if isinstance(found, Refused):
-            raise found
-        return found
-
-
-def _ends_process(proto: onnx.ModelProto, feeds: Mapping[str, Any]) -> bool:
-    """Return whether onnxruntime ends the whole process on these inputs: some kernels do on empty ones in fp16."""
-    arrays = [value for value in feeds.values() if isinstance(value, np.ndarray)]
-    is_empty = any(not array.size and array.dtype == np.float16 for array in arrays)
-    return is_empty and any(node.op_type in _FATAL for node in proto.graph.node)
-
-
-def _is_other(engine: type, path: Path, feeds: Mapping[str, Any], outputs: Outputs) -> bool:
-    """Return whether a new run computes other outputs, or fails."""
-    try:
-        return bool(difference(outputs, engine(path).run(feeds), EXACT, is_random=False))
-    except Refused:
-        return True
 
 
 def _with_numeric(model: onnx_ir.Model, passes: Sequence[Pass], outcome: Outcome) -> Outcome:
@@ -426,30 +238,9 @@ def _severity(accuracy: Accuracy) -> tuple[int, float]:
     return _SEVERITY[accuracy.kind], accuracy.budget or 0.0
 
 
-def _loads(session: object) -> bool:
-    return not isinstance(session, Refused)
-
-
 def _bytes(model: onnx_ir.Model) -> _Bytes:
     weights = file_weights(model)
     return model_bytes(model, weights), tuple(weight.digest() for weight in weights.values())
-
-
-def _is_checked(path: Path) -> str:
-    """Return what ONNX's checker has against a model, or an empty text."""
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return ""
-
-
-def _accepted(path: Path) -> bool:
-    try:
-        Runtime(path)
-    except Refused:
-        return not _is_checked(path)
-    return True
 
 
 def _of_error(error: Exception) -> Outcome:
@@ -458,28 +249,3 @@ def _of_error(error: Exception) -> Outcome:
     is_defect = isinstance(error, VerifyError) or not isinstance(error, PassoptError)
     is_defect = is_defect or ": failed with " in text or bool(_INTERNAL.search(text))
     return Outcome("crash" if is_defect else "refused", text.strip())
-
-
-def _as_declared(feeds: Mapping[str, Any], proto: onnx.ModelProto) -> dict[str, Any]:
-    """Return inputs in the dtypes that a model declares."""
-    declared = {value.name: value.type.tensor_type.elem_type for value in proto.graph.input}
-    return {
-        name: _cast(value, declared[name]) if declared.get(name) else value
-        for name, value in feeds.items()
-        if name in declared
-    }
-
-
-def _cast(value: Any, dtype: int) -> Any:
-    if not isinstance(value, np.ndarray) or value.dtype.kind in "OUS" or dtype == onnx.TensorProto.STRING:
-        return value
-    with np.errstate(all="ignore"):
-        return value.astype(onnx_ir.DataType(dtype).numpy())
-
-
-def _like(found: Any, expected: Any) -> Any:
-    """Return an output in the dtype of what is expected, if both are floats."""
-    if not isinstance(found, np.ndarray) or not isinstance(expected, np.ndarray):
-        return found
-    floats = all(item.dtype.kind in "fV" for item in (found, expected))
-    return found.astype(expected.dtype) if floats else found

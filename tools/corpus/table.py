@@ -78,7 +78,7 @@ them. A variant that is read as the very same model as one before it shares the 
 | ok | equal dtypes and shapes, and numbers within the declared accuracy |
 | not comparable | neither runs both; the checker accepts the result, and onnxruntime where it accepts the original |
 | sensitive | a pass that reorders additions changes no more than one rounding of the model's inputs does |
-| beyond | a lossy pass kept dtypes and shapes, and lost more than it declares, as where a model compares numbers |
+| beyond | a lossy pass lost up to ten times what it declares, or more where the model rounds or compares numbers |
 | refused | an error with a text for the user |
 | unstable | a second run changes the result again |
 | wrong, invalid, crash, hang | defects: other results, a file that is refused, an internal error, no end |

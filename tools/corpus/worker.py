@@ -3,9 +3,9 @@
     python tools/corpus/worker.py <OPTIONS
 
 OPTIONS is a file of a JSON object: `steps`, `variants`, `only`, `part`, `numeric`, `share` ([index, number of
-workers]), `done`, the cases and variants that an earlier process finished, and `skip`, the steps that made one hang or
-die. `{"at": [case, variant, step]}` says what begins, and `{"done": [case, variant], "outcomes": {step: [kind,
-detail]}}` what became of it.
+workers]), `folder`, where models are written, `done`, the cases and variants that an earlier process finished, and
+`skip`, the steps that made one hang or die. `{"at": [case, variant, step]}` says what begins, and `{"done": [case,
+variant], "outcomes": {step: [kind, detail]}}` what became of it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,6 @@ from sources import all_cases
 from variants import VARIANTS
 
 Report = Callable[[Mapping[str, Any]], None]
-
-
-#: A folder in memory, if there is one: models are written many times, and each write would wait for the disk.
-_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def run_share(options: Mapping[str, Any], cases: Sequence[Case], report: Report) -> None:
@@ -55,7 +51,7 @@ def _run_variant(
         written = dataclasses.replace(written, feeds=written.feeds[:1])
     report({"at": [case.name, variant, ORIGINAL]})
     outcomes = {}
-    with tempfile.TemporaryDirectory(prefix="passopt-corpus-", dir=_MEMORY) as folder:
+    with tempfile.TemporaryDirectory(dir=options["folder"]) as folder:
         subject = Subject(case, written, Path(folder), memory, numeric=options.get("numeric", False))
         subject.run_original()
         if SAVE in options["steps"]:

@@ -20,6 +20,9 @@ HERE = Path(__file__).resolve().parent
 #: Seconds that one step may take; the start, which builds ONNX's models, may take longer.
 STEP_LIMIT, START_LIMIT = 60.0, 300.0
 
+#: A folder in memory, if there is one: models are written many times, and each write would wait for the disk.
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
 #: How often a process is started that dies before it takes a case.
 _MOST_STARTS = 3
 
@@ -75,9 +78,14 @@ def _run_once(share: _Share, rows: queue.Queue[Row | None]) -> str | None:
     """Run one process; return None if it did all, else why it ended."""
     command = [sys.executable, str(HERE / "worker.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+", errors="replace") as log, tempfile.TemporaryFile("w+") as given:
+    with (
+        # It belongs to this process, as a worker that is killed removes nothing.
+        tempfile.TemporaryDirectory(prefix="passopt-corpus-", dir=_MEMORY) as folder,
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+        tempfile.TemporaryFile("w+") as given,
+    ):
         # What is done grows too long for an argument.
-        json.dump(share.options, given)
+        json.dump({**share.options, "folder": folder}, given)
         given.seek(0)
         process = subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         assert process.stdout is not None
