@@ -16,11 +16,12 @@ import onnx
 import onnx_ir
 import pytest
 
+from passopt.passes.framework.accuracy import lossy
 from passopt.passes.framework.base import REGISTERED, Pass
 from passopt.passes.framework.records import PassResult
 
 CORPUS = Path(__file__).resolve().parents[2] / "tools" / "corpus"
-NAMES = ("cases", "engines", "outcomes", "table", "variants", "workers")
+NAMES = ("cases", "comparison", "engines", "outcomes", "table", "variants", "workers")
 #: Operators whose models run in the quick part: shapes as values, casts, constants of every kind, bodies, texts.
 OPERATORS = ("gather", "castlike", "expand", "softmax", "where")
 
@@ -98,6 +99,36 @@ def test_every_kind_of_defect_shows(corpus: Any, case: Any, tmp_path: Path, run:
         del REGISTERED[step]
 
 
+@pytest.mark.parametrize(
+    ("operator", "added", "kind"),
+    [
+        ("Relu", 0.01, "ok"),
+        ("Relu", 0.5, "beyond"),
+        ("Relu", 3.0, "wrong"),
+        ("Floor", 1000.0, "beyond"),  # an operator that jumps makes any error of any other
+    ],
+)
+def test_a_lossy_pass_may_not_lose_anything(
+    corpus: Any, case: Any, tmp_path: Path, operator: str, added: float, kind: str
+) -> None:
+    def run(self: Pass, model: onnx_ir.Model) -> PassResult:
+        weight = model.graph.initializers["w"]
+        if "lost" in weight.metadata_props:
+            return PassResult(modified=False, matches=0)
+        weight.metadata_props["lost"] = "yes"
+        weight.const_value = onnx_ir.tensor(weight.const_value.numpy() + np.float32(added), name="w")
+        return PassResult(modified=True, matches=1)
+
+    next(node for node in case.model.graph.node if node.op_type == "Relu").op_type = operator
+    step = faulty("corpus-fault", run)
+    type.__setattr__(REGISTERED[step], "accuracy", lossy(0.02))
+    try:
+        corpus.outcomes._PIPELINES.clear()
+        assert outcomes(corpus, case, step, tmp_path, "parameters")[step].kind == kind
+    finally:
+        del REGISTERED[step]
+
+
 def test_a_refusal_is_none(corpus: Any, case: Any, tmp_path: Path) -> None:
     found = outcomes(corpus, case, "int8", tmp_path)["int8"]
     assert (found.kind, "quantize-weights" in found.detail) == ("refused", True)
@@ -112,7 +143,7 @@ def test_variants_compute_the_same(corpus: Any, case: Any, tmp_path: Path, varia
     if variant != "alias":  # ONNX's checker takes the alias in imports only, onnxruntime everywhere
         onnx.checker.check_model(str(subject.path), full_check=True)
     expected = np.maximum(case.feeds["x"] + case.feeds["w"], 0)
-    (_, (found,)) = subject._computed(corpus.engines.Runtime)[0]
+    (_, (found,)) = subject.comparison.computed(corpus.engines.Runtime)[0]
     assert np.array_equal(found, expected)
 
 

@@ -104,7 +104,7 @@ class Subject:
             onnx.save_model(model, self.path, save_as_external_data=True, location="original.data", size_threshold=0)
         else:
             onnx.save_model(model, self.path)
-        self._comparison = Comparison(case, written, self.path)
+        self.comparison = Comparison(case, written, self.path)
         self._memo: dict[tuple[bytes, tuple[str, ...], str], Outcome] = {}
         self._before: _Bytes | None = None
         self._text_before = ""
@@ -112,7 +112,7 @@ class Subject:
 
     def run_original(self) -> None:
         """Run the model as it is in onnxruntime."""
-        self._comparison.run_original()
+        self.comparison.run_original()
 
     def steps(self, names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
         """Yield every step with the call that takes it; only saving, where that goes wrong already."""
@@ -207,7 +207,7 @@ class Subject:
             folder.mkdir()
             save_materialized(model, folder)
             result = Result(folder / MODEL_NAME, accuracy, changes_interface)
-            self._memo[key] = self._comparison.outcome(result)
+            self._memo[key] = self.comparison.outcome(result)
         return self._memo[key]
 
 
