@@ -28,12 +28,13 @@ from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checkpoints import ROTARY, evaluation_text, make_checkpoint
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 from passopt.verification import sliced_head
-from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL
+from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, suspects, weigh_own_roundings
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
 from passopt.verification.divergence import divergence, judged_rows
 from passopt.verification.quantised_weights import ON_CODES
 from passopt.verification.report import Row, VerifyReport
+from passopt.verification.sampling.shaken import nudged_model
 from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
 from passopt.verification.verify import VerifyOptions, verify
 
@@ -674,3 +675,68 @@ def test_an_exported_graph_equals_itself(tmp_path: Path) -> None:
         assert {row.error for row in report.rows} == {0.0}
         text = next(row for row in report.rows if row.output == "perplexity")
         assert 1 < float(text.note.split()[1]) < 12
+
+
+def offset_scores(model: onnx_ir.Model, number: float) -> onnx_ir.Model:
+    """Add a number to all scores of attention: softmax takes it away again, but fp32 scores are rounded at its size."""
+    value = model.graph.initializers["bias.shown"]
+    value.const_value = onnx_ir.tensor(np.array(number, np.float32), name="bias.shown")
+    return model
+
+
+def scale_norm(model: onnx_ir.Model, factor: float) -> onnx_ir.Model:
+    value = model.graph.initializers["model.layers.1.post_attention_layernorm.weight"]
+    array = np.array(value.const_value.numpy()) * np.float32(factor)  # type: ignore[union-attr]
+    value.const_value = LazyWeight(Literal.of(array), value.name)
+    return model
+
+
+@BOTH
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_model_that_magnifies_roundings_is_known_no_better_than_they_allow(seed: int, options: VerifyOptions) -> None:
+    ranks = rank_models(offset_scores(tiny_decoder(DecoderSpec(degree=3), seed=seed), 3000))
+    report = verify(offset_scores(tiny_decoder(seed=seed), 3000), join_ranks(ranks, heads=3), options=options)
+    assert report.ok, report
+    raised = [row for row in report.rows if row.tolerance > 1e-5 and row.output not in {"top-1", "perplexity"}]
+    assert all("one rounding of its weights moves the original by" in row.note for row in raised)
+
+
+@BOTH
+def test_roundings_excuse_no_fault(options: VerifyOptions) -> None:
+    report = verify(tiny_decoder(), scale_norm(tiny_decoder(), 1.0001), options=options)
+    assert failed(report)
+    faulty = scale_norm(offset_scores(tiny_decoder(seed=1), 3000), 1.01)
+    assert failed(verify(offset_scores(tiny_decoder(seed=1), 3000), faulty, options=options))
+
+
+def test_a_failure_is_weighed_by_the_movement_of_its_own_output() -> None:
+    def row(output: str, error: float, comparison: str = ORIGINAL) -> Row:
+        return Row(comparison, "prefill 7", output, error, 1e-5)
+
+    near, far, other, own = (
+        row("logits", 3e-5),
+        row("logits", 2e-4),
+        row("present.0.key", 3e-5),
+        row("logits", 3e-5, "x"),
+    )
+    moved = [row("logits", 1e-5), row("logits", 2e-5)]
+    assert [item.ok for item in weigh_own_roundings([near, far, other, own], moved)] == [True, False, False, False]
+    assert [item.ok for item in weigh_own_roundings([near], moved[:1])] == [False]
+    assert suspects([near, far, own]) == {"prefill 7"}
+    assert not suspects([far, own, row("logits", 1e-6)])
+
+
+def test_a_nudged_model_keeps_masks_and_constants() -> None:
+    largest = np.finfo(np.float32).max
+    weight = np.array([0, 1, -2, largest, -largest, -np.inf, np.nan], np.float32)
+    model = tiny_decoder()
+    value = model.graph.initializers["model.norm.weight"]
+    value.const_value = LazyWeight(Literal.of(weight), value.name)
+    nudged = [nudged_model(model, turn) for turn in range(2)]
+    for one in nudged:
+        found = np.array(one.graph.initializers["model.norm.weight"].const_value.numpy())  # type: ignore[union-attr]
+        assert np.array_equal(found[[0, 5, 6]], weight[[0, 5, 6]], equal_nan=True)
+        assert np.isfinite(found[1:5]).all()
+        assert (found[1:3] != weight[1:3]).all()
+        assert np.allclose(found[:3], weight[:3], rtol=2e-7)
+        assert one.graph.initializers["heads.scale"].const_value is model.graph.initializers["heads.scale"].const_value

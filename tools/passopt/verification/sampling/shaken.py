@@ -16,7 +16,7 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType
-from passopt.ir.weights.lazy_weight import expression_of
+from passopt.ir.weights.lazy_weight import expression_of, is_checkpoint_weight
 from passopt.verification.sampling.samples import Sample
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -26,6 +26,8 @@ TURNS = 3
 #: The relative change of the last bits of a number, by dtype.
 _LAST_BITS: Mapping[DataType, float] = {DataType.DOUBLE: 1e-7, DataType.FLOAT: 1e-6, DataType.FLOAT16: 1e-3}
 _COARSE = 8e-3
+_NUDGED = frozenset({DataType.FLOAT, DataType.DOUBLE})
+_NUDGED_BYTES = 1 << 20
 
 
 def shaken_model(model: onnx_ir.Model, turn: int, step: float | None = None) -> onnx_ir.Model:
@@ -39,6 +41,35 @@ def shaken_model(model: onnx_ir.Model, turn: int, step: float | None = None) -> 
                 array = _shaken(evaluator.array(expression), random, step)
             value.const_value = onnx_ir.tensor(array, name=value.name)
     return shaken
+
+
+def nudged_model(model: onnx_ir.Model, turn: int) -> onnx_ir.Model:
+    """Return a clone whose smaller fp32 and fp64 weights, such as those of norms, differ by one rounding each.
+
+    What such a clone computes is as right as what the model computes. Large weights stay lazy.
+    """
+    random = np.random.default_rng([9, turn])
+    nudged = model.clone()
+    for value in nudged.graph.initializers.values():
+        expression = expression_of(value)
+        # Constants of the graph, such as the 1 of `1 - mask`, are no rounded numbers.
+        if expression is None or expression.dtype not in _NUDGED or not is_checkpoint_weight(value):
+            continue
+        if expression.nbytes <= _NUDGED_BYTES and not expression.depends_on_rank:
+            with Evaluator() as evaluator:
+                array = _nudged(evaluator.array(expression), random)
+            value.const_value = onnx_ir.tensor(array, name=value.name)
+    return nudged
+
+
+def _nudged(array: Array, random: np.random.Generator) -> Array:
+    """Return each number replaced by a neighbour; zeros, largest numbers and infinities stay, which may be masks."""
+    away = np.where(random.integers(0, 2, array.shape) > 0, np.inf, -np.inf).astype(array.dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        moved = np.nextafter(array, away)
+    stays = (array == 0) | ~np.isfinite(array) | ~np.isfinite(moved)
+    nudged: Array = np.where(stays, array, moved).astype(array.dtype)
+    return nudged
 
 
 def shaken_feeds(feeds: Mapping[str, Any], turn: int, step: float | None = None) -> dict[str, Any]:
