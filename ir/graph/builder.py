@@ -30,6 +30,9 @@ Inferred: TypeAlias = "tuple[onnx_ir.DataType | None, tuple[int | str | None, ..
 TypesMemo: TypeAlias = dict[Hashable, list[Inferred]]
 _SCALARS = frozenset({int, float, str})
 _GRAPHS = frozenset({onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS})
+#: Operators whose inference in ONNX is wrong in an opset, and the opset that has it right for the same operator: the
+#: Slice of opset 10 leaves the symbol of an axis that it cuts.
+_OPSET_OF_INFERENCE = {("Slice", 10): 11}
 
 #: The domain of the collectives, which passopt writes beside ONNX's own operators.
 MICROSOFT = "com.microsoft"
@@ -259,7 +262,7 @@ def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
         if constant is not None:
             data[value.name] = onnx.numpy_helper.from_array(constant, value.name)
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
+        schema = onnx.defs.get_schema(node.op_type, _OPSET_OF_INFERENCE.get((node.op_type, opset), opset), "")
     except onnx.defs.SchemaError:
         raise VerifyError(
             f"{called(node)}: no such operator in opset {opset}; if a later one has it, run legalize"

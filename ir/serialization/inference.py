@@ -12,8 +12,11 @@ from typing import TypeAlias
 import onnx
 import onnx_ir
 
-from passopt.ir.graph.shapes import complete_types
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
+
+_OPSET_OF_WRONG_SLICE = 10
+_INT64 = onnx_ir.TensorType(onnx_ir.DataType.INT64)
 
 #: A value, and the type and shape that were known of it.
 Known: TypeAlias = "tuple[onnx_ir.Value, onnx_ir.TypeProtocol | None, onnx_ir.Shape | None]"
@@ -36,6 +39,7 @@ def complete_all_types(model: onnx_ir.Model) -> list[Known]:
     copy = model.clone()
     for graph in copy.graphs():
         _withhold_weights(graph, copy.graph)
+        _withhold_bounds(graph, copy.graph)
     proto = onnx_ir.to_proto(copy)
     try:
         inferred = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(proto))
@@ -82,6 +86,22 @@ def _withhold_weights(graph: onnx_ir.Graph, main: onnx_ir.Graph) -> None:
         if tensor is not None and _is_large(tensor):
             main.inputs.append(_stand_in(node.outputs[0], tensor, len(main.inputs)))
             node.attributes["value"] = onnx_ir.AttrTensor("value", onnx_ir.tensor(0))
+
+
+def _withhold_bounds(graph: onnx_ir.Graph, main: onnx_ir.Graph) -> None:
+    """Hide from ONNX where a Slice of opset 10 begins, as its inference then leaves the symbol of an axis that is cut.
+
+    A length that is not asked for stays unknown, which is right.
+    """
+    if main.opset_imports.get("") != _OPSET_OF_WRONG_SLICE:
+        return
+    for node in graph:
+        if node.op_type == "Slice" and not node.domain and len(node.inputs) > 1 and node.inputs[1] is not None:
+            name = f"withheld.{len(main.inputs)}.{node.inputs[1].name}"
+            main.inputs.append(
+                onnx_ir.Value(name=name, type=node.inputs[1].type or _INT64, shape=onnx_ir.Shape([None]))
+            )
+            node.replace_input_with(1, main.inputs[-1])
 
 
 def _constant(node: onnx_ir.Node | None) -> onnx_ir.TensorProtocol | None:

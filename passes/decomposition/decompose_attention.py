@@ -12,7 +12,7 @@ import onnx_ir
 
 from passopt.ir.graph.attributes import attribute
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN, called_functions
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.decomposition.decompose_pass import DecomposePass, cast, operand, required
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline

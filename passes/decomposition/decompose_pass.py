@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
+from passopt.ir.graph.completion import complete_node, complete_types
 from passopt.ir.graph.editor import Editor, discard
-from passopt.ir.graph.shapes import complete_node, complete_types
 from passopt.passes.framework.accuracy import REASSOCIATED, Accuracy
 from passopt.passes.framework.base import Decline, Pass
 from passopt.passes.framework.records import PassResult

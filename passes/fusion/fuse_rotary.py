@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions, same
+from passopt.ir.shapes.dimensions import dimensions, same
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline

@@ -14,8 +14,9 @@ import onnx_ir
 from onnx_graphsurgeon.ir.tensor import LazyValues  # type: ignore[import-untyped]
 
 from passopt.ir.errors import PassError
-from passopt.ir.weights.expressions import Expression, Literal
+from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.framework.records import PassResult
 from passopt.passes.guests.restore_metadata import Snapshot, take_over
 from passopt.passes.guests.weight_handles import (

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.graph.attributes import attribute
-from passopt.ir.graph.shapes import dimensions, same
+from passopt.ir.shapes.dimensions import dimensions, same
 from passopt.passes.decomposition.contrib.heads import Scores, attend, join_heads, scale_of, shown, split_heads
 from passopt.passes.decomposition.contrib.registry import Values, expands, known_length, length_of, ndim
 from passopt.passes.decomposition.decompose_pass import operand, required

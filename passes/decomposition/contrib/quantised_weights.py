@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.graph.attributes import attribute
-from passopt.ir.weights.expressions import Expression, Literal, Source
+from passopt.ir.weights.expressions import Expression, Source
+from passopt.ir.weights.literals import Literal
 from passopt.passes.decomposition.contrib.registry import Values, expands
 from passopt.passes.decomposition.decompose_pass import operand, required
 from passopt.passes.framework.base import Decline

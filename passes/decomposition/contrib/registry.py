@@ -14,7 +14,7 @@ import onnx_ir
 
 from passopt.ir.graph.builder import MICROSOFT
 from passopt.ir.graph.editor import is_read
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.framework.base import Decline
 
 Values: TypeAlias = "Sequence[onnx_ir.Value | None]"

@@ -9,7 +9,7 @@ import onnx_ir
 
 from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.attributes import attribute
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.decomposition.contrib.heads import join_heads, split_heads
 from passopt.passes.decomposition.contrib.registry import Values, expands, known_length, length_of, ndim
 from passopt.passes.decomposition.decompose_pass import required

@@ -9,8 +9,9 @@ import pytest
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.builder import Builder
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
+from passopt.ir.weights.literals import Literal
 
 
 def value(*shape, dtype=DataType.FLOAT, name="x"):

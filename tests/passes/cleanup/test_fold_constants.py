@@ -7,8 +7,8 @@ import onnx_ir
 import pytest
 
 from passopt.ir.serialization.text import print_model
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
+from passopt.ir.weights.literals import Literal
 from passopt.passes.cleanup import fold_constants
 from passopt.passes.cleanup.fold_constants import FoldConstants
 from passopt.testing.checking import check, read_model

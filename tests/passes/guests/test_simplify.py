@@ -256,7 +256,8 @@ def _renamed(proto):
 
 def test_half_precision_weights_of_a_large_model_are_references_only():
     """A weight of 2 GB that does not exist: only its type crosses."""
-    from passopt.ir.weights.expressions import Source, SourceFile
+    from passopt.ir.weights.expressions import Source
+    from passopt.ir.weights.source_file import SourceFile
 
     model = read_model(CLUTTER.replace("float[3,5] w", "float[3,5] w"))
     value = model.graph.initializers["w"]
