@@ -30,3 +30,16 @@ def test_a_large_constant_of_a_body_has_its_own_type_and_shape():
 def test_a_body_with_a_large_constant_is_legalized_to_a_valid_model():
     model, _ = check(Legalize(opset=18), TEXT)
     assert constant(model).dtype == onnx_ir.DataType.FLOAT
+
+
+def test_an_axis_that_a_slice_of_opset_10_cuts_has_another_length_in_a_body_too():
+    text = """<ir_version: 8, opset_import: ["" : 10]> g (float[n,k] x, bool c) => (float[?,?] y)
+        <int64[1] one = {1}, int64[1] two = {2}> {
+        z = Slice(x, one, two, one)
+        y = If(c) <then_branch = t () => (float[?,?] p) { a = Slice(x, one, two, one) p = Relu(a) },
+                   else_branch = e () => (float[?,?] q) { q = Neg(x) }> }"""
+    model = read_model(text)
+    complete_all_types(model)
+    shapes = {value.name: value.shape for node in model.graph.all_nodes() for value in node.outputs}
+    assert [dim.value for dim in shapes["z"].dims] == ["n", None]
+    assert "k" not in [dim.value for dim in shapes["a"].dims]

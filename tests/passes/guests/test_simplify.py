@@ -383,3 +383,22 @@ def test_constants_of_the_third_version_of_the_format():
     model, _ = check(Simplify(), text)
     assert "Identity" not in operators(model)
     assert model.ir_version == 3
+
+
+def test_a_norm_whose_weight_is_larger_than_its_input_is_no_norm():
+    """onnxsim would make an RMSNormalization of it, which does not broadcast its input."""
+    text = """g (float[n,3,2] x, float[3,3,2] w) => (float[?,?,?] y)
+        <float e = {0.001}, float two = {2}, int64[1] a = {-1}, float one = {1}> {
+        i = Identity(x) p = Pow(i, two) m = ReduceMean<keepdims = 1>(p, a) q = Add(m, e) s = Sqrt(q) r = Div(one, s)
+        n = Mul(i, r) y = Mul(w, n) }"""
+    header = HEADER.replace("21", "23")
+    for length in (1, 3):
+        model, _ = check(Simplify(), header + text, lengths={"n": length})
+        assert "RMSNormalization" not in operators(model)
+
+
+def test_reductions_of_all_axes_and_of_one_stay_two():
+    text = """g (float[n,3] x) => (float[?] y) <int64[1] first = {0}> {
+        i = Identity(x) a = ReduceL1<keepdims = 1>(i) y = ReduceL1<keepdims = 0>(a, first) }"""
+    model, _ = check(Simplify(), HEADER + text)
+    assert operators(model) == ["ReduceL1", "ReduceL1"]
