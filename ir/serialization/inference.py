@@ -13,9 +13,11 @@ import onnx
 import onnx_ir
 
 from passopt.ir.graph.completion import complete_types
+from passopt.ir.shapes.slices import is_disputed
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
 
 _OPSET_OF_WRONG_SLICE = 10
+_OPSET_OF_RIGHT_IF = 11
 _INT64 = onnx_ir.TensorType(onnx_ir.DataType.INT64)
 
 #: A value, and the type and shape that were known of it.
@@ -45,9 +47,11 @@ def complete_all_types(model: onnx_ir.Model) -> list[Known]:
         inferred = onnx_ir.from_proto(onnx.shape_inference.infer_shapes(proto))
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
         return []  # The checker reports such a model; here its values only stay unknown.
+    is_guessed = _guesses_shapes(model)
     known: list[Known] = []
     for value, found in zip(_values(model), _values(inferred), strict=True):
         known.append((value, value.type, value.shape))
+        found.shape = None if is_guessed else found.shape
         tensor = _constant(value.producer())  # ONNX was asked about a small one in its place
         value.type = value.type or (found.type if tensor is None else onnx_ir.TensorType(tensor.dtype))
         value.shape = value.shape or (found.shape if tensor is None else onnx_ir.Shape(tensor.shape.numpy()))
@@ -62,6 +66,12 @@ def forget_types(known: Iterable[Known]) -> None:
     """
     for value, kind, shape in known:
         value.type, value.shape = kind, shape
+
+
+def _guesses_shapes(model: onnx_ir.Model) -> bool:
+    """Return whether ONNX may give an If, and what reads it, the shape of one branch: it does so before opset 11."""
+    is_old = model.graph.opset_imports.get("", _OPSET_OF_RIGHT_IF) < _OPSET_OF_RIGHT_IF
+    return is_old and any(node.op_type == "If" for node in model.graph.all_nodes())
 
 
 def _values(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
@@ -89,18 +99,16 @@ def _withhold_weights(graph: onnx_ir.Graph, main: onnx_ir.Graph) -> None:
 
 
 def _withhold_bounds(graph: onnx_ir.Graph, main: onnx_ir.Graph) -> None:
-    """Hide from ONNX where a Slice of opset 10 begins, as its inference then leaves the symbol of an axis that is cut.
+    """Hide from ONNX where a Slice begins of which its inference says something wrong; the lengths are then unknown.
 
-    A length that is not asked for stays unknown, which is right.
+    That is any Slice of opset 10, where an axis that is cut keeps its symbol, and those that runtimes read otherwise.
     """
-    if main.opset_imports.get("") != _OPSET_OF_WRONG_SLICE:
-        return
+    is_wrong = main.opset_imports.get("") == _OPSET_OF_WRONG_SLICE
     for node in graph:
-        if node.op_type == "Slice" and not node.domain and len(node.inputs) > 1 and node.inputs[1] is not None:
-            name = f"withheld.{len(main.inputs)}.{node.inputs[1].name}"
-            main.inputs.append(
-                onnx_ir.Value(name=name, type=node.inputs[1].type or _INT64, shape=onnx_ir.Shape([None]))
-            )
+        start = node.inputs[1] if node.op_type == "Slice" and not node.domain and len(node.inputs) > 1 else None
+        if start is not None and (is_wrong or is_disputed(node)):
+            name = f"withheld.{len(main.inputs)}.{start.name}"
+            main.inputs.append(onnx_ir.Value(name=name, type=start.type or _INT64, shape=start.shape))
             node.replace_input_with(1, main.inputs[-1])
 
 

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import onnx_ir
 
 from passopt.ir.shapes.dimensions import Dimension, dimensions, fraction, multiple
+from passopt.ir.shapes.slices import is_disputed
 from passopt.ir.weights.lazy_weight import small_constant
 
 #: The target of a reshape has a handful of elements; a longer vector is data and is not read.
@@ -165,7 +166,7 @@ def _gathered(node: onnx_ir.Node) -> _List | None:
 
 def _sliced(node: onnx_ir.Node) -> _List | None:
     source = _listed(node.inputs[0])
-    if source is None or source.is_scalar or _axes(node) not in (None, [0], [-1]):
+    if source is None or source.is_scalar or is_disputed(node) or _axes(node) not in (None, [0], [-1]):
         return None
     if len(node.inputs) > 1:
         arrays = [small_constant(item) for item in (*node.inputs[1:3], *node.inputs[4:5]) if item is not None]

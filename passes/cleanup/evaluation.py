@@ -17,6 +17,7 @@ import onnx.reference
 import onnx_ir
 
 from passopt.ir.graph.operators import operators
+from passopt.ir.shapes.slices import is_disputed
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -113,21 +114,12 @@ def _require_plain(node: onnx_ir.Node, arrays: Mapping[str, Array]) -> None:
         raise NotEvaluated("it divides an integer by 0")
     if node.op_type == "NonZero" and not values[0].ndim:
         raise NotEvaluated("it looks for places in a scalar, of which onnxruntime gives one axis and ONNX none")
-    if node.op_type == "Slice" and _goes_back_to_the_end(node, arrays):
-        raise NotEvaluated("it goes backwards to the greatest number, which is the end for ONNX, the start elsewhere")
+    if is_disputed(node):
+        raise NotEvaluated("it goes backwards to the greatest number, which ONNX takes for the end of the axis")
     if node.op_type == "Range" and any(_is_fraction(array) for array in values):
         raise NotEvaluated("it adds up fractions, which rounds in different ways")
     if node.op_type in {"Cast", "CastLike"}:
         _require_in_range(node, values[0])
-
-
-def _goes_back_to_the_end(node: onnx_ir.Node, arrays: Mapping[str, Array]) -> bool:
-    """Return whether a Slice has a negative step and ends at the greatest number of a dtype."""
-    if len(node.inputs) < 5:
-        return False
-    ends, steps = (arrays[value.name or ""].tolist() if value is not None else [] for value in node.inputs[2:5:2])
-    greatest = (np.iinfo(np.int32).max, np.iinfo(np.int64).max)
-    return any(step < 0 and end in greatest for end, step in zip(ends, steps, strict=False))
 
 
 def _longest_sum(node: onnx_ir.Node, array: Array) -> int:
