@@ -35,10 +35,10 @@ def test_a_body_with_a_large_constant_is_legalized_to_a_valid_model():
 
 def test_an_axis_that_a_slice_of_opset_10_cuts_has_another_length_in_a_body_too():
     text = """<ir_version: 8, opset_import: ["" : 10]> g (float[n,k] x, bool c) => (float[?,?] y)
-        <int64[1] one = {1}, int64[1] two = {2}> {
+        <int64[1] one = {1}, int64[1] two = {2}, int64 three = {3}> {
         z = Slice(x, one, two, one)
-        y = If(c) <then_branch = t () => (float[?,?] p) { a = Slice(x, one, two, one) p = Relu(a) },
-                   else_branch = e () => (float[?,?] q) { q = Neg(x) }> }"""
+        y = Loop(three, c, x) <body = l (int64 i, bool d, float[?,?] v) => (bool e, float[?,?] w) {
+            e = Identity(d) a = Slice(x, one, two, one) w = Add(v, a) }> }"""
     model = read_model(text)
     complete_all_types(model)
     shapes = {value.name: value.shape for node in model.graph.all_nodes() for value in node.outputs}
