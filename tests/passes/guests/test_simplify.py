@@ -402,3 +402,20 @@ def test_reductions_of_all_axes_and_of_one_stay_two():
         i = Identity(x) a = ReduceL1<keepdims = 1>(i) y = ReduceL1<keepdims = 0>(a, first) }"""
     model, _ = check(Simplify(), HEADER + text)
     assert operators(model) == ["ReduceL1", "ReduceL1"]
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_a_product_with_a_bias_keeps_its_batch_where_an_axis_may_be_empty(k):
+    text = """g (float[n,k,4] x) => (float[?,?,?] y) <float[4,4] w = random, float[4] b = {1, 2, 3, 4}> {
+        i = Identity(x) p = MatMul(i, w) y = Add(p, b) }"""
+    model, _ = check(Simplify(), HEADER + text, lengths={"k": k})
+    assert operators(model) == ["MatMul", "Add"]
+
+
+def test_a_softmax_over_one_masked_element_is_no_one():
+    text = """g (float[n,4] x) => (float[?,?] y) <int64[1] last = {1}> {
+        i = Identity(x) m = ReduceMax<keepdims = 1>(i, last) y = Softmax<axis = 1>(m) }"""
+    model, _ = check(Simplify(), HEADER + text)
+    assert "Softmax" in operators(model)
+    feeds = {"x": np.array([[-np.inf] * 4, [1, 2, 3, 4]], np.float32)}
+    assert np.isnan(Session(model).run(feeds)["y"]).tolist() == [[True], [False]]
