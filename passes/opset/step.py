@@ -57,7 +57,7 @@ class Step:
     def source(self) -> onnx_ir.Value:
         """Return the first input, which every operator that is converted has."""
         value = self.node.inputs[0]
-        assert value is not None, f"{self.node.op_type} {self.node.name!r} has no input"
+        assert value is not None, f"{called(self.node)} has no input"
         return value
 
     def dtype(self, what: str) -> onnx_ir.DataType:

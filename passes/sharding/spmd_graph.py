@@ -254,6 +254,8 @@ class Materializer:
         # Token ids may be int32, and the operators need both inputs in the same dtype.
         kind = (ids.dtype or onnx_ir.DataType.INT64).numpy()
         zero, end = builder.literal(np.zeros((), kind)), builder.literal(np.array(rows, kind))
+        if self.state.decoder is None:  # Gather counts a negative index from the end; a decoder gets no such token.
+            ids = builder.Where(builder.Less(ids, zero), builder.Add(ids, builder.literal(np.array(units, kind))), ids)
         starts = Literal.of((np.arange(self.degree) * rows).astype(kind)).shard(0, self.degree)
         local = builder.Sub(ids, builder.initializer("vocab.start", starts))
         owned = builder.And(builder.GreaterOrEqual(local, zero), builder.Less(local, end))
