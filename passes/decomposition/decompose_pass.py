@@ -26,8 +26,8 @@ from passopt.passes.patterns.rules import Rewriter
 class DecomposePass(Pass):
     """Replace every node of the operators that the pass `decomposes` by what `expand` builds, in bodies too.
 
-    Nodes whose outputs nobody reads are left to dead-code, and those in local functions stay, because their calls may
-    differ in dtypes and lengths.
+    Nodes whose outputs nobody reads are removed, and those in local functions stay, because their calls may differ in
+    dtypes and lengths.
     """
 
     accuracy: ClassVar[Accuracy] = REASSOCIATED
@@ -78,11 +78,14 @@ class DecomposePass(Pass):
             for body in bodies(node):
                 self._expand_all(editor.inside(body), memory, result)
             read = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-            if not self._is_wanted(node, editor.opset) or not read:
+            if not self._is_wanted(node, editor.opset):
                 # What the node reads may have got a type just now.
                 complete_node(node, editor.model, lambda value: not value.is_graph_output())
                 continue
             result.tries += 1
+            if not read:  # legalize would refuse it, although nobody needs it
+                result.matches += editor.remove_dead([node])
+                continue
             op = Rewriter(editor.opset, editor.unique, node.outputs[0].name or node.op_type, memory, types=editor.types)
             try:
                 values = dict(zip(node.outputs, self.expand(op, node)))

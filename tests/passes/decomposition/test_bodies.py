@@ -152,3 +152,13 @@ def test_numeric_verification_runs_through_bodies():
     check_of_numbers = NumericCheck()
     run_passes(read_model(graph("gelu", "nested")), [DecomposeActivations()], instruments=[check_of_numbers])
     assert check_of_numbers.summaries[0].whole > 0
+
+
+def test_what_nobody_reads_goes_since_legalize_would_refuse_it():
+    text = f"""{HEADER % 23} g (float[n,4] x, bool flag) => (float[?,?] y) {{
+        unread = Gelu(x)
+        y = If(flag) <then_branch = t () => (float[?,?] p) {{ n = Neg(x) idle = Gelu(n) p = Exp(x) }},
+                      else_branch = f () => (float[?,?] q) {{ q = Identity(x) }}> }}"""
+    model, _ = check(DecomposeActivations(), text, matches=3, feeds={"flag": np.array(True)})
+    assert [node.op_type for node in model.graph.all_nodes()] == ["If", "Exp", "Identity"]
+    Legalize(opset=18).run(model)
