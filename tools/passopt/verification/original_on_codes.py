@@ -14,12 +14,13 @@ import onnx_ir
 
 from passopt.ir.graph.decoder import decoder_of
 from passopt.verification.comparisons import compare_all
-from passopt.verification.dequantised_twin import dequantised_twin, without_quantised_rows
+from passopt.verification.dequantised_twin import dequantised_twin, is_quantized, without_quantised_rows
 from passopt.verification.layerwise import OpenSession
 from passopt.verification.quantised_weights import ON_CODES, on_codes, quantised_names
 from passopt.verification.report import Row
 from passopt.verification.scenarios import Scenario, observe
-from passopt.verification.tolerances import TWIN_TOLERANCES, Tolerance, deep
+from passopt.verification.tolerances import TOLERANCES, TWIN_TOLERANCES, Tolerance, deep, judgement_of, precision_of
+from passopt.verification.value_rows import Judge, Opener, Samples, Ties, compare_outputs
 
 #: Longer scenarios are left out: a wrong weight shows in short ones.
 _LONGEST = 64
@@ -42,12 +43,49 @@ def against_original_on_codes(
         return []
     allowed = tolerance or deep(TWIN_TOLERANCES[decoder_of(candidate).cache_dtype], candidate)
     with tempfile.TemporaryDirectory(prefix="passopt-codes-", dir=scratch) as folder:
-        original = on_codes(reference, candidate, Path(folder))
-        if original is None:
+        both = _plain(reference, candidate, Path(folder))
+        if both is None:
             return []
-        expected = observe(original, short, session)
-        found = observe(dequantised_twin(without_quantised_rows(candidate), Path(folder)), short, session)
+        expected, found = (observe(model, short, session) for model in both)
     return compare_all(ON_CODES, short, expected, found, allowed)
+
+
+def outputs_on_codes(
+    reference: onnx_ir.Model,
+    candidate: onnx_ir.Model,
+    opened: Opener,
+    samples: Samples,
+    ties: Ties,
+    scratch: Path | None,
+) -> list[Row]:
+    """Return the same for a graph of any kind, on inputs by name."""
+    floats = judgement_of(*(precision_of(model).floats for model in (reference, candidate)))
+    judge = Judge(TOLERANCES[floats.kind].outputs, floats.differ, ties, ON_CODES)
+    with tempfile.TemporaryDirectory(prefix="passopt-codes-", dir=scratch) as folder:
+        both = _plain(reference, candidate, Path(folder))
+        if both is None:
+            return []
+        first, second = (opened(model) for model in both)
+        return compare_outputs(judge, first, second, samples)
+
+
+def _plain(
+    reference: onnx_ir.Model, candidate: onnx_ir.Model, folder: Path
+) -> tuple[onnx_ir.Model, onnx_ir.Model] | None:
+    """Return both models with plain activations and the same numbers as weights; None if codes and weights do not fit.
+
+    A reference that is quantised itself has numbers of its own.
+    """
+    own, others = folder / "candidate", folder / "original"
+    own.mkdir()
+    others.mkdir()
+    if is_quantized(reference):
+        original = dequantised_twin(without_quantised_rows(reference), others)
+    elif (found := on_codes(reference, candidate, others)) is not None:
+        original = found
+    else:
+        return None
+    return original, dequantised_twin(without_quantised_rows(candidate), own)
 
 
 def _tokens(scenario: Scenario) -> int:

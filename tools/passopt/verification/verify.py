@@ -18,12 +18,10 @@ import onnx_ir
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.graph.collectives import is_collective
 from passopt.ir.graph.decoder import decoder_of, degree_of, find_decoder, positions_of
-from passopt.ir.weights.expressions import DataType
 from passopt.passes.framework.accuracy import QualityBar
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, compare_all
-from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
 from passopt.verification.layerwise import Label, run_layerwise
 from passopt.verification.logit_store import LogitStore
 from passopt.verification.original_on_codes import against_original_on_codes
@@ -40,13 +38,15 @@ from passopt.verification.scenarios import (
     vocabulary_of,
 )
 from passopt.verification.tolerances import (
-    BARS,
     TOLERANCES,
     Tolerance,
     bar_note,
-    bar_of,
     chosen_tolerance,
     deep,
+    fp32_twin_of,
+    is_bf16_twin,
+    judgement_of,
+    precision_of,
 )
 from passopt.verification.value_rows import weight_rows
 from passopt.verification.verify_any import verify_any
@@ -109,9 +109,9 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
     if decoder is None or find_decoder(candidate) is None or options.inputs is not None:
         return _verify_any(reference, candidate, options, notes)
     _check_interfaces(reference, candidate)
-    kind = _kind(reference, candidate)
+    judgement = judgement_of(precision_of(reference), precision_of(candidate))
+    kind, bar = judgement.kind, judgement.bar(options.tolerance)
     tolerance = chosen_tolerance(deep(TOLERANCES[kind], reference), options.tolerance)
-    bar = bar_of(kind, _differ_in_dtype(reference, candidate), options.tolerance)
     limits = positions_of(reference), positions_of(candidate)
     scenarios = scenarios_within(limits, vocabulary_of(reference), options, notes)
     scenarios += _long_scenarios(reference, limits, options, notes)
@@ -141,15 +141,12 @@ def _verify_any(
     return verify_any(
         reference,
         candidate,
-        {kind: tolerance.outputs for kind, tolerance in TOLERANCES.items()},
-        BARS,
         seed=options.seed,
         tolerance=options.tolerance,
         given=options.inputs,
         threads=options.threads,
         scratch=options.scratch,
         notes=notes,
-        bf16=(is_bf16_twin(reference), is_bf16_twin(candidate)),
     )
 
 
@@ -168,45 +165,10 @@ def runnable(model: onnx_ir.Model, role: str, notes: list[str], heads: int | Non
     collective = next((node for node in model.graph if is_collective(node)), None)
     if collective is not None:
         raise ModelError(f"{role}: has {collective.op_type} {collective.name!r}, but only one rank's weights")
-    if not _is_bf16(model):
+    if "bf16" not in precision_of(model).narrow:
         return model
-    from passopt.ir.graph.fp32_twin import fp32_twin
-
     notes.append(f"{role}: bf16, run through its fp32 twin")
-    twin = fp32_twin(model)
-    twin.metadata_props[_WAS_BF16] = "1"
-    return twin
-
-
-_WAS_BF16 = "passopt.was_bf16"
-
-
-def is_bf16_twin(model: onnx_ir.Model) -> bool:
-    """Return whether `runnable` made this model from one in bf16."""
-    return _WAS_BF16 in model.metadata_props
-
-
-def _is_bf16(model: onnx_ir.Model) -> bool:
-    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    return any(value.dtype == DataType.BFLOAT16 for value in values)
-
-
-def _kind(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> str:
-    """Return the key into `TOLERANCES` that fits the less precise of the two models."""
-    if any(has_dynamic_activations(model) for model in (reference, candidate)):
-        return "int8 activations"
-    if is_quantized(candidate) and not is_quantized(reference):
-        return "int8"
-    bf16 = [is_bf16_twin(model) for model in (reference, candidate)]
-    if any(bf16):
-        return "bf16" if all(bf16) else "bf16 and wider"
-    dtypes = {decoder_of(model).cache_dtype for model in (reference, candidate)}
-    return "fp16" if DataType.FLOAT16 in dtypes else "fp32"
-
-
-def _differ_in_dtype(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> bool:
-    one, other = ((decoder_of(model).cache_dtype, is_bf16_twin(model)) for model in (reference, candidate))
-    return one != other
+    return fp32_twin_of(model)
 
 
 def _long_scenarios(
@@ -290,13 +252,13 @@ def _verify_whole(
 ) -> VerifyReport:
     """Compare the models with only one of them in memory at a time."""
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
-    kind = _kind(reference, candidate)
+    judgement = judgement_of(precision_of(reference), precision_of(candidate))
     with LogitStore(options.scratch) as store:
         keep = store.keep if bar is not None else None
         found = observe(candidate, scenarios, session, keep)
         own = options.tolerance is None
         rows = against_own_codes(reference, candidate, scenarios, found, session, options.scratch, by_layers=own)
-        if bar is not None and options.tolerance is None and "int8" in kind:
+        if bar is not None and "int8" in judgement.kind:
             known = TOLERANCES["bf16"] if is_bf16_twin(candidate) else None
             rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, known)
         expected = observe(reference, scenarios, session, keep)
