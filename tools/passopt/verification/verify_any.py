@@ -22,6 +22,7 @@ from passopt.verification.divergence import divergence, judged_rows
 from passopt.verification.original_on_codes import outputs_on_codes
 from passopt.verification.own_codes import outputs_against_own_codes
 from passopt.verification.report import Row, VerifyReport
+from passopt.verification.sampling.body_runs import BodyRuns, has_bodies
 from passopt.verification.sampling.given_inputs import check_inputs, stated_input
 from passopt.verification.sampling.lengths import free_inputs
 from passopt.verification.sampling.samples import ORDINARY, hidden_rows
@@ -92,6 +93,7 @@ def verify_any(
         return functools.partial(_run, session(model), model)
 
     random, told = _random(reference, candidate, opened, samples)
+    told += _unrun(candidate, opened, samples)
     judge = Judge(allowed, judgement.differ, Ties(reference, opened, _STEPS.get(kind) if lossy else None))
     rows: list[Row] = []
     pairs: list[tuple[Array, Array]] = []
@@ -156,6 +158,18 @@ def _random(
             f"differs from run to run; compare the graphs without these operators"
         )
     return found, [f"not compared: {names}, since the graph draws random numbers ({drawn})"] if found else []
+
+
+def _unrun(model: onnx_ir.Model, opened: Opener, samples: Samples) -> list[str]:
+    """Return a note for each branch and body of the candidate that no inputs let run."""
+    if not has_bodies(model):
+        return []
+    marked = model.clone()
+    runs = BodyRuns(marked)
+    run = opened(marked)
+    for _, feeds in samples:
+        runs.take(dict(run(feeds)))
+    return [f"not compared: the {place}, since none of the inputs let it run" for place in runs.unrun()]
 
 
 def _check_interfaces(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> None:

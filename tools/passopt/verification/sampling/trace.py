@@ -36,13 +36,15 @@ class Trace:
     """The runs of one graph on all samples that are legal for it.
 
     `problem` says why there are none, if so. `real` is true if the graph ran with its own weights. `unknown` are
-    operators that onnxruntime does not know, without which and without what follows from them the graph ran.
+    operators that onnxruntime does not know, without which and without what follows from them the graph ran. `unrun`
+    are the bodies that ran in none of the runs, in words.
     """
 
     runs: tuple[Run, ...]
     problem: str = ""
     real: bool = True
     unknown: tuple[str, ...] = ()
+    unrun: tuple[str, ...] = ()
 
     def has(self, name: str | None) -> bool:
         """Return whether a run can start from the value: its shape is known in every run, and its type can be fed."""
@@ -69,7 +71,7 @@ def trace(model: onnx_ir.Model, samples: Sequence[Sample] = (), seed: int = 0) -
         except Unsampled as reason:
             return Trace((), str(reason))
     problem = "" if found else f"the graph runs on none of the inputs that were tried: {traced.problem}"
-    return Trace(tuple(found), problem, traced.real, tuple(traced.unknown))
+    return Trace(tuple(found), problem, traced.real, tuple(traced.unknown), traced.body_runs.unrun())
 
 
 def legal_samples(model: onnx_ir.Model, session: Session, seed: int = 0) -> tuple[list[Sample], str]:

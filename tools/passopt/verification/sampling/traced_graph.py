@@ -18,6 +18,7 @@ from passopt.ir.graph.fp32_twin import fp32_twin
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
 from passopt.targets.onnxruntime.joined_ranks import rank_models
 from passopt.targets.onnxruntime.session import Session
+from passopt.verification.sampling.body_runs import PREFIX, BodyRuns
 from passopt.verification.sampling.samples import Sample
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -63,6 +64,7 @@ class TracedGraph:
             for name, value in twin.graph.initializers.items()
             if value.const_value is not None
         }
+        self.body_runs = BodyRuns(twin)
         self._shapes = _expose(twin, shapes_only=not self.real)
         self._narrow = _widen_narrow(twin)
         self.unknown: list[str] = []
@@ -93,6 +95,7 @@ class TracedGraph:
         except ModelError as error:
             self.problem = self.problem or str(error)
             return None
+        self.body_runs.take(outputs)
         fed = {name: value for name, value in sample.feeds.items() if not isinstance(value, list)}
         shapes = {**self._constants, **{name: value.shape for name, value in fed.items()}}
         arrays = dict(fed)
@@ -167,6 +170,8 @@ def _expose(model: onnx_ir.Model, *, shapes_only: bool) -> dict[str, str]:
     for node in list(model.graph):
         for value in node.outputs:
             if not value.name or value.name in present or isinstance(value.type, onnx_ir.OptionalType):
+                continue
+            if value.name.startswith(PREFIX):
                 continue
             present.add(value.name)
             if not shapes_only or not _is_float(value):
