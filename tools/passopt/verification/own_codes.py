@@ -28,7 +28,7 @@ from passopt.verification.dequantised_twin import (
 from passopt.verification.layerwise import Label, OpenSession, run_layerwise
 from passopt.verification.report import Row
 from passopt.verification.scenarios import Observation, Scenario, observe
-from passopt.verification.tolerances import DYNAMIC_TWIN_TOLERANCE, TWIN_TOLERANCES, Tolerance, deep, precision_of
+from passopt.verification.tolerances import DYNAMIC_TWIN_TOLERANCE, TWIN_TOLERANCES, Tolerance, deep, widened
 from passopt.verification.value_rows import Judge, Opener, Samples, Ties, compare_outputs
 
 
@@ -45,11 +45,15 @@ def against_own_codes(
     """Return the rows of a quantised candidate against its own codes as numbers.
 
     Where activations are quantised, a half that rounds the other way in one layer is a large difference some layers
-    later, so layers are compared one by one, each on the activations of the original.
+    later, so layers are compared one by one, each on the activations of the original. A graph in fp16 is compared as
+    fp32, since its roundings are large differences at the end, too.
     """
-    own = twin_tolerance(candidate) if is_quantized(candidate) else None
-    if own is None:
+    if not is_quantized(candidate):
         return []
+    if (wide := widened(candidate)) is not candidate:
+        reference, candidate = widened(reference), wide
+        found = observe(candidate, scenarios, session)
+    own = twin_tolerance(candidate)
     if has_dynamic_activations(candidate) and by_layers:
         layers = _by_layers(reference, candidate, scenarios, own, session, scratch)
         if layers:  # a graph that is not cut into layers is compared as a whole
@@ -102,8 +106,8 @@ def outputs_against_own_codes(
     Where activations are quantised, each linear is compared by itself, on the codes that the graph computes: a half
     that rounds the other way would be a large difference at the end.
     """
-    dtype = DataType.FLOAT16 if "fp16" in precision_of(candidate).narrow else DataType.FLOAT
-    judge = Judge(TWIN_TOLERANCES[dtype].outputs, False, ties, NUMPY_TWIN)
+    candidate = widened(candidate)
+    judge = Judge(TWIN_TOLERANCES[DataType.FLOAT].outputs, False, ties, NUMPY_TWIN)
     rows = []
     if has_dynamic_activations(candidate):
         rows = _each_linear(candidate, opened, samples, judge)

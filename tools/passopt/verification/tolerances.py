@@ -210,3 +210,8 @@ def fp32_twin_of(model: onnx_ir.Model) -> onnx_ir.Model:
 def is_bf16_twin(model: onnx_ir.Model) -> bool:
     """Return whether the model stands for one in bf16, as fp32."""
     return _WAS_BF16 in model.metadata_props
+
+
+def widened(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Return a graph in fp16 as fp32, so that roundings, which add up over layers, hide nothing; others as they are."""
+    return fp32_twin(model, DataType.FLOAT16) if "fp16" in precision_of(model).narrow else model

@@ -53,8 +53,11 @@ from passopt.verification.verify_any import verify_any
 
 #: Models whose graphs hold no table that limits their positions are tried up to this many positions.
 _UNLIMITED = 1 << 20
-#: The bytes that the random cache of the scenario near the end may take, and its positions where nothing limits them.
-_LARGEST_CACHE, _LONG = 128 << 20, 4096
+#: The bytes that the random cache of the scenario near the end may take: that of all layers, and that of one layer if
+#: they run one by one.
+_LARGEST_CACHE, _LARGEST_LAYER = 128 << 20, 256 << 20
+#: The positions of that scenario where nothing limits them.
+_LONG = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +117,13 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
     tolerance = chosen_tolerance(deep(TOLERANCES[kind], reference), options.tolerance)
     limits = positions_of(reference), positions_of(candidate)
     scenarios = scenarios_within(limits, vocabulary_of(reference), options, notes)
-    scenarios += _long_scenarios(reference, limits, options, notes)
+    long = _long_scenarios(reference, limits, options, notes)
+    scenarios += long.whole
     if bar is None:
         notes.append(f"{kind}: outputs within {tolerance.outputs:.0e}, perplexity within {tolerance.perplexity:.0e}")
     else:
         notes.append(bar_note(kind, bar, has_text=bool(options.tokens)))
-    run = _verify_layerwise if options.layerwise else _verify_whole
+    run = _verify_layerwise if options.layerwise else functools.partial(_verify_whole, far=long.layers, notes=notes)
     report = run(reference, candidate, scenarios, tolerance, bar, options)
     if bar is not None:
         report = dataclasses.replace(report, lossy=kind)
@@ -171,26 +175,42 @@ def runnable(model: onnx_ir.Model, role: str, notes: list[str], heads: int | Non
     return fp32_twin_of(model)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Long:
+    """The scenarios at the end of the positions: those that run on whole models, and those that run layer by layer."""
+
+    whole: tuple[Scenario, ...] = ()
+    layers: tuple[Scenario, ...] = ()
+
+
 def _long_scenarios(
     model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions, notes: list[str]
-) -> list[Scenario]:
-    """Return a scenario near the end of the model's positions, if others end before.
+) -> _Long:
+    """Return the scenarios near the end of the model's positions, if others end before.
 
-    Where its cache would be too large, it ends earlier, which is noted, and another one reads all positions of tables.
+    Where the cache of all layers would be too large, they run one by one, and one more reads all positions of tables.
     """
     decoder = decoder_of(model)
-    position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
+    layer = 2 * decoder.kv_heads * decoder.head_dim * 4
     known = [limit for limit in (options.max_positions, *limits) if limit is not None]
-    end = min(known, default=_LONG)
-    length = min(end, _LARGEST_CACHE // position)
-    vocab = vocabulary_of(model)
-    found = [near_the_end(vocab, length, options.seed, end)] if length > max(*options.lengths, 40) else []
-    if length < end:
+    end, vocab = min(known, default=_LONG), vocabulary_of(model)
+    fits = min(end, _LARGEST_CACHE // (layer * decoder.layers))
+    far = min(end, _LARGEST_LAYER // layer)
+    others = max(*options.lengths, 40)
+    short = (near_the_end(vocab, fits, options.seed, end),) if fits > others else ()
+    if fits == end:
+        return _Long(short)
+    spread = spread_over(vocab, end, options.seed)
+    late = (near_the_end(vocab, far, options.seed, end),) if far > others else ()
+    if late and not options.layerwise:
+        size = f"{end * layer * decoder.layers >> 20} MiB"
+        notes.append(f"positions from {fits} to {far}: run layer by layer, since a cache of all layers takes {size}")
+    last = max(fits, far) if late else fits
+    if last < end:
         notes.append(
-            f"positions from {length} to {end}: run without a cache, which would take {end * position >> 20} MiB"
+            f"positions from {last} to {end}: run without a cache, which takes {end * layer >> 20} MiB a layer"
         )
-        found.append(spread_over(vocab, end, options.seed))
-    return found
+    return _Long((*late, spread)) if options.layerwise else _Long((*short, spread), late)
 
 
 def _costliest(
@@ -249,8 +269,11 @@ def _verify_whole(
     tolerance: Tolerance,
     bar: QualityBar | None,
     options: VerifyOptions,
+    *,
+    far: Sequence[Scenario],
+    notes: list[str],
 ) -> VerifyReport:
-    """Compare the models with only one of them in memory at a time."""
+    """Compare the models with only one of them in memory at a time; `far` scenarios run layer by layer."""
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
     judgement = judgement_of(precision_of(reference), precision_of(candidate))
     with LogitStore(options.scratch) as store:
@@ -259,11 +282,44 @@ def _verify_whole(
         own = options.tolerance is None
         rows = against_own_codes(reference, candidate, scenarios, found, session, options.scratch, by_layers=own)
         if bar is not None and "int8" in judgement.kind:
-            known = TOLERANCES["bf16"] if is_bf16_twin(candidate) else None
-            rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, known)
+            rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, far)
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
+    rows += _far_rows(reference, candidate, far, tolerance, bar, options, notes)
     return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
+
+
+def _far_rows(
+    reference: onnx_ir.Model,
+    candidate: onnx_ir.Model,
+    far: Sequence[Scenario],
+    tolerance: Tolerance,
+    bar: QualityBar | None,
+    options: VerifyOptions,
+    notes: list[str],
+) -> list[Row]:
+    """Return the rows of each layer on the original's activations, at positions whose whole cache is too large."""
+    if not far:
+        return []
+    session = functools.partial(Session, threads=options.threads, scratch=options.scratch, fold_qdq=True)
+    where = f"{far[0].name}, layer by layer"
+    labels = (
+        Label(f"{ORIGINAL}, {where}", tolerance.outputs),
+        Label(f"{NUMPY_TWIN}, {where}", twin_tolerance(candidate).outputs),
+    )
+    try:
+        found = run_layerwise(reference, candidate, far, session, *labels, options.scratch)
+    except ModelError as error:
+        notes.append(f"not run at all: {where}, since {error}".removesuffix(" Verify without `layerwise`."))
+        return []
+    return _judged_by_bar(found.rows, bar)
+
+
+def _judged_by_bar(rows: Sequence[Row], bar: QualityBar | None) -> list[Row]:
+    """Return the rows of pieces; of a lossy model, only those against its own codes decide."""
+    if bar is None:
+        return list(rows)
+    return [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in rows]
 
 
 def _weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, bar: QualityBar | None) -> list[Row]:
@@ -297,8 +353,6 @@ def _verify_layerwise(
         options.scratch,
         options.on_piece,
     )
-    pieces = result.rows
-    if bar is not None:
-        pieces = [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in pieces]
+    pieces = _judged_by_bar(result.rows, bar)
     ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
     return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))
