@@ -30,6 +30,7 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
 }
 _TOKENS = re.compile(r"(?:\A|_)(?:input_ids|position_ids|inputs_embeds|token_type_ids)\Z")
+_DECODER_TOKENS = re.compile(r"\Adecoder_(?:input_ids|inputs_embeds)\Z")
 #: Inputs of a decoder that come from its encoder, such as `past_key_values.0.encoder.key`: their lengths are their own.
 _ENCODER = re.compile(r"(?:\A|[_.])encoder[_.]")
 _PAST = re.compile(r"past(?:_key_values)?[._].*(?:key|value|k|v)\Z|past_\d+\Z")
@@ -132,8 +133,13 @@ def roles_of(model: onnx_ir.Model) -> dict[str, str]:
     found: dict[str, str] = {}
     names = [value.name or "" for value in model.graph.inputs]
     has_past = any(_PAST.search(name) and not _ENCODER.search(name) for name in names)
+    has_both = any(_DECODER_TOKENS.search(name) for name in names)
     for value in free_inputs(model):
-        for dim, role in zip(axes_of(value), _roles(value.name or "", len(axes_of(value)), has_past)):
+        name = value.name or ""
+        roles = _roles(name, len(axes_of(value)), has_past)
+        if has_both and not name.startswith("decoder_") and "past" not in roles:
+            roles = roles[:1]  # what the encoder reads is as long as it likes
+        for dim, role in zip(axes_of(value), roles):
             if role and isinstance(dim, str) and dim.isidentifier():
                 found.setdefault(dim, role)
     return found

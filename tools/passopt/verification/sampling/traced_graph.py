@@ -48,6 +48,8 @@ class Run:
     shapes: Mapping[str, tuple[int, ...]]
     arrays: Mapping[str, Array]
     narrow: frozenset[str] = frozenset()
+    #: Whether all numbers that it computed are finite.
+    finite: bool = True
 
 
 class TracedGraph:
@@ -110,7 +112,13 @@ class TracedGraph:
                 shapes[name] = value.shape
                 if value.size <= _KEPT:
                     arrays[name] = value
-        return Run(sample, shapes, arrays, frozenset(narrow))
+        finite = all(is_finite(value) for value in arrays.values())
+        return Run(sample, shapes, arrays, frozenset(narrow), finite)
+
+
+def is_finite(array: Array) -> bool:
+    """Return whether an array holds neither infinity nor NaN."""
+    return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
 
 
 def without_bf16(feeds: Mapping[str, Any]) -> dict[str, Any]:
