@@ -118,3 +118,13 @@ def test_a_candidate_that_refuses_empty_inputs_says_so():
     assert report.ok, report.to_text()
     assert any(note.startswith("not compared on empty inputs, n 0") for note in report.notes)
     assert not verify(read(text), read(other.replace("y = Add(n, z)", "w = Abs(x) y = Add(w, z)"))).ok
+
+
+def test_kernels_that_may_crash_on_empty_inputs_never_see_them():
+    """Einsum and GRU end the process; the original would take empty inputs."""
+    text = "(float[n,4] x, float[4,n] z) => (float[n,n] y) { y = MatMul(x, z) }"
+    model, other = read(text), read(text.replace("MatMul(x, z)", 'Einsum <equation = "ij,jk->ik"> (x, z)'))
+    report = verify(model, other)
+    assert report.ok
+    assert any(note.startswith("not compared on empty inputs, n 0") for note in report.notes)
+    assert checked(model, other).whole

@@ -22,6 +22,7 @@ from passopt.verification.rewrites.region_models import LARGEST_WEIGHT, Runnable
 from passopt.verification.rewrites.regions import Cut, Unchecked
 from passopt.verification.rewrites.sample_weights import SampledEvaluator
 from passopt.verification.rewrites.value_kinds import is_control_name
+from passopt.verification.sampling.lengths import takes_empty
 from passopt.verification.sampling.samples import Sample
 from passopt.verification.sampling.shaken import LAST_BITS, TURNS, shaken_feeds
 from passopt.verification.sampling.traced_graph import Run
@@ -136,7 +137,7 @@ class Comparison:
         if not any(not all(array.shape) for array in draw.leaves.values()):
             return False
         nodes = [*self.after.model.graph, *(node for item in self.after.model.functions.values() for node in item)]
-        return any(node.op_type in _NEVER_EMPTY for node in nodes)
+        return any(node.op_type in _NEVER_EMPTY for node in nodes) or not takes_empty(self.after.model)
 
     def has_blank_weight(self) -> bool:
         """Return whether all weights are zero everywhere, as in a sparse file without data; a bias may be."""
@@ -275,8 +276,12 @@ def _results(side: Runnable, feeds: Sequence[Mapping[str, Array]], real: bool) -
     except ModelError as error:
         return [error] * len(feeds)
     weights = _weights(side, real)
+    empties = takes_empty(side.model)
     results: list[Sequence[Array] | ModelError] = []
     for leaves in feeds:
+        if not empties and not all(array.size for array in leaves.values()):
+            results.append(ModelError("kernels of onnxruntime may not survive empty axes"))
+            continue
         try:
             results.append(list(session.run({**_given(side, leaves), **weights}).values()))
         except ModelError as error:

@@ -36,10 +36,10 @@ _ENCODER = re.compile(r"(?:\A|[_.])encoder[_.]")
 _PAST = re.compile(r"past(?:_key_values)?[._].*(?:key|value|k|v)\Z|past_\d+\Z")
 
 #: Operators that take empty axes. Others may not only refuse them: kernels of onnxruntime have crashed on them, such as
-#: those of InstanceNormalization, ConvTranspose, GRU and LSTM, which no program survives.
+#: those of Einsum, InstanceNormalization, ConvTranspose, GRU and LSTM, which no program survives.
 _TAKES_EMPTY = """
     Abs Add And Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos DequantizeLinear Div Dropout
-    DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm Greater
+    DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm Greater
     GreaterOrEqual Hardmax Identity If IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop
     MatMul Max Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceMax
     ReduceMean ReduceMin ReduceSum Relu Reshape RotaryEmbedding Round Shape Sigmoid Sign Sin Size Slice Softmax

@@ -19,6 +19,7 @@ from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
 from passopt.targets.onnxruntime.joined_ranks import rank_models
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.sampling.body_runs import PREFIX, BodyRuns
+from passopt.verification.sampling.lengths import takes_empty
 from passopt.verification.sampling.samples import Sample
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -66,6 +67,7 @@ class TracedGraph:
             for name, value in twin.graph.initializers.items()
             if value.const_value is not None
         }
+        self._takes_empty = takes_empty(twin)
         self.body_runs = BodyRuns(twin)
         self._shapes = _expose(twin, shapes_only=not self.real)
         self._narrow = _widen_narrow(twin)
@@ -92,6 +94,11 @@ class TracedGraph:
 
     def run(self, sample: Sample) -> Run | None:
         """Return what the graph computes of the sample, or None if it fails on it."""
+        if not self._takes_empty and any(
+            isinstance(item, np.ndarray) and not item.size for item in sample.feeds.values()
+        ):
+            self.problem = self.problem or "kernels of onnxruntime may not survive its empty inputs"
+            return None
         try:
             outputs = self._session.run({**without_bf16(sample.feeds), **self._given})
         except ModelError as error:
