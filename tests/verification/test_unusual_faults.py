@@ -128,3 +128,16 @@ def test_kernels_that_may_crash_on_empty_inputs_never_see_them():
     assert report.ok
     assert any(note.startswith("not compared on empty inputs, n 0") for note in report.notes)
     assert checked(model, other).whole
+
+
+@pytest.mark.parametrize(("last", "right"), [("{0, 0, 6}", True), ("{0, 1, -1}", False)])
+def test_a_target_of_a_reshape_may_be_said_in_other_numbers(last, right):
+    text = """(float[b,s,2,3] x) => (float[b,s,6] y) <int64[1] six = {6}, float[6] t = {1, 2, 3, 4, 5, 6}> {
+        l = Shape <end = 2> (x) to = Concat <axis = 0> (l, six) r = Reshape(x, to) y = Mul(r, t) }"""
+    other = text.replace("l = Shape <end = 2> (x) to = Concat <axis = 0> (l, six)", "")
+    other = other.replace("int64[1] six = {6}", f"int64[3] to = {last}")
+    if right:
+        assert checked(read(text), read(other)).sites
+        return
+    with pytest.raises(Violation):
+        checked(read(text), read(other))

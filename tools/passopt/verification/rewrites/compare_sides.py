@@ -122,7 +122,8 @@ class Comparison:
         """
         roots = [root.name or "" for root in self.cut.before.roots]
         reference = expected[roots.index(outcome.root)]
-        if self.accuracy.budget is not None or outcome.problem or reference.dtype != np.float32:
+        is_float = isinstance(reference, np.ndarray) and reference.dtype == np.float32
+        if self.accuracy.budget is not None or outcome.problem or not is_float:
             return False
         if outcome.error > _CONDITION * outcome.budget:
             return False
