@@ -16,7 +16,15 @@ import onnx_ir
 from passopt.ir.errors import ModelError
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.sampling.hints import computed_integers, hints_of
-from passopt.verification.sampling.lengths import Lengths, around, assignments, free_inputs, symbols_of, tied
+from passopt.verification.sampling.lengths import (
+    Lengths,
+    around,
+    assignments,
+    can_be_joined,
+    free_inputs,
+    symbols_of,
+    tied,
+)
 from passopt.verification.sampling.samples import Sample, Unsampled, hides_a_row, length_of, made
 from passopt.verification.sampling.traced_graph import Run, TracedGraph, is_finite, without_bf16
 from passopt.verification.sampling.values import INTEGERS, STYLES, Style, index_bounds, is_natural
@@ -207,6 +215,8 @@ class _Search:
 
     def add(self, lengths: Lengths) -> None:
         """Try lengths, in the style that is next; with plain integers, if those of the style are refused."""
+        if not can_be_joined(self._model, lengths):
+            return
         found = self.runs or self.doubtful
         style = STYLES[len(found) % len(STYLES)]
         if style.floats == "large" and self._narrows:
@@ -229,7 +239,7 @@ class _Search:
         With `finite`, it must compute nothing but finite numbers, since another graph may overflow elsewhere.
         """
         sample = made(self._model, lengths, style, self._seed)
-        if _kind(sample) in self._seen:
+        if _kind(sample) in self._seen or not can_be_joined(self._model, lengths):
             return False
         self._seen.add(_kind(sample))
         run = self._traced.run(sample)

@@ -19,7 +19,7 @@ from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
 from passopt.targets.onnxruntime.joined_ranks import rank_models
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.sampling.body_runs import PREFIX, BodyRuns
-from passopt.verification.sampling.lengths import takes_empty
+from passopt.verification.sampling.lengths import agree, takes_empty
 from passopt.verification.sampling.samples import Sample
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -68,6 +68,11 @@ class TracedGraph:
             if value.const_value is not None
         }
         self._takes_empty = takes_empty(twin)
+        self._joins = [
+            (node.attributes["axis"].as_int(), [value.name or "" for value in node.inputs if value is not None])
+            for node in twin.graph
+            if node.op_type == "Concat" and not node.domain and "axis" in node.attributes
+        ]
         self.body_runs = BodyRuns(twin)
         self._shapes = _expose(twin, shapes_only=not self.real)
         self._narrow = _widen_narrow(twin)
@@ -119,6 +124,10 @@ class TracedGraph:
                 shapes[name] = value.shape
                 if value.size <= _KEPT:
                     arrays[name] = value
+        for axis, names in self._joins:
+            if not agree([shapes[name] for name in names if name in shapes], axis):
+                self.problem = self.problem or f"{names[0]} and others are joined, and disagree in other axes"
+                return None
         finite = all(is_finite(value) for value in arrays.values())
         return Run(sample, shapes, arrays, frozenset(narrow), finite)
 
