@@ -204,7 +204,7 @@ def test_weights_of_narrower_dtypes_are_the_rounded_ones(dtype: DataType, name: 
 
 
 def test_the_end_of_tables_is_read_where_a_cache_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passopt.verification.verify._LARGEST_CACHE", 192 * 45)
+    narrow_caches(monkeypatch, 44, 45)
 
     def blank(model: onnx_ir.Model) -> None:
         name = "positions.weight"
@@ -439,15 +439,56 @@ def test_one_rank_of_many_is_refused() -> None:
         verify(tiny_decoder(), rank)
 
 
-def test_a_cache_that_is_too_large_for_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow_caches(monkeypatch: pytest.MonkeyPatch, whole: int, layer: int) -> None:
+    """Let only so many positions fit into a cache of all layers, and of one."""
     decoder = decoder_of(tiny_decoder())
-    position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
-    monkeypatch.setattr("passopt.verification.verify._LARGEST_CACHE", 44 * position)
-    report = verify(tiny_decoder(), tiny_decoder(), options=WHOLE)
-    assert {"late, 44 of 48", "spread over 48"} <= {row.scenario for row in report.rows}
-    assert any(
-        note.startswith("positions from 44 to 48: run without a cache, which would take") for note in report.notes
-    )
+    position = 2 * decoder.kv_heads * decoder.head_dim * 4
+    monkeypatch.setattr("passopt.verification.verify._LARGEST_CACHE", whole * decoder.layers * position)
+    monkeypatch.setattr("passopt.verification.verify._LARGEST_LAYER", layer * position)
+
+
+@BOTH
+@pytest.mark.parametrize("layer", [46, 100])
+def test_a_cache_that_is_too_large_for_the_end_is_told(
+    monkeypatch: pytest.MonkeyPatch, options: VerifyOptions, layer: int
+) -> None:
+    narrow_caches(monkeypatch, 44, layer)
+    report = verify(tiny_decoder(), tiny_decoder(), options=options)
+    assert report.ok
+    assert "spread over 48" in {row.scenario for row in report.rows}
+    name = "near the end, 48" if layer >= 48 else "late, 46 of 48"
+    if options.layerwise:
+        assert name in {row.scenario for row in report.rows}
+    else:
+        assert "late, 44 of 48" in {row.scenario for row in report.rows}
+        assert f"{ORIGINAL}, {name}, layer by layer" in {row.comparison for row in report.rows}
+    end = min(layer, 48)
+    told = [f"positions from 44 to {end}: run layer by layer, since a cache of all layers takes 0 MiB"]
+    told = [] if options.layerwise else told
+    told += ["positions from 46 to 48: run without a cache, which takes 0 MiB a layer"] if layer < 48 else []
+    assert [note for note in report.notes if note.startswith("positions")] == told
+
+
+def forget_late_keys(model: onnx_ir.Model) -> None:
+    """Columns from 46 on are hidden, which only a cache that long shows."""
+    node = node_of(model, "shown")
+    editor = Editor(model, "test")
+    builder = editor.builder("shown")
+    columns = builder.CumSum(builder.Abs(builder.Cast(node.inputs[0], to=7)), np.array(1))
+    everything = builder.And(builder.Cast(node.inputs[0], to=9), builder.Less(columns, np.array(46)))
+    editor.replace({node.outputs[0]: everything}, builder.built, [node])
+
+
+@pytest.mark.parametrize("spec", [DecoderSpec(), DecoderSpec(quantized=True)], ids=["fp32", "int8"])
+def test_far_positions_run_layer_by_layer_where_a_whole_cache_is_too_large(
+    monkeypatch: pytest.MonkeyPatch, spec: DecoderSpec
+) -> None:
+    narrow_caches(monkeypatch, 44, 100)
+    options = VerifyOptions(lengths=(1, 7))
+    assert verify(tiny_decoder(), tiny_decoder(spec), options=options).ok
+    report = verify(tiny_decoder(), changed(forget_late_keys, spec), options=options)
+    failed_rows = {row.comparison for row in report.rows if not row.ok}
+    assert failed_rows == {f"{ON_CODES if spec.quantized else ORIGINAL}, near the end, 48, layer by layer"}
 
 
 def test_the_report_has_one_line_per_scenario() -> None:
