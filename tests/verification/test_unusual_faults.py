@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.graph.shapes import complete_types
+from passopt.ir.graph.completion import complete_types
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
