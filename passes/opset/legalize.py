@@ -17,7 +17,7 @@ from passopt.passes.opset.changes import LOWEST_TARGET, NEWEST, NEWEST_READ, OLD
 from passopt.passes.opset.converters import CONVERTERS, REFUSES_DTYPES
 from passopt.passes.opset.lowering import lower_node
 from passopt.passes.opset.meanings import check_meaning
-from passopt.passes.opset.step import Place, Step, refuse
+from passopt.passes.opset.step import OF_FUNCTION, Place, Step, refuse
 
 Container = onnx_ir.Graph | onnx_ir.Function
 
@@ -76,6 +76,9 @@ class Legalize(Pass):
         if not found:
             return
         copy = model.clone()
+        for function in copy.functions.values():
+            for node in function.all_nodes():
+                node.metadata_props[OF_FUNCTION] = function.name
         try:
             onnx_ir.passes.common.InlinePass()(copy)
         except Exception as error:

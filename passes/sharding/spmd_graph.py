@@ -17,9 +17,11 @@ from passopt.ir.errors import PassError
 from passopt.ir.graph.builder import MICROSOFT, Builder
 from passopt.ir.graph.decoder import COLLECTIVE, DEGREE, KV_HEADS
 from passopt.ir.graph.editor import Editor
-from passopt.ir.graph.shapes import DimOf, dimensions, elements
-from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Expression, Literal, QuantizeScales
+from passopt.ir.shapes.dimensions import dimensions
+from passopt.ir.shapes.elements import DimOf, elements
+from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Expression, QuantizeScales
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, small_constant
+from passopt.ir.weights.literals import Literal
 from passopt.passes.sharding.axes import ndim_of
 from passopt.passes.sharding.placement import Product, Sharded, VocabMasked, local_length, padded_units
 from passopt.passes.sharding.propagate import Propagation, Use, describe
@@ -252,6 +254,8 @@ class Materializer:
         # Token ids may be int32, and the operators need both inputs in the same dtype.
         kind = (ids.dtype or onnx_ir.DataType.INT64).numpy()
         zero, end = builder.literal(np.zeros((), kind)), builder.literal(np.array(rows, kind))
+        if self.state.decoder is None:  # Gather counts a negative index from the end; a decoder gets no such token.
+            ids = builder.Where(builder.Less(ids, zero), builder.Add(ids, builder.literal(np.array(units, kind))), ids)
         starts = Literal.of((np.arange(self.degree) * rows).astype(kind)).shard(0, self.degree)
         local = builder.Sub(ids, builder.initializer("vocab.start", starts))
         owned = builder.And(builder.GreaterOrEqual(local, zero), builder.Less(local, end))

@@ -23,8 +23,9 @@ from passopt.ir.errors import CheckError, ModelError, UsageError
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.serialization.model_files import save_materialized
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.cleanup.fold_constants import FoldConstants
 from passopt.testing.checkpoints import ODD, ROTARY, CheckpointSpec, make_checkpoint
 

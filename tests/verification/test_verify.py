@@ -19,8 +19,9 @@ from passopt.ir.graph.decoder import decoder_of, positions_of
 from passopt.ir.graph.editor import Editor
 from passopt.ir.relative_error import relative_error
 from passopt.ir.serialization.text import parse_model
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.framework.accuracy import QualityBar
 from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models

@@ -6,17 +6,10 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.graph.shapes import (
-    ConstantElement,
-    DimOf,
-    complete_outputs,
-    complete_types,
-    dimensions,
-    elements,
-    known_numbers,
-    merged_shapes,
-)
+from passopt.ir.graph.completion import complete_outputs, complete_types
 from passopt.ir.serialization.text import parse_model, print_model
+from passopt.ir.shapes.dimensions import dimensions, merged_shapes
+from passopt.ir.shapes.elements import ConstantElement, DimOf, elements, known_numbers
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "local" : 1]>\n'
 

@@ -10,8 +10,8 @@ import pytest
 from passopt.ir.graph.fp32_twin import fp32_twin
 from passopt.ir.graph.linears import find_linear
 from passopt.ir.relative_error import operator_error
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime.session import Session

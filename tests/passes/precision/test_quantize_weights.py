@@ -8,8 +8,8 @@ import pytest
 
 from passopt.ir.errors import PassError
 from passopt.ir.relative_error import operator_error
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checking import check, random_feeds, read_model

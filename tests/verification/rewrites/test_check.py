@@ -10,8 +10,8 @@ import pytest
 
 from passopt.ir.serialization.model_files import load_model, save_materialized
 from passopt.ir.serialization.text import print_model
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.framework.accuracy import REASSOCIATED, lossy
 from passopt.passes.lm_head.slice_last_token import SliceLastToken
 from passopt.passes.precision.cast import CastModel

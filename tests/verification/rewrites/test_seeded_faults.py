@@ -9,7 +9,7 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import PassError
-from passopt.ir.graph.shapes import complete_types
+from passopt.ir.graph.completion import complete_types
 from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, lossy
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult

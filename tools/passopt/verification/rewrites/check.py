@@ -23,7 +23,7 @@ from passopt.ir.graph.decoder import degree_of, find_decoder
 from passopt.ir.graph.operators import random_operators
 from passopt.ir.graph.provenance import MODULE, SOURCE
 from passopt.ir.graph.run_context import Replacement, listening
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassRecord
 from passopt.passes.patterns.rewrite_pass import RewritePass

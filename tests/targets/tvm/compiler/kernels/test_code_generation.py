@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from passopt.ir.weights.expressions import DataType, Fill
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.literals import Fill
 from passopt.targets.tvm.compiler.kernels.attention.attention import attention
 from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
 from passopt.targets.tvm.compiler.kernels.attention.mask_extents import mask_extents

@@ -1,0 +1,22 @@
+"""A look-up by an input of a graph that is no decoder may count from the end of the table, on every rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from passopt.passes.sharding.shard import Shard
+from passopt.testing.checking import check
+
+
+@pytest.mark.parametrize("kind", ["int32", "int64"])
+def test_ids_count_from_the_end_of_a_table_that_ranks_share(kind):
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+        g ({kind}[n,3] words) => (float[n,3,4] y) <float[10,6] table = random, float[6,8] up = random,
+        float[8,4] down = random> {{
+        r = Gather(table, words) u = MatMul(r, up) a = Relu(u) y = MatMul(a, down) }}"""
+    ids = np.array([[0, -1, 9], [-10, 4, -6]], kind)
+    model, _ = check(Shard(degree=2), text, feeds={"words": ids}, lengths={"n": 2})
+    assert any(
+        value.name == "table.rank" or "vocab.start" in str(value.name) for value in model.graph.initializers.values()
+    )
