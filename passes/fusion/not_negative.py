@@ -49,6 +49,12 @@ def _range(node: onnx_ir.Node, known: list[bool]) -> bool:
     return known[0] and known[2]
 
 
+def _clip(node: onnx_ir.Node, known: list[bool]) -> bool:
+    """Return whether the lower bound or the input is not negative, and no upper bound is."""
+    has_upper = len(node.inputs) > 2 and node.inputs[2] is not None
+    return any(known[:2]) and (known[2] if has_upper else len(node.inputs) > 1)
+
+
 def _cast(node: onnx_ir.Node, known: list[bool]) -> bool:
     """Return whether a Cast keeps numbers from becoming negative: one to fewer bits might wrap around."""
     target, source = node.attributes.get("to"), node.inputs[0]
@@ -62,7 +68,7 @@ _RULES: Mapping[str, Callable[[onnx_ir.Node, list[bool]], bool]] = {
     **dict.fromkeys(("Add", "Concat", "Min", "Mul"), lambda node, known: all(known)),
     **dict.fromkeys(("ArgMax", "ArgMin", "NonZero", "Shape", "Size"), lambda node, known: True),
     "Cast": _cast,
-    "Clip": lambda node, known: known[0] or (len(known) > 1 and known[1]),
+    "Clip": _clip,
     "Max": lambda node, known: any(known),
     "Range": _range,
     "Where": lambda node, known: known[1] and known[2],

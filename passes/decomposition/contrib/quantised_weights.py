@@ -26,10 +26,9 @@ _CODES = {4: DataType.UINT4, 8: DataType.UINT8}
 )
 def _matmul_nbits(op: Any, node: onnx_ir.Node) -> Values:
     """Multiply by the dequantised weight [N, K]; accuracy_level only allows a kernel to round more."""
-    if operand(node, 4) is not None:
-        raise Decline(
-            f"{called(node)} orders its channels by {node.inputs[4].name} (g_idx), which DequantizeLinear lacks"
-        )  # type: ignore[union-attr]
+    order = operand(node, 4)
+    if order is not None:
+        raise Decline(f"{called(node)} orders its channels by {order.name} (g_idx), which DequantizeLinear lacks")
     if attribute(node, "weight_prepacked", 0):
         raise Decline(f"{called(node)} has a weight that is packed for one device")
     x, rows, columns = required(node, 0), attribute(node, "N", 0), attribute(node, "K", 0)

@@ -281,6 +281,8 @@ IDS = {
         True,
     ),
     "absolute clip": ("i = Clip(ids, k0)", True),
+    "upper bound": ('m = Max(ids, k0) i = Clip(m, "", k1)', True),
+    "negative upper bound": ('m = Max(ids, k0) k = Neg(k1) i = Clip(m, "", k)', False),
     "largest": ("i = Max(ids, k0)", True),
     "smallest": ("i = Min(ids, k1)", False),
     "difference": ("i = Sub(ids, k1)", False),
