@@ -57,8 +57,8 @@ class Scenario:
     """Steps that run one after the other, each on the cache of the step before it.
 
     In a window of a text, the last `scored` tokens count for the perplexity; otherwise `scored` is 0. The first step
-    finds a cache of `past` positions of random numbers, the same for both models. `strange` steps are those that no text
-    makes: a trained model computes with larger activations there, which cancel.
+    finds a cache of `past` positions of random numbers, the same for both models. Steps are `strange` if no text makes
+    them: a trained model computes with larger activations there, which cancel.
     """
 
     name: str
