@@ -285,6 +285,18 @@ def nudge(name: str) -> Change:
     return change
 
 
+@pytest.mark.parametrize("row", [0, -1])
+def test_the_ends_of_the_vocabulary_are_fed(row: int) -> None:
+    def turn(model: onnx_ir.Model) -> None:
+        value = model.graph.initializers["model.embed.weight"]
+        array = np.array(value.const_value.numpy())  # type: ignore[union-attr]
+        array[row] = -array[row]
+        value.const_value = LazyWeight(Literal.of(array), value.name)
+
+    options = VerifyOptions(lengths=(1,))
+    assert "near the end, 48" in failed(verify(tiny_decoder(), changed(turn), options=options))
+
+
 def test_one_perturbed_element_is_found() -> None:
     candidate = changed(nudge("model.layers.1.mlp.down_proj.weight"))
     report = verify(tiny_decoder(), candidate)
