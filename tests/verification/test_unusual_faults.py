@@ -111,6 +111,17 @@ def test_a_folded_norm_before_a_clip_raises_no_alarm():
         checked(model, folded(model, 0.01))
 
 
+def test_numbers_that_cancel_have_more_room():
+    text = "(float[n,4] x, float[n,4] z) => (float[n,4] y) <float k = {3000}> { BODY y = Sub(a, b) }"
+    model = read(text.replace("BODY", "w = Sub(x, k) a = Add(w, z) b = Add(z, x)"))
+    report = verify(model, read(text.replace("BODY", "s = Add(x, z) a = Sub(s, k) b = Add(x, z)")))
+    assert report.ok, report.to_text()
+    text = "(float[n,8] x) => (float[n,8] y) <float k = {20}> { c = Add(x, k) s = Sub(c, k) y = BODY }"
+    model = read(text.replace("BODY", "Neg(s)"))
+    assert verify(model, read("(float[n,8] x) => (float[n,8] y) { y = Neg(x) }")).ok
+    assert not verify(model, read("(float[n,8] x) => (float[n,8] y) <float k = {-1.001}> { y = Mul(x, k) }")).ok
+
+
 def test_a_candidate_that_refuses_empty_inputs_says_so():
     text = "(float[n,4] x) => (float[n,4] y) <int64 first = {0}> { y = Neg(x) }"
     other = text.replace("y = Neg(x)", "g = Gather(x, first) z = Sub(g, g) n = Neg(x) y = Add(n, z)")

@@ -107,7 +107,7 @@ def _beyond_rounding(one: Expression, two: Expression, dtype: DataType | None) -
         first, second = (evaluator.array(part).astype(np.float64) for part in (one, two))
     first = np.clip(first, float(limits.min), float(limits.max))
     second = np.clip(second, float(limits.min), float(limits.max))
-    room = np.abs(first) * float(limits.eps) + float(limits.smallest_normal)
+    room = 0.51 * np.abs(first) * float(limits.eps) + float(limits.smallest_normal)  # rounded to the nearest
     with np.errstate(invalid="ignore", divide="ignore"):
         beyond = np.where(np.abs(first - second) > room, np.abs(first - second) / np.maximum(np.abs(first), room), 0.0)
     return float(beyond.max(initial=0.0))

@@ -57,13 +57,15 @@ class Scenario:
     """Steps that run one after the other, each on the cache of the step before it.
 
     In a window of a text, the last `scored` tokens count for the perplexity; otherwise `scored` is 0. The first step
-    finds a cache of `past` positions of random numbers, the same for both models.
+    finds a cache of `past` positions of random numbers, the same for both models. Steps are `strange` if no text makes
+    them: a trained model computes with larger activations there, which cancel.
     """
 
     name: str
     steps: tuple[Step, ...]
     scored: int = 0
     past: int = 0
+    strange: bool = False
 
 
 @dataclasses.dataclass
@@ -109,12 +111,14 @@ def near_the_end(vocab: int, positions: int, seed: int, whole: int) -> Scenario:
     """Return a chunk and a token at the last of `positions` positions of `whole`, after a cache of random numbers.
 
     What depends on the length of the sequence, such as rotary angles and slopes, shows there, without a long prefill.
+    The last two tokens are the first and the last one of the vocabulary.
     """
     past = positions - _LAST - 1
     ids = np.random.default_rng([seed, positions]).integers(0, vocab, (1, positions))
+    ids[:, -2:] = 0, vocab - 1  # the ends of tables of tokens
     _, *steps = _steps(ids, [past, _LAST, 1])
     name = f"near the end, {positions}" if positions == whole else f"late, {positions} of {whole}"
-    return Scenario(name, tuple(steps), past=past)
+    return Scenario(name, tuple(steps), past=past, strange=True)
 
 
 def spread_over(vocab: int, positions: int, seed: int) -> Scenario:
@@ -124,7 +128,7 @@ def spread_over(vocab: int, positions: int, seed: int) -> Scenario:
     """
     ids = np.random.default_rng([seed, positions]).integers(0, vocab, (1, _SPREAD))
     places = np.linspace(0, positions - 1, _SPREAD).astype(np.int64)[None, :]
-    return Scenario(f"spread over {positions}", (Step(ids, np.ones((1, _SPREAD), np.int64), places),))
+    return Scenario(f"spread over {positions}", (Step(ids, np.ones((1, _SPREAD), np.int64), places),), strange=True)
 
 
 def first_cache(

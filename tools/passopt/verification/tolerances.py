@@ -25,10 +25,14 @@ from passopt.verification.dequantised_twin import has_dynamic_activations, is_qu
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """The largest relative error allowed for logits and cache, and the largest allowed |perplexity ratio − 1|."""
+    """The largest relative error allowed for logits and cache, and the largest allowed |perplexity ratio − 1|.
+
+    `strange` times as much is allowed in scenarios that no text makes, as after a cache of random numbers.
+    """
 
     outputs: float
     perplexity: float
+    strange: float = 4.0
 
 
 #: The default tolerances by the kind of comparison.
@@ -103,7 +107,7 @@ def bar_note(kind: str, bar: QualityBar, *, has_text: bool) -> str:
 
 def chosen_tolerance(default: Tolerance, tolerance: float | None) -> Tolerance:
     """Return the default tolerance, with the user's own tolerance for outputs if there is one."""
-    return default if tolerance is None else Tolerance(tolerance, default.perplexity)
+    return default if tolerance is None else Tolerance(tolerance, default.perplexity, strange=1.0)
 
 
 @dataclasses.dataclass(frozen=True)

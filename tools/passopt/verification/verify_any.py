@@ -93,7 +93,7 @@ def verify_any(
     def opened(model: onnx_ir.Model) -> Runner:
         return functools.partial(_run, session(model), model)
 
-    empties = takes_empty(candidate)
+    empties = given is not None or takes_empty(candidate)
     random, told = _random(reference, candidate, opened, samples)
     safe = [item for item in samples if empties or not _has_empty(item[1])]
     told += _unrun(candidate, opened, safe)

@@ -39,12 +39,13 @@ _PAST = re.compile(r"past(?:_key_values)?[._].*(?:key|value|k|v)\Z|past_\d+\Z")
 #: Operators that take empty axes. Others may not only refuse them: kernels of onnxruntime have crashed on them, such as
 #: those of Einsum, InstanceNormalization, ConvTranspose, GRU and LSTM, which no program survives.
 _TAKES_EMPTY = """
-    Abs Add And Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos DequantizeLinear Div Dropout
-    DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm Greater
-    GreaterOrEqual Hardmax Identity If IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop
-    MatMul Max Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceMax
-    ReduceMean ReduceMin ReduceSum Relu Reshape RotaryEmbedding Round Shape Sigmoid Sign Sin Size Slice Softmax
-    Softplus Split Sqrt Squeeze Sub Sum Swish Tanh Tile Transpose Trilu Unsqueeze Where Xor
+    Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum DequantizeLinear
+    Div Dropout DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm Greater
+    GreaterOrEqual HardSwish Hardmax Identity If IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
+    LogSoftmax Loop MatMul MatMulInteger Max Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear RMSNormalization
+    Range Reciprocal ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+    Relu Reshape RotaryEmbedding Round Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub Sum
+    Swish Tanh Tile Transpose Trilu Unsqueeze Where Xor
 """
 
 
