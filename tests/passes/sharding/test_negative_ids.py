@@ -9,9 +9,10 @@ from passopt.passes.sharding.shard import Shard
 from passopt.testing.checking import check
 
 
+@pytest.mark.parametrize("opset", [13, 21])
 @pytest.mark.parametrize("kind", ["int32", "int64"])
-def test_ids_count_from_the_end_of_a_table_that_ranks_share(kind):
-    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+def test_ids_count_from_the_end_of_a_table_that_ranks_share(kind, opset):
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
         g ({kind}[n,3] words) => (float[n,3,4] y) <float[10,6] table = random, float[6,8] up = random,
         float[8,4] down = random> {{
         r = Gather(table, words) u = MatMul(r, up) a = Relu(u) y = MatMul(a, down) }}"""
