@@ -278,6 +278,7 @@ def test_other_classes_are_not_supported() -> None:
         ({"attention": "flash"}, "attention is one of eager, sdpa, not 'flash'"),
         ({"opset": 17}, "opset is one of 18, .* not 17"),
         ({"exporter": "torchscript", "opset": 21}, "torchscript exporter writes opset ≤ 20, not 21"),
+        ({"exporter": "torchscript", "alibi": "baked"}, "torchscript exporter cannot slice a baked ALiBi mask"),
     ],
 )
 def test_options_that_do_not_exist(settings: dict[str, Any], message: str) -> None:

@@ -29,12 +29,13 @@ from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checkpoints import ROTARY, evaluation_text, make_checkpoint
 from passopt.testing.decoders import DecoderSpec, tiny_decoder
 from passopt.verification import sliced_head
-from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL
+from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, suspects, weigh_own_roundings
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
 from passopt.verification.divergence import divergence, judged_rows
 from passopt.verification.quantised_weights import ON_CODES
 from passopt.verification.report import Row, VerifyReport
+from passopt.verification.sampling.shaken import nudged_model
 from passopt.verification.scenarios import Step, make_scenarios, perplexity, surprise, text_windows
 from passopt.verification.verify import VerifyOptions, verify
 
@@ -203,7 +204,7 @@ def test_weights_of_narrower_dtypes_are_the_rounded_ones(dtype: DataType, name: 
 
 
 def test_the_end_of_tables_is_read_where_a_cache_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("passopt.verification.verify._LARGEST_CACHE", 192 * 45)
+    narrow_caches(monkeypatch, 44, 45)
 
     def blank(model: onnx_ir.Model) -> None:
         name = "positions.weight"
@@ -438,15 +439,56 @@ def test_one_rank_of_many_is_refused() -> None:
         verify(tiny_decoder(), rank)
 
 
-def test_a_cache_that_is_too_large_for_the_end_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow_caches(monkeypatch: pytest.MonkeyPatch, whole: int, layer: int) -> None:
+    """Let only so many positions fit into a cache of all layers, and of one."""
     decoder = decoder_of(tiny_decoder())
-    position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
-    monkeypatch.setattr("passopt.verification.verify._LARGEST_CACHE", 44 * position)
-    report = verify(tiny_decoder(), tiny_decoder(), options=WHOLE)
-    assert {"late, 44 of 48", "spread over 48"} <= {row.scenario for row in report.rows}
-    assert any(
-        note.startswith("positions from 44 to 48: run without a cache, which would take") for note in report.notes
-    )
+    position = 2 * decoder.kv_heads * decoder.head_dim * 4
+    monkeypatch.setattr("passopt.verification.verify._LARGEST_CACHE", whole * decoder.layers * position)
+    monkeypatch.setattr("passopt.verification.verify._LARGEST_LAYER", layer * position)
+
+
+@BOTH
+@pytest.mark.parametrize("layer", [46, 100])
+def test_a_cache_that_is_too_large_for_the_end_is_told(
+    monkeypatch: pytest.MonkeyPatch, options: VerifyOptions, layer: int
+) -> None:
+    narrow_caches(monkeypatch, 44, layer)
+    report = verify(tiny_decoder(), tiny_decoder(), options=options)
+    assert report.ok
+    assert "spread over 48" in {row.scenario for row in report.rows}
+    name = "near the end, 48" if layer >= 48 else "late, 46 of 48"
+    if options.layerwise:
+        assert name in {row.scenario for row in report.rows}
+    else:
+        assert "late, 44 of 48" in {row.scenario for row in report.rows}
+        assert f"{ORIGINAL}, {name}, layer by layer" in {row.comparison for row in report.rows}
+    end = min(layer, 48)
+    told = [f"positions from 44 to {end}: run layer by layer, since a cache of all layers takes 0 MiB"]
+    told = [] if options.layerwise else told
+    told += ["positions from 46 to 48: run without a cache, which takes 0 MiB a layer"] if layer < 48 else []
+    assert [note for note in report.notes if note.startswith("positions")] == told
+
+
+def forget_late_keys(model: onnx_ir.Model) -> None:
+    """Columns from 46 on are hidden, which only a cache that long shows."""
+    node = node_of(model, "shown")
+    editor = Editor(model, "test")
+    builder = editor.builder("shown")
+    columns = builder.CumSum(builder.Abs(builder.Cast(node.inputs[0], to=7)), np.array(1))
+    everything = builder.And(builder.Cast(node.inputs[0], to=9), builder.Less(columns, np.array(46)))
+    editor.replace({node.outputs[0]: everything}, builder.built, [node])
+
+
+@pytest.mark.parametrize("spec", [DecoderSpec(), DecoderSpec(quantized=True)], ids=["fp32", "int8"])
+def test_far_positions_run_layer_by_layer_where_a_whole_cache_is_too_large(
+    monkeypatch: pytest.MonkeyPatch, spec: DecoderSpec
+) -> None:
+    narrow_caches(monkeypatch, 44, 100)
+    options = VerifyOptions(lengths=(1, 7))
+    assert verify(tiny_decoder(), tiny_decoder(spec), options=options).ok
+    report = verify(tiny_decoder(), changed(forget_late_keys, spec), options=options)
+    failed_rows = {row.comparison for row in report.rows if not row.ok}
+    assert failed_rows == {f"{ON_CODES if spec.quantized else ORIGINAL}, near the end, 48, layer by layer"}
 
 
 def test_the_report_has_one_line_per_scenario() -> None:
@@ -675,3 +717,68 @@ def test_an_exported_graph_equals_itself(tmp_path: Path) -> None:
         assert {row.error for row in report.rows} == {0.0}
         text = next(row for row in report.rows if row.output == "perplexity")
         assert 1 < float(text.note.split()[1]) < 12
+
+
+def offset_scores(model: onnx_ir.Model, number: float) -> onnx_ir.Model:
+    """Add a number to all scores of attention: softmax takes it away again, but fp32 scores are rounded at its size."""
+    value = model.graph.initializers["bias.shown"]
+    value.const_value = onnx_ir.tensor(np.array(number, np.float32), name="bias.shown")
+    return model
+
+
+def scale_norm(model: onnx_ir.Model, factor: float) -> onnx_ir.Model:
+    value = model.graph.initializers["model.layers.1.post_attention_layernorm.weight"]
+    array = np.array(value.const_value.numpy()) * np.float32(factor)  # type: ignore[union-attr]
+    value.const_value = LazyWeight(Literal.of(array), value.name)
+    return model
+
+
+@BOTH
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_model_that_magnifies_roundings_is_known_no_better_than_they_allow(seed: int, options: VerifyOptions) -> None:
+    ranks = rank_models(offset_scores(tiny_decoder(DecoderSpec(degree=3), seed=seed), 3000))
+    report = verify(offset_scores(tiny_decoder(seed=seed), 3000), join_ranks(ranks, heads=3), options=options)
+    assert report.ok, report
+    raised = [row for row in report.rows if row.tolerance > 1e-5 and row.output not in {"top-1", "perplexity"}]
+    assert all("one rounding of its weights moves the original by" in row.note for row in raised)
+
+
+@BOTH
+def test_roundings_excuse_no_fault(options: VerifyOptions) -> None:
+    report = verify(tiny_decoder(), scale_norm(tiny_decoder(), 1.0001), options=options)
+    assert failed(report)
+    faulty = scale_norm(offset_scores(tiny_decoder(seed=1), 3000), 1.01)
+    assert failed(verify(offset_scores(tiny_decoder(seed=1), 3000), faulty, options=options))
+
+
+def test_a_failure_is_weighed_by_the_movement_of_its_own_output() -> None:
+    def row(output: str, error: float, comparison: str = ORIGINAL) -> Row:
+        return Row(comparison, "prefill 7", output, error, 1e-5)
+
+    near, far, other, own = (
+        row("logits", 3e-5),
+        row("logits", 2e-4),
+        row("present.0.key", 3e-5),
+        row("logits", 3e-5, "x"),
+    )
+    moved = [row("logits", 1e-5), row("logits", 2e-5)]
+    assert [item.ok for item in weigh_own_roundings([near, far, other, own], moved)] == [True, False, False, False]
+    assert [item.ok for item in weigh_own_roundings([near], moved[:1])] == [False]
+    assert suspects([near, far, own]) == {"prefill 7"}
+    assert not suspects([far, own, row("logits", 1e-6)])
+
+
+def test_a_nudged_model_keeps_masks_and_constants() -> None:
+    largest = np.finfo(np.float32).max
+    weight = np.array([0, 1, -2, largest, -largest, -np.inf, np.nan], np.float32)
+    model = tiny_decoder()
+    value = model.graph.initializers["model.norm.weight"]
+    value.const_value = LazyWeight(Literal.of(weight), value.name)
+    nudged = [nudged_model(model, turn) for turn in range(2)]
+    for one in nudged:
+        found = np.array(one.graph.initializers["model.norm.weight"].const_value.numpy())  # type: ignore[union-attr]
+        assert np.array_equal(found[[0, 5, 6]], weight[[0, 5, 6]], equal_nan=True)
+        assert np.isfinite(found[1:5]).all()
+        assert (found[1:3] != weight[1:3]).all()
+        assert np.allclose(found[:3], weight[:3], rtol=2e-7)
+        assert one.graph.initializers["heads.scale"].const_value is model.graph.initializers["heads.scale"].const_value

@@ -23,8 +23,12 @@ from passopt.verification.report import Row
 from passopt.verification.sampling.shaken import TURNS, movement, shaken_feeds, shaken_model
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-#: Opens a model, and returns the function that runs it on inputs by name.
-Opener: TypeAlias = Callable[[onnx_ir.Model], Callable[[Mapping[str, Any]], Mapping[str, Any]]]
+#: Runs a model on inputs by name; an opener opens one for that.
+Runner: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Opener: TypeAlias = Callable[[onnx_ir.Model], Runner]
+
+#: Inputs by name, with the name of their scenario.
+Samples: TypeAlias = Sequence[tuple[str, dict[str, Any]]]
 
 COMPARISON = "against the original"
 
@@ -121,6 +125,18 @@ class Judge:
         if reference.shape != found.shape:
             return f"shape {list(found.shape)}, expected {list(reference.shape)}"
         return ""
+
+
+def compare_outputs(judge: Judge, first: Runner, second: Runner, samples: Samples) -> list[Row]:
+    """Return the rows of all outputs of two models, of which the first one is right."""
+    rows = []
+    for name, feeds in samples:
+        try:
+            expected, found = first(feeds), second(feeds)
+        except ModelError:  # it was told of the candidate itself
+            continue
+        rows += [judge.row(name, output, value, found[output], feeds) for output, value in expected.items()]
+    return rows
 
 
 def _nothing(reference: Any) -> str:

@@ -16,7 +16,7 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType
-from passopt.ir.weights.lazy_weight import expression_of
+from passopt.ir.weights.lazy_weight import expression_of, is_checkpoint_weight
 from passopt.verification.sampling.samples import Sample
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -24,8 +24,10 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: How many times a graph is shaken: an element that stands at a tie falls to either side.
 TURNS = 3
 #: The relative change of the last bits of a number, by dtype.
-_LAST_BITS: Mapping[DataType, float] = {DataType.DOUBLE: 1e-7, DataType.FLOAT: 1e-6, DataType.FLOAT16: 1e-3}
+LAST_BITS: Mapping[DataType, float] = {DataType.DOUBLE: 1e-7, DataType.FLOAT: 1e-6, DataType.FLOAT16: 1e-3}
 _COARSE = 8e-3
+_NUDGED = frozenset({DataType.FLOAT, DataType.DOUBLE})
+_NUDGED_BYTES = 1 << 20
 
 
 def shaken_model(model: onnx_ir.Model, turn: int, step: float | None = None) -> onnx_ir.Model:
@@ -34,11 +36,40 @@ def shaken_model(model: onnx_ir.Model, turn: int, step: float | None = None) -> 
     shaken = model.clone()
     for value in shaken.graph.initializers.values():
         expression = expression_of(value)
-        if expression is not None and expression.dtype in _LAST_BITS and not expression.depends_on_rank:
+        if expression is not None and expression.dtype in LAST_BITS and not expression.depends_on_rank:
             with Evaluator() as evaluator:
                 array = _shaken(evaluator.array(expression), random, step)
             value.const_value = onnx_ir.tensor(array, name=value.name)
     return shaken
+
+
+def nudged_model(model: onnx_ir.Model, turn: int) -> onnx_ir.Model:
+    """Return a clone whose smaller fp32 and fp64 weights, such as those of norms, differ by one rounding each.
+
+    What such a clone computes is as right as what the model computes. Large weights stay lazy.
+    """
+    random = np.random.default_rng([9, turn])
+    nudged = model.clone()
+    for value in nudged.graph.initializers.values():
+        expression = expression_of(value)
+        # Constants of the graph, such as the 1 of `1 - mask`, are no rounded numbers.
+        if expression is None or expression.dtype not in _NUDGED or not is_checkpoint_weight(value):
+            continue
+        if expression.nbytes <= _NUDGED_BYTES and not expression.depends_on_rank:
+            with Evaluator() as evaluator:
+                array = _nudged(evaluator.array(expression), random)
+            value.const_value = onnx_ir.tensor(array, name=value.name)
+    return nudged
+
+
+def _nudged(array: Array, random: np.random.Generator) -> Array:
+    """Return each number replaced by a neighbour; zeros, largest numbers and infinities stay, which may be masks."""
+    away = np.where(random.integers(0, 2, array.shape) > 0, np.inf, -np.inf).astype(array.dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        moved = np.nextafter(array, away)
+    stays = (array == 0) | ~np.isfinite(array) | ~np.isfinite(moved)
+    nudged: Array = np.where(stays, array, moved).astype(array.dtype)
+    return nudged
 
 
 def shaken_feeds(feeds: Mapping[str, Any], turn: int, step: float | None = None) -> dict[str, Any]:
@@ -58,7 +89,7 @@ def shaken_sample(sample: Sample, turn: int, step: float | None = None) -> Sampl
 def _shaken(array: Array, random: np.random.Generator, step: float | None) -> Array:
     if not isinstance(array, np.ndarray) or array.dtype == object or DataType.from_numpy(array.dtype) not in FLOATS:
         return array
-    bits = _LAST_BITS.get(DataType.from_numpy(array.dtype), _COARSE)
+    bits = LAST_BITS.get(DataType.from_numpy(array.dtype), _COARSE)
     with np.errstate(over="ignore", invalid="ignore"):
         wide = array.astype(np.float64) * (1 + bits * random.uniform(-1, 1, array.shape))
         if step is not None:
