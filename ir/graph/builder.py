@@ -31,9 +31,14 @@ Inferred: TypeAlias = "tuple[onnx_ir.DataType | None, tuple[int | str | None, ..
 TypesMemo: TypeAlias = dict[Hashable, list[Inferred]]
 _SCALARS = frozenset({int, float, str})
 _GRAPHS = frozenset({onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS})
-#: Operators whose inference in ONNX is wrong in some opsets, and the opset that has it right for the same operator: the
-#: Slice of opset 10 keeps the symbol of an axis that it cuts, and an older If takes the shape of either branch.
-_OPSET_OF_INFERENCE = {("Slice", 10): 11, **{("If", opset): 11 for opset in range(1, 11)}}
+#: Operators whose inference in ONNX is wrong or absent in some opsets, and the opset that has it right for the same
+#: operator: the Slice of opset 10 keeps the symbol of an axis that it cuts, and an older If takes the shape of either
+#: branch; comparisons that began as functions got no shape.
+_OPSET_OF_INFERENCE = {
+    ("Slice", 10): 11,
+    **{("If", opset): 11 for opset in range(1, 11)},
+    **{(name, opset): 16 for name in ("GreaterOrEqual", "LessOrEqual") for opset in range(12, 16)},
+}
 
 #: The domain of the collectives, which passopt writes beside ONNX's own operators.
 MICROSOFT = "com.microsoft"

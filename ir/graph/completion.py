@@ -54,7 +54,7 @@ def complete_node(
     for value, (kind, shape) in zip(node.outputs, stated, strict=True):
         value.type = kind or (value.type if wanted(value) else None)
         value.shape = merged_shapes(shape, value.shape) if wanted(value) else shape
-    if wanted(node.outputs[0]):
+    if wanted(node.outputs[0]) and node.outputs[0].type is not None:  # files hold no shape without a dtype
         _complete_target(node)
 
 

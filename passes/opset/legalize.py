@@ -10,6 +10,7 @@ import onnx_ir.passes.common
 
 from passopt.ir.errors import PassError, UsageError
 from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.provenance import called
 from passopt.ir.serialization.inference import complete_all_types
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
@@ -78,7 +79,7 @@ class Legalize(Pass):
         copy = model.clone()
         for function in copy.functions.values():
             for node in function.all_nodes():
-                node.metadata_props[OF_FUNCTION] = function.name
+                node.metadata_props[OF_FUNCTION] = f"{called(node)} in the function {function.name}"
         try:
             onnx_ir.passes.common.InlinePass()(copy)
         except Exception as error:

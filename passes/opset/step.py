@@ -14,7 +14,7 @@ from passopt.ir.graph.provenance import called, set_provenance
 
 #: What to do about a node whose dtypes or attributes depend on the call of the function that it stands in.
 INLINE = "Run inline-functions first."
-#: The metadata of nodes of a copy without calls, where it names the function that a node stood in.
+#: The metadata of nodes of a copy without calls, where it says what a node was called in the function it stood in.
 OF_FUNCTION = "passopt.of_function"
 
 
@@ -29,8 +29,7 @@ def refuse(node: onnx_ir.Node, given: int, wanted: int, reason: str, advice: str
         advice: The next step, as a sentence; by default, to stay at the opset that the node has.
     """
     advice = advice or f"Change that node, or stay at opset {given}: legalize{{opset={given}}}."
-    function = node.metadata_props.get(OF_FUNCTION)
-    where = f"{called(node)} in the function {function}" if function else called(node)
+    where = node.metadata_props.get(OF_FUNCTION) or called(node)
     raise PassError(f"legalize: {where} cannot go from opset {given} to {wanted}: {reason}. {advice}")
 
 

@@ -65,6 +65,8 @@ class QuantizeActivations(RewritePass):
             raise Decline(f"{codes.name} {_kind(codes, zero)}")
         if weight.contracted is None or weight.contracted > _LONGEST:
             raise Decline(f"{codes.name} contracts {weight.contracted} channels; int32 holds sums of {_LONGEST:,}")
+        if x.dtype is None:
+            raise Decline(f"the dtype of {x.name} is unknown")
         for value in (dequantized, operand):
             if value is not None:
                 _check_only_multiplied(value, codes)

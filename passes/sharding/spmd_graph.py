@@ -17,6 +17,7 @@ from passopt.ir.errors import PassError
 from passopt.ir.graph.builder import MICROSOFT, Builder
 from passopt.ir.graph.decoder import COLLECTIVE, DEGREE, KV_HEADS
 from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.provenance import called
 from passopt.ir.shapes.dimensions import dimensions
 from passopt.ir.shapes.elements import DimOf, elements
 from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Expression, QuantizeScales
@@ -241,6 +242,7 @@ class Materializer:
 
     def _mask_indices(self, node: onnx_ir.Node, masked: VocabMasked) -> None:
         """Let a look-up read row 0 for tokens that another rank owns."""
+        self._require_opset(13, f"sharing out the table of {called(node)}")
         ids = node.inputs[1]
         assert ids is not None
         if masked not in self._owned:
@@ -263,6 +265,14 @@ class Materializer:
         self.editor.insert(builder.built, node, [node])
         return owned, index
 
+    def _require_opset(self, opset: int, what: str) -> None:
+        """Raise PassError if the model's opset lacks operators that a change needs."""
+        if self.editor.opset < opset:
+            raise PassError(
+                f"{self.editor.author}: {what} needs opset {opset}, this model has {self.editor.opset}. "
+                f"Run legalize first."
+            )
+
     def _all_gather(self, value: onnx_ir.Value, spec: Sharded) -> None:
         """Insert an AllGather behind a graph output, and cut off its padding."""
         length = spec.units  # A gathered output has one segment, so these are all its units.
@@ -274,6 +284,7 @@ class Materializer:
         padded = padded_units(spec.units, self.degree)
         if padded != spec.units:
             assert isinstance(local, int)
+            self._require_opset(10, f"cutting off the padding of {value.name}")
             true_length = local * self.degree // padded * length
             gathered = builder.Slice(gathered, [0], [true_length], [spec.axis])
         self.editor.follow(value, gathered, builder.built, "shard", outputs_only=True)

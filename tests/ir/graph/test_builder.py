@@ -202,3 +202,12 @@ def test_the_shape_of_one_branch_is_not_that_of_an_if(opset):
     model = read_model(text)
     complete_types(model)
     assert model.graph[0].outputs[0].shape is None
+
+
+@pytest.mark.parametrize("opset", [12, 15, 16, 23])
+@pytest.mark.parametrize("name", ["GreaterOrEqual", "LessOrEqual"])
+def test_comparisons_have_shapes_in_all_opsets(name, opset):
+    model = read_model(f"""<ir_version: 8, opset_import: ["" : {opset}]> g (float[n,3] x, float[3] k) => (bool[] y) {{
+        z = {name}(x, k) y = Not(z) }}""")
+    complete_types(model)
+    assert str(model.graph[0].outputs[0].shape) == "[n,3]"

@@ -419,3 +419,15 @@ def test_a_softmax_over_one_masked_element_is_no_one():
     assert "Softmax" in operators(model)
     feeds = {"x": np.array([[-np.inf] * 4, [1, 2, 3, 4]], np.float32)}
     assert np.isnan(Session(model).run(feeds)["y"]).tolist() == [[True], [False]]
+
+
+@pytest.mark.parametrize("kind", ["sequence", "optional"])
+def test_an_input_that_is_handed_on_to_an_output_keeps_its_name(kind):
+    body = "s = SequenceConstruct(x) y = SequenceAt(s, zero)"
+    if kind == "optional":
+        body = "s = Optional(x) y = OptionalGetElement(s)"
+    text = (
+        f"g (float[n,6] x) => (float[?,?] y, float[?,?] z) <int64 zero = {{0}}> {{ {body} i = Identity(x) z = Neg(i) }}"
+    )
+    model, _ = check(Simplify(), HEADER + text)
+    assert [value.name for value in model.graph.inputs] == ["x"]
