@@ -775,10 +775,12 @@ def test_a_failure_is_weighed_by_the_movement_of_its_own_output() -> None:
         row("logits", 3e-5, "x"),
     )
     moved = [row("logits", 1e-5), row("logits", 2e-5)]
-    assert [item.ok for item in weigh_own_roundings([near, far, other, own], moved)] == [True, False, False, False]
+    assert [item.ok for item in weigh_own_roundings([near, far, other, own], moved)] == [True, False, False, True]
     assert [item.ok for item in weigh_own_roundings([near], moved[:1])] == [False]
-    assert suspects([near, far, own]) == {"prefill 7"}
-    assert not suspects([far, own, row("logits", 1e-6)])
+    assert suspects([near, far]) == {"prefill 7"}
+    shown = dataclasses.replace(near, judged=False)
+    predicted = dataclasses.replace(near, scenario="predictions")
+    assert not suspects([far, shown, predicted, row("top-1", 3e-5), row("logits", 1e-6)])
 
 
 def test_a_nudged_model_keeps_masks_and_constants() -> None:

@@ -57,15 +57,13 @@ class Scenario:
     """Steps that run one after the other, each on the cache of the step before it.
 
     In a window of a text, the last `scored` tokens count for the perplexity; otherwise `scored` is 0. The first step
-    finds a cache of `past` positions of random numbers, the same for both models. Steps are `strange` if no text makes
-    them: a trained model computes with larger activations there, which cancel.
+    finds a cache of `past` positions of random numbers, the same for both models.
     """
 
     name: str
     steps: tuple[Step, ...]
     scored: int = 0
     past: int = 0
-    strange: bool = False
 
 
 @dataclasses.dataclass
@@ -118,7 +116,7 @@ def near_the_end(vocab: int, positions: int, seed: int, whole: int) -> Scenario:
     ids[:, -2:] = 0, vocab - 1  # the ends of tables of tokens
     _, *steps = _steps(ids, [past, _LAST, 1])
     name = f"near the end, {positions}" if positions == whole else f"late, {positions} of {whole}"
-    return Scenario(name, tuple(steps), past=past, strange=True)
+    return Scenario(name, tuple(steps), past=past)
 
 
 def spread_over(vocab: int, positions: int, seed: int) -> Scenario:
@@ -128,7 +126,7 @@ def spread_over(vocab: int, positions: int, seed: int) -> Scenario:
     """
     ids = np.random.default_rng([seed, positions]).integers(0, vocab, (1, _SPREAD))
     places = np.linspace(0, positions - 1, _SPREAD).astype(np.int64)[None, :]
-    return Scenario(f"spread over {positions}", (Step(ids, np.ones((1, _SPREAD), np.int64), places),), strange=True)
+    return Scenario(f"spread over {positions}", (Step(ids, np.ones((1, _SPREAD), np.int64), places),))
 
 
 def first_cache(

@@ -25,14 +25,10 @@ from passopt.verification.dequantised_twin import has_dynamic_activations, is_qu
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """The largest relative error allowed for logits and cache, and the largest allowed |perplexity ratio − 1|.
-
-    `strange` times as much is allowed in scenarios that no text makes, as after a cache of random numbers.
-    """
+    """The largest relative error allowed for logits and cache, and the largest allowed |perplexity ratio − 1|."""
 
     outputs: float
     perplexity: float
-    strange: float = 4.0
 
 
 #: The default tolerances by the kind of comparison.
@@ -107,7 +103,7 @@ def bar_note(kind: str, bar: QualityBar, *, has_text: bool) -> str:
 
 def chosen_tolerance(default: Tolerance, tolerance: float | None) -> Tolerance:
     """Return the default tolerance, with the user's own tolerance for outputs if there is one."""
-    return default if tolerance is None else Tolerance(tolerance, default.perplexity, strange=1.0)
+    return default if tolerance is None else Tolerance(tolerance, default.perplexity)
 
 
 @dataclasses.dataclass(frozen=True)

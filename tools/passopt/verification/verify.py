@@ -128,7 +128,7 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
         notes.append(bar_note(kind, bar, has_text=bool(options.tokens)))
     run = _verify_layerwise if options.layerwise else functools.partial(_verify_whole, far=long.layers, notes=notes)
     report = run(reference, candidate, scenarios, tolerance, bar, options)
-    if bar is None and options.tolerance is None and suspects(report.rows):
+    if options.tolerance is None and suspects(report.rows):
         # The rows of layers stand for all scenarios together.
         doubtful = suspects(report.rows)
         some = [scenario for scenario in scenarios if options.layerwise or scenario.name in doubtful]

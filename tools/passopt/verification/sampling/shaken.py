@@ -26,7 +26,7 @@ TURNS = 3
 #: The relative change of the last bits of a number, by dtype.
 LAST_BITS: Mapping[DataType, float] = {DataType.DOUBLE: 1e-7, DataType.FLOAT: 1e-6, DataType.FLOAT16: 1e-3}
 _COARSE = 8e-3
-_NUDGED = frozenset({DataType.FLOAT, DataType.DOUBLE})
+_NUDGED = frozenset({DataType.FLOAT16, DataType.FLOAT, DataType.DOUBLE})
 _NUDGED_BYTES = 1 << 20
 
 
@@ -44,7 +44,7 @@ def shaken_model(model: onnx_ir.Model, turn: int, step: float | None = None) -> 
 
 
 def nudged_model(model: onnx_ir.Model, turn: int) -> onnx_ir.Model:
-    """Return a clone whose smaller fp32 and fp64 weights, such as those of norms, differ by one rounding each.
+    """Return a clone whose smaller weights, such as those of norms, differ by one rounding each.
 
     What such a clone computes is as right as what the model computes. Large weights stay lazy.
     """
