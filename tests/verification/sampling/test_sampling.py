@@ -199,3 +199,12 @@ def test_lengths_that_a_concat_cannot_join_are_no_samples() -> None:
     one = "g (float[a,4,c] x, float[d,e,f] y, float[3,e,c] w) => (float[?,4,c] z) { z = Concat<axis=0>(x, y, w) }"
     found = trace(read_model(f'<ir_version: 10, opset_import: ["" : 18]> {one}'))
     assert {run.shapes["y"][1] for run in found.runs} == {4}
+
+
+def test_a_symbol_has_one_length_in_outputs_too() -> None:
+    """A mask whose rows have a symbol of their own may have one row, or as many as the scores, and no more."""
+    text = "g (float[b,q] x, float[r,q] m) => (float[b,q] y) { y = Add(x, m) }"
+    found = trace(read_model(f'<ir_version: 10, opset_import: ["" : 18]> {text}'))
+    shapes = {(run.shapes["x"][0], run.shapes["m"][0]) for run in found.runs}
+    assert all(rows in (1, batch) for batch, rows in shapes)
+    assert {rows == 1 != batch for batch, rows in shapes} == {True, False}

@@ -265,14 +265,19 @@ def _kind(sample: Sample) -> tuple[object, ...]:
 
 
 def _keeps_outputs(model: onnx_ir.Model, run: Run) -> bool:
-    """Return whether the outputs have the lengths that the model states; inputs that change these are not meant."""
+    """Return whether the outputs have the lengths that the model states; inputs that change these are not meant.
+
+    A symbol of the inputs has one length, also in the shape of an output: where broadcasting makes it another one, the
+    lengths contradict what the model states.
+    """
     for value in model.graph.outputs:
         shape = run.shapes.get(value.name or "")
         if shape is None or value.shape is None or not isinstance(value.type, onnx_ir.TensorType):
             continue
-        dims = list(value.shape.dims)
-        if len(dims) != len(shape) or any(
-            isinstance(dim, int) and dim != n for dim, n in zip(dims, shape, strict=True)
-        ):
+        dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape.dims]
+        if len(dims) != len(shape):
+            return False
+        stated = [None if dim is None else run.sample.lengths.length(dim) for dim in dims]
+        if any(length is not None and length != n for length, n in zip(stated, shape, strict=True)):
             return False
     return True
