@@ -49,8 +49,8 @@ class Conditions:
     def limit(self, phase: str, positions: int | None, subject: str) -> int | None:
         """Return the largest number of columns (past and new ones) for which the trace is known to hold.
 
-        The result is None if nothing limits it. `positions` are those that the model has by its configuration, and
-        `subject` begins a message.
+        That may be one less than the model has by its configuration. The result is None if nothing limits it.
+        `positions` are those that the model has by its configuration, and `subject` begins a message.
 
         Raises:
             ModelError: If the trace does not hold for all lengths up to `positions`.
@@ -62,7 +62,9 @@ class Conditions:
                 broken = self._broken(symbols, sizes)
                 if broken is None:
                     continue
-                if good < (positions or _LEAST):
+                # The last position may be a border that changes nothing, as of max(0, positions - length). Whether it
+                # does is not known, so it is left out, which the model says.
+                if good < (positions or _LEAST) - 1:
                     raise ModelError(f"{subject} {_refusal(broken, sizes, positions)}")
                 return good
             good = total

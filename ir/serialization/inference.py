@@ -58,11 +58,20 @@ def complete_all_types(model: onnx_ir.Model) -> list[Known]:
     return known
 
 
-def forget_types(known: Iterable[Known]) -> None:
-    """Take back what `complete_all_types` filled in, so that a model that is left alone is written as it was read.
+def known_types(model: onnx_ir.Model) -> list[Known]:
+    """Return what is known of the types and shapes of all values, for `forget_types`.
 
     Args:
-        known: The list that `complete_all_types` returned.
+        model: The model.
+    """
+    return [(value, value.type, value.shape) for value in _values(model)]
+
+
+def forget_types(known: Iterable[Known]) -> None:
+    """Take back what was filled in since, so that a model that is left alone is written as it was read.
+
+    Args:
+        known: The list that `complete_all_types` or `known_types` returned.
     """
     for value, kind, shape in known:
         value.type, value.shape = kind, shape

@@ -16,7 +16,7 @@ from passopt.ir.graph.attributes import bodies, bodies_below
 from passopt.ir.graph.completion import complete_node, complete_types
 from passopt.ir.graph.editor import Editor, discard
 from passopt.ir.graph.provenance import called
-from passopt.ir.serialization.inference import complete_all_types, forget_types
+from passopt.ir.serialization.inference import complete_all_types, forget_types, known_types
 from passopt.passes.framework.accuracy import REASSOCIATED, Accuracy
 from passopt.passes.framework.base import Decline, Pass
 from passopt.passes.framework.records import PassResult
@@ -46,8 +46,10 @@ class DecomposePass(Pass):
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Decompose the nodes of the main graph and of all bodies, and count why others stay."""
         complete_types(model)
+        known = known_types(model)
         # What is in bodies has types only where the file states them, so ONNX is asked; that costs a copy of the graph.
-        known = complete_all_types(model) if any(self._finds(body) for body in bodies_below(model.graph)) else []
+        if any(self._finds(body) for body in bodies_below(model.graph)):
+            complete_all_types(model)
         result = PassResult()
         self._expand_all(Editor(model, self.name), {}, result)
         for function in model.functions.values():

@@ -10,13 +10,14 @@ from typing import Any
 import onnx_ir
 import pytest
 
-from passopt.api.export import clean_up
+from passopt.api.export import clean_up, export
 from passopt.frontends.checkpoint import Checkpoint, open_checkpoint
 from passopt.frontends.contract_names import name_dimensions
 from passopt.frontends.export import export_graph
 from passopt.frontends.options import MODEL_TYPES, ExportOptions
 from passopt.frontends.self_check import self_check
 from passopt.ir.errors import CheckError, ModelError, UsageError
+from passopt.ir.graph.decoder import positions_of
 from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.testing.families import CONFIGS, make_family_checkpoint
@@ -243,3 +244,12 @@ def test_dimensions_are_named_by_the_inputs(dimension: str, expected: str) -> No
     node.outputs[0].shape = onnx_ir.Shape([dimension])
     name_dimensions(onnx_ir.Graph([value, past, mask], node.outputs, nodes=[node]), "merged")
     assert node.outputs[0].shape == [expected]
+
+
+def test_the_last_position_of_mpt_is_left_out_and_said_so(tmp_path: Path) -> None:
+    """Its bias begins at max(0, positions - length), which is 0 on both sides of that branch; nobody knows that."""
+    make_family_checkpoint(tmp_path / "mpt", "mpt")
+    result = export(tmp_path / "mpt", tmp_path / "out", dtype="fp32")
+    assert ", at most 63 positions\n" in str(result)
+    assert result.positions == 63
+    assert positions_of(result.model.ir) == 63

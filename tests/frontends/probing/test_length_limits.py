@@ -76,9 +76,23 @@ def test_a_branch_on_the_columns_is_a_limit(phase: str, limit: int) -> None:
 def test_a_branch_below_the_positions_is_refused(phase: str) -> None:
     found = conditions(scaled_beyond(32, lambda ids, states: states.shape[2]), phase)
     with pytest.raises(
-        ModelError, match=r"X takes another branch where not .* <= 32.*test_length_limits.*33 positions"
+        ModelError, match=r"X takes another branch where not .* <= 32.*test_length_limits.*34 positions"
     ):
-        found.limit(phase, 33, "X")
+        found.limit(phase, 34, "X")
+
+
+@pytest.mark.parametrize("phase", ["merged", "prefill", "decode"])
+def test_a_branch_at_the_last_position_only_leaves_that_one_out(phase: str) -> None:
+    """As in MPT, whose bias begins at max(0, positions - length): nobody can know that both branches agree there."""
+
+    def code(ids: Any, mask: Any, states: Any) -> Any:
+        first = max(0, 64 - states.shape[2])
+        return torch.zeros(64, dtype=torch.float32)[first:].sum() + states[:, 0].sum()
+
+    found = conditions(code, phase)
+    assert found.limit(phase, 64, "X") == 63
+    with pytest.raises(ModelError, match=r"X takes another branch"):
+        found.limit(phase, 65, "X")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from passopt.api.model import Model, refuse_existing, write
 from passopt.ir.dtypes import DTYPES
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.completion import complete_types
-from passopt.ir.graph.decoder import SELF_CHECK
+from passopt.ir.graph.decoder import MAX_POSITIONS, SELF_CHECK
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
 from passopt.ir.version import __version__
 from passopt.ir.weights.source_file import SourceFile
@@ -51,6 +51,8 @@ class ExportResult(Result):
         opset: The opset of the graph.
         error: The error of the self-check, max|difference| / max|reference|: a small model of the same class is
             exported and compared with eager torch. None if the self-check was skipped.
+        positions: The number of positions for which the graph is known to hold, if that is fewer than its tables have
+            or it has none; else None.
     """
 
     output: Path
@@ -59,6 +61,7 @@ class ExportResult(Result):
     dtype: str
     opset: int
     error: float | None
+    positions: int | None = None
 
     @property
     def model(self) -> Model:
@@ -70,7 +73,8 @@ class ExportResult(Result):
         if self.error is not None:
             verdict = f"max|Δ|/max|reference| = {self.error:.2e} against eager torch"
         graph = f"{self.nodes} nodes, {self.layers} layers, {self.dtype}, opset {self.opset}"
-        return f"{graph}\nself-check: {verdict}\n→ {self.output}"
+        limit = "" if self.positions is None else f", at most {self.positions} positions"
+        return f"{graph}{limit}\nself-check: {verdict}\n→ {self.output}"
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "output": str(self.output)}
@@ -155,7 +159,8 @@ def export(
         else:
             write(planned, output, StreamOptions(memory, workers), reporter)
     layers = sum((value.name or "").endswith(".key") for value in model.graph.outputs)
-    return ExportResult(output, len(model.graph), layers, dtype, settings.target_opset, error)
+    limit = int(model.metadata_props[MAX_POSITIONS]) if MAX_POSITIONS in model.metadata_props else None
+    return ExportResult(output, len(model.graph), layers, dtype, settings.target_opset, error, limit)
 
 
 def clean_up(model: onnx_ir.Model) -> onnx_ir.Model:
