@@ -12,7 +12,7 @@ from passopt.ir.shapes.dimensions import dimensions, same
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
-from passopt.passes.fusion.not_negative import is_not_negative
+from passopt.passes.fusion.counted_positions import counts_positions
 from passopt.passes.fusion.rotary_tables import first_half, keeps_last_axis
 from passopt.passes.patterns.rewrite_pass import RewritePass
 
@@ -116,7 +116,7 @@ def _table(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> tuple[onnx_ir.Val
     """Return the cos or sin input of the operator for `value` [b, 1, s, 2h], and the position ids.
 
     That is a table [positions, h] with ids [b, s]; or angles [b, s, h] and None, if they are not looked up in a table,
-    or by ids that may be negative.
+    or by ids that are not known to be positions.
     Raises Decline if the shape is another, or if the halves are not known to be equal.
     """
     dims, wanted = dimensions(value) or [], dimensions(x) or []
@@ -128,7 +128,7 @@ def _table(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> tuple[onnx_ir.Val
     looked_up = angles.producer() if angles is not None else None
     if looked_up is not None and looked_up.op_type == "Gather" and _takes_rows(looked_up):
         table, ids = looked_up.inputs
-        if table is not None and is_not_negative(ids) and len(dimensions(table) or []) == 2:
+        if table is not None and counts_positions(ids) and len(dimensions(table) or []) == 2:
             return first_half(op, _whole_table(op, table)), ids
     half = first_half(op, angles) if angles is not None else op.Squeeze(first_half(op, value), [1])
     return _for_every_batch(op, half, x), None

@@ -274,23 +274,32 @@ def test_position_ids_of_a_graph_that_is_no_decoder_may_be_negative():
     assert operators == ["Gather", "Gather", "RotaryEmbedding"]
 
 
-#: Ids that are computed, whether they are known not to be negative, and what is fed.
+#: Ids that are computed, and whether they are known to be positions: as many rows as there are of them.
 IDS = {
     "range": (
         "long = Shape<start = 2, end = 3>(x) l = Squeeze(long, h0) r = Range(k0, l, k1) i = Unsqueeze(r, h0)",
         True,
     ),
-    "absolute clip": ("i = Clip(ids, k0)", True),
-    "upper bound": ('m = Max(ids, k0) i = Clip(m, "", k1)', True),
+    "range and a length": (
+        "long = Shape<start = 2, end = 3>(x) l = Squeeze(long, h0) r = Range(k0, l, k1) p = Add(r, l) "
+        "i = Unsqueeze(p, h0)",
+        True,
+    ),
+    "one position for all": (
+        "long = Shape<start = 2, end = 3>(x) r = Range(k0, k1, k1) i0 = Expand(r, long) i = Unsqueeze(i0, h0)",
+        False,
+    ),
+    "absolute clip": ("i = Clip(ids, k0)", False),
+    "upper bound": ('m = Max(ids, k0) i = Clip(m, "", k1)', False),
     "negative upper bound": ('m = Max(ids, k0) k = Neg(k1) i = Clip(m, "", k)', False),
-    "largest": ("i = Max(ids, k0)", True),
+    "largest": ("i = Max(ids, k0)", False),
     "smallest": ("i = Min(ids, k1)", False),
     "difference": ("i = Sub(ids, k1)", False),
-    "sum": ("m = Max(ids, k0) i = Add(m, k1)", True),
-    "where": ("less = Less(ids, k0) m = Max(ids, k0) i = Where(less, k1, m)", True),
+    "sum": ("m = Max(ids, k0) i = Add(m, k1)", False),
+    "where": ("less = Less(ids, k0) m = Max(ids, k0) i = Where(less, k1, m)", False),
     "where not": ("less = Less(k0, ids) i = Where(less, ids, ids)", False),
     "narrow": ("m = Max(ids, k0) w = Cast<to = 3>(m) i = Cast<to = 6>(w)", False),
-    "wide": ("m = Max(ids, k0) w = Cast<to = 6>(m) i = Cast<to = 7>(w)", True),
+    "wide": ("m = Max(ids, k0) w = Cast<to = 6>(m) i = Cast<to = 7>(w)", False),
     "backwards": (
         "o = Shape<start = 2, end = 3>(x) l = Squeeze(o, h0) r = Range(k0, l, k1) m = Neg(r) i = Unsqueeze(m, h0)",
         False,
