@@ -120,3 +120,13 @@ def test_equal_structure_has_equal_keys_whatever_things_are_called(parsed):
     assert structure_key(cut_at(other, request(other, "f", inside=["e"])), shape_of) != key("f", "e"), (
         "another constant"
     )
+
+
+def test_rows_that_ids_pick_and_the_ids_are_not_sampled_apart(parsed):
+    model = parsed("""g (float[b,s,6] x, int64[b,s] p) => (float[b,s,6] y) <float[8,6] table = random> {
+        ids = Identity(p) rows = Gather(table, ids) turned = Neg(rows) f = Cast<to=1>(ids) m = ReduceMax<keepdims=1>(f)
+        a = Mul(x, turned) y = Add(a, m)
+    }""")
+    for roots, inside in ((["y"], ["a"]), (["y"], ["a", "turned"])):
+        found = cut(request(model, *roots, inside=inside), lambda leaf: True, lambda item: 0)
+        assert {leaf.name for leaf in found.before.leaves} == {"x", "p"}

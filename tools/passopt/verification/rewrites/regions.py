@@ -104,7 +104,7 @@ def cut(request: Request, has_shape: Callable[[onnx_ir.Value], bool], position: 
         if candidates:
             widened.add(max(candidates, key=position).name or "")
             continue
-        derived = _derived(before) | _derived(after)
+        derived = _derived(before) | _derived(after) | _looked_up(before, after)
         if not derived:
             break
         widened |= derived
@@ -113,6 +113,29 @@ def cut(request: Request, has_shape: Callable[[onnx_ir.Value], bool], position: 
     if shapeless:
         raise Unchecked(f"the shape of the input {shapeless[0].name} is unknown")
     return Cut(before, after)
+
+
+def _looked_up(*regions: Region) -> set[str]:
+    """Return the names of leaves that are computed from ids which the cut reads as well, such as rows of a table."""
+    leaves = [(leaf, region) for region in regions for leaf in region.read_leaves()]
+    ids = {leaf.name for leaf, region in leaves if region.side.kinds.of(leaf) == Kind.TOKENS}
+    if not ids:
+        return set()
+    return {leaf.name or "" for region in regions for leaf in region.open_leaves() if _is_made_of(leaf, ids)}
+
+
+def _is_made_of(leaf: onnx_ir.Value, names: Collection[str | None]) -> bool:
+    """Return whether a value is computed, within a few nodes, from one of the named ones."""
+    work, seen = [leaf], {leaf}
+    while work and len(seen) <= _WIDENINGS:
+        node = work.pop(0).producer()
+        for item in node.inputs if node is not None else ():
+            if item is not None and item.name in names:
+                return True
+            if item is not None and item not in seen:
+                seen.add(item)
+                work.append(item)
+    return False
 
 
 def _derived(region: Region) -> set[str]:
