@@ -9,6 +9,7 @@ import onnx_ir
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.builder import MICROSOFT, infer_types
 from passopt.ir.graph.functions import DOMAIN
+from passopt.ir.graph.operators import operators
 from passopt.ir.graph.run_context import RunContext
 from passopt.ir.shapes.dimensions import Dimension, dimensions, factors, is_zero_with, merged_shapes, remaining
 from passopt.ir.shapes.elements import single_length, target_lengths
@@ -16,6 +17,11 @@ from passopt.ir.weights.lazy_weight import small_constant
 
 #: How many nodes are looked at to find that a tensor was empty before.
 _FARTHEST = 16
+#: Operators whose first output has as many elements as their first input.
+_AS_FIRST = operators(
+    "Cast Erf Flatten Gelu Identity LayerNormalization Neg RMSNormalization Relu Reshape Sigmoid Softmax Sqrt Squeeze "
+    "Swish Tanh Transpose Unsqueeze"
+)
 
 
 def complete_types(model: onnx_ir.Model) -> None:
@@ -65,12 +71,15 @@ def _is_complete(value: onnx_ir.Value) -> bool:
 
 
 def _complete_target(node: onnx_ir.Node) -> None:
-    """Set the output shape of a Reshape, Expand, Slice or Range from what it reads, where inference gave up on it."""
+    """Set the output shape of an operator that reads lengths, such as Reshape, where inference gave up on it."""
     if node.op_type == "Slice":
         _complete_slice(node)
         return
     if node.op_type == "Range":
         _complete_range(node)
+        return
+    if node.op_type == "ConstantOfShape":
+        _complete_constant_of_shape(node)
         return
     if node.op_type not in {"Reshape", "Expand"} or _is_complete(node.outputs[0]):
         return
@@ -104,6 +113,14 @@ def _complete_range(node: onnx_ir.Node) -> None:
         node.outputs[0].shape = onnx_ir.Shape([length])
 
 
+def _complete_constant_of_shape(node: onnx_ir.Node) -> None:
+    """Set the shape of a ConstantOfShape to the lengths that it reads; a 0 is a length there."""
+    lengths, output = target_lengths(node.inputs[0]), node.outputs[0]
+    if lengths is not None:
+        known = [None if isinstance(length, int) and length < 0 else length for length in lengths]
+        output.shape = merged_shapes(output.shape, onnx_ir.Shape(known))
+
+
 def _reshaped(
     target: Sequence[Dimension], before: Sequence[Dimension] | None, axis: int, *, is_sure: bool
 ) -> Dimension:
@@ -134,17 +151,44 @@ def _vanishes(length: str, before: Sequence[Dimension], target: Sequence[Dimensi
     return one != other and sorted(symbols) == sorted(wanted)
 
 
-def _is_empty_with(length: str, value: onnx_ir.Value) -> bool:
-    """Return whether a tensor is surely empty wherever a symbolic length is 0, as it was before it was reshaped."""
-    for _ in range(_FARTHEST):
-        if is_zero_with(length, dimensions(value) or []):
+def _is_empty_with(length: str, value: onnx_ir.Value | None) -> bool:
+    """Return whether a tensor is surely empty wherever a symbolic length is 0, as what it was made of is then."""
+    work, looked_at = [value], 0
+    while work and looked_at < _FARTHEST:
+        current = work.pop()
+        if current is None:
+            continue
+        looked_at += 1
+        if is_zero_with(length, dimensions(current) or []):
             return True
-        node = value.producer()
-        source = node.inputs[0] if node is not None and not node.domain and node.inputs else None
-        if node is None or source is None or node.op_type not in {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}:
-            return False
-        value = source
+        work += _empty_sources(current)
     return False
+
+
+def _empty_sources(value: onnx_ir.Value) -> Sequence[onnx_ir.Value | None]:
+    """Return tensors of which each makes `value` empty if it is empty itself."""
+    node = value.producer()
+    if node is None or node.domain or (value.index() != 0 and node.op_type != "Split") or not node.inputs:
+        return ()
+    if node.op_type in _AS_FIRST:
+        return node.inputs[:1]
+    if node.op_type in {"Add", "Div", "Mul", "Sub"}:
+        return node.inputs
+    if node.op_type in {"Gemm", "MatMul"} and not ("transA" in node.attributes and node.attributes["transA"].as_int()):
+        return node.inputs[:1] if _is_long(node.inputs[0], -1) else ()
+    if node.op_type == "Split":
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        return node.inputs[:1] if _is_long(node.inputs[0], axis) else ()
+    return ()
+
+
+def _is_long(value: onnx_ir.Value | None, axis: int) -> bool:
+    """Return whether the length of an axis is known and not 0, so that an empty tensor has another axis of length 0."""
+    dims = dimensions(value) if value is not None else None
+    if not dims or not -len(dims) <= axis < len(dims):
+        return False
+    length = dims[axis]
+    return isinstance(length, int) and length > 0
 
 
 def _expanded(target: Dimension, length: Dimension) -> Dimension:

@@ -108,6 +108,14 @@ def multiple(first: Dimension, second: Dimension) -> Dimension:
     return f"{number}*{symbol}" if symbol.isidentifier() else None
 
 
+def total(first: Dimension, second: Dimension) -> Dimension:
+    """Return the sum of two lengths: a number, or the sum of two symbols under the name that exporters give it."""
+    if isinstance(first, int) and isinstance(second, int):
+        return first + second if first >= 0 and second >= 0 and first + second else None
+    symbols = [dim for dim in (first, second) if isinstance(dim, str) and dim.isidentifier()]
+    return "+".join(sorted(symbols)) if len(set(symbols)) == 2 else None
+
+
 def fraction(first: Dimension, second: Dimension) -> Dimension:
     """Return a multiple of a symbol divided by a number that divides it; None for anything else."""
     number, symbols = factors([first])

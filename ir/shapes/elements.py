@@ -10,10 +10,12 @@ from typing import TypeAlias
 
 import onnx_ir
 
-from passopt.ir.shapes.dimensions import Dimension, dimensions, fraction, multiple
+from passopt.ir.shapes.dimensions import Dimension, dimensions, fraction, multiple, total
 from passopt.ir.shapes.slices import is_disputed
 from passopt.ir.weights.lazy_weight import small_constant
 
+#: What can be said of the sum, product and quotient of two lengths.
+_ARITHMETIC = {"Add": total, "Mul": multiple, "Div": fraction}
 #: The target of a reshape has a handful of elements; a longer vector is data and is not read.
 _LONGEST = 16
 
@@ -228,8 +230,10 @@ def target_lengths(target: onnx_ir.Value | None) -> list[Dimension] | None:
         return None
     dims = [_length_of(item) for item in found]
     node = target.producer() if target is not None else None
-    if None not in found or node is None or node.domain or node.op_type != "Concat":
+    if None not in found or node is None or node.domain or node.op_type not in {"Concat", "Where"}:
         return dims
+    if node.op_type == "Where":
+        return _chosen_lengths(node) or dims
     position = 0
     for part in node.inputs:
         count = len(elements(part) or [])
@@ -237,6 +241,22 @@ def target_lengths(target: onnx_ir.Value | None) -> list[Dimension] | None:
             dims[position] = single_length(part)
         position += count
     return dims
+
+
+def _chosen_lengths(node: onnx_ir.Node) -> list[Dimension] | None:
+    """Read Where(Equal(shape, -1), ones, shape) of a shape that holds sums and products, which are never negative."""
+    compared, shape = node.inputs[0].producer() if node.inputs[0] is not None else None, node.inputs[2]
+    if compared is None or compared.domain or compared.op_type != "Equal" or compared.inputs[0] is not shape:
+        return None
+    found, refused, then = target_lengths(shape), elements(compared.inputs[1]), elements(node.inputs[1])
+    if found is None or refused is None or then is None or not len(found) == len(refused) == len(then):
+        return None
+    lengths: list[Dimension] = []
+    for length, number, other in zip(found, refused, then, strict=True):
+        if not isinstance(number, ConstantElement) or number.number >= 0:
+            return None
+        lengths.append(_length_of(other) if length == number.number else length)
+    return [None if isinstance(length, int) and length < 0 else length for length in lengths]
 
 
 def _length_of(item: Element) -> Dimension:
@@ -258,7 +278,7 @@ def single_length(value: onnx_ir.Value | None) -> Dimension:
         return None
     if node.op_type in _HANDED_ON and _handed_on(node, _listed(node.inputs[0])) is not None:
         return single_length(node.inputs[0])
-    if node.op_type in {"Mul", "Div"}:
-        first, second = (single_length(item) for item in node.inputs)
-        return multiple(first, second) if node.op_type == "Mul" else fraction(first, second)
+    operation = _ARITHMETIC.get(node.op_type)
+    if operation is not None:
+        return operation(*(single_length(item) for item in node.inputs))
     return None

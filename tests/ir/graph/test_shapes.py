@@ -10,6 +10,8 @@ from passopt.ir.graph.completion import complete_outputs, complete_types
 from passopt.ir.serialization.text import parse_model, print_model
 from passopt.ir.shapes.dimensions import dimensions, merged_shapes
 from passopt.ir.shapes.elements import ConstantElement, DimOf, elements, known_numbers
+from passopt.targets.onnxruntime.session import Session
+from passopt.testing.checking import read_model
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "local" : 1]>\n'
 
@@ -286,3 +288,48 @@ def test_a_value_of_unknown_dtype_gets_no_shape(caplog):
     assert (reshaped.type, reshaped.shape) == (None, None)
     onnx_ir.to_proto(model)
     assert not caplog.records
+
+
+LENGTHS = "n0 = Shape<start=0, end=1>(ids) n1 = Shape<start=1, end=2>(ids) p1 = Shape<start=1, end=2>(past)"
+ROWS = "int64[2] flat = {-1, 6}, int64[1] eight = {8}, int64[1] minus = {-1}, int64[2] parts = {5, 3}, int64 zero = {0}"
+ROWS += ", int64 one = {1}, int64[3] minuses = {-1, -1, -1}, int64[3] ones = {1, 1, 1}, int64[1] first = {0}"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        # A linear between two reshapes, as torch writes GPT-2's: rows are empty where the sequence is.
+        ("f = Reshape(x, flat) g = Gemm(f, w, b) t = Concat<axis=0>(n0, n1, eight) v = Reshape(g, t)", "[batch,seq,8]"),
+        ("f = Reshape(x, flat) g = MatMul(f, w) h = Add(b, g) t = Concat<axis=0>(n0, n1, eight) v = Reshape(h, t)",
+         "[batch,seq,8]"),
+        ("f = Reshape(x, flat) g = MatMul(f, w) h, i = Split<axis=1>(g, parts) k = Sigmoid(i) "
+         "t = Concat<axis=0>(n0, n1, minus) v = Reshape(k, t)", "[batch,seq,?]"),
+        # Here a sequence of 0 leaves another length in its place.
+        ("f = Reshape(w, minus) t = Concat<axis=0>(n1, minus) v = Reshape(f, t)", "[?,?]"),
+        # Ranges up to a sum, and constants of computed lengths, of which masks are made.
+        ("s = Squeeze(n1) p = Squeeze(p1) u = Add(p, s) v = Range(zero, u, one)", "[past+seq]"),
+        ("s = Squeeze(n1) u = Add(s, s) v = Range(zero, u, one)", "[?]"),
+        ("t = Concat<axis=0>(n1, n0, eight) v = ConstantOfShape(t)", "[seq,batch,8]"),
+        ("u = Add(p1, n1) t = Concat<axis=0>(n0, n1, u) e = Equal(t, minuses) c = Where(e, ones, t) "
+         "q = ConstantOfShape(ones) v = Expand(q, c)", "[batch,seq,past+seq]"),
+        ("u = Sub(p1, n1) t = Concat<axis=0>(n0, n1, u) e = Equal(t, minuses) c = Where(e, ones, t) "
+         "q = ConstantOfShape(ones) v = Expand(q, c)", "[batch,seq,?]"),
+    ],
+)  # fmt: skip
+def test_lengths_that_graphs_compute_are_those_that_they_have(body, expected):
+    """Each shape is compared with the one that onnxruntime gives, over several lengths."""
+    text = f"""g (float[batch,seq,6] x, int64[batch,seq] ids, int64[batch,past] past,
+        float[6,8] w, float[8] b) => (float[] y) <{ROWS}> {{
+        {LENGTHS} {body} y = Cast<to=1>(v) }}"""
+    found = values(text)["v"].shape
+    assert str(found).replace("None", "?") == expected
+    session = Session(read_model(HEADER.replace(', "local" : 1', "") + text), optimize=False)
+    for batch, seq, past in ((2, 3, 5), (1, 1, 1), (3, 2, 4), (1, 4, 6)):
+        shapes = {"x": (batch, seq, 6), "w": (6, 8), "b": (8,)}
+        feeds = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        feeds |= {"ids": np.ones((batch, seq), np.int64), "past": np.ones((batch, past), np.int64)}
+        lengths = {"batch": batch, "seq": seq, "past+seq": past + seq}
+        stated = [dim if isinstance(dim, int) else lengths.get(dim.value) for dim in found.dims]
+        actual = session.run(feeds)["y"].shape
+        assert len(stated) == len(actual)
+        assert all(one in (None, other) for one, other in zip(stated, actual, strict=True))
