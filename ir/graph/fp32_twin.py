@@ -47,8 +47,9 @@ def _widen_attribute(node: onnx_ir.Node, attribute: onnx_ir.Attr, dtype: DataTyp
     if attribute.is_ref():
         return
     name = attribute.name
-    if attribute.type == onnx_ir.AttributeType.TENSOR and attribute.as_tensor().dtype == dtype:
-        node.attributes[name] = onnx_ir.AttrTensor(name, _wide(attribute.as_tensor()))
+    # as_tensor() would check a protocol, for which a tensor of strings has to know its size in bytes.
+    if attribute.type == onnx_ir.AttributeType.TENSOR and attribute.value.dtype == dtype:
+        node.attributes[name] = onnx_ir.AttrTensor(name, _wide(attribute.value))
     elif name in _DTYPE_ATTRIBUTES and attribute.value == dtype:
         node.attributes[name] = onnx_ir.AttrInt64(name, int(DataType.FLOAT))
 

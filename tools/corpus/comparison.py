@@ -14,6 +14,8 @@ import onnx_ir
 
 from cases import Case
 from engines import Evaluator, Outputs, Refused, Runtime, difference, movement
+from passopt.ir.dtypes import FLOATS
+from passopt.ir.serialization.inference import complete_all_types
 from passopt.passes.framework.accuracy import EXACT, REASSOCIATED, Accuracy
 from variants import Written
 
@@ -176,12 +178,15 @@ class Comparison:
         return "wrong" if difference(outputs, found, accuracy, is_random=False, moved=moved) else "sensitive"
 
     def _jumps(self) -> bool:
-        """Return whether any operator of the original, in bodies and functions too, rounds or compares numbers."""
+        """Return whether an operator of the original, in bodies and functions too, rounds or compares floats.
+
+        Operators on lengths and other integers, and a Cast from a float to another, do not.
+        """
         model = onnx_ir.serde.deserialize_model(self.written.model)
+        complete_all_types(model)
         graphs = [model.graph, *(function.graph for function in model.functions.values())]
-        return any(
-            node.op_type in _JUMPS for graph in graphs for node in onnx_ir.traversal.RecursiveGraphIterator(graph)
-        )
+        nodes = (node for graph in graphs for node in onnx_ir.traversal.RecursiveGraphIterator(graph))
+        return any(node.op_type in _JUMPS and _reads_floats(node) for node in nodes)
 
     def _of_rounded(self, engine: type, feeds: Mapping[str, Any], given: Mapping[str, Any]) -> Outputs | None:
         """Return what the original makes of the numbers that a result is given; None if it does not take them.
@@ -250,6 +255,13 @@ def _checker_message(path: Path) -> str:
 
 def _loads(session: object) -> bool:
     return not isinstance(session, Refused)
+
+
+def _reads_floats(node: onnx_ir.Node) -> bool:
+    """Return whether an operator reads floats, or values of unknown dtype, and is no Cast of them to floats."""
+    if node.op_type == "Cast" and onnx_ir.DataType(node.attributes["to"].as_int()) in FLOATS:
+        return False
+    return any(value is not None and (value.dtype is None or value.dtype in FLOATS) for value in node.inputs)
 
 
 def _ends_process(proto: onnx.ModelProto, feeds: Mapping[str, Any]) -> bool:

@@ -423,3 +423,23 @@ NARROWED = [
 def test_right_casts_raise_no_alarm_where_sampled_inputs_overflow(parsed, checked, text):
     summary = checked(CastModel(dtype="fp16"), parsed(text))
     assert summary.whole or summary.sites
+
+
+def test_random_numbers_are_no_sites(parsed, checked):
+    model = parsed("g (float[n] x) => (float[n] y) { q = RandomNormalLike(x) y = Add(q, x) }")
+    summary = checked(CastModel("fp16"), model)
+    assert "RandomNormalLike draws random numbers" in summary.unchecked
+
+
+def test_strings_beside_a_site_do_not_matter(parsed, checked):
+    model = parsed("""g (float[2] x) => (float[2] y) {
+        a = Constant<value = string[2] {"1.5", "2"}>() b = Cast<to = 1>(a) c = Neg(b) d = Neg(c) y = Add(d, x) }""")
+    summary = checked(CastModel("fp16"), model)
+    assert summary.worst < 2e-2
+
+
+def test_numbers_in_8_bits_are_compared_as_numbers_on_both_sides(parsed, checked):
+    model = parsed("""g (float[4] x) => (float[4] z) {
+        s = Constant<value = float {0.5}>() o = Constant<value_float = 0.0>() zp = Cast<to = 17>(o)
+        q = QuantizeLinear(x, s, zp) z = DequantizeLinear(q, s, zp) }""")
+    checked(CastModel("fp16"), model)

@@ -20,7 +20,7 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import CheckError
 from passopt.ir.graph.decoder import degree_of, find_decoder
-from passopt.ir.graph.operators import random_operators
+from passopt.ir.graph.operators import RANDOM, random_operators
 from passopt.ir.graph.provenance import MODULE, SOURCE
 from passopt.ir.graph.run_context import Replacement, listening
 from passopt.ir.shapes.dimensions import dimensions
@@ -282,6 +282,7 @@ class _Checker:
                 raise Unchecked(self._trace.problem)
             found = cut(request, lambda leaf: self._trace.has(self._name(leaf)), position)
             _refuse_collectives(found)
+            _refuse_random(found)
             key = structure_key(found, self._leaf_key)
             if key not in self._seen:
                 self._compare(rule, found)
@@ -389,6 +390,12 @@ def _pairs(model: onnx_ir.Model, earlier: Trace) -> dict[int, Sample]:
 
 def _has_dtype(array: Any, dtype: onnx_ir.DataType | None) -> bool:
     return dtype is None or dtype == onnx_ir.DataType.STRING or bool(dtype.numpy() == array.dtype)
+
+
+def _refuse_random(found: Cut) -> None:
+    for node in (*found.before.nodes, *found.after.nodes):
+        if node.op_type in RANDOM and not node.domain:
+            raise Unchecked(f"{node.op_type} draws random numbers")
 
 
 def _refuse_collectives(found: Cut) -> None:

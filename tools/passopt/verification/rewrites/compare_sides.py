@@ -193,7 +193,10 @@ def prepare(
     shortened = shortened_axes(cut, largest)
     leaves = {leaf.name or "": leaf for leaf in (*cut.after.leaves, *cut.before.leaves)}
     types = _true_types(leaves, runs, name_of)
-    before, after = (_fp32(runnable(region, shortened, types)) for region in (cut.before, cut.after))
+    # One side may not state the dtype of a root, which decides how its numbers are handed out.
+    pairs = zip(cut.before.roots, cut.after.roots, strict=True)
+    known = [one.dtype if one.dtype is not None else other.dtype for one, other in pairs]
+    before, after = (_fp32(runnable(region, shortened, types, known)) for region in (cut.before, cut.after))
     weights = [*before.weights.values(), *after.weights.values()]
     count = len(runs)
     if any(weight.nbytes // weight.dtype.itemsize > _LARGE for weight in weights):

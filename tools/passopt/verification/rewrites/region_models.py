@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -61,10 +61,15 @@ def shortened_axes(cut: Cut, largest: int) -> dict[int, int]:
     return kept
 
 
-def runnable(region: Region, kept: Mapping[int, int], types: Mapping[str, onnx_ir.DataType] | None = None) -> Runnable:
+def runnable(
+    region: Region,
+    kept: Mapping[int, int],
+    types: Mapping[str, onnx_ir.DataType] | None = None,
+    root_types: Sequence[onnx_ir.DataType | None] = (),
+) -> Runnable:
     """Return the region as a model in which the lengths in `kept` are shortened wherever they appear.
 
-    `types` are dtypes of leaves that the graph does not state, by name.
+    `types` are dtypes of leaves that the graph does not state, by name, and `root_types` those of the roots in order.
     """
     made: dict[onnx_ir.Value, onnx_ir.Value] = {}
     inputs, initializers, weights = [], [], {}
@@ -87,10 +92,11 @@ def runnable(region: Region, kept: Mapping[int, int], types: Mapping[str, onnx_i
     nodes = [_node(node, made, kept) for node in region.nodes]
     outputs = []
     for index, root in enumerate(region.roots):
-        output = _value(f"root.{index}", root.dtype, None)
+        dtype = root.dtype if root.dtype is not None or index >= len(root_types) else root_types[index]
+        output = _value(f"root.{index}", dtype, None)
         if not isinstance(root.type, onnx_ir.TensorType):
             output.type = root.type
-        wide = wide_type(root.dtype)
+        wide = wide_type(dtype)
         if wide is None:
             nodes.append(onnx_ir.Node("", "Identity", [made[root]], outputs=[output]))
         else:
@@ -138,7 +144,8 @@ def _node(node: onnx_ir.Node, made: dict[onnx_ir.Value, onnx_ir.Value], kept: Ma
     outputs = [onnx_ir.Value(name=value.name or "") for value in node.outputs]
     made.update(zip(node.outputs, outputs, strict=True))
     attributes: Iterable[onnx_ir.Attr] = node.attributes.values()
-    if node.op_type == "Constant" and not node.domain and (array := small_constant(node.outputs[0])) is not None:
+    array = small_constant(node.outputs[0]) if node.op_type == "Constant" and not node.domain else None
+    if array is not None and array.dtype == np.int64:
         attributes = [onnx_ir.AttrTensor("value", onnx_ir.tensor(_replaced(array, kept)))]
     inputs = [None if value is None else made[value] for value in node.inputs]
     return onnx_ir.Node(
