@@ -753,7 +753,7 @@ def test_a_model_that_magnifies_roundings_is_known_no_better_than_they_allow(see
     report = verify(offset_scores(tiny_decoder(seed=seed), 3000), join_ranks(ranks, heads=3), options=options)
     assert report.ok, report
     raised = [row for row in report.rows if row.tolerance > 1e-5 and row.output not in {"top-1", "perplexity"}]
-    assert all("one rounding of its weights moves the original by" in row.note for row in raised)
+    assert all("roundings of its weights move the original by" in row.note for row in raised)
 
 
 @BOTH
@@ -795,5 +795,5 @@ def test_a_nudged_model_keeps_masks_and_constants() -> None:
         assert np.array_equal(found[[0, 5, 6]], weight[[0, 5, 6]], equal_nan=True)
         assert np.isfinite(found[1:5]).all()
         assert (found[1:3] != weight[1:3]).all()
-        assert np.allclose(found[:3], weight[:3], rtol=2e-7)
+        assert np.allclose(found[:3], weight[:3], rtol=6e-7)
         assert one.graph.initializers["heads.scale"].const_value is model.graph.initializers["heads.scale"].const_value

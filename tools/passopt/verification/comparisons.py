@@ -59,7 +59,7 @@ def weigh_own_roundings(rows: Sequence[Row], moved: Sequence[Row]) -> list[Row]:
     Some models magnify roundings: ALiBi adds numbers to scores that grow with the position, thousands near the end, and
     an fp32 score rounded there is off by 1e-4. A trained model may compute with large numbers that cancel, above all
     after a cache of random ones. The original itself is only known that well then. `moved` are rows of originals whose
-    weights differ by one rounding, against the original.
+    weights differ by a few roundings, against the original.
     """
     known: dict[tuple[str, str], float] = {}
     for row in moved:
@@ -71,7 +71,7 @@ def weigh_own_roundings(rows: Sequence[Row], moved: Sequence[Row]) -> list[Row]:
 def _weighed(row: Row, moved: float) -> Row:
     if not _is_suspect(row) or not row.error <= _ROOM * moved:
         return row
-    note = f"one rounding of its weights moves the original by {moved:.1e}"
+    note = f"roundings of its weights move the original by {moved:.1e}"
     tolerance = min(_ROOM * moved, _MOST * row.tolerance)
     return dataclasses.replace(row, tolerance=tolerance, note=", ".join(filter(None, (row.note, note))))
 

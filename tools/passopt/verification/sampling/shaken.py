@@ -28,6 +28,8 @@ LAST_BITS: Mapping[DataType, float] = {DataType.DOUBLE: 1e-7, DataType.FLOAT: 1e
 _COARSE = 8e-3
 _NUDGED = frozenset({DataType.FLOAT16, DataType.FLOAT, DataType.DOUBLE})
 _NUDGED_BYTES = 1 << 20
+#: A product that adds up hundreds of numbers in another order is off by a few roundings, not by one.
+_ROUNDINGS = 4
 
 
 def shaken_model(model: onnx_ir.Model, turn: int, step: float | None = None) -> onnx_ir.Model:
@@ -44,7 +46,7 @@ def shaken_model(model: onnx_ir.Model, turn: int, step: float | None = None) -> 
 
 
 def nudged_model(model: onnx_ir.Model, turn: int) -> onnx_ir.Model:
-    """Return a clone whose smaller weights, such as those of norms, differ by one rounding each.
+    """Return a clone whose smaller weights, such as those of norms, differ by a few roundings each.
 
     What such a clone computes is as right as what the model computes. Large weights stay lazy.
     """
@@ -63,10 +65,10 @@ def nudged_model(model: onnx_ir.Model, turn: int) -> onnx_ir.Model:
 
 
 def _nudged(array: Array, random: np.random.Generator) -> Array:
-    """Return each number replaced by a neighbour; zeros, largest numbers and infinities stay, which may be masks."""
-    away = np.where(random.integers(0, 2, array.shape) > 0, np.inf, -np.inf).astype(array.dtype)
-    with np.errstate(over="ignore", under="ignore"):
-        moved = np.nextafter(array, away)
+    """Return each number moved by a few roundings; zeros, largest numbers and infinities stay, which may be masks."""
+    signs = random.integers(0, 2, array.shape) * 2 - 1
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        moved = array + (_ROUNDINGS * signs * np.spacing(np.abs(array))).astype(array.dtype)
     stays = (array == 0) | ~np.isfinite(array) | ~np.isfinite(moved)
     nudged: Array = np.where(stays, array, moved).astype(array.dtype)
     return nudged
