@@ -109,11 +109,14 @@ def multiple(first: Dimension, second: Dimension) -> Dimension:
 
 
 def total(first: Dimension, second: Dimension) -> Dimension:
-    """Return the sum of two lengths: a number, or the sum of two symbols under the name that exporters give it."""
+    """Return the sum of two lengths: a number, or a sum with a symbol under the name that exporters give it."""
     if isinstance(first, int) and isinstance(second, int):
         return first + second if first >= 0 and second >= 0 and first + second else None
-    symbols = [dim for dim in (first, second) if isinstance(dim, str) and dim.isidentifier()]
-    return "+".join(sorted(symbols)) if len(set(symbols)) == 2 else None
+    parts = [first, second]
+    if any(dim is None or (isinstance(dim, int) and dim < 1) for dim in parts) or first == second:
+        return None
+    is_plain = all(isinstance(dim, int) or (dim is not None and dim.isidentifier()) for dim in parts)
+    return "+".join(sorted(map(str, parts))) if is_plain else None
 
 
 def fraction(first: Dimension, second: Dimension) -> Dimension:

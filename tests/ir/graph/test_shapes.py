@@ -259,10 +259,10 @@ def test_a_slice_keeps_the_axes_that_it_does_not_cut():
 
 @pytest.mark.parametrize(
     ("call", "expected"),
-    [("i0, n, i1", "[batch]"), ("i1, n, i1", "[?]"), ("i0, n, i2", "[?]"), ("i0, m, i1", "[?]")],
+    [("i0, n, i1", "[batch]"), ("i1, n, i1", "[?]"), ("i0, n, i2", "[?]"), ("i0, m, i1", "[1+batch]")],
 )
 def test_a_range_up_to_a_length_is_as_long(call, expected):
-    """With another start or step, or with a limit that is computed, it is not known to be."""
+    """With another start or step, it is not known to be; a limit may be the sum of a length and a number."""
     text = f"""g (float[batch,seq] x) => (int64[k] y) <int64 i0 = {{0}}, int64 i1 = {{1}}, int64 i2 = {{2}}> {{
         s = Shape(x) n = Gather(s, i0) m = Add(n, i1) v = Range({call}) y = Neg(v) }}"""
     assert str(values(text)["v"].shape).replace("None", "?") == expected
@@ -309,6 +309,8 @@ ROWS += ", int64 one = {1}, int64[3] minuses = {-1, -1, -1}, int64[3] ones = {1,
         # Ranges up to a sum, and constants of computed lengths, of which masks are made.
         ("s = Squeeze(n1) p = Squeeze(p1) u = Add(p, s) v = Range(zero, u, one)", "[past+seq]"),
         ("s = Squeeze(n1) u = Add(s, s) v = Range(zero, u, one)", "[?]"),
+        ("p = Squeeze(p1) u = Add(p, one) v = Range(zero, u, one)", "[1+past]"),
+        ("p = Squeeze(p1) u = Add(p, zero) v = Range(zero, u, one)", "[?]"),
         ("t = Concat<axis=0>(n1, n0, eight) v = ConstantOfShape(t)", "[seq,batch,8]"),
         ("u = Add(p1, n1) t = Concat<axis=0>(n0, n1, u) e = Equal(t, minuses) c = Where(e, ones, t) "
          "q = ConstantOfShape(ones) v = Expand(q, c)", "[batch,seq,past+seq]"),
@@ -328,7 +330,7 @@ def test_lengths_that_graphs_compute_are_those_that_they_have(body, expected):
         shapes = {"x": (batch, seq, 6), "w": (6, 8), "b": (8,)}
         feeds = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
         feeds |= {"ids": np.ones((batch, seq), np.int64), "past": np.ones((batch, past), np.int64)}
-        lengths = {"batch": batch, "seq": seq, "past+seq": past + seq}
+        lengths = {"batch": batch, "seq": seq, "past+seq": past + seq, "1+past": 1 + past}
         stated = [dim if isinstance(dim, int) else lengths.get(dim.value) for dim in found.dims]
         actual = session.run(feeds)["y"].shape
         assert len(stated) == len(actual)
