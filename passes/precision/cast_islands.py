@@ -51,9 +51,15 @@ _FOLLOWS = operators(
 _NARROWS = operators(
     "Attention Conv ConvTranspose DequantizeLinear Einsum Gemm LayerNormalization MatMul RMSNormalization",
 )
+_NEVER = 1 << 30
 #: Operators that ONNX defines by others, which take the dtype from this opset on only: Clip by Where, and the loss by
-#: NegativeLogLikelihoodLoss.
-_LATE_BODIES = {("Clip", DataType.BFLOAT16): 16, ("SoftmaxCrossEntropyLoss", DataType.BFLOAT16): 22}
+#: NegativeLogLikelihoodLoss. That of MeanVarianceNormalization adds a constant in fp32.
+_LATE_BODIES = {
+    ("Clip", DataType.BFLOAT16): 16,
+    ("SoftmaxCrossEntropyLoss", DataType.BFLOAT16): 22,
+    ("MeanVarianceNormalization", DataType.FLOAT16): _NEVER,
+    ("MeanVarianceNormalization", DataType.BFLOAT16): _NEVER,
+}
 #: The attributes by which operators state the dtype of their output.
 STATED = ("to", "dtype", "output_dtype", "output_datatype")
 #: Operators that are moved to fp32 if their outputs are only read in fp32 and their inputs are read in fp32 anyway; one
@@ -339,9 +345,12 @@ class Islands:
             return False
         if self.opset < _LATE_BODIES.get((node.op_type, self.target), 0):
             return False
-        # An output whose dtype neither inputs nor attributes state has a dtype of its own, as the mean of a norm has.
+        # An output whose dtype neither inputs nor attributes state has a dtype of its own, as the mean of a norm has,
+        # or the default of an attribute that the node leaves out; a default of 0 means that of an input.
         follows = {formal.type_str for formal in read}
-        return any(key in schema.attributes for key in STATED) or all(one.type_str in follows for one in given)
+        known = [key for key in STATED if key in schema.attributes]
+        states = any(key in node.attributes or not schema.attributes[key].default_value.i for key in known)
+        return states or all(one.type_str in follows for one in given)
 
 
 def _formals(

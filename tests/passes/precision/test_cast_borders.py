@@ -218,6 +218,9 @@ def test_optional_values():
      "QuantizeLinear"),
     ('<float[1] k = {3}> { h = Neg(x) y = Resize (h, , k) }', "Resize"),
     ("{ h = Neg(x) m = MeanVarianceNormalization <axes = [0]> (h) y = Relu(m) }", "MeanVarianceNormalization"),
+    ("<int64 bins = {5}, int64 length = {8}, int64 rate = {80}, float low = {0}, float high = {40}> "
+     "{ m = MelWeightMatrix(bins, length, rate, low, high) r = ReduceMax <keepdims = 0> (m) y = Add(x, r) }",
+     "MelWeightMatrix"),
 ])  # fmt: skip
 def test_what_takes_no_16_bits_reads_and_gives_fp32(body, kept):
     """Islands by the schemas of the model's own opset."""
