@@ -129,6 +129,32 @@ def test_a_lossy_pass_may_not_lose_anything(
         del REGISTERED[step]
 
 
+@pytest.mark.parametrize(("agrees", "kind"), [(True, "ok"), (False, "wrong"), (None, "wrong")])
+def test_where_engines_differ_on_the_original_the_reference_decides(
+    corpus: Any, case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agrees: bool | None, kind: str
+) -> None:
+    """And where the reference does not run the result, it stays wrong."""
+
+    class Reference:
+        name = "reference"
+
+        def __init__(self, path: Path) -> None:
+            self.is_result = "result" in str(path)
+            if self.is_result and agrees is None:
+                raise corpus.engines.Refused("no such operator", lacks_kernel=True)
+
+        def run(self, feeds: Any) -> list[Any]:
+            return [np.full((2, 3), 7 if agrees or not self.is_result else 8, np.float32)]
+
+    monkeypatch.setattr(corpus.comparison, "Evaluator", Reference)
+    step = faulty("corpus-fault", swapped("Mul"))
+    try:
+        corpus.outcomes._PIPELINES.clear()
+        assert outcomes(corpus, case, step, tmp_path)[step].kind == kind
+    finally:
+        del REGISTERED[step]
+
+
 def test_a_refusal_is_none(corpus: Any, case: Any, tmp_path: Path) -> None:
     found = outcomes(corpus, case, "int8", tmp_path)["int8"]
     assert (found.kind, "quantize-weights" in found.detail) == ("refused", True)

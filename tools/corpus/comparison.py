@@ -71,6 +71,7 @@ class Comparison:
         """Return what became of a model that a pass changed."""
         if not _checker_message(self.path) and (message := _checker_message(result.path)):
             return Outcome("invalid", f"checker: {message}")
+        doubtful = Outcome("not comparable")
         for engine in (Runtime, Evaluator):
             expected = self.computed(engine)
             try:
@@ -81,10 +82,11 @@ class Comparison:
                 continue
             outcome = self._numbers(session, expected, result) if expected else None
             if outcome is not None and outcome.kind == "wrong" and engine is Runtime and self._engines_differ():
-                continue  # such as the numbers that Attention gives for scores that a mask hides
+                doubtful = outcome  # such as the numbers that Attention gives for scores that a mask hides
+                continue
             if outcome is not None:
                 return outcome
-        return Outcome("not comparable")
+        return doubtful
 
     def _engines_differ(self) -> bool:
         """Return whether onnxruntime and the reference compute other numbers of the original, on the case's inputs."""

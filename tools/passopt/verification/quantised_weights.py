@@ -115,15 +115,10 @@ def _beyond_rounding(one: Expression, two: Expression, dtype: DataType | None) -
 
 def numbers_of_codes(weight: Expression, codes: Expression, scales: Expression) -> Array | None:
     """Return codes times scales, in the orientation of the weight that they stand for; None if they do not fit it."""
-    if len(weight.shape) != 2 or sorted(weight.shape) != sorted(codes.shape) or len(scales.shape) != 1:
-        return None
-    with Evaluator() as evaluator:
-        numbers, factors = (evaluator.array(part).astype(np.float32) for part in (codes, scales))
-        original = evaluator.array(weight).astype(np.float32)
+    original, candidates = _dequantised(weight, codes, scales)
     best: Array | None = None
     apart = float("inf")
-    for axis in (axis for axis in (0, 1) if numbers.shape[axis] == len(factors)):
-        made = numbers * (factors[:, None] if axis == 0 else factors)
+    for made, _ in candidates:
         rounded = made.astype(scales.dtype.numpy()).astype(np.float32)
         for one in (rounded, rounded.T):
             if one.shape == original.shape and (distance := float(np.abs(one - original).mean())) < apart:
@@ -132,19 +127,28 @@ def numbers_of_codes(weight: Expression, codes: Expression, scales: Expression) 
 
 
 def _error(name: str, weight: Expression, codes: Expression, scales: Expression) -> ChannelError | None:
-    if len(weight.shape) != 2 or sorted(weight.shape) != sorted(codes.shape) or len(scales.shape) != 1:
-        return None
-    with Evaluator() as evaluator:
-        numbers, factors = (evaluator.array(part).astype(np.float32) for part in (codes, scales))
-        original = evaluator.array(weight).astype(np.float32)
+    original, candidates = _dequantised(weight, codes, scales)
     best: ChannelError | None = None
-    for axis in (axis for axis in (0, 1) if numbers.shape[axis] == len(factors)):
-        made = numbers * (factors[:, None] if axis == 0 else factors)
+    for made, axis in candidates:
         for one in (original, original.T):
             if one.shape == made.shape:
                 found = _worst_channel(name, one, made, axis)
                 best = found if best is None or found.steps < best.steps else best
     return best
+
+
+def _dequantised(weight: Expression, codes: Expression, scales: Expression) -> tuple[Array, list[tuple[Array, int]]]:
+    """Return a weight, and codes times scales for each axis that the scales may belong to, all in fp32.
+
+    There are none if the codes are no matrix of as many rows and columns, in either order.
+    """
+    if len(weight.shape) != 2 or sorted(weight.shape) != sorted(codes.shape) or len(scales.shape) != 1:
+        return np.empty((0, 0), np.float32), []
+    with Evaluator() as evaluator:
+        numbers, factors = (evaluator.array(part).astype(np.float32) for part in (codes, scales))
+        original = evaluator.array(weight).astype(np.float32)
+    axes = [axis for axis in (0, 1) if numbers.shape[axis] == len(factors)]
+    return original, [(numbers * (factors[:, None] if axis == 0 else factors), axis) for axis in axes]
 
 
 def _worst_channel(name: str, original: Array, made: Array, axis: int) -> ChannelError:
