@@ -13,8 +13,10 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
 
-# As many workers as there are cores, each with one thread for linear algebra, so that they do not compete.
+# As many workers as there are cores, each with one thread for linear algebra, so that they do not compete. For the same
+# reason, threads of compiled kernels sleep where they have nothing to do, and do not wait for work in a loop.
 test: export OMP_NUM_THREADS := 1
+test: export TVM_THREAD_POOL_SPIN_COUNT := 0
 test: $(INSTALLED)  ## Run all tests, with warnings as errors; FAST=1 leaves out those that are marked slow.
 	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(if $(FAST),-m "not slow")
 

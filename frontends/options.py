@@ -63,6 +63,11 @@ class ExportOptions:
                 f"the torchscript exporter writes opset ≤ {_LAST_TORCHSCRIPT_OPSET}, not {self.target_opset}; "
                 f"the dynamo exporter writes up to {OPSETS[-1]}, and the pass legalize raises the opset of a graph"
             )
+        if self.exporter == "torchscript" and self.alibi == "baked":
+            raise UsageError(
+                "the torchscript exporter cannot slice a baked ALiBi mask; leave out `alibi`, which computes the mask, "
+                "or take the dynamo exporter"
+            )
 
     @property
     def target_opset(self) -> int:

@@ -15,7 +15,8 @@ import numpy as np
 
 from passopt.frontends.checkpoint import LFS_POINTER
 from passopt.ir.errors import ModelError
-from passopt.ir.weights.expressions import DataType, SourceFile
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.source_file import SourceFile
 from passopt.ir.weights.sources import identify
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

@@ -21,6 +21,14 @@ def bodies(node: onnx_ir.Node) -> Iterator[onnx_ir.Graph]:
             yield from attribute.as_graphs()
 
 
+def bodies_below(graph: onnx_ir.Graph) -> Iterator[onnx_ir.Graph]:
+    """Yield the bodies of all nodes of a graph, and those of the nodes inside of them."""
+    for node in graph:
+        for body in bodies(node):
+            yield body
+            yield from bodies_below(body)
+
+
 def attributes_key(node: onnx_ir.Node) -> tuple[object, ...]:
     """Return a hashable key of all attributes of a node, equal for nodes with equal attributes.
 

@@ -20,6 +20,7 @@ from passopt.ir.graph.attributes import attributes_key
 from passopt.ir.graph.functions import DOMAIN, grown, infer_function_types
 from passopt.ir.graph.operators import COLLECTIVE_OPS, infer_contrib_types, is_runtime_operator
 from passopt.ir.graph.provenance import called
+from passopt.ir.shapes.slices import is_disputed
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
 
@@ -30,6 +31,14 @@ Inferred: TypeAlias = "tuple[onnx_ir.DataType | None, tuple[int | str | None, ..
 TypesMemo: TypeAlias = dict[Hashable, list[Inferred]]
 _SCALARS = frozenset({int, float, str})
 _GRAPHS = frozenset({onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS})
+#: Operators whose inference in ONNX is wrong or absent in some opsets, and the opset that has it right for the same
+#: operator: the Slice of opset 10 keeps the symbol of an axis that it cuts, and an older If takes the shape of either
+#: branch; comparisons that began as functions got no shape.
+_OPSET_OF_INFERENCE = {
+    ("Slice", 10): 11,
+    **{("If", opset): 11 for opset in range(1, 11)},
+    **{(name, opset): 16 for name in ("GreaterOrEqual", "LessOrEqual") for opset in range(12, 16)},
+}
 
 #: The domain of the collectives, which passopt writes beside ONNX's own operators.
 MICROSOFT = "com.microsoft"
@@ -203,6 +212,8 @@ def infer_types(node: onnx_ir.Node, opset: int, memo: TypesMemo | None = None) -
         found = _inferred(node, opset)
         if memo is not None and key is not None:
             memo[key] = found
+    if is_disputed(node):
+        found = [(dtype, None if dims is None else (None,) * len(dims)) for dtype, dims in found]
     for value, (dtype, dims) in zip(node.outputs, found, strict=True):
         if dtype is not None:
             value.type = onnx_ir.TensorType(dtype)
@@ -259,7 +270,7 @@ def _inferred(node: onnx_ir.Node, opset: int) -> list[Inferred]:
         if constant is not None:
             data[value.name] = onnx.numpy_helper.from_array(constant, value.name)
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
+        schema = onnx.defs.get_schema(node.op_type, _OPSET_OF_INFERENCE.get((node.op_type, opset), opset), "")
     except onnx.defs.SchemaError:
         raise VerifyError(
             f"{called(node)}: no such operator in opset {opset}; if a later one has it, run legalize"

@@ -13,6 +13,7 @@ from passopt.ir.errors import ModelError, VerifyError
 from passopt.ir.graph.builder import MICROSOFT
 from passopt.ir.graph.decoder import COLLECTIVE
 from passopt.ir.graph.operators import COLLECTIVE_OPS
+from passopt.ir.graph.provenance import called
 
 Dim: TypeAlias = "int | str | None"
 
@@ -39,7 +40,7 @@ def schedule_of(model: onnx_ir.Model) -> tuple[Collective, ...]:
     for position, (entry, node) in enumerate(zip(schedule, nodes, strict=True)):
         if entry.index != position:
             raise VerifyError(
-                f"{node.op_type} {node.name!r}: is number {position} in graph order, its {COLLECTIVE} is "
+                f"{called(node)}: is number {position} in graph order, its {COLLECTIVE} is "
                 f"{node.metadata_props.get(COLLECTIVE)!r}; ranks would wait for each other"
             )
     return schedule
@@ -52,7 +53,7 @@ def is_collective(node: onnx_ir.Node) -> bool:
 
 def _entry(node: onnx_ir.Node) -> Collective:
     value = node.inputs[0]
-    assert value is not None, f"{node.op_type} {node.name!r} has no input"
+    assert value is not None, f"{called(node)} has no input"
     index = node.metadata_props.get(COLLECTIVE, "")
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else None
     shape = None if value.shape is None else tuple(_dim(dim) for dim in value.shape.dims)

@@ -58,6 +58,13 @@ def find_decoder(model: onnx_ir.Model) -> Decoder | None:
     return Decoder(len(pasts), heads, width, POSITION_IDS in inputs, dtype)
 
 
+def is_position_input(value: onnx_ir.Value) -> bool:
+    """Return whether a value is the input position_ids of an exported decoder, which callers never give below 0."""
+    graph = value.graph if value.name == POSITION_IDS and value.is_graph_input() else None
+    names = [item.name or "" for item in graph.inputs] if graph is not None else []
+    return INPUT_IDS in names and any(_PAST_KEY.match(name) for name in names)
+
+
 def layer_count(model: onnx_ir.Model) -> int | None:
     """Return the number of decoder layers, or None if the graph shows none.
 

@@ -16,13 +16,13 @@ from passopt.ir.graph.functions import DOMAIN, local_function
 from passopt.ir.graph.node_order import NodeOrder
 from passopt.ir.graph.provenance import provenance_of
 from passopt.ir.graph.run_context import Replacement, RunContext
-from passopt.ir.graph.shapes import merged_shapes
+from passopt.ir.shapes.dimensions import clash, merged_shapes
 
 _GRAPH, _GRAPHS = onnx_ir.AttributeType.GRAPH, onnx_ir.AttributeType.GRAPHS
 
 
 class Editor:
-    """Edits the main graph of a model on behalf of a pass.
+    """Edits the main graph of a model on behalf of a pass; `inside` gives an editor of a body of If, Loop or Scan.
 
     Args:
         model: The model, which is changed in place.
@@ -46,6 +46,21 @@ class Editor:
         self._names: set[str] | None = None
         self._counters: dict[str, int] = {}
         self._order = NodeOrder(model.graph)
+
+    def inside(self, body: onnx_ir.Graph) -> Editor:
+        """Return an editor of a body of an If, Loop or Scan, at any depth, which makes names for this graph too.
+
+        New initializers become those of the main graph, which all bodies can read.
+
+        Args:
+            body: The graph that the new editor changes.
+        """
+        editor = Editor(self.model, self.author)
+        editor.graph, editor._order = body, NodeOrder(body)
+        if self._names is None:
+            self.survey()
+        editor._names, editor._counters = self._names, self._counters
+        return editor
 
     def unique(self, name: str) -> str:
         """Return `name`, or the first of `name.2`, `name.3` and so on that no value or node has yet, and reserve it.
@@ -118,13 +133,14 @@ class Editor:
         Raises:
             VerifyError: If a node calls a passopt function that has no definition over the model's opset.
         """
+        main = self.model.graph
         for value in built.initializers:
-            self.graph.register_initializer(value)
+            main.register_initializer(value)
         provenance = provenance_of(self.author, list(origins))
         for node in built.nodes:
             node.metadata_props.update(provenance)
-            if node.domain and node.domain not in self.graph.opset_imports:
-                self.graph.opset_imports[node.domain] = 1
+            if node.domain and node.domain not in main.opset_imports:
+                main.opset_imports[node.domain] = 1
             self._define_function(node)
         if after is not None:
             self.graph.insert_after(after, built.nodes)
@@ -240,7 +256,7 @@ class Editor:
         work = list(nodes)
         while work:
             node = work.pop()
-            if node in dead or node.graph is None or not _is_read_only_by(node, dead):
+            if node in dead or node.graph is not self.graph or not _is_read_only_by(node, dead):
                 continue
             dead[node] = None
             for value in node.inputs:
@@ -270,9 +286,10 @@ class Editor:
         """
         if is_read(value) or value.is_graph_input() or value.name is None:
             return False
-        if self.graph.initializers.get(value.name) is not value:
+        owner = next((graph for graph in (self.graph, self.model.graph) if _owns(graph, value)), None)
+        if owner is None:
             return False
-        del self.graph.initializers[value.name]
+        del owner.initializers[value.name]
         return True
 
     def _identity(self, value: onnx_ir.Value, old: onnx_ir.Value, origins: Sequence[onnx_ir.Node]) -> onnx_ir.Value:
@@ -297,7 +314,8 @@ class Editor:
         first = min(roots, key=self._order.position)
         inside = set(built.nodes)
         values = (value for node in built.nodes for value in node.inputs if value is not None)
-        producers = {producer for value in values if (producer := value.producer()) is not None} - inside
+        found = {producer for value in values if (producer := value.producer()) is not None} - inside
+        producers = (node for node in found if node.graph is self.graph)
         latest = max(producers, key=self._order.position, default=first)
         if self._order.position(latest) < self._order.position(first):
             self.insert(built, first, origins)
@@ -330,6 +348,11 @@ class Editor:
             self._order.insert(moved, after=last)
 
 
+def _owns(graph: onnx_ir.Graph, value: onnx_ir.Value) -> bool:
+    """Return whether a value is an initializer of this very graph."""
+    return value.name is not None and graph.initializers.get(value.name) is value
+
+
 def discard(built: Built) -> None:
     """Disconnect built nodes that are not wanted from their inputs, so that they do not count as readers of them."""
     for node in built.nodes:
@@ -342,7 +365,7 @@ def _check_statements(built: Built, rule: str) -> None:
     for value, (dtype, shape) in built.inferred.items():
         if dtype is not None and value.dtype != dtype:
             raise VerifyError(f"{rule}: states {value.dtype} for {value.name!r}, {_operator(value)} gives {dtype.name}")
-        if shape is not value.shape and _clash(shape, value.shape):
+        if shape is not value.shape and clash(shape, value.shape):
             raise VerifyError(f"{rule}: states {value.shape} for {value.name!r}, {_operator(value)} gives {shape}")
 
 
@@ -351,34 +374,13 @@ def _operator(value: onnx_ir.Value) -> str:
     return "its node" if node is None else node.op_type
 
 
-def _clash(one: onnx_ir.Shape | None, other: onnx_ir.Shape | None) -> bool:
-    """Return whether both shapes are known and cannot be equal.
-
-    They cannot be equal if numbers differ, or if the same symbols stand in another order.
-    """
-    if one is None or other is None:
-        return False
-    if len(one) != len(other):
-        return True
-    pairs = list(zip(one.dims, other.dims, strict=True))
-    if any(isinstance(x, int) and isinstance(y, int) and x != y for x, y in pairs):
-        return True
-    symbols = [(x.value, y.value) for x, y in pairs if not isinstance(x, int) and not isinstance(y, int)]
-    moved = [(x, y) for x, y in symbols if x != y]
-    return (
-        bool(moved)
-        and None not in {x for pair in moved for x in pair}
-        and {x for x, _ in moved} == {y for _, y in moved}
-    )
-
-
 def _check_replacement(old: onnx_ir.Value, new: onnx_ir.Value, rule: str) -> None:
     if old.dtype is not None and new.dtype is not None and old.dtype != new.dtype:
         raise VerifyError(
             f"{rule}: would replace {old.name!r} ({old.dtype.name}) by {new.name!r} ({new.dtype.name}); "
             f"a rewrite must keep the dtype"
         )
-    if _clash(old.shape, new.shape):
+    if clash(old.shape, new.shape):
         raise VerifyError(
             f"{rule}: would replace {old.name!r} of shape {old.shape} by {new.name!r} of shape {new.shape}; "
             f"a rewrite must keep the shape"

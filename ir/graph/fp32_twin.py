@@ -1,4 +1,4 @@
-"""Make the fp32 twin of a bf16 graph, so that onnxruntime, which has no bf16 kernels on a CPU, can run and check it."""
+"""Make the fp32 twin of a graph in 16 bits: onnxruntime has no bf16 kernels on a CPU, and roundings hide errors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from passopt.ir.weights.lazy_weight import LazyWeight
 _DTYPE_ATTRIBUTES = {"to", "dtype", "output_dtype", "output_datatype"}
 
 
-def fp32_twin(model: onnx_ir.Model) -> onnx_ir.Model:
-    """Return a clone with every BFLOAT16 (values, casts, constants, weights) replaced by FLOAT; weights stay lazy."""
+def fp32_twin(model: onnx_ir.Model, dtype: DataType = DataType.BFLOAT16) -> onnx_ir.Model:
+    """Return a clone with every `dtype` (values, casts, constants, weights) replaced by FLOAT; weights stay lazy."""
     twin = model.clone()
     for graph in _all_graphs(twin):
         for value in (*graph.inputs, *graph.initializers.values()):
-            _widen_value(value)
+            _widen_value(value, dtype)
         for node in graph:
             for output in node.outputs:
-                _widen_value(output)
+                _widen_value(output, dtype)
             for attribute in list(node.attributes.values()):
-                _widen_attribute(node, attribute)
+                _widen_attribute(node, attribute, dtype)
     return twin
 
 
@@ -36,20 +36,20 @@ def _all_graphs(model: onnx_ir.Model) -> Iterator[onnx_ir.Graph]:
         yield from function.subgraphs()
 
 
-def _widen_value(value: onnx_ir.Value) -> None:
-    if value.dtype == DataType.BFLOAT16:
+def _widen_value(value: onnx_ir.Value, dtype: DataType) -> None:
+    if value.dtype == dtype:
         value.type = onnx_ir.TensorType(DataType.FLOAT)  # A new object: a clone shares its types with the original.
-    if value.const_value is not None and value.const_value.dtype == DataType.BFLOAT16:
+    if value.const_value is not None and value.const_value.dtype == dtype:
         value.const_value = _wide(value.const_value)
 
 
-def _widen_attribute(node: onnx_ir.Node, attribute: onnx_ir.Attr) -> None:
+def _widen_attribute(node: onnx_ir.Node, attribute: onnx_ir.Attr, dtype: DataType) -> None:
     if attribute.is_ref():
         return
     name = attribute.name
-    if attribute.type == onnx_ir.AttributeType.TENSOR and attribute.as_tensor().dtype == DataType.BFLOAT16:
+    if attribute.type == onnx_ir.AttributeType.TENSOR and attribute.as_tensor().dtype == dtype:
         node.attributes[name] = onnx_ir.AttrTensor(name, _wide(attribute.as_tensor()))
-    elif name in _DTYPE_ATTRIBUTES and attribute.value == DataType.BFLOAT16:
+    elif name in _DTYPE_ATTRIBUTES and attribute.value == dtype:
         node.attributes[name] = onnx_ir.AttrInt64(name, int(DataType.FLOAT))
 
 

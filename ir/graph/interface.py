@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import onnx_ir
 
 from passopt.ir.errors import VerifyError
-from passopt.ir.graph.shapes import Dimension, dimensions
+from passopt.ir.shapes.dimensions import Dimension, dimensions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,15 @@ def called(node: onnx_ir.Node) -> str:
     Returns:
         Such as ``Gelu 'act'``, or ``Gelu that makes 'y'``.
     """
-    made = next((value.name for value in node.outputs if value.name), None)
-    return f"{node.op_type} {node.name!r}" if node.name or not made else f"{node.op_type} that makes {made!r}"
+    return described(node.op_type, node.name, [value.name for value in node.outputs])
+
+
+def described(op_type: str, name: str | None, outputs: Iterable[str | None]) -> str:
+    """Return what `called` does, of a node that is given by its operator, its name and the names of its outputs."""
+    if name:
+        return f"{op_type} {name!r}"
+    made = next(filter(None, outputs), None)
+    return f"{op_type} that makes {made!r}" if made else f"{op_type} without a name"
 
 
 def set_provenance(node: onnx_ir.Node, author: str, origins: Sequence[onnx_ir.Node]) -> None:

@@ -14,8 +14,8 @@ import re
 import onnx_ir
 
 from passopt.ir.graph.attributes import attributes_key
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import expression_of
+from passopt.ir.weights.literals import Literal
 
 _NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 _SHORTEST_BLOCK = 8

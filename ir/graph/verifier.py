@@ -19,6 +19,7 @@ from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import bodies
 from passopt.ir.graph.builder import infer_types
 from passopt.ir.graph.operators import is_runtime_operator
+from passopt.ir.graph.provenance import called
 from passopt.ir.graph.run_context import RunContext
 from passopt.ir.weights.lazy_weight import LazyWeight
 
@@ -78,7 +79,7 @@ def _verify_graph(graph: onnx_ir.Graph | onnx_ir.Function, model: onnx_ir.Model,
             _verify_graph(body, model, _Scope(scope.opsets, frozenset(known), (*nodes, *scope.nodes), is_body=True))
         for value in node.outputs:
             if value.name or value.uses() or value.is_graph_output():
-                define(value, index, f"output of {node.op_type} {node.name!r}")
+                define(value, index, f"output of {called(node)}")
     for value in graph.outputs:
         if id(value) not in known:
             raise fail(len(nodes) - 1, f"graph output {value.name!r} is not produced by any node of the graph")
@@ -123,13 +124,13 @@ def _verify_files(model: onnx_ir.Model) -> None:
 
 
 def _undefined(node: onnx_ir.Node, position: int, value: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> str:
-    where = f"{node.op_type} {node.name!r}: input {position} {value.name!r}"
+    where = f"{called(node)}: input {position} {value.name!r}"
     producer = value.producer()
     if producer is None:
         return f"{where} is neither a graph input, an initializer nor the output of a node"
     if any(producer is other for other in nodes):
-        return f"{where} is used before its producer {producer.op_type} {producer.name!r}"
-    return f"{where} is produced by {producer.op_type} {producer.name!r}, which is not in the graph"
+        return f"{where} is used before its producer {called(producer)}"
+    return f"{where} is produced by {called(producer)}, which is not in the graph"
 
 
 #: onnx takes no larger version of an opset.
@@ -166,21 +167,21 @@ def _verify_operator(
         return
     version = opsets.get(node.domain)
     if version is None:
-        raise fail(index, f"{node.op_type} {node.name!r}: domain {node.domain!r} has no opset import")
+        raise fail(index, f"{called(node)}: domain {node.domain!r} has no opset import")
     if node.domain:
         return
     signature = _signature(node.op_type, version)
     if signature is None and is_runtime_operator(node, version):
         return
     if signature is None:
-        raise fail(index, f"{node.op_type} {node.name!r}: no such operator in opset {version}")
+        raise fail(index, f"{called(node)}: no such operator in opset {version}")
     count = len(node.inputs)
     if not signature.least_inputs <= count <= signature.most_inputs:
         expected = f"{signature.least_inputs} to {signature.most_inputs}"
-        raise fail(index, f"{node.op_type} {node.name!r}: has {count} inputs, the operator takes {expected}")
+        raise fail(index, f"{called(node)}: has {count} inputs, the operator takes {expected}")
     unknown = node.attributes.data.keys() - signature.attributes
     if unknown:
-        raise fail(index, f"{node.op_type} {node.name!r}: unknown attributes {sorted(unknown)} in opset {version}")
+        raise fail(index, f"{called(node)}: unknown attributes {sorted(unknown)} in opset {version}")
 
 
 def _verify_types(
@@ -196,7 +197,7 @@ def _verify_types(
             what = "graph output" if value.is_graph_output() else "output"
             raise fail(
                 index,
-                f"{node.op_type} {node.name!r}: {what} {value.name!r} is declared {value.dtype.name}, "
+                f"{called(node)}: {what} {value.name!r} is declared {value.dtype.name}, "
                 f"the operator gives {given.name}",
             )
 

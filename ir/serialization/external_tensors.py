@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir
 
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.provenance import called
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
@@ -123,7 +124,7 @@ class ExternalTensors:
             tensors = [attribute.value] if attribute.type == _TENSOR else list(attribute.value)
             if not any(isinstance(tensor, onnx_ir.ExternalTensor) for tensor in tensors):
                 continue
-            where = f"{node.op_type} {node.name!r}, attribute {name}"
+            where = f"{called(node)}, attribute {name}"
             loaded = [self._loaded(t, where) if isinstance(t, onnx_ir.ExternalTensor) else t for t in tensors]
             node.attributes[name] = onnx_ir.Attr(
                 name, attribute.type, loaded[0] if attribute.type == _TENSOR else loaded

@@ -14,7 +14,7 @@ import onnx_ir
 from google.protobuf.message import DecodeError
 
 from passopt.ir.errors import ModelError
-from passopt.ir.graph.shapes import complete_outputs
+from passopt.ir.graph.completion import complete_outputs
 from passopt.ir.serialization.domains import normalize_domains
 from passopt.ir.serialization.external_tensors import ExternalTensors
 from passopt.ir.serialization.proto_check import check_proto

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir
 
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.provenance import described
 
 #: The largest version of an opset or length of an axis that any file may name; ONNX stores both in 64 bits.
 _MOST_VERSION, _MOST_LENGTH = 1 << 31, 1 << 62
@@ -72,7 +73,7 @@ def _tensors_of_graph(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.Tensor
 def _tensors_of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[tuple[str, onnx.TensorProto]]:
     for node in nodes:
         for attribute in node.attribute:
-            where = f"{node.op_type} {node.name!r}, attribute {attribute.name!r}"
+            where = f"{described(node.op_type, node.name, node.output)}, attribute {attribute.name!r}"
             if attribute.type == onnx.AttributeProto.TENSOR:
                 yield where, attribute.t
             for tensor in attribute.tensors:
@@ -93,7 +94,7 @@ def _check_names(graph: onnx.GraphProto, outside: frozenset[str], inside: str) -
 def _check_reads(nodes: Sequence[onnx.NodeProto], known: frozenset[str], outputs: Iterable[str], inside: str) -> None:
     known = known.union(name for node in nodes for name in node.output)
     for node in nodes:
-        where = f"{inside}{node.op_type} {node.name!r}"
+        where = f"{inside}{described(node.op_type or 'a node', node.name, node.output)}"
         if not node.op_type:
             raise ModelError(f"{where} has no operator. {_NEXT}")
         missing = [name for name in node.input if name and name not in known]

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.provenance import described
 
 #: A sparse tensor that takes more bytes than this once it is dense is refused.
 _LARGEST = 1 << 30
@@ -40,7 +41,7 @@ def _make_dense_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
                 _make_dense_initializers(graph)
             if not attribute.HasField("sparse_tensor") and not attribute.sparse_tensors:
                 continue
-            where = f"{node.op_type} {node.name or next(iter(node.output), '')!r}: attribute {attribute.name!r}"
+            where = f"{described(node.op_type, node.name, node.output)}: attribute {attribute.name!r}"
             if node.op_type != "Constant" or attribute.name != "sparse_value":
                 raise ModelError(f"{where} is a sparse tensor, which is supported in Constant nodes only")
             dense = _dense(attribute.sparse_tensor, where)

@@ -14,8 +14,8 @@ import onnx
 import onnx_ir
 
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.completion import complete_outputs
 from passopt.ir.graph.repeated_layers import Run, longest_run
-from passopt.ir.graph.shapes import complete_outputs
 from passopt.ir.serialization.domains import normalize_domains
 from passopt.ir.serialization.proto_check import check_proto
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of

@@ -16,8 +16,8 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.serialization.text import parse_model
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 
 TEXT_SUFFIX = ".onnxtxt"
 #: Text is for small models, whose weights are printed digit by digit.

@@ -18,6 +18,8 @@ import onnx
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.literals import Fill, Literal
 from passopt.ir.weights.row_math import Array, absmax, cast_rows, normalize_rows, quantize_values, scales_of
 from passopt.ir.weights.sources import check_unchanged
 
@@ -149,20 +151,20 @@ class Evaluator:
         self.read_bytes += length
         return data
 
-    def _read_literal(self, literal: ex.Literal, box: Box) -> Array:
+    def _read_literal(self, literal: Literal, box: Box) -> Array:
         if literal.dtype.bitwidth < 8:
             return _unpacked(literal, literal.data, box)
         whole: Array = np.frombuffer(literal.data, literal.dtype.numpy()).reshape(literal.shape)
         return whole[tuple(slice(*bounds) for bounds in box)]
 
-    def _read_fill(self, fill: ex.Fill, box: Box) -> Array:
+    def _read_fill(self, fill: Fill, box: Box) -> Array:
         return np.full([stop - start for start, stop in box], fill.value, fill.dtype.numpy())
 
     def _read_slice(self, part: ex.Slice, box: Box) -> Array:
         start, stop = box[part.along]
         return self.read(part.operand, _moved(box, part.along, start + part.start, stop + part.start))
 
-    def _read_concat(self, joined: ex.Concat, box: Box) -> Array:
+    def _read_concat(self, joined: Concat, box: Box) -> Array:
         start, stop = box[joined.along]
         pieces, offset = [], 0
         for part in joined.parts:
@@ -312,10 +314,10 @@ def _along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
 
 _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     ex.Source: Evaluator._read_source,
-    ex.Literal: Evaluator._read_literal,
-    ex.Fill: Evaluator._read_fill,
+    Literal: Evaluator._read_literal,
+    Fill: Evaluator._read_fill,
     ex.Slice: Evaluator._read_slice,
-    ex.Concat: Evaluator._read_concat,
+    Concat: Evaluator._read_concat,
     ex.Transpose: Evaluator._read_transpose,
     ex.Cast: Evaluator._read_cast,
     ex.Pad: Evaluator._read_pad,

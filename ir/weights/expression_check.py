@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.concat import Concat, concat
+from passopt.ir.weights.literals import Fill, Literal
 
 _MOST_LENGTH = 1 << 62
 
@@ -40,10 +42,10 @@ def _declared(expression: ex.Expression) -> tuple[ex.DataType, tuple[int, ...]]:
     """Return the dtype and the shape that an expression has by its fields; raise ModelError if a field is wrong."""
     if isinstance(expression, ex.Source):
         _check_source(expression)
-    elif isinstance(expression, ex.Literal):
+    elif isinstance(expression, Literal):
         if len(expression.data) != expression.nbytes:
             raise ModelError(f"Literal of {expression.nbytes} bytes holds {len(expression.data)}")
-    elif isinstance(expression, ex.Fill):
+    elif isinstance(expression, Fill):
         _check_number(expression.value)
     else:
         found = _rebuilt(expression)
@@ -70,8 +72,8 @@ def _check_number(value: object) -> None:
 def _rebuilt(expression: ex.Expression) -> ex.Expression:
     """Build the expression anew by the method that makes it, which checks its arguments."""
     shape = expression.shape
-    if isinstance(expression, ex.Concat):
-        return ex.concat(expression.parts, expression.along)
+    if isinstance(expression, Concat):
+        return concat(expression.parts, expression.along)
     (operand,) = expression.operands
     for name in ("along", "start", "segments", "degree"):
         if not _is_whole(getattr(expression, name, 0)):

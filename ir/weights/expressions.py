@@ -10,29 +10,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import onnx_ir
 
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from passopt.ir.weights.lengths import axis_of, with_length
+from passopt.ir.weights.source_file import SourceFile
 
 DataType = onnx_ir.DataType
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """The identity of a file that weights are read from: if the file differs later, reading it is an error."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    header_digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +76,6 @@ class Expression:
         """Return 12 hexadecimal digits that stand for the value in golden text."""
         return hashlib.blake2b(self.text().encode(), digest_size=6).hexdigest()
 
-    # The methods below build new expressions. They check their arguments at once and raise ModelError.
-
     def slice(self, axis: int, start: int, stop: int) -> Expression:
         """Return the elements from `start` to before `stop` along an axis.
 
@@ -107,7 +92,7 @@ class Expression:
             raise ModelError(f"slice {start}:{stop} of axis {axis} is outside of shape {list(self.shape)}")
         if (start, stop) == (0, self.shape[axis]):
             return self
-        return Slice(self.dtype, _with(self.shape, axis, stop - start), self, axis, start)
+        return Slice(self.dtype, with_length(self.shape, axis, stop - start), self, axis, start)
 
     def split(self, widths: Sequence[int], axis: int) -> list[Expression]:
         """Return consecutive slices along an axis.
@@ -170,7 +155,7 @@ class Expression:
             return self
         if length < self.shape[axis] or length % segments or self.shape[axis] % segments:
             raise ModelError(f"cannot pad axis {axis} of {list(self.shape)} to {length} in {segments} segments")
-        return Pad(self.dtype, _with(self.shape, axis, length), self, axis, segments, value)
+        return Pad(self.dtype, with_length(self.shape, axis, length), self, axis, segments, value)
 
     def normalize_rows(self, epsilon: float) -> Expression:
         """Return a matrix with each row divided by max(its L2 norm, epsilon), in fp32, rounded to its own dtype.
@@ -212,7 +197,9 @@ class Expression:
         axis = self.axis(axis)
         if self.shape[axis] % (segments * degree):
             raise ModelError(f"axis {axis} of {list(self.shape)} does not divide by {segments} segments × {degree}")
-        return Shard(self.dtype, _with(self.shape, axis, self.shape[axis] // degree), self, axis, segments, degree)
+        return Shard(
+            self.dtype, with_length(self.shape, axis, self.shape[axis] // degree), self, axis, segments, degree
+        )
 
     def pack(self, rows: int, columns: int = 1) -> Expression:
         """Return a matrix as blocks that a kernel reads one after the other.
@@ -257,13 +244,7 @@ class Expression:
         Raises:
             ModelError: If the shape has no such axis.
         """
-        if not -len(self.shape) <= axis < len(self.shape):
-            raise ModelError(f"axis {axis} is outside of shape {list(self.shape)}")
-        return axis % len(self.shape)
-
-
-def _with(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
-    return (*shape[:axis], length, *shape[axis + 1 :])
+        return axis_of(self.shape, axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,33 +257,6 @@ class Source(Expression):
 
     def text(self) -> str:
         return f"{self.name}:{self.dtype.name}{list(self.shape)}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Literal(Expression):
-    """A small tensor held in memory, such as ALiBi slopes."""
-
-    data: bytes
-
-    @classmethod
-    def of(cls, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Self:
-        """Return a literal that holds a copy of the array."""
-        array = np.asarray(array)
-        return cls(DataType.from_numpy(array.dtype), tuple(array.shape), array.tobytes())
-
-    def text(self) -> str:
-        content = hashlib.blake2b(self.data, digest_size=8).hexdigest()
-        return f"literal({self.dtype.name}{list(self.shape)}, {content})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Fill(Expression):
-    """One number in every element, such as a bias of zeros; it takes no memory, whatever its shape."""
-
-    value: float
-
-    def text(self) -> str:
-        return f"fill({self.dtype.name}{list(self.shape)}, {self.value!r})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,21 +282,6 @@ class Slice(_Unary):
     def text(self) -> str:
         stop = self.start + self.shape[self.along]
         return f"slice({self.operand.text()}, axis={self.along}, {self.start}:{stop})"
-
-
-@dataclasses.dataclass(frozen=True)
-class Concat(Expression):
-    """The `parts`, joined along the axis `along`."""
-
-    parts: tuple[Expression, ...]
-    along: int
-
-    @property
-    def operands(self) -> tuple[Expression, ...]:
-        return self.parts
-
-    def text(self) -> str:
-        return f"concat({', '.join(part.text() for part in self.parts)}, axis={self.along})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,24 +378,6 @@ class Shard(_Unary):
 
     def text(self) -> str:
         return f"shard({self.operand.text()}, axis={self.along}, degree={self.degree}, segments={self.segments})"
-
-
-def concat(parts: Iterable[Expression], axis: int) -> Expression:
-    """Join `parts` of one dtype along `axis`; their other axes must agree, else ModelError is raised."""
-    parts = tuple(parts)
-    if not parts:
-        raise ModelError("concat needs at least one part")
-    axis = parts[0].axis(axis)
-    rests = {(part.dtype, _with(part.shape, axis, 0)) for part in parts}
-    if len(rests) != 1:
-        raise ModelError(
-            f"concat of {[(part.dtype.name, list(part.shape)) for part in parts]} along axis {axis}: "
-            f"the parts must agree in dtype and in all other axes"
-        )
-    if len(parts) == 1:
-        return parts[0]
-    length = sum(part.shape[axis] for part in parts)
-    return Concat(parts[0].dtype, _with(parts[0].shape, axis, length), parts, axis)
 
 
 #: The scale of a row of zeros, which has none of its own: any positive number dequantises its zero codes to zero.

@@ -10,7 +10,8 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import Expression, Literal
+from passopt.ir.weights.expressions import Expression
+from passopt.ir.weights.literals import Literal
 
 #: Constants up to this size stay inside model.onnx and may be looked at by a pass.
 SMALL_BYTES = 1024

@@ -16,7 +16,10 @@ from typing import Any
 from passopt.ir.errors import ModelError
 from passopt.ir.json_text import read_json
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.expression_check import check_expression
+from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.source_file import SourceFile
 
 PLAN_NAME = "weights.plan.json"
 _VERSION = 1
@@ -25,10 +28,10 @@ _OPERATIONS: dict[str, type[ex.Expression]] = {
     kind.__name__: kind
     for kind in (
         ex.Source,
-        ex.Literal,
-        ex.Fill,
+        Literal,
+        Fill,
         ex.Slice,
-        ex.Concat,
+        Concat,
         ex.Transpose,
         ex.Cast,
         ex.Pad,
@@ -44,7 +47,7 @@ _OPERATIONS: dict[str, type[ex.Expression]] = {
 
 def write_plan(path: Path, weights: Mapping[str, ex.Expression]) -> None:
     """Write the expressions by weight name; files below the plan's own folder are stored relative to it."""
-    files: dict[ex.SourceFile, int] = {}
+    files: dict[SourceFile, int] = {}
     encoded = {name: _encode(expression, files) for name, expression in weights.items()}
     folder = path.parent.resolve()
     table = [{**dataclasses.asdict(file), "path": _portable(file.path, folder)} for file in files]
@@ -64,7 +67,7 @@ def read_plan(path: Path) -> dict[str, ex.Expression]:
         if plan["version"] != _VERSION:
             raise ModelError(f"{path}: plan version {plan['version']}, this passopt reads {_VERSION}")
         folder = path.parent.resolve()
-        files = [ex.SourceFile(**{**entry, "path": str(folder / entry["path"])}) for entry in plan["files"]]
+        files = [SourceFile(**{**entry, "path": str(folder / entry["path"])}) for entry in plan["files"]]
         weights = {name: _decode(body, files) for name, body in plan["weights"].items()}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
@@ -83,11 +86,11 @@ def _portable(path: str, folder: Path) -> str:
     return str(location.relative_to(folder)) if location.is_relative_to(folder) else path
 
 
-def _encode(value: Any, files: dict[ex.SourceFile, int]) -> Any:
+def _encode(value: Any, files: dict[SourceFile, int]) -> Any:
     if isinstance(value, ex.Expression):
         fields = [_encode(getattr(value, field.name), files) for field in dataclasses.fields(value)]
         return [type(value).__name__, *fields]
-    if isinstance(value, ex.SourceFile):
+    if isinstance(value, SourceFile):
         return files.setdefault(value, len(files))
     if isinstance(value, ex.DataType):
         return value.name
@@ -98,7 +101,7 @@ def _encode(value: Any, files: dict[ex.SourceFile, int]) -> Any:
     return value
 
 
-def _decode(body: Any, files: list[ex.SourceFile]) -> ex.Expression:
+def _decode(body: Any, files: list[SourceFile]) -> ex.Expression:
     kind: Any = _OPERATIONS[body[0]]
     values: dict[str, Any] = {}
     for field, value in zip(dataclasses.fields(kind), body[1:], strict=True):
@@ -107,7 +110,7 @@ def _decode(body: Any, files: list[ex.SourceFile]) -> ex.Expression:
     return expression
 
 
-def _decode_field(name: str, value: Any, files: list[ex.SourceFile]) -> Any:
+def _decode_field(name: str, value: Any, files: list[SourceFile]) -> Any:
     if name == "dtype":
         return ex.DataType.__members__[value]
     if name == "file":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from passopt.ir.errors import ModelError
-from passopt.ir.weights.expressions import DataType, Expression, Literal, Source
+from passopt.ir.weights.expressions import DataType, Expression, Source
+from passopt.ir.weights.literals import Literal
 from passopt.ir.weights.sources import SAFETENSORS_NAMES
 
 

@@ -12,7 +12,7 @@ import onnx_ir
 
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.alibi import alibi_slopes
-from passopt.ir.graph.shapes import DimOf, elements
+from passopt.ir.shapes.elements import DimOf, elements
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import small_constant

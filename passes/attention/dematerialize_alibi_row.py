@@ -10,7 +10,7 @@ import onnx_ir
 
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.alibi import alibi_slopes
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import small_constant

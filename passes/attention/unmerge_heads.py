@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import Dimension, dimensions, same
+from passopt.ir.shapes.dimensions import Dimension, dimensions, same
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass

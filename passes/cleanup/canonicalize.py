@@ -8,7 +8,8 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import ConstantElement, DimOf, dimensions, elements, is_zero_with, target_lengths
+from passopt.ir.shapes.dimensions import dimensions, is_zero_with
+from passopt.ir.shapes.elements import ConstantElement, DimOf, elements, target_lengths
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
 

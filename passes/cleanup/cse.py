@@ -9,10 +9,11 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.operators import COMMUTATIVE, RANDOM
 from passopt.ir.graph.provenance import set_provenance
-from passopt.ir.graph.shapes import complete_types, merged_shapes
+from passopt.ir.shapes.dimensions import merged_shapes
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult

@@ -17,6 +17,7 @@ import onnx.reference
 import onnx_ir
 
 from passopt.ir.graph.operators import operators
+from passopt.ir.shapes.slices import is_disputed
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -113,6 +114,8 @@ def _require_plain(node: onnx_ir.Node, arrays: Mapping[str, Array]) -> None:
         raise NotEvaluated("it divides an integer by 0")
     if node.op_type == "NonZero" and not values[0].ndim:
         raise NotEvaluated("it looks for places in a scalar, of which onnxruntime gives one axis and ONNX none")
+    if is_disputed(node):
+        raise NotEvaluated("it goes backwards to the greatest number, which ONNX takes for the end of the axis")
     if node.op_type == "Range" and any(_is_fraction(array) for array in values):
         raise NotEvaluated("it adds up fractions, which rounds in different ways")
     if node.op_type in {"Cast", "CastLike"}:

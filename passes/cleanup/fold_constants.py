@@ -14,10 +14,12 @@ import onnx_ir
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.attributes import attributes_key
 from passopt.ir.graph.builder import infer_types
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.operators import operators
 from passopt.ir.graph.provenance import absorb_provenance
-from passopt.ir.graph.shapes import DimOf, complete_types, dimensions, elements, known_numbers, single_length
+from passopt.ir.shapes.dimensions import dimensions
+from passopt.ir.shapes.elements import DimOf, elements, known_numbers, single_length
 from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight, small_constant
 from passopt.passes.cleanup.evaluation import NotEvaluated, cast_target, evaluate, require_evaluable
 from passopt.passes.framework.base import Pass, Refusal

@@ -12,7 +12,7 @@ import onnx_ir
 
 from passopt.ir.graph.attributes import attribute
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN, called_functions
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.decomposition.decompose_pass import DecomposePass, cast, operand, required
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
@@ -78,7 +78,7 @@ def _standard(op: Any, node: onnx_ir.Node) -> list[onnx_ir.Value]:
     result = op.MatMul(cast(op, shares, value.dtype), _repeated(op, value, query))
     result = cast(op, result, query.dtype)
     if flat:
-        result = op.Reshape(op.Transpose(result, perm=[0, 2, 1, 3]), [0, 0, -1])
+        result = op.Reshape(op.Transpose(result, perm=[0, 2, 1, 3]), [0, 0, _width(result)])
     return [result, key, value, stages[attribute(node, "qk_matmul_output_mode", 0)]]
 
 
@@ -129,8 +129,16 @@ def _four_axes(op: Any, value: onnx_ir.Value, heads: int) -> onnx_ir.Value:
     """Turn [b, s, heads · d] into [b, heads, s, d]; a value of four axes stays as it is."""
     if len(_dims(value)) == 4:
         return value
-    made: onnx_ir.Value = op.Transpose(op.Reshape(value, [0, 0, heads, -1]), perm=[0, 2, 1, 3])
+    width = _dims(value)[2]
+    each = width // heads if isinstance(width, int) else -1  # with -1, onnxruntime refuses to reshape an empty batch
+    made: onnx_ir.Value = op.Transpose(op.Reshape(value, [0, 0, heads, each]), perm=[0, 2, 1, 3])
     return made
+
+
+def _width(value: onnx_ir.Value) -> int:
+    """Return how many channels all heads of [b, heads, s, d] have together; -1 if that is not known."""
+    heads, each = _dims(value)[1], _dims(value)[3]
+    return heads * each if isinstance(heads, int) and isinstance(each, int) else -1
 
 
 def _repeated(op: Any, value: onnx_ir.Value, query: onnx_ir.Value) -> onnx_ir.Value:

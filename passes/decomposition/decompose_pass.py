@@ -6,13 +6,17 @@ These passes are the inverses of the fusions, for targets without kernels for th
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import onnx_ir
 
+from passopt.ir.graph.attributes import bodies, bodies_below
+from passopt.ir.graph.completion import complete_node, complete_types
 from passopt.ir.graph.editor import Editor, discard
-from passopt.ir.graph.shapes import complete_node, complete_types
+from passopt.ir.graph.provenance import called
+from passopt.ir.serialization.inference import complete_all_types, forget_types
 from passopt.passes.framework.accuracy import REASSOCIATED, Accuracy
 from passopt.passes.framework.base import Decline, Pass
 from passopt.passes.framework.records import PassResult
@@ -20,9 +24,10 @@ from passopt.passes.patterns.rules import Rewriter
 
 
 class DecomposePass(Pass):
-    """Replace every node of the operators that the pass `decomposes` by what `expand` builds.
+    """Replace every node of the operators that the pass `decomposes` by what `expand` builds, in bodies too.
 
-    Nodes whose outputs nobody reads are left to dead-code.
+    Nodes whose outputs nobody reads are removed, and those in local functions stay, because their calls may differ in
+    dtypes and lengths.
     """
 
     accuracy: ClassVar[Accuracy] = REASSOCIATED
@@ -39,18 +44,48 @@ class DecomposePass(Pass):
         return True
 
     def run(self, model: onnx_ir.Model) -> PassResult:
+        """Decompose the nodes of the main graph and of all bodies, and count why others stay."""
         complete_types(model)
-        editor = Editor(model, self.name)
+        # What is in bodies has types only where the file states them, so ONNX is asked; that costs a copy of the graph.
+        known = complete_all_types(model) if any(self._finds(body) for body in bodies_below(model.graph)) else []
         result = PassResult()
-        memory: dict[Hashable, onnx_ir.Value] = {}
-        kinds = {tuple(text.rpartition("::")[::2]) for text in self.decomposes}
-        for node in list(model.graph):
+        self._expand_all(Editor(model, self.name), {}, result)
+        for function in model.functions.values():
+            for node in function.all_nodes():
+                if self._is_wanted(node, function.opset_imports.get("", 0)):
+                    result.declines[
+                        f"{called(node)} is in the function {function.name}; run inline-functions first"
+                    ] += 1
+        result.modified = result.matches > 0
+        if not result.modified:
+            forget_types(known)
+        return result
+
+    def _is_wanted(self, node: onnx_ir.Node, opset: int) -> bool:
+        """Return whether a node is of the operators that the pass takes apart, and one that it takes."""
+        return (node.domain, node.op_type) in _kinds(self.decomposes) and self.takes(node, opset)
+
+    def _finds(self, body: onnx_ir.Graph) -> bool:
+        return any(self._is_wanted(node, 0) for node in body)
+
+    def _expand_all(self, editor: Editor, memory: dict[Hashable, onnx_ir.Value], result: PassResult) -> None:
+        """Decompose the nodes of a graph, and then those of the bodies in it.
+
+        A body may read every value that is made before its node, and the constants of the main graph, so that what is
+        shared among all sites is an initializer there.
+        """
+        for node in list(editor.graph):
+            for body in bodies(node):
+                self._expand_all(editor.inside(body), memory, result)
             read = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-            if (node.domain, node.op_type) not in kinds or not read or not self.takes(node, editor.opset):
+            if not self._is_wanted(node, editor.opset):
                 # What the node reads may have got a type just now.
-                complete_node(node, model, lambda value: not value.is_graph_output())
+                complete_node(node, editor.model, lambda value: not value.is_graph_output())
                 continue
             result.tries += 1
+            if not read:  # legalize would refuse it, although nobody needs it
+                result.matches += editor.remove_dead([node])
+                continue
             op = Rewriter(editor.opset, editor.unique, node.outputs[0].name or node.op_type, memory, types=editor.types)
             try:
                 values = dict(zip(node.outputs, self.expand(op, node)))
@@ -61,8 +96,12 @@ class DecomposePass(Pass):
             editor.replace({value: values[value] for value in read}, op.built, [node])
             editor.remove_dead(reversed(op.built.nodes))
             result.matches += 1
-        result.modified = result.matches > 0
-        return result
+
+
+@functools.cache
+def _kinds(names: tuple[str, ...]) -> frozenset[tuple[str, str]]:
+    """Return operators that are written as `Name` or `domain::Name` as pairs of domain and name."""
+    return frozenset((domain, name) for domain, _, name in (text.rpartition("::") for text in names))
 
 
 def operand(node: onnx_ir.Node, index: int) -> onnx_ir.Value | None:

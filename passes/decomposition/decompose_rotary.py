@@ -10,8 +10,8 @@ import onnx_ir
 
 from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.attributes import attribute
-from passopt.ir.graph.shapes import dimensions
-from passopt.ir.weights.expressions import concat
+from passopt.ir.shapes.dimensions import dimensions
+from passopt.ir.weights.concat import concat
 from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.decomposition.decompose_pass import DecomposePass, operand, required
 from passopt.passes.framework.accuracy import REASSOCIATED

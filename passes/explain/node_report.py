@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.provenance import origin_of
-from passopt.ir.graph.shapes import complete_types
 from passopt.passes.explain.attempt import Attempt
 from passopt.passes.explain.differences import describe_node, operator, provenance
 from passopt.passes.explain.misses import Miss, nearness, short_rule

@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.errors import PassError, PassoptError
-from passopt.ir.graph.shapes import complete_types
+from passopt.ir.graph.completion import complete_types
 from passopt.passes.explain.differences import operator
 from passopt.passes.explain.misses import Group, Miss, grouped
 from passopt.passes.explain.sites import misses

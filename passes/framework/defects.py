@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.graph.provenance import origin_of
+from passopt.ir.graph.provenance import called, origin_of
 
 #: What to do about a defect of a pass.
 NEXT_STEP = (
@@ -47,7 +47,8 @@ def describe_site(node: onnx_ir.Node) -> str:
     """Return the operator and name of a node, what it makes, and where it comes from, as far as the graph tells."""
     made = ", ".join(str(value.name) for value in node.outputs if value.name)
     origin = origin_of(node)
-    return f"{node.op_type} {node.name!r}, which makes {made or 'nothing'}" + (f", {origin}" if origin else "")
+    makes = f", which makes {made or 'nothing'}" if node.name else ""
+    return f"{called(node)}{makes}" + (f", {origin}" if origin else "")
 
 
 def node_at_work(error: Exception) -> onnx_ir.Node | None:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.dtypes import MODEL_FLOATS
-from passopt.ir.graph.shapes import Dimension, dimensions, same
+from passopt.ir.shapes.dimensions import Dimension, dimensions, same
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.framework.base import Decline
 

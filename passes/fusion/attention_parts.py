@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions, may_be_same, same
+from passopt.ir.shapes.dimensions import dimensions, may_be_same, same
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.base import Decline
 from passopt.passes.fusion.attention_masks import AlibiBias, Extent, chosen, lowest, split_alibi, summed

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rules import Rewriter
 

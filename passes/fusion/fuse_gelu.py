@@ -11,7 +11,7 @@ import ml_dtypes
 import onnx_ir
 
 from passopt.ir.dtypes import MODEL_FLOATS
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass

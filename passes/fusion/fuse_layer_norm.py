@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions, same
+from passopt.ir.shapes.dimensions import dimensions, same
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
 from passopt.passes.fusion.widened_inputs import before_widening

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
 from passopt.passes.fusion.widened_inputs import before_widening

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions, same
+from passopt.ir.shapes.dimensions import dimensions, same
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Decline
+from passopt.passes.fusion.not_negative import is_not_negative
 from passopt.passes.fusion.rotary_tables import first_half, keeps_last_axis
 from passopt.passes.patterns.rewrite_pass import RewritePass
 
@@ -23,7 +24,9 @@ class FuseRotary(RewritePass):
     Before: ``y = Add(Mul(x, cos), Mul(Concat(Neg(x[h:]), x[:h]), sin))``, x [b, heads, s, 2h], cos, sin [b, 1, s, 2h]
     After:  ``y = RotaryEmbedding(x, cos.half, sin.half, position_ids)``, tables [positions, h];
             where angles are computed from the positions, ``y = RotaryEmbedding(x, cos[..., :h], sin[..., :h])``
-    Ids are 0 … positions − 1, as the export contract says, so a table cut to the length of the sequence is taken whole.
+    Ids that are known to be 0 or more, as position_ids of an exported decoder are, go into the operator, and a table
+    that was cut to the length of the sequence is taken whole. A negative id counts from the end of the table for Gather
+    only, so by other ids the angles are looked up before: ``y = RotaryEmbedding(x, Gather(cos.half, ids), …)``.
     A head that is rotated in part becomes one operator as well (rotary_embedding_dim).
     """
 
@@ -112,7 +115,8 @@ def _check_equal_parts(op: Any, sizes: onnx_ir.Value, width: int) -> None:
 def _table(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> tuple[onnx_ir.Value, onnx_ir.Value | None]:
     """Return the cos or sin input of the operator for `value` [b, 1, s, 2h], and the position ids.
 
-    That is a table [positions, h] with ids [b, s]; or angles [b, s, h] and None, if they are not looked up in a table.
+    That is a table [positions, h] with ids [b, s]; or angles [b, s, h] and None, if they are not looked up in a table,
+    or by ids that may be negative.
     Raises Decline if the shape is another, or if the halves are not known to be equal.
     """
     dims, wanted = dimensions(value) or [], dimensions(x) or []
@@ -124,7 +128,7 @@ def _table(op: Any, value: onnx_ir.Value, x: onnx_ir.Value) -> tuple[onnx_ir.Val
     looked_up = angles.producer() if angles is not None else None
     if looked_up is not None and looked_up.op_type == "Gather" and _takes_rows(looked_up):
         table, ids = looked_up.inputs
-        if table is not None and ids is not None and len(dimensions(table) or []) == 2:
+        if table is not None and is_not_negative(ids) and len(dimensions(table) or []) == 2:
             return first_half(op, _whole_table(op, table)), ids
     half = first_half(op, angles) if angles is not None else op.Squeeze(first_half(op, value), [1])
     return _for_every_batch(op, half, x), None

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.dtypes import FLOATS
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import constant_tensor, expression_of, small_constant

@@ -7,7 +7,8 @@ from typing import TypeAlias
 import onnx_ir
 
 from passopt.ir.graph.operators import operators
-from passopt.ir.graph.shapes import ConstantElement, DimOf, dimensions, elements
+from passopt.ir.shapes.dimensions import dimensions
+from passopt.ir.shapes.elements import ConstantElement, DimOf, elements
 
 #: A number, a symbol, or an axis of a value that nothing more is known about.
 Length: TypeAlias = "int | str | tuple[onnx_ir.Value, int] | None"

@@ -14,8 +14,10 @@ import onnx_ir
 from onnx_graphsurgeon.ir.tensor import LazyValues  # type: ignore[import-untyped]
 
 from passopt.ir.errors import PassError
-from passopt.ir.weights.expressions import Expression, Literal
+from passopt.ir.graph.provenance import called
+from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.framework.records import PassResult
 from passopt.passes.guests.restore_metadata import Snapshot, take_over
 from passopt.passes.guests.weight_handles import (
@@ -120,7 +122,7 @@ def _check_attributes(model: onnx_ir.Model, author: str) -> None:
         for name, attribute in node.attributes.items():
             if attribute.type in _LOST_ATTRIBUTES:
                 raise PassError(
-                    f"{author}: {node.op_type} {node.name!r} has attribute {name} of type {attribute.type.name}, "
+                    f"{author}: {called(node)} has attribute {name} of type {attribute.type.name}, "
                     f"which onnx_graphsurgeon would drop; run this pass on a model without such nodes"
                 )
 

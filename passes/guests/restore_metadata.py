@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 import onnx_ir
 
 from passopt.ir.graph.attributes import attributes_key
+from passopt.ir.graph.completion import complete_outputs, complete_types
 from passopt.ir.graph.provenance import set_provenance
-from passopt.ir.graph.shapes import complete_outputs, complete_types, merged_shapes
 from passopt.ir.serialization.text import print_model
+from passopt.ir.shapes.dimensions import merged_shapes
 from passopt.passes.framework.records import PassResult
 
 

@@ -28,10 +28,26 @@ if importlib.util.find_spec("onnxsim") is None:  # it is imported where it runs,
     raise ModuleNotFoundError("No module named 'onnxsim'", name="onnxsim")
 
 #: Optimizers that are left out: fusions into operators that later passes do not look for, one that needs the numbers
-#: of weights, and one that writes a 0 for a computed length in targets of Reshape. onnxsim's folding of constants is
-#: left out too: it gives computed shapes wrong lengths.
+#: of weights, and one that writes a 0 for a computed length in targets of Reshape; fusions of norms, activations and
+#: attention, for which there are passes that look at shapes, as the weight of an RMSNormalization may not be larger
+#: than its input; one that joins reductions of all axes and of one, and so loses an axis; and one that takes a softmax
+#: over a single element for 1, which is NaN where that element is masked out; and two that rename an input of the model
+#: where a sequence or optional only hands it on to an output. onnxsim's folding of constants is left out too: it gives
+#: computed shapes wrong lengths.
 _SKIPPED = (
+    "eliminate_nop_softmax",
+    "eliminate_optional_get_element",
+    "eliminate_sequence_at_construct",
+    "fuse_attention",
     "fuse_concat_into_reshape",
+    "fuse_consecutive_reduce",
+    "fuse_gelu",
+    "fuse_gqa",
+    "fuse_layer_norm",
+    "fuse_lp_normalization",
+    "fuse_matmul_add_bias_into_gemm_batched",
+    "fuse_rms_norm",
+    "fuse_rope",
     "fuse_matmul_add_bias_into_gemm",
     "fuse_transpose_into_gemm",
     "fuse_qkv",

@@ -15,8 +15,9 @@ import onnx_ir
 
 from passopt.ir.errors import PassError
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import Expression, Literal, Source
+from passopt.ir.weights.expressions import Expression, Source
 from passopt.ir.weights.lazy_weight import LazyWeight, is_large
+from passopt.ir.weights.literals import Literal
 from passopt.ir.weights.sources import check_unchanged
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from passopt.ir.graph.decoder import LOGITS
-from passopt.ir.weights.expressions import Fill
+from passopt.ir.weights.literals import Fill
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
 from passopt.passes.patterns.rules import Rewriter

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import onnx_ir
 
 from passopt.ir.dtypes import SLICE_END
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.linears import Linear, find_dynamic_linear
 from passopt.ir.graph.lm_head import head_path
 from passopt.ir.graph.provenance import called
-from passopt.ir.graph.shapes import complete_types
 from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult

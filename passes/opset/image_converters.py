@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir
 
+from passopt.ir.graph.provenance import called
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.opset.step import Step
 
@@ -61,7 +62,7 @@ def _sample(step: Step, nearest: str | None) -> None:
     """Give a Resize of opset 10 the inputs and attributes of opset 11."""
     node = step.node
     scales = step.input(1)
-    assert scales is not None, f"{node.op_type} {node.name!r} has no scales"
+    assert scales is not None, f"{called(node)} has no scales"
     node.resize_inputs(3)
     node.replace_input_with(2, scales)
     has_regions = step.target < _OPSET_WITHOUT_REGIONS

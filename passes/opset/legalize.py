@@ -10,6 +10,7 @@ import onnx_ir.passes.common
 
 from passopt.ir.errors import PassError, UsageError
 from passopt.ir.graph.editor import Editor
+from passopt.ir.graph.provenance import called
 from passopt.ir.serialization.inference import complete_all_types
 from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
@@ -17,7 +18,7 @@ from passopt.passes.opset.changes import LOWEST_TARGET, NEWEST, NEWEST_READ, OLD
 from passopt.passes.opset.converters import CONVERTERS, REFUSES_DTYPES
 from passopt.passes.opset.lowering import lower_node
 from passopt.passes.opset.meanings import check_meaning
-from passopt.passes.opset.step import Place, Step, refuse
+from passopt.passes.opset.step import OF_FUNCTION, Place, Step, refuse
 
 Container = onnx_ir.Graph | onnx_ir.Function
 
@@ -76,6 +77,9 @@ class Legalize(Pass):
         if not found:
             return
         copy = model.clone()
+        for function in copy.functions.values():
+            for node in function.all_nodes():
+                node.metadata_props[OF_FUNCTION] = f"{called(node)} in the function {function.name}"
         try:
             onnx_ir.passes.common.InlinePass()(copy)
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -15,7 +15,7 @@ from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.opset.changes import DECOMPOSED_BY, UNCHANGED, changes
 from passopt.passes.opset.image_converters import RENAMED_MODES
 from passopt.passes.opset.meanings import check_meaning
-from passopt.passes.opset.step import INLINE, refuse
+from passopt.passes.opset.step import INLINE, OF_FUNCTION, refuse
 
 Formal = onnx.defs.OpSchema.FormalParameter
 
@@ -40,9 +40,8 @@ def lower_node(node: onnx_ir.Node, version: int, *, typed: bool) -> int:
         1 if the node was edited, and 0 otherwise.
     """
     if changes(node.op_type)[0] == version:
-        hint = DECOMPOSED_BY.get(node.op_type)
-        reason = f"run {hint} first" if hint else "and passopt knows no decomposition of it"
-        refuse(node, version, version - 1, f"no such operator there; {reason}")
+        is_inside = not typed or OF_FUNCTION in node.metadata_props
+        _refuse_new_operator(node, version, is_inside_function=is_inside)
     converter = _CONVERTERS.get((node.op_type, version))
     if converter is not None:
         converter(node)
@@ -55,6 +54,16 @@ def lower_node(node: onnx_ir.Node, version: int, *, typed: bool) -> int:
     if typed:
         _check_types(node, version)
     return int(converter is not None or dropped)
+
+
+def _refuse_new_operator(node: onnx_ir.Node, version: int, *, is_inside_function: bool) -> NoReturn:
+    """Refuse a node whose operator came with opset `version`, and say which pass takes it apart, and what keeps it."""
+    hint = DECOMPOSED_BY.get(node.op_type)
+    if hint is None:
+        refuse(node, version, version - 1, "no such operator there, and passopt knows no decomposition of it")
+    first = f"inline-functions,{hint}" if is_inside_function else hint
+    advice = f"Run {first} first; `passopt why {hint} MODEL` tells what keeps it from a node."
+    refuse(node, version, version - 1, "no such operator there", advice)
 
 
 def _check_values(node: onnx_ir.Node, version: int) -> None:

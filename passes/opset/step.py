@@ -14,6 +14,8 @@ from passopt.ir.graph.provenance import called, set_provenance
 
 #: What to do about a node whose dtypes or attributes depend on the call of the function that it stands in.
 INLINE = "Run inline-functions first."
+#: The metadata of nodes of a copy without calls, where it says what a node was called in the function it stood in.
+OF_FUNCTION = "passopt.of_function"
 
 
 def refuse(node: onnx_ir.Node, given: int, wanted: int, reason: str, advice: str = "") -> NoReturn:
@@ -27,7 +29,8 @@ def refuse(node: onnx_ir.Node, given: int, wanted: int, reason: str, advice: str
         advice: The next step, as a sentence; by default, to stay at the opset that the node has.
     """
     advice = advice or f"Change that node, or stay at opset {given}: legalize{{opset={given}}}."
-    raise PassError(f"legalize: {called(node)} cannot go from opset {given} to {wanted}: {reason}. {advice}")
+    where = node.metadata_props.get(OF_FUNCTION) or called(node)
+    raise PassError(f"legalize: {where} cannot go from opset {given} to {wanted}: {reason}. {advice}")
 
 
 class Step:
@@ -53,7 +56,7 @@ class Step:
     def source(self) -> onnx_ir.Value:
         """Return the first input, which every operator that is converted has."""
         value = self.node.inputs[0]
-        assert value is not None, f"{self.node.op_type} {self.node.name!r} has no input"
+        assert value is not None, f"{called(self.node)} has no input"
         return value
 
     def dtype(self, what: str) -> onnx_ir.DataType:

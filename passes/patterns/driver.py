@@ -14,9 +14,9 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.errors import PassError, PassoptError
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.editor import Editor, discard
 from passopt.ir.graph.run_context import RunContext
-from passopt.ir.graph.shapes import complete_types
 from passopt.passes.framework.base import Decline
 from passopt.passes.framework.defects import NEXT_STEP, describe_site, failure
 from passopt.passes.framework.records import PassResult, RuleStatistics

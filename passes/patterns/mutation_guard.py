@@ -13,6 +13,7 @@ import onnx_ir
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.editor import use_count
+from passopt.ir.graph.provenance import called, described
 
 #: If a value has more readers than this, only their number is compared, since all layers may read one mask.
 _FEW_READERS = 8
@@ -56,12 +57,13 @@ class Untouched:
         """Say what the rewrite changed, as the end of a sentence; "" if it changed nothing."""
         for node, kind, inputs, attributes, outputs in self._nodes:
             if node.graph is None:
-                return f"removed {node.op_type} {node.name!r}{_read_by(node.outputs)}"
+                return f"removed {called(node)}{_read_by(node.outputs)}"
             now = _facts(node)
             # Attributes are compared by identity: they are immutable, and comparing their tensors would read them.
             same_attributes = len(now[2]) == len(attributes) and all(x is y for x, y in zip(now[2], attributes))
             if now[0] != kind or now[3] != outputs or not same_attributes or not _same_values(now[1], inputs):
-                return f"changed {kind[1]} {node.name!r}{_read_by(node.outputs)}"
+                what = described(kind[1], node.name, [name for name, _ in outputs])
+                return f"changed {what}{_read_by(node.outputs)}"
         new = collections.Counter(value for node in built for value in node.inputs)
         for value, count in self._uses:
             if use_count(value) - new[value] != count:
@@ -98,5 +100,5 @@ def _same_values(now: Sequence[onnx_ir.Value | None], before: Sequence[onnx_ir.V
 
 
 def _read_by(values: Iterable[onnx_ir.Value]) -> str:
-    names = dict.fromkeys(str(use.node.name) for value in values for use in value.uses())
+    names = dict.fromkeys(use.node.name or called(use.node) for value in values for use in value.uses())
     return f", which {', '.join(names)} still read" if names else ""

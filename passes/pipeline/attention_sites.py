@@ -8,7 +8,7 @@ import onnx_ir
 
 from passopt.ir.graph.decoder import SELF_CHECK, find_decoder
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.ir.weights.lazy_weight import constant_tensor
 
 #: What models put between the product of queries and keys and its softmax.

@@ -58,7 +58,7 @@ PIPELINES: Mapping[str, Pipeline] = {
     "fuse": Pipeline(
         "Fuse norms, activations, rotary embedding and attention of any model.",
         (
-            *(*_CLEAN_UP, *_ALIBI, "fuse-layer-norm", "fuse-gelu", *_NORMS_AND_ROTARY),
+            *(*_CLEAN_UP, "decompose-einsum", *_ALIBI, "fuse-layer-norm", "fuse-gelu", *_NORMS_AND_ROTARY),
             "fuse-attention{hidden_rows=$hidden_rows}",
             *_TIDY,
         ),

@@ -154,7 +154,7 @@ def instantiate(step: Step) -> Pass:
         UsageError: If the pass or an option is unknown, a value is of the wrong type, or a value is missing for an
             option without a default.
     """
-    if step.name not in catalog() and step.name not in REGISTERED:
+    if step.name not in REGISTERED and step.name not in catalog():
         raise unknown_pass(step.name, PIPELINES)
     cls = pass_class(step.name)
     if not dataclasses.is_dataclass(cls):

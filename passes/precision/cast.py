@@ -48,7 +48,8 @@ class CastModel(Pass):
     """
 
     name = "cast"
-    #: bf16 rounds to 8 bits, which is half of what int8 weights cost; fp16 costs far less.
+    #: A trained model of 135M parameters: KL 0.00001 in fp16, 0.00009 in bf16. The bar is half of that of int8 weights,
+    #: for models with larger activations; weights are compared one by one besides.
     accuracy = lossy(2e-2, bar=QualityBar(kl=0.005, kl99=0.03, top1=0.96))
     changes_interface = True
 

@@ -16,7 +16,8 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS, MODEL_FLOATS
 from passopt.ir.graph.attributes import attribute
 from passopt.ir.graph.editor import Editor, is_read
-from passopt.ir.weights.expressions import Concat, Expression, Source
+from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.expressions import Expression, Source
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, is_checkpoint_weight
 
 #: A constant of at most so many numbers is arithmetic, such as a rotation in the plane, and no weight.

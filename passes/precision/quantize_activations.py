@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.graph.linears import LARGEST_CODE, LinearWeight, QuantizedRows, find_weight, quantized_rows_of
+from passopt.ir.graph.provenance import called
 from passopt.ir.weights.expressions import DataType
 from passopt.passes.framework.accuracy import QualityBar, lossy
 from passopt.passes.framework.base import Decline
@@ -64,6 +65,8 @@ class QuantizeActivations(RewritePass):
             raise Decline(f"{codes.name} {_kind(codes, zero)}")
         if weight.contracted is None or weight.contracted > _LONGEST:
             raise Decline(f"{codes.name} contracts {weight.contracted} channels; int32 holds sums of {_LONGEST:,}")
+        if x.dtype is None:
+            raise Decline(f"the dtype of {x.name} is unknown")
         for value in (dequantized, operand):
             if value is not None:
                 _check_only_multiplied(value, codes)
@@ -92,7 +95,7 @@ def _check_only_multiplied(value: onnx_ir.Value, codes: onnx_ir.Value) -> None:
         raise Decline(f"{codes.name} is a graph output once dequantised")
     for node, index in value.uses():
         if not (node.op_type == "Transpose" or (node.op_type == "MatMul" and index == 1)):
-            raise Decline(f"{codes.name} is used dequantised by {node.op_type} {node.name!r}")
+            raise Decline(f"{codes.name} is used dequantised by {called(node)}")
 
 
 def _rows(op: Any, x: onnx_ir.Value) -> QuantizedRows:

@@ -13,6 +13,7 @@ from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES, OPSET_OF_SCALE
 from passopt.ir.errors import PassError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.lm_head import is_head
+from passopt.ir.graph.provenance import called
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import is_checkpoint_weight
 from passopt.passes.framework.accuracy import QualityBar, lossy
@@ -105,7 +106,7 @@ class QuantizeWeights(RewritePass):
         node = linear.producer()
         factors = {name: node.attributes[name].value for name in ("alpha", "beta", "transA") if name in node.attributes}
         if factors.get("transA", 0) or factors.get("alpha", 1) != 1 or factors.get("beta", 1) != 1:
-            raise Decline(f"{node.name} is no plain linear: expected alpha 1, beta 1 and transA 0, found {factors}")
+            raise Decline(f"{called(node)} is no plain linear: expected alpha 1, beta 1 and transA 0, found {factors}")
         return self._product(op, x, w, is_turned=bool(turned))
 
     def rewrite_gemm_with_bias(self, op: Rewriter, x: Any, w: Any, turned: Any, linear: Any, bias: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import onnx_ir
 
 from passopt.ir.dtypes import SLICE_END
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.placement import Product
 

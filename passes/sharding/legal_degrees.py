@@ -11,7 +11,7 @@ import math
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import complete_types
+from passopt.ir.graph.completion import complete_types
 from passopt.passes.sharding.placement import Sharded
 from passopt.passes.sharding.propagate import Propagation, is_constant
 from passopt.passes.sharding.rules import propagate

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import onnx_ir
 
+from passopt.ir.graph.provenance import called
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.axes import moved_axis, product_of, products, selects_along, slice_bounds
 
@@ -43,7 +44,9 @@ def column_layout(value: onnx_ir.Value, axis: int, length: int) -> ColumnLayout:
         if node.op_type == "Split":
             widths = _split_widths(node, length)
             if len(set(widths)) != 1:
-                raise ValueError(f"{node.name} splits the channels into unequal parts {widths}; run split-packed-qkv")
+                raise ValueError(
+                    f"{called(node)} splits the channels into unequal parts {widths}; run split-packed-qkv"
+                )
             segments *= len(widths)
             found = _next_division(node.outputs[0], axes[0])
             continue

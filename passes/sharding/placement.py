@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import Dimension
+from passopt.ir.shapes.dimensions import Dimension
 
 #: Where a sharding starts: at a linear, or at the first input of the KV cache.
 Seed: TypeAlias = "onnx_ir.Node | onnx_ir.Value"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import DimOf, elements
+from passopt.ir.shapes.elements import DimOf, elements
 from passopt.passes.sharding.axes import ndim_of
 from passopt.passes.sharding.placement import REPLICATED, LocalDims, Sharded, Spec
 from passopt.passes.sharding.propagate import Conflict, Propagation

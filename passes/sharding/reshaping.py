@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir
 
-from passopt.ir.graph.shapes import ConstantElement, elements
+from passopt.ir.shapes.elements import ConstantElement, elements
 from passopt.ir.weights.lazy_weight import small_constant
 from passopt.passes.sharding.axes import ndim_of, products, reshaped_axis
 from passopt.passes.sharding.placement import REPLICATED, LocalDims, Product, Sharded, Spec

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import onnx_ir
 
 from passopt.ir.errors import PassError, UsageError
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.graph.editor import Editor
-from passopt.ir.graph.shapes import complete_types
 from passopt.ir.weights.lazy_weight import is_checkpoint_weight
 from passopt.passes.framework.accuracy import REASSOCIATED
 from passopt.passes.framework.base import Pass, Refusal

@@ -17,9 +17,12 @@ from passopt.ir.errors import PassError
 from passopt.ir.graph.builder import MICROSOFT, Builder
 from passopt.ir.graph.decoder import COLLECTIVE, DEGREE, KV_HEADS
 from passopt.ir.graph.editor import Editor
-from passopt.ir.graph.shapes import DimOf, dimensions, elements
-from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Expression, Literal, QuantizeScales
+from passopt.ir.graph.provenance import called
+from passopt.ir.shapes.dimensions import dimensions
+from passopt.ir.shapes.elements import DimOf, elements
+from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Expression, QuantizeScales
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, small_constant
+from passopt.ir.weights.literals import Literal
 from passopt.passes.sharding.axes import ndim_of
 from passopt.passes.sharding.placement import Product, Sharded, VocabMasked, local_length, padded_units
 from passopt.passes.sharding.propagate import Propagation, Use, describe
@@ -239,6 +242,7 @@ class Materializer:
 
     def _mask_indices(self, node: onnx_ir.Node, masked: VocabMasked) -> None:
         """Let a look-up read row 0 for tokens that another rank owns."""
+        self._require_opset(13, f"sharing out the table of {called(node)}")
         ids = node.inputs[1]
         assert ids is not None
         if masked not in self._owned:
@@ -252,12 +256,22 @@ class Materializer:
         # Token ids may be int32, and the operators need both inputs in the same dtype.
         kind = (ids.dtype or onnx_ir.DataType.INT64).numpy()
         zero, end = builder.literal(np.zeros((), kind)), builder.literal(np.array(rows, kind))
+        if self.state.decoder is None:  # Gather counts a negative index from the end; a decoder gets no such token.
+            ids = builder.Where(builder.Less(ids, zero), builder.Add(ids, builder.literal(np.array(units, kind))), ids)
         starts = Literal.of((np.arange(self.degree) * rows).astype(kind)).shard(0, self.degree)
         local = builder.Sub(ids, builder.initializer("vocab.start", starts))
         owned = builder.And(builder.GreaterOrEqual(local, zero), builder.Less(local, end))
         index = builder.Where(owned, local, zero)
         self.editor.insert(builder.built, node, [node])
         return owned, index
+
+    def _require_opset(self, opset: int, what: str) -> None:
+        """Raise PassError if the model's opset lacks operators that a change needs."""
+        if self.editor.opset < opset:
+            raise PassError(
+                f"{self.editor.author}: {what} needs opset {opset}, this model has {self.editor.opset}. "
+                f"Run legalize first."
+            )
 
     def _all_gather(self, value: onnx_ir.Value, spec: Sharded) -> None:
         """Insert an AllGather behind a graph output, and cut off its padding."""
@@ -270,6 +284,7 @@ class Materializer:
         padded = padded_units(spec.units, self.degree)
         if padded != spec.units:
             assert isinstance(local, int)
+            self._require_opset(10, f"cutting off the padding of {value.name}")
             true_length = local * self.degree // padded * length
             gathered = builder.Slice(gathered, [0], [true_length], [spec.axis])
         self.editor.follow(value, gathered, builder.built, "shard", outputs_only=True)

@@ -22,6 +22,7 @@ from passopt.ir.graph.decoder import degree_of
 from passopt.ir.graph.linears import reads_codes, reads_scales
 from passopt.ir.serialization.model_files import MODEL_NAME, WEIGHTS_NAME, file_weights, model_bytes, save_reference
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.streaming.budget import DEFAULT_STREAM, StreamOptions
 from passopt.ir.weights.streaming.output_groups import WeightFile
@@ -231,7 +232,7 @@ def _real_bytes(weight: ex.Expression, degree: int) -> int:
     """
     if not weight.depends_on_rank:
         return degree * weight.nbytes
-    if isinstance(weight, ex.Concat):
+    if isinstance(weight, Concat):
         return sum(_real_bytes(part, degree) for part in weight.parts)
     (operand,) = weight.operands
     if not isinstance(weight, ex.Shard):  # Such as a cast: as much of it is real as of what it is made from.

@@ -20,6 +20,7 @@ from passopt.ir.graph.decoder import KV_HEADS, LOGITS, degree_of
 from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.concat import Concat, concat
 from passopt.ir.weights.evaluator import weight_digest
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.targets.folders.manifest import MANIFEST_NAME, rank_folders, read_manifest, refuse_single_rank
@@ -91,7 +92,7 @@ def at_rank(expression: ex.Expression, rank: int) -> ex.Expression:
     """Return what a weight expression means on one rank: every `Shard` in it becomes a slice of the full weight."""
     if not expression.depends_on_rank:
         return expression
-    if isinstance(expression, ex.Concat):
+    if isinstance(expression, Concat):
         parts = tuple(at_rank(part, rank) for part in expression.parts)
         return dataclasses.replace(expression, parts=parts)
     assert isinstance(expression, ex._Unary), f"no operand to look for shards in: {expression.text()}"
@@ -101,7 +102,7 @@ def at_rank(expression: ex.Expression, rank: int) -> ex.Expression:
     local = expression.shape[expression.along] // expression.segments
     starts = [(segment * expression.degree + rank) * local for segment in range(expression.segments)]
     pieces = [operand.slice(expression.along, start, start + local) for start in starts]
-    return ex.concat(pieces, expression.along)
+    return concat(pieces, expression.along)
 
 
 def join_ranks(

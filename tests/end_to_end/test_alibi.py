@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +33,23 @@ WIDTH = 4  # of a head
 def exported(folder: Path, spec: CheckpointSpec, alibi: str = "formula", dtype=onnx_ir.DataType.FLOAT):
     if not folder.exists():
         make_checkpoint(folder, spec, trained=False)
-    scratch = folder.parent / f"{folder.name}-scratch"
+    scratch = folder.parent / f"{folder.name}-{alibi}-{dtype.name}"
     scratch.mkdir(exist_ok=True)
     options = ExportOptions(dtype=dtype, alibi=alibi, trust_remote_code=True)
     model = export_graph(open_checkpoint(folder), options, scratch)
     return clean_up(model)
+
+
+@pytest.fixture(scope="module")
+def export_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., onnx_ir.Model]:
+    """`export_of(alibi, dtype)`: a copy of an export of one checkpoint, which is made once."""
+    folder = tmp_path_factory.mktemp("alibi") / "checkpoint"
+
+    @functools.cache
+    def made(alibi: str, dtype: onnx_ir.DataType) -> onnx_ir.Model:
+        return exported(folder, ALIBI, alibi, dtype)
+
+    return lambda alibi, dtype=onnx_ir.DataType.FLOAT: made(alibi, dtype).clone()
 
 
 @pytest.mark.slow
@@ -73,9 +87,8 @@ def test_a_padded_degree_with_other_slopes_would_be_wrong():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16])
-def test_a_baked_mask_becomes_the_graph_of_the_formula(dtype: onnx_ir.DataType, tmp_path: Path):
-    baked = exported(tmp_path / "checkpoint", ALIBI, "baked", dtype)
-    formula = exported(tmp_path / "checkpoint", ALIBI, "formula", dtype)
+def test_a_baked_mask_becomes_the_graph_of_the_formula(dtype: onnx_ir.DataType, export_of):
+    baked, formula = export_of("baked", dtype), export_of("formula", dtype)
     assert "alibi.future_mask" in baked.graph.initializers
     (record, *_) = run_passes(baked, resolve("dematerialize-alibi,fold-constants,dead-code").passes)
     assert record.result.matches == 1
@@ -83,9 +96,8 @@ def test_a_baked_mask_becomes_the_graph_of_the_formula(dtype: onnx_ir.DataType, 
 
 
 @pytest.mark.slow
-def test_a_baked_mask_shards_after_dematerialisation(tmp_path: Path):
-    baked = exported(tmp_path / "checkpoint", ALIBI, "baked")
-    candidate = baked.clone()
+def test_a_baked_mask_shards_after_dematerialisation(export_of, tmp_path: Path):
+    baked, candidate = export_of("baked"), export_of("baked")
     run_passes(candidate, resolve("dematerialize-alibi,tp{degree=3}").passes)
     Output(candidate, ORIGIN).write(tmp_path / "out")
     report = verify(baked, load_any(tmp_path / "out"), options=VerifyOptions(tolerance=1e-5, max_positions=64))

@@ -23,8 +23,9 @@ from passopt.ir.errors import CheckError, ModelError, UsageError
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.serialization.model_files import save_materialized
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.cleanup.fold_constants import FoldConstants
 from passopt.testing.checkpoints import ODD, ROTARY, CheckpointSpec, make_checkpoint
 
@@ -277,6 +278,7 @@ def test_other_classes_are_not_supported() -> None:
         ({"attention": "flash"}, "attention is one of eager, sdpa, not 'flash'"),
         ({"opset": 17}, "opset is one of 18, .* not 17"),
         ({"exporter": "torchscript", "opset": 21}, "torchscript exporter writes opset ≤ 20, not 21"),
+        ({"exporter": "torchscript", "alibi": "baked"}, "torchscript exporter cannot slice a baked ALiBi mask"),
     ],
 )
 def test_options_that_do_not_exist(settings: dict[str, Any], message: str) -> None:

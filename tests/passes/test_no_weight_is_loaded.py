@@ -8,8 +8,10 @@ import pytest
 
 from passopt.ir.serialization.text import parse_model, print_model
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import Literal, Source, SourceFile
+from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
+from passopt.ir.weights.literals import Literal
+from passopt.ir.weights.source_file import SourceFile
 from passopt.passes.framework.catalog import catalog
 from passopt.passes.pipeline.named import PIPELINES
 from passopt.passes.pipeline.runner import run_passes

@@ -26,17 +26,18 @@ def test_two_hundred_damaged_files_end_in_messages():
 
 @pytest.mark.slow
 def test_a_defect_and_a_leftover_are_found(tmp_path):
-    """The fuzzer itself can fail: with a command that has a defect, and one that leaves a folder."""
+    """The fuzzer itself can fail: of a command that has a defect and leaves a folder, and is the only one called."""
     script = tmp_path / "faulty.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(FUZZ)!r})\n"
-        "import passopt.api.plan, passopt.commands.plan, pathlib\n"
+        "import passopt.api.plan, passopt.commands.plan, pathlib, subjects\n"
+        "subjects.OF_MODELS = (('plan', subjects.MODEL, '--json'),)\n"
         "def main(options):\n"
         "    (pathlib.Path(options.model).parent / 'left').mkdir()\n"
         "    return {}['missing']\n"
         "passopt.commands.plan.main = main\n"
         "import runpy\n"
-        f"sys.argv = ['fuzz', '--count', '40', '--seed', '5']\n"
+        "sys.argv = ['fuzz', '--count', '3', '--seed', '5', '--subject', 'mlp']\n"
         f"runpy.run_path({str(FUZZ)!r}, run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)

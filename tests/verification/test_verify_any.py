@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import onnx_ir
 import pytest
 
 from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.graph.decoder import decoder_of
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.precision.cast import CastModel
+from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.testing.checking import read_model
-from passopt.verification.verify import VerifyOptions, verify
-from passopt.verification.verify_any import read_inputs
+from passopt.testing.decoders import DecoderSpec, tiny_decoder
+from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL
+from passopt.verification.quantised_weights import ON_CODES
+from passopt.verification.sampling.given_inputs import read_inputs
+from passopt.verification.tolerances import BARS, judgement_of, precision_of
+from passopt.verification.verify import VerifyOptions, runnable, verify
+from passopt.verification.verify_compiled import _precision as library_precision
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 GRAPHS = {
@@ -240,6 +249,33 @@ def test_random_graphs_are_said_to_be_random():
         compared(text, text)
 
 
+def int8(text, *, dynamic=False, dtype=None):
+    changed = read_model(HEADER + text)
+    if dtype:
+        CastModel(dtype=dtype).run(changed)
+    QuantizeWeights(head=True).run(changed)
+    if dynamic:
+        QuantizeActivations().run(changed)
+    return changed
+
+
+def scale_one_channel(model, name, factor):
+    value = model.graph.initializers[name]
+    with Evaluator() as evaluator:
+        array = np.array(evaluator.array(expression_of(value)))
+    array[0] *= factor
+    value.const_value = onnx_ir.tensor(array, name=name)
+
+
+def decoder_inputs():
+    decoder = decoder_of(tiny_decoder())
+    ids = np.random.default_rng(1).integers(0, 30, (2, 5))
+    empty = np.zeros((2, decoder.kv_heads, 0, decoder.head_dim), np.float32)
+    caches = {f"past.{layer}.{part}": empty for layer in range(decoder.layers) for part in ("key", "value")}
+    mask, places = np.ones((2, 5), np.int64), np.tile(np.arange(5), (2, 1))
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": places, **caches}
+
+
 MLP = """g (float[n,32] x) => (float[n,5] y)
     <float[32,32] w1 = random, float[32] b1 = random, float[32,5] w2 = random> {
     a = MatMul(x, w1) b = Add(a, b1) r = Relu(b) y = MatMul(r, w2) }"""
@@ -251,9 +287,124 @@ def test_int8_of_any_graph_is_compared_with_its_own_codes(name):
     changed = read_model(HEADER + MLP)
     QuantizeWeights(head=True).run(changed)
     assert verify(read_model(HEADER + MLP), changed).ok
-    value = changed.graph.initializers[name]
-    with Evaluator() as evaluator:
-        array = np.array(evaluator.array(expression_of(value)))
-    array[0] *= 1.1
-    value.const_value = onnx_ir.tensor(array, name=name)
+    scale_one_channel(changed, name, 1.1)
     assert not verify(read_model(HEADER + MLP), changed).ok
+
+
+@pytest.mark.parametrize("dtype", [None, "fp16", "bf16"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "activations"])
+def test_right_int8_of_any_graph_is_lossy_as_declared(dynamic, dtype):
+    changed = int8(MLP, dynamic=dynamic, dtype=dtype)
+    report = verify(read_model(HEADER + MLP), changed)
+    assert report.ok, report.to_text()
+    assert report.lossy == ("int8 activations" if dynamic else "int8")
+    assert {NUMPY_TWIN, ON_CODES, ORIGINAL} == {row.comparison for row in report.rows}
+
+
+@pytest.mark.parametrize("name", ["w1.scales", "w2.scales"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "activations"])
+@pytest.mark.parametrize("given", [False, True], ids=["sampled", "given"])
+def test_one_wrong_scale_of_any_graph_is_worse_than_declared(name, dynamic, given):
+    changed = int8(MLP, dynamic=dynamic)
+    scale_one_channel(changed, name, 1.3)
+    inputs = {"x": np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)} if given else None
+    report = verify(read_model(HEADER + MLP), changed, options=VerifyOptions(inputs=inputs))
+    assert report.verdict.startswith("FAILED: worse than declared (int8")
+    assert any(row.output == name.removesuffix(".scales") for row in report.rows if not row.ok)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["weights", "activations"])
+def test_decoders_on_given_inputs_are_compared_with_their_codes(dynamic):
+    given = decoder_inputs()
+    changed = tiny_decoder(DecoderSpec(quantized=True))
+    if dynamic:
+        QuantizeActivations().run(changed)
+    assert verify(tiny_decoder(), changed, options=VerifyOptions(inputs=given)).ok
+    name = "model.layers.1.mlp.down_proj.weight.scales"
+    scale_one_channel(changed, name, 1.3)
+    report = verify(tiny_decoder(), changed, options=VerifyOptions(inputs=given))
+    assert {row.output for row in report.rows if row.output == "model.layers.1.mlp.down_proj.weight" and not row.ok}
+
+
+def test_two_models_with_int8_activations_agree_but_for_halves():
+    """The predictions of two such models may drift apart; with plain activations nothing may."""
+    one = int8(MLP, dynamic=True)
+    report = verify(one, one.clone())
+    assert report.ok
+    assert {NUMPY_TWIN, ON_CODES, ORIGINAL} == {row.comparison for row in report.rows}
+    other = one.clone()
+    scale_one_channel(other, "b1", 1.01)
+    report = verify(one, other)
+    assert ON_CODES in {row.comparison for row in report.rows if not row.ok}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "q, s, z = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, z) f = Cast <to = 1> (i) y = Mul(f, s)",
+        "q = QuantizeLinear(x, k, o) d = DequantizeLinear(q, k, o) c = Cast <to = 1> (w) y = MatMul(d, c)",
+    ],
+)
+def test_other_forms_of_int8_activations_are_lossy_against_floats_only(body):
+    text = """g (float[n,8] x) => (float[n,3] y) <int8[8,3] w =
+        {-3,7,5,1,-9,3,8,2,4,-5,6,7,7,1,-2,3,4,5,6,-7,8,1,2,3}, float k = {0.03}, int8 o = {0}> { BODY }"""
+    plain = text.replace("BODY", "c = Cast <to = 1> (w) y = MatMul(x, c)")
+    report = compared(plain, text.replace("BODY", body))
+    assert report.lossy == "int8 activations"
+    assert report.ok, report.to_text()
+    assert not compared(text.replace("BODY", body), text.replace("BODY", body)).lossy
+
+
+#: (of the reference, of the candidate, the kind of comparison, whether the candidate is lossy)
+JUDGEMENTS = [
+    ({}, {}, "fp32", False),
+    ({}, {"dtype": "fp16"}, "fp16", True),
+    ({"dtype": "fp16"}, {}, "fp16", True),
+    ({"dtype": "fp16"}, {"dtype": "fp16"}, "fp16", False),
+    ({}, {"dtype": "bf16"}, "bf16 and wider", True),
+    ({"dtype": "bf16"}, {"dtype": "bf16"}, "bf16", False),
+    ({"dtype": "fp16"}, {"dtype": "bf16"}, "bf16 and wider", True),
+    ({}, {"int8": "weights"}, "int8", True),
+    ({"dtype": "fp16"}, {"int8": "weights"}, "int8", True),
+    ({"int8": "weights"}, {"int8": "weights"}, "fp32", False),
+    ({"int8": "weights"}, {}, "fp32", False),
+    ({}, {"int8": "activations"}, "int8 activations", True),
+    ({"int8": "activations"}, {"int8": "activations"}, "int8 activations", True),
+    ({"int8": "weights"}, {"int8": "activations"}, "int8 activations", True),
+]
+
+
+def _made(dtype=None, int8=None):
+    model = tiny_decoder(DecoderSpec(quantized=int8 is not None))
+    if int8 == "activations":
+        QuantizeActivations().run(model)
+    if dtype:
+        CastModel(dtype=dtype).run(model)
+    return runnable(model, "model", [])
+
+
+def _library(dtype="fp32", int8=None):
+    kinds = {None: "none", "weights": "weights", "activations": "dynamic"}
+    return types.SimpleNamespace(cache=types.SimpleNamespace(dtype=dtype), quantized=kinds[int8])
+
+
+@pytest.mark.parametrize("case", JUDGEMENTS, ids=str)
+def test_one_judgement_for_graphs_and_compiled_folders(case):
+    reference, candidate, kind, lossy = case
+    original = precision_of(_made(**reference))
+    for found in (precision_of(_made(**candidate)), library_precision(_library(**candidate))):
+        judgement = judgement_of(original, found)
+        assert (judgement.kind, judgement.lossy) == (kind, lossy)
+        assert judgement.bar(1e-3) is None
+        assert judgement.bar(None) == (BARS[kind] if lossy else None)
+
+
+def test_a_few_fp32_constants_make_no_other_precision():
+    text = """g (float16[n,4] x) => (float16[n,4] y) <float16[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}> {
+        a = MatMul(x, w) b = Cast <to = 1> (a) c = Mul(b, k) y = Cast <to = 10> (c) }"""
+    one = text.replace("k)", "two)").replace("a = M", "two = Constant <value_float = 2.0> () a = M")
+    other = text.replace("7}>", "7}, float two = {2}>").replace("k)", "two)")
+    report = compared(one, other)
+    assert report.ok
+    assert not report.lossy
+    assert not compared(one, other.replace("two = {2}", "two = {2.2}")).ok

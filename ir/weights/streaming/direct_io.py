@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 from passopt.ir.errors import ModelError
-from passopt.ir.weights.expressions import SourceFile
+from passopt.ir.weights.source_file import SourceFile
 from passopt.ir.weights.sources import check_unchanged
 
 #: The size in bytes of a page, the unit of O_DIRECT transfers and of the page cache.

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.literals import Fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ def spans_of(expression: ex.Expression, rank: int) -> list[Span]:
 
 
 def _spans(expression: ex.Expression, rank: int) -> list[Span]:
-    if isinstance(expression, ex.Fill):
+    if isinstance(expression, Fill):
         rows, columns = matrix_shape(expression)
         return [Span(rows, (Part(None, 0, 0, columns, expression.value),))]
     if isinstance(expression, ex.Transpose) and isinstance(expression.operand, ex.Cast):
@@ -180,7 +182,7 @@ def _rounded(value: float, operation: ex.Expression) -> float:
 
 def _placed(expression: ex.Expression, rank: int) -> list[Span] | None:
     """Return the spans of a placement along rows or columns, or None for anything else."""
-    if isinstance(expression, ex.Concat):
+    if isinstance(expression, Concat):
         return _joined(expression, rank)
     if not isinstance(expression, ex.Slice | ex.Shard | ex.Pad):
         return None
@@ -244,7 +246,7 @@ def _columns(span: Span, ranges: Iterable[_Range]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _joined(expression: ex.Concat, rank: int) -> list[Span] | None:
+def _joined(expression: Concat, rank: int) -> list[Span] | None:
     lists = [_spans(part, rank) for part in expression.parts]
     if expression.along == 0:
         return [span for spans in lists for span in spans]

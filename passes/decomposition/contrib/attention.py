@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.graph.attributes import attribute
-from passopt.ir.graph.shapes import dimensions, same
+from passopt.ir.graph.provenance import called
+from passopt.ir.shapes.dimensions import dimensions, same
 from passopt.passes.decomposition.contrib.heads import Scores, attend, join_heads, scale_of, shown, split_heads
 from passopt.passes.decomposition.contrib.registry import Values, expands, known_length, length_of, ndim
 from passopt.passes.decomposition.decompose_pass import operand, required
@@ -43,7 +44,7 @@ def _check_causal_lengths(node: onnx_ir.Node, query: onnx_ir.Value, key: onnx_ir
     steps, keys = ((dimensions(item) or [None] * 4)[2:3] for item in (query, key))
     if attribute(node, "unidirectional", 0) and not same(keys, steps):
         raise Decline(
-            f"{node.name} is causal over {steps[0]} queries and {keys[0]} keys of this step, which may be other numbers"
+            f"{called(node)} is causal over {steps[0]} queries and {keys[0]} keys of this step, which may be others"
         )
 
 
@@ -52,17 +53,17 @@ def _projections(op: Any, node: onnx_ir.Node, heads: int) -> list[Any]:
     query, key, value, bias = required(node, 0), operand(node, 1), operand(node, 2), operand(node, 3)
     if key is None:
         if ndim(query) != 5:
-            raise Decline(f"{node.name} has no key, and {query.name} is not packed as [b, s, heads, 3, d]")
+            raise Decline(f"{called(node)} has no key, and {query.name} is not packed as [b, s, heads, 3, d]")
         parts = _unpacked(op, query, 3)
     elif value is None:
         if ndim(key) != 5:
-            raise Decline(f"{node.name} has no value, and {key.name} is not packed as [b, t, heads, 2, d]")
+            raise Decline(f"{called(node)} has no value, and {key.name} is not packed as [b, t, heads, 2, d]")
         parts = [query, *_unpacked(op, key, 2)]
     else:
         parts = [query, key, value]
     if bias is not None:
         if any(ndim(part) != 3 for part in parts):
-            raise Decline(f"{node.name} adds the bias {bias.name} to packed projections")
+            raise Decline(f"{called(node)} adds the bias {bias.name} to packed projections")
         widths = [known_length(part, 2) for part in parts]
         pieces = op.Split(bias, widths, axis=0, outputs=3)
         parts = [op.Add(part, piece) for part, piece in zip(parts, pieces, strict=True)]
@@ -92,7 +93,7 @@ def _attention(op: Any, node: onnx_ir.Node) -> Values:
     """Project one input to query, key and value by one packed weight, and attend."""
     for name in ("do_rotary", "past_present_share_buffer"):
         if attribute(node, name, 0):
-            raise Decline(f"{node.name} has {name}, which has no standard form")
+            raise Decline(f"{called(node)} has {name}, which has no standard form")
     heads, weight = attribute(node, "num_heads", 0), required(node, 1)
     bias, past, extra = operand(node, 2), operand(node, 4), operand(node, 5)
     packed = op.MatMul(required(node, 0), weight)
@@ -145,7 +146,7 @@ def _shown_by(op: Any, node: onnx_ir.Node, mask: onnx_ir.Value, query: Any, key:
     if len(dims) == 1 and isinstance(batch, int) and dims[0] == 2 * batch:
         ends, starts = (op.Unsqueeze(part, [1, 2, 3]) for part in op.Split(mask, [batch, batch], axis=0, outputs=2))
         return op.And(op.Less(columns, ends), op.GreaterOrEqual(columns, starts))
-    raise Decline(f"{node.name} has the mask {mask.name} of shape {dims}, whose meaning is not known for sure")
+    raise Decline(f"{called(node)} has the mask {mask.name} of shape {dims}, whose meaning is not known for sure")
 
 
 def _kind(value: onnx_ir.Value) -> Any:

@@ -36,8 +36,8 @@ class DecomposeContrib(DecomposePass):
     After:  ``s = Add(x, skip); y = LayerNormalization(s, w, b)``
     Norms, Gelu and its kin, fused products, RotaryEmbedding, Attention, MultiHeadAttention, GroupQueryAttention and
     weights of 4 and 8 bits are decomposed; what is quantised goes through DequantizeLinear, whose bytes are those of
-    the file. An operator, an attribute or an input without a standard form stays as it is, with the reason. Bodies of
-    If and Loop are left alone.
+    the file. An operator, an attribute or an input without a standard form stays as it is, with the reason, and so does
+    what stands in a local function, for which inline-functions runs first.
     """
 
     name = "decompose-contrib"
@@ -54,21 +54,18 @@ class DecomposeContrib(DecomposePass):
     def run(self, model: onnx_ir.Model) -> PassResult:
         """Decompose every node that has a standard form, and count why the others stay."""
         result = super().run(model)
-        for node in model.graph.all_nodes():
-            reason = _why_it_stays(node, is_inside=node.graph is not model.graph)
-            if reason is not None:
-                result.declines[reason] += 1
-        bodies: tuple[onnx_ir.Graph | onnx_ir.Function, ...] = (model.graph, *model.functions.values())
-        used = {node.domain for body in bodies for node in body.all_nodes()}
-        if result.matches and MICROSOFT not in used:
+        places: tuple[onnx_ir.Graph | onnx_ir.Function, ...] = (model.graph, *model.functions.values())
+        for node in (node for place in places for node in place.all_nodes()):
+            if _has_no_form(node):
+                result.declines[f"{node.domain}.{node.op_type} has no standard form that passopt knows"] += 1
+        if result.matches and MICROSOFT not in {node.domain for place in places for node in place.all_nodes()}:
             model.graph.opset_imports.pop(MICROSOFT, None)
         return result
 
 
-def _why_it_stays(node: onnx_ir.Node, *, is_inside: bool) -> str | None:
-    """Return why a node of onnxruntime's domains is not even tried; None for any other node."""
-    if node.domain.partition(".")[0] != "com" or (node.domain == MICROSOFT and node.op_type in COLLECTIVE_OPS):
-        return None
-    if (node.domain, node.op_type) not in EXPANSIONS:
-        return f"{node.domain}.{node.op_type} has no standard form that passopt knows"
-    return f"{node.op_type} stands in the body of an If, Loop or Scan" if is_inside else None
+def _has_no_form(node: onnx_ir.Node) -> bool:
+    """Return whether a node is of onnxruntime's domains and of an operator that is not known here."""
+    is_collective = node.domain == MICROSOFT and node.op_type in COLLECTIVE_OPS
+    return (
+        node.domain.partition(".")[0] == "com" and not is_collective and (node.domain, node.op_type) not in EXPANSIONS
+    )

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.graph.attributes import attribute
+from passopt.ir.graph.provenance import called
 from passopt.passes.decomposition.contrib.heads import (
     Scores,
     attend,
@@ -55,7 +56,7 @@ _DEFAULTS = {
 def _group_query_attention(op: Any, node: onnx_ir.Node) -> Values:
     for name, default in _DEFAULTS.items():
         if attribute(node, name, default) not in {default, 0 if name == "smooth_softmax" else default}:
-            raise Decline(f"{node.name} has {name} = {attribute(node, name, default)!r}, which has no standard form")
+            raise Decline(f"{called(node)} has {name} = {attribute(node, name, default)!r}, which has no standard form")
     heads, groups = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads", 0)
     query, key, value = _projections(op, node, heads, groups)
     steps = length_of(op, query, 2)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.decomposition.contrib.registry import known_length
 from passopt.passes.decomposition.decompose_pass import cast
 from passopt.passes.framework.base import Decline

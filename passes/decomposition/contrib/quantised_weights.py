@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.graph.attributes import attribute
-from passopt.ir.weights.expressions import Expression, Literal, Source
+from passopt.ir.graph.provenance import called
+from passopt.ir.weights.expressions import Expression, Source
+from passopt.ir.weights.literals import Literal
 from passopt.passes.decomposition.contrib.registry import Values, expands
 from passopt.passes.decomposition.decompose_pass import operand, required
 from passopt.passes.framework.base import Decline
@@ -24,14 +26,15 @@ _CODES = {4: DataType.UINT4, 8: DataType.UINT8}
 )
 def _matmul_nbits(op: Any, node: onnx_ir.Node) -> Values:
     """Multiply by the dequantised weight [N, K]; accuracy_level only allows a kernel to round more."""
-    if operand(node, 4) is not None:
-        raise Decline(f"{node.name} orders its channels by {node.inputs[4].name} (g_idx), which DequantizeLinear lacks")  # type: ignore[union-attr]
+    order = operand(node, 4)
+    if order is not None:
+        raise Decline(f"{called(node)} orders its channels by {order.name} (g_idx), which DequantizeLinear lacks")
     if attribute(node, "weight_prepacked", 0):
-        raise Decline(f"{node.name} has a weight that is packed for one device")
+        raise Decline(f"{called(node)} has a weight that is packed for one device")
     x, rows, columns = required(node, 0), attribute(node, "N", 0), attribute(node, "K", 0)
     bits, block = attribute(node, "bits", 4), attribute(node, "block_size", 0)
     if bits not in _CODES:
-        raise Decline(f"{node.name} has codes of {bits} bits, expected 4 or 8")
+        raise Decline(f"{called(node)} has codes of {bits} bits, expected 4 or 8")
     blocks = -(-columns // block)
     wide = _dequantized(op, required(node, 1), required(node, 2), operand(node, 3), (rows, blocks, block), bits)
     if blocks * block != columns:
@@ -91,7 +94,7 @@ def _gather_block_quantized(op: Any, node: onnx_ir.Node) -> Values:
     gathered, along = attribute(node, "gather_axis", 0), attribute(node, "quantize_axis", 1)
     weight: Expression = op.weight(data)
     if bits not in _CODES or len(weight.shape) != 2 or gathered != 0 or along % 2 != 1:
-        raise Decline(f"{node.name} is no look-up of rows in a matrix of 4 or 8 bits, quantised along its rows")
+        raise Decline(f"{called(node)} is no look-up of rows in a matrix of 4 or 8 bits, quantised along its rows")
     if data.dtype not in {DataType.UINT8, DataType.UINT4, DataType.INT4}:
         raise Decline(f"{data.name} holds {data.dtype}, expected uint8, uint4 or int4")
     rows, width = weight.shape
@@ -113,7 +116,7 @@ def _linear(op: Any, node: onnx_ir.Node) -> Values:
     x, scale, zero = required(node, 0), required(node, 1), operand(node, 2)
     codes = x.dtype if node.op_type == "DequantizeLinear" else DataType.UINT8 if zero is None else zero.dtype
     if codes not in {DataType.INT8, DataType.UINT8}:
-        raise Decline(f"{node.op_type} {node.name} has codes of {codes}, expected 8 bits")
+        raise Decline(f"{called(node)} has codes of {codes}, expected 8 bits")
     if scale.dtype != DataType.FLOAT:
-        raise Decline(f"{node.op_type} {node.name} has scales of {scale.dtype}, expected fp32")
+        raise Decline(f"{called(node)} has scales of {scale.dtype}, expected fp32")
     return [op.node(node.op_type, x, scale, zero, **{name: item.value for name, item in node.attributes.items()})]

@@ -14,7 +14,8 @@ import onnx_ir
 
 from passopt.ir.graph.builder import MICROSOFT
 from passopt.ir.graph.editor import is_read
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.graph.provenance import called
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.framework.base import Decline
 
 Values: TypeAlias = "Sequence[onnx_ir.Value | None]"
@@ -40,15 +41,15 @@ class Expansion:
             raise Decline(f"{node.op_type} needs opset {self.opset}, this model has {op.opset}; run legalize first")
         unknown = sorted(node.attributes.data.keys() - self.attributes)
         if unknown:
-            raise Decline(f"{node.op_type} {node.name} has the attribute {unknown[0]}, which has no standard form")
+            raise Decline(f"{called(node)} has the attribute {unknown[0]}, which has no standard form")
         more = [value for value in node.inputs[self.inputs :] if value is not None]
         if more:
-            raise Decline(f"{node.op_type} {node.name} reads {more[0].name}, for which there is no standard form")
+            raise Decline(f"{called(node)} reads {more[0].name}, for which there is no standard form")
         values = list(self.build(op, node))
         values += [None] * (len(node.outputs) - len(values))
         for value, output in zip(values, node.outputs, strict=False):
             if value is None and is_read(output):
-                raise Decline(f"{node.op_type} {node.name}: its output {output.index()} has no standard form")
+                raise Decline(f"{called(node)}: its output {output.index()} has no standard form")
         return values
 
 

@@ -9,7 +9,8 @@ import onnx_ir
 
 from passopt.ir.dtypes import SLICE_END
 from passopt.ir.graph.attributes import attribute
-from passopt.ir.graph.shapes import dimensions
+from passopt.ir.graph.provenance import called
+from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.decomposition.contrib.heads import join_heads, split_heads
 from passopt.passes.decomposition.contrib.registry import Values, expands, known_length, length_of, ndim
 from passopt.passes.decomposition.decompose_pass import required
@@ -24,7 +25,7 @@ from passopt.passes.framework.base import Decline
 def _rotary(op: Any, node: onnx_ir.Node) -> Values:
     x, positions = required(node, 0), required(node, 1)
     if attribute(node, "is_packed_batching", 0) or attribute(node, "scale", 1.0) != 1:
-        raise Decline(f"{node.name} is packed or scaled, which RotaryEmbedding of ONNX is not")
+        raise Decline(f"{called(node)} is packed or scaled, which RotaryEmbedding of ONNX is not")
     half = known_length(required(node, 2), 1)
     flat = ndim(x) == 3
     parts = x

@@ -9,8 +9,11 @@ import pytest
 
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.builder import Builder
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.graph.completion import complete_types
+from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
+from passopt.ir.weights.literals import Literal
+from passopt.testing.checking import read_model
 
 
 def value(*shape, dtype=DataType.FLOAT, name="x"):
@@ -188,3 +191,23 @@ def test_a_sequence_is_no_tensor_of_its_elements(op, kind):
         assert op.SequenceAt(items, np.int64(0)).dtype == DataType.FLOAT
     else:
         assert op.node("OptionalHasElement", items).dtype == DataType.BOOL
+
+
+@pytest.mark.parametrize("opset", [8, 10, 11, 23])
+def test_the_shape_of_one_branch_is_not_that_of_an_if(opset):
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]> g (float[n,3] x, bool c) => (float[] y) {{
+        z = If(c) <then_branch = t () => (float[] p) {{ p = Relu(x) }},
+                   else_branch = e () => (float[] q) {{ k = Constant<value = float[1,1,1] {{1}}>() q = Relu(k) }}>
+        y = Neg(z) }}"""
+    model = read_model(text)
+    complete_types(model)
+    assert model.graph[0].outputs[0].shape is None
+
+
+@pytest.mark.parametrize("opset", [12, 15, 16, 23])
+@pytest.mark.parametrize("name", ["GreaterOrEqual", "LessOrEqual"])
+def test_comparisons_have_shapes_in_all_opsets(name, opset):
+    model = read_model(f"""<ir_version: 8, opset_import: ["" : {opset}]> g (float[n,3] x, float[3] k) => (bool[] y) {{
+        z = {name}(x, k) y = Not(z) }}""")
+    complete_types(model)
+    assert str(model.graph[0].outputs[0].shape) == "[n,3]"

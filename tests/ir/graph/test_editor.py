@@ -7,9 +7,9 @@ import onnx_ir
 import pytest
 
 from passopt.ir.errors import VerifyError
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.editor import Editor, discard
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM, MODULE
-from passopt.ir.graph.shapes import complete_types
 from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.text import parse_model
 

@@ -7,8 +7,9 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.graph.fp32_twin import fp32_twin
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 21, "local" : 1]>

@@ -7,8 +7,8 @@ import onnx_ir
 import onnxruntime.capi.onnxruntime_pybind11_state as runtime
 import pytest
 
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.operators import _DTYPES, _RUNTIME_OPS
-from passopt.ir.graph.shapes import complete_types
 from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.text import parse_model
 

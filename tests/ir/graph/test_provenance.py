@@ -112,3 +112,13 @@ def test_a_node_without_a_name_is_called_by_what_it_makes():
     nameless = onnx_ir.Node("", "Gelu", [], outputs=[onnx_ir.Value(name="z")])
     nameless.name = None
     assert called(nameless) == "Gelu that makes 'z'"
+
+
+def test_a_node_is_called_by_its_name_or_by_what_it_makes():
+    node = onnx_ir.Node("", "Relu", [None], name="act")
+    node.outputs[0].name = "y"
+    assert called(node) == "Relu 'act'"
+    node.name = ""
+    assert called(node) == "Relu that makes 'y'"
+    node.outputs[0].name = None
+    assert called(node) == "Relu without a name"

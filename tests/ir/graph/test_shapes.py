@@ -6,17 +6,10 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.graph.shapes import (
-    ConstantElement,
-    DimOf,
-    complete_outputs,
-    complete_types,
-    dimensions,
-    elements,
-    known_numbers,
-    merged_shapes,
-)
+from passopt.ir.graph.completion import complete_outputs, complete_types
 from passopt.ir.serialization.text import parse_model, print_model
+from passopt.ir.shapes.dimensions import dimensions, merged_shapes
+from passopt.ir.shapes.elements import ConstantElement, DimOf, elements, known_numbers
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "local" : 1]>\n'
 
@@ -280,3 +273,16 @@ def test_a_symbol_of_a_target_is_believed_if_the_tensor_was_empty_with_it(dims, 
         <int64[1] all = {{-1}}, int64[2] rest = {{1, -1}}> {{
         f = Reshape(x, all) b = Shape<end=1>(z) t = Concat<axis=0>(b, rest) v = Reshape(f, t) y = Neg(v) }}"""
     assert str(values(text)["v"].shape).replace("None", "?") == expected
+
+
+def test_a_value_of_unknown_dtype_gets_no_shape(caplog):
+    """A file cannot hold such a shape, and onnx-ir warns of it whenever it writes the model."""
+    model = parse_model("""<ir_version: 10, opset_import: ["" : 21, "local" : 1]> g (float[n,6] x) => (float[] y)
+        <int64[2] s = {2, -1}> {
+        z = local.f(x)
+        r = Reshape(z, s) y = Neg(r) }""")
+    complete_types(model)
+    reshaped = model.graph[1].outputs[0]
+    assert (reshaped.type, reshaped.shape) == (None, None)
+    onnx_ir.to_proto(model)
+    assert not caplog.records

@@ -11,8 +11,9 @@ import pytest
 from passopt.ir.errors import VerifyError
 from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.text import parse_model
-from passopt.ir.weights.expressions import Source, SourceFile
+from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.source_file import SourceFile
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21, "local" : 1]>
 g (float[3] x) => (float[3] y, float[3] z) <float[3] w = {1, 2, 3}> {

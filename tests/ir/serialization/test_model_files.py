@@ -22,8 +22,8 @@ from passopt.ir.serialization.model_files import (
 )
 from passopt.ir.serialization.text import parse_model, print_model
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, is_checkpoint_weight, small_constant
+from passopt.ir.weights.literals import Literal
 from passopt.ir.weights.plan_file import PLAN_NAME, read_plan
 
 TEXT = """

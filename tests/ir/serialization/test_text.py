@@ -9,8 +9,10 @@ import pytest
 
 from passopt.ir.errors import ModelError
 from passopt.ir.serialization.text import parse_model, print_model
-from passopt.ir.weights.expressions import Literal, Source, SourceFile
+from passopt.ir.weights.expressions import Source
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
+from passopt.ir.weights.source_file import SourceFile
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>\n'
 

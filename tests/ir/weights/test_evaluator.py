@@ -14,8 +14,10 @@ import pytest
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.concat import concat
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.literals import Fill, Literal
 from passopt.ir.weights.streaming import row_kernels
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.output_groups import WeightFile
@@ -95,7 +97,7 @@ def test_literal(stored):
 
 
 def test_fill_is_one_number_everywhere():
-    filled = ex.Fill(DataType.BFLOAT16, (6, 4), -1.5)
+    filled = Fill(DataType.BFLOAT16, (6, 4), -1.5)
     assert evaluated(filled).astype(float).tolist() == [[-1.5] * 4] * 6
     assert evaluated(filled.slice(0, 1, 3).pad(1, 6)).astype(float).tolist() == [[-1.5] * 4 + [0] * 2] * 2
 
@@ -109,7 +111,7 @@ def test_slice_split_and_concat(stored):
         parts = source.split(widths, axis)
         expected = np.split(array, np.cumsum(widths)[:-1], axis)
         assert all(np.array_equal(evaluated(part), wanted) for part, wanted in zip(parts, expected, strict=True))
-        swapped = ex.concat([parts[2], parts[0]], axis)
+        swapped = concat([parts[2], parts[0]], axis)
         assert np.array_equal(evaluated(swapped), np.concatenate([expected[2], expected[0]], axis))
 
 
@@ -282,7 +284,7 @@ def test_padded_rows_of_a_quantised_weight_are_zeros_of_scale_one(stored):
 def test_operations_nest(stored):
     array = weight(12, 10)
     source = stored(array)
-    nested = ex.concat([source.slice(0, 0, 6).transpose(), source.slice(0, 6, 12).transpose()], 0).pad(1, 8).shard(0, 4)
+    nested = concat([source.slice(0, 0, 6).transpose(), source.slice(0, 6, 12).transpose()], 0).pad(1, 8).shard(0, 4)
     expected = np.pad(np.concatenate([array[:6].T, array[6:].T]), ((0, 0), (0, 2)))
     for rank in range(4):
         assert np.array_equal(evaluated(nested, rank), expected[5 * rank : 5 * rank + 5])
@@ -297,7 +299,7 @@ def test_operations_nest(stored):
 def test_empty_tensors(shape):
     empty = Literal.of(np.zeros(shape, np.float32))
     codes, scales = empty.quantize(0)
-    for expression in (empty, ex.concat([empty, empty], 0), empty.transpose(), codes, scales, empty.pad(0, 5)):
+    for expression in (empty, concat([empty, empty], 0), empty.transpose(), codes, scales, empty.pad(0, 5)):
         with Evaluator() as evaluator:
             assert evaluator.array(expression).shape == expression.shape
 

@@ -11,16 +11,19 @@ import pytest
 from passopt.ir.dtypes import DataType
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.concat import concat
 from passopt.ir.weights.expression_check import check_expression
+from passopt.ir.weights.literals import Fill, Literal
 from passopt.ir.weights.plan_file import read_plan, write_plan
+from passopt.ir.weights.source_file import SourceFile
 
-FILE = ex.SourceFile("/weights", 1000, 5, "digest")
+FILE = SourceFile("/weights", 1000, 5, "digest")
 SOURCE = ex.Source(DataType.FLOAT, (6, 10), "w", FILE, 100)
 CODES, SCALES = SOURCE.quantize()
 WHOLE = [
     SOURCE,
-    ex.Literal.of(np.arange(6.0).reshape(2, 3)),
-    ex.Fill(DataType.FLOAT, (2, 3), 0.5),
+    Literal.of(np.arange(6.0).reshape(2, 3)),
+    Fill(DataType.FLOAT, (2, 3), 0.5),
     SOURCE.slice(0, 1, 5),
     SOURCE.transpose(),
     SOURCE.cast(DataType.FLOAT16),
@@ -31,7 +34,7 @@ WHOLE = [
     CODES.pack(4, 8),
     CODES.row_sums(),
     SOURCE.shard(1, 2),
-    ex.concat([SOURCE, SOURCE], 0),
+    concat([SOURCE, SOURCE], 0),
     SOURCE.shard(0, 3).pad(1, 20).transpose(),
 ]
 
@@ -47,7 +50,7 @@ def test_what_methods_build_passes_and_survives_a_file(expression, tmp_path):
 def test_other_shapes_and_fields_of_other_types_are_refused(expression):
     longer = tuple(length + 1 for length in expression.shape)
     changes = [{"shape": "ab"}, {"shape": (-1, *expression.shape[1:])}, {"shape": (True, 2.5)}]
-    if not isinstance(expression, ex.Fill):  # any shape can be filled
+    if not isinstance(expression, Fill):  # any shape can be filled
         changes.append({"shape": longer if not isinstance(expression, ex.Source) else (600, 10)})
     names = {field.name for field in dataclasses.fields(expression)} - {"dtype", "shape", "operand", "parts", "data"}
     changes += [{name: wrong} for name in names for wrong in (None, "x", [1], {})]
@@ -61,7 +64,7 @@ def test_other_shapes_and_fields_of_other_types_are_refused(expression):
 def test_what_is_inside_is_checked_too():
     bad = dataclasses.replace(SOURCE, offset=990)
     with pytest.raises(ModelError, match="Source 'w' ends behind its file of 1,000 bytes"):
-        check_expression(ex.concat([SOURCE, bad], 0).transpose())
+        check_expression(concat([SOURCE, bad], 0).transpose())
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from passopt.ir.errors import ModelError
+from passopt.ir.weights.concat import Concat, concat
 from passopt.ir.weights.expressions import (
     SCALE_OF_ZEROS,
     Cast,
-    Concat,
     DataType,
     Expression,
-    Fill,
-    Literal,
     NormalizeRows,
     Pad,
     QuantizeCodes,
@@ -23,10 +21,10 @@ from passopt.ir.weights.expressions import (
     Shard,
     Slice,
     Source,
-    SourceFile,
     Transpose,
-    concat,
 )
+from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.source_file import SourceFile
 
 FILE = SourceFile("/data/a.safetensors", 1000, 17, "00")
 

@@ -13,7 +13,8 @@ import pytest
 from safetensors import safe_open
 
 from passopt.ir.errors import ModelError
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.literals import Literal
 from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.output_groups import WeightFile

@@ -9,8 +9,8 @@ import pytest
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.serialization.text import parse_model, print_model
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
+from passopt.ir.weights.literals import Literal
 from passopt.passes.attention.dematerialize_alibi import DematerializeAlibi
 from passopt.testing.checking import check
 

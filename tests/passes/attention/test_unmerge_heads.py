@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir
 import pytest
 
-from passopt.ir.graph.shapes import complete_types
+from passopt.ir.graph.completion import complete_types
 from passopt.passes.attention.unmerge_heads import UnmergeHeads
 from passopt.testing.checking import check, read_model
 

@@ -323,3 +323,14 @@ def test_a_cast_like_rounds_as_it_did(attributes):
     cast = next(node for node in model.graph if node.outputs[0].name == "c")
     assert cast.op_type == "Cast"
     assert ("saturate" in cast.attributes) == bool(attributes)
+
+
+@pytest.mark.parametrize("steps", ["", ", one"])
+@pytest.mark.parametrize(("k", "start", "end"), [(5, 1, 2), (5, 1, 1), (1, -1, 9), (5, -2, 9)])
+def test_a_slice_of_opset_10_that_cuts_an_axis_with_a_symbol_stays(steps, k, start, end):
+    """ONNX's inference says of this opset only that the axis keeps its symbol."""
+    text = f"""<ir_version: 8, opset_import: ["" : 10]> g (float[n,k] x) => (float[?,?] y)
+        <int64[1] s = {{{start}}}, int64[1] e = {{{end}}}, int64[1] one = {{1}}> {{
+        c = Slice(x, s, e, one{steps}) y = Neg(c) }}"""
+    model, _ = check(Canonicalize(), text, lengths={"k": k})
+    assert [node.op_type for node in model.graph] == ["Slice", "Neg"]

@@ -9,8 +9,8 @@ import pytest
 
 from passopt.ir.graph.provenance import MADE_BY, MADE_FROM
 from passopt.ir.serialization.text import print_model
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.cleanup.cse import MergeCommonSubexpressions
 from passopt.testing.checking import check, read_model
 

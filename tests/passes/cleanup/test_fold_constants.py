@@ -7,8 +7,8 @@ import onnx_ir
 import pytest
 
 from passopt.ir.serialization.text import print_model
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, small_constant
+from passopt.ir.weights.literals import Literal
 from passopt.passes.cleanup import fold_constants
 from passopt.passes.cleanup.fold_constants import FoldConstants
 from passopt.testing.checking import check, read_model
@@ -437,3 +437,11 @@ def test_why_says_what_is_not_evaluated():
     model = read_model(HEADER.replace("21", "12") + text + "{ c = Softmax<axis = 1>(k) y = Add(c, x) }")
     (refusal,) = FoldConstants().explain(model)
     assert refusal.reason == "Softmax is evaluated from opset 13 on, this model has 12; run legalize"
+
+
+@pytest.mark.parametrize("end", [2**31 - 1, 2**63 - 1])
+def test_a_slice_back_to_the_greatest_number_stays(end):
+    """onnxruntime takes that for the start of the axis, ONNX for its end."""
+    unchanged(f"""g (int64[4] x) => (int64[?] y)
+        <int64[3] k = {{3, 1, 2}}, int64[1] s = {{-1}}, int64[1] e = {{{end}}}, int64[1] a = {{0}}> {{
+        c = Slice(k, s, e, a, s) y = Concat<axis = 0>(c, x) }}""")

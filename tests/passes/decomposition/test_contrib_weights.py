@@ -158,4 +158,4 @@ def test_declines_codes_of_sixteen_bits():
     text = """<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
         g (float[n,3] x, float s, uint16 z) => (uint16[n,3] q) { q = com.microsoft.QuantizeLinear(x, s, z) }"""
     _, result = check(DecomposeContrib(), text, matches=0)
-    assert list(result.declines) == ["QuantizeLinear QuantizeLinear_0 has codes of UINT16, expected 8 bits"]
+    assert list(result.declines) == ["QuantizeLinear 'QuantizeLinear_0' has codes of UINT16, expected 8 bits"]

@@ -385,7 +385,7 @@ def test_rotary_there_and_back(table):
     inputs = "" if table == "weight" else ", float[7,3] c, float[7,3] s"
     text = f"g (float[b,3,n,6] x, int64[b,n] p{inputs}) => (float[b,3,n,6] y) {tables if table == 'weight' else ''}"
     operators = fused_again(DecomposeRotary(), FuseRotary(), text + " { y = RotaryEmbedding(x, c, s, p) }")
-    assert operators == (["RotaryEmbedding"] if table == "weight" else ["Gather", "Gather", "RotaryEmbedding"])
+    assert operators == ["Gather", "Gather", "RotaryEmbedding"]  # of the graph alone, p may hold -1, for the last row
 
 
 CACHED = "float[2,6,4,6] q, float[2,3,4,6] k, float[2,3,4,6] v, float[4,7] m, float[2,3,3,6] pk, float[2,3,3,6] pv"

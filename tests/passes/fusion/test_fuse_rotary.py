@@ -26,10 +26,14 @@ CONSTANTS = (
     "int64[1] total = {7}, int64[2] front = {0, 1}, float[3] freq = {1, 0.3, 0.05},"
     f"float[9,6] c = {{{NUMBERS['c']}}}, float[9,6] s = {{{NUMBERS['s']}}}>"
 )
-LOOKED_UP = "cg = Gather(c, ids) cos = Unsqueeze(cg, one) sg = Gather(s, ids) sin = Unsqueeze(sg, one)"
-HEAD = "g (float[batch,5,seq,6] x, int64[batch,seq] ids) => (float[] y)"
+LOOKED_UP = (
+    "cg = Gather(c, position_ids) cos = Unsqueeze(cg, one) sg = Gather(s, position_ids) sin = Unsqueeze(sg, one)"
+)
+#: The inputs by which an exported decoder is known, whose position_ids are never negative.
+DECODER = 'int64[batch,seq] input_ids, float[batch,1,past,2] "past.0.key"'
+HEAD = f"g (float[batch,5,seq,6] x, {DECODER}, int64[batch,seq] position_ids) => (float[] y)"
 COMPUTED = """
-    f = Cast <to = 1> (ids)
+    f = Cast <to = 1> (position_ids)
     u = Unsqueeze(f, h2)
     angles = Mul(u, freq)
     both = Concat <axis = -1> (angles, angles)
@@ -40,7 +44,7 @@ COMPUTED = """
 
 
 def fused(body, head=HEAD, opset=23, constants=CONSTANTS, **settings):
-    ids = {"ids": np.array([[4, 5, 6], [0, 1, 2]])} if "int64[batch,seq] ids" in head else {}
+    ids = {"position_ids": np.array([[4, 5, 6], [0, 1, 2]])} if "int64[batch,seq] position_ids" in head else {}
     settings.setdefault("feeds", ids)
     model, result = check(FuseRotary(), f"{HEADER % opset}{head}{constants} {{ {body} }}", **settings)
     return [node.op_type for node in model.graph], result, model
@@ -53,7 +57,7 @@ def declined(reason, body, head=HEAD, opset=23, **settings):
 
 def test_stored_angles(check_pass):
     text = f"{HEADER % 23}{HEAD}{CONSTANTS} {{ {LOOKED_UP}{ROTATE} }}"
-    check_pass(FuseRotary(), text, matches=1, feeds={"ids": np.array([[4, 5, 6], [0, 1, 8]])})
+    check_pass(FuseRotary(), text, matches=1, feeds={"position_ids": np.array([[4, 5, 6], [0, 1, 8]])})
 
 
 def test_computed_angles():
@@ -101,14 +105,14 @@ def test_a_table_cut_to_the_sequence_becomes_whole(axes):
 def test_a_table_cut_at_the_front_stays_cut():
     cut = "cw = Slice(c, one, total, h0) sw = Slice(s, one, total, h0)"
     body = cut + LOOKED_UP.replace("(c,", "(cw,").replace("(s,", "(sw,") + ROTATE
-    ids = {"ids": np.array([[3, 4, 5], [0, 1, 2]])}
+    ids = {"position_ids": np.array([[3, 4, 5], [0, 1, 2]])}
     operators, _, _ = fused(body, feeds=ids, matches=1)
     assert operators.count("Slice") == 2
 
 
 def test_positions_of_one_row_serve_every_batch():
     head = HEAD.replace("int64[batch,seq]", "int64[1,seq]")
-    ids = {"ids": np.array([[4, 5, 6]])}
+    ids = {"position_ids": np.array([[4, 5, 6]])}
     for body in (LOOKED_UP, COMPUTED):
         operators, _, _ = fused(body + ROTATE, head, feeds=ids, matches=1)
         assert "Expand" in operators
@@ -116,7 +120,7 @@ def test_positions_of_one_row_serve_every_batch():
 
 def test_ids_in_32_bits():
     head = HEAD.replace("int64[batch,seq]", "int32[batch,seq]")
-    ids = {"ids": np.array([[4, 5, 6], [0, 1, 2]], np.int32)}
+    ids = {"position_ids": np.array([[4, 5, 6], [0, 1, 2]], np.int32)}
     operators, _, _ = fused(LOOKED_UP + ROTATE, head, feeds=ids, matches=1)
     assert operators == ["Cast", "RotaryEmbedding"]
 
@@ -211,10 +215,10 @@ def test_declines_one_angle_for_all_positions():
 @pytest.mark.parametrize("angles", [LOOKED_UP, COMPUTED], ids=["stored", "computed"])
 def test_declines_angles_that_may_be_broadcast(dims, lengths, angles):
     """Ids with lengths of their own may be one row, or one position, which the products repeat."""
-    head = HEAD.replace("batch,seq] ids", f"{dims}] ids")
+    head = HEAD.replace("batch,seq] position_ids", f"{dims}] position_ids")
     shape = [{"batch": 2, "seq": 3, "1": 1, **lengths}[name] for name in dims.split(",")]
     ids = np.arange(np.prod(shape)).reshape(shape)
-    fused(angles + ROTATE, head, matches=0, feeds={"ids": ids}, lengths={"batch": 2, "seq": 3, **lengths})
+    fused(angles + ROTATE, head, matches=0, feeds={"position_ids": ids}, lengths={"batch": 2, "seq": 3, **lengths})
 
 
 def test_declines_angles_whose_halves_may_differ():
@@ -232,5 +236,80 @@ def test_declines_a_table_whose_halves_differ():
 
 
 def test_declines_different_positions():
-    head = HEAD.replace("ids)", "ids, int64[batch,seq] others)")
-    declined("cos is looked up at", LOOKED_UP.replace("(s, ids)", "(s, others)") + ROTATE, head)
+    head = HEAD.replace("position_ids)", "position_ids, int64[batch,seq] others)")
+    declined("cos is looked up at", LOOKED_UP.replace("(s, position_ids)", "(s, others)") + ROTATE, head)
+
+
+# Positions that may be negative
+
+
+PLAIN = "g (float[batch,5,seq,6] x, int64[batch,seq] ids{}) => (float[] y)"
+
+
+def looked_up(ids):
+    return LOOKED_UP.replace("position_ids", ids)
+
+
+def test_ids_that_may_be_negative_are_looked_up_before():
+    """The last row is -1 for Gather; RotaryEmbedding refuses it."""
+    for ids in ([[4, -1, 6], [0, -9, 8]], [[4, 5, 6], [0, 1, 8]]):
+        operators, _, model = fused(
+            looked_up("ids") + ROTATE, PLAIN.format(""), feeds={"ids": np.array(ids)}, matches=1
+        )
+        assert operators == ["Gather", "Gather", "RotaryEmbedding"]
+        assert str(model.graph[0].outputs[0].shape) == "[batch,seq,3]"
+
+
+def test_a_cut_table_stays_cut_for_ids_that_may_be_negative():
+    cut = "cw = Slice(c, h0, total, h0) sw = Slice(s, h0, total, h0)"
+    body = cut + looked_up("ids").replace("(c,", "(cw,").replace("(s,", "(sw,") + ROTATE
+    operators, _, _ = fused(body, PLAIN.format(""), feeds={"ids": np.array([[4, -1, 6], [0, -7, 3]])}, matches=1)
+    assert operators == ["Slice", "Gather", "Slice", "Gather", "RotaryEmbedding"]
+
+
+def test_position_ids_of_a_graph_that_is_no_decoder_may_be_negative():
+    head = PLAIN.replace("ids", "position_ids").format("")
+    feeds = {"position_ids": np.array([[4, -1, 6], [0, 1, 8]])}
+    operators, _, _ = fused(LOOKED_UP + ROTATE, head, feeds=feeds, matches=1)
+    assert operators == ["Gather", "Gather", "RotaryEmbedding"]
+
+
+#: Ids that are computed, whether they are known not to be negative, and what is fed.
+IDS = {
+    "range": (
+        "long = Shape<start = 2, end = 3>(x) l = Squeeze(long, h0) r = Range(k0, l, k1) i = Unsqueeze(r, h0)",
+        True,
+    ),
+    "absolute clip": ("i = Clip(ids, k0)", True),
+    "upper bound": ('m = Max(ids, k0) i = Clip(m, "", k1)', True),
+    "negative upper bound": ('m = Max(ids, k0) k = Neg(k1) i = Clip(m, "", k)', False),
+    "largest": ("i = Max(ids, k0)", True),
+    "smallest": ("i = Min(ids, k1)", False),
+    "difference": ("i = Sub(ids, k1)", False),
+    "sum": ("m = Max(ids, k0) i = Add(m, k1)", True),
+    "where": ("less = Less(ids, k0) m = Max(ids, k0) i = Where(less, k1, m)", True),
+    "where not": ("less = Less(k0, ids) i = Where(less, ids, ids)", False),
+    "narrow": ("m = Max(ids, k0) w = Cast<to = 3>(m) i = Cast<to = 6>(w)", False),
+    "wide": ("m = Max(ids, k0) w = Cast<to = 6>(m) i = Cast<to = 7>(w)", True),
+    "backwards": (
+        "o = Shape<start = 2, end = 3>(x) l = Squeeze(o, h0) r = Range(k0, l, k1) m = Neg(r) i = Unsqueeze(m, h0)",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_what_is_known_of_computed_ids(kind):
+    body, is_known = IDS[kind]
+    constants = CONSTANTS[:-1] + ", int64 k0 = {0}, int64 k1 = {1}>"
+    feeds = {"ids": np.array([[4, -1, 6], [0, 1, 2]])}
+    lengths = {"batch": 2, "seq": 3}
+    operators, _, _ = fused(
+        body + " " + looked_up("i") + ROTATE,
+        PLAIN.format(""),
+        constants=constants,
+        feeds=feeds,
+        lengths=lengths,
+        matches=1,
+    )
+    assert ("Gather" in operators) != is_known

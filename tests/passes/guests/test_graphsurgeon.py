@@ -13,8 +13,9 @@ from passopt.ir.serialization.model_files import load_model, save_materialized
 from passopt.ir.serialization.text import print_model
 from passopt.ir.serialization.text_files import read_model
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import Literal, Slice, Source, Transpose
+from passopt.ir.weights.expressions import Slice, Source, Transpose
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
+from passopt.ir.weights.literals import Literal
 from passopt.passes.guests import graphsurgeon_pass
 from passopt.passes.guests.graphsurgeon import lazy_constant, lazy_weight
 from passopt.passes.pipeline.runner import run_passes

@@ -256,7 +256,8 @@ def _renamed(proto):
 
 def test_half_precision_weights_of_a_large_model_are_references_only():
     """A weight of 2 GB that does not exist: only its type crosses."""
-    from passopt.ir.weights.expressions import Source, SourceFile
+    from passopt.ir.weights.expressions import Source
+    from passopt.ir.weights.source_file import SourceFile
 
     model = read_model(CLUTTER.replace("float[3,5] w", "float[3,5] w"))
     value = model.graph.initializers["w"]
@@ -382,3 +383,51 @@ def test_constants_of_the_third_version_of_the_format():
     model, _ = check(Simplify(), text)
     assert "Identity" not in operators(model)
     assert model.ir_version == 3
+
+
+def test_a_norm_whose_weight_is_larger_than_its_input_is_no_norm():
+    """onnxsim would make an RMSNormalization of it, which does not broadcast its input."""
+    text = """g (float[n,3,2] x, float[3,3,2] w) => (float[?,?,?] y)
+        <float e = {0.001}, float two = {2}, int64[1] a = {-1}, float one = {1}> {
+        i = Identity(x) p = Pow(i, two) m = ReduceMean<keepdims = 1>(p, a) q = Add(m, e) s = Sqrt(q) r = Div(one, s)
+        n = Mul(i, r) y = Mul(w, n) }"""
+    header = HEADER.replace("21", "23")
+    for length in (1, 3):
+        model, _ = check(Simplify(), header + text, lengths={"n": length})
+        assert "RMSNormalization" not in operators(model)
+
+
+def test_reductions_of_all_axes_and_of_one_stay_two():
+    text = """g (float[n,3] x) => (float[?] y) <int64[1] first = {0}> {
+        i = Identity(x) a = ReduceL1<keepdims = 1>(i) y = ReduceL1<keepdims = 0>(a, first) }"""
+    model, _ = check(Simplify(), HEADER + text)
+    assert operators(model) == ["ReduceL1", "ReduceL1"]
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_a_product_with_a_bias_keeps_its_batch_where_an_axis_may_be_empty(k):
+    text = """g (float[n,k,4] x) => (float[?,?,?] y) <float[4,4] w = random, float[4] b = {1, 2, 3, 4}> {
+        i = Identity(x) p = MatMul(i, w) y = Add(p, b) }"""
+    model, _ = check(Simplify(), HEADER + text, lengths={"k": k})
+    assert operators(model) == ["MatMul", "Add"]
+
+
+def test_a_softmax_over_one_masked_element_is_no_one():
+    text = """g (float[n,4] x) => (float[?,?] y) <int64[1] last = {1}> {
+        i = Identity(x) m = ReduceMax<keepdims = 1>(i, last) y = Softmax<axis = 1>(m) }"""
+    model, _ = check(Simplify(), HEADER + text)
+    assert "Softmax" in operators(model)
+    feeds = {"x": np.array([[-np.inf] * 4, [1, 2, 3, 4]], np.float32)}
+    assert np.isnan(Session(model).run(feeds)["y"]).tolist() == [[True], [False]]
+
+
+@pytest.mark.parametrize("kind", ["sequence", "optional"])
+def test_an_input_that_is_handed_on_to_an_output_keeps_its_name(kind):
+    body = "s = SequenceConstruct(x) y = SequenceAt(s, zero)"
+    if kind == "optional":
+        body = "s = Optional(x) y = OptionalGetElement(s)"
+    text = (
+        f"g (float[n,6] x) => (float[?,?] y, float[?,?] z) <int64 zero = {{0}}> {{ {body} i = Identity(x) z = Neg(i) }}"
+    )
+    model, _ = check(Simplify(), HEADER + text)
+    assert [value.name for value in model.graph.inputs] == ["x"]

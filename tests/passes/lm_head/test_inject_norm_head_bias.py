@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir
 import pytest
 
-from passopt.ir.weights.expressions import Fill
 from passopt.ir.weights.lazy_weight import expression_of
+from passopt.ir.weights.literals import Fill
 from passopt.passes.lm_head.inject_norm_head_bias import InjectNormHeadBias
 from passopt.testing.checking import check
 

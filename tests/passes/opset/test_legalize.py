@@ -397,23 +397,23 @@ def test_up_and_down_again_is_the_same_text():
 @pytest.mark.parametrize(
     ("body", "hint"),
     [
-        ("g (float[2,3] x, float[3] w) => (float[] y) { y = RMSNormalization(x, w) }", "run decompose-rms-norm first"),
+        ("g (float[2,3] x, float[3] w) => (float[] y) { y = RMSNormalization(x, w) }", "Run decompose-rms-norm first"),
         (
             "g (float[2,3,4,6] x, float[2,4,3] c) => (float[] y) { y = RotaryEmbedding(x, c, c) }",
-            "run decompose-rotary first",
+            "Run decompose-rotary first",
         ),
-        ("g (float[2,3,4,6] q) => (float[] y) { y = Attention(q, q, q) }", "run decompose-attention first"),
-        ("g (float[2,3] x) => (float[2,3] y) { y = Swish(x) }", "run decompose-activations first"),
+        ("g (float[2,3,4,6] q) => (float[] y) { y = Attention(q, q, q) }", "Run decompose-attention first"),
+        ("g (float[2,3] x) => (float[2,3] y) { y = Swish(x) }", "Run decompose-activations first"),
     ],
 )
 def test_declines_fused_operators_below_23(body, hint):
-    refused(24, 21, body, f"from opset 2[34] to 2[23]: no such operator there; {hint}")
+    refused(24, 21, body, f"from opset 2[34] to 2[23]: no such operator there. {hint}")
 
 
 def test_declines_an_operator_that_nothing_decomposes():
     body = "g (float[2,3,4] c, int64[2] n, float[2,1,4] u) => (float[2,3,4] y) { y = TensorScatter(c, u, n) }"
     refused(
-        24, 23, body, "'TensorScatter_0' cannot go from opset 24 to 23: no such operator there; and passopt knows no"
+        24, 23, body, "'TensorScatter_0' cannot go from opset 24 to 23: no such operator there, and passopt knows no"
     )
 
 

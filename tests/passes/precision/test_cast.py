@@ -13,8 +13,8 @@ from passopt.ir.graph.verifier import verify_model
 from passopt.ir.relative_error import operator_error
 from passopt.ir.serialization.text import print_model
 from passopt.ir.weights import expressions as ex
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of, small_constant
+from passopt.ir.weights.literals import Literal
 from passopt.passes.precision.cast import CastModel
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime.session import Session

@@ -10,8 +10,8 @@ import pytest
 from passopt.ir.graph.fp32_twin import fp32_twin
 from passopt.ir.graph.linears import find_linear
 from passopt.ir.relative_error import operator_error
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime.session import Session
@@ -247,3 +247,12 @@ def test_declines_what_int32_does_not_hold():
         node.outputs[0].shape = None
     result = QuantizeActivations().run(model)
     assert list(result.declines) == ["w contracts 133145 channels; int32 holds sums of 133,144"]
+
+
+def test_declines_an_input_of_unknown_dtype():
+    text = """<ir_version: 10, opset_import: ["" : 21, "local" : 1]> g (float[n,6] x) => (float[?,?] y)
+        <int8[6,2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, float[2] s = {0.5, 0.25}> {
+        z = local.f(x)
+        d = DequantizeLinear<axis = 1>(w, s) y = MatMul(z, d) }"""
+    result = QuantizeActivations().run(read_model(text))
+    assert list(result.declines) == ["the dtype of z is unknown"]

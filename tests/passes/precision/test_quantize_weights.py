@@ -8,8 +8,8 @@ import pytest
 
 from passopt.ir.errors import PassError
 from passopt.ir.relative_error import operator_error
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checking import check, random_feeds, read_model
@@ -86,7 +86,7 @@ def test_declines_a_gemm_that_does_more(factor):
     rows = "6,batch" if "transA" in factor else "batch,6"
     text = f"g (float[{rows}] x) => (float[batch,4] y) <float[6,4] w = random, float[4] b = {{1, 2, 3, 4}}>"
     (reason,) = declined(text + f"{{ [mine] y = Gemm<{factor}>(x, w, b) }}")
-    assert reason.startswith("mine is no plain linear: ")
+    assert reason.startswith("Gemm 'mine' is no plain linear: ")
 
 
 def test_declines_a_weight_whose_rows_are_contracted_elsewhere():

@@ -120,7 +120,7 @@ def test_the_module_of_the_original_model_is_named():
         ("[mine] m = ReduceSum(h) r = Sub(h, m)", "ReduceSum 'mine': reduces over axis 1"),
         (
             "[mine] a, b = Split<axis=1>(h, unequal) r = Concat<axis=1>(b, a)",
-            "MatMul 'first'|mine splits the channels into unequal parts [4, 8]",
+            "MatMul 'first'|'mine' splits the channels into unequal parts [4, 8]",
         ),
         ("[mine] s = Slice(h, zero, five, last) r = Concat<axis=1>(s, h)", "Slice 'mine': picks elements along axis 1"),
         ("[mine] r = Concat<axis=1>(h, x, x)", "Concat 'mine': joins along axis 1"),
@@ -151,7 +151,7 @@ def test_unequal_parts_of_a_packed_projection_name_the_pass_to_run():
         [cut] q, k, v = Split<axis=-1>(p, sizes)
     }"""
     message = refused(text)
-    assert "cut splits the channels into unequal parts [6, 2, 2]; run split-packed-qkv" in message
+    assert "Split 'cut' splits the channels into unequal parts [6, 2, 2]; run split-packed-qkv" in message
     assert message.startswith("MatMul ")
 
 

@@ -20,8 +20,10 @@ from passopt.ir.graph.collectives import schedule_of
 from passopt.ir.graph.decoder import DEGREE
 from passopt.ir.serialization.model_files import file_weights, load_model
 from passopt.ir.serialization.text import parse_model
-from passopt.ir.weights.expressions import DataType, Literal, concat
+from passopt.ir.weights.concat import concat
+from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.ir.weights.sources import safetensors_sources
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.targets.folders import output

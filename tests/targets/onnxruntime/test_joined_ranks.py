@@ -17,8 +17,9 @@ from passopt.ir.graph.decoder import decoder_of
 from passopt.ir.graph.verifier import verify_model
 from passopt.ir.serialization.model_files import load_model, save_reference
 from passopt.ir.serialization.text import parse_model
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
+from passopt.ir.weights.literals import Literal
 from passopt.targets.folders.output import Origin, Output
 from passopt.targets.onnxruntime.joined_ranks import at_rank, check_rank_logits, join_ranks, load_any, rank_models
 from passopt.targets.onnxruntime.session import Session

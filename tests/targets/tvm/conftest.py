@@ -20,7 +20,8 @@ import onnxruntime
 import pytest
 
 from passopt.ir.serialization.model_files import load_model
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.literals import Literal
 from passopt.ir.weights.streaming.write_weights import write_safetensors
 from passopt.targets.tvm.compiled_folder import CacheLayout, CodeFile, Library, Logits, WeightsFile
 from passopt.targets.tvm.compiler.kernels.code_generation import code_generation

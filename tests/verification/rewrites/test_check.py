@@ -10,12 +10,13 @@ import pytest
 
 from passopt.ir.serialization.model_files import load_model, save_materialized
 from passopt.ir.serialization.text import print_model
-from passopt.ir.weights.expressions import Literal
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.passes.framework.accuracy import REASSOCIATED, lossy
 from passopt.passes.lm_head.slice_last_token import SliceLastToken
 from passopt.passes.precision.cast import CastModel
 from passopt.passes.precision.quantize_weights import QuantizeWeights
+from passopt.passes.sharding.shard import Shard
 from passopt.testing.checking import read_model
 from passopt.testing.decoders import tiny_decoder
 from passopt.verification.rewrites.check import Violation
@@ -234,6 +235,55 @@ def test_a_changed_interface_is_said_to_be_unchecked(checked):
     assert "not checked: 1 sites, because it gives inputs or outputs other shapes; compare with passopt verify" in str(
         summary
     )
+
+
+ENCODER = """g (float[b,s,6] x, int64[b,s] mask) => (float[b,s,6] y) <int64[4] heads = {0,0,2,4},
+    int64[3] flat = {0,0,8}, int64[2] axes = {1,2}, int64 zero = {0}, float low = {-10000}> {
+    q0 = MatMul(x, wq) q1 = Reshape(q0, heads) q = Transpose<perm=[0,2,1,3]>(q1)
+    k0 = MatMul(x, wk) k1 = Reshape(k0, heads) k = Transpose<perm=[0,2,3,1]>(k1)
+    v0 = MatMul(x, wv) v1 = Reshape(v0, heads) v = Transpose<perm=[0,2,1,3]>(v1)
+    s0 = MatMul(q, k) e = Equal(mask, zero) u = Unsqueeze(e, axes) s1 = Where(u, low, s0) p = Softmax<axis=-1>(s1)
+    c0 = MatMul(p, v) c1 = Transpose<perm=[0,2,1,3]>(c0) c = Reshape(c1, flat) o = MatMul(c, wo) y = Add(o, x)
+}"""
+
+
+def masked_encoder(parsed):
+    """An attention whose heads are split by a Reshape to constant lengths, which are others on a rank."""
+    random = np.random.default_rng(5)
+    shapes = {"wq": (6, 8), "wk": (6, 8), "wv": (6, 8), "wo": (8, 6)}
+    declared = ", ".join(f"float[{','.join(map(str, shape))}] {name}" for name, shape in shapes.items())
+    model = parsed(ENCODER.replace("int64[b,s] mask", f"int64[b,s] mask, {declared}"))
+    for name, shape in shapes.items():
+        value = next(value for value in model.graph.inputs if value.name == name)
+        model.graph.inputs.remove(value)
+        value.const_value = LazyWeight(Literal.of(random.standard_normal(shape).astype(np.float32)), name)
+        model.graph.register_initializer(value)
+    return model
+
+
+def test_all_ranks_together_are_compared_with_the_graph_before(parsed, checked):
+    for model in (masked_encoder(parsed), tiny_decoder()):
+        summary = checked(Shard(2, pad=True), model)
+        assert dict(summary.unchecked) == {}
+        assert summary.whole > 3
+        assert summary.whole_worst < 1e-5
+
+
+def test_a_sum_over_ranks_that_is_left_out_shows(whole, parsed, checked):
+    def run(model):
+        Shard(2).run(model)
+        node = next(node for node in model.graph if node.op_type == "AllReduce")
+        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        model.graph.remove(node, safe=True)
+
+    with pytest.raises(Violation, match=r"left a wrong graph, which shows at"):
+        checked(whole(run), masked_encoder(parsed))
+
+
+def test_ranks_of_large_weights_are_said_to_be_unchecked(parsed, checked, monkeypatch):
+    monkeypatch.setattr("passopt.verification.sampling.traced_graph._LARGEST", 100)
+    summary = checked(Shard(2), masked_encoder(parsed))
+    assert dict(summary.unchecked) == {"its weights are too large to run all ranks; compare with passopt verify": 1}
 
 
 def test_a_cast_of_the_whole_graph_is_checked_value_by_value(parsed, checked):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from passopt.ir.graph.shapes import complete_types
+from passopt.ir.graph.completion import complete_types
 from passopt.verification.rewrites.regions import Request, Side, Unchecked, cut, names_of
 from passopt.verification.rewrites.structure_key import structure_key
 from passopt.verification.rewrites.value_kinds import Kinds

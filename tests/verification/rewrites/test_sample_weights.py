@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from passopt.ir.weights.expressions import DataType, Source, SourceFile
+from passopt.ir.weights.expressions import DataType, Source
+from passopt.ir.weights.source_file import SourceFile
 from passopt.verification.rewrites.sample_weights import SampledEvaluator
 
 FILE = SourceFile("/nowhere", 1, 1, "")

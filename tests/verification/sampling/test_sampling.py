@@ -183,3 +183,19 @@ def test_lengths_of_an_encoder_are_its_own():
     found = [run.sample.lengths.known for run in trace(model).runs]
     assert len({item["encoder_length"] / (item["p"] + item["s"]) for item in found}) > 2
     assert any(item["encoder_length"] > 1 and item["b"] > 1 for item in found)
+
+
+def test_lengths_that_a_concat_cannot_join_are_no_samples() -> None:
+    """onnxruntime joins an empty tensor of any other lengths, and returns memory that it has not written."""
+    for text in (
+        "g (float[a,b,c] x, float[d,e,f] y) => (float[?,b,c] z) { z = Concat<axis=0>(x, y) }",
+        "g (float[a,b,c] x, float[d,e,f] y) => (float[?,b,c] z) { p = Neg(x) q = Abs(y) z = Concat<axis=-3>(p, q) }",
+    ):
+        found = trace(read_model(f'<ir_version: 10, opset_import: ["" : 18]> {text}'))
+        assert len(found.runs) > 3
+        assert all(run.shapes["x"][1:] == run.shapes["y"][1:] for run in found.runs)
+        assert "Neg" in text or any(len(set(run.shapes["x"])) == 3 for run in found.runs)
+        assert any(run.shapes["x"][0] != run.shapes["y"][0] for run in found.runs)
+    one = "g (float[a,4,c] x, float[d,e,f] y, float[3,e,c] w) => (float[?,4,c] z) { z = Concat<axis=0>(x, y, w) }"
+    found = trace(read_model(f'<ir_version: 10, opset_import: ["" : 18]> {one}'))
+    assert {run.shapes["y"][1] for run in found.runs} == {4}

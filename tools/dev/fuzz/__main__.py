@@ -115,6 +115,8 @@ def _import_all(more: Sequence[str]) -> None:
         for module in pkgutil.walk_packages(package.__path__, f"{room}."):
             with contextlib.suppress(ModuleNotFoundError):  # a guest that is not installed
                 importlib.import_module(module.name)
+    catalog = importlib.import_module("passopt.passes.framework.catalog")
+    catalog.catalog()  # reads the sources of all passes, and remembers what it found
 
 
 def _make(chosen: dict[str, Subject], originals: Path) -> None:

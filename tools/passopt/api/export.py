@@ -14,11 +14,11 @@ from passopt.api import checked
 from passopt.api.model import Model, refuse_existing, write
 from passopt.ir.dtypes import DTYPES
 from passopt.ir.errors import UsageError
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.decoder import SELF_CHECK
-from passopt.ir.graph.shapes import complete_types
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
 from passopt.ir.version import __version__
-from passopt.ir.weights.expressions import SourceFile
+from passopt.ir.weights.source_file import SourceFile
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.pipeline.text import resolve

@@ -17,9 +17,9 @@ from passopt.reporting.reporter import SILENT, Bar, Reporter
 from passopt.targets.onnxruntime.joined_ranks import load_any
 from passopt.targets.tvm.compiled_folder import LIBRARY_NAME
 from passopt.verification.report import VerifyReport
+from passopt.verification.sampling.given_inputs import read_inputs
 from passopt.verification.verify import VerifyOptions
 from passopt.verification.verify import verify as compare
-from passopt.verification.verify_any import read_inputs
 
 
 def verify(

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from passopt.ir.graph.alibi import alibi_slopes
 from passopt.ir.graph.decoder import DEGREE
 from passopt.ir.serialization.text import parse_model
-from passopt.ir.weights.expressions import DataType, Expression, Literal
+from passopt.ir.weights.expressions import DataType, Expression
 from passopt.ir.weights.lazy_weight import LazyWeight
+from passopt.ir.weights.literals import Literal
 from passopt.ir.weights.sources import safetensors_sources
 
 _TEXT_NAMES = {DataType.FLOAT: "float", DataType.FLOAT16: "float16", DataType.BFLOAT16: "bfloat16"}

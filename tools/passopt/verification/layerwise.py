@@ -163,11 +163,15 @@ class _Side:
         return self.cut.graph(piece, given)
 
     def accept(self, piece: Piece, trace: _Trace) -> None:
-        """Take the outputs of a piece as the inputs of the next one, and add them to the observations."""
+        """Take the outputs of a piece as the inputs of the next one, and add them to the observations.
+
+        The cache of a scenario that begins late is left out; it was compared with the piece.
+        """
         self.hidden = trace.hidden if piece.result else []
-        for all_of_it, part in zip(self.observations, trace.seen, strict=True):
+        for scenario, all_of_it, part in zip(self._scenarios, self.observations, trace.seen, strict=True):
             all_of_it.logits += part.logits
-            all_of_it.present.update(part.present)
+            if not scenario.past:  # the long caches of all layers are what does not fit into memory
+                all_of_it.present.update(part.present)
             all_of_it.surprise = part.surprise if part.surprise is not None else all_of_it.surprise
 
     def cast(self, hidden: Hidden) -> Hidden:
@@ -218,7 +222,8 @@ class _Side:
             seen = Observation()
             cache: dict[str, Array] = {}
             for position, step in enumerate(scenario.steps):
-                cache = cache or first_cache(scenario, self._empty)
+                own = {name: zeros for name, zeros in self._empty.items() if name in session.inputs}
+                cache = cache or first_cache(scenario, own)
                 feeds = {**step.feeds(), **self._shared[index][position], **cache}
                 if piece.carried:
                     feeds[piece.carried] = hidden[index][position]

@@ -6,17 +6,30 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import decoder_of
+from passopt.ir.graph.linears import Linear
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.lazy_weight import expression_of
 from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, compare_all
-from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations, is_quantized
+from passopt.verification.dequantised_twin import (
+    dequantised_twin,
+    dynamic_linears,
+    has_dynamic_activations,
+    is_quantized,
+    without_quantised_rows,
+)
 from passopt.verification.layerwise import Label, OpenSession, run_layerwise
 from passopt.verification.report import Row
 from passopt.verification.scenarios import Observation, Scenario, observe
-from passopt.verification.tolerances import DYNAMIC_TWIN_TOLERANCE, TWIN_TOLERANCES, Tolerance, deep
+from passopt.verification.tolerances import DYNAMIC_TWIN_TOLERANCE, TWIN_TOLERANCES, Tolerance, deep, widened
+from passopt.verification.value_rows import Judge, Opener, Samples, Ties, compare_outputs
 
 
 def against_own_codes(
@@ -32,11 +45,15 @@ def against_own_codes(
     """Return the rows of a quantised candidate against its own codes as numbers.
 
     Where activations are quantised, a half that rounds the other way in one layer is a large difference some layers
-    later, so layers are compared one by one, each on the activations of the original.
+    later, so layers are compared one by one, each on the activations of the original. A graph in fp16 is compared as
+    fp32, since its roundings are large differences at the end, too.
     """
-    own = twin_tolerance(candidate) if is_quantized(candidate) else None
-    if own is None:
+    if not is_quantized(candidate):
         return []
+    if (wide := widened(candidate)) is not candidate:
+        reference, candidate = widened(reference), wide
+        found = observe(candidate, scenarios, session)
+    own = twin_tolerance(candidate)
     if has_dynamic_activations(candidate) and by_layers:
         layers = _by_layers(reference, candidate, scenarios, own, session, scratch)
         if layers:  # a graph that is not cut into layers is compared as a whole
@@ -79,3 +96,59 @@ def twin_tolerance(candidate: onnx_ir.Model) -> Tolerance:
     if has_dynamic_activations(candidate):
         return DYNAMIC_TWIN_TOLERANCE
     return TWIN_TOLERANCES[decoder_of(candidate).cache_dtype]
+
+
+def outputs_against_own_codes(
+    candidate: onnx_ir.Model, opened: Opener, samples: Samples, ties: Ties, scratch: Path | None
+) -> list[Row]:
+    """Return the rows of a graph of any kind against its own codes as numbers, on inputs by name.
+
+    Where activations are quantised, each linear is compared by itself, on the codes that the graph computes: a half
+    that rounds the other way would be a large difference at the end.
+    """
+    candidate = widened(candidate)
+    judge = Judge(TWIN_TOLERANCES[DataType.FLOAT].outputs, False, ties, NUMPY_TWIN)
+    rows = []
+    if has_dynamic_activations(candidate):
+        rows = _each_linear(candidate, opened, samples, judge)
+        candidate = without_quantised_rows(candidate)
+    with tempfile.TemporaryDirectory(prefix="passopt-twin-", dir=scratch) as folder:
+        first, second = opened(dequantised_twin(candidate, Path(folder))), opened(candidate)
+        return rows + compare_outputs(judge, first, second, samples)
+
+
+def _each_linear(candidate: onnx_ir.Model, opened: Opener, samples: Samples, judge: Judge) -> list[Row]:
+    """Return a row for each linear with quantised activations: its output against the product of its codes."""
+    shown = candidate.clone()
+    linears = dynamic_linears(shown)
+    outputs = {value.name for value in shown.graph.outputs}
+    for linear in linears:
+        assert linear.rows is not None
+        for value in (linear.rows.codes, linear.rows.scales, linear.output):
+            if value.name not in outputs:
+                outputs.add(value.name)
+                shown.graph.outputs.append(value)
+    run = opened(shown)
+    seen = [(name, feeds, run(feeds)) for name, feeds in samples]
+    rows = []
+    for linear in linears:
+        assert linear.rows is not None
+        weight = _numbers(linear)
+        for name, feeds, found in seen:
+            codes, scales, output = (
+                found[value.name or ""] for value in (linear.rows.codes, linear.rows.scales, linear.output)
+            )
+            product = (codes.astype(np.float32) @ weight) * scales.astype(np.float32)
+            rows.append(judge.row(name, linear.output.name or "", product.astype(output.dtype), output, feeds))
+    return rows
+
+
+def _numbers(linear: Linear) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return the weight [k, n] of a linear as numbers: its codes times its scales."""
+    codes, scales = (expression_of(value) for value in (linear.weight.value, linear.weight.scales) if value is not None)
+    assert codes is not None
+    assert scales is not None
+    with Evaluator() as evaluator:
+        numbers, factors = (evaluator.array(part).astype(np.float32) for part in (codes, scales))
+    found: np.ndarray[Any, np.dtype[Any]] = numbers.T if linear.weight.transposed else numbers
+    return found * factors

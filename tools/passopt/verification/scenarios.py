@@ -109,9 +109,11 @@ def near_the_end(vocab: int, positions: int, seed: int, whole: int) -> Scenario:
     """Return a chunk and a token at the last of `positions` positions of `whole`, after a cache of random numbers.
 
     What depends on the length of the sequence, such as rotary angles and slopes, shows there, without a long prefill.
+    The last two tokens are the first and the last one of the vocabulary.
     """
     past = positions - _LAST - 1
     ids = np.random.default_rng([seed, positions]).integers(0, vocab, (1, positions))
+    ids[:, -2:] = 0, vocab - 1  # the ends of tables of tokens
     _, *steps = _steps(ids, [past, _LAST, 1])
     name = f"near the end, {positions}" if positions == whole else f"late, {positions} of {whole}"
     return Scenario(name, tuple(steps), past=past)

@@ -20,14 +20,21 @@ from passopt.ir.relative_error import operator_error
 from passopt.ir.weights.expressions import DataType
 from passopt.verification.quantised_weights import LARGEST, channel_errors, rounding_errors
 from passopt.verification.report import Row
-from passopt.verification.sampling.shaken import TURNS, movement, shaken_feeds, shaken_model
+from passopt.verification.sampling.shaken import LAST_BITS, TURNS, movement, shaken_feeds, shaken_model
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-#: Opens a model, and returns the function that runs it on inputs by name.
-Opener: TypeAlias = Callable[[onnx_ir.Model], Callable[[Mapping[str, Any]], Mapping[str, Any]]]
+#: Runs a model on inputs by name; an opener opens one for that.
+Runner: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Opener: TypeAlias = Callable[[onnx_ir.Model], Runner]
+
+#: Inputs by name, with the name of their scenario.
+Samples: TypeAlias = Sequence[tuple[str, dict[str, Any]]]
 
 COMPARISON = "against the original"
 
+#: Weights and inputs move an output by so many times their last bits where nothing cancels; where something does, the
+#: tolerance grows with it, but not to more than so many times.
+_USUAL, _CONDITION = 4, 30
 #: The notes of outputs that show nothing, since they are empty or hold NaN only.
 NOTHING = ("empty", "no number")
 
@@ -61,6 +68,18 @@ class Ties:
 
     def unsure(self, output: str, reference: Array, feeds: Mapping[str, Any]) -> Array:
         """Return which elements of an output move if weights and inputs are shaken."""
+        return movement(reference, self._shaken(output, feeds)) > 0
+
+    def room(self, output: str, reference: Array, feeds: Mapping[str, Any]) -> float:
+        """Return by what factor an output moves more than weights and inputs do; 1 for a lossy candidate."""
+        if self._step is not None or reference.dtype != np.float32:
+            return 1.0
+        moved = [item for item in self._shaken(output, feeds) if item.shape == reference.shape]
+        condition = max((operator_error(reference, item) for item in moved), default=0.0)
+        return max(1.0, condition / (_USUAL * LAST_BITS[DataType.FLOAT]))
+
+    def _shaken(self, output: str, feeds: Mapping[str, Any]) -> list[Array]:
+        """Return the output with shaken weights and inputs."""
         if self._runners is None:
             self._runners = [self._opened(shaken_model(self._model, turn, self._step)) for turn in range(TURNS)]
         moved = []
@@ -71,7 +90,7 @@ class Ties:
                 continue
             if isinstance(found, np.ndarray):
                 moved.append(found)
-        return movement(reference, moved) > 0
+        return moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +111,11 @@ class Judge:
             return Row(self.comparison, scenario, output, math.inf, self.tolerance, problem)
         if isinstance(reference, np.ndarray) and reference.dtype.kind in "iub":
             return self._integers(scenario, output, reference, found, feeds)
-        return Row(self.comparison, scenario, output, _error(reference, found), self.tolerance, _nothing(reference))
+        error, allowed, note = _error(reference, found), self.tolerance, _nothing(reference)
+        if allowed < error <= _CONDITION * allowed and isinstance(reference, np.ndarray):
+            room = min(_CONDITION, self.ties.room(output, reference, feeds))
+            allowed, note = allowed * room, note or (f"numbers cancel, {room:.0f} times the room" if room > 1 else "")
+        return Row(self.comparison, scenario, output, error, allowed, note)
 
     def _integers(self, scenario: str, output: str, reference: Array, found: Array, feeds: Mapping[str, Any]) -> Row:
         wrong = reference != found
@@ -121,6 +144,18 @@ class Judge:
         if reference.shape != found.shape:
             return f"shape {list(found.shape)}, expected {list(reference.shape)}"
         return ""
+
+
+def compare_outputs(judge: Judge, first: Runner, second: Runner, samples: Samples) -> list[Row]:
+    """Return the rows of all outputs of two models, of which the first one is right."""
+    rows = []
+    for name, feeds in samples:
+        try:
+            expected, found = first(feeds), second(feeds)
+        except ModelError:  # it was told of the candidate itself
+            continue
+        rows += [judge.row(name, output, value, found[output], feeds) for output, value in expected.items()]
+    return rows
 
 
 def _nothing(reference: Any) -> str:

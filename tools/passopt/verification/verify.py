@@ -18,12 +18,10 @@ import onnx_ir
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.graph.collectives import is_collective
 from passopt.ir.graph.decoder import decoder_of, degree_of, find_decoder, positions_of
-from passopt.ir.weights.expressions import DataType
 from passopt.passes.framework.accuracy import QualityBar
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, compare_all, suspects, weigh_own_roundings
-from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
 from passopt.verification.layerwise import Label, run_layerwise
 from passopt.verification.logit_store import LogitStore
 from passopt.verification.original_on_codes import against_original_on_codes
@@ -41,21 +39,26 @@ from passopt.verification.scenarios import (
     vocabulary_of,
 )
 from passopt.verification.tolerances import (
-    BARS,
     TOLERANCES,
     Tolerance,
     bar_note,
-    bar_of,
     chosen_tolerance,
     deep,
+    fp32_twin_of,
+    is_bf16_twin,
+    judgement_of,
+    precision_of,
 )
 from passopt.verification.value_rows import weight_rows
 from passopt.verification.verify_any import verify_any
 
 #: Models whose graphs hold no table that limits their positions are tried up to this many positions.
 _UNLIMITED = 1 << 20
-#: The bytes that the random cache of the scenario near the end may take, and its positions where nothing limits them.
-_LARGEST_CACHE, _LONG = 128 << 20, 4096
+#: The bytes that the random cache of the scenario near the end may take: that of all layers, and that of one layer if
+#: they run one by one.
+_LARGEST_CACHE, _LARGEST_LAYER = 128 << 20, 256 << 20
+#: The positions of that scenario where nothing limits them.
+_LONG = 4096
 #: How many times the original runs with other roundings where a model that should agree is off by little.
 _TURNS = 2
 
@@ -112,20 +115,25 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
     if decoder is None or find_decoder(candidate) is None or options.inputs is not None:
         return _verify_any(reference, candidate, options, notes)
     _check_interfaces(reference, candidate)
-    kind = _kind(reference, candidate)
+    judgement = judgement_of(precision_of(reference), precision_of(candidate))
+    kind, bar = judgement.kind, judgement.bar(options.tolerance)
     tolerance = chosen_tolerance(deep(TOLERANCES[kind], reference), options.tolerance)
-    bar = bar_of(kind, _differ_in_dtype(reference, candidate), options.tolerance)
     limits = positions_of(reference), positions_of(candidate)
     scenarios = scenarios_within(limits, vocabulary_of(reference), options, notes)
-    scenarios += _long_scenarios(reference, limits, options, notes)
+    long = _long_scenarios(reference, limits, options, notes)
+    scenarios += long.whole
     if bar is None:
         notes.append(f"{kind}: outputs within {tolerance.outputs:.0e}, perplexity within {tolerance.perplexity:.0e}")
     else:
         notes.append(bar_note(kind, bar, has_text=bool(options.tokens)))
-    run = _verify_layerwise if options.layerwise else _verify_whole
+    run = _verify_layerwise if options.layerwise else functools.partial(_verify_whole, far=long.layers, notes=notes)
     report = run(reference, candidate, scenarios, tolerance, bar, options)
-    if bar is None and options.tolerance is None and suspects(report.rows):
-        moved = _moved_by_roundings(reference, report, scenarios, tolerance, options)
+    if options.tolerance is None and suspects(report.rows):
+        # The rows of layers stand for all scenarios together.
+        doubtful = suspects(report.rows)
+        some = [scenario for scenario in scenarios if options.layerwise or scenario.name in doubtful]
+        nudged = (nudged_model(reference, turn) for turn in range(_TURNS))
+        moved = [row for model in nudged for row in run(reference, model, some, tolerance, None, options).rows]
         report = dataclasses.replace(report, rows=tuple(weigh_own_roundings(report.rows, moved)))
     if bar is not None:
         report = dataclasses.replace(report, lossy=kind)
@@ -133,7 +141,7 @@ def verify(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, options: Verif
             report = dataclasses.replace(report, costliest=_costliest(reference, candidate, scenarios, options))
     if options.tokens and not any(row.output == PERPLEXITY for row in report.rows):
         notes.append("text: no perplexity, since a model gives logits of the last position only")
-    return dataclasses.replace(report, notes=tuple(notes))
+    return dataclasses.replace(report, notes=tuple(dict.fromkeys(notes)))
 
 
 def _verify_any(
@@ -147,15 +155,12 @@ def _verify_any(
     return verify_any(
         reference,
         candidate,
-        {kind: tolerance.outputs for kind, tolerance in TOLERANCES.items()},
-        BARS,
         seed=options.seed,
         tolerance=options.tolerance,
         given=options.inputs,
         threads=options.threads,
         scratch=options.scratch,
         notes=notes,
-        bf16=(is_bf16_twin(reference), is_bf16_twin(candidate)),
     )
 
 
@@ -174,83 +179,48 @@ def runnable(model: onnx_ir.Model, role: str, notes: list[str], heads: int | Non
     collective = next((node for node in model.graph if is_collective(node)), None)
     if collective is not None:
         raise ModelError(f"{role}: has {collective.op_type} {collective.name!r}, but only one rank's weights")
-    if not _is_bf16(model):
+    if "bf16" not in precision_of(model).narrow:
         return model
-    from passopt.ir.graph.fp32_twin import fp32_twin
-
     notes.append(f"{role}: bf16, run through its fp32 twin")
-    twin = fp32_twin(model)
-    twin.metadata_props[_WAS_BF16] = "1"
-    return twin
+    return fp32_twin_of(model)
 
 
-_WAS_BF16 = "passopt.was_bf16"
+@dataclasses.dataclass(frozen=True)
+class _Long:
+    """The scenarios at the end of the positions: those that run on whole models, and those that run layer by layer."""
 
-
-def is_bf16_twin(model: onnx_ir.Model) -> bool:
-    """Return whether `runnable` made this model from one in bf16."""
-    return _WAS_BF16 in model.metadata_props
-
-
-def _is_bf16(model: onnx_ir.Model) -> bool:
-    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    return any(value.dtype == DataType.BFLOAT16 for value in values)
-
-
-def _kind(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> str:
-    """Return the key into `TOLERANCES` that fits the less precise of the two models."""
-    if any(has_dynamic_activations(model) for model in (reference, candidate)):
-        return "int8 activations"
-    if is_quantized(candidate) and not is_quantized(reference):
-        return "int8"
-    bf16 = [is_bf16_twin(model) for model in (reference, candidate)]
-    if any(bf16):
-        return "bf16" if all(bf16) else "bf16 and wider"
-    dtypes = {decoder_of(model).cache_dtype for model in (reference, candidate)}
-    return "fp16" if DataType.FLOAT16 in dtypes else "fp32"
-
-
-def _differ_in_dtype(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> bool:
-    one, other = ((decoder_of(model).cache_dtype, is_bf16_twin(model)) for model in (reference, candidate))
-    return one != other
+    whole: tuple[Scenario, ...] = ()
+    layers: tuple[Scenario, ...] = ()
 
 
 def _long_scenarios(
     model: onnx_ir.Model, limits: Iterable[int | None], options: VerifyOptions, notes: list[str]
-) -> list[Scenario]:
-    """Return a scenario near the end of the model's positions, if others end before.
+) -> _Long:
+    """Return the scenarios near the end of the model's positions, if others end before.
 
-    Where its cache would be too large, it ends earlier, which is noted, and another one reads all positions of tables.
+    Where the cache of all layers would be too large, they run one by one, and one more reads all positions of tables.
     """
     decoder = decoder_of(model)
-    position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * 4
+    layer = 2 * decoder.kv_heads * decoder.head_dim * 4
     known = [limit for limit in (options.max_positions, *limits) if limit is not None]
-    end = min(known, default=_LONG)
-    length = min(end, _LARGEST_CACHE // position)
-    vocab = vocabulary_of(model)
-    found = [near_the_end(vocab, length, options.seed, end)] if length > max(*options.lengths, 40) else []
-    if length < end:
+    end, vocab = min(known, default=_LONG), vocabulary_of(model)
+    fits = min(end, _LARGEST_CACHE // (layer * decoder.layers))
+    far = min(end, _LARGEST_LAYER // layer)
+    others = max(*options.lengths, 40)
+    short = (near_the_end(vocab, fits, options.seed, end),) if fits > others else ()
+    if fits == end:
+        return _Long(short)
+    spread = spread_over(vocab, end, options.seed)
+    late = (near_the_end(vocab, far, options.seed, end),) if far > others else ()
+    if late and not options.layerwise:
+        size = f"{end * layer * decoder.layers >> 20} MiB"
+        notes.append(f"positions from {fits} to {far}: run layer by layer, since a cache of all layers takes {size}")
+    last = max(fits, far) if late else fits
+    if last < end:
         notes.append(
-            f"positions from {length} to {end}: run without a cache, which would take {end * position >> 20} MiB"
+            f"positions from {last} to {end}: run without a cache, which takes {end * layer >> 20} MiB a layer"
         )
-        found.append(spread_over(vocab, end, options.seed))
-    return found
-
-
-def _moved_by_roundings(
-    reference: onnx_ir.Model,
-    report: VerifyReport,
-    scenarios: Sequence[Scenario],
-    tolerance: Tolerance,
-    options: VerifyOptions,
-) -> list[Row]:
-    """Return how far the original moves in doubtful scenarios if its own weights are rounded otherwise."""
-    doubtful = suspects(report.rows)
-    run = _verify_layerwise if options.layerwise else _verify_whole
-    # The rows of layers stand for all scenarios together.
-    some = scenarios if options.layerwise else [scenario for scenario in scenarios if scenario.name in doubtful]
-    nudged = (nudged_model(reference, turn) for turn in range(_TURNS))
-    return [row for model in nudged for row in run(reference, model, some, tolerance, None, options).rows]
+    return _Long((*late, spread)) if options.layerwise else _Long((*short, spread), late)
 
 
 def _costliest(
@@ -309,21 +279,57 @@ def _verify_whole(
     tolerance: Tolerance,
     bar: QualityBar | None,
     options: VerifyOptions,
+    *,
+    far: Sequence[Scenario],
+    notes: list[str],
 ) -> VerifyReport:
-    """Compare the models with only one of them in memory at a time."""
+    """Compare the models with only one of them in memory at a time; `far` scenarios run layer by layer."""
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch)
-    kind = _kind(reference, candidate)
+    judgement = judgement_of(precision_of(reference), precision_of(candidate))
     with LogitStore(options.scratch) as store:
         keep = store.keep if bar is not None else None
         found = observe(candidate, scenarios, session, keep)
         own = options.tolerance is None
         rows = against_own_codes(reference, candidate, scenarios, found, session, options.scratch, by_layers=own)
-        if bar is not None and options.tolerance is None and "int8" in kind:
-            known = TOLERANCES["bf16"] if is_bf16_twin(candidate) else None
-            rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, known)
+        if bar is not None and "int8" in judgement.kind:
+            rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, far)
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
+    rows += _far_rows(reference, candidate, far, tolerance, bar, options, notes)
     return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
+
+
+def _far_rows(
+    reference: onnx_ir.Model,
+    candidate: onnx_ir.Model,
+    far: Sequence[Scenario],
+    tolerance: Tolerance,
+    bar: QualityBar | None,
+    options: VerifyOptions,
+    notes: list[str],
+) -> list[Row]:
+    """Return the rows of each layer on the original's activations, at positions whose whole cache is too large."""
+    if not far:
+        return []
+    session = functools.partial(Session, threads=options.threads, scratch=options.scratch, fold_qdq=True)
+    where = f"{far[0].name}, layer by layer"
+    labels = (
+        Label(f"{ORIGINAL}, {where}", tolerance.outputs),
+        Label(f"{NUMPY_TWIN}, {where}", twin_tolerance(candidate).outputs),
+    )
+    try:
+        found = run_layerwise(reference, candidate, far, session, *labels, options.scratch)
+    except ModelError as error:
+        notes.append(f"not run at all: {where}, since {error}".removesuffix(" Verify without `layerwise`."))
+        return []
+    return _judged_by_bar(found.rows, bar)
+
+
+def _judged_by_bar(rows: Sequence[Row], bar: QualityBar | None) -> list[Row]:
+    """Return the rows of pieces; of a lossy model, only those against its own codes decide."""
+    if bar is None:
+        return list(rows)
+    return [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in rows]
 
 
 def _weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, bar: QualityBar | None) -> list[Row]:
@@ -357,8 +363,6 @@ def _verify_layerwise(
         options.scratch,
         options.on_piece,
     )
-    pieces = result.rows
-    if bar is not None:
-        pieces = [row if NUMPY_TWIN in row.comparison else dataclasses.replace(row, judged=False) for row in pieces]
+    pieces = _judged_by_bar(result.rows, bar)
     ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
     return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))

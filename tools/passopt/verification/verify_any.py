@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,28 +15,27 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.dtypes import FLOATS
-from passopt.ir.errors import ModelError, UsageError
+from passopt.ir.errors import ModelError
 from passopt.ir.graph.operators import random_operators
-from passopt.ir.weights.expressions import DataType
-from passopt.passes.framework.accuracy import QualityBar
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification.dequantised_twin import (
-    dequantised_twin,
-    dequantised_weights,
-    dynamic_linears,
-    without_quantised_rows,
-)
+from passopt.verification.dequantised_twin import is_quantized
 from passopt.verification.divergence import divergence, judged_rows
-from passopt.verification.quantised_weights import ON_CODES, on_codes
+from passopt.verification.original_on_codes import outputs_on_codes
+from passopt.verification.own_codes import outputs_against_own_codes
 from passopt.verification.report import Row, VerifyReport
-from passopt.verification.sampling.lengths import free_inputs
+from passopt.verification.sampling.body_runs import BodyRuns, has_bodies
+from passopt.verification.sampling.given_inputs import check_inputs, stated_input
+from passopt.verification.sampling.lengths import free_inputs, takes_empty
 from passopt.verification.sampling.samples import ORDINARY, hidden_rows
 from passopt.verification.sampling.trace import legal_samples
+from passopt.verification.tolerances import TOLERANCES, is_bf16_twin, judgement_of, precision_of
 from passopt.verification.value_rows import (
     COMPARISON,
     NOTHING,
     Judge,
     Opener,
+    Runner,
+    Samples,
     Ties,
     is_float,
     random_outputs,
@@ -54,102 +53,9 @@ _GROSS = 3
 GIVEN = "given inputs"
 
 
-def read_inputs(path: Path) -> dict[str, Array]:
-    """Read the arrays of an .npz file by name.
-
-    Raises:
-        UsageError: If the file cannot be read, or holds something else than arrays of numbers.
-    """
-    try:
-        with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UsageError(f"{path}: holds one array, expected an .npz file of arrays by the names of inputs")
-            with file:
-                return {name: file[name] for name in file.files}
-    except UsageError:
-        raise
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, KeyError) as error:
-        raise UsageError(f"{path}: is no .npz file of arrays: {error}. Write one with numpy.savez") from error
-    except Exception as error:  # zipfile and zlib have errors of their own for damaged files
-        raise UsageError(f"{path}: is damaged: {error}") from error
-
-
-def check_inputs(model: onnx_ir.Model, given: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the given inputs in the dtypes of the model's inputs.
-
-    Raises:
-        UsageError: If a name is no input, an input has no array, or an array does not fit.
-    """
-    inputs = {value.name or "": value for value in model.graph.inputs}
-    unknown = sorted(given.keys() - inputs.keys())
-    missing = sorted({value.name or "" for value in free_inputs(model)} - given.keys())
-    if unknown or missing:
-        parts = [f"the model has no input {', '.join(unknown)}"] if unknown else []
-        parts += [f"the file has no array for {', '.join(missing)}"] if missing else []
-        raise UsageError(
-            f"{'; '.join(parts)}. The inputs are: {', '.join(_stated(value) for value in inputs.values())}"
-        )
-    _check_symbols(inputs, given)
-    return {name: _fitting(inputs[name], array) for name, array in given.items()}
-
-
-def _check_symbols(inputs: Mapping[str, onnx_ir.Value], given: Mapping[str, Array]) -> None:
-    """Raise UsageError if a symbol has different lengths in two arrays; arrays of other ranks are refused later."""
-    known: dict[str, tuple[int, str]] = {}
-    for name, array in given.items():
-        shape = inputs[name].shape
-        for axis, dim in enumerate(() if shape is None or len(shape) != array.ndim else shape.dims):
-            symbol = None if isinstance(dim, int) else dim.value
-            if symbol is None:
-                continue
-            length, other = known.setdefault(symbol, (array.shape[axis], name))
-            if length != array.shape[axis]:
-                raise UsageError(
-                    f"{symbol} is {length} in the array for {other} and {array.shape[axis]} in that for {name}; "
-                    f"the model gives both the same length"
-                )
-
-
-def _stated(value: onnx_ir.Value) -> str:
-    dims = "" if value.shape is None else f"[{', '.join(str(dim) for dim in value.shape.dims)}]"
-    return f"{value.name} {value.dtype.name if value.dtype is not None else '?'}{dims}"
-
-
-def _fitting(value: onnx_ir.Value, array: Array) -> Array:
-    dims = None if value.shape is None else list(value.shape.dims)
-    fits = dims is None or (
-        len(dims) == array.ndim
-        and all(not isinstance(dim, int) or dim == length for dim, length in zip(dims, array.shape, strict=True))
-    )
-    if not fits:
-        raise UsageError(f"the array for {value.name} has the shape {list(array.shape)}, expected {_stated(value)}")
-    if value.dtype is None or value.dtype == DataType.STRING or value.dtype.numpy() == array.dtype:
-        return array
-    kinds = {array.dtype.kind, value.dtype.numpy().kind}
-    if not (kinds <= set("iu") or (value.dtype in FLOATS and array.dtype.kind == "f")):
-        raise UsageError(f"the array for {value.name} is {array.dtype}, expected {_stated(value)}")
-    with np.errstate(over="ignore", invalid="ignore"):
-        fitted = np.asarray(array.astype(value.dtype.numpy()))
-    if not _holds(fitted, array):
-        raise UsageError(f"the array for {value.name} is {array.dtype} with numbers beyond {_stated(value)}")
-    return fitted
-
-
-def _holds(fitted: Array, array: Array) -> bool:
-    """Return whether an array kept its numbers in another dtype, but for the rounding of floats."""
-    if array.dtype.kind in "iu":
-        return bool(np.array_equal(fitted.astype(object), array.astype(object)))
-    return bool(np.array_equal(np.isfinite(fitted.astype(np.float64)), np.isfinite(array.astype(np.float64))))
-
-
 def verify_any(
     reference: onnx_ir.Model,
     candidate: onnx_ir.Model,
-    tolerances: Mapping[str, float],
-    bars: Mapping[str, QualityBar | None],
     *,
     seed: int = 0,
     tolerance: float | None = None,
@@ -157,22 +63,18 @@ def verify_any(
     threads: int = 2,
     scratch: Path | None = None,
     notes: Sequence[str] = (),
-    bf16: tuple[bool, bool] = (False, False),
 ) -> VerifyReport:
     """Run two graphs on the same inputs and compare all outputs.
 
     Args:
         reference: The original, without collectives.
         candidate: The result.
-        tolerances: The relative error of outputs by the kind of comparison.
-        bars: What lossy candidates with logits are judged by, by the kind of comparison.
         seed: The seed of sampled inputs.
         tolerance: A relative error that replaces the default one.
         given: Inputs by name, in place of sampled ones.
         threads: The number of threads that a graph runs with.
         scratch: The folder for temporary files.
         notes: Notes that the report begins with.
-        bf16: Which of the two stand for a graph in bf16, as fp32.
 
     Raises:
         ModelError: If the interfaces differ, the original runs on no sampled inputs, or all outputs are random.
@@ -181,22 +83,35 @@ def verify_any(
     _check_interfaces(reference, candidate)
     session = functools.partial(Session, threads=threads, scratch=scratch, optimize=False)
     first = session(reference)
-    kind, lossy = kind_of(reference, candidate, bf16)
+    judgement = judgement_of(precision_of(reference), precision_of(candidate))
+    kind, lossy = judgement.kind, judgement.lossy
     samples = _sampled(reference, first, seed, lossy) if given is None else _given(reference, given)
     second = session(candidate)
-    allowed = tolerance if tolerance is not None else tolerances[kind]
-    bar = bars.get(kind) if tolerance is None and lossy else None
+    allowed = tolerance if tolerance is not None else TOLERANCES[kind].outputs
+    bar = judgement.bar(tolerance)
 
-    def opened(model: onnx_ir.Model) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-        return session(model).run
+    def opened(model: onnx_ir.Model) -> Runner:
+        return functools.partial(_run, session(model), model)
 
+    empties = given is not None or takes_empty(candidate)
     random, told = _random(reference, candidate, opened, samples)
-    judge = Judge(allowed, lossy, Ties(reference, opened, _STEPS.get(kind) if lossy else None))
+    safe = [item for item in samples if empties or not _has_empty(item[1])]
+    told += _unrun(candidate, opened, safe)
+    judge = Judge(allowed, judgement.differ, Ties(reference, opened, _STEPS.get(kind) if lossy else None))
     rows: list[Row] = []
     pairs: list[tuple[Array, Array]] = []
     for name, feeds in samples:
         expected = _named("original", feeds, first.run)
-        found = _named("candidate", feeds, functools.partial(_run, second, candidate))
+        if _has_empty(feeds) and not empties:
+            told.append(f"not compared on empty inputs, {name}: kernels of the candidate may not survive them")
+            continue
+        try:
+            found = _named("candidate", feeds, functools.partial(_run, second, candidate))
+        except ModelError as error:
+            if not _has_empty(feeds):
+                raise
+            told.append(f"not compared on empty inputs, {name}: {error}")
+            continue
         for output, value in expected.items():
             if output in random:
                 continue
@@ -208,23 +123,23 @@ def verify_any(
     if not any(row.note not in NOTHING for row in rows):
         raise ModelError("nothing was compared: all outputs are empty or hold no number; give other `inputs=FILE.npz`")
     within = f"{kind}: outputs within {allowed:.0e}" + (", logits by their predictions" if pairs else "")
-    said = [*notes, *told, within, f"inputs: {', '.join(_stated(v) for v in free_inputs(reference))}"]
+    said = [*notes, *told, within, f"inputs: {', '.join(stated_input(v) for v in free_inputs(reference))}"]
     if bar is not None and pairs:
         source = "the given inputs" if given is not None else "random inputs"
         rows = [*judged_rows(COMPARISON, bar, divergence(pairs), source), *rows]
     if lossy and tolerance is None:
-        rows += weight_rows(reference, candidate, bf16=any(bf16))
-    if lossy and tolerance is None and "int8" in kind:
-        plain = Judge(
-            tolerances["fp16" if DataType.FLOAT16 in _floats(reference) else "fp32"], False, judge.ties, ON_CODES
-        )
-        rows += _on_own_codes(reference, candidate, opened, samples, plain, scratch)
+        rows += weight_rows(reference, candidate, bf16=is_bf16_twin(reference) or is_bf16_twin(candidate))
+    if is_quantized(candidate) and tolerance is None:
+        try:
+            rows += outputs_against_own_codes(candidate, opened, safe, judge.ties, scratch)
+        except ModelError as error:
+            said.append(f"not compared with its own codes: {error}")
+        if "int8" in kind:
+            rows += outputs_on_codes(reference, candidate, opened, safe, judge.ties, scratch)
     return VerifyReport(tuple(rows), tuple(said), lossy=kind if lossy and tolerance is None else "")
 
 
-def _named(
-    role: str, feeds: Mapping[str, Any], run: Callable[[Mapping[str, Any]], Mapping[str, Any]]
-) -> Mapping[str, Any]:
+def _named(role: str, feeds: Mapping[str, Any], run: Runner) -> Mapping[str, Any]:
     """Return what a model computes; an error names the model and the inputs."""
     try:
         return run(feeds)
@@ -236,33 +151,8 @@ def _named(
         raise ModelError(f"the {role} does not run on {fed}: {error}. Check lengths and ids, or give others") from error
 
 
-def _on_own_codes(
-    reference: onnx_ir.Model,
-    candidate: onnx_ir.Model,
-    opened: Opener,
-    samples: Sequence[tuple[str, dict[str, Any]]],
-    judge: Judge,
-    scratch: Path | None,
-) -> list[Row]:
-    """Return the rows of the candidate, with plain activations, against the original with the numbers of its codes.
-
-    There nothing but sums in another order may differ, so that a wrong norm or embedding shows.
-    """
-    with tempfile.TemporaryDirectory(prefix="passopt-codes-", dir=scratch) as folder:
-        original = on_codes(reference, candidate, Path(folder))
-        if original is None:
-            return []
-        first, second = opened(original), opened(dequantised_twin(without_quantised_rows(candidate), Path(folder)))
-        return [
-            judge.row(name, output, value, found[output], feeds)
-            for name, feeds in samples
-            for expected, found in [(first(feeds), second(feeds))]
-            for output, value in expected.items()
-        ]
-
-
 def _random(
-    reference: onnx_ir.Model, candidate: onnx_ir.Model, opened: Opener, samples: Sequence[tuple[str, dict[str, Any]]]
+    reference: onnx_ir.Model, candidate: onnx_ir.Model, opened: Opener, samples: Samples
 ) -> tuple[set[str], list[str]]:
     """Return the outputs that differ from run to run, and a note that says so.
 
@@ -282,6 +172,24 @@ def _random(
     return found, [f"not compared: {names}, since the graph draws random numbers ({drawn})"] if found else []
 
 
+def _has_empty(feeds: Mapping[str, Any]) -> bool:
+    """Return whether an input is empty: kernels differ in whether they take that, and nobody asks a model about it."""
+    return any(isinstance(value, np.ndarray) and not value.size for value in feeds.values())
+
+
+def _unrun(model: onnx_ir.Model, opened: Opener, samples: Samples) -> list[str]:
+    """Return a note for each branch and body of the candidate that no inputs let run."""
+    if not has_bodies(model):
+        return []
+    marked = model.clone()
+    runs = BodyRuns(marked)
+    run = opened(marked)
+    for _, feeds in samples:
+        with contextlib.suppress(ModelError):
+            runs.take(dict(run(feeds)))
+    return [f"not compared: the {place}, since none of the inputs let it run" for place in runs.unrun()]
+
+
 def _check_interfaces(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> None:
     for what in ("inputs", "outputs"):
         one, other = ({value.name or "": value for value in getattr(m.graph, what)} for m in (reference, candidate))
@@ -291,8 +199,8 @@ def _check_interfaces(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Non
         for name, value in one.items() if what == "inputs" else ():
             if not _takes_the_same(value, other[name]):
                 raise ModelError(
-                    f"the candidate has the input {_stated(other[name])}, expected {_stated(value)} as in the "
-                    f"original: not the same model"
+                    f"the candidate has the input {stated_input(other[name])}, expected {stated_input(value)} as in "
+                    f"the original: not the same model"
                 )
 
 
@@ -314,7 +222,7 @@ def _sampled(model: onnx_ir.Model, session: Session, seed: int, lossy: bool) -> 
     if not samples:
         raise ModelError(
             f"no inputs were found on which the original runs: {problem}. Give some with `inputs=FILE.npz`, "
-            f"one array for each of {', '.join(_stated(value) for value in free_inputs(model))}"
+            f"one array for each of {', '.join(stated_input(value) for value in free_inputs(model))}"
         )
     names = [str(sample.lengths) for sample in samples]
     fed = _with_open_rows if lossy else dict
@@ -339,7 +247,7 @@ def _given(model: onnx_ir.Model, given: Mapping[str, Array]) -> list[tuple[str, 
 
 
 def _run(session: Session, model: onnx_ir.Model, feeds: Mapping[str, Any]) -> dict[str, Array]:
-    """Run the candidate on the inputs of the reference, in the candidate's own dtypes."""
+    """Run a model on the inputs of the reference, in the model's own dtypes."""
     dtypes = {value.name or "": value.dtype for value in model.graph.inputs}
     own = {
         name: _narrowed(value, dtype)
@@ -358,26 +266,6 @@ def _narrowed(array: Array, dtype: onnx_ir.DataType) -> Array:
     wide = array.astype(np.float64)
     held = np.where(np.isfinite(wide), np.clip(wide, float(limits.min), float(limits.max)), wide)
     return np.asarray(held, dtype.numpy())
-
-
-def kind_of(reference: onnx_ir.Model, candidate: onnx_ir.Model, bf16: tuple[bool, bool]) -> tuple[str, bool]:
-    """Return the key of the tolerance, and whether the candidate is lossy by what its weights and dtypes say.
-
-    `bf16` says which of the two stand for a graph in bf16, as fp32. Two graphs in the same dtypes should agree.
-    """
-    if dynamic_linears(candidate) or dynamic_linears(reference):
-        return "int8 activations", bool(dynamic_linears(candidate)) and not dynamic_linears(reference)
-    if dequantised_weights(candidate) and not dequantised_weights(reference):
-        return "int8", True
-    if any(bf16):
-        return ("bf16", False) if all(bf16) else ("bf16 and wider", True)
-    one, other = _floats(reference), _floats(candidate)
-    return ("fp16", one != other) if DataType.FLOAT16 in one | other else ("fp32", False)
-
-
-def _floats(model: onnx_ir.Model) -> set[DataType | None]:
-    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    return {value.dtype for value in values} & FLOATS
 
 
 def _logit_rows(reference: Array, found: Array) -> tuple[Array, Array]:

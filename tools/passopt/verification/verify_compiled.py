@@ -6,7 +6,7 @@ Both run the same scenarios.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,28 +16,30 @@ import onnx_ir
 from passopt.generation.open_engine import open_engine
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import decoder_of, positions_of
-from passopt.ir.weights.expressions import DataType
 from passopt.targets.onnxruntime.session import Session
 from passopt.targets.tvm.compiled_folder import Library, RankFolders, read_library
 from passopt.verification.comparisons import ORIGINAL, compare_all
-from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
 from passopt.verification.logit_store import LogitStore
 from passopt.verification.report import PERPLEXITY, VerifyReport
 from passopt.verification.scenarios import Observation, Scenario, observe, surprise, vocabulary_of
-from passopt.verification.tolerances import TOLERANCES, Tolerance, bar_note, bar_of, chosen_tolerance
-from passopt.verification.verify import (
-    VerifyOptions,
-    is_bf16_twin,
-    runnable,
-    scenarios_within,
+from passopt.verification.tolerances import (
+    TOLERANCES,
+    Precision,
+    Tolerance,
+    bar_note,
+    chosen_tolerance,
+    judgement_of,
+    precision_of,
 )
+from passopt.verification.verify import VerifyOptions, runnable, scenarios_within
 
-#: The tolerance in fp32, also if both have the same int8 weights. A library sums in another order than onnxruntime
-#: and fuses operators that onnxruntime does not.
-COMPILED = Tolerance(outputs=1e-4, perplexity=1e-4)
-
-#: The names of the dtypes of caches in a library's description.
-_CACHES = {DataType.FLOAT: "fp32", DataType.FLOAT16: "fp16", DataType.BFLOAT16: "bf16"}
+#: The tolerances of a library that should agree with the graph. In fp32, also if both have the same int8 weights, it
+#: sums in another order than onnxruntime and fuses operators that onnxruntime does not; a library in bf16 rounds what
+#: the fp32 twin of a graph in bf16 does not.
+COMPILED: Mapping[str, Tolerance] = {
+    "fp32": Tolerance(outputs=1e-4, perplexity=1e-4),
+    "bf16": TOLERANCES["bf16 and wider"],
+}
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -55,9 +57,9 @@ def verify_compiled(reference: onnx_ir.Model, folder: Path, options: VerifyOptio
     decoder_of(reference)
     library = _first(folder)
     _check_sizes(reference, library)
-    kind, default = _tolerance(reference, library)
-    tolerance = chosen_tolerance(default, options.tolerance)
-    bar = bar_of(kind, _differ_in_dtype(reference, library), options.tolerance)
+    judgement = judgement_of(precision_of(reference), _precision(library))
+    kind, bar = judgement.kind, judgement.bar(options.tolerance)
+    tolerance = chosen_tolerance(COMPILED.get(kind, TOLERANCES[kind]), options.tolerance)
     limits = positions_of(reference), library.max_positions
     scenarios = scenarios_within(limits, library.logits.vocab, options, notes)
     machine = f"compiled for {library.mcpu} ({library.isa})"
@@ -122,22 +124,10 @@ def _check_sizes(reference: onnx_ir.Model, library: Library) -> None:
             raise ModelError(f"the library has {what} {found}, the reference {expected}: not the same model")
 
 
-def _tolerance(reference: onnx_ir.Model, library: Library) -> tuple[str, Tolerance]:
-    """Return the name of the comparison and its tolerance, chosen by the less precise of the two."""
-    if library.quantized == "dynamic" or has_dynamic_activations(reference):
-        return "int8 activations", TOLERANCES["int8 activations"]
-    if library.quantized == "weights" and not is_quantized(reference):
-        return "int8", TOLERANCES["int8"]
-    if is_bf16_twin(reference) or library.cache.dtype == "bf16":
-        return "bf16", TOLERANCES["bf16 and wider"]
-    if decoder_of(reference).cache_dtype == DataType.FLOAT16 or library.cache.dtype == "fp16":
-        return "fp16", TOLERANCES["fp16"]
-    return "fp32", COMPILED
-
-
-def _differ_in_dtype(reference: onnx_ir.Model, library: Library) -> bool:
-    own = "bf16" if is_bf16_twin(reference) else _CACHES.get(decoder_of(reference).cache_dtype, "")
-    return own != library.cache.dtype
+def _precision(library: Library) -> Precision:
+    narrow = frozenset({library.cache.dtype} - {"fp32"})
+    dynamic = library.quantized == "dynamic"
+    return Precision(library.quantized == "weights", dynamic, dynamic, narrow)
 
 
 def _without_cache(observations: Sequence[Observation]) -> list[Observation]:

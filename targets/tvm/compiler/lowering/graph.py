@@ -14,9 +14,9 @@ from typing import Any
 import onnx_ir
 
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.decoder import LOGITS, find_decoder
 from passopt.ir.graph.linears import find_linear
-from passopt.ir.graph.shapes import complete_types
 from passopt.targets.tvm.compiled_folder import BLOCK, Quantized
 from passopt.targets.tvm.compiler.lowering import attention, collectives, elementwise, movement, norms, reductions  # noqa: F401  (they register)
 from passopt.targets.tvm.compiler.lowering.importer import import_node

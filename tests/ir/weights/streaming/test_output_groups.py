@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from passopt.ir.weights import expressions as ex
-from passopt.ir.weights.expressions import DataType, Literal
+from passopt.ir.weights.concat import concat
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.literals import Literal
 from passopt.ir.weights.streaming.output_groups import WeightFile, is_turned, schedule
 from passopt.ir.weights.streaming.row_spans import Part, Span, spans_of
 
@@ -75,7 +77,7 @@ def test_scales_of_padding_are_ones_and_codes_zeros():
 
 def test_columns_of_two_weights_lie_side_by_side():
     left, right = (Literal.of(np.arange(6, dtype=np.float32).reshape(3, 2) + start) for start in (0, 10))
-    joined = ex.concat([left.pad(0, 4), right.pad(1, 3).slice(0, 0, 2).pad(0, 4)], 1)
+    joined = concat([left.pad(0, 4), right.pad(1, 3).slice(0, 0, 2).pad(0, 4)], 1)
     spans = spans_of(joined, 0)
     assert [span.rows for span in spans] == [2, 1, 1]
     assert [[part.core for part in span.parts] for span in spans] == [
@@ -88,8 +90,8 @@ def test_columns_of_two_weights_lie_side_by_side():
 def test_what_cannot_pass_by_once_is_read_box_by_box(weight, tmp_path):
     first, second = weight(6, 4, "a"), weight(6, 4, "b")
     awkward = {
-        "two bases": ex.concat([first, second], 0),
-        "backwards": ex.concat([first.slice(0, 3, 6), first.slice(0, 0, 3)], 0),
+        "two bases": concat([first, second], 0),
+        "backwards": concat([first.slice(0, 3, 6), first.slice(0, 0, 3)], 0),
         "columns": first.slice(0, 1, 4).transpose(),
     }
     groups = schedule(files_of(awkward, 1, tmp_path))
@@ -98,7 +100,7 @@ def test_what_cannot_pass_by_once_is_read_box_by_box(weight, tmp_path):
 
 
 def test_a_shard_that_only_boxes_can_read_is_a_group_per_rank(weight, tmp_path):
-    crossed = ex.concat([weight(4, 6), weight(6, 4, "b").transpose()], 0).shard(1, 2)
+    crossed = concat([weight(4, 6), weight(6, 4, "b").transpose()], 0).shard(1, 2)
     groups = schedule(files_of({"w": crossed}, 2, tmp_path))
     assert sorted((group.rank, len(group.outputs)) for group in groups) == [(0, 1), (1, 1)]
 

@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.literals import Fill
 from passopt.ir.weights.safetensors_layout import layout_of
 from passopt.ir.weights.sources import external_source, safetensors_sources, torch_sources
 from passopt.ir.weights.streaming import budget, direct_io, write_weights
@@ -126,7 +126,7 @@ def test_external_data_at_odd_places_is_streamed(tmp_path):
 
 
 def test_fills_alone_are_written(tmp_path):
-    weights = {"w": ex.Fill(DataType.FLOAT16, (5, 3), 2.0), "empty": ex.Fill(DataType.FLOAT, (0, 4), 1.0)}
+    weights = {"w": Fill(DataType.FLOAT16, (5, 3), 2.0), "empty": Fill(DataType.FLOAT, (0, 4), 1.0)}
     write_safetensors(tmp_path / "out", weights)
     layout = layout_of(weights)
     data = (tmp_path / "out").read_bytes()

@@ -24,7 +24,11 @@ def rewired(before: onnx_ir.Model, after: onnx_ir.Model) -> Iterator[Request]:
     opsets = before.graph.opset_imports.get("", 0), after.graph.opset_imports.get("", 0)
     sides = Side.of(before, Kinds()), Side.of(after, Kinds())
     gone, made = frozenset(old.keys() - new.keys()), frozenset(new.keys() - old.keys())
-    changed = {name for name, value in old.items() if name in new and _is_changed_constant(value, new[name])}
+    both = {name: (value, new[name]) for name, value in old.items() if name in new}
+    changed = {name for name, pair in both.items() if _is_changed_constant(*pair)}
+    # Targets of a Reshape may say the same in other numbers, as (0, -1): what counts is what is reshaped.
+    targets = {name for name, pair in both.items() if all(map(_is_target, pair)) and not _same(*pair, opsets, changed)}
+    gone, made, changed = gone | targets, made | targets, changed | targets
     for name, value in old.items():
         other = new.get(name)
         if other is None or name in changed or _same(value, other, opsets, changed):
@@ -45,6 +49,12 @@ def _values(model: onnx_ir.Model) -> dict[str, onnx_ir.Value]:
         if node is not None:
             work += [item for item in node.inputs if item is not None]
     return found
+
+
+def _is_target(value: onnx_ir.Value) -> bool:
+    uses = value.uses()
+    found = all(use.node.op_type == "Reshape" and not use.node.domain and use.idx == 1 for use in uses)
+    return bool(uses) and found and not value.is_graph_output()
 
 
 def _is_changed_constant(one: onnx_ir.Value, other: onnx_ir.Value) -> bool:

@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import onnx_ir
 
 from passopt.ir.graph.attributes import attributes_key
-from passopt.ir.weights.expressions import Expression, Literal, Source
+from passopt.ir.weights.expressions import Expression, Source
 from passopt.ir.weights.lazy_weight import expression_of
+from passopt.ir.weights.literals import Literal
 from passopt.verification.rewrites.regions import Cut, Region
 from passopt.verification.rewrites.value_kinds import is_control_name
 

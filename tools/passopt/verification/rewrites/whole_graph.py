@@ -71,18 +71,6 @@ def stated_wrongly(model: onnx_ir.Model, found: Trace) -> dict[str, Difference]:
     return wrong
 
 
-def one_sided(model: onnx_ir.Model, found: Trace) -> list[str]:
-    """Return the If nodes of the main graph of which one branch ran in no sample."""
-    names = []
-    for node in model.graph:
-        value = node.inputs[0] if node.op_type == "If" else None
-        condition = "" if value is None else value.name or ""
-        seen = {bool(run.arrays[condition].all()) for run in found.runs if condition in run.arrays}
-        if len(seen) == 1:
-            names.append(node.outputs[0].name or "")
-    return names
-
-
 def _fits(value: onnx_ir.Value, shape: Sequence[int]) -> bool:
     if value.shape is None or not isinstance(value.type, (onnx_ir.TensorType, type(None))):
         return True

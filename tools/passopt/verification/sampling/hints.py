@@ -17,6 +17,12 @@ from passopt.ir.graph.operators import operators
 from passopt.verification.sampling.lengths import free_inputs
 
 _COMPARE = operators("Min Max Clip Less LessOrEqual Greater GreaterOrEqual Equal Mod Slice Range")
+#: Operators that ask for infinity or NaN, those whose results overflow for numbers of some hundreds, and those between
+#: them and an input.
+_ASK = operators("IsInf IsNaN")
+_STEEP = operators("Exp Gelu LogSoftmax Mish Pow ReduceLogSumExp Sigmoid Softmax Softplus Swish Tanh Cosh Sinh Erf")
+_EACH = operators("Abs Add Cast Clip Div Identity Mul Neg Sub")
+_CHAIN = 4
 #: The most elements of a constant that are read, and the most numbers that are tried.
 _ELEMENTS, _NUMBERS = 8, 4
 #: Larger floats mean "masked", and axes longer than this are not cheap.
@@ -40,6 +46,11 @@ class Hints:
     floats: tuple[float, ...]
     integers: tuple[int, ...]
     lengths: tuple[int, ...]
+    #: Whether it asks inputs for infinity or NaN, whether it takes powers of them, which overflow early, and whether it
+    #: repeats something as often as some input says.
+    infinite: bool = False
+    steep: bool = False
+    repeats: bool = False
 
 
 def hints_of(model: onnx_ir.Model) -> Hints:
@@ -58,7 +69,22 @@ def hints_of(model: onnx_ir.Model) -> Hints:
             elif array.dtype.kind in "iu":
                 integers.update(dict.fromkeys(item for item in numbers if abs(item) <= _LARGEST_FLOAT))
     lengths = sorted({abs(item) for item in integers if 8 <= abs(item) < _LONGEST})
-    return Hints(tuple(floats)[:_NUMBERS], tuple(integers)[:_NUMBERS], tuple(lengths[:_NUMBERS]))
+    infinite = any(node.op_type in _ASK and _is_near_input(node) for node in model.graph)
+    steep = any(node.op_type in _STEEP and _is_near_input(node) for node in model.graph)
+    repeats = any(node.op_type == "Loop" and not node.domain for node in _nodes(model))
+    limits = tuple(lengths[:_NUMBERS])
+    return Hints(tuple(floats)[:_NUMBERS], tuple(integers)[:_NUMBERS], limits, infinite, steep, repeats)
+
+
+def _is_near_input(node: onnx_ir.Node) -> bool:
+    """Return whether the node reads an input of the graph, or what operators make of each of its numbers."""
+    value = None if node.domain else node.inputs[0]
+    for _ in range(_CHAIN):
+        maker = None if value is None else value.producer()
+        if maker is None or maker.op_type not in _EACH:
+            break
+        value = next((item for item in maker.inputs if item is not None and not item.is_initializer()), None)
+    return value is not None and value.is_graph_input()
 
 
 def _casts_to_bool(node: onnx_ir.Node) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,19 +31,21 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
 }
 _TOKENS = re.compile(r"(?:\A|_)(?:input_ids|position_ids|inputs_embeds|token_type_ids)\Z")
+_DECODER_TOKENS = re.compile(r"\Adecoder_(?:input_ids|inputs_embeds)\Z")
 #: Inputs of a decoder that come from its encoder, such as `past_key_values.0.encoder.key`: their lengths are their own.
 _ENCODER = re.compile(r"(?:\A|[_.])encoder[_.]")
 _PAST = re.compile(r"past(?:_key_values)?[._].*(?:key|value|k|v)\Z|past_\d+\Z")
 
 #: Operators that take empty axes. Others may not only refuse them: kernels of onnxruntime have crashed on them, such as
-#: those of InstanceNormalization, ConvTranspose, GRU and LSTM, which no program survives.
+#: those of Einsum, InstanceNormalization, ConvTranspose, GRU and LSTM, which no program survives.
 _TAKES_EMPTY = """
-    Abs Add And Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos DequantizeLinear Div Dropout
-    DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm Greater
-    GreaterOrEqual Hardmax Identity If IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop
-    MatMul Max Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceMax
-    ReduceMean ReduceMin ReduceSum Relu Reshape RotaryEmbedding Round Shape Sigmoid Sign Sin Size Slice Softmax
-    Softplus Split Sqrt Squeeze Sub Sum Swish Tanh Tile Transpose Trilu Unsqueeze Where Xor
+    Abs Add And ArgMax Attention Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum DequantizeLinear
+    Div Dropout DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm Greater
+    GreaterOrEqual HardSwish Hardmax Identity If IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
+    LogSoftmax Loop MatMul MatMulInteger Max Mean Min Mod Mul Neg Not Or Pad Pow QuantizeLinear RMSNormalization
+    Range Reciprocal ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+    Relu Reshape RotaryEmbedding Round Shape Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub Sum
+    Swish Tanh Tile Transpose Trilu Unsqueeze Where Xor
 """
 
 
@@ -132,8 +135,13 @@ def roles_of(model: onnx_ir.Model) -> dict[str, str]:
     found: dict[str, str] = {}
     names = [value.name or "" for value in model.graph.inputs]
     has_past = any(_PAST.search(name) and not _ENCODER.search(name) for name in names)
+    has_both = any(_DECODER_TOKENS.search(name) for name in names)
     for value in free_inputs(model):
-        for dim, role in zip(axes_of(value), _roles(value.name or "", len(axes_of(value)), has_past)):
+        name = value.name or ""
+        roles = _roles(name, len(axes_of(value)), has_past)
+        if has_both and not name.startswith("decoder_") and "past" not in roles:
+            roles = roles[:1]  # what the encoder reads is as long as it likes
+        for dim, role in zip(axes_of(value), roles):
             if role and isinstance(dim, str) and dim.isidentifier():
                 found.setdefault(dim, role)
     return found
@@ -161,11 +169,61 @@ def takes_empty(model: onnx_ir.Model) -> bool:
 def assignments(model: onnx_ir.Model) -> Iterator[Lengths]:
     """Yield lengths to try: symbols apart, each symbol as 1 and as 0, and all symbols equal.
 
-    Lengths of 0 are left out where a kernel might not survive them.
+    Lengths of 0 are left out where a kernel might not survive them. Inputs that one Concat joins agree in other axes.
     """
+    joined = _joined(model)
     for lengths in _assignments(model):
-        if takes_empty(model) or all(lengths.known.values()):
-            yield lengths
+        known = {name: _follow(joined, name, lengths.known) for name in lengths.known}
+        if takes_empty(model) or all(known.values()):
+            yield dataclasses.replace(lengths, known=known)
+
+
+def _joined(model: onnx_ir.Model) -> dict[str, int | str]:
+    """Return symbols of inputs whose length a Concat makes that of another symbol, or a number."""
+    found: dict[str, int | str] = {}
+    for one, other in _joined_axes(model):
+        for name, same in ((one, other), (other, one)):
+            if isinstance(name, str) and name.isidentifier() and name != same and found.get(str(same)) != name:
+                found.setdefault(name, same)
+                break
+    return found
+
+
+def _joined_axes(model: onnx_ir.Model) -> Iterator[tuple[int | str, int | str]]:
+    """Yield pairs of axes of inputs that must be as long as each other for a Concat."""
+    inputs = set(model.graph.inputs)
+    for node in model.graph:
+        if node.op_type != "Concat" or node.domain:
+            continue
+        operands = [axes_of(value) for value in node.inputs if value is not None and value in inputs]
+        for one, other in itertools.pairwise(operands):
+            if len(one) == len(other):
+                along = node.attributes["axis"].as_int() % len(one)
+                yield from (pair for axis, pair in enumerate(zip(one, other, strict=True)) if axis != along)
+
+
+def _follow(joined: Mapping[str, int | str], name: str, known: Mapping[str, int]) -> int:
+    at: int | str = name
+    for _ in joined:
+        at = joined.get(at, at) if isinstance(at, str) else at
+    return at if isinstance(at, int) else known.get(at, known[name])
+
+
+def can_be_joined(model: onnx_ir.Model, lengths: Lengths) -> bool:
+    """Return whether the inputs that one Concat joins agree in all other axes."""
+    pairs = ((lengths.length(one), lengths.length(other)) for one, other in _joined_axes(model))
+    return all(one is None or other is None or one == other for one, other in pairs)
+
+
+def agree(shapes: Sequence[Sequence[int]], axis: int) -> bool:
+    """Return whether a Concat can join tensors of these shapes along an axis.
+
+    onnxruntime does not ask that of empty ones, and returns memory that it has not written.
+    """
+    if any(len(shape) != len(shapes[0]) or not -len(shape) <= axis < len(shape) for shape in shapes):
+        return False
+    rests = {(*shape[: axis % len(shape)], *shape[axis % len(shape) + 1 :]) for shape in shapes}
+    return len(rests) <= 1
 
 
 def _assignments(model: onnx_ir.Model) -> Iterator[Lengths]:

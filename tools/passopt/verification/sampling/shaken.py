@@ -24,9 +24,9 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: How many times a graph is shaken: an element that stands at a tie falls to either side.
 TURNS = 3
 #: The relative change of the last bits of a number, by dtype.
-_LAST_BITS: Mapping[DataType, float] = {DataType.DOUBLE: 1e-7, DataType.FLOAT: 1e-6, DataType.FLOAT16: 1e-3}
+LAST_BITS: Mapping[DataType, float] = {DataType.DOUBLE: 1e-7, DataType.FLOAT: 1e-6, DataType.FLOAT16: 1e-3}
 _COARSE = 8e-3
-_NUDGED = frozenset({DataType.FLOAT, DataType.DOUBLE})
+_NUDGED = frozenset({DataType.FLOAT16, DataType.FLOAT, DataType.DOUBLE})
 _NUDGED_BYTES = 1 << 20
 
 
@@ -36,7 +36,7 @@ def shaken_model(model: onnx_ir.Model, turn: int, step: float | None = None) -> 
     shaken = model.clone()
     for value in shaken.graph.initializers.values():
         expression = expression_of(value)
-        if expression is not None and expression.dtype in _LAST_BITS and not expression.depends_on_rank:
+        if expression is not None and expression.dtype in LAST_BITS and not expression.depends_on_rank:
             with Evaluator() as evaluator:
                 array = _shaken(evaluator.array(expression), random, step)
             value.const_value = onnx_ir.tensor(array, name=value.name)
@@ -44,7 +44,7 @@ def shaken_model(model: onnx_ir.Model, turn: int, step: float | None = None) -> 
 
 
 def nudged_model(model: onnx_ir.Model, turn: int) -> onnx_ir.Model:
-    """Return a clone whose smaller fp32 and fp64 weights, such as those of norms, differ by one rounding each.
+    """Return a clone whose smaller weights, such as those of norms, differ by one rounding each.
 
     What such a clone computes is as right as what the model computes. Large weights stay lazy.
     """
@@ -89,7 +89,7 @@ def shaken_sample(sample: Sample, turn: int, step: float | None = None) -> Sampl
 def _shaken(array: Array, random: np.random.Generator, step: float | None) -> Array:
     if not isinstance(array, np.ndarray) or array.dtype == object or DataType.from_numpy(array.dtype) not in FLOATS:
         return array
-    bits = _LAST_BITS.get(DataType.from_numpy(array.dtype), _COARSE)
+    bits = LAST_BITS.get(DataType.from_numpy(array.dtype), _COARSE)
     with np.errstate(over="ignore", invalid="ignore"):
         wide = array.astype(np.float64) * (1 + bits * random.uniform(-1, 1, array.shape))
         if step is not None:

@@ -16,9 +16,17 @@ import onnx_ir
 from passopt.ir.errors import ModelError
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.sampling.hints import computed_integers, hints_of
-from passopt.verification.sampling.lengths import Lengths, around, assignments, free_inputs, symbols_of, tied
+from passopt.verification.sampling.lengths import (
+    Lengths,
+    around,
+    assignments,
+    can_be_joined,
+    free_inputs,
+    symbols_of,
+    tied,
+)
 from passopt.verification.sampling.samples import Sample, Unsampled, hides_a_row, length_of, made
-from passopt.verification.sampling.traced_graph import Run, TracedGraph, without_bf16
+from passopt.verification.sampling.traced_graph import Run, TracedGraph, is_finite, without_bf16
 from passopt.verification.sampling.values import INTEGERS, STYLES, Style, index_bounds, is_natural
 
 #: The number of samples that are kept, of a model with its weights and of one without, and how many may be tried.
@@ -36,13 +44,15 @@ class Trace:
     """The runs of one graph on all samples that are legal for it.
 
     `problem` says why there are none, if so. `real` is true if the graph ran with its own weights. `unknown` are
-    operators that onnxruntime does not know, without which and without what follows from them the graph ran.
+    operators that onnxruntime does not know, without which and without what follows from them the graph ran. `unrun`
+    are the bodies that ran in none of the runs, in words.
     """
 
     runs: tuple[Run, ...]
     problem: str = ""
     real: bool = True
     unknown: tuple[str, ...] = ()
+    unrun: tuple[str, ...] = ()
 
     def has(self, name: str | None) -> bool:
         """Return whether a run can start from the value: its shape is known in every run, and its type can be fed."""
@@ -69,7 +79,7 @@ def trace(model: onnx_ir.Model, samples: Sequence[Sample] = (), seed: int = 0) -
         except Unsampled as reason:
             return Trace((), str(reason))
     problem = "" if found else f"the graph runs on none of the inputs that were tried: {traced.problem}"
-    return Trace(tuple(found), problem, traced.real, tuple(traced.unknown))
+    return Trace(tuple(found), problem, traced.real, tuple(traced.unknown), traced.body_runs.unrun())
 
 
 def legal_samples(model: onnx_ir.Model, session: Session, seed: int = 0) -> tuple[list[Sample], str]:
@@ -112,7 +122,8 @@ class _Outputs:
             self.problem = self.problem or str(error)
             return None
         arrays = {name: value for name, value in outputs.items() if isinstance(value, np.ndarray)}
-        return Run(sample, {name: value.shape for name, value in arrays.items()}, {})
+        finite = all(is_finite(value) for value in arrays.values())
+        return Run(sample, {name: value.shape for name, value in arrays.items()}, {}, finite=finite)
 
 
 def _legal(model: onnx_ir.Model, traced: _Runner, seed: int) -> list[Run]:
@@ -142,6 +153,8 @@ def _add_hinted(model: onnx_ir.Model, search: _Search) -> None:
     near = (*hints.floats, *hints.integers)
     turns = range(_TURNS if near else 1)
     styles = [Style("left", "near", near=near, turn=turn) for turn in turns if hints.floats]
+    if hints.infinite:
+        styles += [Style("left", "near", near=(math.inf, -math.inf, math.nan))]
     if computed_integers(model):
         styles += [Style("left", "large", "near", near=near, turn=turn) for turn in turns]
         styles.append(Style("left", "large", "wide"))
@@ -151,6 +164,12 @@ def _add_hinted(model: onnx_ir.Model, search: _Search) -> None:
         styles.append(Style("none"))
     for style in styles:
         search.add_sample(largest, style)
+    if hints.steep:
+        search.add_sample(largest, Style("none", "steep"), finite=True)
+    smallest = min(lengths_of, key=lambda lengths: math.prod(lengths.known.values()) or math.inf)
+    for turn in range(_TURNS) if hints.repeats else ():
+        for lengths in (largest, smallest):
+            search.add_sample(lengths, Style("left", "near" if near else "normal", "rounds", near=near, turn=turn))
     truths = [value.name or "" for value in free_inputs(model) if value.dtype == onnx_ir.DataType.BOOL]
     for turn, name in enumerate(truths[:_FEW] if len(truths) > 1 else (), start=1):
         for truth in (True, False):
@@ -196,6 +215,8 @@ class _Search:
 
     def add(self, lengths: Lengths) -> None:
         """Try lengths, in the style that is next; with plain integers, if those of the style are refused."""
+        if not can_be_joined(self._model, lengths):
+            return
         found = self.runs or self.doubtful
         style = STYLES[len(found) % len(STYLES)]
         if style.floats == "large" and self._narrows:
@@ -212,14 +233,17 @@ class _Search:
                 (self.runs if _keeps_outputs(self._model, run) else self.doubtful).append(run)
                 return
 
-    def add_sample(self, lengths: Lengths, style: Style) -> bool:
-        """Try one more sample, beyond those that are enough; return whether the graph ran on it."""
+    def add_sample(self, lengths: Lengths, style: Style, *, finite: bool = False) -> bool:
+        """Try one more sample, beyond those that are enough; return whether the graph ran on it.
+
+        With `finite`, it must compute nothing but finite numbers, since another graph may overflow elsewhere.
+        """
         sample = made(self._model, lengths, style, self._seed)
-        if _kind(sample) in self._seen:
+        if _kind(sample) in self._seen or not can_be_joined(self._model, lengths):
             return False
         self._seen.add(_kind(sample))
         run = self._traced.run(sample)
-        if run is None or bool(self.runs) != _keeps_outputs(self._model, run):
+        if run is None or bool(self.runs) != _keeps_outputs(self._model, run) or (finite and not run.finite):
             return False
         (self.runs or self.doubtful).append(run)
         return True

@@ -18,6 +18,8 @@ from passopt.ir.graph.fp32_twin import fp32_twin
 from passopt.ir.weights.lazy_weight import SMALL_BYTES, LazyWeight
 from passopt.targets.onnxruntime.joined_ranks import rank_models
 from passopt.targets.onnxruntime.session import Session
+from passopt.verification.sampling.body_runs import PREFIX, BodyRuns
+from passopt.verification.sampling.lengths import agree, takes_empty
 from passopt.verification.sampling.samples import Sample
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -47,6 +49,8 @@ class Run:
     shapes: Mapping[str, tuple[int, ...]]
     arrays: Mapping[str, Array]
     narrow: frozenset[str] = frozenset()
+    #: Whether all numbers that it computed are finite.
+    finite: bool = True
 
 
 class TracedGraph:
@@ -63,6 +67,13 @@ class TracedGraph:
             for name, value in twin.graph.initializers.items()
             if value.const_value is not None
         }
+        self._takes_empty = takes_empty(twin)
+        self._joins = [
+            (node.attributes["axis"].as_int(), [value.name or "" for value in node.inputs if value is not None])
+            for node in twin.graph
+            if node.op_type == "Concat" and not node.domain and "axis" in node.attributes
+        ]
+        self.body_runs = BodyRuns(twin)
         self._shapes = _expose(twin, shapes_only=not self.real)
         self._narrow = _widen_narrow(twin)
         self.unknown: list[str] = []
@@ -88,11 +99,17 @@ class TracedGraph:
 
     def run(self, sample: Sample) -> Run | None:
         """Return what the graph computes of the sample, or None if it fails on it."""
+        if not self._takes_empty and any(
+            isinstance(item, np.ndarray) and not item.size for item in sample.feeds.values()
+        ):
+            self.problem = self.problem or "kernels of onnxruntime may not survive its empty inputs"
+            return None
         try:
             outputs = self._session.run({**without_bf16(sample.feeds), **self._given})
         except ModelError as error:
             self.problem = self.problem or str(error)
             return None
+        self.body_runs.take(outputs)
         fed = {name: value for name, value in sample.feeds.items() if not isinstance(value, list)}
         shapes = {**self._constants, **{name: value.shape for name, value in fed.items()}}
         arrays = dict(fed)
@@ -107,7 +124,17 @@ class TracedGraph:
                 shapes[name] = value.shape
                 if value.size <= _KEPT:
                     arrays[name] = value
-        return Run(sample, shapes, arrays, frozenset(narrow))
+        for axis, names in self._joins:
+            if not agree([shapes[name] for name in names if name in shapes], axis):
+                self.problem = self.problem or f"{names[0]} and others are joined, and disagree in other axes"
+                return None
+        finite = all(is_finite(value) for value in arrays.values())
+        return Run(sample, shapes, arrays, frozenset(narrow), finite)
+
+
+def is_finite(array: Array) -> bool:
+    """Return whether an array holds neither infinity nor NaN."""
+    return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
 
 
 def without_bf16(feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +194,8 @@ def _expose(model: onnx_ir.Model, *, shapes_only: bool) -> dict[str, str]:
     for node in list(model.graph):
         for value in node.outputs:
             if not value.name or value.name in present or isinstance(value.type, onnx_ir.OptionalType):
+                continue
+            if value.name.startswith(PREFIX):
                 continue
             present.add(value.name)
             if not shapes_only or not _is_float(value):

@@ -31,11 +31,12 @@ class Style:
         mask: What a mask hides: "left" and "right" are padding of different lengths per row, "none" hides nothing,
             "holes" hides single positions, "row" hides all positions of the first row.
         floats: "normal" numbers; "rows" of very different scales, so that the epsilon of a norm matters; "coarse"
-            multiples of a half, among them ties and zeros; "large" numbers; "huge" ones beyond 8-bit floats; "near"
-            ones at, below and above `near`.
-        integers: "natural" numbers below the bound; "signed" ones; "counts" from 1 on; "inferred" targets such as
-            (0, -1) and "split" targets such as (-1, 1). Where a graph only computes with them, "near" ones at, below
-            and above `near`, beyond 8 bits, and "wide" ones beyond 32 bits.
+            multiples of a half, among them ties and zeros; "large" numbers; "steep" ones beyond what Exp takes; "huge"
+            ones beyond 8-bit floats; "near" ones at, below and above `near`.
+        integers: "natural" numbers below the bound; "signed" ones; "counts" from 1 on, and "rounds" from 2 on where
+            there is one number; "inferred" targets such as (0, -1) and "split" targets such as (-1, 1). Where a graph
+            only computes with them, "near" ones at, below and above `near`, beyond 8 bits, and "wide" ones beyond 32
+            bits.
         truth: The value of a boolean of one element.
         flipped: The names of those that have the other value.
         last: Whether positions and ids reach the last row of their table.
@@ -107,6 +108,8 @@ class Sampler:
             return self._mask(dtype, shape, random)
         kind = dtype.numpy()
         if dtype in FLOATS or not (dtype.is_integer() or kind == np.bool_):
+            if "box" in name.lower() and shape[-1:] == (4,):
+                return self._boxes(random, shape).astype(kind)
             return self._floats(random, shape, kind)
         if kind == np.bool_:
             if np.prod(shape) == 1:
@@ -116,6 +119,11 @@ class Sampler:
             return self._positions(shape, self._bounds.get(name)).astype(kind)
         return self._integers(name, random, shape, kind)
 
+    def _boxes(self, random: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        """Return boxes by two corners, most of which overlap."""
+        corner = random.uniform(0, 0.5, (*shape[:-1], 2))
+        return np.concatenate([corner, corner + random.uniform(0.6, 1.4, corner.shape)], axis=-1)
+
     def _floats(self, random: np.random.Generator, shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
         values: Array = np.asarray(random.standard_normal(shape, np.float32))
         style = self._style.floats
@@ -123,6 +131,8 @@ class Sampler:
             values = np.round(values * 2) / 2
         if style == "large":
             values = values * np.float32(20)
+        if style == "steep":
+            values = values * np.float32(200)
         if style == "huge":
             values = values * np.float32(100 if kind.itemsize <= 2 else 50_000)
         if style == "rows" and len(shape) > 1:  # each row along the last axis has a scale of its own
@@ -141,6 +151,10 @@ class Sampler:
             if name in self._computed and name not in self._bounds and not is_natural(name):
                 return self._computed_with(random, shape, kind)
             style = "natural"
+        if style == "rounds":
+            if name not in self._bounds and not is_natural(name) and np.prod(shape) == 1:
+                return self._cast(np.full(shape, 2 + self._style.turn), kind)
+            style = "counts"
         if self._style.last and name in self._bounds and np.prod(shape):
             reaching = np.asarray(random.integers(0, bound, shape))
             reaching.flat[-1] = bound - 1

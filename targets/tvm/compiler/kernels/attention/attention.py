@@ -91,7 +91,11 @@ def attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Attention:
-    """Emit the code of the work items; the fields are the settings and the arguments of the function."""
+    """Emit the code of the work items; the fields are the settings and the arguments of the function.
+
+    Numbers from which many indices and conditions are computed are opaque to TVM, whose analyzer would otherwise take
+    four times as long for the whole function. LLVM sees through it.
+    """
 
     tiles: Tiles
     kv_heads: int
@@ -127,7 +131,7 @@ class _Attention:
             with T.parallel(0, items) as index:
                 self._step(index)
             return
-        parts = emit.bind(count_parts(items, self.columns))
+        parts = emit.opaque(count_parts(items, self.columns))
         with T.If(parts == 1):
             with T.Then(), T.parallel(0, items) as index:
                 self._step(index)
@@ -143,7 +147,7 @@ class _Attention:
         """Emit one work item of decoding: one kv head of one sequence, with its group of query heads."""
         from tvm.script.ir_builder import tirx as T
 
-        item, kv_head = emit.bind(index // self.kv_heads), emit.bind(index % self.kv_heads)
+        item, kv_head = emit.opaque(index // self.kv_heads), emit.opaque(index % self.kv_heads)
         first, last = self._extent(item, 0)
         state = self._step_state(item, kv_head, first, last)
         with T.serial(0, self.tiles.group) as row:
@@ -154,7 +158,7 @@ class _Attention:
         from tvm.script.ir_builder import tirx as T
 
         pair = emit.bind(index // parts)
-        item, kv_head = emit.bind(pair // self.kv_heads), emit.bind(pair % self.kv_heads)
+        item, kv_head = emit.opaque(pair // self.kv_heads), emit.opaque(pair % self.kv_heads)
         first, last = part_of(*self._extent(item, 0), index % parts, parts)
         state = self._step_state(item, kv_head, first, last)
         with T.serial(0, self.tiles.group) as row:
@@ -163,7 +167,7 @@ class _Attention:
     def _join(self, pair: Any, parts: Any, found: PartialRows) -> None:
         from tvm.script.ir_builder import tirx as T
 
-        item, kv_head = emit.bind(pair // self.kv_heads), emit.bind(pair % self.kv_heads)
+        item, kv_head = emit.opaque(pair // self.kv_heads), emit.opaque(pair % self.kv_heads)
         with T.serial(0, self.tiles.group) as row:
             found.join(pair * parts, parts, row, self.y, [item, 0, kv_head * self.tiles.group + row])
 
@@ -177,11 +181,11 @@ class _Attention:
             self._start_row(state, row, item, 0, kv_head * group + row)
         sets = [(start, min(tiles.rows, group - start)) for start in range(0, group, tiles.rows)]
         with T.serial(0, (last - first + TILE - 1) // TILE) as tile:
-            column = emit.bind(first + tile * TILE)
-            width = emit.bind(T.min(TILE, last - column))
+            column = emit.opaque(first + tile * TILE)
+            width = emit.opaque(T.min(TILE, last - column))
             for start, rows in sets:
                 self._step_scores(state, start, rows, item, kv_head, column, width)
-            units = emit.bind((width + tiles.unit - 1) // tiles.unit)
+            units = emit.opaque((width + tiles.unit - 1) // tiles.unit)
             with T.serial(0, group) as row:
                 self._softmax(state, row, item, 0, kv_head * group + row, column, units)
             for start, rows in sets:
@@ -226,13 +230,13 @@ class _Attention:
         tiles, unit, group = self.tiles, self.tiles.unit, self.tiles.group
         count = self.query_blocks
         head_index, turn = emit.bind(index // count), emit.bind(index % count)
-        item, kv_head = emit.bind(head_index // self.kv_heads), emit.bind(head_index % self.kv_heads)
+        item, kv_head = emit.opaque(head_index // self.kv_heads), emit.opaque(head_index % self.kv_heads)
         # The order is first, last, second, last but one …, so that neighbours, which one thread computes, take as long
         # together as other neighbours do.
-        number = emit.bind(T.if_then_else(turn % 2 == 0, turn // 2, count - 1 - turn // 2))
-        position = emit.bind(number * tiles.query_positions)
-        used = emit.bind(T.min(tiles.query_positions, self.length - position) * group)
-        sets = emit.bind((used + tiles.rows - 1) // tiles.rows)
+        number = emit.opaque(T.if_then_else(turn % 2 == 0, turn // 2, count - 1 - turn // 2))
+        position = emit.opaque(number * tiles.query_positions)
+        used = emit.opaque(T.min(tiles.query_positions, self.length - position) * group)
+        sets = emit.opaque((used + tiles.rows - 1) // tiles.rows)
 
         state = RowState.allocate(tiles.query_rows, tiles)
         new_keys = None if self.keys.dtype == "float32" else emit.scratch(TILE // BLOCK, tiles.head_dim, BLOCK)
@@ -246,8 +250,8 @@ class _Attention:
             self._start_row(state, row, item, *place(row))
         first, last = self._extent(item, position // QUERY_BLOCK)
         with T.serial(0, (last - first + TILE - 1) // TILE) as tile:
-            column = emit.bind(first + tile * TILE)
-            units = emit.bind((T.min(TILE, last - column) + unit - 1) // unit)
+            column = emit.opaque(first + tile * TILE)
+            units = emit.opaque((T.min(TILE, last - column) + unit - 1) // unit)
             self._fetch_mask(item, position, column)
             if new_keys is not None:
                 self._copy_keys(new_keys, item, kv_head, column, units)
@@ -344,8 +348,8 @@ class _Attention:
         from tvm.script.ir_builder import tirx as T
 
         number = emit.bind(T.min(item, self.mask.shape[0] - 1))
-        first = emit.bind(T.Cast("int64", self.extents[number, block, 0]) // BLOCK * BLOCK)
-        return first, emit.bind(T.Cast("int64", self.extents[number, block, 1]))
+        first = emit.opaque(T.Cast("int64", self.extents[number, block, 0]) // BLOCK * BLOCK)
+        return first, emit.opaque(T.Cast("int64", self.extents[number, block, 1]))
 
     def _start_row(self, state: RowState, row: Any, item: Any, position: Any, head: Any) -> None:
         def scale(start: Any, width: int) -> None:

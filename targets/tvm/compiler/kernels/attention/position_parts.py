@@ -34,8 +34,8 @@ def part_of(first: Any, last: Any, number: Any, parts: Any) -> tuple[Any, Any]:
 
     tiles = (last - first + TILE - 1) // TILE
     share = emit.bind((tiles + parts - 1) // parts * TILE)
-    begin = emit.bind(T.min(first + number * share, last))
-    return begin, emit.bind(T.min(begin + share, last))
+    begin = emit.opaque(T.min(first + number * share, last))
+    return begin, emit.opaque(T.min(begin + share, last))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from passopt.ir.weights.expressions import DataType, Fill
+from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.literals import Fill
 from passopt.targets.tvm.compiler.kernels.attention.attention import attention
 from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
 from passopt.targets.tvm.compiler.kernels.attention.mask_extents import mask_extents
-from passopt.targets.tvm.compiler.kernels.attention.position_parts import ITEMS
 from passopt.targets.tvm.compiler.kernels.code_generation import COMPACTION, HOISTING, code_generation
 from passopt.targets.tvm.compiler.kernels.computed_rows import rows_kernel
 from passopt.targets.tvm.compiler.kernels.linear.choose import float_kernel, int8_kernel
@@ -33,6 +33,7 @@ SHAPE = (24, 140)
 CODES, SCALES = Fill(DataType.INT8, SHAPE, 1), Fill(DataType.FLOAT, SHAPE[:1], 1)
 KERNELS: dict[str, Callable[[Isa], Any]] = {
     "append_cache": lambda isa: append_cache(3, 10, "float16", isa),
+    "attention": lambda isa: attention(4, 2, 12, 0.3, "float16", isa, True, 3.0),
     "mask_extents": mask_extents,
     "linear_fp32": lambda isa: float_kernel(Fill(DataType.FLOAT, SHAPE, 1), isa).function(residual=True),
     "linear_int8": lambda isa: int8_kernel(CODES, SCALES, isa).function(),
@@ -117,16 +118,6 @@ def test_kernels_are_the_same_with_the_passes_that_are_left_out(name, compaction
     function = KERNELS[name](CPU.isa)
     assert compiled(function, instruments=[compaction]) == assembly(function, CPU)
     assert compaction.after == compaction.before
-
-
-@pytest.mark.slow
-def test_of_attention_only_the_parts_of_short_texts_shrink(compaction):
-    """Their number, at most `ITEMS`, becomes arithmetic over lengths, which saves no memory worth the name."""
-    function = attention(4, 2, 12, 0.3, "float16", CPU.isa, True, 3.0)
-    assert compiled(function, disabled_pass=[COMPACTION]) == assembly(function, CPU)
-    compiled(function, instruments=[compaction])
-    changed = compaction.before["kernel"] - compaction.after["kernel"]
-    assert changed == {f"float32[{ITEMS}, 2, 12]": 1, f"float32[{ITEMS}, 2]": 2}
 
 
 def test_small_operators_are_the_same_with_the_passes_that_are_left_out(lowered_text, compaction):

@@ -15,7 +15,8 @@ import pytest
 
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import DataType, Expression, Literal
+from passopt.ir.weights.expressions import DataType, Expression
+from passopt.ir.weights.literals import Literal
 from passopt.targets.tvm.compiler.gpu_grid import THREADS, bind_threads
 from passopt.targets.tvm.compiler.kernels.attention.attention import attention
 from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache

@@ -11,7 +11,8 @@ import pytest
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import DataType, Expression, Fill, Literal
+from passopt.ir.weights.expressions import DataType, Expression
+from passopt.ir.weights.literals import Fill, Literal
 from passopt.targets.tvm.compiler.kernels.linear.choose import float_kernel, int8_kernel
 from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearKernel
 from passopt.targets.tvm.compiler.kernels.linear.panel_layout import Panels

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import DataType, Expression, Fill, Literal
+from passopt.ir.weights.expressions import DataType, Expression
+from passopt.ir.weights.literals import Fill, Literal
 from passopt.targets.tvm.compiler.kernels.linear.byte_dot import byte_kernel, dot_of_operations
 from passopt.targets.tvm.compiler.kernels.linear.choose import int8_kernel
 from passopt.targets.tvm.compiler.kernels.linear.int8_fp32 import LIMIT, MAX_INPUTS, linear_planes

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import Literal
+from passopt.ir.weights.literals import Literal
 from passopt.targets.tvm.compiler.kernels.linear.byte_dot import byte_kernel, dot_of_operations
 from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import int8_int8_kernel, linear_w8a8
 from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout
