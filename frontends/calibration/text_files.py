@@ -47,7 +47,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
             is_compressed = raw.read(2) == _GZIP
             raw.seek(0)
             data = gzip.GzipFile(fileobj=raw) if is_compressed else raw
-            yield io.TextIOWrapper(data, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
+            yield io.TextIOWrapper(data, encoding="utf-8-sig", newline="")
 
 
 @contextlib.contextmanager
