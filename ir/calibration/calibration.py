@@ -54,6 +54,9 @@ class StoredCodes:
     entry: CodesEntry
 
 
+_opened: dict[tuple[str, int, int, int], Calibration] = {}
+
+
 class Calibration:
     """A calibration folder that is open for reading.
 
@@ -101,6 +104,19 @@ class Calibration:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path}: is not the manifest of a calibration: {error!r}. Calibrate again.") from error
+
+    @classmethod
+    def of(cls, folder: Path | str) -> Calibration:
+        """Return `open(folder)`, read once per version of its manifest: a pass asks it for every weight."""
+        folder = Path(folder)
+        try:
+            stat = (folder / MANIFEST_NAME).stat()
+        except OSError:
+            return cls.open(folder)
+        key = (str(folder.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if key not in _opened:
+            _opened[key] = cls.open(folder)
+        return _opened[key]
 
     def statistics(self, key: str) -> InputStatistics | None:
         """Return what was measured on the input of a weight, or None if it was not looked at."""
