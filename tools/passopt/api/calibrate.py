@@ -14,10 +14,11 @@ import numpy as np
 from passopt.api import checked
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing
 from passopt.api.pipelines import PassesLike, as_pipeline
-from passopt.calibration.calibrate import Report, Settings
+from passopt.calibration.calibrate import Report
 from passopt.calibration.calibrate import calibrate as calibrate_graph
 from passopt.calibration.data import read_data
 from passopt.calibration.meter import Meter
+from passopt.calibration.parts import Settings
 from passopt.calibration.rounding import METHODS
 from passopt.calibration.targets import subject_of
 from passopt.ir.errors import UsageError

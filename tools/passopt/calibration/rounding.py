@@ -23,7 +23,7 @@ METHODS: tuple[Method, ...] = ("gptq", "rtn", "mse")
 #: The rows of a weight that are in memory at once; whole tiles of `round_weight`.
 _ROWS = 1024
 #: The parts of the largest magnitude that a scale of least squared error may cover.
-_CLIPS = tuple(1 - step / 50 for step in range(16))
+_CLIPS = tuple(1 - step / 200 for step in range(1, 25))
 LARGEST = 127
 
 
@@ -83,7 +83,7 @@ def scales_of_rows(rows: Array, dtype: DataType, method: Method) -> Array:
     if method != "mse":
         return best
     least = _squared_error(rows, best)
-    for clip in _CLIPS[1:]:
+    for clip in _CLIPS:
         scales = scales_of(largest * np.float32(clip), dtype)
         error = _squared_error(rows, scales)
         better = error < least

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import onnx_ir
 
@@ -75,8 +76,9 @@ def subject_of(model: onnx_ir.Model, *, embedding: bool = False, head: bool = Fa
     graph = model.clone()
     FoldNormHead().run(graph)
     tables = _tables(graph) if embedding else ()
+    before = set(graph.graph.initializers)
     QuantizeWeights(head=head).run(graph)
-    targets = _undo(graph)
+    targets = _undo(graph, before)
     if not targets:
         raise ModelError("int8 finds no linear in this model that it would quantise; is it quantised already?")
     for item in (*targets, *tables):
@@ -92,7 +94,8 @@ def _tables(model: onnx_ir.Model) -> tuple[Target, ...]:
     both = model.clone()
     QuantizeWeights(embedding=True).run(both)
     looked_up = {node.inputs[0] for node in both.graph if node.op_type == "Gather" and node.inputs[0] is not None}
-    values = [value for value in looked_up if (value.name or "").endswith(_CODES) and value.is_initializer()]
+    made = [value for value in looked_up if value.is_initializer() and value.name not in model.graph.initializers]
+    values = [value for value in made if (value.name or "").endswith(_CODES)]
     return tuple(_target(value, ()) for value in sorted(values, key=lambda value: value.name or ""))
 
 
@@ -105,19 +108,18 @@ def _target(codes: onnx_ir.Value, inputs: tuple[str, ...]) -> Target:
     return Target(name, weight_key(expression.operand), expression.operand, inputs)
 
 
-def _undo(model: onnx_ir.Model) -> tuple[Target, ...]:
-    """Put floats in place of the dequantised codes of a model, and return what they are."""
+def _undo(model: onnx_ir.Model, before: Collection[str]) -> tuple[Target, ...]:
+    """Put floats in place of the dequantised codes of a model, except those it had before, and return what they are."""
     graph = model.graph
     read: dict[onnx_ir.Value, dict[str, None]] = {}
     for node in graph:
         linear = find_linear(node)
-        if linear is not None and linear.scales is not None and (linear.weight.value.name or "").endswith(_CODES):
+        name = "" if linear is None else linear.weight.value.name or ""
+        if linear is not None and name.endswith(_CODES) and name not in before:
             read.setdefault(linear.weight.value, {})[linear.input.name or ""] = None
     editor = Editor(model, "calibrate")
     found = []
     for codes, inputs in read.items():
-        if not isinstance(codes.const_value, LazyWeight):
-            continue  # quantised before
         target = _target(codes, tuple(inputs))
         value = onnx_ir.Value(
             name=target.name,
