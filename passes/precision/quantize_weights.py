@@ -11,7 +11,7 @@ import onnx_ir
 
 from passopt.ir.calibration.calibration import Calibration
 from passopt.ir.dtypes import MODEL_FLOATS, OPSET_OF_HALF_SCALES, OPSET_OF_SCALES_PER_CHANNEL
-from passopt.ir.errors import PassError
+from passopt.ir.errors import CalibrationError, PassError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.lm_head import is_head
 from passopt.ir.graph.provenance import called
@@ -64,16 +64,16 @@ class QuantizeWeights(RewritePass):
             return super().run(model)
 
     def _check_method(self) -> None:
-        """Raise PassError if codes of the method have to be calibrated, and there are none."""
+        """Raise CalibrationError if codes of the method have to be calibrated, and there are none."""
         if not self.from_ and self.method == "gptq":
-            raise PassError(
+            raise CalibrationError(
                 f"{self.name}: method=gptq needs codes that were calibrated. Make them: passopt calibrate MODEL --data "
                 f"FILE -o CALIB; then quantise with int8{{from=CALIB}}"
             )
         if self.from_:
             made = {item.method for entry in Calibration.of(self.from_).weights.values() for item in entry.codes}
             if self.method != "auto" and made and self.method not in made:
-                raise PassError(
+                raise CalibrationError(
                     f"{self.name}: the codes of {self.from_} are of the method {', '.join(sorted(made))}, not of "
                     f"{self.method}"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from passopt.ir.calibration.calibration import Calibration
 from passopt.ir.calibration.keys import weight_key
-from passopt.ir.errors import PassError
+from passopt.ir.errors import CalibrationError
 from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Cast, Expression, Pad, Shard, Slice, Transpose
 
 
@@ -21,7 +21,7 @@ def stored_codes(weight: Expression, axis: int, calibration: Calibration, who: s
         who: The pass that asks, for messages.
 
     Raises:
-        PassError: If the folder holds no codes of the weight, or was made of another model.
+        CalibrationError: If the folder holds no codes of the weight, or was made of another model.
     """
     found = _mapped(weight, axis, calibration, who)
     if found is None:
@@ -65,13 +65,13 @@ def _of_base(weight: Expression, axis: int, calibration: Calibration, who: str) 
     """Return the codes of a weight that the folder knows by itself."""
     found = calibration.codes(weight_key(weight))
     if found is None:
-        raise PassError(
+        raise CalibrationError(
             f"{who}: {calibration.folder} holds what was measured on the input of {weight_key(weight)}, and no codes. "
-            f"Make them, too: passopt calibrate MODEL --data FILE -o CALIB, without a --collect that leaves them out"
+            f"Make them, too: passopt calibrate MODEL --data FILE -o CALIB, with codes among what is collected"
         )
     calibration.check(weight, who)
     if found.entry.along != axis or found.codes.shape != weight.shape:
-        raise PassError(
+        raise CalibrationError(
             f"{who}: {calibration.folder} holds codes {list(found.codes.shape)} of {weight_key(weight)} with a scale "
             f"per index of axis {found.entry.along}, here it is read along axis {axis} of {list(weight.shape)}. "
             f"Calibrate this model again"
