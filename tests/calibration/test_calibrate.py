@@ -170,7 +170,7 @@ def test_an_interrupted_run_of_other_settings_is_not_gone_on_with(tiny: Any) -> 
 
     with pytest.raises(KeyboardInterrupt):
         tiny.calibrate("calib", meter=Stopping())
-    _, report = tiny.calibrate("calib", Settings(damp=0.1))
+    _, report = tiny.calibrate("calib", Settings(damp=0.2))
     assert report.resumed == 0
 
 
