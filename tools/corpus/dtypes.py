@@ -25,6 +25,7 @@ def as_declared(feeds: Mapping[str, Any], proto: onnx.ModelProto) -> dict[str, A
 
 
 def cast(value: Any, dtype: int) -> Any:
+    """Return an array of numbers in an ONNX dtype; anything else stays as it is."""
     if not isinstance(value, np.ndarray) or value.dtype.kind in "OUS" or dtype == onnx.TensorProto.STRING:
         return value
     with np.errstate(all="ignore"):
