@@ -162,6 +162,14 @@ def test_what_rounding_every_number_loses_a_cast_may_lose(corpus: Any, tmp_path:
     assert outcomes(corpus, made, "cast{dtype=bf16}", tmp_path)["cast{dtype=bf16}"].kind == "beyond"
 
 
+def test_the_reference_adds_bf16_up_in_fp32(corpus: Any, tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 18]> g (bfloat16[n] x) => (bfloat16[1] y) { y = ReduceSum(x) }"""
+    path = tmp_path / "sum.onnx"
+    onnx.save_model(onnx.parser.parse_model(text), path)
+    ones = np.ones(1000, onnx_ir.DataType.BFLOAT16.numpy())
+    assert float(corpus.engines.Evaluator(path).run({"x": ones})[0].astype(np.float32).item()) == 1000
+
+
 def test_an_attention_of_an_empty_query_is_judged_by_its_elementary_form(corpus: Any, tmp_path: Path) -> None:
     """No engine has a kernel for it, while the graph that was fused had an answer: an empty one."""
     text = """<ir_version: 10, opset_import: ["" : 23]>

@@ -110,7 +110,8 @@ class Comparison:
         for number, (feeds, outputs) in enumerate(expected):
             given = as_declared(feeds, proto) if result.changes_interface else feeds
             if result.changes_interface:
-                rounded = self._of_rounded(type(session), feeds, given)
+                feeds = {name: like(value, feeds[name]) for name, value in given.items()}
+                rounded = self._of_rounded(type(session), feeds)
                 if rounded is None:
                     continue
                 outputs = rounded
@@ -124,11 +125,12 @@ class Comparison:
                 if number and self._is_fault_of_kernel(given, outputs, result):
                     continue
                 return Outcome("wrong", f"the result fails on inputs {number}: {refused}")
+            runs = [(self.path, feeds, outputs), (result.path, given, found)]
             if result.changes_interface:
                 outputs = [as_held(one, other) for one, other in zip(outputs, found, strict=False)]
                 found = [like(one, other) for one, other in zip(found, outputs, strict=False)]
             text = difference(outputs, found, result.accuracy, is_random=self.case.is_random)
-            if text and number and self._is_undefined(session, given, found, feeds, outputs, result):
+            if text and number and self._is_undefined(type(session), runs):
                 continue
             if text:
                 kind = self._judged(type(session), feeds, found, outputs, result) if ": error" in text else "wrong"
@@ -150,25 +152,15 @@ class Comparison:
             return not difference(outputs, found, REASSOCIATED, is_random=self.case.is_random)
         return False
 
-    def _is_undefined(
-        self,
-        session: Any,
-        given: Mapping[str, Any],
-        found: Outputs,
-        feeds: Mapping[str, Any],
-        outputs: Outputs,
-        result: Result,
-    ) -> bool:
+    def _is_undefined(self, engine: type, runs: Sequence[tuple[Path, Mapping[str, Any], Outputs]]) -> bool:
         """Return whether the original or the result has no sure outputs for lengths that are not those of the case.
 
         onnxruntime returns memory that it has not written for some of them, such as a Scan over nothing. So that is
-        what another run shows, or the reference, if it runs the case and computes others at these lengths.
+        what another run shows, or the reference, if it runs the case and computes others at these lengths. `runs` has
+        the files with the inputs and outputs of their last runs, first the original's.
         """
-        engine = type(session)
-        if result.changes_interface:
-            return False
-        runs = [(self.path, feeds, outputs), (result.path, given, found)] * _REPEATED
-        if any(_is_other(engine, *run) for run in runs):
+        _, feeds, outputs = runs[0]
+        if any(_is_other(engine, *run) for run in [*runs] * _REPEATED):
             return True
         if engine is Evaluator or not self.computed(Evaluator):
             return False
@@ -181,8 +173,6 @@ class Comparison:
     def _judged(self, engine: type, feeds: Mapping[str, Any], found: Outputs, outputs: Outputs, result: Result) -> str:
         """Say what explains an error: "sensitive" if one rounding of inputs does more, "beyond" for a lossy pass."""
         accuracy = result.accuracy
-        if accuracy.kind == "exact":
-            return "wrong"
         if accuracy.kind == "lossy":
             far = dataclasses.replace(accuracy, budget=(accuracy.budget or 0.0) * _FAR)
             if not difference(outputs, found, far, is_random=False) or self._jumps():
@@ -205,12 +195,11 @@ class Comparison:
         nodes = (node for graph in graphs for node in onnx_ir.traversal.RecursiveGraphIterator(graph))
         return any(node.op_type in _JUMPS and _reads_floats(node) for node in nodes)
 
-    def _of_rounded(self, engine: type, feeds: Mapping[str, Any], given: Mapping[str, Any]) -> Outputs | None:
-        """Return what the original makes of the numbers that a result is given; None if it does not take them.
+    def _of_rounded(self, engine: type, rounded: Mapping[str, Any]) -> Outputs | None:
+        """Return what the original makes of inputs that a dtype of the result has rounded; None if it refuses them.
 
-        The result takes them in another dtype, and a model that compares its inputs is not to blame for their rounding.
+        A model that compares its inputs is not to blame for their rounding.
         """
-        rounded = {name: like(value, feeds[name]) for name, value in given.items()}
         try:
             return self._session(engine, self.path).run(rounded)  # type: ignore[no-any-return]
         except Refused:
