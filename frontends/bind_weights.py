@@ -25,7 +25,11 @@ def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
     where = checkpoint.directory
     expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     if missing := expected.keys() - checkpoint.tensors.keys():
-        raise ModelError(f"{where}: weights are missing that {type(model).__name__} has: {_listed(missing)}")
+        raise ModelError(
+            f"{where}: weights are missing that {type(model).__name__} has: {_listed(missing)}. Look whether all "
+            f"weight files of the checkpoint are there; if the head is the embedding, config.json must say "
+            f"tie_word_embeddings = true."
+        )
     if unknown := checkpoint.tensors.keys() - expected.keys():
         raise ModelError(f"{where}: weights that {type(model).__name__} does not have: {_listed(unknown)}")
     for name, shape in expected.items():
