@@ -24,6 +24,8 @@ COLLECTIVE = "passopt.collective"
 MAX_POSITIONS = "passopt.max_positions"
 #: Key of model metadata: the seed by which the residual stream is rotated; absent before the pass `rotate-residual`.
 ROTATION = "passopt.rotation"
+#: Key of model metadata: what the pass `smooth` has smoothed with which alpha, such as "down=0.5 norm=0.5".
+SMOOTHED = "passopt.smoothed"
 #: Key of model metadata: the error that export's self-check measured, or "skipped".
 SELF_CHECK = "passopt.self_check"
 

@@ -8,7 +8,7 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.editor import Editor
-from passopt.ir.graph.linears import Linear
+from passopt.ir.graph.linears import Linear, find_linear
 from passopt.ir.weights.expressions import DataType, Expression
 from passopt.ir.weights.lazy_weight import expression_of
 from passopt.ir.weights.scaling import beneath_shards
@@ -17,7 +17,7 @@ Change = Callable[[Expression], Expression]
 
 
 class WeightChanges:
-    """Replaces weights one by one; equal new weights become one initializer.
+    """Replaces weights one by one; what is made of one weight in the same way becomes one initializer.
 
     Args:
         editor: The editor of the main graph.
@@ -28,11 +28,12 @@ class WeightChanges:
         self.count = 0
         self._editor = editor
         self._suffix = suffix
-        self._made: dict[str, onnx_ir.Value] = {}
+        self._made: dict[tuple[str | None, str], onnx_ir.Value] = {}
 
     def linear(self, linear: Linear, change: Change) -> None:
         """Change the float weight of a linear, which is given and kept as [n, k]."""
         node = linear.nodes[-1]
+        linear = find_linear(node) or linear  # An earlier change may have given it another weight.
         weight = self._initializer(linear.weight.value, change(linear.weight.expression()))
         if node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int():
             self._set(node, 1, weight)
@@ -49,7 +50,7 @@ class WeightChanges:
         self._set(node, index, self._initializer(old, change(constant(old))))
 
     def _initializer(self, old: onnx_ir.Value, weight: Expression) -> onnx_ir.Value:
-        key = weight.text()
+        key = old.name, weight.text()
         if key not in self._made:
             builder = self._editor.builder(old.name or "weight")
             self._made[key] = builder.initializer(f"{old.name}.{self._suffix}", weight)
