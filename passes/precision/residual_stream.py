@@ -94,6 +94,8 @@ def _hint(node: onnx_ir.Node) -> str:
         return "LayerNormalization subtracts the mean of the channels, which a rotation does not keep"
     if node.op_type in {"Pow", "ReduceMean", "ReduceSumSquare", "Sqrt", "Mul", "Div"}:
         return _FUSE
+    if node.op_type in {"Add", "Sub"}:
+        return "it adds neither parts of the stream nor a constant of its width"
     if node.op_type in {"Abs", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}:
         return "rotate before int8"
     if node.domain:

@@ -37,7 +37,7 @@ class RotateResidual(Pass):
     """
 
     name = "rotate-residual"
-    after = ("fold-norm-head", "split-packed-qkv", "fuse-rms-norm")
+    after = ("fold-norm-head", "fuse-rms-norm")
     accuracy = REASSOCIATED
 
     seed: int = 0

@@ -34,13 +34,13 @@ class Smooth(Pass):
     Before: ``n = RMSNormalization(x, g); q = MatMul(n, w)``, ``y = MatMul(Mul(gate, MatMul(n, up)), down)``
     After:  ``n = RMSNormalization(x, g/s); q = MatMul(n, s·w)``, ``y = MatMul(Mul(gate, MatMul(n, up/t)), t·down)``
     The model computes the same function. The numbers are those of SmoothQuant, ``max|x|^alpha / max|w|^(1 - alpha)``
-    per channel, rounded to powers of two, so that no weight is rounded. What linears read and how large their weights
-    are comes from a folder of `passopt calibrate`, which was made after the same passes. `targets` chooses the inputs
-    of linears behind norms, those of down projections behind a gate, or all.
+    per channel. What linears read and how large their weights are comes from a folder of `passopt calibrate`, which was
+    made after the same passes. `targets` chooses the inputs of linears behind norms, those of down projections behind a
+    gate, or all. After `rotate`, smooth what is behind gates only: a rotated stream has no outliers left.
     """
 
     name = "smooth"
-    after = ("fold-norm-head", "split-packed-qkv", "fuse-rms-norm", "fuse-layer-norm", "rotate-residual")
+    after = ("fuse-rms-norm", "fuse-layer-norm", "rotate-residual")
     accuracy = REASSOCIATED
 
     alpha: float = 0.5
@@ -111,7 +111,7 @@ class Smooth(Pass):
 
 
 def smoothing_scales(found: Sequence[InputStatistics], alpha: float) -> Array:
-    """Return the scales [k] of the input of linears, as powers of two; 1 for a channel that is always zero.
+    """Return the scales [k] of the input of linears; 1 for a channel that is always zero.
 
     Args:
         found: What was measured for each of the linears.
@@ -122,7 +122,7 @@ def smoothing_scales(found: Sequence[InputStatistics], alpha: float) -> Array:
     known = (inputs > 0) & (weights > 0)
     with np.errstate(divide="ignore"):
         exponents = alpha * np.log2(inputs) - (1 - alpha) * np.log2(weights)
-    scales: Array = np.exp2(np.rint(np.where(known, exponents, 0))).astype(np.float32)
+    scales: Array = np.exp2(np.where(known, exponents, 0)).astype(np.float32)
     return scales
 
 
