@@ -20,7 +20,9 @@ from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.rotation import Rotate, rotate_columns, rotate_rows, rotation_of
 from passopt.ir.weights.row_math import Array, absmax, cast_rows, normalize_rows, quantize_values, scales_of
+from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.sources import check_unchanged
 
 Box: TypeAlias = tuple[tuple[int, int], ...]
@@ -59,6 +61,8 @@ class Evaluator:
         self.read_bytes = 0
         self._files: dict[str, int] = {}
         self._column_scales: dict[ex.Expression, Array] = {}
+        #: The matrix whose columns were turned last: each chunk of its rows needs all of it.
+        self._turned: tuple[ex.Expression, Array] | None = None
 
     def __enter__(self) -> Evaluator:
         return self
@@ -209,6 +213,31 @@ class Evaluator:
 
         return self._full_rows(norm, box, rows)
 
+    def _read_rotated(self, rotated: Rotate, box: Box) -> Array:
+        rotation = rotation_of(rotated.shape[rotated.along], rotated.seed)
+        if rotated.by_rows:
+            rest = (0, rotated.shape[1])
+            return self._full_rows(
+                rotated,
+                box,
+                lambda start, stop: rotate_rows(self.read(rotated.operand, ((start, stop), rest)), rotation),
+            )
+        if self._turned is None or self._turned[0] != rotated:
+            self._turned = None  # Let the memory go before more is needed.
+            whole: Array = np.empty(rotated.shape, np.float32)
+            for start, stop in self._row_ranges(rotated.operand, 0, rotated.shape[0]):
+                rest_of_box = tuple((0, length) for length in rotated.shape[1:])
+                whole[start:stop] = self.read(rotated.operand, ((start, stop), *rest_of_box))
+            rotate_columns(whole.reshape(rotated.shape[0], -1), rotation)
+            self._turned = rotated, whole
+        return self._turned[1][tuple(slice(*bounds) for bounds in box)]
+
+    def _read_scaled(self, scaled: ScaleAlong, box: Box) -> Array:
+        values = self.read(scaled.operand, box)
+        factors = self.read(scaled.vector, (box[scaled.along],))
+        result: Array = values * (factors[:, None] if scaled.along < len(box) - 1 else factors)
+        return result
+
     def _read_codes(self, codes: ex.QuantizeCodes, box: Box) -> Array:
         if codes.along == 0 or len(codes.shape) == 1:
 
@@ -322,6 +351,8 @@ _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     ex.Cast: Evaluator._read_cast,
     ex.Pad: Evaluator._read_pad,
     ex.NormalizeRows: Evaluator._read_normalized,
+    Rotate: Evaluator._read_rotated,
+    ScaleAlong: Evaluator._read_scaled,
     ex.QuantizeCodes: Evaluator._read_codes,
     ex.QuantizeScales: Evaluator._read_scales,
     ex.Pack: Evaluator._read_packed,

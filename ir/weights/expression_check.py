@@ -6,6 +6,8 @@ from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat, concat
 from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.rotation import Rotate, rotate
+from passopt.ir.weights.scaling import ScaleAlong, scale_along
 
 _MOST_LENGTH = 1 << 62
 
@@ -74,8 +76,8 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
     shape = expression.shape
     if isinstance(expression, Concat):
         return concat(expression.parts, expression.along)
-    (operand,) = expression.operands
-    for name in ("along", "start", "segments", "degree"):
+    operand = expression.operands[0]
+    for name in ("along", "start", "segments", "degree", "seed"):
         if not _is_whole(getattr(expression, name, 0)):
             raise ModelError(f"{type(expression).__name__} has {name} {getattr(expression, name)!r}")
     if isinstance(expression, ex.Slice):
@@ -92,6 +94,10 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
     if isinstance(expression, ex.NormalizeRows):
         _check_number(expression.epsilon)
         return operand.normalize_rows(expression.epsilon)
+    if isinstance(expression, Rotate):
+        return rotate(operand, expression.along, expression.seed)
+    if isinstance(expression, ScaleAlong):
+        return scale_along(operand, expression.along, expression.vector)
     if isinstance(expression, (ex.QuantizeCodes, ex.QuantizeScales)):
         return operand.quantize(expression.along)[isinstance(expression, ex.QuantizeScales)]
     if isinstance(expression, ex.Pack):

@@ -19,6 +19,8 @@ from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.expression_check import check_expression
 from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.rotation import Rotate
+from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.source_file import SourceFile
 
 PLAN_NAME = "weights.plan.json"
@@ -36,6 +38,8 @@ _OPERATIONS: dict[str, type[ex.Expression]] = {
         ex.Cast,
         ex.Pad,
         ex.NormalizeRows,
+        Rotate,
+        ScaleAlong,
         ex.QuantizeCodes,
         ex.QuantizeScales,
         ex.Pack,
@@ -115,7 +119,7 @@ def _decode_field(name: str, value: Any, files: list[SourceFile]) -> Any:
         return ex.DataType.__members__[value]
     if name == "file":
         return files[value]
-    if name == "operand":
+    if name in {"operand", "vector"}:
         return _decode(value, files)
     if name == "parts":
         return tuple(_decode(part, files) for part in value)

@@ -71,6 +71,11 @@ PIPELINES: Mapping[str, Pipeline] = {
         ("fold-norm-head", "inject-norm-head-bias", "shard{degree=$degree,pad=$pad}", "dead-code"),
         {"degree": "2", "pad": "false"},
     ),
+    "rotate": Pipeline(
+        "Spread outliers over all channels, without data, so that int8{activations=dynamic} after it loses less.",
+        ("fold-norm-head", "rotate-residual{seed=$seed}", "dead-code"),
+        {"seed": "0"},
+    ),
     "int8": Pipeline(
         "Quantise the weights of linears to symmetric int8 per channel; activations=dynamic multiplies as integers, "
         "embedding=true and head=true include these weights, "

@@ -17,6 +17,8 @@ import numpy as np
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.literals import Fill
+from passopt.ir.weights.rotation import Rotate
+from passopt.ir.weights.scaling import ScaleAlong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,10 @@ def is_row_operation(expression: ex.Expression) -> bool:
     """Return whether row i of the result needs only row i of the operand and, at most, the scales of all columns."""
     if isinstance(expression, ex.Cast):
         return not _is_summary(expression.operand)
-    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums)
+    if isinstance(expression, Rotate):
+        return expression.by_rows
+    kinds = ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | ScaleAlong
+    return isinstance(expression, kinds)
 
 
 def is_by_columns(core: ex.Expression) -> bool:
@@ -114,7 +119,9 @@ def _spans(expression: ex.Expression, rank: int) -> list[Span]:
         cast = expression.operand  # Rounding and transposing commute.
         turned = dataclasses.replace(expression, dtype=cast.operand.dtype, operand=cast.operand)
         return _spans(dataclasses.replace(cast, shape=turned.shape, operand=turned), rank)
-    if is_by_columns(expression):
+    if isinstance(expression, ex.Transpose) and isinstance(expression.operand, Rotate | ScaleAlong):
+        return _spans(_turned(expression, expression.operand), rank)
+    if is_by_columns(expression) or (isinstance(expression, ScaleAlong) and expression.along == 0):
         return _of_columns(expression, rank)  # type: ignore[arg-type]
     if is_row_operation(expression):
         return _of_rows(expression, rank)  # type: ignore[arg-type]
@@ -127,8 +134,17 @@ def _itself(expression: ex.Expression) -> list[Span]:
     return [Span(rows, (Part(expression, 0, 0, columns),))]
 
 
-def _of_columns(expression: ex.QuantizeCodes | ex.QuantizeScales, rank: int) -> list[Span]:
-    """Return the spans of a quantisation by columns, which needs the whole operand and cannot be done part by part.
+def _turned(transpose: ex.Transpose, inside: Rotate | ScaleAlong) -> ex.Expression:
+    """Return a transposed operation along an axis as the same operation along the other axis, of the transposed."""
+    operand = inside.operand.transpose(transpose.permutation)
+    along = transpose.permutation.index(inside.along)
+    return dataclasses.replace(inside, shape=transpose.shape, operand=operand, along=along)
+
+
+def _of_columns(expression: ex.QuantizeCodes | ex.QuantizeScales | ScaleAlong, rank: int) -> list[Span]:
+    """Return the spans of what has a number per column, or a factor per row, of the whole operand.
+
+    It cannot be done part by part.
 
     The placement of the operand is looked through only if it places a whole core.
     """
@@ -144,7 +160,7 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
     return part.core if part.row == 0 and part.core is not None and part.core.shape == expression.shape else None
 
 
-def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums, rank: int) -> list[Span]:
+def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums | Rotate | ScaleAlong, rank: int) -> list[Span]:
     """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
 
     It commutes with the placement of whole rows; a cast commutes with that of columns too.
