@@ -1,0 +1,93 @@
+"""Estimate figures and their standard errors from values of consecutive positions, which depend on each other.
+
+Neighbouring tokens are about the same thing, so the values are taken together in blocks: the spread of whole blocks
+tells how far a figure would move on another text of the kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A figure with its standard error, which is NaN where there are too few values to tell."""
+
+    value: float
+    error: float = math.nan
+
+    def mapped(self, value: float, slope: float) -> Estimate:
+        """Return what a function makes of the figure: its value, and the error times the function's slope there."""
+        return Estimate(value, abs(slope) * self.error)
+
+    def to_json(self) -> dict[str, float | None]:
+        """Return the figure for JSON, which has no number for what is not finite."""
+        return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(self).items()}
+
+
+def block_starts(lengths: Sequence[int], block: int) -> Array:
+    """Return where blocks of at most `block` positions begin, in stretches of these lengths that lie one after another.
+
+    Every stretch, such as a window, is cut into blocks of nearly equal length, and no block reaches into another one.
+    """
+    starts: list[int] = []
+    begin = 0
+    for length in lengths:
+        count = max(1, round(length / block))
+        starts += [begin + length * index // count for index in range(count)]
+        begin += length
+    return np.array(starts, np.int64)
+
+
+def mean_of(values: Array, starts: Array) -> Estimate:
+    """Return the mean of all values; the standard error is that of a ratio of sums over blocks."""
+    mean = float(values.mean())
+    blocks = len(starts)
+    if blocks < 2:
+        return Estimate(mean)
+    counts = np.diff(np.append(starts, len(values)))
+    spread = np.add.reduceat(np.asarray(values, np.float64), starts) - mean * counts
+    return Estimate(mean, math.sqrt(float((spread**2).sum()) * blocks / (blocks - 1)) / len(values))
+
+
+def quantile_of(values: Array, share: float, starts: Array) -> Estimate:
+    """Return a quantile of all values.
+
+    Its standard error is Woodruff's: half the distance between the quantiles at the two ends of the interval that one
+    standard error of the share of smaller values spans.
+    """
+    value = float(np.quantile(values, share))
+    error = mean_of((values <= value).astype(np.float64), starts).error
+    if not math.isfinite(error):
+        return Estimate(value)
+    low, high = np.quantile(values, [max(share - error, 0.0), min(share + error, 1.0)])
+    return Estimate(value, float(high - low) / 2)
+
+
+def share_of(hits: Array) -> Estimate:
+    """Return the share of hits among independent trials, such as questions, and its standard error."""
+    count = len(hits)
+    share = float(hits.mean())
+    return Estimate(share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan)
+
+
+def mean_of_means(parts: Sequence[Estimate]) -> Estimate:
+    """Return the mean of independent figures, each of which counts the same."""
+    value = sum(part.value for part in parts) / len(parts)
+    return Estimate(value, math.sqrt(sum(part.error**2 for part in parts)) / len(parts))
+
+
+def perplexity_of(surprise: Estimate) -> Estimate:
+    """Return the exponential of a mean surprise; it is infinite where that is too large a number."""
+    try:
+        value = math.exp(surprise.value)
+    except OverflowError:
+        return Estimate(math.inf)
+    return surprise.mapped(value, value)
