@@ -27,7 +27,7 @@ _MEMBER = re.compile(r"(?:.*/)?(?P<split>dev|val|test)/(?P<subject>\w+?)_(?:dev|
 
 def read_c4(path: Path) -> Iterator[Document]:
     """Yield the texts of JSON lines with a key "text", as C4 is published (`c4-train.00000-of-01024.json.gz`)."""
-    for where, entry in _json_lines(path):
+    for where, entry in json_lines(path):
         text = stated(entry, "text", "a text", where)
         if text is None:
             raise ModelError(f"{where}: has no text; a line of C4 is an object with the key text")
@@ -36,7 +36,7 @@ def read_c4(path: Path) -> Iterator[Document]:
 
 def read_messages(path: Path) -> Iterator[Document]:
     """Yield the conversations of JSON lines with a key "messages", a list of objects with role and content."""
-    for where, entry in _json_lines(path):
+    for where, entry in json_lines(path):
         listed = entry.get("messages")
         if not isinstance(listed, list) or not listed or not all(isinstance(item, dict) for item in listed):
             raise ModelError(f"{where}: messages is no list of objects with role and content")
@@ -132,7 +132,7 @@ def _rows(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Iterat
         raise ModelError(f"{where}: cannot be read: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place and the object of each line that is not blank."""
     with open_text(path) as file:
         for number, line in enumerate(file, 1):

@@ -5,6 +5,7 @@ H = 2/N · Σ x xᵀ over N inputs x. (Frantar et al., GPTQ, 2022)
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -69,7 +70,7 @@ class Gram:
         def task(rows: slice, columns: slice) -> None:
             self._sum[rows, columns] += block[:, rows].T @ block[:, columns]
 
-        self._runner.run(lambda r=r, c=c: task(r, c) for r, c in below(tiles(block.shape[1])))
+        self._runner.run(functools.partial(task, *pair) for pair in below(tiles(block.shape[1])))
         self._filled = 0
 
     def hessian(self) -> Array:

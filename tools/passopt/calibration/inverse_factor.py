@@ -7,6 +7,7 @@ one keeps H, so that it can be tried again with more damping.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -86,8 +87,8 @@ def _factor(matrix: Array, runner: TileRunner) -> None:
             else:
                 _set_upper(matrix, rows, matrix[rows, rows] - product)
 
-        runner.run(lambda r=r: divide(r) for r in before)
-        runner.run(lambda r=r, c=c: subtract(r, c) for r, c in below(before))
+        runner.run(functools.partial(divide, rows) for rows in before)
+        runner.run(functools.partial(subtract, *pair) for pair in below(before))
 
 
 def _upper_factor(tile: Array) -> Array:
@@ -115,7 +116,7 @@ def _invert(matrix: Array, runner: TileRunner) -> None:
                 found += matrix[rows, other] @ panel[other]
             matrix[rows, column] = -found
 
-        runner.run(lambda place=place: multiply(place) for place in range(index))
+        runner.run(functools.partial(multiply, place) for place in range(index))
         _set_upper(matrix, column, corner)
 
 
