@@ -21,10 +21,12 @@ from passopt.ir.version import __version__
 if TYPE_CHECKING:
     from passopt.api.catalogue import Catalogue, list_passes
     from passopt.api.compile import CompileResult, compile
+    from passopt.api.evaluate import evaluate
     from passopt.api.explain import Explanation, explain
     from passopt.api.export import ExportResult, export
     from passopt.api.generate import Engine, generate
     from passopt.api.generate_result import GenerateResult, Request
+    from passopt.api.harness import lm_eval_model
     from passopt.api.model import Model, SaveResult, load, print_text, save
     from passopt.api.new_pass import NewPass, new_pass
     from passopt.api.plan import PlanResult, plan
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from passopt.api.run import RunResult, run
     from passopt.api.verify import verify
     from passopt.api.why import WhyResult, why
+    from passopt.evaluation.report import EvalReport
     from passopt.ir.errors import (
         CheckError,
         ExpectationError,
@@ -51,6 +54,7 @@ __all__ = [
     "CheckError",
     "CompileResult",
     "Engine",
+    "EvalReport",
     "ExpectationError",
     "Explanation",
     "ExportResult",
@@ -74,10 +78,12 @@ __all__ = [
     "WhyResult",
     "__version__",
     "compile",
+    "evaluate",
     "explain",
     "export",
     "generate",
     "list_passes",
+    "lm_eval_model",
     "load",
     "new_pass",
     "plan",
@@ -97,6 +103,7 @@ __getattr__, __dir__ = lazy_names(
         "list_passes": "passopt.api.catalogue",
         "CompileResult": "passopt.api.compile",
         "compile": "passopt.api.compile",
+        "evaluate": "passopt.api.evaluate",
         "Explanation": "passopt.api.explain",
         "explain": "passopt.api.explain",
         "ExportResult": "passopt.api.export",
@@ -105,6 +112,7 @@ __getattr__, __dir__ = lazy_names(
         "GenerateResult": "passopt.api.generate_result",
         "Request": "passopt.api.generate_result",
         "generate": "passopt.api.generate",
+        "lm_eval_model": "passopt.api.harness",
         "Model": "passopt.api.model",
         "SaveResult": "passopt.api.model",
         "load": "passopt.api.model",
@@ -123,6 +131,7 @@ __getattr__, __dir__ = lazy_names(
         "verify": "passopt.api.verify",
         "WhyResult": "passopt.api.why",
         "why": "passopt.api.why",
+        "EvalReport": "passopt.evaluation.report",
         "CheckError": "passopt.ir.errors",
         "ExpectationError": "passopt.ir.errors",
         "ModelError": "passopt.ir.errors",

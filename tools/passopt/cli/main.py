@@ -30,6 +30,7 @@ COMMANDS = (
     "materialize",
     "run",
     "verify",
+    "eval",
     "list",
     "new-pass",
     "explain",

@@ -99,9 +99,7 @@ def candidate_of(
     except ModelError as error:
         raise error if str(error).startswith(name) else ModelError(f"{name}: {error}") from error
     load = functools.partial(GraphEngine, graph, threads=threads, scratch=scratch)
-    return Candidate(
-        name, path, "onnxruntime", weight_bytes, vocab, positions_of(graph), tuple(notes), files, load
-    )
+    return Candidate(name, path, "onnxruntime", weight_bytes, vocab, positions_of(graph), tuple(notes), files, load)
 
 
 def _compiled(name: str, folder: Path, threads: int) -> Candidate:
@@ -140,6 +138,6 @@ def _files(model: onnx_ir.Model, path: Path | None) -> list[Path]:
 def gives_last_only(engine: Engine) -> bool:
     """Return whether an engine gives the logits of the last position of a call only, by running two tokens."""
     engine.allocate(1, 2)
-    found = engine.forward(np.zeros((1, 2), np.int64), np.ones((1, 2), np.int64)).shape[1]
+    logits = engine.forward(np.zeros((1, 2), np.int64), np.ones((1, 2), np.int64))
     engine.reset()
-    return found == 1
+    return int(logits.shape[1]) == 1

@@ -1,4 +1,4 @@
-"""Run a graph in onnxruntime through the interface of an engine, so that one loop serves graphs and compiled folders."""
+"""Run a graph in onnxruntime through the interface of an engine: one loop serves graphs and compiled folders."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ class GraphEngine:
         """
         tokens, seen = np.asarray(ids, np.int64), np.asarray(mask, np.int64)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab:
-            raise UsageError(f"token ids reach from {tokens.min()} to {tokens.max()}, the vocabulary to {self.vocab - 1}")
+            raise UsageError(
+                f"token ids reach from {tokens.min()} to {tokens.max()}, the vocabulary to {self.vocab - 1}"
+            )
         if seen.shape[1] > self.capacity:
             raise UsageError(f"{seen.shape[1]} columns are more than the {self.capacity} that were allocated")
         positions = np.clip(seen.cumsum(axis=1) - 1, 0, None)[:, -tokens.shape[1] :]

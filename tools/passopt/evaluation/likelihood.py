@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import itertools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -65,8 +65,8 @@ def encode_continuation(reader: TextReader, context: str, continuation: str) -> 
     continuation = context[len(bare) :] + continuation
     alone = [*reader.begin, *(reader.tokenizer.encode_text(bare) if bare else [])]
     whole = [*reader.begin, *reader.tokenizer.encode_text(bare + continuation)]
-    shared = len(os.path.commonprefix([alone, whole]))
-    shared = min(shared, len(whole) - 1)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False))
+    shared = min(sum(1 for _ in same), len(whole) - 1)
     if len(whole) <= len(reader.begin):
         raise UsageError("a continuation is empty: there is nothing whose likelihood could be asked for")
     if shared < 1:  # a model needs a token to begin with; one that has no beginning takes the end of a text before

@@ -15,7 +15,7 @@ from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.json_text import shown
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-#: The keys under which files have the text of a question, its choices and the right one. The first that is there counts.
+#: The keys under which files have the text of a question, its choices and the right one; the first found counts.
 QUESTION_KEYS = ("query", "context", "ctx", "question", "goal", "premise", "sentence", "prompt")
 CHOICE_KEYS = ("choices", "endings", "options")
 ANSWER_KEYS = ("answer", "label", "gold", "answerKey", "answer_idx", "target")
@@ -108,8 +108,8 @@ def read_ceval_questions(path: Path, *, split: str, shots: int, limit: int | Non
         answer = (row.get("answer") or "").strip()
         if answer not in {"A", "B", "C", "D"}:
             raise ModelError(
-                f"{path}, {split}/{subject}_{split}.csv, question {counts[subject]}: its answer is {answer!r}, expected "
-                f"A, B, C or D (the published split test has no answers)"
+                f"{path}, {split}/{subject}_{split}.csv, question {counts[subject]}: its answer is {answer!r}, "
+                f"expected A, B, C or D (the published split test has no answers)"
             )
         if len(examples.get(subject, [])) < shots:
             raise ModelError(
@@ -171,9 +171,8 @@ def _first(entry: Mapping[str, Any], keys: Sequence[str], where: str, what: str)
 def _choices(entry: Mapping[str, Any], where: str) -> tuple[list[str], list[str]]:
     """Return the choices and their labels; ARC has both in an object, and others have a list of texts."""
     key, value = _first(entry, CHOICE_KEYS, where, "the choices")
-    labels: Any = None
-    if isinstance(value, dict):
-        value, labels = value.get("text"), value.get("label")
+    inside: Mapping[str, Any] = value if isinstance(value, dict) else {"text": value}
+    value, labels = inside.get("text"), inside.get("label")
     texts = isinstance(value, list) and all(isinstance(item, str) and item.strip() for item in value)
     if not texts or len(value) < 2:
         raise ModelError(f"{where}: {key} is {shown(entry[key])}, expected a list of two or more texts")

@@ -86,14 +86,13 @@ class ReferenceStore:
         rows = self._starts[-1] - self._starts[self.finished]
         return int(rows * (self._vocab * self._numpy.itemsize + _TOKEN.itemsize))
 
-    def check_space(self) -> None:
-        """Raise UsageError if the disk has too little room for what is missing."""
+    def check_space(self, missing: int) -> None:
+        """Raise UsageError if the disk has too little room for so many bytes that are missing."""
         free = shutil.disk_usage(self.folder).free
-        if self.missing_bytes and self.missing_bytes + _SPARE > free:
+        if missing and missing + _SPARE > free:
             raise UsageError(
-                f"{self.folder}: the reference's log-probabilities in {self.dtype} take {self.missing_bytes:,} bytes "
-                f"more, the disk has {free:,} free; name a folder on another disk with `cache`, or give a smaller "
-                f"`max_tokens`"
+                f"{self.folder}: the reference's log-probabilities in {self.dtype} take {missing:,} bytes more, the "
+                f"disk has {free:,} free; name a folder on another disk with `cache`, or give a smaller `max_tokens`"
             )
 
     @contextlib.contextmanager

@@ -129,10 +129,17 @@ def score_text(
             rows = slice(place, place + len(targets))
             surprise[rows], top[rows] = surprises(found, targets), found.argmax(axis=-1)
             if kept is not None:
-                kl[rows] = kl_of(log_softmax(kept.log_probabilities[place - begin : rows.stop - begin]), found)
+                kl[rows] = _kl_from_kept(kept.log_probabilities[place - begin : rows.stop - begin], found)
             place = rows.stop
             tell(len(targets))
     return TextScores(surprise, top, kl if reference is not None else None)
+
+
+def _kl_from_kept(kept: Array, found: Array) -> Array:
+    """Return the divergence of each row; it is 0 where all probabilities agree in the precision of what is kept."""
+    with np.errstate(over="ignore"):
+        same = (found.astype(kept.dtype) == kept).all(axis=-1)
+    return np.where(same, 0.0, kl_of(log_softmax(kept), found))
 
 
 def keep_reference(
