@@ -78,7 +78,7 @@ def evaluate(
         limit: The largest number of questions of each subject or file; None for all.
         cache: A folder in which the reference's predictions stay for the next evaluation, and from which an interrupted
             one goes on; None for a temporary folder.
-        cache_dtype: fp16, or fp32 for twice the bytes; fp16 moves a divergence by about 1e-7.
+        cache_dtype: fp16, or fp32 for twice the bytes; fp16 moves a divergence by 1e-7 and 1e-5 of it.
         threads: The number of threads; None for the cores of this machine.
         reporter: Is told about progress.
 

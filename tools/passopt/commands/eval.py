@@ -48,8 +48,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--stride",
         type=positive,
         metavar="N",
-        help="begin a window every N tokens, and count only tokens that no window before has counted (default: disjoint "
-        "windows)",
+        help="begin a window every N tokens, and count only tokens that no window before has counted (default: "
+        "disjoint windows)",
     )
     command.add_argument(
         "--bos", action="store_true", help="begin every window with the ids that begin a text, such as that of <s>"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from passopt.frontends.calibration.ceval_subjects import SUBJECTS
 from passopt.frontends.calibration.formats import ceval_question, ceval_rows, ceval_title, json_lines
-from passopt.frontends.calibration.sniffing import format_of
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.json_text import shown
 
@@ -93,7 +93,7 @@ def read_ceval_questions(path: Path, *, split: str, shots: int, limit: int | Non
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file; C-Eval is published as ceval-exam.zip")
-    if format_of(path) != "ceval":
+    if not zipfile.is_zipfile(path):
         raise UsageError(f"{path}: is no zip archive, as ceval-exam.zip is")
     examples: dict[str, list[str]] = {}
     for subject, row in ceval_rows(path, "dev") if shots else ():
@@ -121,6 +121,8 @@ def read_ceval_questions(path: Path, *, split: str, shots: int, limit: int | Non
         found.append(Question(text, tuple("ABCD"), "ABCD".index(answer), subject, ceval_title(subject), more))
     if not found:
         raise UsageError(f"{path}: holds no file such as {split}/logic_{split}.csv with questions")
+    order = {subject: number for number, subject in enumerate(SUBJECTS)}
+    found.sort(key=lambda question: (order.get(question.subject, len(order)), question.subject))
     return QuestionSet(f"{path}, {split}", tuple(found), is_ceval=True)
 
 
@@ -171,14 +173,16 @@ def _first(entry: Mapping[str, Any], keys: Sequence[str], where: str, what: str)
 def _choices(entry: Mapping[str, Any], where: str) -> tuple[list[str], list[str]]:
     """Return the choices and their labels; ARC has both in an object, and others have a list of texts."""
     key, value = _first(entry, CHOICE_KEYS, where, "the choices")
-    inside: Mapping[str, Any] = value if isinstance(value, dict) else {"text": value}
-    value, labels = inside.get("text"), inside.get("label")
-    texts = isinstance(value, list) and all(isinstance(item, str) and item.strip() for item in value)
-    if not texts or len(value) < 2:
+    listed: Any = value
+    labels: Any = None
+    if isinstance(value, dict):
+        listed, labels = value.get("text"), value.get("label")
+    texts = isinstance(listed, list) and all(isinstance(item, str) and item.strip() for item in listed)
+    if not texts or len(listed) < 2:
         raise ModelError(f"{where}: {key} is {shown(entry[key])}, expected a list of two or more texts")
-    if labels is not None and (not isinstance(labels, list) or len(labels) != len(value)):
-        raise ModelError(f"{where}: the labels of its choices are {shown(labels)}, expected {len(value)} of them")
-    return value, [str(label) for label in labels] if labels is not None else list(LETTERS[: len(value)])
+    if labels is not None and (not isinstance(labels, list) or len(labels) != len(listed)):
+        raise ModelError(f"{where}: the labels of its choices are {shown(labels)}, expected {len(listed)} of them")
+    return listed, [str(label) for label in labels] if labels is not None else list(LETTERS[: len(listed)])
 
 
 def _answer(entry: Mapping[str, Any], choices: Sequence[str], labels: Sequence[str], where: str) -> int:

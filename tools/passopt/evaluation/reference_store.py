@@ -30,7 +30,7 @@ StoredDtype: TypeAlias = Literal["fp16", "fp32"]
 FORMAT = "passopt-reference"
 KEY_NAME, JOURNAL_NAME = "reference.json", "journal.jsonl"
 LOGS_NAME, TOKENS_NAME = "log_probabilities.bin", "tokens.bin"
-#: The dtypes in which log-probabilities are kept. Half as many bytes cost about 1e-7 nats of divergence.
+#: The dtypes in which log-probabilities are kept. Half as many bytes move a divergence by 1e-7 nats and 1e-5 of it.
 DTYPES: Mapping[StoredDtype, str] = {"fp16": "<f2", "fp32": "<f4"}
 #: What is kept of a position besides its distribution: −log p of the token that follows, and the most likely token.
 _TOKEN = np.dtype([("surprise", "<f8"), ("top", "<i4")])

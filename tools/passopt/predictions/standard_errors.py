@@ -72,10 +72,17 @@ def quantile_of(values: Array, share: float, starts: Array) -> Estimate:
 
 
 def share_of(hits: Array) -> Estimate:
-    """Return the share of hits among independent trials, such as questions, and its standard error."""
-    count = len(hits)
-    share = float(hits.mean())
-    return Estimate(share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan)
+    """Return the share of hits among independent trials, such as questions, and its standard error.
+
+    Where all or none of them are hits, their spread says nothing; the error is then that of two hits and two misses
+    more.
+    """
+    count, total = int(hits.sum()), len(hits)
+    if 0 < count < total:
+        share = count / total
+        return Estimate(share, math.sqrt(share * (1 - share) / (total - 1)))
+    share = (count + 2) / (total + 4)
+    return Estimate(count / total, math.sqrt(share * (1 - share) / (total + 4)))
 
 
 def mean_of_means(parts: Sequence[Estimate]) -> Estimate:
