@@ -15,7 +15,7 @@ import numpy as np
 
 from passopt.ir.calibration.entries import FORMAT, MANIFEST_NAME, VERSION, CacheEntry, CodesEntry, WeightEntry
 from passopt.ir.calibration.keys import fingerprint, peeled, weight_key
-from passopt.ir.errors import ModelError, PassError
+from passopt.ir.errors import CalibrationError, ModelError
 from passopt.ir.json_text import read_json
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression, Source
@@ -54,6 +54,9 @@ class StoredCodes:
     entry: CodesEntry
 
 
+_opened: dict[tuple[str, int, int, int], Calibration] = {}
+
+
 class Calibration:
     """A calibration folder that is open for reading.
 
@@ -80,13 +83,13 @@ class Calibration:
         """Read the manifest of a folder.
 
         Raises:
-            PassError: If there is no such folder.
+            CalibrationError: If there is no such folder.
             ModelError: If it is damaged, or of another version.
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         if not path.exists():
-            raise PassError(
+            raise CalibrationError(
                 f"{folder}: holds no calibration. Make one: passopt calibrate MODEL --data FILE -o {folder}"
             )
         try:
@@ -101,6 +104,19 @@ class Calibration:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path}: is not the manifest of a calibration: {error!r}. Calibrate again.") from error
+
+    @classmethod
+    def of(cls, folder: Path | str) -> Calibration:
+        """Return `open(folder)`, read once per version of its manifest: a pass asks it for every weight."""
+        folder = Path(folder)
+        try:
+            stat = (folder / MANIFEST_NAME).stat()
+        except OSError:
+            return cls.open(folder)
+        key = (str(folder.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if key not in _opened:
+            _opened[key] = cls.open(folder)
+        return _opened[key]
 
     def statistics(self, key: str) -> InputStatistics | None:
         """Return what was measured on the input of a weight, or None if it was not looked at."""
@@ -134,7 +150,7 @@ class Calibration:
             who: The pass that asks, for messages.
 
         Raises:
-            PassError: If it was not looked at, or the weight has other numbers now.
+            CalibrationError: If it was not looked at, or the weight has other numbers now.
         """
         found = self.statistics(weight_key(weight))
         if found is None:
@@ -143,7 +159,7 @@ class Calibration:
         return found
 
     def check(self, weight: Expression, who: str) -> None:
-        """Raise PassError unless a weight has the numbers that it had when it was calibrated.
+        """Raise CalibrationError unless a weight has the numbers that it had when it was calibrated.
 
         Args:
             weight: The weight, which the folder knows.
@@ -151,16 +167,16 @@ class Calibration:
         """
         entry = self.weights[weight_key(weight)]
         if fingerprint(weight) != entry.fingerprint:
-            raise PassError(
+            raise CalibrationError(
                 f"{who}: {self.folder} was made of another model: its weight {entry.name!r} has other numbers than "
                 f"{weight_key(weight)} has here. Calibrate this model: passopt calibrate MODEL --data FILE -o CALIB"
             )
 
-    def unknown(self, weight: Expression, who: str) -> PassError:
+    def unknown(self, weight: Expression, who: str) -> CalibrationError:
         """Return the error that the folder does not know a weight."""
         passes = self.model.get("passes")
         after = f" It was made after the passes {passes}." if passes else " It was made of a model without passes."
-        return PassError(
+        return CalibrationError(
             f"{who}: {self.folder} knows nothing of {peeled(weight).text()}, but {len(self.weights)} other weights."
             f"{after} Calibrate what this pass works on: passopt calibrate MODEL --passes PASSES --data FILE -o CALIB, "
             f"with the passes that stand before {who}"

@@ -122,7 +122,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> int:
         file.write(layout.header)
         for name, offset in layout.offsets.items():
             file.seek(offset)
-            file.write(np.ascontiguousarray(tensors[name]).data)
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
         file.truncate(layout.nbytes)
         file.flush()
         os.fsync(file.fileno())

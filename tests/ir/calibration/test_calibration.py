@@ -12,7 +12,7 @@ from passopt.ir.calibration.calibration import Calibration
 from passopt.ir.calibration.entries import CacheEntry, CodesEntry, WeightEntry
 from passopt.ir.calibration.keys import fingerprint, weight_key
 from passopt.ir.calibration.writer import CalibrationWriter, write_tensors
-from passopt.ir.errors import ModelError, PassError
+from passopt.ir.errors import CalibrationError, ModelError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Source
 from passopt.ir.weights.sources import safetensors_sources
@@ -74,7 +74,7 @@ def test_a_weight_that_was_not_calibrated_says_what_to_run(tmp_path: Path) -> No
     write(tmp_path / "calib", weight)
     calibration = Calibration.open(tmp_path / "calib")
     assert calibration.statistics("other") is None
-    with pytest.raises(PassError, match=r"smooth: .*knows nothing of slice\(w.*after the passes fuse.*calibrate MODEL"):
+    with pytest.raises(CalibrationError, match=r"smooth: .*knows nothing of slice\(w.*passes fuse.*calibrate MODEL"):
         calibration.required(weight.slice(0, 1, 3), "smooth")
 
 
@@ -82,12 +82,12 @@ def test_the_weight_of_another_model_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "calib", checkpoint(tmp_path / "model"))
     other = WEIGHT.copy()
     other[3, 2] += 1e-3
-    with pytest.raises(PassError, match="made of another model: its weight 'w' has other numbers"):
+    with pytest.raises(CalibrationError, match="made of another model: its weight 'w' has other numbers"):
         Calibration.open(tmp_path / "calib").required(checkpoint(tmp_path / "other", other), "smooth")
 
 
 def test_a_folder_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PassError, match="holds no calibration. Make one: passopt calibrate"):
+    with pytest.raises(CalibrationError, match="holds no calibration. Make one: passopt calibrate"):
         Calibration.open(tmp_path / "none")
     write(tmp_path / "calib", checkpoint(tmp_path / "model"))
     manifest, part = tmp_path / "calib" / "manifest.json", tmp_path / "calib" / "layer-0.safetensors"

@@ -61,7 +61,6 @@ def round_weight(
         runner: Runs the rows.
     """
     count = weight.shape[1]
-    weight[:, factor.dead] = 0
     codes = np.empty(weight.shape, np.int8)
     group_of = order.columns // (count // scales.shape[1])
     rounder = block_rounder()

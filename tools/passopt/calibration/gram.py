@@ -82,8 +82,8 @@ class Gram:
         if not self.count:
             raise ModelError("no input was seen: the calibration data is empty")
         self._multiply()
-        self._waiting = np.empty((0, 0), np.float32)
         hessian = self._sum
+        self._waiting = self._sum = np.empty((0, 0), np.float32)
         hessian *= np.float32(2.0 / self.count)
         for rows, columns in below(tiles(len(hessian))):
             if rows != columns:

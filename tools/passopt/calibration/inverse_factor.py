@@ -39,7 +39,8 @@ class InverseFactor:
 def factor_inverse(hessian: Array, damp: float, runner: TileRunner, name: str = "an input") -> InverseFactor:
     """Return U with (H + damp · mean(diag H) · 1)⁻¹ = Uᵀ U; the array of H is used up.
 
-    A channel that never had any input gets 1 on the diagonal.
+    A channel that never had any input gets 1 on the diagonal: its weights are rounded to the nearest, and change no
+    others.
 
     Args:
         hessian: H [k, k] in fp32, both triangles.
