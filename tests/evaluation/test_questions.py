@@ -141,7 +141,8 @@ def test_each_subject_has_its_category():
 
 def test_answers_are_the_likeliest_choices(lab, tmp_path: Path):
     lines = [
-        {"query": "the text", "choices": ["says", "a", "reads the letters", "it"], "gold": gold} for gold in (0, 0, 0, 0, 1, 1, 1, 2, 2, 3)
+        {"query": "the text", "choices": ["says", "a", "reads the letters", "it"], "gold": gold}
+        for gold in (0, 0, 0, 0, 1, 1, 1, 2, 2, 3)
     ]
     lines += [{"query": "it", "choices": ["a", "b", "z"], "gold": 0}]
     report = passopt.evaluate([lab.one, lab.int8], choices=write_lines(tmp_path / "q.jsonl", lines))

@@ -104,7 +104,8 @@ class HarnessModel:
     def _continued(self, context: str, options: Mapping[str, Any]) -> str:
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        new = int(options.get("max_gen_toks", _NEW_TOKENS))
+        most = _NEW_TOKENS if self._positions is None else min(_NEW_TOKENS, self._positions // 2)
+        new = int(options.get("max_gen_toks", most))
         temperature = float(options.get("temperature") or 0.0)
         sample = bool(options.get("do_sample", temperature > 0)) and temperature > 0
         sampling = Sampling(
@@ -112,6 +113,7 @@ class HarnessModel:
             temperature=temperature or 1.0,
             top_k=int(options.get("top_k", 0)),
             top_p=float(options.get("top_p", 1.0)),
+            seed=int(options.get("seed", 0)),
         )
         prompt = [*self._reader.begin, *self._reader.tokenizer.encode_text(context)] or [0]
         if self._positions is not None:
@@ -144,5 +146,6 @@ def lm_eval_class() -> type[HarnessModel]:
     try:
         base = importlib.import_module("lm_eval.api.model").LM
     except ModuleNotFoundError as error:
-        raise UsageError(f"needs {error.name}, which is not installed; pip install lm_eval") from error
+        package = (error.name or "lm_eval").partition(".")[0]
+        raise UsageError(f"needs {package}, which is not installed; pip install lm_eval") from error
     return type("PassoptLM", (HarnessModel, base), {})

@@ -63,12 +63,12 @@ def encode_continuation(reader: TextReader, context: str, continuation: str) -> 
     """
     bare = context.rstrip(" ")
     continuation = context[len(bare) :] + continuation
+    if not continuation:
+        raise UsageError("a continuation is empty: there is nothing whose likelihood could be asked for")
     alone = [*reader.begin, *(reader.tokenizer.encode_text(bare) if bare else [])]
     whole = [*reader.begin, *reader.tokenizer.encode_text(bare + continuation)]
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False))
     shared = min(sum(1 for _ in same), len(whole) - 1)
-    if len(whole) <= len(reader.begin):
-        raise UsageError("a continuation is empty: there is nothing whose likelihood could be asked for")
     if shared < 1:  # a model needs a token to begin with; one that has no beginning takes the end of a text before
         eos = sorted(read_settings(reader.folder).eos)
         whole, shared = [eos[0] if eos else 0, *whole], 1

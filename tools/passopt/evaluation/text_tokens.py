@@ -11,9 +11,7 @@ import blake3
 import numpy as np
 
 from passopt.frontends.calibration.documents import Source
-from passopt.frontends.calibration.text_files import Document
-from passopt.generation.chat import Message, chat_ids
-from passopt.generation.settings import read_settings
+from passopt.generation.documents import DocumentEncoder, begin_ids
 from passopt.generation.tokenizer import Tokenizer
 from passopt.ir.errors import UsageError
 
@@ -59,9 +57,7 @@ class TextReader:
     @classmethod
     def of(cls, tokenizer: Tokenizer, folder: Path) -> TextReader:
         """Return the reader of a tokenizer, from which it learns what begins a text."""
-        inner, whole = tokenizer.encode_text("a"), tokenizer.encode("a")
-        places = [start for start in range(len(whole)) if whole[start : start + len(inner)] == inner]
-        return cls(tokenizer, folder, tuple(whole[: places[0]]) if places and inner else ())
+        return cls(tokenizer, folder, tuple(begin_ids(tokenizer)))
 
     def read(self, source: Source, most: int, *, with_begin: bool) -> TextTokens:
         """Return at most `most` tokens from the beginning of a set.
@@ -102,17 +98,12 @@ class TextReader:
 
     def _documents(self, source: Source, most: int, begin: tuple[int, ...]) -> tuple[Array, bool]:
         ids: list[int] = []
+        encode = DocumentEncoder(self.tokenizer, self.folder)
         for document in source.documents():
-            ids += [*begin, *self._encoded(document)]
+            ids += [*begin, *encode(document)]
             if len(ids) > most:
                 return np.array(ids[:most], np.int64), True
         return np.array(ids, np.int64), False
-
-    def _encoded(self, document: Document) -> list[int]:
-        if not document.messages:
-            return self.tokenizer.encode_text(document.text)
-        messages = [Message(role, content) for role, content in document.messages]
-        return chat_ids(messages, self.folder, self.tokenizer, read_settings(self.folder), None)
 
 
 def _up_to(pieces: Iterator[str], characters: int) -> Iterator[str]:
