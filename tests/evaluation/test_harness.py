@@ -111,6 +111,8 @@ def test_a_class_such_as_lm_evals_is_joined(lab, monkeypatch):
     model.close()
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.slow
 def test_lm_eval_drives_a_model(lab, tmp_path: Path):
     evaluator = pytest.importorskip("lm_eval.evaluator", reason="lm-eval is not installed")
     base = pytest.importorskip("lm_eval.api.model").LM

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     from passopt.api.calibrate import CalibrateResult, calibrate
     from passopt.api.catalogue import Catalogue, list_passes
     from passopt.api.compile import CompileResult, compile
-    from passopt.api.evaluate import evaluate
+    from passopt.api.evaluate import evaluate, lm_eval_model
     from passopt.api.explain import Explanation, explain
     from passopt.api.export import ExportResult, export
     from passopt.api.generate import Engine, generate
     from passopt.api.generate_result import GenerateResult, Request
-    from passopt.api.harness import lm_eval_model
     from passopt.api.model import Model, SaveResult, load, print_text, save
     from passopt.api.new_pass import NewPass, new_pass
     from passopt.api.plan import PlanResult, plan
@@ -117,7 +116,7 @@ __getattr__, __dir__ = lazy_names(
         "GenerateResult": "passopt.api.generate_result",
         "Request": "passopt.api.generate_result",
         "generate": "passopt.api.generate",
-        "lm_eval_model": "passopt.api.harness",
+        "lm_eval_model": "passopt.api.evaluate",
         "Model": "passopt.api.model",
         "SaveResult": "passopt.api.model",
         "load": "passopt.api.model",

@@ -1,4 +1,4 @@
-"""Evaluate models side by side on texts and questions: `passopt.evaluate`."""
+"""Evaluate models: `passopt.evaluate` on texts and questions, and `passopt.lm_eval_model` for lm-eval."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from passopt.api.model import Model, ModelLike
 from passopt.evaluation.candidates import Candidate, candidate_of
 from passopt.evaluation.evaluate import Settings
 from passopt.evaluation.evaluate import evaluate as run
+from passopt.evaluation.harness import HarnessModel, lm_eval_class
 from passopt.evaluation.question_scores import QuestionTask, encode_questions, few_notes
 from passopt.evaluation.questions import QuestionSet, read_ceval_questions, read_choices
 from passopt.evaluation.reference_store import DTYPES, StoredDtype
@@ -117,6 +118,30 @@ def evaluate(
     notes = [note for model in candidates for note in model.notes]
     notes += [*spread_notes(texts), *few_notes(questions)]
     return make_report(candidates, texts, questions, figures, cache_dtype, dict.fromkeys(notes))
+
+
+def lm_eval_model(model: ModelLike, *, tokenizer: Path | str | None = None, threads: int | None = None) -> HarnessModel:
+    """Load a model as one that `lm_eval.simple_evaluate` takes.
+
+    Args:
+        model: A graph, a file, a folder, a folder of ranks, or a compiled folder.
+        tokenizer: A folder, tokenizer.json or tokenizer.model; None for the one beside the model.
+        threads: The number of threads; None for the cores of this machine.
+
+    Returns:
+        An instance of lm-eval's `LM`, with its weights loaded.
+
+    Raises:
+        ModelError: The model or its tokenizer cannot be read or is damaged.
+        UsageError: lm-eval is not installed, or the model has no tokenizer.
+
+    Example:
+        >>> lm_eval.simple_evaluate(model=passopt.lm_eval_model("compiled"), tasks=["arc_easy"])
+    """
+    checked.whole("threads", threads, 1)
+    made = lm_eval_class()
+    candidate = candidate_for(model, threads if threads is not None else count_cores())
+    return made(candidate, reader_for([candidate], tokenizer))
 
 
 def _check(
