@@ -196,3 +196,29 @@ def test_figures_of_answers():
     # Right at 1 1 1 1 0 0 against 1 1 1 0 1 0: the differences are 0 0 0 1 −1 0.
     assert found.more.value == 0
     assert found.more.error == pytest.approx(np.std([0, 0, 0, 1, -1, 0], ddof=1) / math.sqrt(6))
+
+
+def test_damaged_files_are_refused_or_read(tmp_path: Path):
+    good = {
+        "q.jsonl": write_lines(tmp_path / "q.jsonl").read_bytes(),
+        "ceval.zip": write_ceval(tmp_path / "ceval.zip", {"law": "AB", "logic": "C"}).read_bytes(),
+    }
+    chance = np.random.default_rng(3)
+    refused: list[tuple[str, str]] = []
+    for turn in range(200):
+        name = list(good)[turn % 2]
+        data = bytearray(good[name])
+        for place in chance.integers(0, len(data), 4):
+            data[place] = int(chance.integers(256))
+        if turn % 3 == 0:
+            del data[int(chance.integers(len(data))) :]
+        (tmp_path / name).write_bytes(data)
+        try:
+            if name == "q.jsonl":
+                read_choices(tmp_path / name, limit=None)
+            else:
+                read_ceval_questions(tmp_path / name, split="val", shots=5, limit=None)
+        except (ModelError, UsageError) as error:
+            refused.append((name, str(error)))
+    assert len(refused) > 100
+    assert all(name in message for name, message in refused)

@@ -167,7 +167,7 @@ def keep_reference(
 
 def figures_of(task: TextTask, scores: TextScores, reference: TextScores | None) -> TextFigures:
     """Return the figures of a model, and of its distance to the reference if there is one."""
-    starts = block_starts(task.lengths, BLOCK)
+    starts = block_starts(task.scored, BLOCK)
     surprise = mean_of(scores.surprise, starts)
     own = TextFigures(surprise, perplexity_of(surprise))
     if reference is None or scores.kl is None:

@@ -32,18 +32,10 @@ class Estimate:
         return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(self).items()}
 
 
-def block_starts(lengths: Sequence[int], block: int) -> Array:
-    """Return where blocks of at most `block` positions begin, in stretches of these lengths that lie one after another.
-
-    Every stretch, such as a window, is cut into blocks of nearly equal length, and no block reaches into another one.
-    """
-    starts: list[int] = []
-    begin = 0
-    for length in lengths:
-        count = max(1, round(length / block))
-        starts += [begin + length * index // count for index in range(count)]
-        begin += length
-    return np.array(starts, np.int64)
+def block_starts(count: int, block: int) -> Array:
+    """Return where blocks of about `block` positions begin, nearly equal ones, in so many positions."""
+    blocks = max(1, round(count / block))
+    return np.arange(blocks, dtype=np.int64) * count // blocks
 
 
 def mean_of(values: Array, starts: Array) -> Estimate:
