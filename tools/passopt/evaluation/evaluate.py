@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import blake3
-import onnxruntime  # type: ignore[import-untyped]
 
 from passopt.evaluation import question_scores, text_scores
 from passopt.evaluation.candidates import Candidate, gives_last_only
@@ -22,6 +21,7 @@ from passopt.generation.loop import CHUNK
 from passopt.ir.errors import ModelError
 from passopt.ir.regular_files import check_regular
 from passopt.reporting.reporter import Reporter, progress_bar
+from passopt.targets.onnxruntime.session import runtime_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,7 @@ class _Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._scorer = None
         self._stack.close()
 
     def scorer(self) -> Scorer:
@@ -111,7 +112,7 @@ def _stores(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="passopt-eval-")))
     else:
         identity = identity_of(model, settings.reporter)
-    runtime = f"onnxruntime {onnxruntime.__version__}" if model.runs_in == "onnxruntime" else model.runs_in
+    runtime = runtime_version() if model.runs_in == "onnxruntime" else model.runs_in
     shared = {"model": identity, "runs_in": runtime, "chunk": CHUNK}
     stores: dict[str, ReferenceStore] = {}
     found = []
