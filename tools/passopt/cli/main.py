@@ -31,6 +31,7 @@ COMMANDS = (
     "calibrate",
     "run",
     "verify",
+    "eval",
     "list",
     "new-pass",
     "explain",
