@@ -6,11 +6,10 @@ a fallback that the user must allow, past and new keys are concatenated at every
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx_ir
 
+from passopt.ir.attention.fused import ATTENTION, AttentionParts, find_attention
 from passopt.ir.graph.attributes import attribute
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.targets.tvm.compiler.kernels.attention.attention import attention
@@ -18,39 +17,6 @@ from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
 from passopt.targets.tvm.compiler.kernels.attention.mask_extents import QUERY_BLOCK, mask_extents
 from passopt.targets.tvm.compiler.lowering.registry import lowers
 from passopt.targets.tvm.compiler.lowering.values import CacheSlot, Length, Tvm, Unsupported, Values, product
-
-ATTENTION = "Attention"
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionParts:
-    """The operands of a fused attention, with or without ALiBi.
-
-    Query, key and value are [b, h, s, d], or [b, s, h·d] with the number of heads in an attribute; the past is
-    [b, h, past, d].
-    """
-
-    query: onnx_ir.Value
-    key: onnx_ir.Value
-    value: onnx_ir.Value
-    mask: onnx_ir.Value | None
-    past_key: onnx_ir.Value | None
-    past_value: onnx_ir.Value | None
-    slopes: onnx_ir.Value | None
-    positions: onnx_ir.Value | None
-
-
-def find_attention(node: onnx_ir.Node) -> AttentionParts | None:
-    """Return the operands of a fused attention, or None for any other node."""
-    given = [*node.inputs, *[None] * (8 - len(node.inputs))]
-    query, key, value = given[:3]
-    if query is None or key is None or value is None:
-        return None
-    if (node.domain, node.op_type) == ("", ATTENTION):
-        return AttentionParts(query, key, value, given[3], given[4], given[5], None, None)
-    if node.domain == DOMAIN and node.op_type in {ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE}:
-        return AttentionParts(query, key, value, given[5], given[6], given[7], given[3], given[4])
-    return None
 
 
 @lowers(ATTENTION)

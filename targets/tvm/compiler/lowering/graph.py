@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.attention.fused import find_attention
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.decoder import LOGITS, find_decoder
@@ -336,7 +337,7 @@ def _not_in_place(model: onnx_ir.Model) -> list[Missing]:
         if _PAST.match(str(value.name)) is None:
             continue
         for node, index in value.uses():
-            parts = attention.find_attention(node)
+            parts = find_attention(node)
             is_past = parts is not None and value in (parts.past_key, parts.past_value)
             refusal = attention.in_place_refusal(node) if is_past else None
             if refusal is not None:
