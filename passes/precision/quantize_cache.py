@@ -13,6 +13,7 @@ from passopt.ir.attention.fused import AttentionParts, find_attention
 from passopt.ir.attention.int8_cache import has_int8_cache
 from passopt.ir.dtypes import MODEL_FLOATS
 from passopt.ir.errors import PassError
+from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.decoder import SCALES, decoder_of, find_decoder
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.linears import LARGEST_CODE
@@ -83,6 +84,7 @@ class QuantizeCache(Pass):
                 f"{self.name}: a scale per row needs opset {_OPSET_OF_BLOCKS}, this model has {opset}. "
                 f"Run legalize{{opset=23}} first."
             )
+        complete_types(model)
         found = {}
         for layer in range(decoder.layers):
             names = f"past.{layer}.key", f"past.{layer}.value"
