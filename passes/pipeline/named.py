@@ -91,4 +91,10 @@ PIPELINES: Mapping[str, Pipeline] = {
         ("quantize-weights>=1",),
         (("activations", "dynamic", "quantize-activations>=1"),),
     ),
+    "int8-cache": Pipeline(
+        "Store the KV cache in 8 bits with a scale per position and head; keys=channel evens out the channels of keys.",
+        ("quantize-cache{keys=$keys,values=$values}", "dead-code"),
+        {"keys": "channel", "values": "token"},
+        ("quantize-cache==2*num_layers",),
+    ),
 }

@@ -331,14 +331,23 @@ def _dequantize(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    """Demand codes that are sharded as the output, and scales and zero points too if it is sharded by channels."""
-    block = node.attributes.get("block_size")
+    """Demand data that is sharded as the output, and scales and zero points too if it is sharded by channels.
+
+    Scales of blocks have all axes of the data, and are sharded alike, unless the blocks lie along the sharded axis; so
+    lie the rows of a cache in 8 bits.
+    """
+    data, block = node.inputs[0], node.attributes.get("block_size")
+    assert data is not None
+    channel = attribute_axis(node, 1, ndim_of(data))
     if block is not None and block.as_int():
-        raise Conflict(
-            f"expected one scale per channel or tensor, found blocks of {block.as_int()}; cannot be {wanted}"
-        )
+        if channel == wanted.axis or is_constant(data):
+            raise Conflict(
+                f"expected one scale per channel or tensor, found blocks of {block.as_int()}; cannot be {wanted}"
+            )
+        for index in range(len(node.inputs)):
+            state.demand(node, index, wanted)
+        return
     state.demand(node, 0, wanted)
-    channel = attribute_axis(node, 1, ndim_of(node.inputs[0]))
     for index in range(1, len(node.inputs)):
         per_channel = node.inputs[index] is not None and ndim_of(node.inputs[index]) == 1
         if per_channel and channel == wanted.axis:
@@ -364,7 +373,7 @@ _FORWARD: dict[str, Rule] = {
     "MatMul": matmul_forward,
     "MatMulInteger": integer_matmul_forward,
     "Gemm": gemm_forward,
-    "DequantizeLinear": _dequantize,
+    **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), _dequantize),
     **FUSED_FORWARD,
 }
 _BACKWARD: dict[str, Backward] = {
@@ -375,6 +384,6 @@ _BACKWARD: dict[str, Backward] = {
     "Reshape": reshape_backward,
     "Expand": expand_backward,
     **dict.fromkeys(("MatMul", "MatMulInteger"), matmul_backward),
-    "DequantizeLinear": _dequantize_backward,
+    **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), _dequantize_backward),
     **FUSED_BACKWARD,
 }

@@ -25,7 +25,7 @@ from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, compare_all, 
 from passopt.verification.layerwise import Label, run_layerwise
 from passopt.verification.logit_store import LogitStore
 from passopt.verification.original_on_codes import against_original_on_codes
-from passopt.verification.own_codes import against_own_codes, twin_tolerance
+from passopt.verification.own_codes import against_one_step, against_own_codes, twin_tolerance
 from passopt.verification.quantised_weights import LARGEST, channel_errors
 from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
 from passopt.verification.sampling.shaken import nudged_model
@@ -293,6 +293,8 @@ def _verify_whole(
         rows = against_own_codes(reference, candidate, scenarios, found, session, options.scratch, by_layers=own)
         if bar is not None and "int8" in judgement.kind:
             rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, far)
+        if bar is not None and precision_of(candidate).cache:
+            rows += against_one_step(scenarios, found, lambda others: observe(candidate, others, session))
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
     rows += _far_rows(reference, candidate, far, tolerance, bar, options, notes)
