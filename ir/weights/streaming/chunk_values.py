@@ -7,11 +7,13 @@ import numpy as np
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator, not_finite
-from passopt.ir.weights.row_math import Array, scales_of
+from passopt.ir.weights.group_math import SCRATCH_BYTES, group_values, joined_codes, unsigned_codes
+from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
+from passopt.ir.weights.row_math import Array, scales_of, widened
 from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
 from passopt.ir.weights.streaming.output_groups import Group, is_rounding, is_turned
 from passopt.ir.weights.streaming.row_kernels import RowKernels
-from passopt.ir.weights.streaming.row_spans import is_by_columns, matrix_shape
+from passopt.ir.weights.streaming.row_spans import GROUP_ROWS, is_by_columns, matrix_shape
 
 
 def row_bytes(group: Group, kernels: RowKernels) -> int:
@@ -24,7 +26,8 @@ def row_bytes(group: Group, kernels: RowKernels) -> int:
     else:  # The evaluator of boxes makes fp32 copies of the rows and of all their operands.
         total = 8 * max(matrix_shape(part)[1] for part in base.walk())
     total += sum(int(matrix_shape(core)[1] * core.dtype.itemsize) for core in group.stored_cores)
-    return total + kernels.scratch_bytes * columns * len(group.cores)
+    copies = sum(kernels.scratch_bytes if not isinstance(core, GROUP_ROWS) else SCRATCH_BYTES for core in group.cores)
+    return total + copies * columns
 
 
 class ChunkValues:
@@ -135,6 +138,13 @@ class ChunkValues:
             self._finite_peaks(core.operand)
             values, through = self._unrounded(core.operand)
             self._kernels.normalize(values, through, core.epsilon, out)
+        elif isinstance(core, GroupCodes | GroupScales | GroupZeros):
+            self._finite_peaks(core.operand)
+            out[...] = group_values(core, widened(self(core.operand)))
+        elif isinstance(core, Nibbles):
+            out[...] = joined_codes(self(core.operand), core.distance)
+        elif isinstance(core, Unsigned):
+            out[...] = unsigned_codes(self(core.operand))
         elif isinstance(core, ex.RowSums):
             np.sum(self(core.operand), axis=1, dtype=np.int32, out=out[:, 0])
         else:

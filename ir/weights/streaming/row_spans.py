@@ -16,7 +16,12 @@ import numpy as np
 
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.literals import Fill
+
+
+#: The operations on rows that codes of 4 bits consist of.
+GROUP_ROWS = GroupCodes | GroupScales | GroupZeros | Nibbles | Unsigned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,7 @@ def is_row_operation(expression: ex.Expression) -> bool:
     """Return whether row i of the result needs only row i of the operand and, at most, the scales of all columns."""
     if isinstance(expression, ex.Cast):
         return not _is_summary(expression.operand)
-    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums)
+    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | GROUP_ROWS)
 
 
 def is_by_columns(core: ex.Expression) -> bool:
@@ -144,7 +149,7 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
     return part.core if part.row == 0 and part.core is not None and part.core.shape == expression.shape else None
 
 
-def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums, rank: int) -> list[Span]:
+def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums | GROUP_ROWS, rank: int) -> list[Span]:
     """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
 
     It commutes with the placement of whole rows; a cast commutes with that of columns too.
@@ -167,10 +172,12 @@ def _is_row(part: Part) -> bool:
 def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
     """Return the operation on what `part` shows; for a part that is filled with one number, the result is known."""
     if part.core is None:
-        scale = isinstance(operation, ex.QuantizeScales)
+        scale = isinstance(operation, ex.QuantizeScales | GroupScales)
         return Part(None, 0, 0, columns, ex.SCALE_OF_ZEROS if scale else _rounded(part.value, operation))
     core = part.core
     shape = core.shape[:1] if isinstance(operation, ex.QuantizeScales | ex.RowSums) else core.shape
+    if isinstance(operation, GroupScales | GroupZeros | Nibbles):
+        shape = (core.shape[0], operation.shape[1])
     made = dataclasses.replace(operation, shape=shape, operand=core)  # type: ignore[call-arg]
     return Part(made, part.row, part.first, columns)
 
