@@ -19,7 +19,6 @@ from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.literals import Fill
 
-
 #: The operations on rows that codes of 4 bits consist of.
 GROUP_ROWS = GroupCodes | GroupScales | GroupZeros | Nibbles | Unsigned
 

@@ -60,7 +60,9 @@ def test_ranges_reach_all_numbers_and_zero(tmp_path):
     assert codes.max() == 15
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 64), DataType.INT4), ((5, 7), DataType.UINT4), ((3,), DataType.INT4)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 64), DataType.INT4), ((5, 7), DataType.UINT4), ((3,), DataType.INT4)]
+)
 def test_bytes_are_those_of_onnx(shape, dtype):
     low = -8 if dtype == DataType.INT4 else 0
     values = RANDOM.integers(low, low + 16, shape).astype(np.int8)
