@@ -196,10 +196,11 @@ def packed_bytes(codes: Expression) -> Expression:
 
 def unsigned(codes: Expression) -> Expression:
     """Return codes as uint8 up to 15; signed ones have 8 added to them."""
-    if isinstance(codes, Cast) and codes.operand.dtype in _CODES:
-        return unsigned(codes.operand)
     if codes.dtype in {DataType.UINT8, DataType.UINT4}:
-        return codes.cast(DataType.UINT8)
+        inner = codes.operand if isinstance(codes, Cast) and codes.operand.dtype in _CODES else codes
+        return inner.cast(DataType.UINT8)
+    if isinstance(codes, Cast) and codes.operand.dtype == DataType.INT8:
+        return unsigned(codes.operand)
     if isinstance(codes, (Shard, Slice, Transpose)):
         inner = unsigned(codes.operand)
         return dataclasses.replace(codes, dtype=DataType.UINT8, operand=inner)

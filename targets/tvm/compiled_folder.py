@@ -37,7 +37,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 CacheDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
 #: The parts of the linear layers that are int8: nothing, the weights, or the weights and the activations ("dynamic").
-Quantized: TypeAlias = Literal["none", "weights", "dynamic"]
+Quantized: TypeAlias = Literal["none", "weights", "groups", "dynamic"]
 _CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 _VERSION = 2
 _Entry = TypeVar("_Entry")

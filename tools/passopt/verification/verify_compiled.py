@@ -127,7 +127,8 @@ def _check_sizes(reference: onnx_ir.Model, library: Library) -> None:
 def _precision(library: Library) -> Precision:
     narrow = frozenset({library.cache.dtype} - {"fp32"})
     dynamic = library.quantized == "dynamic"
-    return Precision(library.quantized == "weights", dynamic, dynamic, narrow)
+    has_groups = library.quantized == "groups"
+    return Precision(has_groups or library.quantized == "weights", dynamic, dynamic, narrow, groups=has_groups)
 
 
 def _without_cache(observations: Sequence[Observation]) -> list[Observation]:
