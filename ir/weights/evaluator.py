@@ -18,7 +18,9 @@ import onnx
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights import group_math
 from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.groups import FOUR_BITS
 from passopt.ir.weights.literals import Fill, Literal
 from passopt.ir.weights.rotation import Rotate, rotate_columns, rotate_rows, rotation_of
 from passopt.ir.weights.row_math import Array, absmax, cast_rows, normalize_rows, quantize_values, scales_of
@@ -109,7 +111,7 @@ class Evaluator:
         step = max(1, self._chunk_bytes // max(1, 4 * widest))
         return ((row, min(row + step, stop)) for row in range(start, stop, step))
 
-    def _full_rows(self, expression: ex.Expression, box: Box, compute: Callable[[int, int], Array]) -> Array:
+    def full_rows(self, expression: ex.Expression, box: Box, compute: Callable[[int, int], Array]) -> Array:
         """Return the values of `box`, cropped from the whole rows that `compute(start, stop)` returns."""
         columns = tuple(slice(*bounds) for bounds in box[1:])
         if all(bounds == (0, length) for bounds, length in zip(box[1:], expression.shape[1:], strict=True)):
@@ -122,6 +124,8 @@ class Evaluator:
     # One reader per operation.
 
     def _read_source(self, source: ex.Source, box: Box) -> Array:
+        if source.dtype in FOUR_BITS and len(source.shape) == 2 and source.shape[1] % 2 == 0:
+            return self.full_rows(source, box, lambda start, stop: self._read_pairs(source, start, stop))
         if source.dtype.bitwidth < 8:
             return _unpacked(source, bytes(self._pread(source, source.offset, source.nbytes)), box)
         if not source.shape:
@@ -132,13 +136,18 @@ class Evaluator:
             offset = source.offset + start * int(math.prod(source.shape[1:]) * source.dtype.itemsize)
             row = dataclasses.replace(source, shape=source.shape[1:], offset=offset)
             return self._read_source(row, tuple(rest))[None]
-        return self._full_rows(source, box, lambda start, stop: self._read_rows(source, start, stop))
+        return self.full_rows(source, box, lambda start, stop: self._read_rows(source, start, stop))
 
     def _read_rows(self, source: ex.Source, start: int, stop: int) -> Array:
         row = math.prod(source.shape[1:]) * source.dtype.itemsize
         row_bytes = int(row)
         data = self._pread(source, source.offset + start * row_bytes, (stop - start) * row_bytes)
         return np.frombuffer(data, source.dtype.numpy()).reshape(stop - start, *source.shape[1:])
+
+    def _read_pairs(self, source: ex.Source, start: int, stop: int) -> Array:
+        width = source.shape[1] // 2
+        data = self._pread(source, source.offset + start * width, (stop - start) * width)
+        return group_math.separate_codes(np.frombuffer(data, np.uint8).reshape(-1, width), source.dtype)
 
     def _pread(self, source: ex.Source, offset: int, length: int) -> bytearray:
         path = source.file.path
@@ -206,12 +215,12 @@ class Evaluator:
 
     def _read_normalized(self, norm: ex.NormalizeRows, box: Box) -> Array:
         def rows(start: int, stop: int) -> Array:
-            wide = self._finite(norm.operand, start, stop)
+            wide = self.finite(norm.operand, start, stop)
             result: Array = np.empty(wide.shape, norm.dtype.numpy())
             normalize_rows(wide, None, norm.epsilon, result)
             return result
 
-        return self._full_rows(norm, box, rows)
+        return self.full_rows(norm, box, rows)
 
     def _read_rotated(self, rotated: Rotate, box: Box) -> Array:
         rotation = rotation_of(rotated.shape[rotated.along], rotated.seed)
@@ -242,14 +251,14 @@ class Evaluator:
         if codes.along == 0 or len(codes.shape) == 1:
 
             def rows(start: int, stop: int) -> Array:
-                wide = self._finite(codes.operand, start, stop)
+                wide = self.finite(codes.operand, start, stop)
                 return quantize_values(wide, scales_of(absmax(wide, 0), codes.operand.dtype)[:, None])
 
-            return self._full_rows(codes, box, rows)
+            return self.full_rows(codes, box, rows)
 
         scales = self._scales_of_columns(codes.operand)
-        return self._full_rows(
-            codes, box, lambda start, stop: quantize_values(self._finite(codes.operand, start, stop), scales[None, :])
+        return self.full_rows(
+            codes, box, lambda start, stop: quantize_values(self.finite(codes.operand, start, stop), scales[None, :])
         )
 
     def _read_scales(self, scales: ex.QuantizeScales, box: Box) -> Array:
@@ -257,18 +266,18 @@ class Evaluator:
         if scales.along:
             return self._scales_of_columns(scales.operand)[start:stop]
         ranges = self._row_ranges(scales.operand, start, stop)
-        peaks = [absmax(self._finite(scales.operand, *rows), 0) for rows in ranges]
+        peaks = [absmax(self.finite(scales.operand, *rows), 0) for rows in ranges]
         return scales_of(np.concatenate(peaks), scales.dtype)
 
     def _scales_of_columns(self, weight: ex.Expression) -> Array:
         if weight not in self._column_scales:
             peak = np.zeros(weight.shape[1], np.float32)
             for start, stop in self._row_ranges(weight, 0, weight.shape[0]):
-                np.maximum(peak, absmax(self._finite(weight, start, stop), 1), out=peak)
+                np.maximum(peak, absmax(self.finite(weight, start, stop), 1), out=peak)
             self._column_scales[weight] = scales_of(peak, weight.dtype)
         return self._column_scales[weight]
 
-    def _finite(self, weight: ex.Expression, start: int, stop: int) -> Array:
+    def finite(self, weight: ex.Expression, start: int, stop: int) -> Array:
         """Return full rows as an fp32 copy that may be overwritten; NaN or Inf is an error that names the tensor."""
         rest = tuple((0, length) for length in weight.shape[1:])
         wide = np.array(self.read(weight, ((start, stop), *rest)), np.float32)
@@ -358,6 +367,7 @@ _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     ex.Pack: Evaluator._read_packed,
     ex.RowSums: Evaluator._read_row_sums,
     ex.Shard: Evaluator._read_shard,
+    **group_math.READERS,
 }
 
 

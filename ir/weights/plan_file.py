@@ -16,6 +16,7 @@ from typing import Any
 from passopt.ir.errors import ModelError
 from passopt.ir.json_text import read_json
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights import groups
 from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.expression_check import check_expression
 from passopt.ir.weights.literals import Fill, Literal
@@ -45,6 +46,13 @@ _OPERATIONS: dict[str, type[ex.Expression]] = {
         ex.Pack,
         ex.RowSums,
         ex.Shard,
+        groups.GroupCodes,
+        groups.GroupScales,
+        groups.GroupZeros,
+        groups.Unsigned,
+        groups.Nibbles,
+        groups.PackedBytes,
+        groups.View,
     )
 }
 

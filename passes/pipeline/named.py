@@ -97,4 +97,15 @@ PIPELINES: Mapping[str, Pipeline] = {
         {"keys": "channel", "values": "token"},
         ("quantize-cache==2*num_layers",),
     ),
+    "int4": Pipeline(
+        "Quantise the weights of linears to 4 bits with a scale per group of inputs; symmetric=false adds zero points, "
+        "head=true includes the head, from=CALIB takes the codes that `passopt calibrate --bits 4 --group N` made.",
+        (
+            "fold-norm-head",
+            "quantize-groups{group=$group,symmetric=$symmetric,head=$head,method=$method,from=$from}",
+            "dead-code",
+        ),
+        {"group": "64", "method": "auto", "symmetric": "true", "head": "false", "from": ""},
+        ("quantize-groups>=1",),
+    ),
 }

@@ -7,13 +7,15 @@ import numpy as np
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator, not_finite
+from passopt.ir.weights.group_math import SCRATCH_BYTES, group_values, joined_codes, unsigned_codes
+from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.rotation import Rotate, rotation_of
-from passopt.ir.weights.row_math import Array, scales_of
+from passopt.ir.weights.row_math import Array, scales_of, widened
 from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
 from passopt.ir.weights.streaming.output_groups import Group, is_held, is_rounding, is_turned
 from passopt.ir.weights.streaming.row_kernels import RowKernels
-from passopt.ir.weights.streaming.row_spans import is_by_columns, matrix_shape
+from passopt.ir.weights.streaming.row_spans import GROUP_ROWS, is_by_columns, matrix_shape
 
 #: What is held whole is computed from pieces of about so many bytes, besides the memory of the arena.
 READ_OF_HELD = 16 << 20
@@ -31,7 +33,8 @@ def row_bytes(group: Group, kernels: RowKernels) -> int:
     else:  # The evaluator of boxes makes fp32 copies of the rows and of all their operands.
         total = 8 * max(matrix_shape(part)[1] for part in base.walk())
     total += sum(int(matrix_shape(core)[1] * core.dtype.itemsize) for core in group.stored_cores)
-    return total + kernels.scratch_bytes * columns * len(group.cores)
+    copies = sum(kernels.scratch_bytes if not isinstance(core, GROUP_ROWS) else SCRATCH_BYTES for core in group.cores)
+    return total + copies * columns
 
 
 class ChunkValues:
@@ -161,10 +164,11 @@ class ChunkValues:
             self._finite_peaks(core.operand)
             values, through = self._unrounded(core.operand)
             self._kernels.normalize(values, through, core.epsilon, out)
-        elif isinstance(core, Rotate):
-            self._kernels.rotate(self(core.operand), rotation_of(core.shape[1], core.seed), out)
-        elif isinstance(core, ScaleAlong):
-            self._scale(core, out)
+from passopt.ir.weights.group_math import SCRATCH_BYTES, group_values, joined_codes, unsigned_codes
+from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
+from passopt.ir.weights.rotation import Rotate, rotation_of
+from passopt.ir.weights.row_math import Array, scales_of, widened
+from passopt.ir.weights.scaling import ScaleAlong
         elif isinstance(core, ex.RowSums):
             np.sum(self(core.operand), axis=1, dtype=np.int32, out=out[:, 0])
         else:

@@ -16,9 +16,13 @@ import numpy as np
 
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.literals import Fill
 from passopt.ir.weights.rotation import Rotate
 from passopt.ir.weights.scaling import ScaleAlong
+
+#: The operations on rows that codes of 4 bits consist of.
+GROUP_ROWS = GroupCodes | GroupScales | GroupZeros | Nibbles | Unsigned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ def is_row_operation(expression: ex.Expression) -> bool:
         return not _is_summary(expression.operand)
     if isinstance(expression, Rotate):
         return expression.by_rows
-    kinds = ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | ScaleAlong
+    kinds = ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | ScaleAlong | GROUP_ROWS
     return isinstance(expression, kinds)
 
 
@@ -160,7 +164,9 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
     return part.core if part.row == 0 and part.core is not None and part.core.shape == expression.shape else None
 
 
-def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums | Rotate | ScaleAlong, rank: int) -> list[Span]:
+def _of_rows(
+    expression: ex.Cast | ex.NormalizeRows | ex.RowSums | Rotate | ScaleAlong | GROUP_ROWS, rank: int
+) -> list[Span]:
     """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
 
     It commutes with the placement of whole rows; a cast commutes with that of columns too.
@@ -183,10 +189,12 @@ def _is_row(part: Part) -> bool:
 def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
     """Return the operation on what `part` shows; for a part that is filled with one number, the result is known."""
     if part.core is None:
-        scale = isinstance(operation, ex.QuantizeScales)
+        scale = isinstance(operation, ex.QuantizeScales | GroupScales)
         return Part(None, 0, 0, columns, ex.SCALE_OF_ZEROS if scale else _rounded(part.value, operation))
     core = part.core
     shape = core.shape[:1] if isinstance(operation, ex.QuantizeScales | ex.RowSums) else core.shape
+    if isinstance(operation, GroupScales | GroupZeros | Nibbles):
+        shape = (core.shape[0], operation.shape[1])
     made = dataclasses.replace(operation, shape=shape, operand=core)  # type: ignore[call-arg]
     return Part(made, part.row, part.first, columns)
 
