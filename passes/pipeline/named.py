@@ -73,14 +73,15 @@ PIPELINES: Mapping[str, Pipeline] = {
     ),
     "int8": Pipeline(
         "Quantise the weights of linears to symmetric int8 per channel; activations=dynamic multiplies as integers, "
-        "embedding=true and head=true include these weights.",
+        "embedding=true and head=true include these weights, "
+        "from=CALIB takes the codes that `passopt calibrate` made.",
         (
             "fold-norm-head",
-            "quantize-weights{embedding=$embedding,head=$head}",
+            "quantize-weights{embedding=$embedding,head=$head,method=$method,from=$from}",
             "quantize-activations{activations=$activations}",
             "dead-code",
         ),
-        {"embedding": "false", "head": "false", "activations": "none"},
+        {"embedding": "false", "head": "false", "activations": "none", "method": "auto", "from": ""},
         # If not a single linear was found, something is wrong with the model or the pipeline.
         ("quantize-weights>=1",),
         (("activations", "dynamic", "quantize-activations>=1"),),

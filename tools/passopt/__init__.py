@@ -19,6 +19,7 @@ from passopt.ir.lazy_names import lazy_names
 from passopt.ir.version import __version__
 
 if TYPE_CHECKING:
+    from passopt.api.calibrate import CalibrateResult, calibrate
     from passopt.api.catalogue import Catalogue, list_passes
     from passopt.api.compile import CompileResult, compile
     from passopt.api.explain import Explanation, explain
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from passopt.verification.report import VerifyReport
 
 __all__ = [
+    "CalibrateResult",
     "Catalogue",
     "CheckError",
     "CompileResult",
@@ -73,6 +75,7 @@ __all__ = [
     "VerifyReport",
     "WhyResult",
     "__version__",
+    "calibrate",
     "compile",
     "explain",
     "export",
@@ -93,6 +96,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "CalibrateResult": "passopt.api.calibrate",
+        "calibrate": "passopt.api.calibrate",
         "Catalogue": "passopt.api.catalogue",
         "list_passes": "passopt.api.catalogue",
         "CompileResult": "passopt.api.compile",

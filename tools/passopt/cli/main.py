@@ -28,6 +28,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 COMMANDS = (
     "export",
     "materialize",
+    "calibrate",
     "run",
     "verify",
     "list",
