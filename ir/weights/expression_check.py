@@ -5,7 +5,9 @@ from __future__ import annotations
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat, concat
+from passopt.ir.weights.dequantized import Dequantized, dequantized
 from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes, pack_codes, unpack_codes
 
 _MOST_LENGTH = 1 << 62
 
@@ -74,6 +76,8 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
     shape = expression.shape
     if isinstance(expression, Concat):
         return concat(expression.parts, expression.along)
+    if isinstance(expression, Dequantized):
+        return dequantized(expression.codes, expression.scales, expression.along)
     (operand,) = expression.operands
     for name in ("along", "start", "segments", "degree"):
         if not _is_whole(getattr(expression, name, 0)):
@@ -99,6 +103,10 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
         return operand.pack(rows, columns)
     if isinstance(expression, ex.RowSums):
         return operand.row_sums()
+    if isinstance(expression, UnpackCodes):
+        return unpack_codes(operand, expression.bits)
+    if isinstance(expression, PackCodes):
+        return pack_codes(operand, expression.bits)
     assert isinstance(expression, ex.Shard), type(expression)
     if not expression.segments or not expression.degree:
         raise ModelError(f"Shard has {expression.segments} segments and degree {expression.degree}")

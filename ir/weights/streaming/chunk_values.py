@@ -7,7 +7,8 @@ import numpy as np
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator, not_finite
-from passopt.ir.weights.row_math import Array, scales_of
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
+from passopt.ir.weights.row_math import Array, pack_rows, scales_of, unpack_rows
 from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
 from passopt.ir.weights.streaming.output_groups import Group, is_rounding, is_turned
 from passopt.ir.weights.streaming.row_kernels import RowKernels
@@ -137,6 +138,10 @@ class ChunkValues:
             self._kernels.normalize(values, through, core.epsilon, out)
         elif isinstance(core, ex.RowSums):
             np.sum(self(core.operand), axis=1, dtype=np.int32, out=out[:, 0])
+        elif isinstance(core, UnpackCodes):
+            unpack_rows(self(core.operand), core.bits, out)
+        elif isinstance(core, PackCodes):
+            pack_rows(self(core.operand), core.bits, out)
         else:
             raise ModelError(f"no evaluation for {type(core).__name__}")
         return out

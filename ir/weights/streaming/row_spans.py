@@ -11,12 +11,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.literals import Fill
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Span:
         return Span(self.rows, tuple(kept))
 
 
+_Packing: TypeAlias = UnpackCodes | PackCodes
+
+
 def matrix_shape(expression: ex.Expression) -> tuple[int, int]:
     """Return the rows and columns as which a tensor is streamed.
 
@@ -87,7 +92,7 @@ def is_row_operation(expression: ex.Expression) -> bool:
     """Return whether row i of the result needs only row i of the operand and, at most, the scales of all columns."""
     if isinstance(expression, ex.Cast):
         return not _is_summary(expression.operand)
-    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums)
+    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | _Packing)
 
 
 def is_by_columns(core: ex.Expression) -> bool:
@@ -144,7 +149,7 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
     return part.core if part.row == 0 and part.core is not None and part.core.shape == expression.shape else None
 
 
-def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums, rank: int) -> list[Span]:
+def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums | _Packing, rank: int) -> list[Span]:
     """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
 
     It commutes with the placement of whole rows; a cast commutes with that of columns too.
@@ -155,13 +160,15 @@ def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums, rank: int) -> 
         return _itself(expression)
     if isinstance(expression, ex.Cast):
         return [Span(span.rows, tuple(_applied(expression, part, part.count) for part in span.parts)) for span in spans]
-    if not all(len(span.parts) == 1 and _is_row(span.parts[0]) for span in spans):
+    if not all(len(span.parts) == 1 and _is_row(span.parts[0], expression) for span in spans):
         return _itself(expression)
     return [Span(span.rows, (_applied(expression, span.parts[0], columns),)) for span in spans]
 
 
-def _is_row(part: Part) -> bool:
-    return part.is_whole or (part.core is None and part.value == 0)
+def _is_row(part: Part, operation: ex.Expression) -> bool:
+    """Return whether the part is a whole row of a core, or of zeros of which the operation makes zeros."""
+    is_zero = part.core is None and part.value == 0
+    return part.is_whole or (is_zero and not isinstance(operation, _Packing))
 
 
 def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
@@ -171,6 +178,8 @@ def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
         return Part(None, 0, 0, columns, ex.SCALE_OF_ZEROS if scale else _rounded(part.value, operation))
     core = part.core
     shape = core.shape[:1] if isinstance(operation, ex.QuantizeScales | ex.RowSums) else core.shape
+    if isinstance(operation, _Packing):
+        shape = (core.shape[0], columns)
     made = dataclasses.replace(operation, shape=shape, operand=core)  # type: ignore[call-arg]
     return Part(made, part.row, part.first, columns)
 
