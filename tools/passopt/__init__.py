@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from passopt.api.compile import CompileResult, compile
     from passopt.api.explain import Explanation, explain
     from passopt.api.export import ExportResult, export
+    from passopt.api.export_checkpoint import ExportCheckpointResult, export_checkpoint
     from passopt.api.generate import Engine, generate
     from passopt.api.generate_result import GenerateResult, Request
     from passopt.api.model import Model, SaveResult, load, print_text, save
@@ -55,6 +56,7 @@ __all__ = [
     "Engine",
     "ExpectationError",
     "Explanation",
+    "ExportCheckpointResult",
     "ExportResult",
     "GenerateResult",
     "Model",
@@ -79,6 +81,7 @@ __all__ = [
     "compile",
     "explain",
     "export",
+    "export_checkpoint",
     "generate",
     "list_passes",
     "load",
@@ -106,6 +109,8 @@ __getattr__, __dir__ = lazy_names(
         "explain": "passopt.api.explain",
         "ExportResult": "passopt.api.export",
         "export": "passopt.api.export",
+        "ExportCheckpointResult": "passopt.api.export_checkpoint",
+        "export_checkpoint": "passopt.api.export_checkpoint",
         "Engine": "passopt.api.generate",
         "GenerateResult": "passopt.api.generate_result",
         "Request": "passopt.api.generate_result",

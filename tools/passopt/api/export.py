@@ -190,7 +190,7 @@ def _tell_of_codes(checkpoint: Checkpoint, dtype: onnx_ir.DataType, reporter: Re
     assert checkpoint.scheme is not None
     rounded, total = rounded_scales(checkpoint.tensors, dtype, checkpoint.directory)
     if rounded:
-        reporter.say(f"{rounded:,} of {total:,} scales are rounded to {dtype.name}; --dtype=fp32 keeps all of them")
+        reporter.say(f"{rounded:,} of {total:,} scales are rounded to {dtype.name}; fp32 keeps all of them")
     if checkpoint.scheme.quantises_activations:
         reporter.say(
             "the checkpoint asks for int8 activations, and the graph computes in floats: "

@@ -15,7 +15,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="folder with config.json, the model's code and its weights, also quantised ones; or FILE.gguf of a decoder like Llama",
+        help="folder with config.json, the model's code and its weights, also quantised ones; or FILE.gguf of a "
+        "decoder like Llama",
     )
     command.add_argument(
         "-o", "--output", metavar="DIR", required=True, help="new folder to write model.onnx and the weights to"
