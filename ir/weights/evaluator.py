@@ -20,10 +20,21 @@ from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights import group_math
 from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.dequantized import Dequantized
 from passopt.ir.weights.groups import FOUR_BITS
 from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes, codes_per_word
 from passopt.ir.weights.rotation import Rotate, rotate_columns, rotate_rows, rotation_of
-from passopt.ir.weights.row_math import Array, absmax, cast_rows, normalize_rows, quantize_values, scales_of
+from passopt.ir.weights.row_math import (
+    Array,
+    absmax,
+    cast_rows,
+    normalize_rows,
+    pack_rows,
+    quantize_values,
+    scales_of,
+    unpack_rows,
+)
 from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.sources import check_unchanged
 
@@ -300,6 +311,30 @@ class Evaluator:
         ranges = self._row_ranges(sums.operand, *box[0])
         return np.concatenate([self.read(sums.operand, (rows, rest)).sum(axis=1, dtype=np.int32) for rows in ranges])
 
+    def _read_unpacked(self, codes: UnpackCodes, box: Box) -> Array:
+        """Read the words that hold the columns of the box, and cut off what lies beside them in these words."""
+        rows, (start, stop) = box
+        count = codes_per_word(codes.bits)
+        first, last = start // count, -(-stop // count)
+        words = self.read(codes.operand, (rows, (first, last)))
+        found: Array = np.empty((rows[1] - rows[0], (last - first) * count), np.int8)
+        unpack_rows(words, codes.bits, found)
+        return found[:, start - first * count : stop - first * count]
+
+    def _read_words(self, words: PackCodes, box: Box) -> Array:
+        rows, (start, stop) = box
+        count = codes_per_word(words.bits)
+        codes = self.read(words.operand, (rows, (start * count, stop * count)))
+        found: Array = np.empty((rows[1] - rows[0], stop - start), np.int32)
+        pack_rows(codes, words.bits, found)
+        return found
+
+    def _read_dequantized(self, weight: Dequantized, box: Box) -> Array:
+        scales = self.read(weight.scales, (box[weight.along],)).astype(np.float32)
+        wide = self.read(weight.codes, box).astype(np.float32)
+        wide *= scales[:, None] if weight.along == 0 else scales[None, :]
+        return wide.astype(weight.dtype.numpy())
+
     def _read_shard(self, shard: ex.Shard, box: Box) -> Array:
         axis, (start, stop) = shard.along, box[shard.along]
         local = shard.shape[axis] // shard.segments
@@ -366,6 +401,9 @@ _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     ex.QuantizeScales: Evaluator._read_scales,
     ex.Pack: Evaluator._read_packed,
     ex.RowSums: Evaluator._read_row_sums,
+    UnpackCodes: Evaluator._read_unpacked,
+    PackCodes: Evaluator._read_words,
+    Dequantized: Evaluator._read_dequantized,
     ex.Shard: Evaluator._read_shard,
     **group_math.READERS,
 }

@@ -9,8 +9,9 @@ from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator, not_finite
 from passopt.ir.weights.group_math import SCRATCH_BYTES, group_values, joined_codes, unsigned_codes
 from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
 from passopt.ir.weights.rotation import Rotate, rotation_of
-from passopt.ir.weights.row_math import Array, scales_of, widened
+from passopt.ir.weights.row_math import Array, pack_rows, scales_of, unpack_rows, widened
 from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
 from passopt.ir.weights.streaming.output_groups import Group, is_held, is_rounding, is_turned
@@ -164,13 +165,23 @@ class ChunkValues:
             self._finite_peaks(core.operand)
             values, through = self._unrounded(core.operand)
             self._kernels.normalize(values, through, core.epsilon, out)
-from passopt.ir.weights.group_math import SCRATCH_BYTES, group_values, joined_codes, unsigned_codes
-from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
-from passopt.ir.weights.rotation import Rotate, rotation_of
-from passopt.ir.weights.row_math import Array, scales_of, widened
-from passopt.ir.weights.scaling import ScaleAlong
+        elif isinstance(core, Rotate):
+            self._kernels.rotate(self(core.operand), rotation_of(core.shape[1], core.seed), out)
+        elif isinstance(core, ScaleAlong):
+            self._scale(core, out)
+        elif isinstance(core, GroupCodes | GroupScales | GroupZeros):
+            self._finite_peaks(core.operand)
+            out[...] = group_values(core, widened(self(core.operand)))
+        elif isinstance(core, Nibbles):
+            out[...] = joined_codes(self(core.operand), core.distance)
+        elif isinstance(core, Unsigned):
+            out[...] = unsigned_codes(self(core.operand))
         elif isinstance(core, ex.RowSums):
             np.sum(self(core.operand), axis=1, dtype=np.int32, out=out[:, 0])
+        elif isinstance(core, UnpackCodes):
+            unpack_rows(self(core.operand), core.bits, out)
+        elif isinstance(core, PackCodes):
+            pack_rows(self(core.operand), core.bits, out)
         else:
             raise ModelError(f"no evaluation for {type(core).__name__}")
         return out

@@ -18,16 +18,20 @@ from passopt.ir.weights.streaming.row_spans import Part, Span, base_of, in_order
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """A weights.safetensors to write: its path, its tensors by name, and the rank whose shards they are."""
+    """A weights.safetensors to write: its path, its tensors by name, and the rank whose shards they are.
+
+    With `plain`, the file is laid out as checkpoints are.
+    """
 
     path: Path
     weights: Mapping[str, ex.Expression]
     rank: int = 0
+    plain: bool = False
 
     @functools.cached_property
     def layout(self) -> Layout:
         """Return the layout of the file."""
-        return layout_of(self.weights)
+        return layout_of(self.weights, plain=self.plain)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.literals import Fill
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
 from passopt.ir.weights.rotation import Rotate
 from passopt.ir.weights.scaling import ScaleAlong
 
@@ -68,6 +70,9 @@ class Span:
         return Span(self.rows, tuple(kept))
 
 
+_Packing: TypeAlias = UnpackCodes | PackCodes
+
+
 def matrix_shape(expression: ex.Expression) -> tuple[int, int]:
     """Return the rows and columns as which a tensor is streamed.
 
@@ -95,7 +100,7 @@ def is_row_operation(expression: ex.Expression) -> bool:
         return not _is_summary(expression.operand)
     if isinstance(expression, Rotate):
         return expression.by_rows
-    kinds = ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | ScaleAlong | GROUP_ROWS
+    kinds = ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | ScaleAlong | GROUP_ROWS | _Packing
     return isinstance(expression, kinds)
 
 
@@ -165,7 +170,7 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
 
 
 def _of_rows(
-    expression: ex.Cast | ex.NormalizeRows | ex.RowSums | Rotate | ScaleAlong | GROUP_ROWS, rank: int
+    expression: ex.Cast | ex.NormalizeRows | ex.RowSums | Rotate | ScaleAlong | GROUP_ROWS | _Packing, rank: int
 ) -> list[Span]:
     """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
 
@@ -177,13 +182,15 @@ def _of_rows(
         return _itself(expression)
     if isinstance(expression, ex.Cast):
         return [Span(span.rows, tuple(_applied(expression, part, part.count) for part in span.parts)) for span in spans]
-    if not all(len(span.parts) == 1 and _is_row(span.parts[0]) for span in spans):
+    if not all(len(span.parts) == 1 and _is_row(span.parts[0], expression) for span in spans):
         return _itself(expression)
     return [Span(span.rows, (_applied(expression, span.parts[0], columns),)) for span in spans]
 
 
-def _is_row(part: Part) -> bool:
-    return part.is_whole or (part.core is None and part.value == 0)
+def _is_row(part: Part, operation: ex.Expression) -> bool:
+    """Return whether the part is a whole row of a core, or of zeros of which the operation makes zeros."""
+    is_zero = part.core is None and part.value == 0
+    return part.is_whole or (is_zero and not isinstance(operation, _Packing))
 
 
 def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
@@ -195,6 +202,8 @@ def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
     shape = core.shape[:1] if isinstance(operation, ex.QuantizeScales | ex.RowSums) else core.shape
     if isinstance(operation, GroupScales | GroupZeros | Nibbles):
         shape = (core.shape[0], operation.shape[1])
+    if isinstance(operation, _Packing):
+        shape = (core.shape[0], columns)
     made = dataclasses.replace(operation, shape=shape, operand=core)  # type: ignore[call-arg]
     return Part(made, part.row, part.first, columns)
 
