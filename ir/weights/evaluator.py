@@ -237,7 +237,7 @@ class Evaluator:
         rotation = rotation_of(rotated.shape[rotated.along], rotated.seed)
         if rotated.by_rows:
             rest = (0, rotated.shape[1])
-            return self._full_rows(
+            return self.full_rows(
                 rotated,
                 box,
                 lambda start, stop: rotate_rows(self.read(rotated.operand, ((start, stop), rest)), rotation),

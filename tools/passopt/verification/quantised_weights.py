@@ -69,7 +69,7 @@ def _errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Iterator[Chan
         parts = [expression_of(value) for value in (weight, codes, scales)]
         zeros = _zeros_of(candidate, name.removesuffix(CODES))
         if all(part is not None and not part.depends_on_rank for part in parts):
-            error = _error(name.removesuffix(CODES), *parts, zeros)  # type: ignore[arg-type]
+            error = _error(name.removesuffix(CODES), *parts, zeros)  # type: ignore[arg-type, call-arg]
             if error is not None:
                 yield error
 
@@ -213,7 +213,7 @@ def on_codes(reference: onnx_ir.Model, candidate: onnx_ir.Model, folder: Path) -
         parts = [None if value is None else expression_of(value) for value in (weight, codes, scales)]
         if any(part is None or part.depends_on_rank for part in parts):
             return None
-        made = numbers_of_codes(*parts, _zeros_of(candidate, name))  # type: ignore[arg-type]
+        made = numbers_of_codes(*parts, _zeros_of(candidate, name))  # type: ignore[arg-type, call-arg]
         if made is None:
             return None
         source = folder / f"codes-{index}.bin"
