@@ -264,6 +264,12 @@ def test_a_model_that_is_quantised_has_nothing_to_calibrate(tiny: Any) -> None:
         tiny.calibrate("calib")
 
 
+def test_a_model_that_is_sharded_is_calibrated_before(tiny: Any) -> None:
+    tiny.model = lambda: run(type(tiny).model(tiny), "tp{degree=2,pad=true}")
+    with pytest.raises(ModelError, match="the model is sharded; calibrate it before, and shard it with the codes"):
+        tiny.calibrate("calib")
+
+
 def test_a_folder_that_exists_is_not_written_to(tiny: Any) -> None:
     (tiny.root / "calib").mkdir()
     with pytest.raises(UsageError, match="output exists"):
