@@ -1,4 +1,4 @@
-"""smooth: the same function with the scales of SmoothQuant, wherever they can be folded, and errors without statistics."""
+"""smooth: the same function with the scales of SmoothQuant wherever they fold in, and errors without statistics."""
 
 from __future__ import annotations
 
