@@ -12,7 +12,7 @@ import tokenizers
 import passopt
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing import DecoderSpec, tiny_decoder
-from passopt.verification.scenarios import empty_cache
+from passopt.verification.sampling.cache_inputs import empty_cache
 
 #: Every letter of a text is a token; the decoder has 34.
 LETTERS = "\n ABCDabcdefghijklmnopqrstuvwxyz"
@@ -72,7 +72,7 @@ class Lab:
             "input_ids": tokens,
             "attention_mask": np.ones_like(tokens),
             "position_ids": np.arange(len(ids))[None],
-            **{name: zeros(1) for name, zeros in empty.items()},
+            **empty,
         }
         logits = session.run(feeds)["logits"][0].astype(np.float64)
         return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from passopt.api.evaluate import evaluate, lm_eval_model
     from passopt.api.explain import Explanation, explain
     from passopt.api.export import ExportResult, export
+    from passopt.api.export_checkpoint import ExportCheckpointResult, export_checkpoint
     from passopt.api.generate import Engine, generate
     from passopt.api.generate_result import GenerateResult, Request
     from passopt.api.model import Model, SaveResult, load, print_text, save
@@ -58,6 +59,7 @@ __all__ = [
     "EvalReport",
     "ExpectationError",
     "Explanation",
+    "ExportCheckpointResult",
     "ExportResult",
     "GenerateResult",
     "Model",
@@ -83,6 +85,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "export_checkpoint",
     "generate",
     "list_passes",
     "lm_eval_model",
@@ -112,6 +115,8 @@ __getattr__, __dir__ = lazy_names(
         "explain": "passopt.api.explain",
         "ExportResult": "passopt.api.export",
         "export": "passopt.api.export",
+        "ExportCheckpointResult": "passopt.api.export_checkpoint",
+        "export_checkpoint": "passopt.api.export_checkpoint",
         "Engine": "passopt.api.generate",
         "GenerateResult": "passopt.api.generate_result",
         "Request": "passopt.api.generate_result",

@@ -30,6 +30,7 @@ COMMANDS = (
     "materialize",
     "calibrate",
     "run",
+    "export-checkpoint",
     "verify",
     "eval",
     "list",

@@ -11,7 +11,8 @@ import onnx_ir
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, positions_of
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification.scenarios import empty_cache, vocabulary_of
+from passopt.verification.sampling.cache_inputs import cache_inputs, next_cache
+from passopt.verification.scenarios import vocabulary_of
 
 
 class GraphEngine:
@@ -28,7 +29,7 @@ class GraphEngine:
         Raises:
             ModelError: If the graph is no decoder, does not say its vocabulary, or onnxruntime refuses it.
         """
-        self._empty = empty_cache(model)
+        self._caches = cache_inputs(model)
         self.vocab = vocabulary_of(model)
         self.max_positions = positions_of(model)
         self._session = Session(model, threads=threads, scratch=scratch)
@@ -54,7 +55,8 @@ class GraphEngine:
 
     def reset(self) -> None:
         """Forget all sequences."""
-        self._cache = {name: empty(self.batch) for name, empty in self._empty.items()}
+        empty = (cache.empty(self.batch) for cache in self._caches)
+        self._cache = {name: array for arrays in empty for name, array in arrays.items()}
         self._past = 0
 
     def forward(self, ids: npt.ArrayLike, mask: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -75,6 +77,6 @@ class GraphEngine:
         feeds = {INPUT_IDS: tokens, ATTENTION_MASK: seen, POSITION_IDS: positions, **self._cache}
         outputs = self._session.run(feeds)
         logits = outputs.pop(LOGITS)
-        self._cache = {name.replace("present.", "past.", 1): value for name, value in outputs.items()}
+        self._cache = next_cache(outputs)
         self._past = seen.shape[1]
         return np.asarray(logits, np.float32)
