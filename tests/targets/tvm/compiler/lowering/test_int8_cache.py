@@ -57,7 +57,7 @@ def test_codes_and_scales_are_arguments(keys):
     names = {name.name_hint for name in lowered.module.functions}
     assert "append_cache_2_6_int8" in names
     assert ("turn_rows_4_6" in names) == (keys == "channel")
-    assert {"wq", "wk", "head"} <= {item.name for item in lowered.parameters}
+    assert {"wq.packed", "wk.packed", "head.packed"} <= {item.name for item in lowered.parameters}
     assert not lowered.imported
 
 
