@@ -28,6 +28,10 @@ class PassError(PassoptError):
     """A pass cannot do what its options ask of this model."""
 
 
+class CalibrationError(PassError):
+    """A calibration folder is missing, was made of another model, or lacks what a pass needs; no pass is to blame."""
+
+
 class VerifyError(PassoptError):
     """The graph breaks an invariant: the defect is in a pass, not in the user's model."""
 

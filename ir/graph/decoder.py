@@ -25,6 +25,10 @@ KV_HEADS = "passopt.kv_heads"
 COLLECTIVE = "passopt.collective"
 #: Key of model metadata: the largest number of positions for which the graph computes what the original model does.
 MAX_POSITIONS = "passopt.max_positions"
+#: Key of model metadata: the seed by which the residual stream is rotated; absent before the pass `rotate-residual`.
+ROTATION = "passopt.rotation"
+#: Key of model metadata: what the pass `smooth` has smoothed with which alpha, such as "down=0.5 norm=0.5".
+SMOOTHED = "passopt.smoothed"
 #: Key of model metadata: the error that export's self-check measured, or "skipped".
 SELF_CHECK = "passopt.self_check"
 

@@ -18,7 +18,6 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: The squares of a row are added up in this many partial sums, column j in sum j % LANES, so that the result has the
 #: same bits for any width of vector registers.
 LANES = 16
-_SMALLEST_STEP = np.float32(127.5)
 
 
 def absmax(values: Array, along: int, through: ex.DataType | None = None) -> Array:
@@ -57,6 +56,32 @@ def normalize_rows(values: Array, through: ex.DataType | None, epsilon: float, o
     out[...] = wide.astype(out.dtype)
 
 
+def unpack_rows(words: Array, bits: int, out: Array) -> None:
+    """Write the codes of 8 or 4 bits in rows of int32 words, lowest bits first, less 2^(bits − 1), to int8 `out`."""
+    data = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    raw = out.view(np.uint8)
+    if bits == 8:
+        np.bitwise_xor(data, 128, out=raw)
+        return
+    np.bitwise_and(data, 15, out=raw[:, 0::2])
+    np.right_shift(data, 4, out=raw[:, 1::2])
+    np.subtract(out, 8, out=out)
+
+
+def pack_rows(codes: Array, bits: int, out: Array) -> None:
+    """Write rows of int8 codes of 8 or 4 bits, plus 2^(bits − 1), to int32 words `out`, the first in the lowest bits.
+
+    A code of 4 bits is one of −8 to 7, which the caller has to see to.
+    """
+    raw = out.view(np.uint8)
+    data = codes.view(np.uint8) if codes.flags.c_contiguous else np.ascontiguousarray(codes).view(np.uint8)
+    if bits == 8:
+        np.bitwise_xor(data, 128, out=raw)
+        return
+    np.left_shift(data[:, 1::2] ^ 8, 4, out=raw)
+    np.bitwise_or(raw, (data[:, 0::2] ^ 8) & 15, out=raw)
+
+
 def widened(values: Array, through: ex.DataType | None = None) -> Array:
     """Return a copy in fp32, first rounded to `through`; what overflows there becomes infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -64,16 +89,16 @@ def widened(values: Array, through: ex.DataType | None = None) -> Array:
         return np.array(rounded, np.float32)
 
 
-def scales_of(absmax: Array, dtype: ex.DataType) -> Array:
-    """Return absmax/127 in `dtype`, one scale per channel.
+def scales_of(absmax: Array, dtype: ex.DataType, largest: int = 127) -> Array:
+    """Return absmax/`largest` in `dtype`, one scale per channel or group.
 
     A channel of zeros gets `SCALE_OF_ZEROS`. A rounded scale may be so small (subnormal) that the largest value would
-    not fit in codes of ±127; then the next larger representable number is taken.
+    not fit in codes up to `largest`; then the next larger representable number is taken.
     """
     kind = dtype.numpy()
-    exact = absmax / np.float32(127)
+    exact = absmax / np.float32(largest)
     scales: Array = exact.astype(kind)
-    short = absmax > scales.astype(np.float32) * _SMALLEST_STEP
+    short = absmax > scales.astype(np.float32) * np.float32(largest + 0.5)
     if short.any():
         scales[short] = _next_up(scales[short])
     scales[absmax == 0] = ex.SCALE_OF_ZEROS

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir
 
@@ -44,13 +45,14 @@ class _Product:
 
 @dataclasses.dataclass(frozen=True)
 class DecomposeEinsum(DecomposePass):
-    """Write the Einsum of two tensors that sums over one axis as MatMul, with Transpose and Reshape around it.
+    """Write the Einsum of two tensors as MatMul, with Transpose, Reshape and Unsqueeze around it.
 
     Before: ``y = Einsum<equation="bqhd,bkhd->bhqk">(q, k)``
     After:  ``y = MatMul(Transpose(q, [0,2,1,3]), Transpose(k, [0,2,3,1]))``
-    Each tensor may have several axes of its own only if there is no axis of both in the result; those of the right one
-    then become one axis. An Einsum that repeats a letter, sums over an axis of one tensor, leaves the axes open
-    (`...`), or whose summed lengths are not proven equal stays: Einsum stretches lengths of 1, and MatMul does not.
+    Several summed axes become one, for which their lengths must be known. Several axes of a weight become the columns
+    of a matrix; otherwise MatMul stretches the other tensor along them. An Einsum that repeats a letter, sums over an
+    axis of one tensor, leaves the axes open (`...`), or whose summed lengths are not proven equal stays: Einsum
+    stretches lengths of 1, and MatMul does not.
     """
 
     name = "decompose-einsum"
@@ -65,11 +67,13 @@ class DecomposeEinsum(DecomposePass):
         if product.swapped:
             one, other = other, one
         _check(product, one, other)
-        if product.batch:
-            return [_batched(op, product, one, other)]
-        if len(product.columns) > 1 and (len(product.rows) == 1 or _widths(product, other) is None):
-            product, one, other = product.turned(), other, one
-        return [_flat(op, product, one, other)]
+        if not product.batch and len(product.columns) > 1:
+            if len(product.rows) == 1 or _widths(product, other) is None:
+                product, one, other = product.turned(), other, one
+            widths = _widths(product, other)
+            if len(product.columns) > 1 and widths is not None:
+                return [_flat(op, product, one, other, widths)]
+        return [_stretched(op, product, one, other)]
 
 
 def _product(equation: str) -> _Product:
@@ -90,10 +94,8 @@ def _product(equation: str) -> _Product:
     alone = [letter for letter in {*left, *right} if letter not in result and letter not in summed]
     if alone:
         raise Decline(f"equation {equation!r} sums over {alone[0]!r}, which only one tensor has")
-    if len(summed) != 1 or not own or not others:
-        raise Decline(f"equation {equation!r}: expected one axis to sum over, and an axis of each tensor in the result")
-    if batch and (len(own) > 1 or len(others) > 1):
-        raise Decline(f"equation {equation!r}: a tensor has several axes of its own beside those of both")
+    if not summed or not own or not others:
+        raise Decline(f"equation {equation!r}: expected an axis to sum over, and an axis of each tensor in the result")
     return _Product(left, right, result, batch, own, others, summed, swapped)
 
 
@@ -101,48 +103,80 @@ def _check(product: _Product, one: onnx_ir.Value, other: onnx_ir.Value) -> None:
     """Raise Decline unless both tensors hold floats and their summed axes are proven to be as long as each other."""
     if one.dtype not in FLOATS or other.dtype != one.dtype:
         raise Decline(f"{one.name} and {other.name}: expected floats of one dtype")
-    lengths = []
     for value, letters in ((one, product.left), (other, product.right)):
         dims = dimensions(value)
         if dims is None or len(dims) != len(letters):
             raise Decline(f"{value.name}: expected {len(letters)} axes")
-        lengths.append(dims[letters.index(product.summed)])
-    if lengths[0] is None or lengths[0] != lengths[1]:
-        raise Decline(f"the axes {product.summed!r} are not proven equal: {lengths[0] or '?'} and {lengths[1] or '?'}")
+    for letter in product.summed:
+        first, second = _length(one, product.left, letter), _length(other, product.right, letter)
+        if first is None or first != second:
+            raise Decline(f"the axes {letter!r} are not proven equal: {first or '?'} and {second or '?'}")
+        if len(product.summed) > 1 and not _is_positive(first):
+            raise Decline(
+                f"sums over the axes {product.summed!r}, and the length of {letter!r} is {first}, not a number"
+            )
 
 
-def _batched(op: Rewriter, product: _Product, one: onnx_ir.Value, other: onnx_ir.Value) -> onnx_ir.Value:
-    """Return the product of matrices for every index of the axes of both, in the order of the result."""
-    left = _turned(op, one, product.left, product.batch + product.rows + product.summed)
-    right = _turned(op, other, product.right, product.batch + product.summed + product.columns)
-    made = product.batch + product.rows + product.columns
+def _stretched(op: Rewriter, product: _Product, one: onnx_ir.Value, other: onnx_ir.Value) -> onnx_ir.Value:
+    """Return the product of matrices for every index of all other axes, along which MatMul stretches either tensor."""
+    batch, rows, columns = product.batch, product.rows, product.columns
+    left = _joined(op, one, product, product.left, batch + rows)
+    right = _joined(op, other, product, product.right, batch + columns)
+    last = len(batch) + len(columns)
+    if len(product.summed) > 1:
+        right = op.Transpose(right, perm=[*range(last - 1), last, last - 1])
+    more_rows, more_columns = len(rows) - 1, len(columns) - 1
+    if more_columns:
+        left = op.Unsqueeze(left, [len(batch) + more_rows + index for index in range(more_columns)])
+    if more_rows and (batch or more_columns):
+        right = op.Unsqueeze(right, [len(batch) + index for index in range(more_rows)])
+    made = batch + rows[:-1] + columns[:-1] + rows[-1] + columns[-1]
     return _turned(op, op.MatMul(left, right), made, product.result)
 
 
-def _flat(op: Rewriter, product: _Product, one: onnx_ir.Value, other: onnx_ir.Value) -> onnx_ir.Value:
-    """Return the product of a tensor with a matrix, into which all axes of the right one are laid."""
-    left = _turned(op, one, product.left, product.rows + product.summed)
-    right = _turned(op, other, product.right, product.summed + product.columns)
-    made = product.rows + product.columns
-    if len(product.columns) == 1:
-        return _turned(op, op.MatMul(left, right), made, product.result)
-    widths = _widths(product, other)
-    if widths is None:
-        raise Decline(f"{other.name}: expected known lengths of the axes {product.columns!r}")
-    matrix = op.Reshape(right, [widths[0], math.prod(widths[1:])])
+def _joined(op: Rewriter, value: onnx_ir.Value, product: _Product, letters: str, kept: str) -> onnx_ir.Value:
+    """Return a tensor with some axes kept and the summed ones made one, which is the last, or the last but one.
+
+    One summed axis needs no Reshape, and then the right tensor gets it before its last axis at once.
+    """
+    if len(product.summed) == 1:
+        is_left = letters == product.left
+        return _turned(op, value, letters, kept + product.summed if is_left else kept[:-1] + product.summed + kept[-1])
+    turned = _turned(op, value, letters, kept + product.summed)
+    lengths = [_length(value, letters, letter) for letter in product.summed]
     # A 0 keeps the length of the axis at its place, and an empty one stays empty.
-    shaped = op.Reshape(op.MatMul(left, matrix), [*([0] * len(product.rows)), *widths[1:]])
-    return _turned(op, shaped, made, product.result)
+    joined: onnx_ir.Value = op.Reshape(turned, [*([0] * len(kept)), math.prod(lengths)])
+    return joined
+
+
+def _flat(
+    op: Rewriter, product: _Product, one: onnx_ir.Value, other: onnx_ir.Value, widths: Sequence[int]
+) -> onnx_ir.Value:
+    """Return the product of a tensor with a matrix, into which all axes of the right one are laid."""
+    left = _joined(op, one, product, product.left, product.rows)
+    right = _turned(op, other, product.right, product.summed + product.columns)
+    lengths = [_length(other, product.right, letter) for letter in product.summed]
+    # A 0 keeps the length of the axis at its place, and an empty one stays empty.
+    matrix = op.Reshape(right, [0 if len(lengths) == 1 else math.prod(lengths), math.prod(widths)])
+    shaped = op.Reshape(op.MatMul(left, matrix), [*([0] * len(product.rows)), *widths])
+    return _turned(op, shaped, product.rows + product.columns, product.result)
 
 
 def _widths(product: _Product, other: onnx_ir.Value) -> list[int] | None:
-    """Return the lengths of the right tensor's axes, that of the summed one first; None if one is not known, or 0."""
-    dims = dimensions(other)
-    if dims is None:
-        return None
-    wanted = [dims[product.right.index(letter)] for letter in product.summed + product.columns]
+    """Return the lengths of the right tensor's own axes; None if one is not known, or 0."""
+    wanted = [_length(other, product.right, letter) for letter in product.columns]
     known = [length for length in wanted if isinstance(length, int) and length > 0]
     return known if len(known) == len(wanted) else None
+
+
+def _length(value: onnx_ir.Value, letters: str, letter: str) -> Any:
+    """Return the length of the axis that a letter names, as a number or expression; None if it is unknown."""
+    dims = dimensions(value)
+    return None if dims is None else dims[letters.index(letter)]
+
+
+def _is_positive(length: Any) -> bool:
+    return isinstance(length, int) and length > 0
 
 
 def _turned(op: Rewriter, value: onnx_ir.Value, letters: str, wanted: str) -> onnx_ir.Value:

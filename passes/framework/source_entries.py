@@ -94,6 +94,11 @@ def _guest_entry(
     return Entry(name.value, module, variable, summary, tuple(options), origin, accuracy)
 
 
+def option_name(field: str) -> str:
+    """Return the option of a field: `from_` is `from`, which no field can be called, as it is a word of Python."""
+    return field.removesuffix("_")
+
+
 def _parameters(arguments: ast.arguments) -> list[tuple[str, str, str]]:
     """Return (name, type, default) of each parameter, as written in the source; "" for what is not given."""
     positional = [*arguments.posonlyargs, *arguments.args]
@@ -120,7 +125,7 @@ def _class_entry(node: ast.ClassDef, module: str, origin: str) -> Entry | None:
             accuracy = _accuracy(statement.value)
         elif isinstance(statement, ast.AnnAssign) and "ClassVar" not in (kind := ast.unparse(statement.annotation)):
             default = ast.unparse(statement.value) if statement.value is not None else ""
-            options.append((target.id, kind, default))
+            options.append((option_name(target.id), kind, default))
     if name is None:
         return None
     summary = (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ")

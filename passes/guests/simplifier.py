@@ -200,14 +200,20 @@ def _name_new_values(model: onnx_ir.Model, old: set[str]) -> None:
 def _name_nodes(changed: onnx_ir.Model, model: onnx_ir.Model) -> None:
     """Give nodes that were there before the names they had, and new ones names after their outputs; none twice.
 
-    onnxruntime refuses some models with two nodes of one name.
+    onnxruntime refuses some models with two nodes of one name. Both branches of an If may call a value the same, so an
+    output stands for as many nodes as make one of its name; they get their names in the order of the graph.
     """
-    before = {value.name: node.name for node in model.graph.all_nodes() for value in node.outputs if value.name}
-    taken = {name for name in before.values() if name}
+    before: dict[str, list[str | None]] = {}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name:
+                before.setdefault(value.name, []).append(node.name)
+    taken = {name for names in before.values() for name in names if name}
     given: set[str] = set()
     for node in changed.graph.all_nodes():
         outputs = [value.name for value in node.outputs if value.name]
-        name = next((before[output] for output in outputs if output in before), None)
+        names = next((before[output] for output in outputs if output in before), [])
+        name = next((name for name in names if name not in given), names[0] if names else None)
         if outputs and outputs[0] in before and (not name or name not in given):
             node.name = name
         else:

@@ -17,6 +17,7 @@ from passopt.ir.errors import PassError, PassoptError, UsageError
 from passopt.passes.framework.base import REGISTERED, Pass
 from passopt.passes.framework.catalog import catalog, pass_class, unknown_pass
 from passopt.passes.framework.defects import failure
+from passopt.passes.framework.source_entries import option_name
 from passopt.passes.framework.suggestions import unknown_name
 from passopt.passes.pipeline.named import PIPELINES, Pipeline
 
@@ -165,14 +166,14 @@ def instantiate(step: Step) -> Pass:
         types_of = typing.get_type_hints(cls)
     except Exception as error:  # an annotation names what its module does not have
         raise PassError(f"{step.name}: the types of its options cannot be read: {error!r}") from error
-    fields = {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
+    names = {option_name(field.name): field.name for field in dataclasses.fields(cls)}
     values = {}
     for key, text in step.options:
-        if key not in fields:
-            raise UsageError(f"{step.name}: {unknown_name('option', key, list(fields))}")
-        values[key] = _convert(step.name, key, text, fields[key])
+        if key not in names:
+            raise UsageError(f"{step.name}: {unknown_name('option', key, list(names))}")
+        values[names[key]] = _convert(step.name, key, text, types_of[names[key]])
     needed = [field.name for field in dataclasses.fields(cls) if field.init and _has_no_default(field)]
-    missing = [name for name in needed if name not in values]
+    missing = [option_name(name) for name in needed if name not in values]
     if missing:
         raise UsageError(f"{step.name}: needs a value for {', '.join(missing)}: {step.name}{{{missing[0]}=…}}")
     try:
@@ -220,7 +221,7 @@ def describe(item: Pass) -> str:
     """Return a pass with the values of all its options as pipeline text."""
     if not dataclasses.is_dataclass(item):
         return item.name
-    pairs = ((field.name, getattr(item, field.name)) for field in dataclasses.fields(item))
+    pairs = ((option_name(field.name), getattr(item, field.name)) for field in dataclasses.fields(item))
     return str(Step(item.name, tuple((key, _option_text(value)) for key, value in pairs)))
 
 

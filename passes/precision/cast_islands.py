@@ -60,6 +60,7 @@ _LATE_BODIES = {
     ("MeanVarianceNormalization", DataType.FLOAT16): _NEVER,
     ("MeanVarianceNormalization", DataType.BFLOAT16): _NEVER,
 }
+_SUMS = operators("ReduceMean ReduceSum")
 #: The attributes by which operators state the dtype of their output.
 STATED = ("to", "dtype", "output_dtype", "output_datatype")
 #: Operators that are moved to fp32 if their outputs are only read in fp32 and their inputs are read in fp32 anyway; one
@@ -255,9 +256,9 @@ class Islands:
     def _followed(self, node: onnx_ir.Node, floats: list[onnx_ir.Value]) -> Kind:
         """Return the kind of what an elementwise operator makes of activations and other values.
 
-        It is wide if a narrow dtype would spoil one of the values, such as angles or positions.
+        It is wide if a narrow dtype would spoil one of the values, such as angles, positions, or squares of a norm.
         """
-        if not all(self._holds(value) for value in floats):
+        if not all(self._holds(value) for value in floats) or _is_square_of_a_norm(node):
             return Kind.WIDE
         kinds = {value: self.kind(value) for value in floats}
         found = set(kinds.values())
@@ -351,6 +352,17 @@ class Islands:
         known = [key for key in STATED if key in schema.attributes]
         states = any(key in node.attributes or not schema.attributes[key].default_value.i for key in known)
         return states or all(one.type_str in follows for one in given)
+
+
+def _is_square_of_a_norm(node: onnx_ir.Node) -> bool:
+    """Return True for a product of a value with itself that only means and sums read, as Pow in other norms.
+
+    A norm's numbers are squares: from 256 on fp16 does not hold them, and a variance may come out negative.
+    """
+    if node.op_type != "Mul" or len({uncast(value) for value in node.inputs if value is not None}) > 1:
+        return False
+    found = [reader for value in node.outputs for reader, _ in readers(value)]
+    return bool(found) and all(reader.op_type in _SUMS and not reader.domain for reader in found)
 
 
 def _formals(

@@ -295,7 +295,10 @@ class Propagation:
                 self._computed(value, spec)
         except (Conflict, ValueError) as reason:
             if not self.coarser:  # Otherwise the conflict may vanish when the seeds start again with coarser units.
-                raise PassError(f"{describe(node)}: {reason}") from None
+                raise PassError(
+                    f"{describe(node)}: {reason}. Leave shard out for this graph, or change this node so that every "
+                    f"rank needs its own part of the value only."
+                ) from None
 
     def _computed(self, value: onnx_ir.Value, spec: Spec) -> None:
         """Set the computed spec of a value, which must agree with what was demanded of it before."""

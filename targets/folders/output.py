@@ -94,7 +94,7 @@ class OutputSizes:
         width = max(len(f"{nbytes:,}") for _, nbytes in rows)
         parts = [f"{nbytes:,} {name}" for name, nbytes in dataclasses.asdict(self.weights).items() if nbytes]
         lines = [f"{nbytes:>{width},}  {name}" for name, nbytes in rows]
-        return "\n".join([*lines, f"weights: {', '.join(parts) or 'none'}"])
+        return "\n".join([*lines, f"weights: {', '.join(parts) or 'none outside model.onnx'}"])
 
 
 @dataclasses.dataclass(frozen=True)

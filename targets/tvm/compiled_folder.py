@@ -39,7 +39,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 Numbers: TypeAlias = Literal["fp32", "fp16", "bf16"]
 CacheDtype: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
 #: The parts of the linear layers that are int8: nothing, the weights, or the weights and the activations ("dynamic").
-Quantized: TypeAlias = Literal["none", "weights", "dynamic"]
+Quantized: TypeAlias = Literal["none", "weights", "groups", "dynamic"]
 _CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 #: The bytes of the scale, in fp32, that each row of codes has: one position of one head.
 _SCALE_BYTES = 4

@@ -17,7 +17,8 @@ ROOT = Path(passopt.__file__).parents[2]
 ROOMS = ("ir", "passes", "frontends", "targets", "tools/passopt")
 #: These speak on the command line only.
 OWN_WORDS = ("tools/passopt/commands", "tools/passopt/terminal", "tools/passopt/cli", "tools/passopt/testing")
-ERRORS = {"UsageError", "ModelError", "PassError", "CheckError", "VerifyError", "ExpectationError", "Decline"}
+ERRORS = {"UsageError", "ModelError", "PassError", "CalibrationError", "CheckError", "VerifyError", "ExpectationError"}
+ERRORS |= {"Decline"}
 
 
 @pytest.mark.parametrize(

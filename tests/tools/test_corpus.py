@@ -16,12 +16,12 @@ import onnx
 import onnx_ir
 import pytest
 
-from passopt.passes.framework.accuracy import lossy
+from passopt.passes.framework.accuracy import REASSOCIATED, lossy
 from passopt.passes.framework.base import REGISTERED, Pass
 from passopt.passes.framework.records import PassResult
 
 CORPUS = Path(__file__).resolve().parents[2] / "tools" / "corpus"
-NAMES = ("cases", "comparison", "engines", "outcomes", "table", "variants", "workers")
+NAMES = ("cases", "comparison", "dtypes", "engines", "outcomes", "table", "variants", "workers")
 #: Operators whose models run in the quick part: shapes as values, casts, constants of every kind, bodies, texts.
 OPERATORS = ("gather", "castlike", "expand", "softmax", "where")
 
@@ -127,6 +127,63 @@ def test_a_lossy_pass_may_not_lose_anything(
         assert outcomes(corpus, case, step, tmp_path, "parameters")[step].kind == kind
     finally:
         del REGISTERED[step]
+
+
+@pytest.mark.parametrize(
+    ("large", "kind"),
+    [
+        (70_000.0, "ok"),  # fp16 holds infinity for it
+        (1000.0, "wrong"),  # and this number for this
+    ],
+)
+def test_a_number_that_fp16_does_not_hold_may_become_infinite(
+    corpus: Any, case: Any, tmp_path: Path, large: float, kind: str
+) -> None:
+    model = case.model
+    result = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]>
+        g (float16[2,3] x, float16[3] w) => (float16[2,3] y) <float16 zero = {0}> { s = Add(x, w) y = Div(s, zero) }"""
+    )
+    feeds = {"x": np.full((2, 3), large, np.float32), "w": np.zeros(3, np.float32)}
+    made = corpus.cases.Case("large", model, feeds)
+    path, changed = tmp_path / "original.onnx", tmp_path / "result.onnx"
+    onnx.save_model(model, path)
+    onnx.save_model(result, changed)
+    comparison = corpus.comparison.Comparison(made, corpus.variants.VARIANTS["plain"](made), path)
+    found = comparison.outcome(corpus.comparison.Result(changed, lossy(0.02), changes_interface=True))
+    assert found.kind == kind
+
+
+def test_what_rounding_every_number_loses_a_cast_may_lose(corpus: Any, tmp_path: Path) -> None:
+    """A difference of numbers near 1000 has nothing left in 16 bits; no constant or input need be inexact for that."""
+    text = """<ir_version: 10, opset_import: ["" : 18]> g (float[3] x) => (float[3] y)
+        <float a = {1000.0}> { s = Add(x, a) y = Sub(s, a) }"""
+    made = corpus.cases.Case("cancelled", onnx.parser.parse_model(text), {"x": np.array([0.11, 0.27, 0.4], np.float32)})
+    assert outcomes(corpus, made, "cast{dtype=bf16}", tmp_path)["cast{dtype=bf16}"].kind == "beyond"
+
+
+def test_the_reference_adds_bf16_up_in_fp32(corpus: Any, tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 18]> g (bfloat16[n] x) => (bfloat16[1] y) { y = ReduceSum(x) }"""
+    path = tmp_path / "sum.onnx"
+    onnx.save_model(onnx.parser.parse_model(text), path)
+    ones = np.ones(1000, onnx_ir.DataType.BFLOAT16.numpy())
+    assert float(corpus.engines.Evaluator(path).run({"x": ones})[0].astype(np.float32).item()) == 1000
+
+
+def test_an_attention_of_an_empty_query_is_judged_by_its_elementary_form(corpus: Any, tmp_path: Path) -> None:
+    """No engine has a kernel for it, while the graph that was fused had an answer: an empty one."""
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+        g (float[b,2,s,4] q, float[b,2,s,4] k, float[b,2,s,4] v) => (float[b,2,s,4] y) {%s}"""
+    products = "kt = Transpose<perm = [0,1,3,2]>(k) s = MatMul(q, kt) p = Softmax<axis = -1>(s) y = MatMul(p, v)"
+    attention = "y = Attention<scale = 1.0>(q, k, v)"
+    original, result = tmp_path / "original.onnx", tmp_path / "result.onnx"
+    model = onnx.parser.parse_model(text % products)
+    onnx.save_model(model, original)
+    onnx.save_model(onnx.parser.parse_model(text % attention), result)
+    feeds = [{name: np.ones((1, 2, length, 4), np.float32) for name in "qkv"} for length in (3, 0)]
+    case = corpus.cases.Case("attention", model, feeds[0])
+    comparison = corpus.comparison.Comparison(case, corpus.variants.Written(model, feeds), original)
+    assert comparison.outcome(corpus.comparison.Result(result, REASSOCIATED, changes_interface=False)).kind == "ok"
 
 
 @pytest.mark.parametrize(("agrees", "kind"), [(True, "ok"), (False, "wrong"), (None, "wrong")])

@@ -192,9 +192,13 @@ def _import_default(model: onnx.ModelProto) -> None:
 
 
 def function(case: Case) -> Written | None:
-    """Make the nodes a local function, which the graph calls once."""
+    """Make the nodes a local function, which the graph calls once, with the constants inside."""
     model = copy.deepcopy(case.model)
     graph = model.graph
+    constants = {item.name for item in graph.initializer}
+    asked = [value for value in graph.input if value.name not in constants]
+    del graph.input[:]
+    graph.input.extend(asked)
     inputs, outputs = [value.name for value in graph.input], [value.name for value in graph.output]
     if set(inputs) & set(outputs) or not graph.node:
         return None

@@ -19,10 +19,13 @@ from passopt.ir.lazy_names import lazy_names
 from passopt.ir.version import __version__
 
 if TYPE_CHECKING:
+    from passopt.api.calibrate import CalibrateResult, calibrate
     from passopt.api.catalogue import Catalogue, list_passes
     from passopt.api.compile import CompileResult, compile
+    from passopt.api.evaluate import evaluate, lm_eval_model
     from passopt.api.explain import Explanation, explain
     from passopt.api.export import ExportResult, export
+    from passopt.api.export_checkpoint import ExportCheckpointResult, export_checkpoint
     from passopt.api.generate import Engine, generate
     from passopt.api.generate_result import GenerateResult, Request
     from passopt.api.model import Model, SaveResult, load, print_text, save
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from passopt.api.run import RunResult, run
     from passopt.api.verify import verify
     from passopt.api.why import WhyResult, why
+    from passopt.evaluation.report import EvalReport
     from passopt.ir.errors import (
         CheckError,
         ExpectationError,
@@ -47,12 +51,15 @@ if TYPE_CHECKING:
     from passopt.verification.report import VerifyReport
 
 __all__ = [
+    "CalibrateResult",
     "Catalogue",
     "CheckError",
     "CompileResult",
     "Engine",
+    "EvalReport",
     "ExpectationError",
     "Explanation",
+    "ExportCheckpointResult",
     "ExportResult",
     "GenerateResult",
     "Model",
@@ -73,11 +80,15 @@ __all__ = [
     "VerifyReport",
     "WhyResult",
     "__version__",
+    "calibrate",
     "compile",
+    "evaluate",
     "explain",
     "export",
+    "export_checkpoint",
     "generate",
     "list_passes",
+    "lm_eval_model",
     "load",
     "new_pass",
     "plan",
@@ -93,18 +104,24 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "CalibrateResult": "passopt.api.calibrate",
+        "calibrate": "passopt.api.calibrate",
         "Catalogue": "passopt.api.catalogue",
         "list_passes": "passopt.api.catalogue",
         "CompileResult": "passopt.api.compile",
         "compile": "passopt.api.compile",
+        "evaluate": "passopt.api.evaluate",
         "Explanation": "passopt.api.explain",
         "explain": "passopt.api.explain",
         "ExportResult": "passopt.api.export",
         "export": "passopt.api.export",
+        "ExportCheckpointResult": "passopt.api.export_checkpoint",
+        "export_checkpoint": "passopt.api.export_checkpoint",
         "Engine": "passopt.api.generate",
         "GenerateResult": "passopt.api.generate_result",
         "Request": "passopt.api.generate_result",
         "generate": "passopt.api.generate",
+        "lm_eval_model": "passopt.api.evaluate",
         "Model": "passopt.api.model",
         "SaveResult": "passopt.api.model",
         "load": "passopt.api.model",
@@ -123,6 +140,7 @@ __getattr__, __dir__ = lazy_names(
         "verify": "passopt.api.verify",
         "WhyResult": "passopt.api.why",
         "why": "passopt.api.why",
+        "EvalReport": "passopt.evaluation.report",
         "CheckError": "passopt.ir.errors",
         "ExpectationError": "passopt.ir.errors",
         "ModelError": "passopt.ir.errors",

@@ -186,6 +186,21 @@ def test_a_weight_inside_a_body_and_its_twin_elsewhere():
     check(Simplify(), model)
 
 
+def test_branches_that_call_their_values_the_same_keep_their_nodes_apart():
+    text = HEADER + (
+        "g (float[2,3] x, bool c) => (float[2,3] y) {"
+        "  y = If(c)<then_branch = t () => (float[2,3] a) { [n0] m = Neg(x)  [n1] i = Identity(m)  [n2] a = Abs(i) },"
+        "            else_branch = e () => (float[2,3] b) { [n3] m = Exp(x)  [n4] b = Abs(m) }> }"
+    )
+    model = read_model(text)
+    check(Simplify(), model)
+    Simplify().run(model)
+    assert sorted(node.name for node in model.graph.all_nodes() if node.op_type in {"Neg", "Exp"}) == ["n0", "n3"]
+    before = print_model(model)
+    assert not Simplify().run(model).modified
+    assert print_model(model) == before
+
+
 @pytest.mark.parametrize("pipeline", ["", "int8", "tp{degree=2}"])
 def test_a_decoder_keeps_its_contract_and_numbers(pipeline):
     model = tiny_decoder(DecoderSpec(heads=6))

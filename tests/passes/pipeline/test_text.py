@@ -40,6 +40,7 @@ def registered():
         old: Optional[int] = 3  # noqa: UP045
         flag: bool = False
         several: tuple[int, ...] = ()
+        from_: str = ""
 
         def run(self, model):
             return PassResult()
@@ -86,6 +87,9 @@ def test_options_are_parsed_by_type(registered):
     text = "test-all-options{needed=3,ratio=1e-3,mode=slow,text=a b,maybe=4,old=none,flag=true}"
     (item,) = resolve(text).passes
     assert item == registered(3, 1e-3, "slow", "a b", 4, None, True)
+    (item,) = resolve("test-all-options{needed=3,from=some/folder.d}").passes
+    assert item == registered(3, from_="some/folder.d")
+    assert describe(item).endswith("from=some/folder.d}")
     assert describe(registered(3)).startswith("test-all-options{needed=3,ratio=0.5,mode=fast,text=,maybe=none,old=3,")
 
 

@@ -80,10 +80,26 @@ def test_a_norm_is_an_island(golden):
     golden(print_model(model))
 
 
-def test_a_norm_of_large_activations_does_not_overflow():
+@pytest.mark.parametrize("square", ["s = Pow(x, two)", "s = Mul(x, x)"])
+def test_a_norm_of_large_activations_does_not_overflow(square):
     """300² is beyond fp16."""
     x = np.random.default_rng(0).standard_normal((2, 3, 6)).astype(np.float32) * 300
-    cast(NORM, feeds={"x": x})
+    cast(NORM.replace("s = Pow(x, two)", square), feeds={"x": x})
+
+
+def test_the_variance_of_equal_numbers_is_not_negative():
+    """The mean of squares less the square of the mean, as ONNX writes a layer norm out; bf16 squares differ."""
+    text = """g (float[b,3,6] x) => (float[b,3,5] y) <float[6,5] m = random, float eps = {1e-6}, int64[1] last = {-1}> {
+        mean = ReduceMean(x, last) s = Mul(x, x) r = ReduceMean(s, last) q = Mul(mean, mean) v = Sub(r, q)
+        e = Add(v, eps) i = Sqrt(e) d = Sub(x, mean) n = Div(d, i) y = MatMul(n, m) }"""
+    x = np.random.default_rng(0).standard_normal((2, 3, 1)).astype(np.float32).repeat(6, axis=-1)
+    model = cast(text, "bf16", limit=float("inf"), feeds={"x": np.random.default_rng(1).random((2, 3, 6), np.float32)})
+    assert np.isfinite(Session(fp32_twin(model)).run({"x": x})["y"]).all()
+
+
+def test_a_product_of_a_value_with_itself_that_is_no_norm_is_narrow():
+    model = cast("g (float[b,6] x) => (float[b,6] y) { s = Mul(x, x) y = Add(s, x) }")
+    assert dtypes(model)["s"] == NARROW
 
 
 def test_the_first_norm_reads_an_embedding():

@@ -223,6 +223,28 @@ def test_equal_values_may_be_merged_and_different_ones_may_not(whole, parsed, ch
         checked(whole(merge), parsed(f"{X} => (float[batch,seq,6] out) {{ {text.format('Exp(y)')} }}"))
 
 
+@pytest.mark.parametrize(("value", "right"), [("x", True), ("y", False)])
+def test_two_chains_from_one_value_may_be_merged_where_they_end(whole, parsed, checked, value, right):
+    """As keys and queries of one projection: the replacement reads `k` only, which is the transpose of `q`."""
+
+    def merge_ends(model):
+        made = {output.name: output for node in model.graph for output in node.outputs}
+        for old, new in (("e", "q"), ("t", "k")):
+            made[old].replace_all_uses_with(made[new])
+            model.graph.remove(made[old].producer(), safe=True)
+
+    text = (
+        f"q = Exp(x) t = Transpose<perm = [0,2,1]>(q) e = Exp({value}) k = Transpose<perm = [0,2,1]>(e)"
+        " s = Mul(t, k) w = Sigmoid(s) n = Transpose<perm = [0,2,1]>(w) out = Sub(n, y)"
+    )
+    model = parsed(f"{X} => (float[batch,seq,6] out) {{ {text} }}")
+    if right:
+        assert checked(whole(merge_ends), model).worst == 0.0
+    else:
+        with pytest.raises(Violation, match="changed the numbers of s"):
+            checked(whole(merge_ends), model)
+
+
 def test_what_a_whole_graph_pass_leaves_alone_is_no_site(whole, parsed, checked):
     summary = checked(whole(lambda model: None), parsed(LINEAR))
     assert (summary.sites, summary.distinct, summary.whole_worst) == (0, 0, 0.0)

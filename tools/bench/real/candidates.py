@@ -153,7 +153,7 @@ def compared(run: Callable[[], Iterator[Array]], reference: Array, ids: Sequence
         reference: The logits of the reference, [windows, positions, vocabulary].
         ids: The tokens of all windows.
     """
-    from passopt.verification.divergence import divergence
+    from passopt.predictions.divergence import divergence
     from passopt.verification.scenarios import Step, surprise
 
     surprises = []

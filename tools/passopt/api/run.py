@@ -11,7 +11,7 @@ from typing import Any, Literal
 from passopt.api import checked
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing, write
 from passopt.api.pipelines import PassesLike, as_pipeline
-from passopt.ir.errors import ExpectationError, ModelError, PassoptError, UsageError
+from passopt.ir.errors import CalibrationError, ExpectationError, ModelError, PassoptError, UsageError
 from passopt.ir.graph.run_context import RewriteLimit
 from passopt.ir.serialization.model_files import model_path
 from passopt.ir.weights.streaming.budget import StreamOptions
@@ -193,7 +193,7 @@ def run(
             time_rules=time_rules,
             rewrite_limit=limit,
         )
-    except (UsageError, ModelError, ExpectationError):
+    except (UsageError, ModelError, CalibrationError, ExpectationError):
         raise  # what the user gave is wrong, and no pass is to blame
     except PassoptError as error:
         folder = _reproducer_folder(reproducer, None if dry_run else output)

@@ -28,8 +28,11 @@ _INTERRUPTED = 128 + signal.SIGINT
 COMMANDS = (
     "export",
     "materialize",
+    "calibrate",
     "run",
+    "export-checkpoint",
     "verify",
+    "eval",
     "list",
     "new-pass",
     "explain",

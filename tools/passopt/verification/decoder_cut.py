@@ -81,12 +81,12 @@ class Cut:
 
     def prelude(self) -> onnx_ir.Model | None:
         """Return the graph that computes the shared values, or None if there are none."""
-        return _extract(self.model, self.shared, {}) if self.shared else None
+        return extract(self.model, self.shared, {}) if self.shared else None
 
     def graph(self, piece: Piece, given: Mapping[str, Array]) -> onnx_ir.Model:
         """Return the piece as a model that starts from the values in `given`; its inputs have the arrays' dtypes."""
         stops = {name: array for name, array in given.items() if name in {piece.carried, *self.shared}}
-        return _extract(self.model, piece.targets, stops)
+        return extract(self.model, piece.targets, stops)
 
 
 def cut_decoder(model: onnx_ir.Model) -> Cut:
@@ -199,7 +199,7 @@ def _shared(model: onnx_ir.Model, kinds: Mapping[onnx_ir.Value, _Kind]) -> tuple
     return tuple(found)
 
 
-def _extract(
+def extract(
     model: onnx_ir.Model,
     targets: Iterable[str],
     stops: Mapping[str, Array],

@@ -17,6 +17,8 @@ import onnx_ir
 
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
+from passopt.predictions.divergence import log_softmax, row_slices, surprises
+from passopt.predictions.windows import cut_windows
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.sampling.cache_inputs import CacheInput, cache_inputs, next_cache, present_numbers
 
@@ -165,14 +167,10 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Scenar
     if not 0 < stride < window:
         raise ModelError(f"stride {stride} must be positive and less than the window {window}")
     ids = np.array([tokens], np.int64)
-    found: list[Scenario] = []
-    done, start = 1, 0
-    while done < len(tokens):
-        stop = min(start + window, len(tokens))
-        piece = ids[:, start:stop]
-        found.append(Scenario("text", tuple(_steps(piece, [stop - start])), scored=stop - done))
-        done, start = stop, start + stride
-    return found
+    return [
+        Scenario("text", tuple(_steps(ids[:, part.start : part.stop], [part.stop - part.start])), scored=part.scored)
+        for part in cut_windows(len(tokens), window, stride)
+    ]
 
 
 def observe(
@@ -215,11 +213,9 @@ def surprise(logits: Array, step: Step, scored: int) -> float | None:
     length = step.input_ids.shape[1]
     if logits.shape[1] != length:
         return None
-    rows = logits[0, length - 1 - scored : length - 1].astype(np.float64)
-    rows -= rows.max(axis=-1, keepdims=True)
+    rows = logits[0, length - 1 - scored : length - 1]
     targets = step.input_ids[0, length - scored :]
-    chosen = rows[np.arange(scored), targets] - np.log(np.exp(rows).sum(axis=-1))
-    return float(-chosen.sum())
+    return float(sum(surprises(log_softmax(rows[part]), targets[part]).sum() for part in row_slices(rows)))
 
 
 def perplexity(scenarios: Sequence[Scenario], observations: Sequence[Observation]) -> float | None:

@@ -21,8 +21,9 @@ from passopt.passes.framework.accuracy import QualityBar
 from passopt.passes.precision.cast import CastModel
 from passopt.passes.precision.quantize_activations import QuantizeActivations
 from passopt.passes.precision.quantize_cache import QuantizeCache
+from passopt.passes.precision.quantize_groups import QuantizeGroups
 from passopt.passes.precision.quantize_weights import QuantizeWeights
-from passopt.verification.dequantised_twin import has_dynamic_activations, is_quantized
+from passopt.verification.dequantised_twin import has_dynamic_activations, has_groups, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Tolerance:
 #: - "int8 cache": Either model keeps keys and values in 8 bits. If both do, halves round to the other side here, too.
 #: - "int8 activations": Either model quantises activations while it runs. If both do, halves that round to the other
 #:   side still drift apart over layers.
+#: - "int4": The candidate holds weights of 4 bits and the reference does not.
 #:
-#: int8, and models of different dtypes, are lossy: their predictions decide (`BARS`), and errors are only shown.
+#: int8, int4, and models of different dtypes, are lossy: their predictions decide (`BARS`), and errors are only shown.
 TOLERANCES: Mapping[str, Tolerance] = {
     "fp32": Tolerance(outputs=1e-5, perplexity=1e-4),
     "fp16": Tolerance(outputs=2e-2, perplexity=5e-3),
@@ -54,6 +56,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "int8": Tolerance(outputs=1e-1, perplexity=5e-3),
     "int8 cache": Tolerance(outputs=1e-1, perplexity=5e-3),
     "int8 activations": Tolerance(outputs=1e-1, perplexity=1e-2),
+    "int4": Tolerance(outputs=6e-1, perplexity=2e-1),
 }
 #: What lossy candidates are judged by: the bars that the passes declare.
 BARS: Mapping[str, QualityBar | None] = {
@@ -62,6 +65,7 @@ BARS: Mapping[str, QualityBar | None] = {
     "int8": QuantizeWeights.accuracy.bar,
     "int8 cache": QuantizeCache.accuracy.bar,
     "int8 activations": QuantizeActivations.accuracy.bar,
+    "int4": QuantizeGroups.accuracy.bar,
 }
 #: The metadata of the fp32 twin that stands for a model in bf16.
 _WAS_BF16 = "passopt.was_bf16"
@@ -122,6 +126,7 @@ class Precision:
         cache: Whether it keeps keys and values in 8 bits.
         narrow: Those of "fp16" and "bf16" that its inputs, outputs or weights have.
         main: The dtypes of its inputs and outputs, and of most of its weights; empty if these are not known.
+        groups: Whether some of its codes are of 4 bits, with scales of groups.
     """
 
     quantized: bool = False
@@ -130,6 +135,7 @@ class Precision:
     cache: bool = False
     narrow: frozenset[str] = frozenset()
     main: frozenset[str] = frozenset()
+    groups: bool = False
 
     @property
     def floats(self) -> Precision:
@@ -148,6 +154,11 @@ class Judgement:
     lossy: bool
     differ: bool
 
+    @property
+    def is_quantised(self) -> bool:
+        """Return whether the candidate holds codes that the reference does not, or quantises activations."""
+        return self.kind.startswith("int")
+
     def bar(self, tolerance: float | None) -> QualityBar | None:
         """Return what predictions are judged by; None for models that should agree, or if the user set a tolerance."""
         return BARS[self.kind] if self.lossy and tolerance is None else None
@@ -162,6 +173,8 @@ def judgement_of(reference: Precision, candidate: Precision) -> Judgement:
     narrow = reference.narrow | candidate.narrow
     differ = reference.narrow != candidate.narrow or (known and reference.main != candidate.main)
     lossy = differ and bool(narrow)
+    if candidate.groups and not reference.groups:
+        return Judgement("int4", lossy=True, differ=lossy)
     if reference.dynamic or candidate.dynamic or (candidate.integers and not reference.integers):
         return Judgement("int8 activations", lossy=True, differ=lossy)
     if candidate.quantized and not reference.quantized:
@@ -183,7 +196,7 @@ def precision_of(model: onnx_ir.Model) -> Precision:
     )
     of_int8 = is_quantized(model), dynamic, integers, bool(caches)
     if is_bf16_twin(model):
-        return Precision(*of_int8, frozenset({"bf16"}), frozenset({"bf16"}))
+        return Precision(*of_int8, frozenset({"bf16"}), frozenset({"bf16"}), has_groups(model))
     faces = {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)} & FLOATS
     sizes: collections.Counter[DataType] = collections.Counter()
     for tensor in _constants(model):
@@ -192,7 +205,7 @@ def precision_of(model: onnx_ir.Model) -> Precision:
     found = {_NAMES.get(dtype, dtype.name) for dtype in (*faces, *sizes) if dtype is not None}
     main = {_NAMES.get(dtype, dtype.name) for dtype in faces if dtype is not None}
     main |= {_NAMES.get(dtype, dtype.name) for dtype, _ in sizes.most_common(1)}
-    return Precision(*of_int8, _NARROW & found, frozenset(main))
+    return Precision(*of_int8, _NARROW & found, frozenset(main), has_groups(model))
 
 
 def _quantises_activations(node: onnx_ir.Node) -> bool:

@@ -176,7 +176,7 @@ class _Lowering:
         return Lowered(module, inputs, parameters, in_place, self.at.notes, self._quantized(), missing, imported)
 
     def _quantized(self) -> Quantized:
-        order: tuple[Quantized, ...] = ("dynamic", "weights", "none")
+        order: tuple[Quantized, ...] = ("dynamic", "groups", "weights", "none")
         return next((kind for kind in order if kind in self.at.quantized), "none")
 
     def _inputs(self, *, in_place: bool) -> tuple[tuple[str, ...], list[Tvm]]:

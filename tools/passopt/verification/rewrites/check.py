@@ -280,16 +280,37 @@ class _Checker:
         try:
             if not self._trace.runs:
                 raise Unchecked(self._trace.problem)
-            found = cut(request, lambda leaf: self._trace.has(self._name(leaf)), position)
-            _refuse_collectives(found)
-            _refuse_random(found)
-            key = structure_key(found, self._leaf_key)
-            if key not in self._seen:
-                self._compare(rule, found)
-                self._seen.add(key)
+            self._check_cut(rule, request, position)
             self.summary.sites += 1
         except Unchecked as reason:
             self.summary.unchecked[str(reason)] += 1
+
+    def _check_cut(self, rule: str, request: Request, position: Callable[[onnx_ir.Value], int]) -> None:
+        """Check a rewrite over the smallest cut, or over wider ones if the replacement leaves values unread there.
+
+        Such values may be equal to others that it does read, which shows only where both are computed.
+        """
+        violation: Violation | None = None
+        while True:
+            try:
+                found = cut(request, lambda leaf: self._trace.has(self._name(leaf)), position)
+                _refuse_collectives(found)
+                _refuse_random(found)
+                key = structure_key(found, self._leaf_key)
+                if key not in self._seen:
+                    self._compare(rule, found)
+                    self._seen.add(key)
+                return
+            except Unchecked:
+                if violation is not None:
+                    raise violation from None
+                raise
+            except Violation as caught:
+                violation = violation or caught
+                unread = found.unread()
+                if not unread or unread <= request.widened:
+                    raise violation from None
+                request = dataclasses.replace(request, widened=request.widened | unread)
 
     def _leaf_key(self, leaf: onnx_ir.Value) -> object:
         """Return the shapes of a leaf in all runs, and a digest of its numbers if they are integers."""

@@ -65,10 +65,18 @@ class Cut:
     before: Region
     after: Region
 
+    def unread(self) -> frozenset[str]:
+        """Return the names of computed leaves whose numbers only the rewritten nodes read, not their replacements."""
+        read = {leaf.name for leaf in self.after.read_leaves()}
+        return frozenset(leaf.name for leaf in self.before.open_leaves() if leaf.name and leaf.name not in read)
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The data of a cut: the roots on both sides, and the names of values that either side computes inside the cut."""
+    """The data of a cut: the roots on both sides, and the names of values that either side computes inside the cut.
+
+    `widened` names further values to compute inside on both sides.
+    """
 
     old_roots: tuple[onnx_ir.Value, ...]
     new_roots: tuple[onnx_ir.Value, ...]
@@ -76,6 +84,7 @@ class Request:
     after: Side
     inside_before: frozenset[str]
     inside_after: frozenset[str]
+    widened: frozenset[str] = frozenset()
 
 
 def cut(request: Request, has_shape: Callable[[onnx_ir.Value], bool], position: Callable[[onnx_ir.Value], int]) -> Cut:
@@ -91,7 +100,7 @@ def cut(request: Request, has_shape: Callable[[onnx_ir.Value], bool], position: 
     Raises:
         Unchecked: If no such regions are found, or if a node in them has a subgraph.
     """
-    widened: set[str] = set()
+    widened = set(request.widened)
     for _ in range(_WIDENINGS):
         before = _region(request.old_roots, request.inside_before | widened, request.before)
         after = _region(request.new_roots, request.inside_after | widened, request.after)

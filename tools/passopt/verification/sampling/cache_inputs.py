@@ -98,6 +98,15 @@ def cache_inputs(model: onnx_ir.Model) -> list[CacheInput]:
     return found
 
 
+def empty_cache(model: onnx_ir.Model, batch: int = 1) -> dict[str, Array]:
+    """Return the inputs of a decoder that hold the keys and values of no position yet.
+
+    Raises:
+        ModelError: If it takes codes of which the graph does not say how they are made.
+    """
+    return {name: array for cache in cache_inputs(model) for name, array in cache.empty(batch).items()}
+
+
 def next_cache(outputs: Mapping[str, Array]) -> dict[str, Array]:
     """Return the cache outputs of a step as the inputs of the next one."""
     return {name.replace("present.", "past.", 1): value for name, value in outputs.items()}
