@@ -101,14 +101,15 @@ def scale_up(model):
     assert maker.op_type == "QuantizeLinear"
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("fault", [use_other_scales, forget_scales, scale_up])
-def test_a_fault_is_found(fused, fault):
+def test_a_fault_is_found(fused, fault, layerwise):
     """Predictions of a text, which read no cache back, show none but the last of these faults."""
     candidate = changed(fused, "int8-cache")
     fault(candidate)
-    report = verify(fused, candidate, options=WHOLE)
+    report = verify(fused, candidate, options=dataclasses.replace(WHOLE, layerwise=layerwise))
     assert not report.ok
-    if fault is not scale_up:
+    if fault is not scale_up and not layerwise:
         assert {row.comparison for row in report.rows if not row.ok} == {OWN_CACHE}
 
 

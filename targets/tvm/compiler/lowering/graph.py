@@ -352,8 +352,10 @@ def _not_in_place(model: onnx_ir.Model) -> list[Missing]:
     found = []
     caches = int8_caches(model)
     kept = {item for cache in caches.values() for part in (cache.key, cache.value) for item in (part.past, part.codes)}
-    for node in caches:
+    for node, cache in caches.items():
         refusal = attention.in_place_refusal(node)
+        if not (cache.key.by_largest and cache.value.by_largest):
+            refusal = "rows of its cache are not scaled by their largest magnitude / 127"
         if refusal is not None:
             found.append(Missing(str(node.name), node.op_type, refusal))
     for value in model.graph.inputs:
