@@ -194,7 +194,7 @@ def _tell_of_codes(checkpoint: Checkpoint, dtype: onnx_ir.DataType, reporter: Re
     if checkpoint.scheme.quantises_activations:
         reporter.say(
             "the checkpoint asks for int8 activations, and the graph computes in floats: "
-            "run it with --passes 'int8{activations=dynamic}' for both"
+            "the pass quantize-activations quantises them, too"
         )
 
 
