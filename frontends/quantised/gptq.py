@@ -35,7 +35,7 @@ def refusals(settings: Mapping[str, Any], where: str) -> Iterator[str]:
     """
     bits, form = settings.get("bits"), _format(settings)
     if bits != _BITS:
-        yield f"{shown(bits)} bits, and not {_BITS}"
+        yield f"codes of {shown(bits)} bits, and not of {_BITS}"
     if form not in _LESS:
         yield f"the checkpoint_format {shown(form)}, and not one of {', '.join(_LESS)}"
 

@@ -157,7 +157,7 @@ def group(**changed: Any) -> dict[str, Any]:
         (group(weights=CHANNELS | {"strategy": "block"}), "a scale per block, and not per output channel"),
         (group(output_activations={"num_bits": 8}), "quantised output_activations"),
         (group(input_activations={"num_bits": 8, "dynamic": False}), "static input_activations"),
-        (GPTQ | {"bits": 3}, "gptq, 3 bits with 3 bits, and not 8"),
+        (GPTQ | {"bits": 3}, "gptq, 3 bits, which cannot be kept exactly: codes of 3 bits, and not of 8"),
         (GPTQ | {"checkpoint_format": "marlin"}, 'the checkpoint_format "marlin"'),
         ({"quant_method": "awq", "bits": 8}, "says awq, 8 bits. Export takes compressed-tensors"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "says bitsandbytes, 8 bits. Export takes"),
@@ -252,8 +252,8 @@ def test_an_export_keeps_the_codes(llama: Path, tmp_path: Path, capfd: pytest.Ca
 
     dequantised = export(tmp_path / "gptq", tmp_path / "ref", self_check=False, weights="reference", dequantize=True)
     assert not dequantised.codes
-    run(tmp_path / "ref", "fuse,tp{degree=2},int8", tmp_path / "one")
-    run(tmp_path / "q", "fuse,tp{degree=2}", tmp_path / "other")
+    run(tmp_path / "ref", "fuse,tp{degree=2,pad=true},int8", tmp_path / "one")
+    run(tmp_path / "q", "fuse,tp{degree=2,pad=true}", tmp_path / "other")
     one, other = (load_model(tmp_path / name / "rank1") for name in ("one", "other"))
     for name in codes:
         for part in ("codes", "scales"):
