@@ -21,5 +21,7 @@ DTYPES: Mapping[DtypeName, DataType] = {"fp32": DataType.FLOAT, "fp16": DataType
 OPSET_OF_HALF_SCALES = 19
 #: From this opset on, they take one scale per channel.
 OPSET_OF_SCALES_PER_CHANNEL = 13
+#: From this opset on, they take codes of 4 bits, and scales of groups.
+OPSET_OF_GROUPS = 21
 #: What exporters write for "to the end" in a Slice.
 SLICE_END = 2**63 - 1

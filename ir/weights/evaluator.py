@@ -18,10 +18,13 @@ import onnx
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights import group_math
 from passopt.ir.weights.concat import Concat
 from passopt.ir.weights.dequantized import Dequantized
+from passopt.ir.weights.groups import FOUR_BITS
 from passopt.ir.weights.literals import Fill, Literal
 from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes, codes_per_word
+from passopt.ir.weights.rotation import Rotate, rotate_columns, rotate_rows, rotation_of
 from passopt.ir.weights.row_math import (
     Array,
     absmax,
@@ -32,6 +35,7 @@ from passopt.ir.weights.row_math import (
     scales_of,
     unpack_rows,
 )
+from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.sources import check_unchanged
 
 Box: TypeAlias = tuple[tuple[int, int], ...]
@@ -70,6 +74,8 @@ class Evaluator:
         self.read_bytes = 0
         self._files: dict[str, int] = {}
         self._column_scales: dict[ex.Expression, Array] = {}
+        #: The matrix whose columns were turned last: each chunk of its rows needs all of it.
+        self._turned: tuple[ex.Expression, Array] | None = None
 
     def __enter__(self) -> Evaluator:
         return self
@@ -116,7 +122,7 @@ class Evaluator:
         step = max(1, self._chunk_bytes // max(1, 4 * widest))
         return ((row, min(row + step, stop)) for row in range(start, stop, step))
 
-    def _full_rows(self, expression: ex.Expression, box: Box, compute: Callable[[int, int], Array]) -> Array:
+    def full_rows(self, expression: ex.Expression, box: Box, compute: Callable[[int, int], Array]) -> Array:
         """Return the values of `box`, cropped from the whole rows that `compute(start, stop)` returns."""
         columns = tuple(slice(*bounds) for bounds in box[1:])
         if all(bounds == (0, length) for bounds, length in zip(box[1:], expression.shape[1:], strict=True)):
@@ -129,6 +135,8 @@ class Evaluator:
     # One reader per operation.
 
     def _read_source(self, source: ex.Source, box: Box) -> Array:
+        if source.dtype in FOUR_BITS and len(source.shape) == 2 and source.shape[1] % 2 == 0:
+            return self.full_rows(source, box, lambda start, stop: self._read_pairs(source, start, stop))
         if source.dtype.bitwidth < 8:
             return _unpacked(source, bytes(self._pread(source, source.offset, source.nbytes)), box)
         if not source.shape:
@@ -139,13 +147,18 @@ class Evaluator:
             offset = source.offset + start * int(math.prod(source.shape[1:]) * source.dtype.itemsize)
             row = dataclasses.replace(source, shape=source.shape[1:], offset=offset)
             return self._read_source(row, tuple(rest))[None]
-        return self._full_rows(source, box, lambda start, stop: self._read_rows(source, start, stop))
+        return self.full_rows(source, box, lambda start, stop: self._read_rows(source, start, stop))
 
     def _read_rows(self, source: ex.Source, start: int, stop: int) -> Array:
         row = math.prod(source.shape[1:]) * source.dtype.itemsize
         row_bytes = int(row)
         data = self._pread(source, source.offset + start * row_bytes, (stop - start) * row_bytes)
         return np.frombuffer(data, source.dtype.numpy()).reshape(stop - start, *source.shape[1:])
+
+    def _read_pairs(self, source: ex.Source, start: int, stop: int) -> Array:
+        width = source.shape[1] // 2
+        data = self._pread(source, source.offset + start * width, (stop - start) * width)
+        return group_math.separate_codes(np.frombuffer(data, np.uint8).reshape(-1, width), source.dtype)
 
     def _pread(self, source: ex.Source, offset: int, length: int) -> bytearray:
         path = source.file.path
@@ -213,25 +226,50 @@ class Evaluator:
 
     def _read_normalized(self, norm: ex.NormalizeRows, box: Box) -> Array:
         def rows(start: int, stop: int) -> Array:
-            wide = self._finite(norm.operand, start, stop)
+            wide = self.finite(norm.operand, start, stop)
             result: Array = np.empty(wide.shape, norm.dtype.numpy())
             normalize_rows(wide, None, norm.epsilon, result)
             return result
 
-        return self._full_rows(norm, box, rows)
+        return self.full_rows(norm, box, rows)
+
+    def _read_rotated(self, rotated: Rotate, box: Box) -> Array:
+        rotation = rotation_of(rotated.shape[rotated.along], rotated.seed)
+        if rotated.by_rows:
+            rest = (0, rotated.shape[1])
+            return self.full_rows(
+                rotated,
+                box,
+                lambda start, stop: rotate_rows(self.read(rotated.operand, ((start, stop), rest)), rotation),
+            )
+        if self._turned is None or self._turned[0] != rotated:
+            self._turned = None  # Let the memory go before more is needed.
+            whole: Array = np.empty(rotated.shape, np.float32)
+            for start, stop in self._row_ranges(rotated.operand, 0, rotated.shape[0]):
+                rest_of_box = tuple((0, length) for length in rotated.shape[1:])
+                whole[start:stop] = self.read(rotated.operand, ((start, stop), *rest_of_box))
+            rotate_columns(whole.reshape(rotated.shape[0], -1), rotation)
+            self._turned = rotated, whole
+        return self._turned[1][tuple(slice(*bounds) for bounds in box)]
+
+    def _read_scaled(self, scaled: ScaleAlong, box: Box) -> Array:
+        values = self.read(scaled.operand, box)
+        factors = self.read(scaled.vector, (box[scaled.along],))
+        result: Array = values * (factors[:, None] if scaled.along < len(box) - 1 else factors)
+        return result
 
     def _read_codes(self, codes: ex.QuantizeCodes, box: Box) -> Array:
         if codes.along == 0 or len(codes.shape) == 1:
 
             def rows(start: int, stop: int) -> Array:
-                wide = self._finite(codes.operand, start, stop)
+                wide = self.finite(codes.operand, start, stop)
                 return quantize_values(wide, scales_of(absmax(wide, 0), codes.operand.dtype)[:, None])
 
-            return self._full_rows(codes, box, rows)
+            return self.full_rows(codes, box, rows)
 
         scales = self._scales_of_columns(codes.operand)
-        return self._full_rows(
-            codes, box, lambda start, stop: quantize_values(self._finite(codes.operand, start, stop), scales[None, :])
+        return self.full_rows(
+            codes, box, lambda start, stop: quantize_values(self.finite(codes.operand, start, stop), scales[None, :])
         )
 
     def _read_scales(self, scales: ex.QuantizeScales, box: Box) -> Array:
@@ -239,18 +277,18 @@ class Evaluator:
         if scales.along:
             return self._scales_of_columns(scales.operand)[start:stop]
         ranges = self._row_ranges(scales.operand, start, stop)
-        peaks = [absmax(self._finite(scales.operand, *rows), 0) for rows in ranges]
+        peaks = [absmax(self.finite(scales.operand, *rows), 0) for rows in ranges]
         return scales_of(np.concatenate(peaks), scales.dtype)
 
     def _scales_of_columns(self, weight: ex.Expression) -> Array:
         if weight not in self._column_scales:
             peak = np.zeros(weight.shape[1], np.float32)
             for start, stop in self._row_ranges(weight, 0, weight.shape[0]):
-                np.maximum(peak, absmax(self._finite(weight, start, stop), 1), out=peak)
+                np.maximum(peak, absmax(self.finite(weight, start, stop), 1), out=peak)
             self._column_scales[weight] = scales_of(peak, weight.dtype)
         return self._column_scales[weight]
 
-    def _finite(self, weight: ex.Expression, start: int, stop: int) -> Array:
+    def finite(self, weight: ex.Expression, start: int, stop: int) -> Array:
         """Return full rows as an fp32 copy that may be overwritten; NaN or Inf is an error that names the tensor."""
         rest = tuple((0, length) for length in weight.shape[1:])
         wide = np.array(self.read(weight, ((start, stop), *rest)), np.float32)
@@ -357,6 +395,8 @@ _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     ex.Cast: Evaluator._read_cast,
     ex.Pad: Evaluator._read_pad,
     ex.NormalizeRows: Evaluator._read_normalized,
+    Rotate: Evaluator._read_rotated,
+    ScaleAlong: Evaluator._read_scaled,
     ex.QuantizeCodes: Evaluator._read_codes,
     ex.QuantizeScales: Evaluator._read_scales,
     ex.Pack: Evaluator._read_packed,
@@ -365,6 +405,7 @@ _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     PackCodes: Evaluator._read_words,
     Dequantized: Evaluator._read_dequantized,
     ex.Shard: Evaluator._read_shard,
+    **group_math.READERS,
 }
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights import groups
 from passopt.ir.weights.concat import Concat, concat
 from passopt.ir.weights.dequantized import Dequantized, dequantized
 from passopt.ir.weights.literals import Fill, Literal
 from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes, pack_codes, unpack_codes
+from passopt.ir.weights.rotation import Rotate, rotate
+from passopt.ir.weights.scaling import ScaleAlong, scale_along
 
 _MOST_LENGTH = 1 << 62
 
@@ -34,6 +40,30 @@ def check_expression(expression: ex.Expression) -> None:
             f"{type(expression).__name__} is declared {expression.dtype.name}{list(shape)}, "
             f"but its operands give {dtype.name}{list(expected)}"
         )
+
+
+def _group_part(index: int) -> Callable[[Any, ex.Expression], ex.Expression]:
+    return lambda core, operand: groups.quantize_groups(
+        operand, core.group, symmetric=index < 2 and getattr(core, "symmetric", False)
+    )[index]
+
+
+def _nibbles(core: groups.Nibbles, operand: ex.Expression) -> ex.Expression:
+    if not core.distance:
+        raise ModelError("Nibbles has the distance 0")
+    return groups.nibbles(operand, core.distance)
+
+
+#: How the expressions of codes of 4 bits are built anew.
+_OF_GROUPS: dict[type[ex.Expression], Callable[[Any, ex.Expression], ex.Expression]] = {
+    groups.GroupCodes: _group_part(0),
+    groups.GroupScales: _group_part(1),
+    groups.GroupZeros: _group_part(2),
+    groups.Unsigned: lambda _, operand: groups.unsigned(operand),
+    groups.Nibbles: _nibbles,
+    groups.PackedBytes: lambda _, operand: groups.packed_bytes(operand),
+    groups.View: lambda core, operand: groups.view(operand, core.shape),
+}
 
 
 def _is_whole(value: object) -> bool:
@@ -78,8 +108,8 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
         return concat(expression.parts, expression.along)
     if isinstance(expression, Dequantized):
         return dequantized(expression.codes, expression.scales, expression.along)
-    (operand,) = expression.operands
-    for name in ("along", "start", "segments", "degree"):
+    operand = expression.operands[0]
+    for name in ("along", "start", "segments", "degree", "seed", "group", "distance"):
         if not _is_whole(getattr(expression, name, 0)):
             raise ModelError(f"{type(expression).__name__} has {name} {getattr(expression, name)!r}")
     if isinstance(expression, ex.Slice):
@@ -96,6 +126,10 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
     if isinstance(expression, ex.NormalizeRows):
         _check_number(expression.epsilon)
         return operand.normalize_rows(expression.epsilon)
+    if isinstance(expression, Rotate):
+        return rotate(operand, expression.along, expression.seed)
+    if isinstance(expression, ScaleAlong):
+        return scale_along(operand, expression.along, expression.vector)
     if isinstance(expression, (ex.QuantizeCodes, ex.QuantizeScales)):
         return operand.quantize(expression.along)[isinstance(expression, ex.QuantizeScales)]
     if isinstance(expression, ex.Pack):
@@ -103,6 +137,8 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
         return operand.pack(rows, columns)
     if isinstance(expression, ex.RowSums):
         return operand.row_sums()
+    if type(expression) in _OF_GROUPS:
+        return _OF_GROUPS[type(expression)](expression, operand)
     if isinstance(expression, UnpackCodes):
         return unpack_codes(operand, expression.bits)
     if isinstance(expression, PackCodes):

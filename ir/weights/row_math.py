@@ -18,7 +18,6 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: The squares of a row are added up in this many partial sums, column j in sum j % LANES, so that the result has the
 #: same bits for any width of vector registers.
 LANES = 16
-_SMALLEST_STEP = np.float32(127.5)
 
 
 def absmax(values: Array, along: int, through: ex.DataType | None = None) -> Array:
@@ -90,16 +89,16 @@ def widened(values: Array, through: ex.DataType | None = None) -> Array:
         return np.array(rounded, np.float32)
 
 
-def scales_of(absmax: Array, dtype: ex.DataType) -> Array:
-    """Return absmax/127 in `dtype`, one scale per channel.
+def scales_of(absmax: Array, dtype: ex.DataType, largest: int = 127) -> Array:
+    """Return absmax/`largest` in `dtype`, one scale per channel or group.
 
     A channel of zeros gets `SCALE_OF_ZEROS`. A rounded scale may be so small (subnormal) that the largest value would
-    not fit in codes of ±127; then the next larger representable number is taken.
+    not fit in codes up to `largest`; then the next larger representable number is taken.
     """
     kind = dtype.numpy()
-    exact = absmax / np.float32(127)
+    exact = absmax / np.float32(largest)
     scales: Array = exact.astype(kind)
-    short = absmax > scales.astype(np.float32) * _SMALLEST_STEP
+    short = absmax > scales.astype(np.float32) * np.float32(largest + 0.5)
     if short.any():
         scales[short] = _next_up(scales[short])
     scales[absmax == 0] = ex.SCALE_OF_ZEROS

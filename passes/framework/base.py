@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import onnx_ir
@@ -130,6 +130,20 @@ class Pass(abc.ABC):
 
         Raises:
             PassError: If the model or an option of the pass is wrong.
+        """
+
+    def foresee(self, model: onnx_ir.Model, pipeline: Sequence[Pass]) -> None:  # noqa: B027  # most have nothing to say
+        """Raise PassError if it is clear before any pass runs that this pass cannot end well.
+
+        Most passes find that out in `run`. This is for what would be told only after minutes of other passes, such as
+        options of two passes that do not go together.
+
+        Args:
+            model: The model before the first pass; it must not be changed.
+            pipeline: All passes that are to run, in order.
+
+        Raises:
+            PassError: If the pass would fail for certain.
         """
 
     def explain(self, model: onnx_ir.Model) -> Iterable[Refusal]:

@@ -90,6 +90,8 @@ def run_passes(
     context.times_rules, context.rewrite_limit = time_rules, rewrite_limit
     if verify:
         verify_model(model)
+    for item in passes:
+        item.foresee(model, passes)
     for index, item in enumerate(passes):
         for instrument in instruments:
             instrument.before_pass(index, item, model)

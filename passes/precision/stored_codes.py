@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from passopt.ir.calibration.calibration import Calibration
 from passopt.ir.calibration.keys import weight_key
 from passopt.ir.errors import CalibrationError
 from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Cast, Expression, Pad, Shard, Slice, Transpose
+from passopt.ir.weights.groups import placed
 
 
 def stored_codes(weight: Expression, axis: int, calibration: Calibration, who: str) -> tuple[Expression, Expression]:
@@ -35,6 +38,49 @@ def holds_codes(weight: Expression, calibration: Calibration) -> bool:
     return any(calibration.codes(part.text()) is not None for part in weight.walk())
 
 
+def stored_groups(weight: Expression, group: int, calibration: Calibration, who: str) -> tuple[Expression, Expression]:
+    """Return codes (int8 within ±7) and scales [out, groups] of a weight [out, in] from a calibration folder.
+
+    Args:
+        weight: The weight.
+        group: The inputs that share a scale.
+        calibration: The folder.
+        who: The pass that asks, for messages.
+
+    Raises:
+        CalibrationError: If the folder holds no such codes of the weight, or was made of another model.
+        ModelError: If a group would be cut.
+    """
+    found = _mapped_groups(weight, 0, group, calibration, who)
+    if found is None:
+        raise calibration.unknown(weight, who)
+    codes, scales = found
+    return codes, scales.cast(weight.dtype)
+
+
+def _mapped_groups(
+    weight: Expression, axis: int, group: int, calibration: Calibration, who: str
+) -> tuple[Expression, Expression] | None:
+    """Return codes in the layout of a weight, whose output channels are an axis of it, and scales [out, groups]."""
+    if weight_key(weight) in calibration.weights and not isinstance(weight, (Cast, Transpose)):
+        return _of_base(weight, axis, calibration, who, bits=4, group=group)
+    if not isinstance(weight, (Shard, Pad, Slice, Transpose, Cast)):
+        return None
+    inner = weight.permutation[axis] if isinstance(weight, Transpose) else axis
+    found = _mapped_groups(weight.operand, inner, group, calibration, who)
+    if found is None or (isinstance(weight, Pad) and weight.value != 0):
+        return None
+    codes, scales = found
+    if isinstance(weight, Transpose):
+        return codes.transpose(weight.permutation), scales
+    if isinstance(weight, Cast):
+        return codes, scales
+    # Scales are always [out, groups], so their axis differs from that of codes stored as [in, out].
+    along = 0 if weight.along == axis else 1
+    cut = dataclasses.replace(weight, along=along, shape=weight.shape if axis == 0 else weight.shape[::-1])
+    return placed(weight, codes, 1), placed(cut, scales, group if along else 1, SCALE_OF_ZEROS)
+
+
 def _mapped(weight: Expression, axis: int, calibration: Calibration, who: str) -> tuple[Expression, Expression] | None:
     if weight_key(weight) in calibration.weights and not isinstance(weight, (Cast, Transpose)):
         return _of_base(weight, axis, calibration, who)
@@ -61,9 +107,11 @@ def _mapped(weight: Expression, axis: int, calibration: Calibration, who: str) -
     return codes.slice(weight.along, weight.start, stop), scales.slice(0, weight.start, stop) if is_along else scales
 
 
-def _of_base(weight: Expression, axis: int, calibration: Calibration, who: str) -> tuple[Expression, Expression]:
+def _of_base(
+    weight: Expression, axis: int, calibration: Calibration, who: str, bits: int = 8, group: int = 0
+) -> tuple[Expression, Expression]:
     """Return the codes of a weight that the folder knows by itself."""
-    found = calibration.codes(weight_key(weight))
+    found = calibration.codes(weight_key(weight), bits=bits, group=group)
     if found is None:
         raise CalibrationError(
             f"{who}: {calibration.folder} holds what was measured on the input of {weight_key(weight)}, and no codes. "

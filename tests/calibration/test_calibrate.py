@@ -22,7 +22,7 @@ from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.ir.weights.literals import Literal
 from passopt.passes.pipeline.text import resolve
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification.scenarios import empty_cache
+from passopt.verification.sampling.cache_inputs import empty_cache
 
 Array = np.ndarray
 ORIGINAL = Settings(true_sequential=False)
@@ -55,7 +55,7 @@ def inputs_of(model: onnx_ir.Model, ids: Array) -> dict[str, Array]:
     same = {
         "attention_mask": np.ones((1, length), np.int64),
         "position_ids": np.arange(length)[None],
-        **{name: zeros(1) for name, zeros in empty_cache(model).items()},
+        **empty_cache(model),
     }
     runs = [session.run({"input_ids": row[None], **same}) for row in ids]
     return {
@@ -101,7 +101,7 @@ def test_keys_and_values_are_measured(tiny: Any) -> None:
     model, ids = tiny.model(), tiny.ids
     session = Session(model, threads=1)
     feeds = {"attention_mask": np.ones_like(ids[:1]), "position_ids": np.arange(ids.shape[1])[None]}
-    feeds |= {name: zeros(1) for name, zeros in empty_cache(model).items()}
+    feeds |= empty_cache(model)
     keys = [session.run({"input_ids": row[None], **feeds})["present.1.key"] for row in ids]
     np.testing.assert_allclose(found, np.abs(np.concatenate(keys)).max(axis=(0, 2)), rtol=1e-4)
 

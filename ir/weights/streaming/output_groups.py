@@ -11,6 +11,7 @@ from pathlib import Path
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.raw_bytes import stored
+from passopt.ir.weights.rotation import Rotate
 from passopt.ir.weights.safetensors_layout import Layout, layout_of
 from passopt.ir.weights.streaming.row_spans import Part, Span, base_of, in_order, is_by_columns, matrix_shape, spans_of
 
@@ -131,7 +132,7 @@ class Group:
     @property
     def is_boxed(self) -> bool:
         """Return whether only the evaluator of boxes can read the base."""
-        return not isinstance(self.base, ex.Source) and not is_turned(self.base)
+        return not isinstance(self.base, ex.Source) and not is_turned(self.base) and not is_held(self.base)
 
     @property
     def read_bytes(self) -> int:
@@ -152,6 +153,11 @@ class Group:
 def is_turned(base: ex.Expression) -> bool:
     """Return whether the base is a transposed matrix of a file, whose rows are read as panels of columns."""
     return isinstance(base, ex.Transpose) and isinstance(base.operand, ex.Source) and base.permutation == (1, 0)
+
+
+def is_held(base: ex.Expression) -> bool:
+    """Return whether the base is a matrix whose columns are rotated, which is kept whole, as each row needs all."""
+    return isinstance(base, Rotate) and base.by_columns
 
 
 #: The operations whose kernels take values that are not rounded yet, and round them in passing.

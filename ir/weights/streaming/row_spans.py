@@ -17,8 +17,14 @@ import numpy as np
 
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.literals import Fill
 from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
+from passopt.ir.weights.rotation import Rotate
+from passopt.ir.weights.scaling import ScaleAlong
+
+#: The operations on rows that codes of 4 bits consist of.
+GROUP_ROWS = GroupCodes | GroupScales | GroupZeros | Nibbles | Unsigned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,10 @@ def is_row_operation(expression: ex.Expression) -> bool:
     """Return whether row i of the result needs only row i of the operand and, at most, the scales of all columns."""
     if isinstance(expression, ex.Cast):
         return not _is_summary(expression.operand)
-    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | _Packing)
+    if isinstance(expression, Rotate):
+        return expression.by_rows
+    kinds = ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | ScaleAlong | GROUP_ROWS | _Packing
+    return isinstance(expression, kinds)
 
 
 def is_by_columns(core: ex.Expression) -> bool:
@@ -119,7 +128,9 @@ def _spans(expression: ex.Expression, rank: int) -> list[Span]:
         cast = expression.operand  # Rounding and transposing commute.
         turned = dataclasses.replace(expression, dtype=cast.operand.dtype, operand=cast.operand)
         return _spans(dataclasses.replace(cast, shape=turned.shape, operand=turned), rank)
-    if is_by_columns(expression):
+    if isinstance(expression, ex.Transpose) and isinstance(expression.operand, Rotate | ScaleAlong):
+        return _spans(_turned(expression, expression.operand), rank)
+    if is_by_columns(expression) or (isinstance(expression, ScaleAlong) and expression.along == 0):
         return _of_columns(expression, rank)  # type: ignore[arg-type]
     if is_row_operation(expression):
         return _of_rows(expression, rank)  # type: ignore[arg-type]
@@ -132,8 +143,17 @@ def _itself(expression: ex.Expression) -> list[Span]:
     return [Span(rows, (Part(expression, 0, 0, columns),))]
 
 
-def _of_columns(expression: ex.QuantizeCodes | ex.QuantizeScales, rank: int) -> list[Span]:
-    """Return the spans of a quantisation by columns, which needs the whole operand and cannot be done part by part.
+def _turned(transpose: ex.Transpose, inside: Rotate | ScaleAlong) -> ex.Expression:
+    """Return a transposed operation along an axis as the same operation along the other axis, of the transposed."""
+    operand = inside.operand.transpose(transpose.permutation)
+    along = transpose.permutation.index(inside.along)
+    return dataclasses.replace(inside, shape=transpose.shape, operand=operand, along=along)
+
+
+def _of_columns(expression: ex.QuantizeCodes | ex.QuantizeScales | ScaleAlong, rank: int) -> list[Span]:
+    """Return the spans of what has a number per column, or a factor per row, of the whole operand.
+
+    It cannot be done part by part.
 
     The placement of the operand is looked through only if it places a whole core.
     """
@@ -149,7 +169,9 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
     return part.core if part.row == 0 and part.core is not None and part.core.shape == expression.shape else None
 
 
-def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums | _Packing, rank: int) -> list[Span]:
+def _of_rows(
+    expression: ex.Cast | ex.NormalizeRows | ex.RowSums | Rotate | ScaleAlong | GROUP_ROWS | _Packing, rank: int
+) -> list[Span]:
     """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
 
     It commutes with the placement of whole rows; a cast commutes with that of columns too.
@@ -174,10 +196,12 @@ def _is_row(part: Part, operation: ex.Expression) -> bool:
 def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
     """Return the operation on what `part` shows; for a part that is filled with one number, the result is known."""
     if part.core is None:
-        scale = isinstance(operation, ex.QuantizeScales)
+        scale = isinstance(operation, ex.QuantizeScales | GroupScales)
         return Part(None, 0, 0, columns, ex.SCALE_OF_ZEROS if scale else _rounded(part.value, operation))
     core = part.core
     shape = core.shape[:1] if isinstance(operation, ex.QuantizeScales | ex.RowSums) else core.shape
+    if isinstance(operation, GroupScales | GroupZeros | Nibbles):
+        shape = (core.shape[0], operation.shape[1])
     if isinstance(operation, _Packing):
         shape = (core.shape[0], columns)
     made = dataclasses.replace(operation, shape=shape, operand=core)  # type: ignore[call-arg]

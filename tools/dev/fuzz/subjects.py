@@ -41,6 +41,7 @@ OF_MODELS = (
     ("verify", WHOLE, MODEL),
     ("verify", MODEL, WHOLE, "--json"),
     ("verify", WHOLE, MODEL, "--layerwise"),
+    ("eval", WHOLE, MODEL, "--text", __file__, "--window", "16", "--max-tokens", "64"),
     ("generate", MODEL, "--ids", "--prompt", "3 4 5"),
     ("materialize", MODEL, "-o", OUT),
     ("replay", MODEL),

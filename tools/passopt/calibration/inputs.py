@@ -1,4 +1,4 @@
-"""Measure the input of linears: the largest magnitude of each channel, and percentiles of all magnitudes."""
+"""Measure the input of linears: largest magnitudes by channel, of weights too, and percentiles of all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from passopt.ir.errors import ModelError
+from passopt.ir.weights.evaluator import Evaluator
+from passopt.ir.weights.expressions import Expression
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -59,3 +61,12 @@ class InputSummary:
         bins = [int(np.searchsorted(reached, np.ceil(total * share / 100))) for share in PERCENTILES]
         edges = np.array([(place + 1 << _SHIFT) - 1 for place in bins], np.uint32).view(np.float32)
         return {f"{share:g}": float(f"{edge:.6g}") for share, edge in zip(PERCENTILES, edges, strict=True)}
+
+
+def column_absmax(weight: Expression) -> Array:
+    """Return the largest magnitude of each column of a weight [n, k], as fp32 [k], reading it in chunks of rows."""
+    largest: Array = np.zeros(weight.shape[1], np.float32)
+    with Evaluator() as evaluator:
+        for rows in evaluator.chunks(weight):
+            np.maximum(largest, np.abs(rows.astype(np.float32)).max(axis=0, initial=0), out=largest)
+    return largest

@@ -32,6 +32,7 @@ COMMANDS = (
     "run",
     "export-checkpoint",
     "verify",
+    "eval",
     "list",
     "new-pass",
     "explain",

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from passopt.passes.framework.accuracy import QualityBar
-from passopt.verification.divergence import divergence, judged_rows, logit_pairs
+from passopt.predictions.divergence import divergence
+from passopt.verification.divergence import judged_rows, logit_pairs
 from passopt.verification.report import PREDICTIONS, TOP_1, Row, compare, compare_perplexity
 from passopt.verification.scenarios import Observation, Scenario, perplexity
 from passopt.verification.tolerances import Tolerance

@@ -7,23 +7,29 @@ purpose: it uses only the codes and scales that the graph holds.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir
 
+from passopt.ir.attention.int8_cache import int8_caches
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.decoder import SCALES
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.linears import Linear, find_dynamic_linear
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import Expression
+from passopt.ir.weights.groups import FOUR_BITS
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.ir.weights.sources import external_source
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-_CODES = {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8}
+#: The operators that put a cache together, of codes or of numbers alike.
+_MOVES = frozenset({"Concat", "Pad", "Slice", "Split"})
+_CODES = {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8} | FOUR_BITS
 
 
 def dequantised_weights(model: onnx_ir.Model) -> list[onnx_ir.Node]:
@@ -37,6 +43,11 @@ def dequantised_weights(model: onnx_ir.Model) -> list[onnx_ir.Node]:
         and node.inputs[0].is_initializer()
         and node.inputs[0].dtype in _CODES
     ]
+
+
+def has_groups(model: onnx_ir.Model) -> bool:
+    """Return whether the graph holds weights of 4 bits, whose scales belong to groups of inputs."""
+    return any(node.inputs[0] is not None and node.inputs[0].dtype in FOUR_BITS for node in dequantised_weights(model))
 
 
 def dynamic_linears(model: onnx_ir.Model) -> list[Linear]:
@@ -61,7 +72,7 @@ def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
     `scratch`, in chunks of rows. The files must stay there as long as the twin is used.
 
     Raises:
-        ModelError: If a DequantizeLinear has blocked scales, or scales that are not constant.
+        ModelError: If a DequantizeLinear has scales that are not constant.
     """
     twin = model.clone()
     graph = twin.graph
@@ -102,6 +113,36 @@ def without_quantised_rows(model: onnx_ir.Model) -> onnx_ir.Model:
     return plain
 
 
+def without_int8_cache(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Return a clone that keeps its cache as numbers, and keys as they are; the model itself if it does so."""
+    if not int8_caches(model):
+        return model
+    plain = model.clone()
+    graph = plain.graph
+    for node, cache in int8_caches(plain).items():
+        rows = cache.key.rows if cache.turn is None else cache.turn.key
+        if cache.turn is not None:
+            node.replace_input_with(0, cache.turn.query)
+        for part, new in ((cache.key, rows), (cache.value, cache.value.rows)):
+            for index, value in enumerate(node.inputs):
+                if value is part.past or value is part.stored:
+                    node.replace_input_with(index, part.past_codes if value is part.past else new)
+            part.codes.replace_all_uses_with(new)
+            part.input.type = new.type
+    numbers = {value for value in graph.inputs if (value.name or "").startswith("past.")}
+    for node in graph:
+        if node.op_type in _MOVES and not node.domain and node.inputs[0] in numbers:
+            numbers.update(node.outputs)
+            for value in node.outputs:
+                value.type = node.inputs[0].type
+    for values in (graph.outputs, graph.inputs):
+        if values is graph.inputs:
+            Editor(plain, "plain").remove_dead(list(graph))
+        for value in [item for item in values if (item.name or "").endswith(SCALES)]:
+            values.remove(value)
+    return plain
+
+
 def _multiply_numbers(editor: Editor, linear: Linear) -> None:
     """Replace an integer product of codes by the same product in fp32.
 
@@ -123,17 +164,20 @@ def _write(node: onnx_ir.Node, path: Path, name: str) -> Expression:
     codes, scales, zeros = _operand(node, 0), _operand(node, 1), _operand(node, 2)
     assert codes is not None
     assert scales is not None
-    if "block_size" in node.attributes and node.attributes["block_size"].as_int():
-        raise ModelError(f"DequantizeLinear {node.name!r}: blocked scales cannot be checked yet")
+    block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
     axis = codes.axis(node.attributes["axis"].as_int() if "axis" in node.attributes else 1) if scales.shape else 0
     with Evaluator() as evaluator, path.open("wb") as file:
         factor = evaluator.array(scales)
         offset = np.zeros_like(factor, np.int32) if zeros is None else evaluator.array(zeros).astype(np.int32)
         start = 0
         for chunk in evaluator.chunks(codes):
-            rows = slice(start, start + len(chunk)) if axis == 0 and scales.shape else slice(None)
-            wide = chunk.astype(np.int32) - _spread(offset, rows, axis, chunk.ndim)
-            values = wide.astype(np.float32) * _spread(factor, rows, axis, chunk.ndim).astype(np.float32)
+            if block:
+                spread = functools.partial(_of_blocks, block=block, axis=axis, start=start, shape=chunk.shape)
+            else:
+                rows = slice(start, start + len(chunk)) if axis == 0 and scales.shape else slice(None)
+                spread = functools.partial(_spread, rows=rows, axis=axis, ndim=chunk.ndim)
+            wide = chunk.astype(np.int32) - spread(offset)
+            values = wide.astype(np.float32) * spread(factor).astype(np.float32)
             file.write(values.astype(factor.dtype).tobytes())
             start += len(chunk)
     return external_source(path, name, scales.dtype, codes.shape, 0)
@@ -147,6 +191,14 @@ def _operand(node: onnx_ir.Node, index: int) -> Expression | None:
     if expression is None:
         raise ModelError(f"DequantizeLinear {node.name!r}: {value.name!r} is computed, expected a constant")
     return expression
+
+
+def _of_blocks(parts: Array, block: int, axis: int, start: int, shape: tuple[int, ...]) -> Array:
+    """Return what belongs to each element of rows of codes from `start` on, of parts that blocks of them share."""
+    places = np.arange(shape[axis]) + (start if axis == 0 else 0)
+    rows = parts if axis == 0 else parts[start : start + shape[0]]
+    found: Array = np.take(rows, places // block, axis)
+    return found
 
 
 def _spread(vector: Array, rows: slice, axis: int, ndim: int) -> Array:

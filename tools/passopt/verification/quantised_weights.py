@@ -17,27 +17,30 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression
+from passopt.ir.weights.groups import FOUR_BITS
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.ir.weights.sources import external_source
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: The largest root mean square error of a channel, in steps of absmax / 127. Rounding to the nearest makes 0.3.
+#: The largest root mean square error of a channel, in steps of absmax / 127, or absmax / 7 for codes of 4 bits. Rounding
+#: to the nearest makes 0.3.
 LARGEST = 1.0
 #: Where half of the channels differ by more steps than this, the codes are those of another weight.
 _OTHER = 16.0
 #: The comparison of a quantised model with the original on the numbers of its codes.
 ON_CODES = "against the original on the candidate's own codes"
-#: What the names of codes and scales of a weight end with. Where activations are quantised in a graph of 16 bits, its
+#: What the names of codes, scales and zero points of a weight end with. Where activations are quantised in a graph of 16 bits, its
 #: scales are widened.
-CODES, SCALES, WIDENED = ".codes", ".scales", ".fp32"
+CODES, SCALES, ZEROS, WIDENED = ".codes", ".scales", ".zeros", ".fp32"
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelError:
-    """The output channel of a weight whose codes differ most from it: root mean square, in steps of absmax / 127.
+    """The output channel of a weight whose codes differ most from it: root mean square, in steps of its codes.
 
-    `common` is the error of its median channel.
+    A step is absmax / 127, or absmax / 7 for codes of 4 bits. `common` is the error of its median channel, always in
+    the former.
     """
 
     weight: str
@@ -64,8 +67,9 @@ def _errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Iterator[Chan
         if not name.endswith(CODES) or weight is None or scales is None or weight.dtype not in FLOATS:
             continue
         parts = [expression_of(value) for value in (weight, codes, scales)]
+        zeros = _zeros_of(candidate, name.removesuffix(CODES))
         if all(part is not None and not part.depends_on_rank for part in parts):
-            error = _error(name.removesuffix(CODES), *parts)  # type: ignore[arg-type]
+            error = _error(name.removesuffix(CODES), *parts, zeros)  # type: ignore[arg-type, call-arg]
             if error is not None:
                 yield error
 
@@ -73,6 +77,11 @@ def _errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Iterator[Chan
 def _scales_of(candidate: onnx_ir.Model, name: str) -> onnx_ir.Value | None:
     given = candidate.graph.initializers
     return given.get(name + SCALES) or given.get(name + SCALES + WIDENED)
+
+
+def _zeros_of(candidate: onnx_ir.Model, name: str) -> Expression | None:
+    value = candidate.graph.initializers.get(name + ZEROS)
+    return None if value is None else expression_of(value)
 
 
 def rounding_errors(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, bf16: bool = False) -> dict[str, float]:
@@ -113,9 +122,11 @@ def _beyond_rounding(one: Expression, two: Expression, dtype: DataType | None) -
     return float(beyond.max(initial=0.0))
 
 
-def numbers_of_codes(weight: Expression, codes: Expression, scales: Expression) -> Array | None:
+def numbers_of_codes(
+    weight: Expression, codes: Expression, scales: Expression, zeros: Expression | None = None
+) -> Array | None:
     """Return codes times scales, in the orientation of the weight that they stand for; None if they do not fit it."""
-    original, candidates = _dequantised(weight, codes, scales)
+    original, candidates = _dequantised(weight, codes, scales, zeros)
     best: Array | None = None
     apart = float("inf")
     for made, _ in candidates:
@@ -126,38 +137,57 @@ def numbers_of_codes(weight: Expression, codes: Expression, scales: Expression) 
     return best if best is not None and apart <= _OTHER / 127 * float(np.abs(original).max(initial=0.0)) else None
 
 
-def _error(name: str, weight: Expression, codes: Expression, scales: Expression) -> ChannelError | None:
-    original, candidates = _dequantised(weight, codes, scales)
+def _error(
+    name: str, weight: Expression, codes: Expression, scales: Expression, zeros: Expression | None
+) -> ChannelError | None:
+    original, candidates = _dequantised(weight, codes, scales, zeros)
+    largest = 7 if codes.dtype in FOUR_BITS else 127
     best: ChannelError | None = None
     for made, axis in candidates:
         for one in (original, original.T):
             if one.shape == made.shape:
-                found = _worst_channel(name, one, made, axis)
+                found = _worst_channel(name, one, made, axis, largest)
                 best = found if best is None or found.steps < best.steps else best
     return best
 
 
-def _dequantised(weight: Expression, codes: Expression, scales: Expression) -> tuple[Array, list[tuple[Array, int]]]:
+def _dequantised(
+    weight: Expression, codes: Expression, scales: Expression, zeros: Expression | None
+) -> tuple[Array, list[tuple[Array, int]]]:
     """Return a weight, and codes times scales for each axis that the scales may belong to, all in fp32.
 
     There are none if the codes are no matrix of as many rows and columns, in either order.
     """
-    if len(weight.shape) != 2 or sorted(weight.shape) != sorted(codes.shape) or len(scales.shape) != 1:
+    fits = len(weight.shape) == 2 and sorted(weight.shape) == sorted(codes.shape)
+    if not fits or len(scales.shape) not in {1, 2}:
         return np.empty((0, 0), np.float32), []
     with Evaluator() as evaluator:
         numbers, factors = (evaluator.array(part).astype(np.float32) for part in (codes, scales))
         original = evaluator.array(weight).astype(np.float32)
+        offsets = np.float32(0) if zeros is None else evaluator.array(zeros).astype(np.float32)
+    if len(scales.shape) == 2:
+        return original, list(_of_groups(numbers, factors, offsets))
     axes = [axis for axis in (0, 1) if numbers.shape[axis] == len(factors)]
     return original, [(numbers * (factors[:, None] if axis == 0 else factors), axis) for axis in axes]
 
 
-def _worst_channel(name: str, original: Array, made: Array, axis: int) -> ChannelError:
+def _of_groups(numbers: Array, factors: Array, offsets: Any) -> Iterator[tuple[Array, int]]:
+    """Yield codes times scales that groups of inputs share, and the axis of the output channels."""
+    for axis in (0, 1):
+        groups = factors.shape[1 - axis]
+        if numbers.shape[axis] == factors.shape[axis] and groups and numbers.shape[1 - axis] % groups == 0:
+            block = numbers.shape[1 - axis] // groups
+            shift = np.repeat(offsets, block, 1 - axis) if np.ndim(offsets) else offsets
+            yield (numbers - shift) * np.repeat(factors, block, 1 - axis), axis
+
+
+def _worst_channel(name: str, original: Array, made: Array, axis: int, largest: int) -> ChannelError:
     difference = np.sqrt(np.mean(np.square(original - made), axis=1 - axis))
     step = np.abs(original).max(axis=1 - axis) / 127
     # A channel of zeros has no step; it must have stayed zero.
     steps = np.where(step > 0, difference / np.where(step > 0, step, 1), np.where(difference > 0, np.inf, 0))
     channel = int(steps.argmax())
-    return ChannelError(name, channel, float(steps[channel]), float(np.median(steps)))
+    return ChannelError(name, channel, float(steps[channel]) * largest / 127, float(np.median(steps)))
 
 
 def quantised_names(candidate: onnx_ir.Model) -> list[str]:
@@ -183,7 +213,7 @@ def on_codes(reference: onnx_ir.Model, candidate: onnx_ir.Model, folder: Path) -
         parts = [None if value is None else expression_of(value) for value in (weight, codes, scales)]
         if any(part is None or part.depends_on_rank for part in parts):
             return None
-        made = numbers_of_codes(*parts)  # type: ignore[arg-type]
+        made = numbers_of_codes(*parts, _zeros_of(candidate, name))  # type: ignore[arg-type, call-arg]
         if made is None:
             return None
         source = folder / f"codes-{index}.bin"

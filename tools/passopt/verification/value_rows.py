@@ -52,7 +52,7 @@ def weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, bf16: boo
     if not errors:
         return rows
     worst = max(errors, key=lambda item: item.steps)
-    note = f"output channel {worst.channel}, in steps of absmax/127; {len(errors)} weights"
+    note = f"output channel {worst.channel}, in steps of its codes; {len(errors)} weights"
     return [*rows, Row(COMPARISON, "codes", worst.weight, worst.steps, LARGEST, note)]
 
 

@@ -25,7 +25,7 @@ from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, compare_all, 
 from passopt.verification.layerwise import Label, run_layerwise
 from passopt.verification.logit_store import LogitStore
 from passopt.verification.original_on_codes import against_original_on_codes
-from passopt.verification.own_codes import against_own_codes, twin_tolerance
+from passopt.verification.own_codes import against_one_step, against_own_codes, twin_tolerance
 from passopt.verification.quantised_weights import LARGEST, channel_errors
 from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
 from passopt.verification.sampling.shaken import nudged_model
@@ -230,7 +230,7 @@ def _costliest(
     errors = channel_errors(reference, candidate)
     worst = max(errors, key=lambda item: item.steps, default=None)
     if worst is not None and worst.steps > LARGEST:
-        return f"{worst.weight}, output channel {worst.channel}: off by {worst.steps:.1f} steps of int8"
+        return f"{worst.weight}, output channel {worst.channel}: off by {worst.steps:.1f} steps of its codes"
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch, fold_qdq=True)
     label = Label(ORIGINAL, 1.0)
     plain = [scenario for scenario in scenarios if not scenario.scored and not scenario.past]
@@ -291,8 +291,10 @@ def _verify_whole(
         found = observe(candidate, scenarios, session, keep)
         own = options.tolerance is None
         rows = against_own_codes(reference, candidate, scenarios, found, session, options.scratch, by_layers=own)
-        if bar is not None and "int8" in judgement.kind:
+        if bar is not None and judgement.is_quantised:
             rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, far)
+        if bar is not None and precision_of(candidate).cache:
+            rows += against_one_step(scenarios, found, lambda others: observe(candidate, others, session))
         expected = observe(reference, scenarios, session, keep)
         rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
     rows += _far_rows(reference, candidate, far, tolerance, bar, options, notes)

@@ -17,9 +17,10 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.operators import random_operators
+from passopt.predictions.divergence import divergence
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.dequantised_twin import is_quantized
-from passopt.verification.divergence import divergence, judged_rows
+from passopt.verification.divergence import judged_rows
 from passopt.verification.original_on_codes import outputs_on_codes
 from passopt.verification.own_codes import outputs_against_own_codes
 from passopt.verification.report import Row, VerifyReport
@@ -45,7 +46,13 @@ from passopt.verification.value_rows import (
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 #: How far a lossy candidate may move numbers, for finding integers that it may pick otherwise.
-_STEPS: Mapping[str, float] = {"fp16": 1e-3, "bf16 and wider": 8e-3, "int8": 1 / 127, "int8 activations": 1 / 64}
+_STEPS: Mapping[str, float] = {
+    "fp16": 1e-3,
+    "bf16 and wider": 8e-3,
+    "int8": 1 / 127,
+    "int8 activations": 1 / 64,
+    "int4": 1 / 7,
+}
 #: Predictions judge the logits of a lossy candidate. Where these are nearly equal for all tokens, they would hide even
 #: a wrong sign, so the numbers may differ by some times the tolerance of other outputs at most.
 _GROSS = 3
@@ -134,7 +141,7 @@ def verify_any(
             rows += outputs_against_own_codes(candidate, opened, safe, judge.ties, scratch)
         except ModelError as error:
             said.append(f"not compared with its own codes: {error}")
-        if "int8" in kind:
+        if kind.startswith("int"):
             rows += outputs_on_codes(reference, candidate, opened, safe, judge.ties, scratch)
     return VerifyReport(tuple(rows), tuple(said), lossy=kind if lossy and tolerance is None else "")
 

@@ -125,9 +125,12 @@ def _check_sizes(reference: onnx_ir.Model, library: Library) -> None:
 
 
 def _precision(library: Library) -> Precision:
-    narrow = frozenset({library.cache.dtype} - {"fp32"})
+    in_codes = library.cache.dtype == "int8"
+    narrow = frozenset({library.cache.codes_of if in_codes else library.cache.dtype} - {"fp32"})
     dynamic = library.quantized == "dynamic"
-    return Precision(library.quantized == "weights", dynamic, dynamic, narrow)
+    has_groups = library.quantized == "groups"
+    is_quantized = has_groups or library.quantized == "weights"
+    return Precision(is_quantized, dynamic, dynamic, in_codes, narrow, groups=has_groups)
 
 
 def _without_cache(observations: Sequence[Observation]) -> list[Observation]:

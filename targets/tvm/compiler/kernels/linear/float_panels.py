@@ -56,7 +56,7 @@ def linear(panels: Panels, residual: bool = False) -> Any:
         ]
         buffers = {name: argument(name, shape, dtype) for name, shape, dtype in arguments if dtype is not None}
         with root_block():
-            _Linear(panels, rows, **buffers).emit()
+            PanelLinear(panels, rows, **buffers).emit()
     return builder.get()
 
 
@@ -88,7 +88,7 @@ class _Place:
     widen_to: Any = None
 
 
-class _Linear:
+class PanelLinear:
     """Emit one kernel into the builder that is open."""
 
     def __init__(
@@ -115,7 +115,7 @@ class _Linear:
         from tvm.script.ir_builder import tirx as T
 
         if not sizes:
-            self._many_rows()
+            self.many_rows()
             return
         with T.If(self.m <= sizes[0]):
             with T.Then():
@@ -195,7 +195,7 @@ class _Linear:
 
     # Many rows: blocks of rows and chunks of inputs.
 
-    def _many_rows(self) -> None:
+    def many_rows(self) -> None:
         from tvm.script.ir_builder import tirx as T
 
         size = self.panels.rows
@@ -291,8 +291,7 @@ class _Linear:
             if place.wide is not None:
                 weights = [load(place.wide, [k, at], self.lanes) for at in self.columns]
             else:
-                stored = [load(self.flat, [start + k * self.panels.width + at], self.lanes) for at in self.columns]
-                weights = [to_float32(value, self.panels.dtype, self.lanes, self.panels.isa) for value in stored]
+                weights = self._converted(place, start, k)
             if place.widen_to is not None:
                 weights = [bind(value) for value in weights]
                 for at, value in zip(self.columns, weights, strict=True):
@@ -317,6 +316,11 @@ class _Linear:
                 self._add_whole_tile(sums, panel, chunk, block)
             with T.Else():
                 self._add_part_of_tile(sums, panel, chunk, block)
+
+    def _converted(self, place: _Place, start: Any, k: Any) -> list[Any]:
+        """Return the weights of input `k` of a chunk in fp32; the chunk starts at element `start` of the flat buffer."""
+        stored = [load(self.flat, [start + k * self.panels.width + at], self.lanes) for at in self.columns]
+        return [to_float32(value, self.panels.dtype, self.lanes, self.panels.isa) for value in stored]
 
     def _add_whole_tile(self, sums: Any, panel: Any, chunk: Any, block: Any) -> None:
         from tvm.script.ir_builder import tirx as T
