@@ -114,6 +114,76 @@ def test_scales_keep_their_dtype(tmp_path: Path, dtype: Any) -> None:
     np.testing.assert_array_equal(weight, wide.astype(dtype))
 
 
+NIBBLES = RNG.integers(-8, 8, (16, 64)).astype(np.int8)
+COUNTED = RNG.uniform(1e-3, 1e-2, (16, 2)).astype(np.float16)
+GROUPS_OF_4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+PACKED_4 = INT_QUANTIZED | {"format": "pack-quantized", "config_groups": {"g": GROUP | {"weights": GROUPS_OF_4}}}
+
+
+def four_bits(stored: int = 7, **changed: Any) -> dict[str, Any]:
+    """Return the tensors of a linear of GPTQ in two groups of 32 inputs."""
+    tensors = {
+        "qweight": np.ascontiguousarray(words_of(NIBBLES, 4).T),
+        "qzeros": words_of(np.full((2, 16), stored - 8, np.int8), 4),
+        "scales": np.ascontiguousarray(COUNTED.T),
+        "g_idx": np.arange(64, dtype=np.int32) // 32,
+        **changed,
+    }
+    return {name: value for name, value in tensors.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors"),
+    [
+        (GPTQ | {"bits": 4, "group_size": 32}, four_bits()),
+        (GPTQ | {"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}, four_bits(8, g_idx=None)),
+        (
+            PACKED_4,
+            {"weight_packed": words_of(NIBBLES, 4), "weight_scale": COUNTED, "weight_shape": np.array([16, 64])},
+        ),
+        (
+            PACKED_4,
+            {
+                "weight_packed": words_of(NIBBLES, 4),
+                "weight_scale": COUNTED,
+                "weight_g_idx": np.arange(64, dtype=np.int32) // 32,
+            },
+        ),
+    ],
+)
+def test_codes_of_four_bits_have_scales_of_groups(tmp_path: Path, settings: Any, tensors: Any) -> None:
+    weight = open_checkpoint(written(tmp_path / "c", settings, tensors)).tensors["m.weight"]
+    assert isinstance(weight, Dequantized)
+    assert weight.group == 32
+    expected = NIBBLES.astype(np.float16) * np.repeat(COUNTED, 32, axis=1)
+    with Evaluator() as evaluator:
+        np.testing.assert_array_equal(evaluator.array(weight.codes), NIBBLES)
+        np.testing.assert_array_equal(evaluator.array(weight), expected)
+        np.testing.assert_array_equal(evaluator.read(weight, ((3, 9), (20, 45))), expected[3:9, 20:45])
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors", "says"),
+    [
+        (
+            GPTQ | {"bits": 4},
+            four_bits(g_idx=np.arange(64, dtype=np.int32) % 2),
+            r"'m\.g_idx' gives inputs that are not neighbours to one group.*static_groups=true",
+        ),
+        (GPTQ | {"bits": 4}, four_bits(8), "zero points from 9 to 9, and symmetric codes have 8"),
+        (
+            GPTQ | {"bits": 4},
+            four_bits(scales=np.repeat(COUNTED.T, 2, 0), g_idx=None),
+            "'m.scales' has 4 groups of 64 inputs",
+        ),
+        (PACKED_4, {"weight_packed": words_of(NIBBLES, 4), "weight_scale": COUNTED.repeat(3, 1)}, "has 6 groups of 64"),
+    ],
+)
+def test_groups_that_cannot_be_kept_are_refused(tmp_path: Path, settings: Any, tensors: Any, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        open_checkpoint(written(tmp_path / "c", settings, tensors))
+
+
 def test_rows_that_do_not_fill_words_are_cut(tmp_path: Path) -> None:
     codes = CODES[:, :6]
     words = words_of(np.pad(codes, ((0, 0), (0, 2)), constant_values=77))
@@ -157,7 +227,7 @@ def group(**changed: Any) -> dict[str, Any]:
         (group(weights=CHANNELS | {"strategy": "block"}), "a scale per block, and not per output channel"),
         (group(output_activations={"num_bits": 8}), "quantised output_activations"),
         (group(input_activations={"num_bits": 8, "dynamic": False}), "static input_activations"),
-        (GPTQ | {"bits": 3}, "gptq, 3 bits, which cannot be kept exactly: codes of 3 bits, and not of 8"),
+        (GPTQ | {"bits": 3}, "gptq, 3 bits, which cannot be kept exactly: codes of 3 bits, and not of 4 or 8"),
         (GPTQ | {"checkpoint_format": "marlin"}, 'the checkpoint_format "marlin"'),
         ({"quant_method": "awq", "bits": 8}, "says awq, 8 bits. Export takes compressed-tensors"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "says bitsandbytes, 8 bits. Export takes"),
@@ -187,8 +257,12 @@ def test_settings_that_cannot_be_taken_exactly_are_refused(tmp_path: Path, setti
         (INT_QUANTIZED, {}, "says compressed-tensors, and no weight is quantised. Remove quantization_config"),
         (GPTQ, gptq_tensors(qzeros=None), "holds 'm.qweight' and no m.qzeros"),
         (GPTQ, gptq_tensors(scales=SCALES[None, :5]), r"'m.scales' is FLOAT16\[1, 5\], expected .*\[1, 12\]"),
-        (GPTQ, gptq_tensors(scales=np.repeat(SCALES[None], 2, 0)), "'m.scales' has 2 groups of inputs"),
-        (GPTQ, gptq_tensors(g_idx=np.arange(8, dtype=np.int32)), "'m.g_idx' names group 7, and 'm.scales' has only"),
+        (
+            GPTQ,
+            gptq_tensors(scales=np.repeat(SCALES[None], 2, 0)),
+            "'m.scales' has 2 groups of 8 inputs. Export takes codes of 4 bits in groups of 32, 64",
+        ),
+        (GPTQ, gptq_tensors(g_idx=np.arange(8, dtype=np.int32)), "'m.g_idx' names groups 0 to 7, there are 1"),
         (GPTQ, gptq_tensors(g_idx=np.zeros(5, np.int32)), r"'m.g_idx' is INT32\[5\], expected .*\[8\]"),
         (GPTQ, gptq_tensors(qzeros=np.zeros((1, 2), np.int32)), r"'m.qzeros' is INT32\[1, 2\], expected .*\[1, 3\]"),
         (GPTQ, gptq_tensors(128), "zero points from 129 to 129, .* have 128 .*is checkpoint_format wrong"),

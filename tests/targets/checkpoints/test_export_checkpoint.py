@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, checkpoint: Path, calib: P
         ({"q": (packed.slice(0, 0, 4), CODES[PACKED][0][:4], CODES[PACKED][1][:4])}, r"codes \[4, 8\] of .*\[12, 8\]"),
         ({"d": (packed.slice(1, 0, 4), codes, scales)}, "no weight .out, in. of a checkpoint, nor rows of one"),
         ({"d": (packed.normalize_rows(1e-6), *CODES[PACKED])}, "Calibrate the exported model without passes"),
-        ({"e": (found["model.embed_tokens.weight"], codes[:5], scales[:5])}, "holds no int8 codes of linears"),
+        ({"e": (found["model.embed_tokens.weight"], codes[:5], scales[:5])}, "holds no codes of linears"),
     ]
     for index, (weights, says) in enumerate(cases):
         folder = calibration(tmp_path / f"calib-{index}", weights)
