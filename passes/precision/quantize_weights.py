@@ -55,7 +55,7 @@ class QuantizeWeights(RewritePass):
 
     embedding: bool = False
     head: bool = False
-    method: Literal["auto", "rtn", "gptq", "stored"] = "auto"
+    method: Literal["auto", "rtn", "mse", "gptq", "stored"] = "auto"
     from_: str = ""
 
     def run(self, model: onnx_ir.Model) -> PassResult:
@@ -67,10 +67,11 @@ class QuantizeWeights(RewritePass):
 
     def _check_method(self) -> None:
         """Raise CalibrationError if codes of the method have to be calibrated, and there are none."""
-        if not self.from_ and self.method == "gptq":
+        if not self.from_ and self.method in {"gptq", "mse"}:
+            options = "--data FILE" if self.method == "gptq" else "--method mse --collect codes"
             raise CalibrationError(
-                f"{self.name}: method=gptq needs codes that were calibrated. Make them: passopt calibrate MODEL --data "
-                f"FILE -o CALIB; then quantise with int8{{from=CALIB}}"
+                f"{self.name}: method={self.method} needs codes that were calibrated. Make them: passopt calibrate "
+                f"MODEL {options} -o CALIB; then quantise with int8{{from=CALIB}}"
             )
         if self.from_:
             made = {item.method for entry in Calibration.of(self.from_).weights.values() for item in entry.codes}
@@ -190,14 +191,14 @@ class QuantizeWeights(RewritePass):
         return [op.shared((kind, content), partial(op.initializer, f"{name}.{kind}", part)) for kind, part in parts]
 
     def _codes(self, weight: Expression, *, is_table: bool) -> tuple[Expression, Expression]:
+        own = own_codes(weight, 0)
         if not self.from_:
-            own = own_codes(weight, 0)
             if own is None and self.method == "stored":
                 raise Decline("the weight was not quantised before it was exported, or not by output channels")
             return own or weight.quantize(0)
         calibration = Calibration.of(self.from_)
-        if is_table and not holds_codes(weight, calibration):
-            return weight.quantize(0)
+        if (is_table or own is not None) and not holds_codes(weight, calibration):
+            return own or weight.quantize(0)
         return stored_codes(weight, 0, calibration, self.name)
 
 

@@ -170,7 +170,7 @@ def test_an_interrupted_run_of_other_settings_is_not_gone_on_with(tiny: Any) -> 
 
     with pytest.raises(KeyboardInterrupt):
         tiny.calibrate("calib", meter=Stopping())
-    _, report = tiny.calibrate("calib", Settings(damp=0.1))
+    _, report = tiny.calibrate("calib", Settings(damp=0.2))
     assert report.resumed == 0
 
 
@@ -261,6 +261,12 @@ def test_numbers_that_are_none_are_named_and_nothing_is_left(tiny: Any, name: st
 def test_a_model_that_is_quantised_has_nothing_to_calibrate(tiny: Any) -> None:
     tiny.model = lambda: run(type(tiny).model(tiny), "int8")
     with pytest.raises(ModelError, match="int8 finds no linear in this model that it would quantise"):
+        tiny.calibrate("calib")
+
+
+def test_a_model_that_is_sharded_is_calibrated_before(tiny: Any) -> None:
+    tiny.model = lambda: run(type(tiny).model(tiny), "tp{degree=2,pad=true}")
+    with pytest.raises(ModelError, match="the model is sharded; calibrate it before, and shard it with the codes"):
         tiny.calibrate("calib")
 
 

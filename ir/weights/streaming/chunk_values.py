@@ -138,10 +138,19 @@ class ChunkValues:
             step = max(1, READ_OF_HELD // 8 // max(1, 4 * self._columns))
             for start in range(0, base.shape[0], step):
                 stop = min(start + step, base.shape[0])
-                self._held[start:stop] = self._evaluator.read(base.operand, ((start, stop), (0, self._columns)))
+                self._hold(base.operand, start, stop)
             self._kernels.rotate_columns(self._held, rotation_of(base.shape[0], base.seed))
             self._is_filled = True
         return self._held
+
+    def _hold(self, operand: ex.Expression, start: int, stop: int) -> None:
+        """Compute rows `start` to `stop` of what is held, before it is rotated; widen them by a kernel."""
+        box, out = ((start, stop), (0, self._columns)), self._held[start:stop]
+        if isinstance(operand, ex.Cast):
+            values = np.ascontiguousarray(self._evaluator.read(operand.operand, box))
+            self._evaluator.report.count(operand, self._kernels.cast(values, operand.dtype, out))
+        else:
+            out[...] = self._evaluator.read(operand, box)
 
     def _evaluated(self, start: int, stop: int) -> Array:
         shape = self._base.shape

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.concat import concat
-from passopt.ir.weights.dequantized import dequantized, own_codes
+from passopt.ir.weights.dequantized import dequantized, own_codes, own_groups
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression
 from passopt.ir.weights.literals import Literal
@@ -103,6 +103,37 @@ def test_all_that_passes_do_to_a_weight_is_done_to_its_codes() -> None:
         np.testing.assert_array_equal(made.astype(np.float16), values(case, 1).astype(np.float16), err_msg=case.text())
 
 
+def grouped() -> Any:
+    scales = RNG.uniform(1e-3, 1e-2, (6, 4)).astype(np.float16)
+    return dequantized(Literal.of(np.clip(CODES, -8, 7)), Literal.of(scales))
+
+
+def test_all_that_passes_do_to_a_weight_in_groups_is_done_to_its_codes() -> None:
+    weight = grouped()
+    assert weight.group == 4
+    for case in [
+        weight,
+        weight.shard(0, 2),
+        weight.shard(1, 2),
+        weight.shard(1, 2, 2),
+        weight.transpose().shard(0, 4).transpose(),
+        weight.pad(0, 8, 2).shard(0, 2, 2),
+        weight.pad(1, 24).shard(1, 3),
+        weight.slice(0, 1, 4).slice(1, 4, 12),
+        weight.cast(DataType.FLOAT).slice(0, 2, 6),
+    ]:
+        found = own_groups(case, 4)
+        assert found is not None, case.text()
+        codes, scales = values(found[0], 1), values(found[1], 1)
+        made = codes.astype(np.float32) * np.repeat(scales.astype(np.float32), 4, axis=1)
+        np.testing.assert_array_equal(made.astype(np.float16), values(case, 1).astype(np.float16), err_msg=case.text())
+    assert own_groups(weight, 8) is None
+    assert own_groups(weight.transpose(), 4) is None
+    assert own_codes(weight, 0) is None
+    with pytest.raises(ModelError, match="cuts groups of 4"):
+        own_groups(weight.slice(1, 2, 10), 4)
+
+
 def test_other_weights_have_no_codes_of_their_own() -> None:
     plain = Literal.of(RNG.normal(size=(6, 16)).astype(np.float16))
     for case, axis in [
@@ -121,6 +152,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for make, message in [
         (lambda: dequantized(codes, scales, 1), "16 codes with|expected 16"),
         (lambda: dequantized(scales, scales), "no axis|int8 matrix"),
+        (lambda: dequantized(codes, Literal.of(SCALES[:, None].repeat(5, 1))), "scales of groups of columns"),
         (lambda: dequantized(codes, codes), "scales of floats"),
         (lambda: unpack_codes(codes, 8), "int32 matrix"),
         (lambda: unpack_codes(Literal.of(CODES.astype(np.int32)), 3), "codes of 3 bits"),

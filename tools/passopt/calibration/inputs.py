@@ -17,6 +17,28 @@ PERCENTILES = (99.0, 99.9, 99.99)
 _SHIFT = 16
 
 
+#: The numbers that are looked at together, so that they stay in a core's cache.
+_CHUNK = 1 << 17
+
+
+def check_finite(rows: Array, first: int, name: str) -> None:
+    """Raise ModelError if rows [n, width] hold NaN or infinity.
+
+    Args:
+        rows: The rows.
+        first: The number of the first one.
+        name: What they are, for the message.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(rows.sum()) or np.isfinite(rows).all():
+            return
+    row, channel = (int(place[0]) for place in np.nonzero(~np.isfinite(rows)))
+    raise ModelError(
+        f"{name}: NaN or infinity in channel {channel} of token {first + row}; the model computes no numbers there. "
+        f"Export it with dtype=fp32, or check the weights"
+    )
+
+
 class InputSummary:
     """What was seen of a value [.., width]; the result does not depend on how it arrives in chunks.
 
@@ -40,17 +62,15 @@ class InputSummary:
         Raises:
             ModelError: If they hold NaN or infinity.
         """
-        magnitudes = np.abs(np.ascontiguousarray(rows, np.float32))
-        if not np.isfinite(magnitudes).all():
-            row, channel = (int(place[0]) for place in np.nonzero(~np.isfinite(magnitudes)))
-            raise ModelError(
-                f"{name}: NaN or infinity in channel {channel} of token {self.rows + row}; the model does not compute "
-                f"numbers there. Export it with dtype=fp32, or check the weights"
-            )
-        self.rows += len(rows)
-        np.maximum(self.absmax, magnitudes.max(axis=0, initial=0), out=self.absmax)
-        words = (magnitudes.view(np.uint32) >> _SHIFT).reshape(-1)
-        self._counts += np.bincount(words, minlength=len(self._counts))
+        wide = np.ascontiguousarray(rows, np.float32)
+        check_finite(wide, self.rows, name)
+        self.rows += len(wide)
+        step = max(_CHUNK // wide.shape[1], 1)
+        for start in range(0, len(wide), step):
+            part = wide[start : start + step]
+            np.maximum(self.absmax, np.maximum(part.max(axis=0), -part.min(axis=0)), out=self.absmax)
+            words = (part.view(np.uint32).reshape(-1) >> _SHIFT) & (len(self._counts) - 1)
+            self._counts += np.bincount(words, minlength=len(self._counts))
 
     def percentiles(self) -> dict[str, float]:
         """Return percentiles of all magnitudes, within 1 %."""
