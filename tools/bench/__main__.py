@@ -21,6 +21,7 @@ BENCHES = {
     "peers": ("weights.peers", "measure how fast other tools write the same weights under a cap of memory"),
     "compiled": ("compiled.bench", "measure the speed of compiled models against other runtimes and the machine"),
     "real": ("real.bench", "measure what the passes do to a trained model, against transformers"),
+    "calibrate": ("calibrating", "measure what calibrating one 13B-shaped layer takes, against its arithmetic"),
     "startup": ("startup", "measure how long passopt takes to start, against goals"),
     "full-size": ("full_size", "measure time, memory and exact bytes on the published sizes, without weights"),
 }
