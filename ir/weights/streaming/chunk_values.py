@@ -13,13 +13,13 @@ from passopt.ir.weights.row_math import Array, scales_of, widened
 from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
 from passopt.ir.weights.streaming.output_groups import Group, is_rounding, is_turned
 from passopt.ir.weights.streaming.row_kernels import RowKernels
-from passopt.ir.weights.streaming.row_spans import GROUP_ROWS, is_by_columns, matrix_shape
+from passopt.ir.weights.streaming.row_spans import GROUP_ROWS, is_by_columns, is_bytes, matrix_shape
 
 
 def row_bytes(group: Group, kernels: RowKernels) -> int:
     """Return the memory in bytes per row of the base: for the row itself and for every result computed from it."""
     base, columns = group.base, matrix_shape(group.base)[1]
-    if isinstance(base, ex.Source):
+    if is_bytes(base):
         total = int(columns * base.dtype.itemsize)
     elif is_turned(base):  # This counts a panel of columns, and the rows that it is transposed to.
         total = int(2 * columns * base.dtype.itemsize)
@@ -51,7 +51,7 @@ class ChunkValues:
             weight: np.zeros(weight.shape[1], np.float32) for weight in group.measured
         }
         self._start = self._rows = 0
-        if isinstance(self._base, ex.Source) or is_turned(self._base):
+        if is_bytes(self._base) or is_turned(self._base):
             nbytes = int(most * self._columns * self._base.dtype.itemsize)
             self._input = arena.take(page_up(nbytes) + 2 * PAGE)
         if is_turned(self._base):
@@ -97,7 +97,7 @@ class ChunkValues:
         base = self._base
         if is_turned(base):
             return self._turn(base.operand, start, stop)  # type: ignore[attr-defined]
-        if not isinstance(base, ex.Source):
+        if not is_bytes(base):
             return self._evaluated(start, stop)
         size = int(self._columns * base.dtype.itemsize)
         at = self._reader.read(base.file, base.name, base.offset + start * size, self._input, (stop - start) * size)
