@@ -1,4 +1,4 @@
-"""Codes of 4 bits in groups: by rounding as int4 makes them, by GPTQ against a plain loop, and under tp in any order."""
+"""Codes of 4 bits in groups: by rounding as int4 makes them, by GPTQ against a plain loop, and under tp."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def base_of(core: ex.Expression) -> ex.Expression:
 
 
 def is_bytes(base: ex.Expression) -> TypeGuard[ex.Source]:
-    """Return whether a base is a tensor in a file that can be read as it lies: codes of 4 bits have to be taken apart."""
+    """Return whether a base is read from its file as it lies; codes of 4 bits have to be taken apart first."""
     return isinstance(base, ex.Source) and base.dtype not in FOUR_BITS
 
 

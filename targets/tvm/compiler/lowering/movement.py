@@ -367,9 +367,7 @@ def dequantize_linear(at: Values, node: onnx_ir.Node) -> None:
     """
 
     def refuse() -> None:
-        raise Unsupported(
-            f"{node.outputs[0].name!r} would be codes turned back into floats as a whole, which only linears and look-ups read as they are"
-        )
+        raise Unsupported(f"{node.outputs[0].name!r} would be codes turned back into floats as a whole")
 
     at.defer(node.outputs[0], refuse)
 
