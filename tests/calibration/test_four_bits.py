@@ -16,7 +16,7 @@ from passopt.calibration.inverse_factor import factor_inverse
 from passopt.calibration.parts import Settings
 from passopt.calibration.rounding import Codes, dequantised
 from passopt.calibration.tiles import TileRunner
-from passopt.ir.errors import CalibrationError, PassError, UsageError
+from passopt.ir.errors import CalibrationError, UsageError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.pipeline.runner import run_passes
@@ -124,7 +124,7 @@ def test_calibrated_codes_are_equal_in_either_order_and_at_every_degree(folders)
 @pytest.mark.parametrize(
     ("pipeline", "error", "message"),
     [
-        ("int4{group=64,from=CALIB}", PassError, "groups of 64 do not divide the 96 inputs"),
+        ("int4{group=64,from=CALIB}", UsageError, "groups of 64 do not divide the 96 inputs"),
         (
             "int8{from=CALIB}",
             CalibrationError,

@@ -21,7 +21,8 @@ from passopt.verification.comparisons import NUMPY_TWIN
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 21]>
-g (float[batch,96] x) => (float[batch,5] y) <float[5,96] w = random> { t = Transpose<perm=[1,0]>(w) y = MatMul(x, t) }"""
+g (float[batch,96] x) => (float[batch,5] y) <float[5,96] w = random>
+{ t = Transpose<perm=[1,0]>(w) y = MatMul(x, t) }"""
 
 
 def quantised(text: str = TEXT, **options: object) -> onnx_ir.Model:

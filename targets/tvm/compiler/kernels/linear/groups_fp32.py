@@ -81,7 +81,7 @@ class _Shape:
     @property
     def few_rows(self) -> int:
         """Return up to how many rows the codes are multiplied as they lie."""
-        return 8 if self.isa.has_byte_dot else 4
+        return 20 if self.isa.has_byte_dot else 8
 
 
 def groups_kernel(codes: Expression, scales: Expression, zeros: Expression | None, isa: Isa) -> LinearKernel:
