@@ -48,6 +48,16 @@ def test_a_compiled_model_multiplies_its_own_codes(exported: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_compile_refuses_a_cpu_without_a_kernel(exported: Path, tmp_path: Path, capsys):
+    pytest.importorskip("tvm")
+    options = ["--passes", "baichuan2,int4{group=32}", "--mcpu", "x86-64", "-o", str(tmp_path / "out")]
+    assert main(["compile", str(exported), *options]) == 2
+    message = capsys.readouterr().err
+    assert "weights of 4 bits have kernels for avx512-vnni and avx2, not for plain: quantise to int8 there" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_ranks_of_four_bits_agree_with_the_whole(exported: Path, tmp_path: Path):
     whole = run(exported, tmp_path / "whole", "baichuan2,int4{group=32}")
     ranks = run(exported, tmp_path / "ranks", "baichuan2,tp{degree=2},int4{group=32}")

@@ -13,7 +13,7 @@ from passopt.ir.weights.row_math import Array, scales_of, widened
 from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
 from passopt.ir.weights.streaming.output_groups import Group, is_rounding, is_turned
 from passopt.ir.weights.streaming.row_kernels import RowKernels
-from passopt.ir.weights.streaming.row_spans import GROUP_ROWS, is_by_columns, is_bytes, matrix_shape
+from passopt.ir.weights.streaming.row_spans import GroupRows, is_by_columns, is_bytes, matrix_shape
 
 
 def row_bytes(group: Group, kernels: RowKernels) -> int:
@@ -26,7 +26,7 @@ def row_bytes(group: Group, kernels: RowKernels) -> int:
     else:  # The evaluator of boxes makes fp32 copies of the rows and of all their operands.
         total = 8 * max(matrix_shape(part)[1] for part in base.walk())
     total += sum(int(matrix_shape(core)[1] * core.dtype.itemsize) for core in group.stored_cores)
-    copies = sum(kernels.scratch_bytes if not isinstance(core, GROUP_ROWS) else SCRATCH_BYTES for core in group.cores)
+    copies = sum(kernels.scratch_bytes if not isinstance(core, GroupRows) else SCRATCH_BYTES for core in group.cores)
     return total + copies * columns
 
 

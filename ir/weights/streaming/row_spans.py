@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from passopt.ir.weights.groups import FOUR_BITS, GroupCodes, GroupScales, GroupZ
 from passopt.ir.weights.literals import Fill
 
 #: The operations on rows that codes of 4 bits consist of.
-GROUP_ROWS = GroupCodes | GroupScales | GroupZeros | Nibbles | Unsigned
+GroupRows: TypeAlias = GroupCodes | GroupScales | GroupZeros | Nibbles | Unsigned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def is_row_operation(expression: ex.Expression) -> bool:
     """Return whether row i of the result needs only row i of the operand and, at most, the scales of all columns."""
     if isinstance(expression, ex.Cast):
         return not _is_summary(expression.operand)
-    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | GROUP_ROWS)
+    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | GroupRows)
 
 
 def is_by_columns(core: ex.Expression) -> bool:
@@ -154,7 +154,7 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
     return part.core if part.row == 0 and part.core is not None and part.core.shape == expression.shape else None
 
 
-def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums | GROUP_ROWS, rank: int) -> list[Span]:
+def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums | GroupRows, rank: int) -> list[Span]:
     """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
 
     It commutes with the placement of whole rows; a cast commutes with that of columns too.

@@ -12,7 +12,6 @@ from typing import TypeAlias
 
 import onnx_ir
 
-from passopt.ir.graph.grouped_linears import GroupedLinear, find_grouped_linear
 from passopt.ir.graph.linears import Linear, QuantizedRows, find_linear
 from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight
 from passopt.targets.tvm.compiler.kernels.linear.choose import float_kernel, int8_kernel
@@ -20,6 +19,7 @@ from passopt.targets.tvm.compiler.kernels.linear.groups_fp32 import groups_kerne
 from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import int8_int8_kernel
 from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearKernel
 from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
+from passopt.targets.tvm.compiler.lowering.grouped_linears import GroupedLinear, find_grouped_linear
 from passopt.targets.tvm.compiler.lowering.readers import behind_casts, read_by_none_but
 from passopt.targets.tvm.compiler.lowering.values import Length, Tvm, Unsupported, Values, product
 
