@@ -11,7 +11,7 @@ import onnx_ir
 
 from passopt.ir.calibration.calibration import Calibration
 from passopt.ir.dtypes import OPSET_OF_GROUPS
-from passopt.ir.errors import CalibrationError, PassError
+from passopt.ir.errors import CalibrationError, PassError, UsageError
 from passopt.ir.weights.dequantized import own_groups
 from passopt.ir.weights.expressions import DataType, Expression
 from passopt.ir.weights.groups import quantize_groups
@@ -56,7 +56,7 @@ class QuantizeGroups(QuantizeWeights):
     symmetric: bool = True
 
     def foresee(self, model: onnx_ir.Model, pipeline: Sequence[Pass]) -> None:
-        """Raise PassError if groups do not fill the inputs of a weight, or of its part on each rank."""
+        """Raise UsageError if groups do not fill the inputs of a weight, or of its part on each rank."""
         self._check_group()
         if self.method == "stored":  # Its weights have such groups, or stay as they are.
             return
@@ -77,9 +77,9 @@ class QuantizeGroups(QuantizeWeights):
 
     def _check_group(self) -> None:
         if self.group not in GROUPS:
-            raise PassError(f"{self.name}: group={self.group}, expected {', '.join(map(str, GROUPS))}")
+            raise UsageError(f"{self.name}: group={self.group}, expected {', '.join(map(str, GROUPS))}")
         if self.from_ and not self.symmetric:
-            raise PassError(f"{self.name}: the codes of {self.from_} are symmetric; leave symmetric=false out")
+            raise UsageError(f"{self.name}: the codes of {self.from_} are symmetric; leave symmetric=false out")
 
     def _check_method(self) -> None:
         if not self.from_ and self.method == "gptq":
