@@ -259,7 +259,8 @@ class _Walk:
         if scale is None or constant_tensor(scale) is None or dimensions(scale) != [self._found.width]:
             name = "no weight" if scale is None else f"{scale.name} {dimensions(scale)}"
             raise Unproven(
-                f"{called(node)} has {name}, expected a constant [{self._found.width}]; run fold-constants first",
+                f"{called(node)} has {name}, expected a constant [{self._found.width}]: "
+                f"one that the graph computes, such as 1 + w, cannot be folded into linears",
             )
 
 

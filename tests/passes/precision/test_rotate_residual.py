@@ -196,7 +196,7 @@ REFUSED = {
     ),
     "a_computed_scale": (
         {"norm": "q = Mul(g0, two) n0 = RMSNormalization(x0, q)"},
-        r"has q \[12\], expected a constant \[12\]; run fold-constants first",
+        r"has q \[12\], expected a constant \[12\]: one that the graph computes, such as 1 \+ w, cannot",
     ),
     "a_computed_weight": (
         {"head": "q = Mul(head, two) ht = Transpose<perm=[1,0]>(q) logits = MatMul(nf, ht)"},
