@@ -103,6 +103,10 @@ class QuantizeGroups(QuantizeWeights):
                 f"{self.method}"
             )
 
+    def rewrite_looked_up(self, op: Rewriter, w: Any, ids: Any) -> Any:
+        """Decline: no operator looks up rows of codes of 4 bits."""
+        raise Decline(f"{w.name} is an embedding, which stays as it is")
+
     def _dequantized(self, op: Rewriter, name: str | None, weight: Expression) -> Any:
         """Return the DequantizeLinear of a weight's codes [out, in], with a scale per group of each row."""
         if self.method == "stored" and own_groups(weight, self.group) is None:

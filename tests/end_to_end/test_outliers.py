@@ -91,7 +91,7 @@ def test_outliers_are_rotated_or_smoothed_away(family: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("degree", [2, 3, 4])
-def test_ranks_of_rotated_models_are_the_same_in_every_order(family: Path, tmp_path: Path, degree: int):
+def test_ranks_of_rotated_models_are_the_same_in_every_order(family: Path, tmp_path: Path, degree: int, capsys):
     """Also with padding, and with int8 codes of fp32 weights; and they compute what was exported."""
     tp = f"tp{{degree={degree},pad=true}}"
     orders = [f"rotate,{tp},int8", f"{tp},rotate,int8", f"rotate,int8,{tp}"]
@@ -104,6 +104,9 @@ def test_ranks_of_rotated_models_are_the_same_in_every_order(family: Path, tmp_p
         assert all(other == one for other in others)
     assert main(["run", str(family), "--passes", f"baichuan2,rotate,{tp}", "-o", str(tmp_path / "fp32")]) == 0
     assert main(["verify", str(family), str(tmp_path / "fp32")]) == 0
+    if degree == 2:  # layers of rotated models hand on other numbers
+        assert main(["verify", str(family), str(tmp_path / "fp32"), "--layerwise"]) == 2
+        assert "is not rotated in the reference and is rotated by seed 0" in capsys.readouterr().err
 
 
 def test_16_bit_weights_are_rotated(alibi: Path, alibi_fp16: Path, tmp_path: Path):

@@ -132,7 +132,7 @@ class Group:
     @property
     def is_boxed(self) -> bool:
         """Return whether only the evaluator of boxes can read the base."""
-        return not isinstance(self.base, ex.Source) and not is_turned(self.base) and not is_held(self.base)
+        return not is_plain(self.base) and not is_turned(self.base) and not is_held(self.base)
 
     @property
     def read_bytes(self) -> int:
@@ -150,9 +150,14 @@ class Group:
         return sum(output.nbytes for output in self.outputs)
 
 
+def is_plain(base: ex.Expression) -> bool:
+    """Return whether the base is a tensor of a file whose numbers are whole bytes, which is read as it is."""
+    return isinstance(base, ex.Source) and base.dtype.bitwidth >= 8
+
+
 def is_turned(base: ex.Expression) -> bool:
     """Return whether the base is a transposed matrix of a file, whose rows are read as panels of columns."""
-    return isinstance(base, ex.Transpose) and isinstance(base.operand, ex.Source) and base.permutation == (1, 0)
+    return isinstance(base, ex.Transpose) and is_plain(base.operand) and base.permutation == (1, 0)
 
 
 def is_held(base: ex.Expression) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from passopt.ir.weights.literals import Literal
 from passopt.ir.weights.packed_codes import pack_codes, unpack_codes
 from passopt.ir.weights.sources import safetensors_sources
 from passopt.ir.weights.streaming.write_weights import write_safetensors
+from passopt.testing.quantised_checkpoints import words_of
 
 RNG = np.random.default_rng(18)
 CODES = RNG.integers(-128, 128, (6, 16)).astype(np.int8)
@@ -160,3 +162,24 @@ def test_what_does_not_fit_is_refused() -> None:
     ]:
         with pytest.raises(ModelError, match=message):
             make()
+
+
+def test_codes_of_four_bits_in_a_file_are_packed_and_cut(tmp_path: Path) -> None:
+    """A model of 4 bits that was written before: two codes lie in a byte of its file."""
+    codes = RNG.integers(-8, 8, (24, 16)).astype(np.int8)
+    save_file({"c": words_of(codes, 4).view(np.uint8) ^ 0x88}, tmp_path / "in.safetensors")
+    held = safetensors_sources(tmp_path / "in.safetensors")["c"]
+    source = dataclasses.replace(held, dtype=DataType.INT4, shape=(24, 16))
+    np.testing.assert_array_equal(values(source).astype(np.int8), codes)
+    weights = {
+        "words": pack_codes(source.cast(DataType.INT8), 4),
+        "bytes": source.cast(DataType.INT8).shard(0, 2),
+        "turned": source.cast(DataType.INT8).transpose(),
+        "nibbles": source.shard(0, 2),
+    }
+    write_safetensors(tmp_path / "out.safetensors", weights, rank=1)
+    out = {name: values(found) for name, found in safetensors_sources(tmp_path / "out.safetensors").items()}
+    np.testing.assert_array_equal(out["words"], words_of(codes, 4))
+    np.testing.assert_array_equal(out["bytes"], codes[12:])
+    np.testing.assert_array_equal(out["turned"], codes.T)
+    np.testing.assert_array_equal(out["nibbles"].reshape(12, 8), words_of(codes[12:], 4).view(np.uint8) ^ 0x88)

@@ -196,6 +196,12 @@ def test_a_factor_or_product_with_other_readers_stays(smooth, other):
     assert "down.smoothed" not in model.graph.initializers
 
 
+def test_a_factor_that_is_rounded_stays(smooth):
+    model, result = smooth(text(up="v = MatMul(n0, ut) i = Cast<to=7>(v) u = Cast<to=1>(i)"), targets="all")
+    assert result.matches == 1
+    assert "down.smoothed" not in model.graph.initializers
+
+
 def test_a_calibrated_head_is_smoothed_too(tmp_path):
     model = read_model(text())
     calibrated(tmp_path / "calib", model, head=True)

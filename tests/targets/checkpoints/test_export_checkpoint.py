@@ -63,14 +63,14 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def calibration(folder: Path, weights: dict[str, tuple[Expression, Any, Any]]) -> Path:
+def calibration(folder: Path, weights: dict[str, tuple[Expression, Any, Any]], **kind: int) -> Path:
     """A calibration folder with codes and scales of weights."""
     folder.mkdir()
     writer = CalibrationWriter(folder, "key")
     tensors, entries = {}, {}
     for name, (weight, codes, scales) in weights.items():
         tensors |= {f"{name}.codes": codes, f"{name}.scales": scales}
-        made = (CodesEntry(f"{name}.codes", f"{name}.scales", 0),)
+        made = (CodesEntry(f"{name}.codes", f"{name}.scales", 0, **kind),)  # type: ignore[arg-type]
         entries[weight_key(weight)] = WeightEntry(name, "all.safetensors", fingerprint(weight), codes=made)
     writer.add("all", tensors, entries)
     writer.finish({}, {})
@@ -187,6 +187,27 @@ def test_codes_of_a_graph_are_those_of_the_checkpoint(tmp_path: Path, checkpoint
         weight = TENSORS[f"{name}.weight"]
         np.testing.assert_array_equal(scales, np.abs(weight).max(axis=1) / np.float32(127))
         assert np.abs(codes * scales[:, None] - weight).max() <= 0.51 * scales.max()
+
+
+@pytest.mark.parametrize("form", ["pack-quantized", "gptq"])
+def test_codes_of_four_bits_are_read_back(tmp_path: Path, checkpoint: Path, form: Any) -> None:
+    weight = RNG.normal(size=(16, 64)).astype(np.float32)
+    save_file({f"{DOWN}.weight": weight, "model.norm.weight": np.ones(4, np.float32)}, checkpoint / "model.safetensors")
+    codes, scales = quantise_checkpoint(checkpoint, tmp_path / "theirs", form, group=32)[f"{DOWN}.weight"]
+    source = safetensors_sources(checkpoint / "model.safetensors")[f"{DOWN}.weight"]
+    calib = calibration(tmp_path / "calib", {"d": (source, codes, scales)}, bits=4, group=32)
+    result = export_checkpoint(checkpoint, tmp_path / "out", codes=calib, format=form)
+    assert str(result).startswith(f"1 weights of 4 bits, {form}, other tensors fp16")
+    found = read_back(tmp_path / "out")[DOWN]
+    np.testing.assert_array_equal(found[0], codes)
+    np.testing.assert_array_equal(found[1], scales)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor)
+        assert ours[name].dtype == tensor.dtype
+    with pytest.raises(UsageError, match="int-quantized has a scale per channel; take `format=pack-quantized`"):
+        export_checkpoint(checkpoint, tmp_path / "no", codes=calib)
 
 
 def test_rounded_scales_are_counted_and_lost_ones_refused(tmp_path: Path, checkpoint: Path) -> None:
