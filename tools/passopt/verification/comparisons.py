@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 from passopt.passes.framework.accuracy import QualityBar
@@ -47,9 +46,10 @@ def compare_all(
         return rows
     pairs, source = logit_pairs(scenarios, expected, found, text=True), "text"
     if not pairs:
-        kept = [not (in_codes and scenario.past) for scenario in scenarios]
-        judged = [list(itertools.compress(each, kept)) for each in (scenarios, expected, found)]
-        pairs, source = logit_pairs(*judged, text=False), "random tokens"
+        kept = [index for index, scenario in enumerate(scenarios) if not (in_codes and scenario.past)]
+        before, after = [expected[index] for index in kept], [found[index] for index in kept]
+        pairs = logit_pairs([scenarios[index] for index in kept], before, after, text=False)
+        source = "random tokens"
     shown = [dataclasses.replace(row, judged=False) for row in rows if row.output != TOP_1]
     if any(one.shape != other.shape for one, other in pairs):
         return rows
