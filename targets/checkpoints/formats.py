@@ -104,12 +104,12 @@ def settings_of(
         "actorder": None,
         "block_structure": None,
     }
-    group = {"targets": ["Linear"], "weights": weights, "output_activations": None}
+    linears = {"targets": ["Linear"], "weights": weights, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {**group, "input_activations": tokens if activations else None}},
+        "config_groups": {"group_0": {**linears, "input_activations": tokens if activations else None}},
         "ignore": [*left_out, *([] if has_head or "lm_head" in left_out else ["lm_head"])],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
