@@ -10,8 +10,8 @@ import numpy as np
 
 from passopt.ir.errors import UsageError
 from passopt.ir.weights import literals
+from passopt.ir.weights.dequantized import codes_per_word, pack_codes
 from passopt.ir.weights.expressions import DataType, Expression
-from passopt.ir.weights.packed_codes import codes_per_word, pack_codes
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: Two formats of compressed-tensors, with a code per byte or four in a word, and the first format of GPTQ tools.
