@@ -16,10 +16,9 @@ from passopt.frontends.quantised.small_tensors import check_groups, check_order,
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.json_text import shown, stated
-from passopt.ir.weights.dequantized import dequantized
+from passopt.ir.weights.dequantized import CODE_BITS, dequantized, unpack_codes
 from passopt.ir.weights.expressions import DataType, Expression, Source
 from passopt.ir.weights.literals import Literal
-from passopt.ir.weights.packed_codes import CODE_BITS, unpack_codes
 
 METHOD = "compressed-tensors"
 #: naive-quantized is the older name of int-quantized.

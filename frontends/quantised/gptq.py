@@ -15,9 +15,8 @@ from passopt.frontends.quantised.small_tensors import check_groups, check_order,
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.json_text import shown
-from passopt.ir.weights.dequantized import dequantized
+from passopt.ir.weights.dequantized import CODE_BITS, dequantized, unpack_codes
 from passopt.ir.weights.expressions import DataType, Expression, Source
-from passopt.ir.weights.packed_codes import CODE_BITS, unpack_codes
 
 METHOD = "gptq"
 #: How much less than the zero points is stored, by `checkpoint_format`.

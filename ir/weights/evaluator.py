@@ -20,10 +20,9 @@ from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights import group_math
 from passopt.ir.weights.concat import Concat
-from passopt.ir.weights.dequantized import Dequantized
+from passopt.ir.weights.dequantized import Dequantized, PackCodes, UnpackCodes, codes_per_word
 from passopt.ir.weights.groups import FOUR_BITS
 from passopt.ir.weights.literals import Fill, Literal
-from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes, codes_per_word
 from passopt.ir.weights.rotation import Rotate, rotate_columns, rotate_rows, rotation_of
 from passopt.ir.weights.row_math import (
     Array,

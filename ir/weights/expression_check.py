@@ -9,9 +9,8 @@ from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights import groups
 from passopt.ir.weights.concat import Concat, concat
-from passopt.ir.weights.dequantized import Dequantized, dequantized
+from passopt.ir.weights.dequantized import Dequantized, PackCodes, UnpackCodes, dequantized, pack_codes, unpack_codes
 from passopt.ir.weights.literals import Fill, Literal
-from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes, pack_codes, unpack_codes
 from passopt.ir.weights.rotation import Rotate, rotate
 from passopt.ir.weights.scaling import ScaleAlong, scale_along
 

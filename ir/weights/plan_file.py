@@ -18,10 +18,9 @@ from passopt.ir.json_text import read_json
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights import groups
 from passopt.ir.weights.concat import Concat
-from passopt.ir.weights.dequantized import Dequantized
+from passopt.ir.weights.dequantized import Dequantized, PackCodes, UnpackCodes
 from passopt.ir.weights.expression_check import check_expression
 from passopt.ir.weights.literals import Fill, Literal
-from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
 from passopt.ir.weights.rotation import Rotate
 from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.source_file import SourceFile

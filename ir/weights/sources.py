@@ -21,8 +21,8 @@ from typing import Any
 from passopt.ir.errors import ModelError
 from passopt.ir.json_text import parse_json
 from passopt.ir.regular_files import open_regular
+from passopt.ir.safetensors_header import read_header
 from passopt.ir.weights.expressions import DataType, Source
-from passopt.ir.weights.safetensors_header import read_header
 from passopt.ir.weights.source_file import SourceFile
 
 _HEADER_BYTES = 64 << 10

@@ -24,7 +24,7 @@ class SplitPackedQkv(RewritePass):
     Before: ``p = MatMul(x, Transpose(w)); q, k, v = Gather(Squeeze(Transpose(Unsqueeze(Reshape(p)))), 0 | 1 | 2)``
             or ``q, k, v = Split(p, sizes)``, or three Slices of p that take all of it
     After:  ``q = MatMul(x, Transpose(w.q)); k = MatMul(x, Transpose(w.k)); v = MatMul(x, Transpose(w.v))``
-    A weight that is stored as codes with a scale per output channel is split by codes and scales.
+    A weight that is stored as codes, with scales per output channel or group of inputs, is split by these.
     """
 
     name = "split-packed-qkv"
@@ -133,24 +133,23 @@ def _project(op: Any, x: Any, w: Any, layout: str, widths: list[int]) -> list[An
 
 
 def _project_codes(op: Any, x: Any, dequantized: onnx_ir.Node, widths: list[int]) -> list[Any]:
-    """Build the three projections from pieces of int8 codes [out, in] and of their scales [out].
+    """Build the three projections from pieces of codes [out, in], of their scales and of their zero points.
 
-    Raises Decline if the scales are not of output channels, or if the widths do not add up to these.
+    Raises Decline if these do not belong to output channels, or if the widths do not add up to the channels.
     """
-    codes, scales, *zero = dequantized.inputs
-    axis = dequantized.attributes.get_int("axis", 1)
-    if any(value is not None for value in zero) or axis != 0 or "block_size" in dequantized.attributes:
-        raise Decline(f"{called(dequantized)} has no plain scale per output channel; run split-packed-qkv before int8")
-    both = op.weight(codes), op.weight(scales)
-    if both[1].shape != both[0].shape[:1] or sum(widths) != both[0].shape[0]:
-        shapes = f"{list(both[0].shape)} has the scales {list(both[1].shape)}"
-        raise Decline(f"{codes.name} {shapes}, the pieces take {widths} channels")
-    projected, stem = [], (codes.name or "").removesuffix(".codes")
-    pieces = zip(_PARTS, both[0].split(widths, 0), both[1].split(widths, 0), strict=True)
-    for part, own_codes, own_scales in pieces:
-        own = [
-            op.initializer(f"{stem}.{part}.codes", own_codes),
-            op.initializer(f"{stem}.{part}.scales", own_scales),
-        ]
-        projected.append(op.MatMul(x, op.Transpose(op.DequantizeLinear(*own, axis=0), perm=[1, 0])))
+    inputs = [value for value in dequantized.inputs if value is not None]
+    axis, group = dequantized.attributes.get_int("axis", 1), dequantized.attributes.get_int("block_size", 0)
+    weights = [op.weight(value) for value in inputs]
+    shapes = [weight.shape for weight in weights]
+    channels, ndim = shapes[0][0], 2 if group else 1
+    if axis != ndim - 1 or any(len(shape) != ndim or shape[0] != channels for shape in shapes[1:]):
+        raise Decline(f"{called(dequantized)} has no scales of output channels; run split-packed-qkv before int8")
+    if sum(widths) != channels:
+        raise Decline(f"{inputs[0].name} has {channels} output channels, the pieces take {widths}")
+    attributes = {"axis": axis, "block_size": group} if group else {"axis": axis}
+    stem, projected = (inputs[0].name or "").removesuffix(".codes"), []
+    for part, *pieces in zip(_PARTS, *(weight.split(widths, 0) for weight in weights), strict=True):
+        named = zip(("codes", "scales", "zeros"), pieces, strict=False)
+        own = [op.initializer(f"{stem}.{part}.{kind}", piece) for kind, piece in named]
+        projected.append(op.MatMul(x, op.Transpose(op.DequantizeLinear(*own, **attributes), perm=[1, 0])))
     return projected

@@ -10,8 +10,8 @@ import numpy as np
 
 from passopt.ir.errors import UsageError
 from passopt.ir.weights import literals
+from passopt.ir.weights.dequantized import codes_per_word, pack_codes
 from passopt.ir.weights.expressions import DataType, Expression
-from passopt.ir.weights.packed_codes import codes_per_word, pack_codes
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 #: Two formats of compressed-tensors, with a code per byte or four in a word, and the first format of GPTQ tools.
@@ -104,12 +104,12 @@ def settings_of(
         "actorder": None,
         "block_structure": None,
     }
-    group = {"targets": ["Linear"], "weights": weights, "output_activations": None}
+    linears = {"targets": ["Linear"], "weights": weights, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {**group, "input_activations": tokens if activations else None}},
+        "config_groups": {"group_0": {**linears, "input_activations": tokens if activations else None}},
         "ignore": [*left_out, *([] if has_head or "lm_head" in left_out else ["lm_head"])],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,

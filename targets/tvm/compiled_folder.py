@@ -19,7 +19,7 @@ import blake3
 
 from passopt.ir.errors import ModelError
 from passopt.ir.json_text import read_json
-from passopt.ir.weights.safetensors_header import read_header
+from passopt.ir.safetensors_header import read_header
 from passopt.targets.folders.digests import root_digest
 
 LIBRARY_NAME = "library.json"

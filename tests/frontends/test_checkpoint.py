@@ -140,8 +140,8 @@ def test_pickle_with_foreign_classes_is_refused(tmp_path: Path, monkeypatch: pyt
     ("settings", "says"),
     [
         (
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "quantization_config of config.json says gptq, 4",
+            {"quantization_config": {"quant_method": "gptq", "bits": 3}},
+            "quantization_config of config.json says gptq, 3",
         ),
         ({"quantization_config": {"load_in_4bit": True, "load_in_8bit": False}}, "bitsandbytes, 4 bits"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes, 8 bits"),
@@ -151,7 +151,7 @@ def test_pickle_with_foreign_classes_is_refused(tmp_path: Path, monkeypatch: pyt
         ),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "says fp8"),
         ({"compression_config": {"quant_method": "sparseml"}}, "compression_config of config.json says sparseml"),
-        ({"quantization_config": {"load_in_8bit": False, "quant_method": "gptq", "bits": 4}}, "says gptq, 4 bits"),
+        ({"quantization_config": {"load_in_8bit": False, "quant_method": "gptq", "bits": 2}}, "says gptq, 2 bits"),
         (
             {"quantization_config": {"load_in_8bit": False, "bits": 4}},
             "says bitsandbytes, 4 bits|says no method, 4 bits",

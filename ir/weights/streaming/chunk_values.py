@@ -6,10 +6,10 @@ import numpy as np
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
+from passopt.ir.weights.dequantized import PackCodes, UnpackCodes
 from passopt.ir.weights.evaluator import Evaluator, not_finite
 from passopt.ir.weights.group_math import SCRATCH_BYTES, group_values, joined_codes, unsigned_codes
 from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
-from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
 from passopt.ir.weights.rotation import Rotate, rotation_of
 from passopt.ir.weights.row_math import Array, pack_rows, scales_of, unpack_rows, widened
 from passopt.ir.weights.scaling import ScaleAlong

@@ -17,9 +17,9 @@ import numpy as np
 
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.dequantized import PackCodes, UnpackCodes
 from passopt.ir.weights.groups import FOUR_BITS, GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.literals import Fill
-from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
 from passopt.ir.weights.rotation import Rotate
 from passopt.ir.weights.scaling import ScaleAlong
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.json_text import parse_json, read_json
 from passopt.ir.regular_files import open_regular
-from passopt.ir.weights.safetensors_header import read_header_of
+from passopt.ir.safetensors_header import read_header_of
 from passopt.targets.tvm.compiled_folder import WeightsFile
 from passopt.targets.tvm.engine import virtual_machine
 

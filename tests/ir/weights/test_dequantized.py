@@ -12,11 +12,10 @@ from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.concat import concat
-from passopt.ir.weights.dequantized import dequantized, own_codes, own_groups
+from passopt.ir.weights.dequantized import dequantized, own_codes, own_groups, pack_codes, unpack_codes
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType, Expression
 from passopt.ir.weights.literals import Literal
-from passopt.ir.weights.packed_codes import pack_codes, unpack_codes
 from passopt.ir.weights.sources import safetensors_sources
 from passopt.ir.weights.streaming.write_weights import write_safetensors
 from passopt.testing.quantised_checkpoints import words_of

@@ -12,11 +12,10 @@ from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.concat import concat
-from passopt.ir.weights.dequantized import dequantized
+from passopt.ir.weights.dequantized import dequantized, pack_codes, unpack_codes
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.literals import Fill, Literal
-from passopt.ir.weights.packed_codes import pack_codes, unpack_codes
 from passopt.ir.weights.plan_file import read_plan, write_plan
 from passopt.ir.weights.sources import safetensors_sources
 

@@ -7,6 +7,7 @@ import pytest
 
 from passopt.ir.weights.lazy_weight import expression_of
 from passopt.passes.attention.split_packed_qkv import SplitPackedQkv
+from passopt.passes.precision.quantize_groups import QuantizeGroups
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.testing.checking import check
 
@@ -158,6 +159,16 @@ def test_an_int8_weight_is_split_by_codes_and_scales(text):
     for name in ("w.q.codes", "w.k.codes", "w.v.codes", "w.q.scales", "w.k.scales", "w.v.scales"):
         pair = (model.graph.initializers[name].const_value, other.graph.initializers[name].const_value)
         np.testing.assert_array_equal(*(tensor.numpy() for tensor in pair))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_weight_of_four_bits_is_split_with_its_groups(symmetric):
+    text = HEADER.replace("18", "21") + out_in(DIVIDED).replace("10,7]", "10,64]").replace("batch,7]", "batch,64]")
+    quantised, _ = check(QuantizeGroups(group=32, symmetric=symmetric), text, tolerance=0.5)
+    model, result = check(SplitPackedQkv(), quantised)
+    assert result.matches == 1
+    assert list(model.graph.initializers["w.k.scales"].shape) == [2, 2]
+    assert ("w.v.zeros" in model.graph.initializers) != symmetric
 
 
 @pytest.mark.parametrize(

@@ -137,11 +137,11 @@ def _settings(form: QuantisedFormat, activations: bool, group: int) -> dict[str,
         "dynamic": False,
     }
     tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens if activations else None}
+    linears = {"targets": ["Linear"], "weights": weights, "input_activations": tokens if activations else None}
     return {
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {**group, "output_activations": None}},
+        "config_groups": {"group_0": {**linears, "output_activations": None}},
         "ignore": ["lm_head"],
     }
