@@ -14,14 +14,14 @@ from passopt.calibration.tiles import TileRunner, tiles
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType
-from passopt.ir.weights.row_math import absmax, quantize_values, scales_of
+from passopt.ir.weights.row_math import quantize_values, scales_of
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Method: TypeAlias = Literal["gptq", "rtn", "mse"]
 
 METHODS: tuple[Method, ...] = ("gptq", "rtn", "mse")
 #: The rows of a weight that are in memory at once; whole tiles of `round_weight`.
-_ROWS = 4096
+_ROWS = 2048
 #: The parts of the largest magnitude that a scale of least squared error may cover.
 _CLIPS = tuple(1 - step / 200 for step in range(1, 25))
 LARGEST = 127
@@ -60,11 +60,14 @@ def round_target(target: Target, method: Method, plan: Plan | None, runner: Tile
     scales = np.empty(count, target.weight.dtype.numpy())
     with Evaluator() as evaluator:
         for rows in tiles(count, _ROWS):
-            part = evaluator.read(target.weight, ((rows.start, rows.stop), (0, width))).astype(np.float32)
-            if not np.isfinite(part).all():
+            part = evaluator.read(target.weight, ((rows.start, rows.stop), (0, width)))
+            if part.dtype != np.float32 or not part.flags.writeable:
+                part = part.astype(np.float32)
+            largest = np.maximum(part.max(axis=1, initial=0), -part.min(axis=1, initial=0))
+            if not np.isfinite(largest).all():
                 row = int(np.nonzero(~np.isfinite(part))[0][0]) + rows.start
                 raise ModelError(f"weight {target.name!r} holds NaN or infinity in output channel {row}")
-            found = scales_of_rows(part, target.weight.dtype, method)
+            found = scales_of_rows(part, largest, target.weight.dtype, method)
             scales[rows] = found
             wide = found.astype(np.float32)
             if plan is None:
@@ -76,9 +79,8 @@ def round_target(target: Target, method: Method, plan: Plan | None, runner: Tile
     return Codes(codes, scales)
 
 
-def scales_of_rows(rows: Array, dtype: DataType, method: Method) -> Array:
-    """Return a scale for each row of a weight in fp32: of its largest magnitude, or of least squared error for mse."""
-    largest = absmax(rows, 0)
+def scales_of_rows(rows: Array, largest: Array, dtype: DataType, method: Method) -> Array:
+    """Return a scale for each row of a weight in fp32, of its largest magnitude, or of least squared error for mse."""
     best = scales_of(largest, dtype)
     if method != "mse":
         return best
@@ -99,8 +101,8 @@ def _squared_error(rows: Array, scales: Array) -> Array:
 
 
 def dequantised(found: Codes) -> Array:
-    """Return the numbers that codes stand for, as a graph computes them: rounded to the dtype of the scales."""
-    wide = found.codes.astype(np.float32)
-    wide *= found.scales.astype(np.float32)[:, None]
+    """Return the numbers [k, n] that codes stand for, as a graph computes them: rounded to the dtype of the scales."""
+    wide = np.ascontiguousarray(found.codes.T).astype(np.float32)
+    wide *= found.scales.astype(np.float32)
     kind = found.scales.dtype
     return wide if kind == np.float32 else wide.astype(kind).astype(np.float32)
