@@ -134,7 +134,7 @@ def _scheme(directory: Path, config: Mapping[str, Any]) -> Scheme | None:
     scheme, reasons = scheme_of(settings, f"{directory}: {place}")
     if scheme is not None:
         return scheme
-    why = f" with {'; '.join(reasons)}" if reasons else ""
+    why = f", which cannot be kept exactly: {'; '.join(reasons)}" if reasons else ""
     raise ModelError(
         f"{directory}: quantised checkpoint: {place} says {described}{why}. Export takes {SUPPORTED}. Of others take "
         f"the checkpoint from which it was made, and quantise with a pass afterwards (int8)."

@@ -16,8 +16,8 @@ from passopt.ir.weights.dequantized import Dequantized
 from passopt.ir.weights.expressions import DataType, Expression, Source
 
 SUPPORTED = (
-    "compressed-tensors (int-quantized and pack-quantized, 8 bits, a scale per channel) and GPTQ (8 bits, symmetric, "
-    "group_size −1)"
+    "compressed-tensors (int-quantized and pack-quantized) and GPTQ, symmetric, of 8 bits with a scale per channel, or "
+    "of 4 bits in groups of 32, 64 or 128"
 )
 #: By how much rounding a scale may change it: what rounding does to numbers that a 16-bit dtype holds as normal ones.
 _LEAST_PRECISION = 2.0**-8
@@ -53,7 +53,7 @@ class Scheme:
         if self.method == gptq.METHOD:
             found = gptq.weights_of(tensors, self.settings, where)
         else:
-            found = compressed_tensors.weights_of(tensors, where)
+            found = compressed_tensors.weights_of(tensors, self.settings, where)
         if not any(isinstance(weight, Dequantized) for weight in found.values()):
             raise ModelError(
                 f"{where}: its configuration says {self.method}, and no weight is quantised. Remove "

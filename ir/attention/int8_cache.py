@@ -13,9 +13,11 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.attention.fused import AttentionParts, find_attention
+from passopt.ir.graph.attributes import attribute
 from passopt.ir.graph.decoder import SCALES
+from passopt.ir.graph.linears import LARGEST_CODE
 from passopt.ir.shapes.dimensions import dimensions
-from passopt.ir.weights.lazy_weight import constant_tensor
+from passopt.ir.weights.lazy_weight import constant_tensor, small_constant
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -49,6 +51,25 @@ class CachedRows:
     codes: onnx_ir.Value
     scales: onnx_ir.Value
     stored: onnx_ir.Value
+
+    @property
+    def by_largest(self) -> bool:
+        """Return whether the scale of a new row is its largest magnitude / 127, or 1 if that is 0."""
+        choice = _made_by(self.scales, "Where")
+        if choice is None or not _is_number(choice.inputs[1], 1):
+            return False
+        quotient, is_zero = choice.inputs[2], _made_by(choice.inputs[0], "Equal")
+        if is_zero is None or is_zero.inputs[0] is not quotient or not _is_number(is_zero.inputs[1], 0):
+            return False
+        division = _made_by(quotient, "Div")
+        largest = _made_by(division.inputs[0], "ReduceMax") if division is not None else None
+        if division is None or largest is None or not _is_number(division.inputs[1], LARGEST_CODE):
+            return False
+        magnitudes = _made_by(largest.inputs[0], "Abs")
+        axes = small_constant(largest.inputs[1]) if len(largest.inputs) > 1 else None
+        keeps = attribute(largest, "keepdims", 1)
+        over_rows = axes is not None and axes.tolist() in ([-1], [3]) and keeps == 1
+        return over_rows and magnitudes is not None and magnitudes.inputs[0] is self.rows
 
     @property
     def input(self) -> onnx_ir.Value:
@@ -150,6 +171,17 @@ def _cached_rows(past: onnx_ir.Value | None, stored: onnx_ir.Value) -> CachedRow
     if rows is None or _graph_input(past_codes) is None or _graph_input(past_scales) is None:
         return None
     return CachedRows(past_codes, past_scales, past, rows, codes, scales, stored)
+
+
+def _made_by(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
+    """Return the node that makes a value if it is of this type."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type and not node.domain else None
+
+
+def _is_number(value: onnx_ir.Value | None, number: int) -> bool:
+    array = small_constant(value)
+    return array is not None and array.size == 1 and float(array.reshape(())) == number
 
 
 def _graph_input(value: onnx_ir.Value) -> onnx_ir.Value | None:

@@ -21,7 +21,7 @@ class CodesEntry:
         codes: The tensor of codes, int8 in the layout of the weight as it is stored.
         scales: The tensor of scales, in the dtype of the weight: one per output channel, or [channels, groups].
         along: The axis of the output channels in that layout.
-        bits: 8 or 4; codes of 4 bits lie within ±7, each in a byte.
+        bits: 8 or 4; codes of 4 bits lie within ±7, each in a byte of its own.
         group: The inputs that share a scale; 0 for all of a channel.
         method: How they were made: "gptq", "mse", "rtn" or the name of the tool that they come from.
         damp: The damping that the factorisation needed; 0 where there was none.

@@ -330,8 +330,15 @@ class Evaluator:
         return found
 
     def _read_dequantized(self, weight: Dequantized, box: Box) -> Array:
-        scales = self.read(weight.scales, (box[weight.along],)).astype(np.float32)
         wide = self.read(weight.codes, box).astype(np.float32)
+        if weight.group:
+            rows, (start, stop) = box
+            first, last = start // weight.group, -(-stop // weight.group)
+            counted = self.read(weight.scales, (rows, (first, last))).astype(np.float32)
+            offset = start - first * weight.group
+            wide *= np.repeat(counted, weight.group, axis=1)[:, offset : offset + stop - start]
+            return wide.astype(weight.dtype.numpy())
+        scales = self.read(weight.scales, (box[weight.along],)).astype(np.float32)
         wide *= scales[:, None] if weight.along == 0 else scales[None, :]
         return wide.astype(weight.dtype.numpy())
 

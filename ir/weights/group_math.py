@@ -5,6 +5,7 @@ Matrices are [rows, columns]; all computing is done in fp32, as in `row_math`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def read_view(at: Evaluator, core: View, box: Box) -> Array:
     return whole[tuple(slice(*bounds) for bounds in box)]
 
 
-READERS = {
+READERS: Mapping[type, Callable[[Evaluator, Any, Box], Array]] = {
     GroupCodes: read_groups,
     GroupScales: read_groups,
     GroupZeros: read_groups,

@@ -112,9 +112,9 @@ def _next_up(values: Array) -> Array:
     return result
 
 
-def quantize_values(values: Array, scales: Array) -> Array:
-    """Return round-half-even(values / scales), clamped to ±127, as int8; `values` (fp32) is overwritten."""
+def quantize_values(values: Array, scales: Array, largest: int = 127) -> Array:
+    """Return round-half-even(values / scales), clamped to ±`largest`, as int8; `values` (fp32) is overwritten."""
     np.divide(values, scales.astype(np.float32), out=values)
     np.rint(values, out=values)
-    np.clip(values, -127, 127, out=values)
+    np.clip(values, -largest, largest, out=values)
     return values.astype(np.int8)

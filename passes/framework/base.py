@@ -133,7 +133,7 @@ class Pass(abc.ABC):
         """
 
     def foresee(self, model: onnx_ir.Model, pipeline: Sequence[Pass]) -> None:  # noqa: B027  # most have nothing to say
-        """Raise PassError if it is clear before any pass runs that this pass cannot end well.
+        """Raise an error if it is clear before any pass runs that this pass cannot end well.
 
         Most passes find that out in `run`. This is for what would be told only after minutes of other passes, such as
         options of two passes that do not go together.
@@ -143,7 +143,8 @@ class Pass(abc.ABC):
             pipeline: All passes that are to run, in order.
 
         Raises:
-            PassError: If the pass would fail for certain.
+            UsageError: If options of the pipeline do not go together, or not with this model.
+            PassError: If the pass would fail for another reason.
         """
 
     def explain(self, model: onnx_ir.Model) -> Iterable[Refusal]:

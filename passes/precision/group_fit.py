@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import onnx_ir
 
 from passopt.ir.dtypes import MODEL_FLOATS
-from passopt.ir.errors import PassError
+from passopt.ir.errors import UsageError
 from passopt.ir.graph.linears import find_weight
 from passopt.ir.graph.lm_head import is_head
 
@@ -40,7 +40,7 @@ class _Inputs:
 
 
 def check_groups(model: onnx_ir.Model, who: str, group: int, degree: int, *, head: bool) -> None:
-    """Raise PassError if groups would not be full, or be cut by tensor parallelism; it names what would be legal.
+    """Raise UsageError if groups would not be full, or be cut by tensor parallelism; it names what would be legal.
 
     Args:
         model: The model before any pass.
@@ -61,7 +61,7 @@ def check_groups(model: onnx_ir.Model, who: str, group: int, degree: int, *, hea
     more = len(wrong) - 1
     others = f", and of {more} more weight{'s' * (more > 1)}" if more else ""
     left = f", {share} = {share // group} · {group} + {share % group}" if item.count % degree == 0 else ""
-    raise PassError(f"{who}: groups of {group} do not divide {where}{others}{left}. Legal: {_legal(found)}")
+    raise UsageError(f"{who}: groups of {group} do not divide {where}{others}{left}. Legal: {_legal(found)}")
 
 
 def _legal(found: list[_Inputs]) -> str:

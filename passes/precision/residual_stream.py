@@ -25,12 +25,7 @@ _FUSE = "run the pipeline fuse first, which writes a norm as one operator"
 
 
 class Unproven(Exception):
-    """Raised at a node of which it is not proven what it does with the channels of the stream, with what to do."""
-
-    def __init__(self, node: onnx_ir.Node | None, reason: str) -> None:
-        super().__init__(reason)
-        self.node = node
-        self.reason = reason
+    """Raised with a node of which it is not proven what it does with the channels of the stream, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +65,7 @@ def find_residual_stream(model: onnx_ir.Model) -> ResidualStream:
     assert source is not None
     width = _width(source)
     if not isinstance(width, int):
-        raise Unproven(norm, f"{called(norm)} reads {source.name}, whose number of channels is unknown")
+        raise Unproven(f"{called(norm)} reads {source.name}, whose number of channels is unknown")
     return _Walk(model.graph, width).run(source)
 
 
@@ -78,15 +73,16 @@ def _last_norm(model: onnx_ir.Model) -> onnx_ir.Node:
     """Return the norm from which the head reads."""
     path = head_path(model)
     if not path:
-        raise Unproven(None, "found no head: the output logits does not come from a linear")
+        raise Unproven("found no head: the output logits does not come from a linear")
     value = path[0].inputs[0]
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == _NORM and not node.domain:
             return node
         if node.op_type not in {"Cast", "Identity", "Slice", "Gather", "Mul", "Div"}:
-            raise Unproven(node, f"the head reads {called(node)}, expected an {_NORM}; {_hint(node)}")
+            hint = _hint(node) if node.op_type == "LayerNormalization" else _FUSE
+            raise Unproven(f"the head reads {called(node)}, expected an {_NORM}; {hint}")
         value = next((item for item in node.inputs if item is not None and item.producer() is not None), None)
-    raise Unproven(path[0], f"{called(path[0])} is the head and reads no {_NORM}; {_FUSE}")
+    raise Unproven(f"{called(path[0])} is the head and reads no {_NORM}; {_FUSE}")
 
 
 def _hint(node: onnx_ir.Node) -> str:
@@ -121,12 +117,12 @@ class _Walk:
             self._check(value)
             producer = value.producer()
             if producer is None:
-                raise Unproven(None, f"{value.name} holds the stream and is an input of the graph")
+                raise Unproven(f"{value.name} holds the stream and is an input of the graph")
             if not self._passes(value, producer):
                 self._written(value, producer)
             for node, index in value.uses():
                 if node.graph is not self._graph:
-                    raise Unproven(node, f"{called(node)} reads {value.name} inside of a body; inline it first")
+                    raise Unproven(f"{called(node)} reads {value.name} inside of a body; inline it first")
                 if not self._passes(value, node):
                     self._read(value, node, index)
         self._found.vectors = list(self._vectors)
@@ -138,19 +134,17 @@ class _Walk:
             self._norms[value] = norm
             self._left.append(value)
         elif self._norms[value] is not norm:
-            raise Unproven(by, f"{value.name} is used both behind a norm and without it, by {_called(by)}")
+            raise Unproven(f"{value.name} is used both behind a norm and without it, by {_called(by)}")
 
     def _check(self, value: onnx_ir.Value) -> None:
         """Raise Unproven unless the last axis of a value holds the channels, and only nodes read it."""
-        node = value.producer()
         if value.is_graph_output():
-            raise Unproven(node, f"{value.name} is an output of the graph: callers would see rotated channels")
+            raise Unproven(f"{value.name} is an output of the graph: callers would see rotated channels")
         if _width(value) != self._found.width or value.dtype not in MODEL_FLOATS:
             kind = value.dtype.name if value.dtype is not None else "unknown"
             raise Unproven(
-                node,
                 f"{value.name} has the shape {dimensions(value)} and the dtype {kind}, expected floats with "
-                f"{self._found.width} channels on the last axis",
+                f"{self._found.width} channels on the last axis"
             )
 
     def _passes(self, value: onnx_ir.Value, node: onnx_ir.Node) -> bool:
@@ -161,7 +155,7 @@ class _Walk:
             return False
         if norm is not None and node.op_type in {"Add", "Sub"}:
             raise Unproven(
-                node, f"{called(node)} adds {value.name}, which is behind {called(norm)}, whose weight cannot be folded"
+                f"{called(node)} adds {value.name}, which is behind {called(norm)}, whose weight cannot be folded"
             )
         for item in joined:
             self._visit(item, norm, node)
@@ -214,7 +208,7 @@ class _Walk:
             return
         if node.op_type == _NORM and not node.domain:
             raise Unproven(
-                node, f"{called(node)} makes {value.name}, which is added to the stream: its weight cannot be folded"
+                f"{called(node)} makes {value.name}, which is added to the stream: its weight cannot be folded"
             )
         if norm is None and _looks_up(node):
             self._found.tables.append(node)
@@ -224,7 +218,6 @@ class _Walk:
             self._found.writers.append(self._plain(linear, node, value))
             return
         raise Unproven(
-            node,
             f"{called(node)} makes {value.name} of the stream, expected a linear, the look-up of an embedding, or a "
             f"sum; {_hint(node)}",
         )
@@ -245,18 +238,16 @@ class _Walk:
         behind = "the stream" if norm is None else f"{called(norm)} of the stream"
         wanted = f"an {_NORM}, a linear or a sum" if norm is None else "a linear"
         reason = _of_weight(node) if node.op_type in {"MatMul", "Gemm"} else _hint(node)
-        raise Unproven(node, f"{called(node)} reads {value.name}, {behind}, expected {wanted}; {reason}")
+        raise Unproven(f"{called(node)} reads {value.name}, {behind}, expected {wanted}; {reason}")
 
     def _plain(self, linear: Linear, node: onnx_ir.Node, value: onnx_ir.Value) -> Linear:
         """Return a linear with a float weight of as many channels as the stream has; raise Unproven for any other."""
         if linear.weight.scales is not None or linear.rows is not None:
-            raise Unproven(
-                node, f"{called(node)} has the quantised weight {linear.weight.value.name}; rotate before int8"
-            )
+            raise Unproven(f"{called(node)} has the quantised weight {linear.weight.value.name}; rotate before int8")
         bias = linear.bias
         if linear.output is value and bias is not None:
             if constant_tensor(bias) is None or dimensions(bias) != [self._found.width]:
-                raise Unproven(node, f"{called(node)} adds {bias.name} {dimensions(bias)}, expected a constant vector")
+                raise Unproven(f"{called(node)} adds {bias.name} {dimensions(bias)}, expected a constant vector")
             self._vectors[node, 2] = None
         return linear
 
@@ -264,11 +255,10 @@ class _Walk:
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
         scale = node.inputs[1] if len(node.inputs) > 1 else None
         if axis not in {-1, len(value.shape or ()) - 1}:
-            raise Unproven(node, f"{called(node)} normalises from axis {axis} on, expected the last axis")
+            raise Unproven(f"{called(node)} normalises from axis {axis} on, expected the last axis")
         if scale is None or constant_tensor(scale) is None or dimensions(scale) != [self._found.width]:
             name = "no weight" if scale is None else f"{scale.name} {dimensions(scale)}"
             raise Unproven(
-                node,
                 f"{called(node)} has {name}, expected a constant [{self._found.width}]; run fold-constants first",
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from functools import partial
 
 import onnx_ir
@@ -17,7 +16,7 @@ from passopt.ir.weights.literals import Fill
 from passopt.ir.weights.rotation import obstacle, rotate
 from passopt.ir.weights.scaling import scale_along
 from passopt.passes.framework.accuracy import REASSOCIATED
-from passopt.passes.framework.base import Pass, Refusal
+from passopt.passes.framework.base import Pass
 from passopt.passes.framework.records import PassResult
 from passopt.passes.precision.linear_weights import Change, WeightChanges, constant, in_fp32
 from passopt.passes.precision.residual_stream import ResidualStream, Unproven, find_residual_stream
@@ -54,30 +53,19 @@ class RotateResidual(Pass):
             stream = _stream(model)
             count = _rotate(model, stream, self.seed, self.name)
         except Unproven as unproven:
-            raise PassError(f"{self.name}: {unproven.reason}") from unproven
+            raise PassError(f"{self.name}: {unproven}") from unproven
         except ModelError as error:
             raise PassError(f"{self.name}: {error}") from error
         model.metadata_props[ROTATION] = str(self.seed)
         note = f"{stream.width} channels rotated: {len(stream.writers)} writers, {len(stream.readers)} readers"
         return PassResult(modified=True, matches=count, tries=len(model.graph), notes=[note])
 
-    def explain(self, model: onnx_ir.Model) -> Iterable[Refusal]:
-        """Yield the node at which the stream cannot be followed."""
-        if ROTATION in model.metadata_props:
-            return
-        copy = model.clone()
-        complete_types(copy)
-        try:
-            _stream(copy)
-        except Unproven as unproven:
-            yield Refusal(unproven.node, unproven.reason)
-
 
 def _stream(model: onnx_ir.Model) -> ResidualStream:
     stream = find_residual_stream(model)
     reason = obstacle(stream.width)
     if reason:
-        raise Unproven(None, f"the stream has no fast rotation: {reason}")
+        raise Unproven(f"the stream has no fast rotation: {reason}")
     return stream
 
 

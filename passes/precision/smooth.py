@@ -118,11 +118,12 @@ def smoothing_scales(found: Sequence[InputStatistics], alpha: float) -> Array:
         alpha: How much of the outliers goes into weights: 0 leaves activations as they are, up to the weights.
     """
     inputs = np.max([item.absmax for item in found], axis=0).astype(np.float64)
-    weights = np.max([item.weight_absmax for item in found], axis=0).astype(np.float64)
+    weights = np.max([item.weight_absmax for item in found if item.weight_absmax is not None], axis=0).astype(
+        np.float64
+    )
     known = (inputs > 0) & (weights > 0)
-    with np.errstate(divide="ignore"):
-        exponents = alpha * np.log2(inputs) - (1 - alpha) * np.log2(weights)
-    scales: Array = np.exp2(np.where(known, exponents, 0)).astype(np.float32)
+    inputs[~known] = weights[~known] = 1
+    scales: Array = (inputs**alpha / weights ** (1 - alpha)).astype(np.float32)
     return scales
 
 

@@ -66,8 +66,6 @@ def _behind_norm(node: onnx_ir.Node) -> SmoothedInput | None:
     vectors = [(node, index) for index, value in enumerate(node.inputs) if index and value is not None]
     for _, index in vectors:
         _check_vector(node, node.inputs[index], dims[-1])
-    if any(value.is_graph_output() for value in node.outputs[1:]):
-        raise _No(f"{called(node)} has other outputs that are read")
     return SmoothedInput(
         "norm", readers, tuple(vectors), None, values, all(is_head(item.nodes[-1]) for item in readers)
     )
@@ -106,6 +104,8 @@ def _writer(
         node = value.producer()
         if node is None or node.domain or value.is_graph_output() or len(value.uses()) != 1:
             return None
+        if value.dtype not in MODEL_FLOATS:
+            return None  # A number that was rounded to an integer does not scale.
         values.append(value)
         linear = find_linear(node)
         if linear is not None and linear.output is value:

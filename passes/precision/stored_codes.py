@@ -112,6 +112,13 @@ def _of_base(
 ) -> tuple[Expression, Expression]:
     """Return the codes of a weight that the folder knows by itself."""
     found = calibration.codes(weight_key(weight), bits=bits, group=group)
+    others = [f"{item.bits} bits" for item in calibration.weights[weight_key(weight)].codes]
+    if found is None and others:
+        raise CalibrationError(
+            f"{who}: {calibration.folder} holds codes of {', '.join(others)} of {weight_key(weight)}, expected {bits} "
+            f"bits{f' in groups of {group}' if group else ''}. Calibrate with --bits {bits}"
+            f"{f' --group {group}' if group else ''}, or quantise with int{12 - bits}{{from={calibration.folder}}}"
+        )
     if found is None:
         raise CalibrationError(
             f"{who}: {calibration.folder} holds what was measured on the input of {weight_key(weight)}, and no codes. "

@@ -1,4 +1,4 @@
-"""Collect the int8 codes of a checkpoint's weights from where they were made: a calibration folder, or a graph.
+"""Collect the codes of a checkpoint's weights from where they were made: a calibration folder, or a graph.
 
 Both may know a weight in pieces, such as a packed projection of q, k and v that a pass has split.
 """
@@ -25,8 +25,9 @@ from passopt.ir.weights.lazy_weight import expression_of
 _KEY = re.compile(r"(?P<name>[^():]+):\w+\[\d+, \d+\]")
 _SLICE = re.compile(rf"slice\({_KEY.pattern}, axis=0, (?P<start>\d+):(?P<stop>\d+)\)")
 _CODES, _SCALES, _PARTS = ".codes", ".scales", ("q", "k", "v")
-#: How far codes may be from the weight that they stand for, as a part of its norm. Rounding to 8 bits makes 0.01.
-_LARGEST_ERROR = 0.1
+#: How far codes may be from the weight that they stand for, as a part of its norm. Rounding to 8 bits makes 0.01, to 4
+#: bits in groups 0.12.
+_LARGEST_ERROR, _LARGEST_OF_GROUPS = 0.1, 0.4
 #: The rows of a weight that are compared with their codes.
 _COMPARED = 8
 
@@ -46,11 +47,15 @@ def pieces_of_calibration(calibration: Calibration) -> dict[str, list[Piece]]:
         calibration: The folder.
 
     Raises:
-        UsageError: If codes are of something else than rows of a weight: of a smoothed or rotated one.
+        UsageError: If codes are of several kinds, or of something else than rows of a weight: of a smoothed one, say.
     """
     found: dict[str, list[Piece]] = {}
+    kinds = {(item.bits, item.group) for entry in calibration.weights.values() for item in entry.codes}
+    if len(kinds) > 1:
+        raise UsageError(f"{calibration.folder}: holds codes of several kinds (bits, group): {sorted(kinds)}")
+    bits, group = next(iter(kinds), (8, 0))
     for key in calibration.weights:
-        stored = calibration.codes(key)
+        stored = calibration.codes(key, bits=bits, group=group)
         if stored is None:
             continue
         whole = _KEY.fullmatch(key)
@@ -70,18 +75,19 @@ def pieces_of_graph(model: onnx_ir.Model) -> dict[str, list[Piece]]:
     """Return the codes of a quantised graph by the name of the weight of which each of them is a part.
 
     Args:
-        model: A graph that the pass int8 has quantised.
+        model: A graph that the pass int8 or int4 has quantised.
     """
     found: dict[str, list[Piece]] = {}
     values = model.graph.initializers
     for name, value in values.items():
         scales = values.get(f"{name.removesuffix(_CODES)}{_SCALES}")
-        if not name.endswith(_CODES) or scales is None or value.dtype != DataType.INT8:
+        if not name.endswith(_CODES) or scales is None or value.dtype not in (DataType.INT8, DataType.INT4):
             continue
         both = expression_of(value), expression_of(scales)
-        if both[0] is None or both[1] is None or both[1].shape != both[0].shape[:1]:
+        if both[0] is None or both[1] is None or both[1].shape[:1] != both[0].shape[:1]:
             continue
-        found.setdefault(name.removesuffix(_CODES), []).append(Piece(0, dequantized(both[0], both[1])))
+        weight = dequantized(both[0].cast(DataType.INT8), both[1])
+        found.setdefault(name.removesuffix(_CODES), []).append(Piece(0, weight))
     return dict(_with_parts(found))
 
 
@@ -118,7 +124,7 @@ def joined(name: str, pieces: Iterable[Piece], weight: Expression, where: Path) 
         raise UsageError(f"{where}: has codes {list(shape)} of {name} (rows {rows}), which is {list(weight.shape)}")
     codes = concat([piece.weight.codes for piece in ordered], 0)
     found = dequantized(codes, concat([piece.weight.scales for piece in ordered], 0))
-    if not (error := _error(found, weight)) <= _LARGEST_ERROR:
+    if not (error := _error(found, weight)) <= (_LARGEST_OF_GROUPS if found.group else _LARGEST_ERROR):
         raise UsageError(
             f"{where}: the codes of {name} are {error:.1%} off the weight in the checkpoint. They are of another "
             f"model, or of weights that were smoothed or rotated; take those that were made without such passes"

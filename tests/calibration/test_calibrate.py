@@ -89,6 +89,8 @@ def test_inputs_are_measured_as_in_a_run_of_the_whole_model(tiny: Any) -> None:
         assert found is not None
         rows = np.abs(expected[target.name])
         np.testing.assert_allclose(found.absmax, rows.max(axis=0), rtol=1e-4)
+        with Evaluator() as evaluator:
+            assert np.array_equal(found.weight_absmax, np.abs(evaluator.array(target.weight)).max(axis=0))
         assert found.rows == tiny.ids.size == len(rows)
         for share, value in found.percentiles.items():
             assert value == pytest.approx(np.percentile(rows, float(share), method="higher"), rel=0.02)

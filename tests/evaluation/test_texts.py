@@ -89,6 +89,17 @@ def test_chunks_of_a_window_give_what_the_whole_gives(lab, monkeypatch: pytest.M
     assert figures(parts, 0).surprise.value == pytest.approx(figures(whole, 0).surprise.value, rel=1e-6)
 
 
+def test_a_cache_in_8_bits_is_read_as_codes_in_one_step_and_in_many(lab, tmp_path: Path, monkeypatch):
+    passopt.run(lab.one, "fuse,int8-cache", tmp_path / "codes")
+    asked = {"text": lab.text, "window": 48, "max_tokens": 192}
+    whole = passopt.evaluate([lab.one, tmp_path / "codes"], **asked)
+    monkeypatch.setattr(scored_rows, "CHUNK", 5)
+    parts = passopt.evaluate([lab.one, tmp_path / "codes"], **asked)
+    found, again = figures(whole, 1).kl_mean, figures(parts, 1).kl_mean
+    assert 1e-8 < found.value < 1e-2
+    assert again.value == pytest.approx(found.value, rel=1e-2)
+
+
 def test_a_model_of_the_last_position_only_is_run_token_by_token(lab, tmp_path: Path):
     passopt.run(lab.one, "slice-last-token", tmp_path / "sliced")
     report = passopt.evaluate([lab.one, tmp_path / "sliced"], text=lab.text, window=30, stride=20, max_tokens=70)
@@ -98,7 +109,7 @@ def test_a_model_of_the_last_position_only_is_run_token_by_token(lab, tmp_path: 
 
 def test_the_reference_comes_first_once(lab):
     one, other = lab.one, lab.other
-    asked = {"text": lab.text, "window": 40, "max_tokens": 80}
+    asked = {"text": lab.text, "window": 40}
     report = passopt.evaluate([other, str(one)], reference=one, **asked)
     assert [model.name for model in report.models] == [str(one), str(other)]
     again = passopt.evaluate([one, other], **asked)

@@ -1,4 +1,4 @@
-"""Models of 4 bits are compared with their own codes and judged by the bar that int4 declares; wrong codes are found."""
+"""Models of 4 bits agree with their own codes and are judged by the bar that int4 declares; wrong codes are found."""
 
 from __future__ import annotations
 

@@ -101,14 +101,15 @@ def scale_up(model):
     assert maker.op_type == "QuantizeLinear"
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("fault", [use_other_scales, forget_scales, scale_up])
-def test_a_fault_is_found(fused, fault):
+def test_a_fault_is_found(fused, fault, layerwise):
     """Predictions of a text, which read no cache back, show none but the last of these faults."""
     candidate = changed(fused, "int8-cache")
     fault(candidate)
-    report = verify(fused, candidate, options=WHOLE)
+    report = verify(fused, candidate, options=dataclasses.replace(WHOLE, layerwise=layerwise))
     assert not report.ok
-    if fault is not scale_up:
+    if fault is not scale_up and not layerwise:
         assert {row.comparison for row in report.rows if not row.ok} == {OWN_CACHE}
 
 
@@ -135,3 +136,13 @@ def test_what_is_fed_comes_back_as_numbers(fused):
 def test_a_second_run_finds_nothing(fused):
     candidate = changed(fused, "int8-cache")
     assert not QuantizeCache().run(candidate).modified
+
+
+def test_predictions_after_a_cache_of_random_numbers_do_not_count(fused):
+    """No model has put these numbers there; they are shown, and compared tightly with a cache of numbers."""
+    options = VerifyOptions(lengths=(1, 7))
+    reports = [verify(fused, changed(fused, passes), options=options) for passes in ("int8-cache", "int8")]
+    counts = [next(int(row.note.split()[0]) for row in found.rows if row.output == "KL mean") for found in reports]
+    assert counts[0] == counts[1] - 4
+    late = [row for row in reports[0].rows if row.scenario.startswith("near the end")]
+    assert {row.comparison for row in late if row.judged} == {WITH_NUMBERS}

@@ -16,7 +16,7 @@ from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
 from passopt.ir.weights.streaming.output_groups import Group, is_held, is_rounding, is_turned
 from passopt.ir.weights.streaming.row_kernels import RowKernels
-from passopt.ir.weights.streaming.row_spans import GROUP_ROWS, is_by_columns, matrix_shape
+from passopt.ir.weights.streaming.row_spans import GroupRows, is_by_columns, is_bytes, matrix_shape
 
 #: What is held whole is computed from pieces of about so many bytes, besides the memory of the arena.
 READ_OF_HELD = 16 << 20
@@ -25,7 +25,7 @@ READ_OF_HELD = 16 << 20
 def row_bytes(group: Group, kernels: RowKernels) -> int:
     """Return the memory in bytes per row of the base: for the row itself and for every result computed from it."""
     base, columns = group.base, matrix_shape(group.base)[1]
-    if isinstance(base, ex.Source):
+    if is_bytes(base):
         total = int(columns * base.dtype.itemsize)
     elif is_held(base):
         total = 0
@@ -34,7 +34,7 @@ def row_bytes(group: Group, kernels: RowKernels) -> int:
     else:  # The evaluator of boxes makes fp32 copies of the rows and of all their operands.
         total = 8 * max(matrix_shape(part)[1] for part in base.walk())
     total += sum(int(matrix_shape(core)[1] * core.dtype.itemsize) for core in group.stored_cores)
-    copies = sum(kernels.scratch_bytes if not isinstance(core, GROUP_ROWS) else SCRATCH_BYTES for core in group.cores)
+    copies = sum(kernels.scratch_bytes if not isinstance(core, GroupRows) else SCRATCH_BYTES for core in group.cores)
     return total + copies * columns
 
 
@@ -61,7 +61,7 @@ class ChunkValues:
             weight: np.zeros(weight.shape[1], np.float32) for weight in group.measured
         }
         self._start = self._rows = 0
-        if isinstance(self._base, ex.Source) or is_turned(self._base):
+        if is_bytes(self._base) or is_turned(self._base):
             nbytes = int(most * self._columns * self._base.dtype.itemsize)
             self._input = arena.take(page_up(nbytes) + 2 * PAGE)
         if is_turned(self._base):
@@ -113,7 +113,7 @@ class ChunkValues:
             return self._of_held(base)[start:stop]
         if is_turned(base):
             return self._turn(base.operand, start, stop)  # type: ignore[attr-defined]
-        if not isinstance(base, ex.Source):
+        if not is_bytes(base):
             return self._evaluated(start, stop)
         size = int(self._columns * base.dtype.itemsize)
         at = self._reader.read(base.file, base.name, base.offset + start * size, self._input, (stop - start) * size)
@@ -138,10 +138,19 @@ class ChunkValues:
             step = max(1, READ_OF_HELD // 8 // max(1, 4 * self._columns))
             for start in range(0, base.shape[0], step):
                 stop = min(start + step, base.shape[0])
-                self._held[start:stop] = self._evaluator.read(base.operand, ((start, stop), (0, self._columns)))
+                self._hold(base.operand, start, stop)
             self._kernels.rotate_columns(self._held, rotation_of(base.shape[0], base.seed))
             self._is_filled = True
         return self._held
+
+    def _hold(self, operand: ex.Expression, start: int, stop: int) -> None:
+        """Compute rows `start` to `stop` of what is held, before it is rotated; widen them by a kernel."""
+        box, out = ((start, stop), (0, self._columns)), self._held[start:stop]
+        if isinstance(operand, ex.Cast):
+            values = np.ascontiguousarray(self._evaluator.read(operand.operand, box))
+            self._evaluator.report.count(operand, self._kernels.cast(values, operand.dtype, out))
+        else:
+            out[...] = self._evaluator.read(operand, box)
 
     def _evaluated(self, start: int, stop: int) -> Array:
         shape = self._base.shape

@@ -13,7 +13,16 @@ from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.raw_bytes import stored
 from passopt.ir.weights.rotation import Rotate
 from passopt.ir.weights.safetensors_layout import Layout, layout_of
-from passopt.ir.weights.streaming.row_spans import Part, Span, base_of, in_order, is_by_columns, matrix_shape, spans_of
+from passopt.ir.weights.streaming.row_spans import (
+    Part,
+    Span,
+    base_of,
+    in_order,
+    is_by_columns,
+    is_bytes,
+    matrix_shape,
+    spans_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Group:
     @functools.cached_property
     def grain(self) -> int:
         """Return the number of rows that must be read together, because boxes are cut along the base's first axis."""
-        if isinstance(self.base, ex.Source) or len(self.base.shape) <= 2:
+        if is_bytes(self.base) or len(self.base.shape) <= 2:
             return 1
         return max(1, math.prod(self.base.shape[1:-1]))
 
@@ -132,7 +141,7 @@ class Group:
     @property
     def is_boxed(self) -> bool:
         """Return whether only the evaluator of boxes can read the base."""
-        return not isinstance(self.base, ex.Source) and not is_turned(self.base) and not is_held(self.base)
+        return not is_bytes(self.base) and not is_turned(self.base) and not is_held(self.base)
 
     @property
     def read_bytes(self) -> int:
@@ -152,7 +161,7 @@ class Group:
 
 def is_turned(base: ex.Expression) -> bool:
     """Return whether the base is a transposed matrix of a file, whose rows are read as panels of columns."""
-    return isinstance(base, ex.Transpose) and isinstance(base.operand, ex.Source) and base.permutation == (1, 0)
+    return isinstance(base, ex.Transpose) and is_bytes(base.operand) and base.permutation == (1, 0)
 
 
 def is_held(base: ex.Expression) -> bool:

@@ -11,20 +11,20 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
-from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
+from passopt.ir.weights.groups import FOUR_BITS, GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.literals import Fill
 from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
 from passopt.ir.weights.rotation import Rotate
 from passopt.ir.weights.scaling import ScaleAlong
 
 #: The operations on rows that codes of 4 bits consist of.
-GROUP_ROWS = GroupCodes | GroupScales | GroupZeros | Nibbles | Unsigned
+GroupRows: TypeAlias = GroupCodes | GroupScales | GroupZeros | Nibbles | Unsigned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +94,18 @@ def base_of(core: ex.Expression) -> ex.Expression:
     return core
 
 
+def is_bytes(base: ex.Expression) -> TypeGuard[ex.Source]:
+    """Return whether a base is read from its file as it lies; codes of 4 bits have to be taken apart first."""
+    return isinstance(base, ex.Source) and base.dtype not in FOUR_BITS
+
+
 def is_row_operation(expression: ex.Expression) -> bool:
     """Return whether row i of the result needs only row i of the operand and, at most, the scales of all columns."""
     if isinstance(expression, ex.Cast):
         return not _is_summary(expression.operand)
     if isinstance(expression, Rotate):
         return expression.by_rows
-    kinds = ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | ScaleAlong | GROUP_ROWS | _Packing
+    kinds = ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | ScaleAlong | GroupRows | _Packing
     return isinstance(expression, kinds)
 
 
@@ -170,7 +175,7 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
 
 
 def _of_rows(
-    expression: ex.Cast | ex.NormalizeRows | ex.RowSums | Rotate | ScaleAlong | GROUP_ROWS | _Packing, rank: int
+    expression: ex.Cast | ex.NormalizeRows | ex.RowSums | Rotate | ScaleAlong | GroupRows | _Packing, rank: int
 ) -> list[Span]:
     """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
 

@@ -154,6 +154,31 @@ def test_files_hold_what_the_evaluator_gives(tmp_path, symmetric, axis):
                 assert data[offset : offset + len(expected)] == expected, name
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", [DataType.INT4, DataType.UINT4])
+def test_codes_of_a_file_are_cut_and_packed_anew(tmp_path, kind, axis):
+    values = RANDOM.integers(0, 8, (6, 64)).astype(np.int8) - (4 if kind == DataType.INT4 else 0)
+    (tmp_path / "codes.bin").write_bytes(evaluated(packed_bytes(Literal.of(values).cast(kind))).tobytes())
+    source = external_source(tmp_path / "codes.bin", "w", kind, (6, 64), 0)
+    shard = source.shard(axis, 2)
+    parts = {
+        "shard": shard,
+        "kernel": nibbles(unsigned(shard), 4).pack(4, 4),
+        "turned": source.transpose(),
+        "whole": source,
+    }
+    files = [WeightFile(tmp_path / f"{rank}.safetensors", parts, rank) for rank in range(2)]
+    write_weight_files(files)
+    for file in files:
+        data = file.path.read_bytes()
+        for name, part in parts.items():
+            expected = evaluated(stored(part, name), file.rank).tobytes()
+            offset = file.layout.offsets[name]
+            assert data[offset : offset + len(expected)] == expected, name
+        cut = np.split(values, 2, axis)[file.rank]
+        assert np.array_equal(evaluated(shard, file.rank).astype(np.int8), cut)
+
+
 def test_a_plan_holds_them(tmp_path):
     _, source = weight(tmp_path, 4, 64)
     codes, scales, zeros = quantize_groups(source, 32, symmetric=False)

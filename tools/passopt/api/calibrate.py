@@ -19,11 +19,12 @@ from passopt.calibration.calibrate import calibrate as calibrate_graph
 from passopt.calibration.data import read_data
 from passopt.calibration.meter import Meter
 from passopt.calibration.parts import Settings
-from passopt.calibration.rounding import METHODS
+from passopt.calibration.rounding import LARGEST, METHODS
 from passopt.calibration.targets import subject_of
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.decoder import decoder_of
 from passopt.passes.pipeline.runner import run_passes
+from passopt.passes.precision.group_fit import GROUPS
 from passopt.reporting.reporter import SILENT, Bar, Reporter
 from passopt.reporting.result import Result
 
@@ -89,6 +90,8 @@ def calibrate(
     passes: PassesLike | None = None,
     collect: str | Sequence[str] = COLLECTED,
     method: Literal["gptq", "rtn", "mse"] = "gptq",
+    bits: Literal[8, 4] = 8,
+    group: int = 0,
     tokenizer: Path | str | None = None,
     nsamples: int = 32,
     seqlen: int | None = None,
@@ -114,6 +117,8 @@ def calibrate(
         passes: The passes to run before; those that stand before `int8` when it takes the codes.
         collect: What to collect: "inputs", "cache" and "codes".
         method: How codes are made: "gptq", "rtn" (to the nearest) or "mse" (scales of least squared error).
+        bits: The bits of a code: 8 for `int8{from=OUTPUT}`, 4 for `int4{from=OUTPUT}`.
+        group: The inputs that share a scale, with 4 bits: 128, 64 or 32; 0 with 8 bits.
         tokenizer: A folder, tokenizer.json or tokenizer.model; None for the one beside the model.
         nsamples: The number of windows of tokens.
         seqlen: The tokens of a window; None for 512, or what the model takes if that is less.
@@ -141,6 +146,7 @@ def calibrate(
     start = time.monotonic()
     asked = _collected(collect)
     checked.one_of("method", method, METHODS)
+    _check_kind(bits, group, embedding)
     for name, number in (("nsamples", nsamples), ("seqlen", seqlen), ("threads", threads)):
         checked.whole(name, number, 1)
     checked.whole("seed", seed, 0)
@@ -158,6 +164,8 @@ def calibrate(
         act_order=act_order,
         true_sequential=true_sequential,
         threads=threads or os.cpu_count() or 1,
+        bits=bits,
+        group=group,
     )
     if not sets and (not settings.codes or method == "gptq"):
         raise UsageError(
@@ -173,6 +181,12 @@ def calibrate(
         words = Path(tokenizer) if tokenizer is not None else _beside(found)
         chosen = read_data(sets, words, found.ir, count=nsamples, length=seqlen, seed=seed)
     subject = subject_of(found.ir, embedding=embedding, head=head)
+    cut = next((item for item in subject.targets if group and item.weight.shape[1] % group), None)
+    if cut is not None and settings.codes:
+        raise UsageError(
+            f"`group`: groups of {group} do not fill the {cut.weight.shape[1]} inputs of {cut.name}; choose another of "
+            f"{', '.join(map(str, GROUPS))}, or 8 bits"
+        )
     bars = _Bars(reporter)
     try:
         report = calibrate_graph(
@@ -189,6 +203,21 @@ def calibrate(
         bars.close()
     identity = chosen.identity if chosen is not None else {}
     return CalibrateResult(folder, method if settings.codes else "", identity, report, time.monotonic() - start)
+
+
+def _check_kind(bits: int, group: int, embedding: bool) -> None:
+    """Raise UsageError unless there is a pass for codes of so many bits in such groups."""
+    if bits not in LARGEST:
+        raise UsageError(f"`bits` is 8 or 4, not {bits!r}")
+    if bits == 4 and group not in GROUPS:
+        raise UsageError(f"`group`: codes of 4 bits need groups of {', '.join(map(str, GROUPS))} inputs, not {group}")
+    if bits == 8 and group:
+        raise UsageError("`group`: codes of 8 bits have a scale per output channel; leave it out, or set `bits=4`")
+    if bits == 4 and embedding:
+        raise UsageError(
+            "`embedding`: a table of 4 bits would be dequantised whole at every step; leave it out, and quantise the "
+            "embedding to 8 bits behind int4: quantize-weights{embedding=true}"
+        )
 
 
 def _collected(collect: str | Sequence[str]) -> set[str]:

@@ -18,6 +18,7 @@ from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.decoder import MAX_POSITIONS, SELF_CHECK
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
 from passopt.ir.version import __version__
+from passopt.ir.weights.dequantized import Dequantized
 from passopt.ir.weights.source_file import SourceFile
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.passes.pipeline.runner import run_passes
@@ -35,8 +36,6 @@ Dtype = Literal["fp16", "fp32", "bf16"]
 #: The passes that every exported graph goes through, so that the exporter's arithmetic on constants and lengths is done
 #: once, and not at every run of the model.
 CLEAN_UP = "fold-constants,dead-code"
-#: The passes after which a checkpoint that was quantised elsewhere keeps its codes.
-KEEP_CODES = "int8{method=stored}"
 GGUF_SUFFIX = ".gguf"
 _SKIPPED = "skipped"
 
@@ -78,7 +77,7 @@ class ExportResult(Result):
             verdict = f"max|Δ|/max|reference| = {self.error:.2e} against eager torch"
         graph = f"{self.nodes} nodes, {self.layers} layers, {self.dtype}, opset {self.opset}"
         limit = "" if self.positions is None else f", at most {self.positions} positions"
-        codes = "" if not self.codes else f"\n{self.codes} weights keep the int8 codes and scales of the checkpoint"
+        codes = "" if not self.codes else f"\n{self.codes} weights keep the codes and scales of the checkpoint"
         return f"{graph}{limit}{codes}\nself-check: {verdict}\n→ {self.output}"
 
     def to_json(self) -> dict[str, Any]:
@@ -157,16 +156,23 @@ def export(
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.scratch-", dir=output.absolute().parent) as scratch:
         found = opened.checkpoint(Path(scratch), reporter)
-        keeps_codes = found.scheme is not None and not dequantize
         if found.scheme is not None:
             _tell_of_codes(found, settings.dtype, reporter)
         model = _traced(found, opened.name, settings, Path(scratch), reporter)
-        made_by = f"{CLEAN_UP},{KEEP_CODES}" if keeps_codes else CLEAN_UP
-        codes = _keep_codes(model) if keeps_codes else 0
+        keeping = "" if dequantize else _keeping_codes(found)
+        codes = _keep_codes(model, keeping) if keeping else 0
         error = _checked(found, settings, reporter) if self_check else None
         model.metadata_props[SELF_CHECK] = _SKIPPED if error is None else f"{error:.2e}"
         source = {"checkpoint": opened.name, "files": opened.files(found)}
-        planned = Output(model, Origin(__version__, resolve(made_by).expanded, source, opened.companions))
+        planned = Output(
+            model,
+            Origin(
+                __version__,
+                resolve(f"{CLEAN_UP},{keeping}" if keeping else CLEAN_UP).expanded,
+                source,
+                opened.companions,
+            ),
+        )
         if weights == "reference":
             planned.write_reference(output)
         else:
@@ -176,9 +182,15 @@ def export(
     return ExportResult(output, len(model.graph), layers, dtype, settings.target_opset, error, limit, codes)
 
 
-def _keep_codes(model: onnx_ir.Model) -> int:
+def _keeping_codes(checkpoint: Checkpoint) -> str:
+    """Return the passes after which weights that were quantised elsewhere are their codes, or "" if there are none."""
+    groups = sorted({weight.group for weight in checkpoint.tensors.values() if isinstance(weight, Dequantized)})
+    return ",".join(f"int4{{method=stored,group={size}}}" if size else "int8{method=stored}" for size in groups)
+
+
+def _keep_codes(model: onnx_ir.Model, passes: str) -> int:
     """Let weights that were quantised elsewhere be their codes, in place, and return how many they are."""
-    run_passes(model, resolve(KEEP_CODES).passes)
+    run_passes(model, resolve(passes).passes)
     complete_types(model)
     return sum(node.op_type == "DequantizeLinear" for node in model.graph)
 
@@ -194,7 +206,7 @@ def _tell_of_codes(checkpoint: Checkpoint, dtype: onnx_ir.DataType, reporter: Re
     if checkpoint.scheme.quantises_activations:
         reporter.say(
             "the checkpoint asks for int8 activations, and the graph computes in floats: "
-            "run it with --passes 'int8{activations=dynamic}' for both"
+            "the pass quantize-activations quantises them, too"
         )
 
 

@@ -47,6 +47,7 @@ class ExportCheckpointResult(Result):
         output: The new folder.
         format: Its format.
         dtype: The number type of its scales and other tensors.
+        bits: The bits of a code.
         quantised: The number of weights that are codes.
         left_out: Linears of layers whose weights are floats.
         rounded: The number of scales that the dtype does not hold exactly.
@@ -56,15 +57,15 @@ class ExportCheckpointResult(Result):
     output: Path
     format: QuantisedFormat
     dtype: str
+    bits: int
     quantised: int
     left_out: tuple[str, ...]
     rounded: int
     nbytes: int
 
     def to_text(self) -> str:
-        lines = [
-            f"{self.quantised} weights of 8 bits, {self.format}, other tensors {self.dtype}, {self.nbytes:,} bytes"
-        ]
+        others = f"other tensors {self.dtype}, {self.nbytes:,} bytes"
+        lines = [f"{self.quantised} weights of {self.bits} bits, {self.format}, {others}"]
         if self.left_out:
             more = f" and {len(self.left_out) - 3} more" if len(self.left_out) > 3 else ""
             lines.append(f"not quantised: {', '.join(self.left_out[:3])}{more}")
@@ -88,13 +89,13 @@ def export_checkpoint(
     workers: int | None = None,
     reporter: Reporter = SILENT,
 ) -> ExportCheckpointResult:
-    """Write a checkpoint whose linears are int8 codes, in a format that other tools load.
+    """Write a checkpoint whose linears are codes of 8 or 4 bits, in a format that other tools load.
 
     Args:
         checkpoint: The float checkpoint from which the codes were made, or one that is quantised itself, whose format
             is then changed.
         output: The new folder. It appears whole or not at all.
-        codes: A calibration folder, or the folder of a model that int8 has quantised; None for the codes of the
+        codes: A calibration folder, or the folder of a model that int8 or int4 has quantised; None for the codes of the
             checkpoint itself.
         format: "int-quantized" or "pack-quantized" for compressed-tensors, "gptq" for GPTQ's first format.
         activations: "dynamic" asks loaders to quantise activations per token, too; only for "int-quantized".
@@ -123,11 +124,12 @@ def export_checkpoint(
     refuse_existing(output)
     opened = open_checkpoint(checked.path("checkpoint", checkpoint))
     found = _codes(opened, None if codes is None else checked.path("codes", codes))
+    group = _group(found, format)
     kind = _dtype(found, format, dtype)
     tensors, rounded = _tensors(opened, found, format, kind)
     left_out = tuple(sorted(name for name in _linears(opened) if f"{name}.weight" not in found))
     has_head = any(f"{name}.weight" in found for name in _HEADS)
-    settings = settings_of(format, left_out, has_head=has_head, activations=activations == "dynamic")
+    settings = settings_of(format, group, left_out, has_head=has_head, activations=activations == "dynamic")
     name = next(name for name, each in DTYPES.items() if each == kind)
     config = {**opened.config, "torch_dtype": _NAMES[name], "quantization_config": settings}
     config.pop("dtype", None)
@@ -137,7 +139,7 @@ def export_checkpoint(
         report = write_checkpoint(output, opened.directory, config, tensors, stream, progress)
     for tensor, count in report.overflows.items():
         reporter.say(f"warning: {tensor}: {count} values overflow fp16 and became infinite")
-    return ExportCheckpointResult(output, format, name, len(found), left_out, rounded, nbytes)
+    return ExportCheckpointResult(output, format, name, 4 if group else 8, len(found), left_out, rounded, nbytes)
 
 
 def _linears(opened: Checkpoint) -> list[str]:
@@ -176,8 +178,19 @@ def _codes(opened: Checkpoint, folder: Path | None) -> dict[str, Dequantized]:
             f"checkpoint that was exported and quantised"
         )
     if not known:
-        raise UsageError(f"{folder}: holds no int8 codes of linears; make them with passopt calibrate, or run int8")
+        raise UsageError(f"{folder}: holds no codes of linears; make them with passopt calibrate, or run int8")
     return {name: joined(name, found, opened.tensors[name], folder) for name, found in known.items()}
+
+
+def _group(found: Mapping[str, Dequantized], form: QuantisedFormat) -> int:
+    """Return the inputs that share a scale, 0 for all of a channel; the settings of a checkpoint name one number."""
+    groups = {weight.group for weight in found.values()}
+    if len(groups) > 1:
+        raise UsageError(f"the codes are in groups of {sorted(groups)} inputs; a checkpoint has one kind of codes")
+    (group,) = groups
+    if group and form == "int-quantized":
+        raise UsageError("the format int-quantized has a scale per channel; take `format=pack-quantized` for groups")
+    return group
 
 
 def _dtype(found: Mapping[str, Dequantized], form: QuantisedFormat, asked: Dtype | None) -> DataType:

@@ -13,7 +13,7 @@ from passopt.calibration.gram import Gram
 from passopt.calibration.inputs import InputSummary, column_absmax
 from passopt.calibration.inverse_factor import factor_inverse
 from passopt.calibration.meter import Meter, flops_of_codes, flops_of_factor, flops_of_gram
-from passopt.calibration.rounding import Codes, Method, Plan, round_target
+from passopt.calibration.rounding import Codes, Kind, Method, Plan, round_target
 from passopt.calibration.spool import Spool
 from passopt.calibration.targets import Target
 from passopt.calibration.tiles import TileRunner, tiles
@@ -37,6 +37,8 @@ class Settings:
         act_order: Round columns by falling activity.
         true_sequential: Let each linear see what the codes of those before it make.
         threads: The number of threads; it changes no bit.
+        bits: The bits of a code, 8 or 4.
+        group: The inputs that share a scale; 0 for all of an output channel.
     """
 
     method: Method = "gptq"
@@ -47,6 +49,8 @@ class Settings:
     act_order: bool = True
     true_sequential: bool = True
     threads: int = 1
+    bits: int = 8
+    group: int = 0
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the result."""
@@ -195,11 +199,14 @@ class PartMaker:
     def _round(self, target: Target, plan: Plan | None, note: str) -> tuple[Codes, CodesEntry]:
         """Return the codes of a weight, and their entry; they are stored in the layout of the weight."""
         method, name = self._method(plan), target.name
-        codes = round_target(target, method, plan, self._runner)
+        kind = Kind(self._settings.bits, self._settings.group)
+        codes = round_target(target, method, plan, self._runner, kind)
         is_turned = target.is_turned
         self._tensors[f"{name}.codes"] = np.ascontiguousarray(codes.codes.T) if is_turned else codes.codes
         self._tensors[f"{name}.scales"] = codes.scales
-        entry = CodesEntry(f"{name}.codes", f"{name}.scales", int(is_turned), method=method, note=note)
+        entry = CodesEntry(
+            f"{name}.codes", f"{name}.scales", int(is_turned), kind.bits, kind.group, method=method, note=note
+        )
         if plan is not None:
             entry = dataclasses.replace(entry, damp=plan.factor.damp, dead=int(plan.factor.dead.sum()))
         return codes, entry

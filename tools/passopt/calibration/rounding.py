@@ -24,12 +24,34 @@ METHODS: tuple[Method, ...] = ("gptq", "rtn", "mse")
 _ROWS = 2048
 #: The parts of the largest magnitude that a scale of least squared error may cover.
 _CLIPS = tuple(1 - step / 200 for step in range(1, 25))
-LARGEST = 127
+#: The largest codes by their bits.
+LARGEST = {8: 127, 4: 7}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What codes are made.
+
+    Attributes:
+        bits: 8 or 4.
+        group: The inputs that share a scale; 0 for all of an output channel.
+    """
+
+    bits: int = 8
+    group: int = 0
+
+    @property
+    def largest(self) -> int:
+        """Return the largest code."""
+        return LARGEST[self.bits]
+
+
+EIGHT_BITS = Kind()
 
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """Codes [n, k] and scales [n] of a weight, which the scales have the dtype of."""
+    """Codes [n, k] of a weight, and scales in its dtype: [n], or [n, groups]."""
 
     codes: Array
     scales: Array
@@ -43,7 +65,9 @@ class Plan:
     order: Order
 
 
-def round_target(target: Target, method: Method, plan: Plan | None, runner: TileRunner) -> Codes:
+def round_target(
+    target: Target, method: Method, plan: Plan | None, runner: TileRunner, kind: Kind = EIGHT_BITS
+) -> Codes:
     """Return the codes of a weight.
 
     Args:
@@ -51,51 +75,68 @@ def round_target(target: Target, method: Method, plan: Plan | None, runner: Tile
         method: How to choose scales and codes.
         plan: The factor and the order, for gptq.
         runner: Runs the rows.
+        kind: The bits and groups of the codes; a group divides the inputs of the weight.
 
     Raises:
         ModelError: If the weight holds NaN or infinity, or cannot be read.
     """
     count, width = target.weight.shape
     codes = np.empty((count, width), np.int8)
-    scales = np.empty(count, target.weight.dtype.numpy())
+    group = kind.group or width
+    scales = np.empty((count, width // group), target.weight.dtype.numpy())
     with Evaluator() as evaluator:
         for rows in tiles(count, _ROWS):
             part = evaluator.read(target.weight, ((rows.start, rows.stop), (0, width)))
             if part.dtype != np.float32 or not part.flags.writeable:
                 part = part.astype(np.float32)
-            largest = np.maximum(part.max(axis=1, initial=0), -part.min(axis=1, initial=0))
-            if not np.isfinite(largest).all():
+            if not np.isfinite(_largest(part)).all():
                 row = int(np.nonzero(~np.isfinite(part))[0][0]) + rows.start
                 raise ModelError(f"weight {target.name!r} holds NaN or infinity in output channel {row}")
-            found = scales_of_rows(part, largest, target.weight.dtype, method)
-            scales[rows] = found
+            found = scales_of_rows(part.reshape(-1, group), target.weight.dtype, method, kind.largest)
             wide = found.astype(np.float32)
+            scales[rows] = found.reshape(len(part), -1)
             if plan is None:
-                codes[rows] = quantize_values(part, wide[:, None])
+                made = quantize_values(part.reshape(-1, group), wide[:, None], kind.largest)
+                codes[rows] = made.reshape(part.shape)
             else:
                 ordered = np.ascontiguousarray(part[:, plan.order.columns])
                 del part
-                codes[rows] = round_weight(ordered, wide[:, None], plan.factor, plan.order, LARGEST, runner)
-    return Codes(codes, scales)
+                steps = wide.reshape(len(ordered), -1)
+                codes[rows] = round_weight(ordered, steps, plan.factor, plan.order, kind.largest, runner)
+    return Codes(codes, scales if kind.group else scales[:, 0])
 
 
-def scales_of_rows(rows: Array, largest: Array, dtype: DataType, method: Method) -> Array:
-    """Return a scale for each row of a weight in fp32, of its largest magnitude, or of least squared error for mse."""
-    best = scales_of(largest, dtype)
+def scales_of_rows(rows: Array, dtype: DataType, method: Method, most: int = 127) -> Array:
+    """Return a scale for each row or group of a weight: of its largest magnitude, or of least squared error for mse.
+
+    Args:
+        rows: The numbers in fp32.
+        dtype: The dtype of the scales.
+        method: How codes are made.
+        most: The largest code.
+    """
+    largest = _largest(rows)
+    best = scales_of(largest, dtype, most)
     if method != "mse":
         return best
-    least = _squared_error(rows, best)
+    least = _squared_error(rows, best, most)
     for clip in _CLIPS:
-        scales = scales_of(largest * np.float32(clip), dtype)
-        error = _squared_error(rows, scales)
+        scales = scales_of(largest * np.float32(clip), dtype, most)
+        error = _squared_error(rows, scales, most)
         better = error < least
         best[better], least[better] = scales[better], error[better]
     return best
 
 
-def _squared_error(rows: Array, scales: Array) -> Array:
+def _largest(rows: Array) -> Array:
+    """Return the largest magnitude of each row, without a copy of all of them."""
+    found: Array = np.maximum(rows.max(axis=1, initial=0), -rows.min(axis=1, initial=0))
+    return found
+
+
+def _squared_error(rows: Array, scales: Array, most: int) -> Array:
     wide = scales.astype(np.float32)[:, None]
-    errors = quantize_values(rows.copy(), wide) * wide - rows
+    errors = quantize_values(rows.copy(), wide, most) * wide - rows
     found: Array = np.einsum("ij,ij->i", errors, errors, dtype=np.float64)
     return found
 
@@ -103,6 +144,7 @@ def _squared_error(rows: Array, scales: Array) -> Array:
 def dequantised(found: Codes) -> Array:
     """Return the numbers [k, n] that codes stand for, as a graph computes them: rounded to the dtype of the scales."""
     wide = np.ascontiguousarray(found.codes.T).astype(np.float32)
-    wide *= found.scales.astype(np.float32)
+    factors = found.scales.reshape(len(found.codes), -1).T.astype(np.float32)
+    wide.reshape(len(factors), -1, wide.shape[1])[...] *= factors[:, None, :]
     kind = found.scales.dtype
     return wide if kind == np.float32 else wide.astype(kind).astype(np.float32)

@@ -40,6 +40,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "need no data (default: %(default)s)",
     )
     command.add_argument(
+        "--bits",
+        type=int,
+        choices=[8, 4],
+        default=8,
+        help="bits of a code: 8 for int8{from=CALIB}, 4 for int4{from=CALIB} (default: %(default)s)",
+    )
+    command.add_argument(
+        "--group",
+        type=int,
+        choices=[128, 64, 32],
+        default=0,
+        help="inputs that share a scale, for 4 bits",
+    )
+    command.add_argument(
         "--tokenizer",
         metavar="PATH",
         help="tokenizer: a folder, tokenizer.json or tokenizer.model (default: beside MODEL)",
@@ -87,6 +101,8 @@ def main(options: argparse.Namespace) -> int:
         passes=options.passes,
         collect=options.collect,
         method=options.method,
+        bits=options.bits,
+        group=options.group,
         tokenizer=options.tokenizer,
         nsamples=options.nsamples,
         seqlen=options.seqlen,

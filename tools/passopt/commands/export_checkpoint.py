@@ -6,7 +6,7 @@ import argparse
 
 from passopt.terminal.arguments import add_streaming, streaming
 
-SUMMARY = "Write int8 codes as a quantised checkpoint, compressed-tensors or GPTQ, that other tools load."
+SUMMARY = "Write codes as a quantised checkpoint, compressed-tensors or GPTQ, that other tools load."
 EXAMPLE = "passopt export-checkpoint Baichuan2-7B-Base --codes calib --format gptq -o Baichuan2-7B-Base-GPTQ"
 
 
@@ -22,7 +22,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--codes",
         metavar="DIR",
-        help="calibration folder, or folder of a model that int8 quantised (default: the checkpoint's own codes)",
+        help="calibration folder, or folder of a model that int8 or int4 quantised (default: the codes of CHECKPOINT)",
     )
     command.add_argument(
         "--format",

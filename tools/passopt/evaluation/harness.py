@@ -84,7 +84,7 @@ class HarnessModel:
         return [self._continued(request.args[0], request.args[1]) for request in requests]
 
     def _scorer(self, asked: Sequence[Continuation]) -> Scorer:
-        room = max((len(item.context) + len(item.scored) for item in asked), default=2)
+        room = max((item.read for item in asked), default=1)
         return Scorer(self._engine, self._name, last_only=self._last_only, room=room)
 
     def _rolling(self, text: str) -> list[Continuation]:

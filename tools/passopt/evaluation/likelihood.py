@@ -30,13 +30,18 @@ class Continuation:
     context: Array
     scored: Array
 
+    @property
+    def read(self) -> int:
+        """Return the number of tokens that a model reads; the last one is only predicted."""
+        return len(self.context) + len(self.scored) - 1
+
     def within(self, positions: int | None) -> Continuation:
         """Return the same with the beginning of its context left out, as far as the model's positions need that.
 
         Raises:
             UsageError: If the scored ids alone are too many.
         """
-        if positions is None or len(self.context) + len(self.scored) - 1 <= positions:
+        if positions is None or self.read <= positions:
             return self
         kept = positions + 1 - len(self.scored)
         if kept < 1:

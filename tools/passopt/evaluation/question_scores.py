@@ -38,8 +38,8 @@ class QuestionTask:
 
     @property
     def room(self) -> int:
-        """Return the number of tokens of the longest sequence."""
-        return max(len(item.context) + len(item.scored) for choices in self.encoded for item in choices)
+        """Return the largest number of tokens that a model reads at once."""
+        return max(item.read for choices in self.encoded for item in choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _fitting(question: Question, reader: TextReader, positions: int | None) -> t
     for shots in range(len(question.shots), -1, -1):
         context = question.context(shots)
         choices = [encode_continuation(reader, context, choice) for choice in question.choices]
-        longest = max(len(item.context) + len(item.scored) - 1 for item in choices)
+        longest = max(item.read for item in choices)
         if positions is None or longest <= positions or not shots:
             break
     return choices, shots

@@ -23,7 +23,7 @@ class Scorer:
         name: What errors call the model.
         last_only: Whether the engine gives the logits of the last position of a call only. Tokens that are scored then
             run one by one.
-        room: The number of tokens of the longest sequence that will be run.
+        room: The largest number of tokens that will be read at once.
     """
 
     def __init__(self, engine: Engine, name: str, *, last_only: bool, room: int) -> None:

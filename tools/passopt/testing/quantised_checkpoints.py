@@ -24,9 +24,15 @@ _GPTQ = ("gptq", "gptq_v2")
 
 
 def quantise_checkpoint(
-    checkpoint: Path, output: Path, form: QuantisedFormat, *, dtype: str = "fp16", activations: bool = False
+    checkpoint: Path,
+    output: Path,
+    form: QuantisedFormat,
+    *,
+    dtype: str = "fp16",
+    activations: bool = False,
+    group: int = 0,
 ) -> dict[str, tuple[Any, Any]]:
-    """Write a float checkpoint with the weights of its decoder layers in 8 bits, and return their codes and scales.
+    """Write a float checkpoint with the weights of its decoder layers as codes, and return their codes and scales.
 
     Args:
         checkpoint: The folder of the float checkpoint.
@@ -34,9 +40,10 @@ def quantise_checkpoint(
         form: The format.
         dtype: The number type of scales and of all other tensors: "fp16", "bf16" or "fp32".
         activations: Say in config.json that activations are to be quantised, too.
+        group: The inputs that share a scale, for codes of 4 bits; 0 for codes of 8 bits and a scale per output channel.
 
     Returns:
-        By the name of each weight, its codes [out, in], int8, and its scales [out].
+        By the name of each weight, its codes [out, in], int8, and its scales [out], or [out, groups].
     """
     from safetensors.numpy import save_file
 
@@ -52,71 +59,83 @@ def quantise_checkpoint(
             if value.ndim != 2 or "layers." not in name:
                 tensors[name] = value.astype(kind)
                 continue
-            codes, scales = _rounded(value, kind)
+            codes, scales = _rounded(value, kind, group)
             found[name] = codes, scales
-            tensors |= _parts(name.removesuffix(".weight"), codes, scales, form)
+            tensors |= _parts(name.removesuffix(".weight"), codes, scales, form, group)
     shutil.copytree(checkpoint, output, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.index.json"))
     config = json.loads((output / "config.json").read_text())
-    config["quantization_config"] = _settings(form, activations)
+    config["quantization_config"] = _settings(form, activations, group)
     (output / "config.json").write_text(json.dumps(config, indent=2))
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
     return found
 
 
-def _rounded(weight: Any, kind: Any) -> tuple[Any, Any]:
-    """Return codes from -128 to 127 and scales, 2 · absmax / 255, as the tools of both formats choose them."""
+def _rounded(weight: Any, kind: Any, group: int) -> tuple[Any, Any]:
+    """Return codes from -128 or -8 on, and scales, 2 · absmax / 255 or 15, as the tools of both formats choose them."""
     import numpy as np
 
-    wide = weight.astype(np.float32)
-    scales = (2 * np.abs(wide).max(axis=1) / 255).astype(kind)
-    return np.clip(np.rint(wide / scales.astype(np.float32)[:, None]), -128, 127).astype(np.int8), scales
+    rows, columns = weight.shape
+    largest = 7 if group else 127
+    wide = weight.astype(np.float32).reshape(rows, -1, group or columns)
+    scales = (2 * np.abs(wide).max(axis=2) / (2 * largest + 1)).astype(kind)
+    codes = np.clip(np.rint(wide / scales.astype(np.float32)[:, :, None]), -largest - 1, largest).astype(np.int8)
+    return codes.reshape(rows, columns), scales if group else scales[:, 0]
 
 
-def _parts(module: str, codes: Any, scales: Any, form: QuantisedFormat) -> Mapping[str, Any]:
+def _parts(module: str, codes: Any, scales: Any, form: QuantisedFormat, group: int) -> Mapping[str, Any]:
     import numpy as np
 
     rows, columns = codes.shape
+    bits, counted = (4, scales) if group else (8, scales[:, None])
     if form == "int-quantized":
-        return {f"{module}.weight": codes, f"{module}.weight_scale": scales[:, None]}
+        return {f"{module}.weight": codes, f"{module}.weight_scale": counted}
     if form == "pack-quantized":
-        padded = np.pad(codes, ((0, 0), (0, -columns % 4)), constant_values=-128)
+        padded = np.pad(codes, ((0, 0), (0, -columns % (32 // bits))))
         return {
-            f"{module}.weight_packed": words_of(padded),
-            f"{module}.weight_scale": scales[:, None],
+            f"{module}.weight_packed": words_of(padded, bits),
+            f"{module}.weight_scale": counted,
             f"{module}.weight_shape": np.array([rows, columns], np.int64),
         }
-    stored = 127 if form == "gptq" else 128
+    zeros = np.full((counted.shape[1], rows), -1 if form == "gptq" else 0, np.int8)
     return {
-        f"{module}.qweight": np.ascontiguousarray(words_of(codes).T),
-        f"{module}.qzeros": words_of(np.full((1, rows), stored - 128, np.int8)),
-        f"{module}.scales": scales[None],
-        f"{module}.g_idx": np.zeros(columns, np.int32),
+        f"{module}.qweight": np.ascontiguousarray(words_of(codes, bits).T),
+        f"{module}.qzeros": words_of(zeros, bits),
+        f"{module}.scales": np.ascontiguousarray(counted.T),
+        f"{module}.g_idx": np.arange(columns, dtype=np.int32) // (group or columns),
     }
 
 
-def words_of(codes: Any) -> Any:
-    """Return rows of int8 codes, plus 128, in int32 words of four, the first in the lowest bits.
+def words_of(codes: Any, bits: int = 8) -> Any:
+    """Return rows of int8 codes, plus 2^(bits − 1), in words of int32, the first in the lowest bits.
 
     Args:
-        codes: The codes, whose rows are a multiple of four.
+        codes: The codes, whose rows fill words.
+        bits: The bits of a code.
     """
     import numpy as np
 
-    shifted = (codes.astype(np.int64) + 128).reshape(len(codes), -1, 4)
-    return (shifted << np.array([0, 8, 16, 24])).sum(axis=2).astype(np.uint32).view(np.int32)
+    shifted = (codes.astype(np.int64) + (1 << (bits - 1))).reshape(len(codes), -1, 32 // bits)
+    return (shifted << np.arange(0, 32, bits)).sum(axis=2).astype(np.uint32).view(np.int32)
 
 
-def _settings(form: QuantisedFormat, activations: bool) -> dict[str, Any]:
+def _settings(form: QuantisedFormat, activations: bool, group: int) -> dict[str, Any]:
     if form in _GPTQ:
         return {
             "quant_method": "gptq",
-            "bits": 8,
-            "group_size": -1,
+            "bits": 4 if group else 8,
+            "group_size": group or -1,
             "desc_act": True,
             "sym": True,
             "checkpoint_format": form,
         }
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    weights = {
+        "num_bits": 4 if group else 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if group else "channel",
+        "group_size": group or None,
+        "dynamic": False,
+    }
     tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens if activations else None}
     return {

@@ -16,6 +16,7 @@ import onnx_ir
 
 from passopt.ir.attention.int8_cache import int8_caches
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.builder import MICROSOFT
 from passopt.ir.graph.decoder import SCALES
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.linears import Linear, find_dynamic_linear
@@ -24,11 +25,14 @@ from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.groups import FOUR_BITS
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.ir.weights.sources import external_source
+from passopt.passes.decomposition.contrib.decompose_contrib import DecomposeContrib
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 #: The operators that put a cache together, of codes or of numbers alike.
 _MOVES = frozenset({"Concat", "Pad", "Slice", "Split"})
+#: The operator of onnxruntime that multiplies codes of few bits.
+_PACKED = "MatMulNBits"
 _CODES = {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8} | FOUR_BITS
 
 
@@ -47,7 +51,17 @@ def dequantised_weights(model: onnx_ir.Model) -> list[onnx_ir.Node]:
 
 def has_groups(model: onnx_ir.Model) -> bool:
     """Return whether the graph holds weights of 4 bits, whose scales belong to groups of inputs."""
-    return any(node.inputs[0] is not None and node.inputs[0].dtype in FOUR_BITS for node in dequantised_weights(model))
+    found = dequantised_weights(model)
+    return has_packed_products(model) or any(_codes_of(node) in FOUR_BITS for node in found)
+
+
+def has_packed_products(model: onnx_ir.Model) -> bool:
+    """Return whether linears multiply codes of few bits by an operator of onnxruntime."""
+    return any(node.op_type == _PACKED and node.domain == MICROSOFT for node in model.graph)
+
+
+def _codes_of(node: onnx_ir.Node) -> onnx_ir.DataType | None:
+    return None if node.inputs[0] is None else node.inputs[0].dtype
 
 
 def dynamic_linears(model: onnx_ir.Model) -> list[Linear]:
@@ -57,7 +71,7 @@ def dynamic_linears(model: onnx_ir.Model) -> list[Linear]:
 
 def is_quantized(model: onnx_ir.Model) -> bool:
     """Return whether the graph holds quantised weights or quantises activations while it runs."""
-    return bool(dequantised_weights(model)) or has_dynamic_activations(model)
+    return bool(dequantised_weights(model)) or has_packed_products(model) or has_dynamic_activations(model)
 
 
 def has_dynamic_activations(model: onnx_ir.Model) -> bool:
@@ -72,9 +86,15 @@ def dequantised_twin(model: onnx_ir.Model, scratch: Path) -> onnx_ir.Model:
     `scratch`, in chunks of rows. The files must stay there as long as the twin is used.
 
     Raises:
-        ModelError: If a DequantizeLinear has scales that are not constant.
+        ModelError: If a DequantizeLinear has scales that are not constant, or codes of few bits are not in a file.
     """
     twin = model.clone()
+    if has_packed_products(twin):
+        DecomposeContrib().run(twin)
+    if has_packed_products(twin):
+        raise ModelError(
+            f"{_PACKED}: its codes are not bytes of a file, so they cannot be checked; write the model first"
+        )
     graph = twin.graph
     editor = Editor(twin, "twin")
     for linear in dynamic_linears(twin):

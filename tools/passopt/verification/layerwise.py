@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.errors import ModelError
-from passopt.ir.graph.decoder import LOGITS
+from passopt.ir.graph.decoder import LOGITS, ROTATION
 from passopt.ir.relative_error import relative_error
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.decoder_cut import Cut, Piece, cut_decoder
@@ -87,8 +87,10 @@ def run_layerwise(
         on_piece: A function that is called after each piece with its number, counted from 1, and the number of all.
 
     Raises:
-        ModelError: If a graph cannot be cut into layers, or if the models have different numbers of layers.
+        ModelError: If a graph cannot be cut into layers, if the models have different numbers of layers, or if their
+            streams are not rotated alike.
     """
+    _check_same_rotation(reference, candidate)
     ours = _Side("reference", reference, scenarios, open_session, scratch)
     theirs = _Side("candidate", candidate, scenarios, open_session, scratch)
     if len(ours.cut.boundaries) != len(theirs.cut.boundaries):
@@ -111,6 +113,17 @@ def run_layerwise(
         if on_piece is not None:
             on_piece(number, len(pieces))
     return LayerwiseResult(rows, ours.observations, theirs.observations)
+
+
+def _check_same_rotation(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> None:
+    """Raise ModelError if what layers hand on is rotated in one model only, or by other seeds."""
+    one, other = (model.metadata_props.get(ROTATION) for model in (reference, candidate))
+    if one != other:
+        seeds = [("is not rotated" if seed is None else f"is rotated by seed {seed}") for seed in (one, other)]
+        raise ModelError(
+            f"what layers hand on {seeds[0]} in the reference and {seeds[1]} in the candidate, so layers cannot be "
+            f"compared. Verify without `layerwise`, or against the model as it is after the pipeline rotate."
+        )
 
 
 class _Side:

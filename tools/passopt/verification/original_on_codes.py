@@ -7,6 +7,7 @@ numbers, nothing is left that may differ by more than sums in another order do.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,8 +53,10 @@ def against_original_on_codes(
     A cache in 8 bits is kept as numbers there. The result is empty if some codes stand for no weight of the original,
     as after its weights were split or rotated. Scenarios that are `far` run layer by layer, if the models can be cut.
     """
-    short = [item for item in scenarios if not item.scored and item.past + _tokens(item) <= _LONGEST]
     has_cache = bool(int8_caches(candidate))
+    # With the same weights, nothing but the cache differs, and late positions are compared as well.
+    longest = _LONGEST if quantised_names(candidate) else math.inf
+    short = [item for item in scenarios if not item.scored and item.past + _tokens(item) <= longest]
     if not short or not (has_cache or quantised_names(candidate)):
         return []
     exact = not precision_of(candidate).narrow

@@ -23,15 +23,15 @@ from passopt.ir.weights.sources import external_source
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: The largest root mean square error of a channel, in steps of absmax / 127, or absmax / 7 for codes of 4 bits. Rounding
-#: to the nearest makes 0.3.
+#: The largest root mean square error of a channel, in steps of absmax / 127, or absmax / 7 for codes of 4 bits.
+#: Rounding to the nearest makes 0.3.
 LARGEST = 1.0
 #: Where half of the channels differ by more steps than this, the codes are those of another weight.
 _OTHER = 16.0
 #: The comparison of a quantised model with the original on the numbers of its codes.
 ON_CODES = "against the original on the candidate's own codes"
-#: What the names of codes, scales and zero points of a weight end with. Where activations are quantised in a graph of 16 bits, its
-#: scales are widened.
+#: What the names of codes, scales and zero points of a weight end with. Where activations are quantised in a graph of
+#: 16 bits, its scales are widened.
 CODES, SCALES, ZEROS, WIDENED = ".codes", ".scales", ".zeros", ".fp32"
 
 

@@ -296,7 +296,8 @@ def _verify_whole(
         if bar is not None and precision_of(candidate).cache:
             rows += against_one_step(scenarios, found, lambda others: observe(candidate, others, session))
         expected = observe(reference, scenarios, session, keep)
-        rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
+        in_codes = precision_of(candidate).cache
+        rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar, in_codes=in_codes)
     rows += _far_rows(reference, candidate, far, tolerance, bar, options, notes)
     return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
 
@@ -365,6 +366,10 @@ def _verify_layerwise(
         options.scratch,
         options.on_piece,
     )
-    pieces = _judged_by_bar(result.rows, bar)
-    ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
+    judgement = judgement_of(precision_of(reference), precision_of(candidate))
+    # Of a text, no layer reads its cache back; here each does, on activations that no other layer has changed.
+    pieces = result.rows if judgement.kind == "int8 cache" else _judged_by_bar(result.rows, bar)
+    in_codes = precision_of(candidate).cache
+    name = f"{ORIGINAL}, end to end"
+    ends = compare_all(name, scenarios, result.expected, result.found, tolerance, bar, in_codes=in_codes)
     return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))

@@ -18,7 +18,6 @@ from passopt.ir.attention.int8_cache import int8_caches
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.decoder import LOGITS, SCALES, find_decoder
-from passopt.ir.graph.linears import find_linear
 from passopt.targets.tvm.compiled_folder import BLOCK, Quantized
 from passopt.targets.tvm.compiler.lowering import attention, collectives, elementwise, movement, norms, reductions  # noqa: F401  (they register)
 from passopt.targets.tvm.compiler.lowering.importer import import_node
@@ -26,6 +25,7 @@ from passopt.targets.tvm.compiler.lowering.linears import (
     BOTH_COMPUTED,
     WEIGHT_IS_COMPUTED,
     find_added_linear,
+    find_any_linear,
     is_computed_weight,
     lower_added_linear,
     lower_linear,
@@ -267,7 +267,7 @@ class _Lowering:
         if added is not None:
             reads = (added.linear.input, added.residual)
             return _Selection(reads, lambda at: lower_added_linear(at, added))
-        linear = find_linear(node)
+        linear = find_any_linear(node)
         if linear is not None:
             return _Selection((linear.input, linear.bias), lambda at: lower_linear(at, linear))
         gate = norms.find_swiglu(node)
@@ -352,8 +352,10 @@ def _not_in_place(model: onnx_ir.Model) -> list[Missing]:
     found = []
     caches = int8_caches(model)
     kept = {item for cache in caches.values() for part in (cache.key, cache.value) for item in (part.past, part.codes)}
-    for node in caches:
+    for node, cache in caches.items():
         refusal = attention.in_place_refusal(node)
+        if not (cache.key.by_largest and cache.value.by_largest):
+            refusal = "rows of its cache are not scaled by their largest magnitude / 127"
         if refusal is not None:
             found.append(Missing(str(node.name), node.op_type, refusal))
     for value in model.graph.inputs:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import onnx_ir
 
 from passopt.ir.graph.linears import Linear, QuantizedRows, find_linear
 from passopt.ir.weights.lazy_weight import constant_tensor, is_checkpoint_weight
 from passopt.targets.tvm.compiler.kernels.linear.choose import float_kernel, int8_kernel
+from passopt.targets.tvm.compiler.kernels.linear.groups_fp32 import groups_kernel, refusal
 from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import int8_int8_kernel
 from passopt.targets.tvm.compiler.kernels.linear.linear_kernel import LinearKernel
 from passopt.targets.tvm.compiler.kernels.quantize_rows import codes_layout, quantize_computed, quantize_rows
+from passopt.targets.tvm.compiler.lowering.grouped_linears import GroupedLinear, find_grouped_linear
 from passopt.targets.tvm.compiler.lowering.readers import behind_casts, read_by_none_but
 from passopt.targets.tvm.compiler.lowering.values import Length, Tvm, Unsupported, Values, product
 
@@ -27,6 +30,15 @@ WEIGHT_IS_COMPUTED = "its weight is computed anew at every step; run fold-norm-h
 BOTH_COMPUTED = "both sides are computed: attention that was not fused"
 
 
+#: A linear in one of the forms that have kernels.
+AnyLinear: TypeAlias = Linear | GroupedLinear
+
+
+def find_any_linear(node: onnx_ir.Node) -> AnyLinear | None:
+    """Return the linear whose last operator is `node`, in any form that has kernels; None if there is none."""
+    return find_linear(node) or find_grouped_linear(node)
+
+
 @dataclasses.dataclass(frozen=True)
 class AddedLinear:
     """A sum `output` = `residual` + linear, where the linear has no bias and nothing else reads its result.
@@ -34,7 +46,7 @@ class AddedLinear:
     Both operands have the same number of axes, but one may still be broadcast.
     """
 
-    linear: Linear
+    linear: AnyLinear
     residual: onnx_ir.Value
     output: onnx_ir.Value
 
@@ -50,7 +62,7 @@ def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
     for operand, residual in (node.inputs, reversed(node.inputs)):
         result = behind_casts(operand)
         producer = result.producer() if result is not None else None
-        linear = find_linear(producer) if producer is not None else None
+        linear = find_any_linear(producer) if producer is not None else None
         if linear is None or residual is None or result is None or linear.bias is not None:
             continue
         if residual.shape is None or result.shape is None or constant_tensor(residual) is not None:
@@ -60,7 +72,7 @@ def find_added_linear(node: onnx_ir.Node) -> AddedLinear | None:
     return None
 
 
-def lower_linear(at: Values, linear: Linear) -> None:
+def lower_linear(at: Values, linear: AnyLinear) -> None:
     """Lower a linear layer y = x · wᵀ + bias."""
     from tvm import relax
 
@@ -81,10 +93,10 @@ def lower_added_linear(at: Values, added: AddedLinear) -> None:
     at.set(added.output, relax.op.add(_product(at, linear, None), at.tensor(residual)))
 
 
-def _product(at: Values, linear: Linear, residual: onnx_ir.Value | None) -> Tvm:
-    kernel = _kernel(at, linear)
+def _product(at: Values, linear: AnyLinear, residual: onnx_ir.Value | None) -> Tvm:
+    kernel = _grouped_kernel(at, linear) if isinstance(linear, GroupedLinear) else _kernel(at, linear)
     weights = [_weight(at, linear, suffix, position, kernel) for position, suffix in enumerate(_suffixes(kernel))]
-    if linear.rows is None:
+    if isinstance(linear, GroupedLinear) or linear.rows is None:
         data = [_flat(at, linear.input)]
     else:
         data = _quantized(at, _row_codes(at, linear.input, linear.rows))
@@ -98,8 +110,9 @@ def _product(at: Values, linear: Linear, residual: onnx_ir.Value | None) -> Tvm:
     return at.view(result, [*dims, channels])
 
 
-def _result_shape(at: Values, linear: Linear) -> list[Length]:
-    return [*at.shape(linear.input)[:-1], linear.weight.expression().shape[0]]
+def _result_shape(at: Values, linear: AnyLinear) -> list[Length]:
+    channels = linear.channels if isinstance(linear, GroupedLinear) else linear.weight.expression().shape[0]
+    return [*at.shape(linear.input)[:-1], channels]
 
 
 def _flat(at: Values, value: onnx_ir.Value) -> Tvm:
@@ -116,15 +129,25 @@ def _kernel(at: Values, linear: Linear) -> LinearKernel:
     return int8_kernel(weight, scales, isa) if linear.rows is None else int8_int8_kernel(weight, scales, isa)
 
 
+def _grouped_kernel(at: Values, linear: GroupedLinear) -> LinearKernel:
+    codes, scales = linear.expression(linear.codes), linear.expression(linear.scales)
+    zeros = None if linear.zeros is None else linear.expression(linear.zeros)
+    if reason := refusal(codes, scales, zeros, at.machine.isa):
+        raise Unsupported(reason)
+    return groups_kernel(codes, scales, zeros, at.machine.isa)
+
+
 def _suffixes(kernel: LinearKernel) -> list[str]:
     return [suffix for suffix, _ in kernel.weights]
 
 
-def _weight(at: Values, linear: Linear, suffix: str, position: int, kernel: LinearKernel) -> Tvm:
+def _weight(at: Values, linear: AnyLinear, suffix: str, position: int, kernel: LinearKernel) -> Tvm:
     """Return weight number `position` of the kernel as a parameter named after the model's weight."""
-    name = linear.weight.value.name if suffix != "scales" or linear.scales is None else linear.scales.name
+    codes = linear.codes if isinstance(linear, GroupedLinear) else linear.weight.value
+    named = {"scales": linear.scales, "zeros": linear.zeros if isinstance(linear, GroupedLinear) else None}
+    own = named.get(suffix)
     expression = kernel.weights[position][1]
-    return at.parameter(f"{name}.{suffix}" if suffix != "scales" else str(name), expression)
+    return at.parameter(f"{codes.name}.{suffix}" if own is None else str(own.name), expression)
 
 
 @dataclasses.dataclass(frozen=True)

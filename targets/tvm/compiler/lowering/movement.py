@@ -361,13 +361,13 @@ def _rows_of_codes(at: Values, node: onnx_ir.Node, axis: int) -> bool:
 
 @lowers("DequantizeLinear")
 def dequantize_linear(at: Values, node: onnx_ir.Node) -> None:
-    """Lower DequantizeLinear to nothing, since linears and gathers read the int8 codes themselves.
+    """Lower DequantizeLinear to nothing, since linears and gathers read the codes themselves.
 
-    Any other reader would turn int8 weights back into floats as a whole, so it raises Unsupported.
+    Any other reader would turn weights back into floats as a whole, so it raises Unsupported.
     """
 
     def refuse() -> None:
-        raise Unsupported(f"{node.outputs[0].name!r} would be int8 codes turned back into floats as a whole")
+        raise Unsupported(f"{node.outputs[0].name!r} would be codes turned back into floats as a whole")
 
     at.defer(node.outputs[0], refuse)
 

@@ -318,7 +318,7 @@ class PanelLinear:
                 self._add_part_of_tile(sums, panel, chunk, block)
 
     def _converted(self, place: _Place, start: Any, k: Any) -> list[Any]:
-        """Return the weights of input `k` of a chunk in fp32; the chunk starts at element `start` of the flat buffer."""
+        """Return the weights of input `k` of a chunk in fp32; it starts at element `start` of `flat`."""
         stored = [load(self.flat, [start + k * self.panels.width + at], self.lanes) for at in self.columns]
         return [to_float32(value, self.panels.dtype, self.lanes, self.panels.isa) for value in stored]
 

@@ -44,8 +44,8 @@ _STEP = 8
 _SCALE_DTYPES = {DataType.FLOAT: "float32", DataType.FLOAT16: "float16", DataType.BFLOAT16: "bfloat16"}
 
 
-def refusal(codes: Expression, scales: Expression, isa: Isa) -> str:
-    """Return why there is no kernel for codes [N, K] with scales [N, groups] on an instruction level; "" if there is."""
+def refusal(codes: Expression, scales: Expression, zeros: Expression | None, isa: Isa) -> str:
+    """Return why there is no kernel for codes [N, K], scales and zero points [N, groups]; "" if there is one."""
     if isa.name not in {"avx512-vnni", "avx2"}:
         return (
             f"weights of 4 bits have kernels for avx512-vnni and avx2, not for {isa.name}: quantise to int8 there, or "
@@ -54,6 +54,8 @@ def refusal(codes: Expression, scales: Expression, isa: Isa) -> str:
     group = codes.shape[1] // scales.shape[1]
     if group % RUN:
         return f"weights of 4 bits have kernels for groups of a multiple of {RUN} inputs, not {group}: quantise so"
+    if zeros is None and codes.dtype == DataType.UINT4:
+        return "codes in uint4 without zero points, which no weight has that is stored symmetrically"
     return "" if scales.dtype in _SCALE_DTYPES else f"scales of {scales.dtype.name}: cast the model to fp32 or fp16"
 
 
@@ -79,7 +81,7 @@ class _Shape:
     @property
     def few_rows(self) -> int:
         """Return up to how many rows the codes are multiplied as they lie."""
-        return 8 if self.isa.has_byte_dot else 4
+        return 20 if self.isa.has_byte_dot else 8
 
 
 def groups_kernel(codes: Expression, scales: Expression, zeros: Expression | None, isa: Isa) -> LinearKernel:
@@ -99,10 +101,9 @@ def groups_kernel(codes: Expression, scales: Expression, zeros: Expression | Non
     n, k = codes.shape
     if codes.dtype not in FOUR_BITS or scales.shape[0] != n or k % scales.shape[1]:
         raise ModelError(f"codes {codes.dtype.name}{list(codes.shape)} do not fit scales {list(scales.shape)}")
-    if reason := refusal(codes, scales, isa):
+    if reason := refusal(codes, scales, zeros, isa):
         raise ModelError(reason)
-    # A symmetric uint4 has its zero point in the middle, as int4 has once it is unsigned.
-    has_zeros = zeros is not None or codes.dtype == DataType.UINT4
+    has_zeros = zeros is not None
     shape = _Shape(n, k, k // scales.shape[1], has_zeros, _SCALE_DTYPES[scales.dtype], isa)
     width = shape.panels.width
     weights = [
@@ -111,8 +112,6 @@ def groups_kernel(codes: Expression, scales: Expression, zeros: Expression | Non
     ]
     if zeros is not None:
         weights.append(("zeros", unsigned(zeros).pack(width, 1)))
-    elif has_zeros:
-        raise ModelError("codes in uint4 without zero points are no weights that are symmetric")
     suffix = "" if shape.scales == "float32" else f"_{shape.scales}"
     name = f"linear_int4_{n}_{k}_g{shape.group}{'_zeros' if has_zeros else ''}{suffix}"
     return LinearKernel(name, tuple(weights), partial(linear_groups, shape), "groups")

@@ -39,6 +39,11 @@ class GroupedLinear:
     bias: onnx_ir.Value | None
     nodes: tuple[onnx_ir.Node, ...]
 
+    @property
+    def channels(self) -> int:
+        """Return n, the number of output channels."""
+        return self.expression(self.codes).shape[0]
+
     def expression(self, value: onnx_ir.Value) -> Expression:
         """Return codes, scales or zero points by output channel, however they are stored."""
         found = expression_of(value)
