@@ -50,7 +50,7 @@ def test_columns_are_rounded_as_a_plain_loop_does() -> None:
         error = (left[:, place] - code * scale) / upper[place, place]
         left[:, place:] -= error[:, None] * upper[place, place:]
     assert (found != expected).mean() < 0.02, "a value near a half may round the other way in fp32"
-    loss = [np.square(rows @ (weight - dequantised(Codes(codes, scales))).T).mean() for codes in (found, expected)]
+    loss = [np.square(rows @ (weight.T - dequantised(Codes(codes, scales)))).mean() for codes in (found, expected)]
     assert loss[0] == pytest.approx(loss[1], rel=0.1)
 
 

@@ -197,7 +197,8 @@ class _Run:
         """Return whether something is measured in a piece, or made of its weights."""
         if self._settings.cache and any(name.startswith("present.") for name in piece.targets):
             return True
-        given = dict.fromkeys((piece.carried, *cut.shared), np.zeros((1, 1, 1), np.float32))
+        names = (*cut.shared, piece.carried) if piece.carried else cut.shared
+        given = dict.fromkeys(names, np.zeros((1, 1, 1), np.float32))
         weights = cut.graph(piece, given).graph.initializers
         return any(target.name in weights for target in self._subject.targets)
 
@@ -230,7 +231,7 @@ class _Run:
                     spool.drop(name)
             work = sum(flops_of_linear(target, self._ids.size) for group in stage.targets.values() for target in group)
         for target in changed:
-            original = LazyWeight(target.weight.cast(DataType.FLOAT), target.name)
+            original = LazyWeight(target.weight.transpose().cast(DataType.FLOAT), target.name)
             self._subject.graph.graph.initializers[target.name].const_value = original
         self._hand_on(piece, spool, has_result=bool(result))
 
@@ -255,8 +256,9 @@ class _Run:
         """Let what runs from here on multiply with the numbers of the codes."""
         path = self._scratch / f"numbers-{self._numbers}.bin"
         self._numbers += 1
-        dequantised(codes).tofile(path)
-        source = external_source(path, target.name, DataType.FLOAT, target.weight.shape, 0)
+        turned = dequantised(codes)
+        turned.tofile(path)
+        source = external_source(path, target.name, DataType.FLOAT, turned.shape, 0)
         self._subject.graph.graph.initializers[target.name].const_value = LazyWeight(source, target.name)
         return target
 

@@ -45,7 +45,7 @@ class Settings:
     codes: bool = True
     inputs: bool = True
     cache: bool = True
-    damp: float = 0.1
+    damp: float = 0.02
     act_order: bool = True
     true_sequential: bool = True
     threads: int = 1

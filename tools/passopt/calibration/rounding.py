@@ -14,14 +14,14 @@ from passopt.calibration.tiles import TileRunner, tiles
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType
-from passopt.ir.weights.row_math import absmax, quantize_values, scales_of
+from passopt.ir.weights.row_math import quantize_values, scales_of
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Method: TypeAlias = Literal["gptq", "rtn", "mse"]
 
 METHODS: tuple[Method, ...] = ("gptq", "rtn", "mse")
 #: The rows of a weight that are in memory at once; whole tiles of `round_weight`.
-_ROWS = 4096
+_ROWS = 2048
 #: The parts of the largest magnitude that a scale of least squared error may cover.
 _CLIPS = tuple(1 - step / 200 for step in range(1, 25))
 #: The largest codes by their bits.
@@ -86,8 +86,10 @@ def round_target(
     scales = np.empty((count, width // group), target.weight.dtype.numpy())
     with Evaluator() as evaluator:
         for rows in tiles(count, _ROWS):
-            part = evaluator.read(target.weight, ((rows.start, rows.stop), (0, width))).astype(np.float32)
-            if not np.isfinite(part).all():
+            part = evaluator.read(target.weight, ((rows.start, rows.stop), (0, width)))
+            if part.dtype != np.float32 or not part.flags.writeable:
+                part = part.astype(np.float32)
+            if not np.isfinite(_largest(part)).all():
                 row = int(np.nonzero(~np.isfinite(part))[0][0]) + rows.start
                 raise ModelError(f"weight {target.name!r} holds NaN or infinity in output channel {row}")
             found = scales_of_rows(part.reshape(-1, group), target.weight.dtype, method, kind.largest)
@@ -113,7 +115,7 @@ def scales_of_rows(rows: Array, dtype: DataType, method: Method, most: int = 127
         method: How codes are made.
         most: The largest code.
     """
-    largest = absmax(rows, 0)
+    largest = _largest(rows)
     best = scales_of(largest, dtype, most)
     if method != "mse":
         return best
@@ -126,6 +128,12 @@ def scales_of_rows(rows: Array, dtype: DataType, method: Method, most: int = 127
     return best
 
 
+def _largest(rows: Array) -> Array:
+    """Return the largest magnitude of each row, without a copy of all of them."""
+    found: Array = np.maximum(rows.max(axis=1, initial=0), -rows.min(axis=1, initial=0))
+    return found
+
+
 def _squared_error(rows: Array, scales: Array, most: int) -> Array:
     wide = scales.astype(np.float32)[:, None]
     errors = quantize_values(rows.copy(), wide, most) * wide - rows
@@ -134,9 +142,9 @@ def _squared_error(rows: Array, scales: Array, most: int) -> Array:
 
 
 def dequantised(found: Codes) -> Array:
-    """Return the numbers that codes stand for, as a graph computes them: rounded to the dtype of the scales."""
-    wide = found.codes.astype(np.float32, order="C")
-    factors = found.scales.reshape(len(wide), -1).astype(np.float32)
-    wide.reshape(*factors.shape, -1)[...] *= factors[:, :, None]
+    """Return the numbers [k, n] that codes stand for, as a graph computes them: rounded to the dtype of the scales."""
+    wide = np.ascontiguousarray(found.codes.T).astype(np.float32)
+    factors = found.scales.reshape(len(found.codes), -1).T.astype(np.float32)
+    wide.reshape(len(factors), -1, wide.shape[1])[...] *= factors[:, None, :]
     kind = found.scales.dtype
     return wide if kind == np.float32 else wide.astype(kind).astype(np.float32)

@@ -85,11 +85,10 @@ def _names(values: Collection[onnx_ir.Value]) -> set[str]:
 
 
 def _weight_of(node: onnx_ir.Node, weights: Collection[str]) -> str | None:
-    """Return the name of the target that a MatMul multiplies with, behind a Transpose; None for other nodes."""
+    """Return the name of the target that a MatMul multiplies with; None for other nodes."""
     if node.op_type != "MatMul" or node.domain:
         return None
-    turn = node.inputs[1].producer() if node.inputs[1] is not None else None
-    value = turn.inputs[0] if turn is not None and turn.op_type == "Transpose" else None
+    value = node.inputs[1]
     return value.name if value is not None and value.name in weights and value.is_initializer() else None
 
 

@@ -53,7 +53,7 @@ class Subject:
     """A model that is made ready to be calibrated.
 
     Attributes:
-        graph: The graph in fp32; each target is an initializer [n, k], called as the target, behind a Transpose.
+        graph: The graph in fp32; each target is an initializer [k, n], called as the target.
         targets: The weights that get codes, in the order of the graph.
         tables: The embeddings among them that are only looked up.
     """
@@ -124,20 +124,20 @@ def _undo(model: onnx_ir.Model, before: Collection[str]) -> tuple[Target, ...]:
         target = _target(codes, tuple(inputs))
         if target is None:
             continue
+        if target.name in graph.initializers:  # it is read elsewhere, too
+            target = dataclasses.replace(target, name=f"{target.name}.linear")
+        turned = target.weight.transpose()
         value = onnx_ir.Value(
             name=target.name,
-            type=onnx_ir.TensorType(target.weight.dtype),
-            shape=onnx_ir.Shape(target.weight.shape),
-            const_value=LazyWeight(target.weight, target.name),
+            type=onnx_ir.TensorType(turned.dtype),
+            shape=onnx_ir.Shape(turned.shape),
+            const_value=LazyWeight(turned, target.name),
         )
-        if target.name in graph.initializers:  # it is read elsewhere, too
-            value.name = f"{target.name}.linear"
-            target = dataclasses.replace(target, name=value.name)
-            value.const_value = LazyWeight(target.weight, target.name)
         graph.register_initializer(value)
-        nodes = [use.node for use in codes.uses()]
-        for node in nodes:
+        # onnxruntime would keep a weight behind a Transpose twice, so nothing stands between it and its linears.
+        turns = [use.node for node in codes.consumers() for use in node.outputs[0].uses()]
+        for node in turns:
             node.outputs[0].replace_all_uses_with(value)
-        editor.remove_dead(nodes)
+        editor.remove_dead(turns)
         found.append(target)
     return tuple(found)
