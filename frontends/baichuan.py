@@ -24,7 +24,7 @@ from passopt.frontends.probing.stock_alibi import Slopes, StockAlibi, measure
 from passopt.frontends.remote_code import StockClasses, build_stock
 from passopt.frontends.stock_errors import stock_errors
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.weights.expressions import Source
+from passopt.ir.weights.expressions import Expression, Source
 from passopt.ir.weights.sources import safetensors_sources
 
 FUTURE_MASK = "alibi.future_mask"
@@ -91,7 +91,7 @@ class Baichuan(Family):
         heads = model.config.num_attention_heads
         return CacheShape(len(model.model.layers), heads, model.config.hidden_size // heads)
 
-    def sources(self, model: Any) -> Mapping[str, Source]:
+    def sources(self, model: Any) -> Mapping[str, Expression]:
         tensors = self.checkpoint.tensors
         return {name: source for name, source in tensors.items() if not name.endswith(_COMPUTED_SUFFIX)}
 

@@ -11,8 +11,9 @@ import onnx_ir
 from passopt.frontends.checkpoint import Checkpoint
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
-from passopt.ir.weights.evaluator import Evaluator
-from passopt.ir.weights.expressions import DataType, Source
+from passopt.ir.weights.dequantized import Dequantized
+from passopt.ir.weights.evaluator import Evaluator, weight_digest
+from passopt.ir.weights.expressions import DataType, Expression, Source
 from passopt.ir.weights.lazy_weight import LazyWeight
 
 
@@ -45,7 +46,29 @@ def check_tensors(checkpoint: Checkpoint, model: Any) -> None:
             )
 
 
-def untied(tensors: Mapping[str, Source], ties: Mapping[str, str], directory: Path) -> dict[str, Source]:
+def without_zero_biases(tensors: Mapping[str, Expression], model: Any) -> dict[str, Expression]:
+    """Return the tensors without biases of zeros that GPTQ tools give to quantised linears which have no bias.
+
+    Args:
+        tensors: The tensors of the checkpoint by name of the model's parameters.
+        model: The model.
+    """
+    expected = {name for name, _ in model.named_parameters()}
+    kept = dict(tensors)
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".bias")
+        is_extra = name != module and name not in expected
+        if is_extra and isinstance(tensors.get(f"{module}.weight"), Dequantized) and _is_zero(tensor):
+            del kept[name]
+    return kept
+
+
+def _is_zero(tensor: Expression) -> bool:
+    with Evaluator() as evaluator:
+        return not any(chunk.any() for chunk in evaluator.chunks(tensor))
+
+
+def untied(tensors: Mapping[str, Expression], ties: Mapping[str, str], directory: Path) -> dict[str, Expression]:
     """Return the tensors without those that repeat a parameter under another name.
 
     Args:
@@ -67,12 +90,10 @@ def untied(tensors: Mapping[str, Source], ties: Mapping[str, str], directory: Pa
     return kept
 
 
-def _equal(one: Source, other: Source) -> bool:
+def _equal(one: Expression, other: Expression) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    with Evaluator() as evaluator:
-        pairs = zip(evaluator.chunks(one), evaluator.chunks(other), strict=True)
-        return all(x.tobytes() == y.tobytes() for x, y in pairs)
+    return weight_digest(one) == weight_digest(other)
 
 
 def merge_tied(graph: onnx_ir.Graph, ties: Mapping[str, str]) -> None:
@@ -105,7 +126,9 @@ def bind_weights(
     bound: set[str] = set()
     for name, value in model.graph.initializers.items():
         if name in checkpoint.tensors:
-            value.const_value = LazyWeight(checkpoint.tensors[name].cast(dtype), name)
+            weight = checkpoint.tensors[name]
+            computed = weight.computed_in(dtype) if isinstance(weight, Dequantized) else weight.cast(dtype)
+            value.const_value = LazyWeight(computed, name)
             bound.add(name)
         elif name in extra:
             value.const_value = LazyWeight(extra[name], name)

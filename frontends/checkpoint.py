@@ -1,7 +1,7 @@
 """Open a checkpoint directory as published: config.json beside safetensors or PyTorch .bin weights, whole or in shards.
 
-Opening one reads only headers and indexes. No byte of a weight is read, no code of the checkpoint runs, and torch is
-not needed.
+Opening one reads only headers and indexes, and of a quantised one zero points and orders. No byte of a weight is read,
+no code of the checkpoint runs, and torch is not needed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from passopt.frontends.quantised.scheme import SUPPORTED, Scheme, scheme_of
 from passopt.ir.errors import ModelError
 from passopt.ir.json_text import read_json, shown, stated
 from passopt.ir.regular_files import open_regular
-from passopt.ir.weights.expressions import Source
+from passopt.ir.weights.expressions import Expression, Source
 from passopt.ir.weights.sources import safetensors_sources, torch_sources
 
 CONFIG_NAME = "config.json"
@@ -28,8 +29,14 @@ WEIGHT_NAMES = (
     "pytorch_model.bin.index.json",
 )
 
+#: Such as gptq_model-8bit--1g.safetensors.
+_GPTQ_FILES = "gptq_model-*bit-*.safetensors"
+
 #: The switches of bitsandbytes, and the names that other quantisers have for the number of bits.
 _SWITCHES, _BITS = ("load_in_4bit", "load_in_8bit"), ("bits", "w_bit", "num_bits")
+
+#: The keys of config.json under which quantisers describe themselves.
+_QUANTISERS = ("quantization_config", "compression_config")
 
 #: What the values of config.json are that decide how a checkpoint is exported.
 _READ = {
@@ -48,11 +55,19 @@ LFS_POINTER = b"version https://git-lfs"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model's configuration, and its tensors in files by state dict name. `directory` is absolute."""
+    """A model's configuration, and its tensors by state dict name. `directory` is absolute.
+
+    Attributes:
+        directory: The folder.
+        config: The content of config.json, without what it says of a quantiser.
+        tensors: Tensors in files; a quantised weight is made of its codes and scales.
+        scheme: How the weights are quantised; None if they are floats.
+    """
 
     directory: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, Source]
+    tensors: Mapping[str, Expression]
+    scheme: Scheme | None = None
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -71,8 +86,12 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise ModelError(f"{directory}: has no {CONFIG_NAME}; {hint}")
     config = _read_json(config_path)
     _check_kinds(config, config_path)
-    _refuse_quantised(directory, config)
-    return Checkpoint(directory.absolute(), config, _tensors(directory))
+    scheme = _scheme(directory, config)
+    tensors = _tensors(directory) if scheme is None else _quantised_tensors(directory)
+    if scheme is None:
+        return Checkpoint(directory.absolute(), config, tensors)
+    plain = {key: value for key, value in config.items() if key not in _QUANTISERS}
+    return Checkpoint(directory.absolute(), plain, scheme.weights(tensors, directory), scheme)
 
 
 def _check_kinds(config: Mapping[str, Any], path: Path) -> None:
@@ -103,28 +122,44 @@ def _refuse_adapter(directory: Path) -> None:
     )
 
 
-def _refuse_quantised(directory: Path, config: Mapping[str, Any]) -> None:
-    """Raise ModelError if the weights are codes of a quantiser, before anything else is found odd about them."""
+def _scheme(directory: Path, config: Mapping[str, Any]) -> Scheme | None:
+    """Return how the weights are quantised, or None; raise ModelError if they cannot be exported exactly.
+
+    This comes before anything else that may be odd about the weights.
+    """
     found = _quantisation(directory, config)
-    if found is not None:
-        raise ModelError(
-            f"{directory}: quantised checkpoint: {found}. Export starts from floating point weights: take the "
-            f"checkpoint from which it was made, and quantise with a pass afterwards (int8)."
-        )
+    if found is None:
+        return None
+    place, settings, described = found
+    scheme, reasons = scheme_of(settings, f"{directory}: {place}")
+    if scheme is not None:
+        return scheme
+    why = f", which cannot be kept exactly: {'; '.join(reasons)}" if reasons else ""
+    raise ModelError(
+        f"{directory}: quantised checkpoint: {place} says {described}{why}. Export takes {SUPPORTED}. Of others take "
+        f"the checkpoint from which it was made, and quantise with a pass afterwards (int8)."
+    )
 
 
-def _quantisation(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """Return where and how a checkpoint says that its weights are quantised, or None if it does not."""
+def _quantisation(directory: Path, config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str] | None:
+    """Return where a checkpoint says that its weights are quantised, its settings and their text, or None.
+
+    There are no settings where they are those of a part of the model, since nothing is known of its other parts.
+    """
+    path = directory / CONFIG_NAME
     for place in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            settings = stated(place, key, "an object", str(directory / CONFIG_NAME))
-            if settings and _is_quantised(settings, f"{directory / CONFIG_NAME}: {key}"):
-                return f"{key} of {CONFIG_NAME} says {_described(settings)}"
-        if stated(place, "quantization_bit", "a whole number", str(directory / CONFIG_NAME)):
-            return f"quantization_bit of {CONFIG_NAME} says {place['quantization_bit']} bits"
+        for key in _QUANTISERS:
+            settings = stated(place, key, "an object", str(path))
+            if settings and _is_quantised(settings, f"{path}: {key}"):
+                return f"{key} of {CONFIG_NAME}", settings if place is config else {}, _described(settings)
+        if stated(place, "quantization_bit", "a whole number", str(path)):
+            return f"quantization_bit of {CONFIG_NAME}", {}, f"{place['quantization_bit']} bits"
     for name in ("quantize_config.json", "quant_config.json"):  # Beside checkpoints of older versions of GPTQ and AWQ.
         if (directory / name).exists():
-            return f"{name} says {_described(_read_json(directory / name))}"
+            settings = _read_json(directory / name)
+            # Before there was a `quant_method`, only GPTQ had "desc_act".
+            known = {"quant_method": "gptq", **settings} if "desc_act" in settings else settings
+            return name, known, _described(known)
     return None
 
 
@@ -151,6 +186,14 @@ def _tensors(directory: Path) -> dict[str, Source]:
     if path.suffix == ".json":
         return _indexed_tensors(path)
     return _file_tensors(path)
+
+
+def _quantised_tensors(directory: Path) -> dict[str, Source]:
+    """Return the tensors of a quantised checkpoint, whose only file AutoGPTQ calls after its settings."""
+    named = sorted(directory.glob(_GPTQ_FILES))
+    if len(named) == 1 and not any((directory / name).exists() for name in WEIGHT_NAMES):
+        return _file_tensors(named[0])
+    return _tensors(directory)
 
 
 def _indexed_tensors(index: Path) -> dict[str, Source]:

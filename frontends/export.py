@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir
 import torch
 
-from passopt.frontends.bind_weights import bind_weights, check_tensors, merge_tied
+from passopt.frontends.bind_weights import bind_weights, check_tensors, merge_tied, without_zero_biases
 from passopt.frontends.checkpoint import Checkpoint
 from passopt.frontends.contract_names import Contract, apply_contract
 from passopt.frontends.family import Family
@@ -58,7 +58,7 @@ def export_family(family: Family, options: ExportOptions, scratch: Path, *, smal
     """Export the model of an open family as `export_graph` does; with `small`, the small model of a self-check."""
     dtype = TORCH_DTYPES[options.dtype]
     model = family.build(dtype, small=small)
-    checkpoint = dataclasses.replace(family.checkpoint, tensors=family.sources(model))
+    checkpoint = dataclasses.replace(family.checkpoint, tensors=without_zero_biases(family.sources(model), model))
     check_tensors(checkpoint, model)
     ties = family.ties(model)
     with stock_errors(checkpoint, f"{type(model).__name__} cannot be traced"):

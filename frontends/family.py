@@ -17,7 +17,7 @@ import torch
 
 from passopt.frontends.checkpoint import Checkpoint
 from passopt.ir.graph.decoder import LENGTH_KEYS
-from passopt.ir.weights.expressions import Source
+from passopt.ir.weights.expressions import Expression, Source
 
 #: Per layer, the key and the value, each `[b, heads, length, width]`.
 Cache: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -125,7 +125,7 @@ class Family(abc.ABC):
         """Return the cache sizes of a built model."""
 
     @abc.abstractmethod
-    def sources(self, model: Any) -> Mapping[str, Source]:
+    def sources(self, model: Any) -> Mapping[str, Expression]:
         """Return the checkpoint's tensors by names of the model's parameters, without those that the model computes."""
 
     @abc.abstractmethod

@@ -24,7 +24,7 @@ from passopt.frontends.options import ExportOptions
 from passopt.frontends.probing.weightless import fake_weights
 from passopt.frontends.stock_errors import stock_errors
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.weights.expressions import Source
+from passopt.ir.weights.expressions import Expression
 
 #: Patterns of tensors that older checkpoints hold, although every class now computes them.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$")
@@ -100,7 +100,7 @@ class TransformersDecoder(Family):
         keys = [key for key, _ in states(cache)]
         return CacheShape(len(keys), keys[0].shape[1], keys[0].shape[3])
 
-    def sources(self, model: Any) -> Mapping[str, Source]:
+    def sources(self, model: Any) -> Mapping[str, Expression]:
         parameters = dict(model.named_parameters())
         ignored = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
         found = {}

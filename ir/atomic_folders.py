@@ -88,6 +88,25 @@ def resumable_directory(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
         os.close(lock)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, which appears whole or not at all; one that is there is replaced.
+
+    Args:
+        path: The file.
+        text: What it will hold.
+
+    Raises:
+        UsageError: If writing fails.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 def keep_only(folder: Path, names: Collection[str]) -> None:
     """Remove all files below `folder` that are not in `names`, all links, and the folders that are then empty.
 

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,7 +28,7 @@ _MEMBER = re.compile(r"(?:.*/)?(?P<split>dev|val|test)/(?P<subject>\w+?)_(?:dev|
 
 def read_c4(path: Path) -> Iterator[Document]:
     """Yield the texts of JSON lines with a key "text", as C4 is published (`c4-train.00000-of-01024.json.gz`)."""
-    for where, entry in _json_lines(path):
+    for where, entry in json_lines(path):
         text = stated(entry, "text", "a text", where)
         if text is None:
             raise ModelError(f"{where}: has no text; a line of C4 is an object with the key text")
@@ -36,7 +37,7 @@ def read_c4(path: Path) -> Iterator[Document]:
 
 def read_messages(path: Path) -> Iterator[Document]:
     """Yield the conversations of JSON lines with a key "messages", a list of objects with role and content."""
-    for where, entry in _json_lines(path):
+    for where, entry in json_lines(path):
         listed = entry.get("messages")
         if not isinstance(listed, list) or not listed or not all(isinstance(item, dict) for item in listed):
             raise ModelError(f"{where}: messages is no list of objects with role and content")
@@ -74,12 +75,7 @@ def read_ceval(path: Path) -> Iterator[Document]:
 
     Questions of the split test have no answer there, and end with the word that asks for it.
     """
-    with reading(path):
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise ModelError(f"{path}: is no zip archive, as ceval-exam.zip is: {error}") from error
-    with archive:
+    with _open_archive(path) as archive:
         found = [(info, match) for info in archive.infolist() if (match := _MEMBER.fullmatch(info.filename))]
         if not found:
             raise ModelError(f"{path}: holds no file such as dev/logic_dev.csv, as ceval-exam.zip does")
@@ -97,7 +93,7 @@ def ceval_rows(path: Path, split: str) -> Iterator[tuple[str, Mapping[str, str]]
         path: `ceval-exam.zip`.
         split: dev, val or test.
     """
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with _open_archive(path) as archive:
         for info in archive.infolist():
             match = _MEMBER.fullmatch(info.filename)
             if match is not None and match["split"] == split:
@@ -117,6 +113,14 @@ def ceval_question(row: Mapping[str, str], *, with_answer: bool) -> str:
     return "\n".join([row["question"], *choices, f"答案：{answer}"])
 
 
+def _open_archive(path: Path) -> zipfile.ZipFile:
+    with reading(path):
+        try:
+            return zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise ModelError(f"{path}: is no zip archive, as ceval-exam.zip is, or damaged: {error}") from error
+
+
 def _rows(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Iterator[dict[str, str]]:
     try:
         with archive.open(info) as member, io.TextIOWrapper(member, encoding="utf-8-sig", newline="") as text:
@@ -128,11 +132,11 @@ def _rows(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Iterat
                 if any(row.get(name) is None for name in needed):
                     raise ModelError(f"{where}, line {table.line_num}: has fewer columns than the first line")
                 yield row
-    except (zipfile.BadZipFile, UnicodeDecodeError, csv.Error, EOFError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, ValueError, csv.Error, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise ModelError(f"{where}: cannot be read: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place and the object of each line that is not blank."""
     with open_text(path) as file:
         for number, line in enumerate(file, 1):

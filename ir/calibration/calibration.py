@@ -32,11 +32,13 @@ class InputStatistics:
         absmax: The largest magnitude of each channel, [k] fp32.
         percentiles: Percentiles of all magnitudes, such as {"99.9": 4.25}.
         rows: How many inputs were looked at.
+        weight_absmax: The largest magnitude of the weight itself for each channel, [k] fp32; None if it was not taken.
     """
 
     absmax: Array
     percentiles: Mapping[str, float]
     rows: int
+    weight_absmax: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,8 @@ class Calibration:
         entry = self.weights.get(key)
         if entry is None or not entry.absmax:
             return None
-        return InputStatistics(self._read(entry.file, entry.absmax), entry.percentiles, entry.rows)
+        weight = self._read(entry.file, entry.weight_absmax) if entry.weight_absmax else None
+        return InputStatistics(self._read(entry.file, entry.absmax), entry.percentiles, entry.rows, weight)
 
     def codes(self, key: str, *, bits: int = 8, group: int = 0) -> StoredCodes | None:
         """Return the codes of a weight of so many bits and groups, or None if there are none."""

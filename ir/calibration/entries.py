@@ -52,6 +52,7 @@ class WeightEntry:
         absmax: The tensor of the largest magnitudes of that input by channel; "" if there is none.
         percentiles: Percentiles of all magnitudes of that input, by their names, such as "99.9".
         codes: The codes that were made of it.
+        weight_absmax: The tensor of the largest magnitudes of the weight itself by input channel; "" if there is none.
     """
 
     name: str
@@ -61,6 +62,7 @@ class WeightEntry:
     absmax: str = ""
     percentiles: Mapping[str, float] = dataclasses.field(default_factory=dict)
     codes: tuple[CodesEntry, ...] = ()
+    weight_absmax: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as it stands in the manifest."""

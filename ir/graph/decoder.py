@@ -13,6 +13,9 @@ INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 LOGITS = "logits"
+#: What follows the name of a past or present that holds codes, in the name of the input or output with their scales
+#: `[batch, kv_heads, past, 1]`.
+SCALES = ".scales"
 
 #: Key of model metadata: the tensor-parallel degree of an SPMD graph; absent before the pass `shard`.
 DEGREE = "passopt.degree"
@@ -22,6 +25,10 @@ KV_HEADS = "passopt.kv_heads"
 COLLECTIVE = "passopt.collective"
 #: Key of model metadata: the largest number of positions for which the graph computes what the original model does.
 MAX_POSITIONS = "passopt.max_positions"
+#: Key of model metadata: the seed by which the residual stream is rotated; absent before the pass `rotate-residual`.
+ROTATION = "passopt.rotation"
+#: Key of model metadata: what the pass `smooth` has smoothed with which alpha, such as "down=0.5 norm=0.5".
+SMOOTHED = "passopt.smoothed"
 #: Key of model metadata: the error that export's self-check measured, or "skipped".
 SELF_CHECK = "passopt.self_check"
 
@@ -34,19 +41,24 @@ _PAST_KEY = re.compile(r"past\.(\d+)\.key\Z")
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The sizes of a decoder, read from the graph's inputs: a past is `[batch, kv_heads, past, head_dim]` per layer."""
+    """The sizes of a decoder, read from the graph's inputs: a past is `[batch, kv_heads, past, head_dim]` per layer.
+
+    `cache_dtype` is the dtype of the cache, `dtype` that of the numbers in it: that of the scales of a cache in 8 bits.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     has_position_ids: bool
     cache_dtype: onnx_ir.DataType
+    dtype: onnx_ir.DataType
 
 
 def find_decoder(model: onnx_ir.Model) -> Decoder | None:
     """Return the sizes of an exported decoder, or None for any other graph."""
     inputs = {value.name: value for value in model.graph.inputs}
     pasts = [value for name, value in inputs.items() if name and _PAST_KEY.match(name)]
+    scales = inputs.get(f"{pasts[0].name}{SCALES}") if pasts else None
     if INPUT_IDS not in inputs or not pasts:
         return None
     shape, dtype = pasts[0].shape, pasts[0].dtype
@@ -55,7 +67,8 @@ def find_decoder(model: onnx_ir.Model) -> Decoder | None:
     heads, width = shape[1], shape[3]
     if not isinstance(heads, int) or not isinstance(width, int):
         return None
-    return Decoder(len(pasts), heads, width, POSITION_IDS in inputs, dtype)
+    numbers = dtype if scales is None or scales.dtype is None else scales.dtype
+    return Decoder(len(pasts), heads, width, POSITION_IDS in inputs, dtype, numbers)
 
 
 def is_position_input(value: onnx_ir.Value) -> bool:

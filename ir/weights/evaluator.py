@@ -20,9 +20,22 @@ from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights import group_math
 from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.dequantized import Dequantized
 from passopt.ir.weights.groups import FOUR_BITS
 from passopt.ir.weights.literals import Fill, Literal
-from passopt.ir.weights.row_math import Array, absmax, cast_rows, normalize_rows, quantize_values, scales_of
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes, codes_per_word
+from passopt.ir.weights.rotation import Rotate, rotate_columns, rotate_rows, rotation_of
+from passopt.ir.weights.row_math import (
+    Array,
+    absmax,
+    cast_rows,
+    normalize_rows,
+    pack_rows,
+    quantize_values,
+    scales_of,
+    unpack_rows,
+)
+from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.sources import check_unchanged
 
 Box: TypeAlias = tuple[tuple[int, int], ...]
@@ -61,6 +74,8 @@ class Evaluator:
         self.read_bytes = 0
         self._files: dict[str, int] = {}
         self._column_scales: dict[ex.Expression, Array] = {}
+        #: The matrix whose columns were turned last: each chunk of its rows needs all of it.
+        self._turned: tuple[ex.Expression, Array] | None = None
 
     def __enter__(self) -> Evaluator:
         return self
@@ -218,6 +233,31 @@ class Evaluator:
 
         return self.full_rows(norm, box, rows)
 
+    def _read_rotated(self, rotated: Rotate, box: Box) -> Array:
+        rotation = rotation_of(rotated.shape[rotated.along], rotated.seed)
+        if rotated.by_rows:
+            rest = (0, rotated.shape[1])
+            return self.full_rows(
+                rotated,
+                box,
+                lambda start, stop: rotate_rows(self.read(rotated.operand, ((start, stop), rest)), rotation),
+            )
+        if self._turned is None or self._turned[0] != rotated:
+            self._turned = None  # Let the memory go before more is needed.
+            whole: Array = np.empty(rotated.shape, np.float32)
+            for start, stop in self._row_ranges(rotated.operand, 0, rotated.shape[0]):
+                rest_of_box = tuple((0, length) for length in rotated.shape[1:])
+                whole[start:stop] = self.read(rotated.operand, ((start, stop), *rest_of_box))
+            rotate_columns(whole.reshape(rotated.shape[0], -1), rotation)
+            self._turned = rotated, whole
+        return self._turned[1][tuple(slice(*bounds) for bounds in box)]
+
+    def _read_scaled(self, scaled: ScaleAlong, box: Box) -> Array:
+        values = self.read(scaled.operand, box)
+        factors = self.read(scaled.vector, (box[scaled.along],))
+        result: Array = values * (factors[:, None] if scaled.along < len(box) - 1 else factors)
+        return result
+
     def _read_codes(self, codes: ex.QuantizeCodes, box: Box) -> Array:
         if codes.along == 0 or len(codes.shape) == 1:
 
@@ -270,6 +310,37 @@ class Evaluator:
         rest = (0, sums.operand.shape[1])
         ranges = self._row_ranges(sums.operand, *box[0])
         return np.concatenate([self.read(sums.operand, (rows, rest)).sum(axis=1, dtype=np.int32) for rows in ranges])
+
+    def _read_unpacked(self, codes: UnpackCodes, box: Box) -> Array:
+        """Read the words that hold the columns of the box, and cut off what lies beside them in these words."""
+        rows, (start, stop) = box
+        count = codes_per_word(codes.bits)
+        first, last = start // count, -(-stop // count)
+        words = self.read(codes.operand, (rows, (first, last)))
+        found: Array = np.empty((rows[1] - rows[0], (last - first) * count), np.int8)
+        unpack_rows(words, codes.bits, found)
+        return found[:, start - first * count : stop - first * count]
+
+    def _read_words(self, words: PackCodes, box: Box) -> Array:
+        rows, (start, stop) = box
+        count = codes_per_word(words.bits)
+        codes = self.read(words.operand, (rows, (start * count, stop * count)))
+        found: Array = np.empty((rows[1] - rows[0], stop - start), np.int32)
+        pack_rows(codes, words.bits, found)
+        return found
+
+    def _read_dequantized(self, weight: Dequantized, box: Box) -> Array:
+        wide = self.read(weight.codes, box).astype(np.float32)
+        if weight.group:
+            rows, (start, stop) = box
+            first, last = start // weight.group, -(-stop // weight.group)
+            counted = self.read(weight.scales, (rows, (first, last))).astype(np.float32)
+            offset = start - first * weight.group
+            wide *= np.repeat(counted, weight.group, axis=1)[:, offset : offset + stop - start]
+            return wide.astype(weight.dtype.numpy())
+        scales = self.read(weight.scales, (box[weight.along],)).astype(np.float32)
+        wide *= scales[:, None] if weight.along == 0 else scales[None, :]
+        return wide.astype(weight.dtype.numpy())
 
     def _read_shard(self, shard: ex.Shard, box: Box) -> Array:
         axis, (start, stop) = shard.along, box[shard.along]
@@ -331,10 +402,15 @@ _READERS: dict[type, Callable[[Evaluator, Any, Box], Array]] = {
     ex.Cast: Evaluator._read_cast,
     ex.Pad: Evaluator._read_pad,
     ex.NormalizeRows: Evaluator._read_normalized,
+    Rotate: Evaluator._read_rotated,
+    ScaleAlong: Evaluator._read_scaled,
     ex.QuantizeCodes: Evaluator._read_codes,
     ex.QuantizeScales: Evaluator._read_scales,
     ex.Pack: Evaluator._read_packed,
     ex.RowSums: Evaluator._read_row_sums,
+    UnpackCodes: Evaluator._read_unpacked,
+    PackCodes: Evaluator._read_words,
+    Dequantized: Evaluator._read_dequantized,
     ex.Shard: Evaluator._read_shard,
     **group_math.READERS,
 }

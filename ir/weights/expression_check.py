@@ -9,7 +9,11 @@ from passopt.ir.errors import ModelError
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights import groups
 from passopt.ir.weights.concat import Concat, concat
+from passopt.ir.weights.dequantized import Dequantized, dequantized
 from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes, pack_codes, unpack_codes
+from passopt.ir.weights.rotation import Rotate, rotate
+from passopt.ir.weights.scaling import ScaleAlong, scale_along
 
 _MOST_LENGTH = 1 << 62
 
@@ -102,8 +106,10 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
     shape = expression.shape
     if isinstance(expression, Concat):
         return concat(expression.parts, expression.along)
-    (operand,) = expression.operands
-    for name in ("along", "start", "segments", "degree", "group", "distance"):
+    if isinstance(expression, Dequantized):
+        return dequantized(expression.codes, expression.scales, expression.along)
+    operand = expression.operands[0]
+    for name in ("along", "start", "segments", "degree", "seed", "group", "distance"):
         if not _is_whole(getattr(expression, name, 0)):
             raise ModelError(f"{type(expression).__name__} has {name} {getattr(expression, name)!r}")
     if isinstance(expression, ex.Slice):
@@ -120,6 +126,10 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
     if isinstance(expression, ex.NormalizeRows):
         _check_number(expression.epsilon)
         return operand.normalize_rows(expression.epsilon)
+    if isinstance(expression, Rotate):
+        return rotate(operand, expression.along, expression.seed)
+    if isinstance(expression, ScaleAlong):
+        return scale_along(operand, expression.along, expression.vector)
     if isinstance(expression, (ex.QuantizeCodes, ex.QuantizeScales)):
         return operand.quantize(expression.along)[isinstance(expression, ex.QuantizeScales)]
     if isinstance(expression, ex.Pack):
@@ -129,6 +139,10 @@ def _rebuilt(expression: ex.Expression) -> ex.Expression:
         return operand.row_sums()
     if type(expression) in _OF_GROUPS:
         return _OF_GROUPS[type(expression)](expression, operand)
+    if isinstance(expression, UnpackCodes):
+        return unpack_codes(operand, expression.bits)
+    if isinstance(expression, PackCodes):
+        return pack_codes(operand, expression.bits)
     assert isinstance(expression, ex.Shard), type(expression)
     if not expression.segments or not expression.degree:
         raise ModelError(f"Shard has {expression.segments} segments and degree {expression.degree}")

@@ -18,8 +18,12 @@ from passopt.ir.json_text import read_json
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights import groups
 from passopt.ir.weights.concat import Concat
+from passopt.ir.weights.dequantized import Dequantized
 from passopt.ir.weights.expression_check import check_expression
 from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
+from passopt.ir.weights.rotation import Rotate
+from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.source_file import SourceFile
 
 PLAN_NAME = "weights.plan.json"
@@ -37,10 +41,15 @@ _OPERATIONS: dict[str, type[ex.Expression]] = {
         ex.Cast,
         ex.Pad,
         ex.NormalizeRows,
+        Rotate,
+        ScaleAlong,
         ex.QuantizeCodes,
         ex.QuantizeScales,
         ex.Pack,
         ex.RowSums,
+        UnpackCodes,
+        PackCodes,
+        Dequantized,
         ex.Shard,
         groups.GroupCodes,
         groups.GroupScales,
@@ -123,7 +132,7 @@ def _decode_field(name: str, value: Any, files: list[SourceFile]) -> Any:
         return ex.DataType.__members__[value]
     if name == "file":
         return files[value]
-    if name == "operand":
+    if name in {"operand", "vector", "codes", "scales"}:
         return _decode(value, files)
     if name == "parts":
         return tuple(_decode(part, files) for part in value)

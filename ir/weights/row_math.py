@@ -56,6 +56,32 @@ def normalize_rows(values: Array, through: ex.DataType | None, epsilon: float, o
     out[...] = wide.astype(out.dtype)
 
 
+def unpack_rows(words: Array, bits: int, out: Array) -> None:
+    """Write the codes of 8 or 4 bits in rows of int32 words, lowest bits first, less 2^(bits − 1), to int8 `out`."""
+    data = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    raw = out.view(np.uint8)
+    if bits == 8:
+        np.bitwise_xor(data, 128, out=raw)
+        return
+    np.bitwise_and(data, 15, out=raw[:, 0::2])
+    np.right_shift(data, 4, out=raw[:, 1::2])
+    np.subtract(out, 8, out=out)
+
+
+def pack_rows(codes: Array, bits: int, out: Array) -> None:
+    """Write rows of int8 codes of 8 or 4 bits, plus 2^(bits − 1), to int32 words `out`, the first in the lowest bits.
+
+    A code of 4 bits is one of −8 to 7, which the caller has to see to.
+    """
+    raw = out.view(np.uint8)
+    data = codes.view(np.uint8) if codes.flags.c_contiguous else np.ascontiguousarray(codes).view(np.uint8)
+    if bits == 8:
+        np.bitwise_xor(data, 128, out=raw)
+        return
+    np.left_shift(data[:, 1::2] ^ 8, 4, out=raw)
+    np.bitwise_or(raw, (data[:, 0::2] ^ 8) & 15, out=raw)
+
+
 def widened(values: Array, through: ex.DataType | None = None) -> Array:
     """Return a copy in fp32, first rounded to `through`; what overflows there becomes infinite."""
     with np.errstate(over="ignore", invalid="ignore"):

@@ -17,6 +17,8 @@ from passopt.ir.weights.sources import SAFETENSORS_NAMES
 
 ALIGNMENT = 64
 _PADDING_PREFIX = "__padding."
+#: What transformers looks for in the files of a checkpoint.
+_METADATA = {"__metadata__": {"format": "pt"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +30,12 @@ class Layout:
     nbytes: int
 
 
-def layout_of(weights: Mapping[str, ex.Expression]) -> Layout:
+def layout_of(weights: Mapping[str, ex.Expression], *, plain: bool = False) -> Layout:
     """Return the layout of the file that `passopt.ir.weights.streaming` writes for these weights, without reading them.
+
+    Args:
+        weights: The tensors by name.
+        plain: Lay the file out as checkpoints are: no padding tensors, and each tensor aligned to its own numbers only.
 
     Raises:
         ModelError: If a weight of a dtype that safetensors does not have is computed from others.
@@ -42,14 +48,24 @@ def layout_of(weights: Mapping[str, ex.Expression]) -> Layout:
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
         position += nbytes
 
-    for name in sorted(weights, key=lambda key: (weights[key].nbytes % ALIGNMENT != 0, key)):
+    order = _by_itemsize if plain else _whole_lines_first
+    for name in sorted(weights, key=lambda key: (*order(weights[key]), key)):
         weight = stored(weights[name], name)
         place(name, SAFETENSORS_NAMES[weight.dtype], weight.shape, weight.nbytes)
-        if position % ALIGNMENT:
+        if position % ALIGNMENT and not plain:
             place(f"{_PADDING_PREFIX}{len(entries)}", "U8", (-position % ALIGNMENT,), -position % ALIGNMENT)
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps({**_METADATA, **entries} if plain else entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     header = struct.pack("<Q", len(text)) + text
     starts = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}  # type: ignore[index]
     offsets = {name: start for name, start in starts.items() if not name.startswith(_PADDING_PREFIX)}
     return Layout(header, offsets, len(header) + position)
+
+
+def _whole_lines_first(weight: ex.Expression) -> tuple[int, ...]:
+    return (int(weight.nbytes % ALIGNMENT != 0),)
+
+
+def _by_itemsize(weight: ex.Expression) -> tuple[int, ...]:
+    """Order tensors so that each begins at a multiple of the size of its numbers, without holes."""
+    return (-int(weight.dtype.itemsize),)

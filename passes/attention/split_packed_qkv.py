@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import onnx_ir
+
+from passopt.ir.graph.provenance import called
 from passopt.ir.shapes.dimensions import dimensions
 from passopt.passes.framework.base import Decline
 from passopt.passes.patterns.rewrite_pass import RewritePass
@@ -21,6 +24,7 @@ class SplitPackedQkv(RewritePass):
     Before: ``p = MatMul(x, Transpose(w)); q, k, v = Gather(Squeeze(Transpose(Unsqueeze(Reshape(p)))), 0 | 1 | 2)``
             or ``q, k, v = Split(p, sizes)``, or three Slices of p that take all of it
     After:  ``q = MatMul(x, Transpose(w.q)); k = MatMul(x, Transpose(w.k)); v = MatMul(x, Transpose(w.v))``
+    A weight that is stored as codes with a scale per output channel is split by codes and scales.
     """
 
     name = "split-packed-qkv"
@@ -113,6 +117,8 @@ def _project(op: Any, x: Any, w: Any, layout: str, widths: list[int]) -> list[An
     Raises Decline if the weight is computed in the graph, or if the widths do not add up to its output channels.
     """
     producer = w.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear" and layout == "out_in":
+        return _project_codes(op, x, producer, widths)
     if producer is not None:
         raise Decline(f"the weight is computed by {producer.op_type}; run split-packed-qkv before int8")
     weight = op.weight(w)
@@ -123,4 +129,28 @@ def _project(op: Any, x: Any, w: Any, layout: str, widths: list[int]) -> list[An
     for part, piece in zip(_PARTS, weight.split(widths, axis), strict=True):
         own = op.initializer(f"{w.name}.{part}", piece)
         projected.append(op.MatMul(x, op.Transpose(own, perm=[1, 0]) if layout == "out_in" else own))
+    return projected
+
+
+def _project_codes(op: Any, x: Any, dequantized: onnx_ir.Node, widths: list[int]) -> list[Any]:
+    """Build the three projections from pieces of int8 codes [out, in] and of their scales [out].
+
+    Raises Decline if the scales are not of output channels, or if the widths do not add up to these.
+    """
+    codes, scales, *zero = dequantized.inputs
+    axis = dequantized.attributes.get_int("axis", 1)
+    if any(value is not None for value in zero) or axis != 0 or "block_size" in dequantized.attributes:
+        raise Decline(f"{called(dequantized)} has no plain scale per output channel; run split-packed-qkv before int8")
+    both = op.weight(codes), op.weight(scales)
+    if both[1].shape != both[0].shape[:1] or sum(widths) != both[0].shape[0]:
+        shapes = f"{list(both[0].shape)} has the scales {list(both[1].shape)}"
+        raise Decline(f"{codes.name} {shapes}, the pieces take {widths} channels")
+    projected, stem = [], (codes.name or "").removesuffix(".codes")
+    pieces = zip(_PARTS, both[0].split(widths, 0), both[1].split(widths, 0), strict=True)
+    for part, own_codes, own_scales in pieces:
+        own = [
+            op.initializer(f"{stem}.{part}.codes", own_codes),
+            op.initializer(f"{stem}.{part}.scales", own_scales),
+        ]
+        projected.append(op.MatMul(x, op.Transpose(op.DequantizeLinear(*own, axis=0), perm=[1, 0])))
     return projected

@@ -71,6 +71,11 @@ PIPELINES: Mapping[str, Pipeline] = {
         ("fold-norm-head", "inject-norm-head-bias", "shard{degree=$degree,pad=$pad}", "dead-code"),
         {"degree": "2", "pad": "false"},
     ),
+    "rotate": Pipeline(
+        "Spread outliers over all channels, without data, so that int8{activations=dynamic} after it loses less.",
+        ("fold-norm-head", "rotate-residual{seed=$seed}", "dead-code"),
+        {"seed": "0"},
+    ),
     "int8": Pipeline(
         "Quantise the weights of linears to symmetric int8 per channel; activations=dynamic multiplies as integers, "
         "embedding=true and head=true include these weights, "
@@ -85,6 +90,12 @@ PIPELINES: Mapping[str, Pipeline] = {
         # If not a single linear was found, something is wrong with the model or the pipeline.
         ("quantize-weights>=1",),
         (("activations", "dynamic", "quantize-activations>=1"),),
+    ),
+    "int8-cache": Pipeline(
+        "Store the KV cache in 8 bits with a scale per position and head; keys=channel evens out the channels of keys.",
+        ("quantize-cache{keys=$keys,values=$values}", "dead-code"),
+        {"keys": "channel", "values": "token"},
+        ("quantize-cache==2*num_layers",),
     ),
     "int4": Pipeline(
         "Quantise the weights of linears to 4 bits with a scale per group of inputs; symmetric=false adds zero points, "

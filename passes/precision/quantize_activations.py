@@ -19,8 +19,8 @@ from passopt.passes.framework.base import Decline
 from passopt.passes.framework.records import PassResult
 from passopt.passes.patterns.rewrite_pass import RewritePass
 
-#: With more channels than this, a sum of products of codes may overflow int32.
-_LONGEST = (2**31 - 1) // LARGEST_CODE**2
+#: With more channels than this, a sum of products of codes may overflow int32; codes of other quantisers go to -128.
+_LONGEST = (2**31 - 1) // (LARGEST_CODE * 128)
 _OPSET_OF_AXES_INPUT = 18
 
 

@@ -15,6 +15,7 @@ from passopt.ir.errors import CalibrationError, PassError
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.lm_head import is_head
 from passopt.ir.graph.provenance import called
+from passopt.ir.weights.dequantized import own_codes
 from passopt.ir.weights.expressions import Expression
 from passopt.ir.weights.lazy_weight import is_checkpoint_weight
 from passopt.passes.framework.accuracy import QualityBar, lossy
@@ -41,11 +42,12 @@ class QuantizeWeights(RewritePass):
     every step. Weights inside of model.onnx, in Constant nodes and behind Identity, Cast or Transpose are quantised
     like those of a checkpoint, and a weight that several linears share is stored once.
     With `from`, codes and scales are those that `passopt calibrate` wrote to this folder; an embedding that it does not
-    hold is rounded to the nearest.
+    hold is rounded to the nearest. A weight that was quantised elsewhere, before it was exported, keeps its own codes;
+    `method=stored` quantises such weights only, embedding and head included.
     """
 
     name = "quantize-weights"
-    after = ("fold-norm-head", "split-packed-qkv")
+    after = ("fold-norm-head", "split-packed-qkv", "rotate-residual", "smooth")
     #: A code is off by at most 1/254 of its channel's largest weight; a product with normally distributed weights is
     #: off by about 1 %.
     #: A trained model of 135M parameters, which suffers more than large ones: KL 0.003, 0.019 at 99 %, top-1 0.97.
@@ -53,7 +55,7 @@ class QuantizeWeights(RewritePass):
 
     embedding: bool = False
     head: bool = False
-    method: Literal["auto", "rtn", "gptq"] = "auto"
+    method: Literal["auto", "rtn", "mse", "gptq", "stored"] = "auto"
     from_: str = ""
 
     def run(self, model: onnx_ir.Model) -> PassResult:
@@ -65,10 +67,11 @@ class QuantizeWeights(RewritePass):
 
     def _check_method(self) -> None:
         """Raise CalibrationError if codes of the method have to be calibrated, and there are none."""
-        if not self.from_ and self.method == "gptq":
+        if not self.from_ and self.method in {"gptq", "mse"}:
+            options = "--data FILE" if self.method == "gptq" else "--method mse --collect codes"
             raise CalibrationError(
-                f"{self.name}: method=gptq needs codes that were calibrated. Make them: passopt calibrate MODEL --data "
-                f"FILE -o CALIB; then quantise with int8{{from=CALIB}}"
+                f"{self.name}: method={self.method} needs codes that were calibrated. Make them: passopt calibrate "
+                f"MODEL {options} -o CALIB; then quantise with int8{{from=CALIB}}"
             )
         if self.from_:
             made = {item.method for entry in Calibration.of(self.from_).weights.values() for item in entry.codes}
@@ -149,7 +152,7 @@ class QuantizeWeights(RewritePass):
         """Look up codes and scales, and multiply them; decline unless the option `embedding` is set."""
         if w.dtype not in MODEL_FLOATS or len(w.shape) != 2:
             raise Decline(f"{w.name} is not a floating matrix")
-        if not self.embedding:
+        if not self.embedding and self.method != "stored":
             raise Decline(f"{w.name} is an embedding; int8{{embedding=true}} includes it")
         codes, scales = self._stored(op, w.name, op.weight(w), is_table=True)
         rows, factor = op.Gather(codes, ids, axis=0), op.Gather(scales, ids, axis=0)
@@ -164,7 +167,7 @@ class QuantizeWeights(RewritePass):
         users = [use.node for use in operand.uses()]
         if not users or not all(_reads_columns(node, operand, is_turned) for node in users):
             raise Decline(f"{w.name} is used by other operators than linears")
-        if not self.head and any(is_head(node) for node in users):
+        if not self.head and self.method != "stored" and any(is_head(node) for node in users):
             raise Decline(f"{w.name} is the head; int8{{head=true}} includes it")
         weight: Expression = op.weight(w)
         return weight
@@ -188,11 +191,14 @@ class QuantizeWeights(RewritePass):
         return [op.shared((kind, content), partial(op.initializer, f"{name}.{kind}", part)) for kind, part in parts]
 
     def _codes(self, weight: Expression, *, is_table: bool) -> tuple[Expression, Expression]:
+        own = own_codes(weight, 0)
         if not self.from_:
-            return weight.quantize(0)
+            if own is None and self.method == "stored":
+                raise Decline("the weight was not quantised before it was exported, or not by output channels")
+            return own or weight.quantize(0)
         calibration = Calibration.of(self.from_)
-        if is_table and not holds_codes(weight, calibration):
-            return weight.quantize(0)
+        if (is_table or own is not None) and not holds_codes(weight, calibration):
+            return own or weight.quantize(0)
         return stored_codes(weight, 0, calibration, self.name)
 
 

@@ -46,7 +46,7 @@ _BOUNDED = frozenset(
         "RMSNormalization",
         "SimplifiedLayerNormalization",
     }
-    | {"Attention", "AlibiAttention", "AlibiAttentionNoCache"}
+    | {"Attention", "AlibiAttention", "AlibiAttentionNoCache", "QuantizeLinear"}
 )
 #: Operators that make zero only if all inputs are zero. A replicated input has its own elements where others have
 #: padding.

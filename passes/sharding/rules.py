@@ -331,13 +331,18 @@ def _dequantize(state: Propagation, node: onnx_ir.Node) -> Spec:
 
 
 def _dequantize_backward(state: Propagation, node: onnx_ir.Node, wanted: Sharded) -> None:
-    """Demand codes that are sharded as the output, and scales and zero points too if it is sharded by channels."""
-    block = node.attributes.get("block_size")
+    """Demand data that is sharded as the output, and scales and zero points too if it is sharded by channels.
+
+    Scales of blocks have all axes of the data, and are sharded alike: those of a weight, and of the rows of a cache in
+    8 bits.
+    """
+    data, block = node.inputs[0], node.attributes.get("block_size")
+    assert data is not None
+    channel = attribute_axis(node, 1, ndim_of(data))
     if block is not None and block.as_int():
         _blocks_backward(state, node, wanted)
         return
     state.demand(node, 0, wanted)
-    channel = attribute_axis(node, 1, ndim_of(node.inputs[0]))
     for index in range(1, len(node.inputs)):
         per_channel = node.inputs[index] is not None and ndim_of(node.inputs[index]) == 1
         if per_channel and channel == wanted.axis:
@@ -379,7 +384,7 @@ _FORWARD: dict[str, Rule] = {
     "MatMul": matmul_forward,
     "MatMulInteger": integer_matmul_forward,
     "Gemm": gemm_forward,
-    "DequantizeLinear": _dequantize,
+    **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), _dequantize),
     **FUSED_FORWARD,
 }
 _BACKWARD: dict[str, Backward] = {
@@ -390,6 +395,6 @@ _BACKWARD: dict[str, Backward] = {
     "Reshape": reshape_backward,
     "Expand": expand_backward,
     **dict.fromkeys(("MatMul", "MatMulInteger"), matmul_backward),
-    "DequantizeLinear": _dequantize_backward,
+    **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), _dequantize_backward),
     **FUSED_BACKWARD,
 }

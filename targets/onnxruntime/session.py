@@ -101,5 +101,12 @@ class Session:
         return dict(zip(self.outputs, values, strict=True))
 
 
+def runtime_version() -> str:
+    """Return the name and the version of the runtime: another version may give other last digits."""
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]

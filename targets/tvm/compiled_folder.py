@@ -35,11 +35,15 @@ ALL_GATHER = "passopt.all_gather"
 #: The inputs that a compiled function may take besides the past. It always takes input_ids.
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
-CacheDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
+#: The dtypes of a model's numbers, and those of its cache, which may hold codes instead.
+Numbers: TypeAlias = Literal["fp32", "fp16", "bf16"]
+CacheDtype: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
 #: The parts of the linear layers that are int8: nothing, the weights, or the weights and the activations ("dynamic").
 Quantized: TypeAlias = Literal["none", "weights", "groups", "dynamic"]
-_CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-_VERSION = 2
+_CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+#: The bytes of the scale, in fp32, that each row of codes has: one position of one head.
+_SCALE_BYTES = 4
+_VERSION = 3
 _Entry = TypeVar("_Entry")
 
 
@@ -88,13 +92,16 @@ class CacheLayout:
     in-place: the function writes into `cache.N.key [batch, kv_heads, blocks, head_dim, block]` and
     `cache.N.value [batch, kv_heads, blocks · block, head_dim]` of layer N. functional: it takes `past.N.key` and
     `past.N.value` `[batch, kv_heads, past, head_dim]` and returns longer ones after the logits. `block` is the number
-    of positions per block.
+    of positions per block. In `dtype` int8, which is in-place, the scales `cache.N.key.scales` and
+    `cache.N.value.scales` `f32[batch, kv_heads, blocks · block]` follow the codes of a layer. `codes_of` is the
+    dtype of the numbers that codes stand for in the model.
     """
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: CacheDtype
+    codes_of: Numbers = "fp32"
     block: int = BLOCK
     kind: Literal["in-place", "functional"] = "in-place"
 
@@ -106,9 +113,12 @@ class CacheLayout:
         return -(-positions // self.block) * self.block if self.kind == "in-place" else positions
 
     def nbytes(self, batch: int, positions: int) -> int:
-        """Return the bytes of all caches: 2 · layers · batch · kv_heads · positions (rounded) · head_dim · size."""
-        numbers = 2 * self.layers * batch * self.kv_heads * self.rounded(positions) * self.head_dim
-        return numbers * _CACHE_BYTES[self.dtype]
+        """Return the bytes of all caches: 2 · layers · batch · kv_heads · positions (rounded) · bytes of a row.
+
+        A row has head_dim · size bytes, and 4 more for its scale if it is codes.
+        """
+        rows = 2 * self.layers * batch * self.kv_heads * self.rounded(positions)
+        return rows * (self.head_dim * _CACHE_BYTES[self.dtype] + (_SCALE_BYTES if self.dtype == "int8" else 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +262,8 @@ def _check(entry: Library | RankFolders) -> None:
         _demand(not isinstance(size, int) or size > 0, f"{name} is {size}")
     known = entry.inputs and len(set(entry.inputs)) == len(entry.inputs) and set(entry.inputs) <= set(INPUTS)
     _demand(known and "input_ids" in entry.inputs, f"inputs are {list(entry.inputs)}, expected some of {list(INPUTS)}")
+    in_codes = entry.cache.dtype == "int8"
+    _demand(not in_codes or entry.cache.kind == "in-place", "a cache in int8 is not in-place")
     _demand(0 <= entry.rank < entry.degree, f"rank {entry.rank} of {entry.degree}")
 
 

@@ -22,7 +22,7 @@ from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.ir.weights.literals import Literal
 from passopt.passes.pipeline.text import resolve
 from passopt.targets.onnxruntime.session import Session
-from passopt.verification.scenarios import empty_cache
+from passopt.verification.sampling.cache_inputs import empty_cache
 
 Array = np.ndarray
 ORIGINAL = Settings(true_sequential=False)
@@ -55,7 +55,7 @@ def inputs_of(model: onnx_ir.Model, ids: Array) -> dict[str, Array]:
     same = {
         "attention_mask": np.ones((1, length), np.int64),
         "position_ids": np.arange(length)[None],
-        **{name: zeros(1) for name, zeros in empty_cache(model).items()},
+        **empty_cache(model),
     }
     runs = [session.run({"input_ids": row[None], **same}) for row in ids]
     return {
@@ -89,6 +89,8 @@ def test_inputs_are_measured_as_in_a_run_of_the_whole_model(tiny: Any) -> None:
         assert found is not None
         rows = np.abs(expected[target.name])
         np.testing.assert_allclose(found.absmax, rows.max(axis=0), rtol=1e-4)
+        with Evaluator() as evaluator:
+            assert np.array_equal(found.weight_absmax, np.abs(evaluator.array(target.weight)).max(axis=0))
         assert found.rows == tiny.ids.size == len(rows)
         for share, value in found.percentiles.items():
             assert value == pytest.approx(np.percentile(rows, float(share), method="higher"), rel=0.02)
@@ -101,7 +103,7 @@ def test_keys_and_values_are_measured(tiny: Any) -> None:
     model, ids = tiny.model(), tiny.ids
     session = Session(model, threads=1)
     feeds = {"attention_mask": np.ones_like(ids[:1]), "position_ids": np.arange(ids.shape[1])[None]}
-    feeds |= {name: zeros(1) for name, zeros in empty_cache(model).items()}
+    feeds |= empty_cache(model)
     keys = [session.run({"input_ids": row[None], **feeds})["present.1.key"] for row in ids]
     np.testing.assert_allclose(found, np.abs(np.concatenate(keys)).max(axis=(0, 2)), rtol=1e-4)
 
@@ -170,7 +172,7 @@ def test_an_interrupted_run_of_other_settings_is_not_gone_on_with(tiny: Any) -> 
 
     with pytest.raises(KeyboardInterrupt):
         tiny.calibrate("calib", meter=Stopping())
-    _, report = tiny.calibrate("calib", Settings(damp=0.1))
+    _, report = tiny.calibrate("calib", Settings(damp=0.2))
     assert report.resumed == 0
 
 
@@ -261,6 +263,12 @@ def test_numbers_that_are_none_are_named_and_nothing_is_left(tiny: Any, name: st
 def test_a_model_that_is_quantised_has_nothing_to_calibrate(tiny: Any) -> None:
     tiny.model = lambda: run(type(tiny).model(tiny), "int8")
     with pytest.raises(ModelError, match="int8 finds no linear in this model that it would quantise"):
+        tiny.calibrate("calib")
+
+
+def test_a_model_that_is_sharded_is_calibrated_before(tiny: Any) -> None:
+    tiny.model = lambda: run(type(tiny).model(tiny), "tp{degree=2,pad=true}")
+    with pytest.raises(ModelError, match="the model is sharded; calibrate it before, and shard it with the codes"):
         tiny.calibrate("calib")
 
 

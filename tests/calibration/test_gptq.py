@@ -58,16 +58,6 @@ def test_chunks_and_threads_change_no_bit(chunks: tuple[int, ...], threads: int)
     assert np.array_equal(hessian(rows, threads, chunks), hessian(rows))
 
 
-def test_the_largest_magnitude_of_each_channel_is_kept() -> None:
-    rows = inputs(31, 5)
-    with TileRunner() as runner:
-        gram = Gram(5, runner)
-        gram.add(rows[:7])
-        gram.add(rows[7:])
-    assert np.array_equal(gram.absmax, np.abs(rows).max(axis=0))
-    assert gram.count == 31
-
-
 def test_inputs_that_are_no_numbers_are_named() -> None:
     rows = inputs(4, 3)
     rows[2, 1] = np.nan
@@ -205,8 +195,9 @@ def test_numpy_and_the_compiled_loop_give_the_same_bits() -> None:
     pytest.importorskip("numba")
     assert block_rounder() is not round_block_by_numpy
     random = np.random.default_rng(6)
-    weight = random.standard_normal((9, 11)).astype(np.float32)
-    scales = np.broadcast_to(scales_of(weight), weight.shape).copy()
+    weight = random.standard_normal((300, 11)).astype(np.float32)
+    scales = np.broadcast_to(scales_of(weight), weight.shape).T.copy()
+    weight = weight.T.copy()
     upper = np.triu(random.standard_normal((11, 11))).astype(np.float32) * np.float32(0.1) + np.eye(
         11, dtype=np.float32
     )

@@ -50,6 +50,22 @@ def test_rows_of_one_prompt_are_sampled_apart_and_a_seed_repeats_them(make_engin
     )
 
 
+def test_a_caller_ends_rows_by_what_they_have_said(make_engine):
+    whole = run(make_engine()).rows
+    asked: list[tuple[int, tuple[int, ...]]] = []
+
+    def stop(row: int, ids: list[int]) -> bool:
+        asked.append((row, tuple(ids)))
+        return row == 1 and len(ids) == 2
+
+    ended: list[int] = []
+    rows = run(make_engine(), stop=stop, on_end=ended.append).rows
+    assert [row.end for row in rows] == ["length", "stop", "length"]
+    assert [row.ids for row in rows] == [whole[0].ids, whole[1].ids[:2], whole[2].ids]
+    assert asked[:4] == [(row, whole[row].ids[:1]) for row in range(3)] + [(0, whole[0].ids[:2])]
+    assert ended == [1, 0, 2]
+
+
 def test_each_row_ends_with_its_own_end_token(make_engine):
     whole = run(make_engine()).rows
     eos = whole[0].ids[2]

@@ -26,8 +26,9 @@ CALLS = """
     ConstantOfShape (s)|NonZero (x)|Equal (s, s)|Loop (x)|If (c)|Scan (x)|GroupQueryAttention (x)|AlibiAttention (x)
 """
 LISTED = [call.strip() for line in CALLS.split("\n") for call in line.split("|") if call.strip()]
-#: Passes that cannot go on behind a value whose dtype nobody knows, or that split every operator, and say so.
-REFUSES = {"cast", "shard"}
+#: Passes that cannot go on behind a value whose dtype nobody knows, that split every operator, or that need to know all
+#: operators of a decoder or statistics of it, and say so.
+REFUSES = {"cast", "shard", "rotate-residual", "smooth"}
 #: This one knows what some of them mean.
 KNOWS = {("decompose-contrib", "com.microsoft")}
 

@@ -21,6 +21,8 @@ from passopt.testing.decoders import DecoderSpec, tiny_decoder
 #: The pass that looks into the largest constant, at a few rows of it: see its own tests. fuse-rotary looks into tables
 #: of angles and dematerialize-alibi-row into a row of biases, which these models do not have.
 READS = {"dematerialize-alibi"}
+#: Passes that change whole decoders only. `smooth` reads vectors of a calibration, and no weight either.
+DECODERS = {"rotate", "rotate-residual", "smooth"}
 
 HEAD = """<ir_version: 10, opset_import: ["" : 21]>
 g (int64[batch,seq] input_ids, float[] embed, float[] packed, float[] out, float[] head) => (float[batch,seq,10] logits)
@@ -111,7 +113,7 @@ def test_the_guard_works():
         Evaluator().array(weight.expression)
 
 
-@pytest.mark.parametrize("name", sorted({*catalog(), *PIPELINES} - READS))
+@pytest.mark.parametrize("name", sorted({*catalog(), *PIPELINES} - READS - DECODERS))
 def test_pass_or_pipeline(name):
     options = "{pad=true}" if name in {"shard", "tp"} else ""
     for model in models():
@@ -123,6 +125,16 @@ def test_fusions_read_no_weight():
     model = unreadable(parse_model(FUSIBLE), FUSIBLE_WEIGHTS)
     run_passes(model, resolve("canonicalize,fuse-rms-norm,fuse-rotary,fuse-attention,dead-code").passes, verify=False)
     assert {"RMSNormalization", "Attention"} <= {node.op_type for node in model.graph}
+
+
+def test_a_rotation_reads_no_weight():
+    norm = "y = RMSNormalization(x, norm) wt = Transpose<perm=[1,0]>(packed) p = MatMul(y, wt)"
+    text = HEAD.replace("wt = Transpose<perm=[1,0]>(packed)\n    p = MatMul(x, wt)", norm)
+    text = text.replace("o = MatMul(qkv, out)", "m = MatMul(qkv, out) s = Add(x, m) o = RMSNormalization(s, norm)")
+    text = text.replace('"" : 21', '"" : 23').replace("float[] head)", "float[] head, float[] norm)")
+    model = unreadable(parse_model(text), {**WEIGHTS, "norm": (6,)})
+    run_passes(model, resolve("rotate,tp{pad=true},int8{activations=dynamic}").passes, verify=False)
+    assert {"rotated" in name for name in model.graph.initializers if name.split(".")[0] in WEIGHTS} == {True}
 
 
 @pytest.mark.parametrize("text", ["tp,int8{head=true,embedding=true}", "int8,tp", "split-packed-qkv,tp,int8"])

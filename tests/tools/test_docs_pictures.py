@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("layered", "svg", "rooms", "room_pictures", "graph_pictures", "reference", "typepath")
+NAMES = ("layered", "rooms", "room_pictures", "graph_pictures", "reference", "typepath")
 
 
 @pytest.fixture

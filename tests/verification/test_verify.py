@@ -24,6 +24,7 @@ from passopt.ir.weights.lazy_weight import LazyWeight
 from passopt.ir.weights.literals import Literal
 from passopt.passes.framework.accuracy import QualityBar
 from passopt.passes.precision.quantize_activations import QuantizeActivations
+from passopt.predictions.divergence import divergence
 from passopt.targets.onnxruntime.joined_ranks import join_ranks, rank_models
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checkpoints import ROTARY, evaluation_text, make_checkpoint
@@ -32,7 +33,7 @@ from passopt.verification import sliced_head
 from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, suspects, weigh_own_roundings
 from passopt.verification.decoder_cut import cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, has_dynamic_activations
-from passopt.verification.divergence import divergence, judged_rows
+from passopt.verification.divergence import judged_rows
 from passopt.verification.quantised_weights import ON_CODES
 from passopt.verification.report import Row, VerifyReport
 from passopt.verification.sampling.shaken import nudged_model

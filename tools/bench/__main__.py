@@ -22,6 +22,7 @@ BENCHES = {
     "compiled": ("compiled.bench", "measure the speed of compiled models against other runtimes and the machine"),
     "real": ("real.bench", "measure what the passes do to a trained model, against transformers"),
     "calibrate": ("calibrating", "measure what calibrating one 13B-shaped layer takes, against its arithmetic"),
+    "quality": ("quality.bench", "measure what each way of quantising costs a trained model, and draw it"),
     "startup": ("startup", "measure how long passopt takes to start, against goals"),
     "full-size": ("full_size", "measure time, memory and exact bytes on the published sizes, without weights"),
 }

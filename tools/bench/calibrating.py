@@ -174,12 +174,12 @@ def report(found: dict[str, float], options: argparse.Namespace) -> str:
         ["peak memory, GiB", f"{found['peak'] / GIB:.2f}", f"{GOAL_PEAK}"],
         ["… anonymous, GiB", f"{found['anonymous'] / GIB:.2f}", "-"],
     ]
-    hours = found["wall"] * LAYERS / 3600
+    hours = found["cpu"] * LAYERS / 3600
     return (
         f"{processor()}, {options.threads} threads; {options.tokens:,} tokens in windows of {options.seqlen}; "
         f"{found['flops'] / 1e12:.1f} TFLOP at {found['rate'] / 1e9:.0f} GFLOP/s a core\n\n"
         f"{table(['one 13B-shaped layer', 'measured', 'goal'], rows)}\n\n"
-        f"All {LAYERS} layers would take {hours:.1f} hours at this rate."
+        f"All {LAYERS} layers would take {hours:.1f} CPU hours."
     )
 
 

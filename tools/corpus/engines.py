@@ -133,14 +133,19 @@ def _evaluators(evaluator: Any) -> Iterator[Any]:
     """Yield the reference evaluator of a graph, and those of the functions that it calls."""
     yield evaluator
     for node in evaluator.rt_nodes_:
-        if hasattr(node, "impl_"):
+        if _is_call(node):
             yield from _evaluators(node.impl_)
+
+
+def _is_call(node: Any) -> bool:
+    """Return whether a node calls a function whose operators are known before it runs, as those of Gelu are not."""
+    return hasattr(getattr(node, "impl_", None), "rt_nodes_")
 
 
 def _nodes(evaluator: Any) -> Iterator[Any]:
     """Yield the operators of a reference evaluator and of the functions that it calls, but no call itself."""
     for found in _evaluators(evaluator):
-        yield from (node for node in found.rt_nodes_ if not hasattr(node, "impl_"))
+        yield from (node for node in found.rt_nodes_ if not _is_call(node))
 
 
 def _in_fp32(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@
 | ok | the numbers, dtypes and shapes are equal within the declared accuracy |
 | not comparable | no engine runs both; the checker accepts the result, and onnxruntime where it accepts the original |
 | sensitive | more than declared, and no more than one rounding of the model's inputs moves its outputs |
-| beyond | a lossy pass lost up to ten times what it declares, or more where the model rounds or compares numbers |
+| beyond | a lossy pass lost up to ten times what it declares, or what rounding all numbers loses |
 | refused | an error with a text for the user |
 | unstable | a second run changes the result again, or `modified` is not what happened |
 | wrong | other numbers, dtypes or shapes, or a failure while the result runs |

@@ -66,10 +66,12 @@ several ways that mean the same. It was measured with {versions};
 Variants: as it is (plain), every length a symbol (symbolic), all inputs as constants (constants), all but the first
 (parameters), those in a file of their own (external), the graph inside both branches of an If (body), as a local
 function (function), and with the default domain called `ai.onnx` (alias). Numbers are compared in onnxruntime without
-its own rewrites, or in ONNX's reference evaluator where onnxruntime does not run the original. Symbolic models are fed
+its own rewrites, or in ONNX's reference evaluator, which computes bf16 in fp32, where onnxruntime does not run the
+original. A number that 16 bits do not hold may become infinite there. Symbolic models are fed
 other lengths too. Of these, lengths count only at which the original has sure outputs: onnxruntime returns memory that
-it has not written for some (RotaryEmbedding of an odd size, Scan over nothing), ends the process for some (STFT,
-InstanceNormalization in fp16), and its Attention of opset 23 refuses an empty query. The reference gets one second for
+it has not written for some (RotaryEmbedding of an odd size, Scan over nothing), which is the same on both
+sides here, ends the process for some (STFT, InstanceNormalization in fp16), and its Attention of opset 23 refuses an
+empty query. The reference gets one second for
 them. A variant that is read as the very same model as one before it shares the outcomes of its steps.
 
 | outcome | means |
@@ -77,8 +79,8 @@ them. A variant that is read as the very same model as one before it shares the 
 | unchanged | the pass left the model as it was |
 | ok | equal dtypes and shapes, and numbers within the declared accuracy |
 | not comparable | neither runs both; the checker accepts the result, and onnxruntime where it accepts the original |
-| sensitive | a pass that reorders additions changes no more than one rounding of the model's inputs does |
-| beyond | a lossy pass lost up to ten times what it declares, or more where the model rounds or compares numbers |
+| sensitive | no lossy pass, and a change of no more than one rounding of the model's inputs makes |
+| beyond | a lossy pass lost up to ten times what it declares, or what rounding all numbers loses |
 | refused | an error with a text for the user |
 | unstable | a second run changes the result again |
 | wrong, invalid, crash, hang | defects: other results, a file that is refused, an internal error, no end |

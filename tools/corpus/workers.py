@@ -77,7 +77,9 @@ def _run_share(share: _Share, rows: queue.Queue[Row | None]) -> None:
 def _run_once(share: _Share, rows: queue.Queue[Row | None]) -> str | None:
     """Run one process; return None if it did all, else why it ended."""
     command = [sys.executable, str(HERE / "worker.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # onnxruntime hands out memory that it has not written where lengths mean nothing to an operator, such as an odd
+    # size of RotaryEmbedding. The C library fills all memory with one byte, so that both sides hold the same there.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "85"}
     with (
         # It belongs to this process, as a worker that is killed removes nothing.
         tempfile.TemporaryDirectory(prefix="passopt-corpus-", dir=_MEMORY) as folder,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools" / "docs"))
 
 from layered import Layout, layered  # noqa: E402
-from svg import SIZE, Picture, Point, Tone, width_of  # noqa: E402
+from passopt.reporting.svg import SIZE, Picture, Point, Tone, width_of  # noqa: E402
 
 FOLDER = ROOT / "docs" / "pictures"
 _PAD, _HEAD = 24.0, 62.0

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools" / "dev"), str(ROOT / "tools" / "docs")]
 
 from layered import layered, reduced  # noqa: E402
+from passopt.reporting.svg import Picture, Tone, width_of  # noqa: E402
 from rooms import House, read_house  # noqa: E402
-from svg import Picture, Tone, width_of  # noqa: E402
 from typepath import package_dirs  # noqa: E402
 
 FOLDER = ROOT / "docs" / "pictures"
@@ -211,7 +211,9 @@ HOUSE = {
     "targets/tvm/engine": "running compiled folders",
     "tools/passopt/reporting": "results, progress",
     "tools/passopt/generation": "tokens to text",
+    "tools/passopt/predictions": "perplexity, divergence, standard errors",
     "tools/passopt/verification": "do two models agree?",
+    "tools/passopt/evaluation": "how good is a model on texts and questions?",
     "tools/passopt/api": "the Python face, one operation per module",
     "tools/passopt/commands": "one command per module",
     "tools/passopt/terminal": "arguments, progress bars",

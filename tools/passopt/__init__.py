@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from passopt.api.calibrate import CalibrateResult, calibrate
     from passopt.api.catalogue import Catalogue, list_passes
     from passopt.api.compile import CompileResult, compile
+    from passopt.api.evaluate import evaluate, lm_eval_model
     from passopt.api.explain import Explanation, explain
     from passopt.api.export import ExportResult, export
+    from passopt.api.export_checkpoint import ExportCheckpointResult, export_checkpoint
     from passopt.api.generate import Engine, generate
     from passopt.api.generate_result import GenerateResult, Request
     from passopt.api.model import Model, SaveResult, load, print_text, save
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from passopt.api.run import RunResult, run
     from passopt.api.verify import verify
     from passopt.api.why import WhyResult, why
+    from passopt.evaluation.report import EvalReport
     from passopt.ir.errors import (
         CheckError,
         ExpectationError,
@@ -53,8 +56,10 @@ __all__ = [
     "CheckError",
     "CompileResult",
     "Engine",
+    "EvalReport",
     "ExpectationError",
     "Explanation",
+    "ExportCheckpointResult",
     "ExportResult",
     "GenerateResult",
     "Model",
@@ -77,10 +82,13 @@ __all__ = [
     "__version__",
     "calibrate",
     "compile",
+    "evaluate",
     "explain",
     "export",
+    "export_checkpoint",
     "generate",
     "list_passes",
+    "lm_eval_model",
     "load",
     "new_pass",
     "plan",
@@ -102,14 +110,18 @@ __getattr__, __dir__ = lazy_names(
         "list_passes": "passopt.api.catalogue",
         "CompileResult": "passopt.api.compile",
         "compile": "passopt.api.compile",
+        "evaluate": "passopt.api.evaluate",
         "Explanation": "passopt.api.explain",
         "explain": "passopt.api.explain",
         "ExportResult": "passopt.api.export",
         "export": "passopt.api.export",
+        "ExportCheckpointResult": "passopt.api.export_checkpoint",
+        "export_checkpoint": "passopt.api.export_checkpoint",
         "Engine": "passopt.api.generate",
         "GenerateResult": "passopt.api.generate_result",
         "Request": "passopt.api.generate_result",
         "generate": "passopt.api.generate",
+        "lm_eval_model": "passopt.api.evaluate",
         "Model": "passopt.api.model",
         "SaveResult": "passopt.api.model",
         "load": "passopt.api.model",
@@ -128,6 +140,7 @@ __getattr__, __dir__ = lazy_names(
         "verify": "passopt.api.verify",
         "WhyResult": "passopt.api.why",
         "why": "passopt.api.why",
+        "EvalReport": "passopt.evaluation.report",
         "CheckError": "passopt.ir.errors",
         "ExpectationError": "passopt.ir.errors",
         "ModelError": "passopt.ir.errors",

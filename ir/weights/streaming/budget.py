@@ -8,9 +8,9 @@ import resource
 from collections.abc import Sequence
 
 from passopt.ir.errors import UsageError
-from passopt.ir.weights.streaming.chunk_values import row_bytes
+from passopt.ir.weights.streaming.chunk_values import READ_OF_HELD, row_bytes
 from passopt.ir.weights.streaming.direct_io import PAGE
-from passopt.ir.weights.streaming.output_groups import Group, is_turned
+from passopt.ir.weights.streaming.output_groups import Group, is_held, is_turned
 from passopt.ir.weights.streaming.output_stream import STAGE_BYTES, stream_bytes
 from passopt.ir.weights.streaming.row_kernels import RowKernels
 from passopt.ir.weights.streaming.row_spans import matrix_shape
@@ -130,6 +130,7 @@ def _wanted_bytes(group: Group, kernels: RowKernels) -> int:
 
 
 def _fixed_bytes(group: Group, stage: int) -> int:
-    """Return the memory for everything but rows: the stages, and the rounding of every buffer up to whole pages."""
+    """Return the memory for everything but rows: stages, a base that is held, and buffers rounded up to whole pages."""
     stages = sum(stream_bytes(output, stage) for output in group.outputs)
+    stages += group.base.nbytes + READ_OF_HELD if is_held(group.base) else 0
     return stages + (len(group.stored_cores) + 4) * PAGE

@@ -9,18 +9,26 @@ from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.evaluator import Evaluator, not_finite
 from passopt.ir.weights.group_math import SCRATCH_BYTES, group_values, joined_codes, unsigned_codes
 from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
-from passopt.ir.weights.row_math import Array, scales_of, widened
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
+from passopt.ir.weights.rotation import Rotate, rotation_of
+from passopt.ir.weights.row_math import Array, pack_rows, scales_of, unpack_rows, widened
+from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
-from passopt.ir.weights.streaming.output_groups import Group, is_rounding, is_turned
+from passopt.ir.weights.streaming.output_groups import Group, is_held, is_plain, is_rounding, is_turned
 from passopt.ir.weights.streaming.row_kernels import RowKernels
-from passopt.ir.weights.streaming.row_spans import GroupRows, is_by_columns, is_bytes, matrix_shape
+from passopt.ir.weights.streaming.row_spans import GroupRows, is_by_columns, matrix_shape
+
+#: What is held whole is computed from pieces of about so many bytes, besides the memory of the arena.
+READ_OF_HELD = 16 << 20
 
 
 def row_bytes(group: Group, kernels: RowKernels) -> int:
     """Return the memory in bytes per row of the base: for the row itself and for every result computed from it."""
     base, columns = group.base, matrix_shape(group.base)[1]
-    if is_bytes(base):
+    if is_plain(base):
         total = int(columns * base.dtype.itemsize)
+    elif is_held(base):
+        total = 0
     elif is_turned(base):  # This counts a panel of columns, and the rows that it is transposed to.
         total = int(2 * columns * base.dtype.itemsize)
     else:  # The evaluator of boxes makes fp32 copies of the rows and of all their operands.
@@ -44,18 +52,24 @@ class ChunkValues:
         self._reader = reader
         self._kernels = kernels
         self._columns = matrix_shape(group.base)[1]
-        self._evaluator = Evaluator(group.rank, chunk_bytes)
+        self._evaluator = Evaluator(
+            group.rank, min(chunk_bytes, READ_OF_HELD // 4) if is_held(self._base) else chunk_bytes
+        )
         self._results: dict[ex.Expression, Array] = {}
         self._peaks: dict[ex.Expression, Array] = {}
         self._columns_of: dict[ex.Expression, Array] = {
             weight: np.zeros(weight.shape[1], np.float32) for weight in group.measured
         }
         self._start = self._rows = 0
-        if is_bytes(self._base) or is_turned(self._base):
+        if is_plain(self._base) or is_turned(self._base):
             nbytes = int(most * self._columns * self._base.dtype.itemsize)
             self._input = arena.take(page_up(nbytes) + 2 * PAGE)
         if is_turned(self._base):
             self._turned = _matrix(arena, self._base, most)
+        if is_held(self._base):
+            self._held = _matrix(arena, self._base, self._base.shape[0])
+            self._is_filled = False
+        self._vectors: dict[ex.Expression, Array] = {}
         self._memory = {core: _matrix(arena, core, most) for core in group.stored_cores}
 
     @property
@@ -95,10 +109,13 @@ class ChunkValues:
 
     def _read(self, start: int, stop: int) -> Array:
         base = self._base
+        if isinstance(base, Rotate) and is_held(base):
+            return self._of_held(base)[start:stop]
         if is_turned(base):
             return self._turn(base.operand, start, stop)  # type: ignore[attr-defined]
-        if not is_bytes(base):
+        if not is_plain(base):
             return self._evaluated(start, stop)
+        assert isinstance(base, ex.Source)
         size = int(self._columns * base.dtype.itemsize)
         at = self._reader.read(base.file, base.name, base.offset + start * size, self._input, (stop - start) * size)
         raw = np.frombuffer(self._input, np.uint8)[at : at + (stop - start) * size]
@@ -115,6 +132,26 @@ class ChunkValues:
         panel = np.frombuffer(self._input[:nbytes], source.dtype.numpy()).reshape(self._columns, count)
         self._kernels.transpose(panel, self._turned[:count])
         return self._turned[:count]
+
+    def _of_held(self, base: Rotate) -> Array:
+        """Return the whole base, which is computed when it is first asked for."""
+        if not self._is_filled:
+            step = max(1, READ_OF_HELD // 8 // max(1, 4 * self._columns))
+            for start in range(0, base.shape[0], step):
+                stop = min(start + step, base.shape[0])
+                self._hold(base.operand, start, stop)
+            self._kernels.rotate_columns(self._held, rotation_of(base.shape[0], base.seed))
+            self._is_filled = True
+        return self._held
+
+    def _hold(self, operand: ex.Expression, start: int, stop: int) -> None:
+        """Compute rows `start` to `stop` of what is held, before it is rotated; widen them by a kernel."""
+        box, out = ((start, stop), (0, self._columns)), self._held[start:stop]
+        if isinstance(operand, ex.Cast):
+            values = np.ascontiguousarray(self._evaluator.read(operand.operand, box))
+            self._evaluator.report.count(operand, self._kernels.cast(values, operand.dtype, out))
+        else:
+            out[...] = self._evaluator.read(operand, box)
 
     def _evaluated(self, start: int, stop: int) -> Array:
         shape = self._base.shape
@@ -138,6 +175,10 @@ class ChunkValues:
             self._finite_peaks(core.operand)
             values, through = self._unrounded(core.operand)
             self._kernels.normalize(values, through, core.epsilon, out)
+        elif isinstance(core, Rotate):
+            self._kernels.rotate(self(core.operand), rotation_of(core.shape[1], core.seed), out)
+        elif isinstance(core, ScaleAlong):
+            self._scale(core, out)
         elif isinstance(core, GroupCodes | GroupScales | GroupZeros):
             self._finite_peaks(core.operand)
             out[...] = group_values(core, widened(self(core.operand)))
@@ -147,9 +188,21 @@ class ChunkValues:
             out[...] = unsigned_codes(self(core.operand))
         elif isinstance(core, ex.RowSums):
             np.sum(self(core.operand), axis=1, dtype=np.int32, out=out[:, 0])
+        elif isinstance(core, UnpackCodes):
+            unpack_rows(self(core.operand), core.bits, out)
+        elif isinstance(core, PackCodes):
+            pack_rows(self(core.operand), core.bits, out)
         else:
             raise ModelError(f"no evaluation for {type(core).__name__}")
         return out
+
+    def _scale(self, core: ScaleAlong, out: Array) -> None:
+        if core.vector not in self._vectors:
+            self._vectors[core.vector] = self._evaluator.array(core.vector)
+        factors = self._vectors[core.vector]
+        if core.along == 0:
+            factors = factors[self._start : self._start + self._rows, None]
+        np.multiply(self(core.operand), factors, out=out)
 
     def _cast(self, cast: ex.Cast, out: Array) -> None:
         self._evaluator.report.count(cast, self._kernels.cast(self(cast.operand), cast.dtype, out))

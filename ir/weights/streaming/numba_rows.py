@@ -226,3 +226,105 @@ def normalize(source: Array, kind: int, through: int, epsilon: float, out: Array
             floats[j] = floats[j] / length
         _round(target, floats, bits, spare)
         _narrow(target, floats, bits, spare, out[i])
+
+
+#: Rows or columns that are rotated side by side: loops over them need no shuffles, and they fit the second cache.
+_TOGETHER = 32
+#: Steps that mix numbers nearer than this many places are done block by block, in the nearest cache.
+_NEAR = 32
+
+
+@_compiled
+def _mix_four(one: Array, two: Array, three: Array, four: Array) -> None:
+    """Do two steps of a Hadamard transform: add and subtract the farther parts, then the nearer ones."""
+    for j in range(one.shape[0]):
+        a, b = one[j] + three[j], two[j] + four[j]
+        c, d = one[j] - three[j], two[j] - four[j]
+        one[j], two[j], three[j], four[j] = a + b, a - b, c + d, c - d
+
+
+@_compiled
+def _mix_two(one: Array, two: Array) -> None:
+    for j in range(one.shape[0]):
+        a, b = one[j], two[j]
+        one[j], two[j] = a + b, a - b
+
+
+@_compiled
+def _mix(flat: Array, start: int, stop: int, distance: int, last: int) -> int:
+    """Do pairs of steps from `distance` on, as long as both are at least `last`; return the next distance."""
+    while distance >= 2 * last:
+        part = distance // 2 * _TOGETHER
+        for i in range(start, stop, 4 * part):
+            _mix_four(
+                flat[i : i + part],
+                flat[i + part : i + 2 * part],
+                flat[i + 2 * part : i + 3 * part],
+                flat[i + 3 * part : i + 4 * part],
+            )
+        distance //= 4
+    return distance
+
+
+@_compiled
+def _rotate_panel(flat: Array, signs: Array, block: Array, out: Array) -> None:
+    """Write n rows of `_TOGETHER` numbers, each column of them times R, to `out`; `flat` is overwritten."""
+    columns, count = signs.shape[0], block.shape[0]
+    width = columns // count
+    for j in range(columns):
+        sign = signs[j]
+        for i in range(j * _TOGETHER, (j + 1) * _TOGETHER):
+            flat[i] *= sign
+    whole = columns * _TOGETHER
+    distance = _mix(flat, 0, whole, width // 2, _NEAR)
+    span = max(2 * distance, 1) * _TOGETHER
+    for start in range(0, whole, span):
+        if _mix(flat, start, start + span, distance, 1) == 1:
+            for i in range(start, start + span, 2 * _TOGETHER):
+                _mix_two(flat[i : i + _TOGETHER], flat[i + _TOGETHER : i + 2 * _TOGETHER])
+    part = width * _TOGETHER
+    for to in range(count):
+        made = out[to * part : (to + 1) * part]
+        factor = block[0, to]
+        for j in range(part):
+            made[j] = flat[j] * factor
+        for of in range(1, count):
+            factor = block[of, to]
+            source = flat[of * part : (of + 1) * part]
+            for j in range(part):
+                made[j] += source[j] * factor
+
+
+@_compiled
+def rotate(source: Array, signs: Array, block: Array, out: Array) -> None:
+    """Write the rows of an fp32 matrix times R to `out`."""
+    rows, columns = source.shape
+    flat, turned = np.zeros(columns * _TOGETHER, np.float32), np.empty(columns * _TOGETHER, np.float32)
+    tile = 16
+    for start in range(0, rows, _TOGETHER):
+        count = min(_TOGETHER, rows - start)
+        for left in range(0, columns, tile):
+            for i in range(count):
+                for j in range(left, min(left + tile, columns)):
+                    flat[j * _TOGETHER + i] = source[start + i, j]
+        _rotate_panel(flat, signs, block, turned)
+        for left in range(0, columns, tile):
+            for i in range(count):
+                for j in range(left, min(left + tile, columns)):
+                    out[start + i, j] = turned[j * _TOGETHER + i]
+
+
+@_compiled
+def rotate_columns(matrix: Array, signs: Array, block: Array) -> None:
+    """Multiply the columns of an fp32 matrix by R in place."""
+    rows, columns = matrix.shape
+    flat, turned = np.zeros(rows * _TOGETHER, np.float32), np.empty(rows * _TOGETHER, np.float32)
+    for start in range(0, columns, _TOGETHER):
+        count = min(_TOGETHER, columns - start)
+        for i in range(rows):
+            for j in range(count):
+                flat[i * _TOGETHER + j] = matrix[i, start + j]
+        _rotate_panel(flat, signs, block, turned)
+        for i in range(rows):
+            for j in range(count):
+                matrix[i, start + j] = turned[i * _TOGETHER + j]

@@ -11,6 +11,7 @@ from pathlib import Path
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.raw_bytes import stored
+from passopt.ir.weights.rotation import Rotate
 from passopt.ir.weights.safetensors_layout import Layout, layout_of
 from passopt.ir.weights.streaming.row_spans import (
     Part,
@@ -18,7 +19,6 @@ from passopt.ir.weights.streaming.row_spans import (
     base_of,
     in_order,
     is_by_columns,
-    is_bytes,
     matrix_shape,
     spans_of,
 )
@@ -26,16 +26,20 @@ from passopt.ir.weights.streaming.row_spans import (
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """A weights.safetensors to write: its path, its tensors by name, and the rank whose shards they are."""
+    """A weights.safetensors to write: its path, its tensors by name, and the rank whose shards they are.
+
+    With `plain`, the file is laid out as checkpoints are.
+    """
 
     path: Path
     weights: Mapping[str, ex.Expression]
     rank: int = 0
+    plain: bool = False
 
     @functools.cached_property
     def layout(self) -> Layout:
         """Return the layout of the file."""
-        return layout_of(self.weights)
+        return layout_of(self.weights, plain=self.plain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Group:
     @functools.cached_property
     def grain(self) -> int:
         """Return the number of rows that must be read together, because boxes are cut along the base's first axis."""
-        if is_bytes(self.base) or len(self.base.shape) <= 2:
+        if is_plain(self.base) or len(self.base.shape) <= 2:
             return 1
         return max(1, math.prod(self.base.shape[1:-1]))
 
@@ -136,7 +140,7 @@ class Group:
     @property
     def is_boxed(self) -> bool:
         """Return whether only the evaluator of boxes can read the base."""
-        return not is_bytes(self.base) and not is_turned(self.base)
+        return not is_plain(self.base) and not is_turned(self.base) and not is_held(self.base)
 
     @property
     def read_bytes(self) -> int:
@@ -154,9 +158,19 @@ class Group:
         return sum(output.nbytes for output in self.outputs)
 
 
+def is_plain(base: ex.Expression) -> bool:
+    """Return whether the base is a tensor of a file whose numbers are whole bytes, which is read as it is."""
+    return isinstance(base, ex.Source) and base.dtype.bitwidth >= 8
+
+
 def is_turned(base: ex.Expression) -> bool:
     """Return whether the base is a transposed matrix of a file, whose rows are read as panels of columns."""
-    return isinstance(base, ex.Transpose) and is_bytes(base.operand) and base.permutation == (1, 0)
+    return isinstance(base, ex.Transpose) and is_plain(base.operand) and base.permutation == (1, 0)
+
+
+def is_held(base: ex.Expression) -> bool:
+    """Return whether the base is a matrix whose columns are rotated, which is kept whole, as each row needs all."""
+    return isinstance(base, Rotate) and base.by_columns
 
 
 #: The operations whose kernels take values that are not rounded yet, and round them in passing.

@@ -11,8 +11,9 @@ from types import ModuleType
 
 import numpy as np
 
-from passopt.ir.weights import row_math
+from passopt.ir.weights import rotation, row_math
 from passopt.ir.weights.expressions import DataType
+from passopt.ir.weights.rotation import Rotation
 from passopt.ir.weights.row_math import Array
 
 #: The bytes of source from which on importing numba pays.
@@ -51,6 +52,14 @@ class RowKernels:
     def normalize(self, values: Array, through: DataType | None, epsilon: float, out: Array) -> None:
         """Write the rows, divided by max(L2 norm, epsilon), to `out`."""
         row_math.normalize_rows(values, through, epsilon, out)
+
+    def rotate(self, values: Array, turn: Rotation, out: Array) -> None:
+        """Write the fp32 rows, multiplied by R, to `out`."""
+        out[...] = rotation.rotate_rows(values, turn)
+
+    def rotate_columns(self, values: Array, turn: Rotation) -> None:
+        """Multiply the columns of an fp32 matrix by R, in place."""
+        rotation.rotate_columns(values, turn)
 
 
 class CompiledRowKernels(RowKernels):
@@ -111,6 +120,12 @@ class CompiledRowKernels(RowKernels):
         kinds = self._kinds
         raw = out.view(_BITS[result])
         self._compiled.normalize(bits, kinds[own], kinds[target], epsilon, raw, kinds[result])
+
+    def rotate(self, values: Array, turn: Rotation, out: Array) -> None:
+        self._compiled.rotate(values, turn.signs, turn.block, out)
+
+    def rotate_columns(self, values: Array, turn: Rotation) -> None:
+        self._compiled.rotate_columns(values, turn.signs, turn.block)
 
 
 def _bits(values: Array) -> Array | None:

@@ -11,14 +11,17 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias
 
 import numpy as np
 
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
-from passopt.ir.weights.groups import FOUR_BITS, GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
+from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.literals import Fill
+from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
+from passopt.ir.weights.rotation import Rotate
+from passopt.ir.weights.scaling import ScaleAlong
 
 #: The operations on rows that codes of 4 bits consist of.
 GroupRows: TypeAlias = GroupCodes | GroupScales | GroupZeros | Nibbles | Unsigned
@@ -67,6 +70,9 @@ class Span:
         return Span(self.rows, tuple(kept))
 
 
+_Packing: TypeAlias = UnpackCodes | PackCodes
+
+
 def matrix_shape(expression: ex.Expression) -> tuple[int, int]:
     """Return the rows and columns as which a tensor is streamed.
 
@@ -88,16 +94,14 @@ def base_of(core: ex.Expression) -> ex.Expression:
     return core
 
 
-def is_bytes(base: ex.Expression) -> TypeGuard[ex.Source]:
-    """Return whether a base is read from its file as it lies; codes of 4 bits have to be taken apart first."""
-    return isinstance(base, ex.Source) and base.dtype not in FOUR_BITS
-
-
 def is_row_operation(expression: ex.Expression) -> bool:
     """Return whether row i of the result needs only row i of the operand and, at most, the scales of all columns."""
     if isinstance(expression, ex.Cast):
         return not _is_summary(expression.operand)
-    return isinstance(expression, ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | GroupRows)
+    if isinstance(expression, Rotate):
+        return expression.by_rows
+    kinds = ex.QuantizeCodes | ex.QuantizeScales | ex.NormalizeRows | ex.RowSums | ScaleAlong | GroupRows | _Packing
+    return isinstance(expression, kinds)
 
 
 def is_by_columns(core: ex.Expression) -> bool:
@@ -124,7 +128,9 @@ def _spans(expression: ex.Expression, rank: int) -> list[Span]:
         cast = expression.operand  # Rounding and transposing commute.
         turned = dataclasses.replace(expression, dtype=cast.operand.dtype, operand=cast.operand)
         return _spans(dataclasses.replace(cast, shape=turned.shape, operand=turned), rank)
-    if is_by_columns(expression):
+    if isinstance(expression, ex.Transpose) and isinstance(expression.operand, Rotate | ScaleAlong):
+        return _spans(_turned(expression, expression.operand), rank)
+    if is_by_columns(expression) or (isinstance(expression, ScaleAlong) and expression.along == 0):
         return _of_columns(expression, rank)  # type: ignore[arg-type]
     if is_row_operation(expression):
         return _of_rows(expression, rank)  # type: ignore[arg-type]
@@ -137,8 +143,17 @@ def _itself(expression: ex.Expression) -> list[Span]:
     return [Span(rows, (Part(expression, 0, 0, columns),))]
 
 
-def _of_columns(expression: ex.QuantizeCodes | ex.QuantizeScales, rank: int) -> list[Span]:
-    """Return the spans of a quantisation by columns, which needs the whole operand and cannot be done part by part.
+def _turned(transpose: ex.Transpose, inside: Rotate | ScaleAlong) -> ex.Expression:
+    """Return a transposed operation along an axis as the same operation along the other axis, of the transposed."""
+    operand = inside.operand.transpose(transpose.permutation)
+    along = transpose.permutation.index(inside.along)
+    return dataclasses.replace(inside, shape=transpose.shape, operand=operand, along=along)
+
+
+def _of_columns(expression: ex.QuantizeCodes | ex.QuantizeScales | ScaleAlong, rank: int) -> list[Span]:
+    """Return the spans of what has a number per column, or a factor per row, of the whole operand.
+
+    It cannot be done part by part.
 
     The placement of the operand is looked through only if it places a whole core.
     """
@@ -154,7 +169,9 @@ def _whole(spans: list[Span], expression: ex.Expression) -> ex.Expression | None
     return part.core if part.row == 0 and part.core is not None and part.core.shape == expression.shape else None
 
 
-def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums | GroupRows, rank: int) -> list[Span]:
+def _of_rows(
+    expression: ex.Cast | ex.NormalizeRows | ex.RowSums | Rotate | ScaleAlong | GroupRows | _Packing, rank: int
+) -> list[Span]:
     """Apply an operation on rows within the spans of its operand, where it commutes with their placement.
 
     It commutes with the placement of whole rows; a cast commutes with that of columns too.
@@ -165,13 +182,15 @@ def _of_rows(expression: ex.Cast | ex.NormalizeRows | ex.RowSums | GroupRows, ra
         return _itself(expression)
     if isinstance(expression, ex.Cast):
         return [Span(span.rows, tuple(_applied(expression, part, part.count) for part in span.parts)) for span in spans]
-    if not all(len(span.parts) == 1 and _is_row(span.parts[0]) for span in spans):
+    if not all(len(span.parts) == 1 and _is_row(span.parts[0], expression) for span in spans):
         return _itself(expression)
     return [Span(span.rows, (_applied(expression, span.parts[0], columns),)) for span in spans]
 
 
-def _is_row(part: Part) -> bool:
-    return part.is_whole or (part.core is None and part.value == 0)
+def _is_row(part: Part, operation: ex.Expression) -> bool:
+    """Return whether the part is a whole row of a core, or of zeros of which the operation makes zeros."""
+    is_zero = part.core is None and part.value == 0
+    return part.is_whole or (is_zero and not isinstance(operation, _Packing))
 
 
 def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
@@ -183,6 +202,8 @@ def _applied(operation: ex.Expression, part: Part, columns: int) -> Part:
     shape = core.shape[:1] if isinstance(operation, ex.QuantizeScales | ex.RowSums) else core.shape
     if isinstance(operation, GroupScales | GroupZeros | Nibbles):
         shape = (core.shape[0], operation.shape[1])
+    if isinstance(operation, _Packing):
+        shape = (core.shape[0], columns)
     made = dataclasses.replace(operation, shape=shape, operand=core)  # type: ignore[call-arg]
     return Part(made, part.row, part.first, columns)
 

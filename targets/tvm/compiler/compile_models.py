@@ -16,7 +16,7 @@ import onnx_ir
 from passopt.ir.atomic_folders import JOURNAL_NAME, keep_only, resumable_directory
 from passopt.ir.dtypes import DTYPES, DataType
 from passopt.ir.errors import ModelError, UsageError
-from passopt.ir.graph.decoder import INPUT_IDS, LENGTH_KEYS, LOGITS, decoder_of, degree_of, positions_of
+from passopt.ir.graph.decoder import INPUT_IDS, LENGTH_KEYS, LOGITS, SCALES, decoder_of, degree_of, positions_of
 from passopt.ir.json_text import read_json
 from passopt.ir.serialization.model_files import WEIGHTS_NAME
 from passopt.ir.weights.expressions import Expression
@@ -37,6 +37,7 @@ from passopt.targets.tvm.compiled_folder import (
     CodeFile,
     Library,
     Logits,
+    Numbers,
     RankFolders,
     WeightsFile,
 )
@@ -223,12 +224,15 @@ class _Interface:
         """Return the interface of a model; raise ModelError if an engine could not call it."""
         decoder = decoder_of(model)
         check_inputs(model, lowered.inputs)
-        names: dict[DataType, CacheDtype] = {kind: name for name, kind in DTYPES.items()}
-        if decoder.cache_dtype not in names:
-            raise ModelError(f"a cache in {decoder.cache_dtype.name}; libraries keep {', '.join(names.values())}")
+        names: dict[DataType, Numbers] = {kind: name for name, kind in DTYPES.items()}
+        if decoder.dtype not in names or decoder.cache_dtype not in {decoder.dtype, DataType.INT8}:
+            raise ModelError(f"a cache in {decoder.cache_dtype.name}; libraries keep {', '.join(names.values())}, int8")
         kind: Literal["in-place", "functional"] = "in-place" if lowered.in_place else "functional"
-        dtype = names[decoder.cache_dtype]
-        cache = CacheLayout(decoder.layers, decoder.kv_heads, decoder.head_dim, dtype, kind=kind)
+        numbers = names[decoder.dtype]
+        dtype: CacheDtype = numbers if decoder.cache_dtype == decoder.dtype else "int8"
+        cache = CacheLayout(
+            decoder.layers, decoder.kv_heads, decoder.head_dim, dtype, numbers if dtype == "int8" else "fp32", kind=kind
+        )
         return cls(cache, _logits(model), max_positions(model, companions))
 
 
@@ -250,7 +254,7 @@ def check_inputs(model: onnx_ir.Model, plain: Sequence[str]) -> None:
             f"input {INPUT_IDS} has shape {ids}, expected [batch, seq]: one library runs prefill and decode. "
             f"Export with `phase=merged`."
         )
-    pasts = {name: value for name, value in inputs.items() if name.startswith("past.")}
+    pasts = {name: value for name, value in inputs.items() if name.startswith("past.") and not name.endswith(SCALES)}
     kinds = {name: (value.shape and (value.shape[1], value.shape[3]), value.dtype) for name, value in pasts.items()}
     first = next(iter(kinds))
     unlike = next((name for name in kinds if kinds[name] != kinds[first]), None)

@@ -29,7 +29,7 @@ Logits = npt.NDArray[np.float32]
 #: is bounded.
 PREFILL_COLUMNS = 192
 
-_CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
 
 class Engine:
@@ -134,7 +134,7 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Return the bytes of all caches when full: 2 · layers · batch · kv_heads · capacity · head_dim · size."""
+        """Return the bytes of all caches when full, as `CacheLayout.nbytes` counts them."""
         return self.library.cache.nbytes(self.batch, self.capacity)
 
     def allocate(self, batch: int, capacity: int | None = None) -> None:
@@ -283,8 +283,11 @@ class _InPlace:
         blocks = layout.rounded(capacity) // layout.block
         key = (batch, layout.kv_heads, blocks, layout.head_dim, layout.block)
         value = (batch, layout.kv_heads, blocks * layout.block, layout.head_dim)
+        layer = [(key, dtype), (value, dtype)]
+        if layout.dtype == "int8":
+            layer += [(value[:3], "float32")] * 2  # the scales of both
         try:
-            self.tensors = [virtual_machine.zeros(shape, dtype) for _ in range(layout.layers) for shape in (key, value)]
+            self.tensors = [virtual_machine.zeros(*kind) for _ in range(layout.layers) for kind in layer]
         except (OSError, OverflowError, MemoryError, ValueError) as error:
             raise no_room(layout.nbytes(batch, capacity), batch, capacity, str(error)) from error
         self.columns = 0

@@ -40,8 +40,10 @@ def write(folder: Path, weight: Source) -> None:
         absmax="w.absmax",
         percentiles={"99.9": 2.5},
         codes=(CodesEntry("w.codes", "w.scales", 0, damp=0.01),),
+        weight_absmax="w.weight_absmax",
     )
     tensors = {"w.absmax": np.arange(4, dtype=np.float32), "w.codes": CODES, "w.scales": SCALES}
+    tensors["w.weight_absmax"] = np.abs(WEIGHT).max(axis=0)
     tensors["present.0.key"] = np.ones((2, 3), np.float32)
     cache = {"present.0.key": CacheEntry("layer-0.safetensors", "present.0.key", 32)}
     writer.add("layer-0", tensors, {weight_key(weight): entry}, cache)
@@ -55,6 +57,7 @@ def test_what_was_written_is_found_by_the_weight(tmp_path: Path) -> None:
     found = calibration.statistics(weight_key(weight.transpose().cast(DataType.FLOAT16)))
     assert found is not None
     assert (found.absmax.tolist(), found.percentiles, found.rows) == ([0, 1, 2, 3], {"99.9": 2.5}, 32)
+    np.testing.assert_array_equal(found.weight_absmax, np.abs(WEIGHT).max(axis=0))
     stored = calibration.codes(weight_key(weight))
     assert stored is not None
     with Evaluator() as evaluator:

@@ -12,9 +12,11 @@ from safetensors.numpy import save_file
 
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.concat import concat
+from passopt.ir.weights.dequantized import dequantized
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.literals import Fill, Literal
+from passopt.ir.weights.packed_codes import pack_codes, unpack_codes
 from passopt.ir.weights.plan_file import read_plan, write_plan
 from passopt.ir.weights.sources import safetensors_sources
 
@@ -48,6 +50,9 @@ def test_every_expression_comes_back_equal(tmp_path, source):
         "codes": codes.shard(0, 2, 2),
         "scales": scales,
         "columns": source.quantize(1)[1],
+        "words": pack_codes(source.quantize()[0].slice(1, 0, 8), 4),
+        "unpacked": unpack_codes(pack_codes(source.quantize()[0].slice(1, 0, 8), 8), 8),
+        "dequantized": dequantized(*source.quantize(1), 1),
         'odd "name"/é': source,
     }
     path = tmp_path / "weights.plan.json"

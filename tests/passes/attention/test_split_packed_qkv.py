@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from passopt.ir.weights.lazy_weight import expression_of
@@ -146,10 +147,38 @@ def test_declines_a_weight_that_is_fed():
 
 
 @pytest.mark.parametrize("text", [GATHERED, DIVIDED])
-def test_declines_an_int8_weight(text):
-    model, _ = check(QuantizeWeights(), HEADER.replace("18", "21") + text, tolerance=0.1)
-    _, result = check(SplitPackedQkv(), model)
-    assert list(result.declines) == ["the weight is computed by DequantizeLinear; run split-packed-qkv before int8"]
+def test_an_int8_weight_is_split_by_codes_and_scales(text):
+    """The pieces are those of a weight that is split first, by name and by value."""
+    text = HEADER.replace("18", "21") + text
+    quantised, _ = check(QuantizeWeights(), text, tolerance=0.1)
+    model, result = check(SplitPackedQkv(), quantised)
+    assert result.matches == 1
+    other, _ = check(SplitPackedQkv(), text)
+    other, _ = check(QuantizeWeights(), other, tolerance=0.1)
+    for name in ("w.q.codes", "w.k.codes", "w.v.codes", "w.q.scales", "w.k.scales", "w.v.scales"):
+        pair = (model.graph.initializers[name].const_value, other.graph.initializers[name].const_value)
+        np.testing.assert_array_equal(*(tensor.numpy() for tensor in pair))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "scales"),
+    [("axis=1", "float[7] s"), ("axis=0", "float[1] s"), ("axis=0, block_size=7", "float[2,7] s")],
+)
+def test_declines_int8_weights_with_other_scales(attributes, scales):
+    numbers = ", ".join(map(str, range(-20, 78 if "block" in attributes else 50)))
+    text = f"""
+    attention (float[batch,7] x) => (float[batch,5] q, float[batch,2] k, float[batch,3] v)
+    <int8[10,7] w = {{{numbers}}}, {scales} = random, int64[3] sizes = {{5, 2, 3}}> {{
+        d = DequantizeLinear<{attributes}>(w, s)
+        t = Transpose<perm=[1,0]>(d)
+        p = MatMul(x, t)
+        q, k, v = Split<axis=-1>(p, sizes)
+    }}"""
+    if "block" in attributes:
+        text = text.replace("[10,7]", "[14,7]").replace("{5, 2, 3}", "{9, 2, 3}").replace("batch,5", "batch,9")
+    _, result = check(SplitPackedQkv(), HEADER.replace("18", "21") + text)
+    assert not result.modified
+    assert "scale" in next(iter(result.declines))
 
 
 @pytest.mark.parametrize(("sizes", "outputs"), [("{4, 6}", "q, k"), ("{4, 1, 2, 3}", "q, k, v, w4")])

@@ -110,6 +110,8 @@ def test_gptq_without_a_calibration_says_what_to_run() -> None:
     )
     with pytest.raises(CalibrationError, match=r"method=gptq needs codes .*calibrate MODEL --data FILE -o CALIB"):
         QuantizeWeights(method="gptq").run(model)
+    with pytest.raises(CalibrationError, match=r"method=mse needs codes .*MODEL --method mse --collect codes"):
+        QuantizeWeights(method="mse").run(model)
     with pytest.raises(CalibrationError, match="none: holds no calibration"):
         QuantizeWeights(from_="none").run(model)
 

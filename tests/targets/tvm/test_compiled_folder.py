@@ -117,7 +117,7 @@ def test_a_missing_field_is_named(library: Library, tmp_path: Path):
         read_library(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": 2, "ranks": ["rank0"], "degree": 2}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"version": 3, "ranks": ["rank0"], "degree": 2}'])
 def test_other_json_is_damage(tmp_path: Path, text: str):
     (tmp_path / "library.json").write_text(text)
     with pytest.raises(ModelError, match="is damaged"):

@@ -70,7 +70,7 @@ class Candidate:
     @property
     def quick(self) -> bool:
         """Return whether a long prefill of the whole model takes seconds instead of minutes, even on one thread."""
-        return self.variant in {"W8A8", "W8A8 fp16", "dynamic", "integer"}
+        return self.variant in {"W8A8", "W8A8 fp16", "W8A8 int8-cache", "dynamic", "integer"}
 
     @property
     def folder(self) -> str:
@@ -85,6 +85,7 @@ CANDIDATES = (
     Candidate("passopt W8A8", "passopt", "W8A8", 1),
     Candidate("passopt W8A8, mapped", "passopt", "W8A8", 1, mapped=True),
     Candidate("passopt W8A8, fp16 cache", "passopt", "W8A8 fp16", 1),
+    Candidate("passopt W8A8, int8 cache", "passopt", "W8A8 int8-cache", 1),
     Candidate("onnxruntime fp32", "onnxruntime", "fp32", 4, whole=False),
     Candidate("onnxruntime DynamicQuantizeMatMul", "onnxruntime", "dynamic", 1),
     Candidate("onnxruntime MatMulIntegerToFloat", "onnxruntime", "integer", 1),

@@ -26,6 +26,7 @@ PIPELINES = {
     "int8": f"{FUSED},int8{{head=true}}",
     "W8A8": f"{FUSED},int8{{activations=dynamic,head=true}}",
     "W8A8 fp16": f"{FUSED},int8{{activations=dynamic,head=true}}",
+    "W8A8 int8-cache": f"{FUSED},int8{{activations=dynamic,head=true}},int8-cache",
 }
 #: Pairs of published code and changed code. The changes make a checkpoint's model wider than its attention, as it is on
 #: one of several ranks.
@@ -142,7 +143,10 @@ class Runner:
         random = np.random.default_rng(1).standard_normal(1 << 20, np.float32)
         for cache in self.engine._past.tensors:
             flat = np.from_dlpack(cache).reshape(-1)
-            flat[:] = np.resize(random, flat.size).astype(flat.dtype)
+            # Codes of common size; where these are the cache, its fp32 tensors are scales.
+            step = 40 if self.engine.library.cache.dtype == "int8" else 1
+            numbers = random * step if flat.dtype == np.int8 else random / step
+            flat[:] = np.resize(numbers, flat.size).astype(flat.dtype)
 
     def pretend(self, past: int) -> None:
         """Set the number of tokens in the cache to `past`; computing them would take longer than all measurements."""

@@ -75,19 +75,21 @@ def onnx_candidate(folder: Path, reference: Path) -> dict[str, Any]:
     from passopt.ir.graph.decoder import LOGITS as OUTPUT
     from passopt.targets.onnxruntime.joined_ranks import load_any
     from passopt.targets.onnxruntime.session import Session
-    from passopt.verification.scenarios import Step, empty_cache
+    from passopt.verification.sampling.cache_inputs import cache_inputs
+    from passopt.verification.scenarios import Step
     from passopt.verification.verify import runnable
 
     expected, logits = _reference(reference)
     _check_tokens(load_tokenizer(folder), expected)
     model = runnable(load_any(folder), "candidate", [])
-    session, empty = Session(model, threads=os.cpu_count() or 1), empty_cache(model)
+    session, caches = Session(model, threads=os.cpu_count() or 1), cache_inputs(model)
+    empty = {name: array for cache in caches for name, array in cache.empty(1).items()}
 
     def run() -> Iterator[Array]:
         for window in windows(expected["text"]):
             ids = window[None]
             step = Step(ids, np.ones_like(ids), np.arange(WINDOW)[None])
-            yield session.run({**step.feeds(), **{name: zeros(1) for name, zeros in empty.items()}})[OUTPUT][0]
+            yield session.run({**step.feeds(), **empty})[OUTPUT][0]
 
     return compared(run, logits, expected["text"])
 
@@ -151,7 +153,7 @@ def compared(run: Callable[[], Iterator[Array]], reference: Array, ids: Sequence
         reference: The logits of the reference, [windows, positions, vocabulary].
         ids: The tokens of all windows.
     """
-    from passopt.verification.divergence import divergence
+    from passopt.predictions.divergence import divergence
     from passopt.verification.scenarios import Step, surprise
 
     surprises = []

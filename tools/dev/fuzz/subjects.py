@@ -41,6 +41,7 @@ OF_MODELS = (
     ("verify", WHOLE, MODEL),
     ("verify", MODEL, WHOLE, "--json"),
     ("verify", WHOLE, MODEL, "--layerwise"),
+    ("eval", WHOLE, MODEL, "--text", __file__, "--window", "16", "--max-tokens", "64"),
     ("generate", MODEL, "--ids", "--prompt", "3 4 5"),
     ("materialize", MODEL, "-o", OUT),
     ("replay", MODEL),
@@ -182,6 +183,7 @@ def _decoder(folder: Path) -> None:
 
     save_materialized(tiny_decoder(), folder)
     _companions(folder)
+    _letters(folder)
 
 
 def _companions(folder: Path) -> None:
@@ -193,6 +195,17 @@ def _companions(folder: Path) -> None:
         if item.suffix in {".json", ".model"}:
             shutil.copy(item, folder / item.name)
     shutil.rmtree(other)
+
+
+def _letters(folder: Path) -> None:
+    """Write a tokenizer whose tokens are letters, as few as the decoder has."""
+    import tokenizers
+
+    vocab = {letter: index for index, letter in enumerate(["<unk>", *"\n abcdefghijklmnopqrstuvwxyz"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    made.decoder = tokenizers.decoders.Fuse()
+    made.save(str(folder / "tokenizer.json"))
 
 
 def _ranks(folder: Path) -> None:

@@ -96,7 +96,7 @@ def calibrate(
     nsamples: int = 32,
     seqlen: int | None = None,
     seed: int = 0,
-    damp: float = 0.01,
+    damp: float = 0.1,
     act_order: bool = True,
     true_sequential: bool = True,
     embedding: bool = False,

@@ -18,6 +18,7 @@ from passopt.ir.graph.completion import complete_types
 from passopt.ir.graph.decoder import MAX_POSITIONS, SELF_CHECK
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
 from passopt.ir.version import __version__
+from passopt.ir.weights.dequantized import Dequantized
 from passopt.ir.weights.source_file import SourceFile
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.passes.pipeline.runner import run_passes
@@ -53,6 +54,7 @@ class ExportResult(Result):
             exported and compared with eager torch. None if the self-check was skipped.
         positions: The number of positions for which the graph is known to hold, if that is fewer than its tables have
             or it has none; else None.
+        codes: The number of weights that are the codes of a quantised checkpoint.
     """
 
     output: Path
@@ -62,6 +64,7 @@ class ExportResult(Result):
     opset: int
     error: float | None
     positions: int | None = None
+    codes: int = 0
 
     @property
     def model(self) -> Model:
@@ -74,7 +77,8 @@ class ExportResult(Result):
             verdict = f"max|Δ|/max|reference| = {self.error:.2e} against eager torch"
         graph = f"{self.nodes} nodes, {self.layers} layers, {self.dtype}, opset {self.opset}"
         limit = "" if self.positions is None else f", at most {self.positions} positions"
-        return f"{graph}{limit}\nself-check: {verdict}\n→ {self.output}"
+        codes = "" if not self.codes else f"\n{self.codes} weights keep the codes and scales of the checkpoint"
+        return f"{graph}{limit}{codes}\nself-check: {verdict}\n→ {self.output}"
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "output": str(self.output)}
@@ -91,6 +95,7 @@ def export(
     attention: Attention | None = None,
     phase: Phase = "merged",
     weights: Literal["copy", "reference"] = "copy",
+    dequantize: bool = False,
     trust_remote_code: bool = False,
     self_check: bool = True,
     memory: int | None = None,
@@ -111,6 +116,8 @@ def export(
         phase: "merged" for one graph that does everything, "prefill" for a graph without past, "decode" for a graph of
             single tokens.
         weights: "copy" copies weights into the output; "reference" only refers to the files that hold them.
+        dequantize: Let the weights of a quantised checkpoint be floats, for passes that change weights, instead of its
+            codes behind DequantizeLinear; the pass int8 finds the codes again where `weights` is "reference".
         trust_remote_code: Run the checkpoint's own Python files. Read them first.
         self_check: Export a small model of the same class too, and compare it with eager torch.
         memory: The bytes of memory that the process may take while it writes weights; None for 1 GiB.
@@ -149,18 +156,58 @@ def export(
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.scratch-", dir=output.absolute().parent) as scratch:
         found = opened.checkpoint(Path(scratch), reporter)
+        if found.scheme is not None:
+            _tell_of_codes(found, settings.dtype, reporter)
         model = _traced(found, opened.name, settings, Path(scratch), reporter)
+        keeping = "" if dequantize else _keeping_codes(found)
+        codes = _keep_codes(model, keeping) if keeping else 0
         error = _checked(found, settings, reporter) if self_check else None
         model.metadata_props[SELF_CHECK] = _SKIPPED if error is None else f"{error:.2e}"
         source = {"checkpoint": opened.name, "files": opened.files(found)}
-        planned = Output(model, Origin(__version__, resolve(CLEAN_UP).expanded, source, opened.companions))
+        planned = Output(
+            model,
+            Origin(
+                __version__,
+                resolve(f"{CLEAN_UP},{keeping}" if keeping else CLEAN_UP).expanded,
+                source,
+                opened.companions,
+            ),
+        )
         if weights == "reference":
             planned.write_reference(output)
         else:
             write(planned, output, StreamOptions(memory, workers), reporter)
     layers = sum((value.name or "").endswith(".key") for value in model.graph.outputs)
     limit = int(model.metadata_props[MAX_POSITIONS]) if MAX_POSITIONS in model.metadata_props else None
-    return ExportResult(output, len(model.graph), layers, dtype, settings.target_opset, error, limit)
+    return ExportResult(output, len(model.graph), layers, dtype, settings.target_opset, error, limit, codes)
+
+
+def _keeping_codes(checkpoint: Checkpoint) -> str:
+    """Return the passes after which weights that were quantised elsewhere are their codes, or "" if there are none."""
+    groups = sorted({weight.group for weight in checkpoint.tensors.values() if isinstance(weight, Dequantized)})
+    return ",".join(f"int4{{method=stored,group={size}}}" if size else "int8{method=stored}" for size in groups)
+
+
+def _keep_codes(model: onnx_ir.Model, passes: str) -> int:
+    """Let weights that were quantised elsewhere be their codes, in place, and return how many they are."""
+    run_passes(model, resolve(passes).passes)
+    complete_types(model)
+    return sum(node.op_type == "DequantizeLinear" for node in model.graph)
+
+
+def _tell_of_codes(checkpoint: Checkpoint, dtype: onnx_ir.DataType, reporter: Reporter) -> None:
+    """Say what of a quantised checkpoint the graph does not keep; raise ModelError if its dtype loses scales."""
+    from passopt.frontends.quantised.scheme import rounded_scales
+
+    assert checkpoint.scheme is not None
+    rounded, total = rounded_scales(checkpoint.tensors, dtype, checkpoint.directory)
+    if rounded:
+        reporter.say(f"{rounded:,} of {total:,} scales are rounded to {dtype.name}; fp32 keeps all of them")
+    if checkpoint.scheme.quantises_activations:
+        reporter.say(
+            "the checkpoint asks for int8 activations, and the graph computes in floats: "
+            "the pass quantize-activations quantises them, too"
+        )
 
 
 def clean_up(model: onnx_ir.Model) -> onnx_ir.Model:
@@ -196,7 +243,7 @@ class _Folder:
 
     def files(self, found: Checkpoint) -> list[dict[str, object]]:
         """Return the name, the size and the digest of the header of each weight file that was read."""
-        return _described(source.file for source in found.tensors.values())
+        return _described(source.file for weight in found.tensors.values() for source in weight.sources())
 
 
 class _Gguf:

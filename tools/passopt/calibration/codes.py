@@ -18,11 +18,13 @@ from passopt.calibration.inverse_factor import InverseFactor
 from passopt.calibration.tiles import TileRunner, tiles
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-#: Rounds the columns of a block: (weights [n, b], scales [n, b], U [b, b], largest code, errors [n, b], codes [n, b]).
+#: Rounds the columns of a block, which lie as rows: (weights [b, n], scales [b, n], U [b, b], largest code, errors
+#: [b, n], codes [b, n]).
 BlockRounder: TypeAlias = Callable[[Array, Array, Array, int, Array, Array], None]
 
-#: The columns that are rounded before one product spreads their errors over all later ones, and the rows of a task.
-_BLOCK, _ROWS = 128, 256
+#: The columns that are rounded before the next ones get the errors of all earlier ones by one product, and the rows of
+#: a task.
+_BLOCK, _ROWS = 128, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +68,16 @@ def round_weight(
     rounder = block_rounder()
 
     def task(rows: slice) -> None:
-        part = np.ascontiguousarray(weight[rows])
-        found = np.empty(part.shape, np.int8)
-        errors = np.empty((len(part), min(_BLOCK, count)), np.float32)
+        errors = weight[rows]  # what was rounded makes room for its errors, which are all that later columns need
+        found = np.empty(errors.shape, np.int8)
         for start in range(0, count, _BLOCK):
-            stop = min(start + _BLOCK, count)
-            steps = np.ascontiguousarray(scales[rows][:, group_of[start:stop]])
-            corner = np.ascontiguousarray(factor.upper[start:stop, start:stop])
-            spread = errors[:, : stop - start]
-            rounder(part[:, start:stop], steps, corner, largest, spread, found[:, start:stop])
-            if stop < count:
-                part[:, stop:] -= spread @ factor.upper[start:stop, stop:]
+            block = slice(start, min(start + _BLOCK, count))
+            part = np.ascontiguousarray((errors[:, block] - errors[:, :start] @ factor.upper[:start, block]).T)
+            steps = np.ascontiguousarray(scales[rows][:, group_of[block]].T)
+            corner = np.ascontiguousarray(factor.upper[block, block])
+            made, rounded = np.empty_like(part), np.empty(part.shape, np.int8)
+            rounder(part, steps, corner, largest, made, rounded)
+            errors[:, block], found[:, block] = made.T, rounded.T
         codes[rows] = found[:, order.place]
 
     runner.run(functools.partial(task, rows) for rows in tiles(len(weight), _ROWS))
@@ -95,10 +96,10 @@ def block_rounder() -> BlockRounder:
 
 def round_block_by_numpy(weight: Array, scales: Array, upper: Array, largest: int, errors: Array, codes: Array) -> None:
     """Round the columns of a block one by one; `weight` is changed, `errors` and `codes` are written."""
-    for column in range(weight.shape[1]):
-        value, scale = weight[:, column], scales[:, column]
+    for column in range(len(weight)):
+        value, scale = weight[column], scales[column]
         code = np.clip(np.rint(value / scale), -largest, largest)
-        codes[:, column] = code
+        codes[column] = code
         error = (value - code * scale) / upper[column, column]
-        errors[:, column] = error
-        weight[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
+        errors[column] = error
+        weight[column + 1 :] -= upper[column, column + 1 :, None] * error

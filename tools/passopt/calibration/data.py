@@ -11,11 +11,9 @@ import numpy as np
 import onnx_ir
 
 from passopt.frontends.calibration.documents import parse_source
-from passopt.frontends.calibration.text_files import Document
 from passopt.frontends.calibration.windows import choose_windows
-from passopt.generation.chat import Message, chat_ids
-from passopt.generation.settings import read_settings
-from passopt.generation.tokenizer import Tokenizer, load_tokenizer
+from passopt.generation.documents import DocumentEncoder, begin_ids
+from passopt.generation.tokenizer import load_tokenizer
 from passopt.ir.errors import ModelError, UsageError
 from passopt.ir.graph.decoder import INPUT_IDS, positions_of
 
@@ -61,8 +59,8 @@ def read_data(
     length = length if length is not None else min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
     sources = [parse_source(text) for text in sets]
     words = load_tokenizer(tokenizer)
-    encode = _Encoder(words, tokenizer if tokenizer.is_dir() else tokenizer.parent)
-    chosen = choose_windows(sources, encode, count=count, length=length, seed=seed, begin=_begin(words))
+    encode = DocumentEncoder(words, tokenizer if tokenizer.is_dir() else tokenizer.parent)
+    chosen = choose_windows(sources, encode, count=count, length=length, seed=seed, begin=begin_ids(words))
     _check_tokens(chosen.ids, model, tokenizer)
     shares = zip(sources, chosen.counts, strict=True)
     listed = [
@@ -71,30 +69,6 @@ def read_data(
     ]
     identity = {"digest": chosen.digest, "nsamples": count, "seqlen": length, "seed": seed, "sets": listed}
     return Data(chosen.ids, identity)
-
-
-class _Encoder:
-    """Encodes documents: texts as they are, conversations in the chat format of the model."""
-
-    def __init__(self, tokenizer: Tokenizer, folder: Path) -> None:
-        self._tokenizer = tokenizer
-        self._folder = folder
-
-    def __call__(self, document: Document) -> list[int]:
-        if not document.messages:
-            return self._tokenizer.encode_text(document.text)
-        messages = [Message(role, content) for role, content in document.messages]
-        return chat_ids(messages, self._folder, self._tokenizer, read_settings(self._folder), None)
-
-
-def _begin(tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens that the model expects before every text."""
-    probe = "a"
-    whole, text = tokenizer.encode(probe), tokenizer.encode_text(probe)
-    for start in range(len(whole) - len(text) + 1):
-        if whole[start : start + len(text)] == text:
-            return whole[:start]
-    return []
 
 
 def _check_tokens(ids: Array, model: onnx_ir.Model, tokenizer: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from passopt.calibration.inputs import check_finite
 from passopt.calibration.tiles import TileRunner, below, tiles
 from passopt.ir.errors import ModelError
 
@@ -17,7 +18,7 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 #: The inputs that are multiplied at once. Sums are made of such blocks, counted from the first input, so that they do
 #: not depend on how the inputs arrive.
-_BLOCK = 1024
+_BLOCK = 2048
 
 
 class Gram:
@@ -25,12 +26,10 @@ class Gram:
 
     Attributes:
         count: The inputs so far.
-        absmax: The largest magnitude of each channel, [width] fp32.
     """
 
     def __init__(self, width: int, runner: TileRunner) -> None:
         self.count = 0
-        self.absmax = np.zeros(width, np.float32)
         self._sum: Array = np.zeros((width, width), np.float32)
         self._waiting: Array = np.empty((_BLOCK, width), np.float32)
         self._filled = 0
@@ -47,14 +46,7 @@ class Gram:
             ModelError: If they hold NaN or infinity, of which no sum can be made.
         """
         wide = np.asarray(inputs, np.float32)
-        if not np.isfinite(wide).all():
-            row, channel = (int(place[0]) for place in np.nonzero(~np.isfinite(wide)))
-            raise ModelError(
-                f"{name}: NaN or infinity in channel {channel} of token {self.count + row}; the model does not compute "
-                f"numbers there. Export it with dtype=fp32, or check the weights"
-            )
-        if len(wide):
-            np.maximum(self.absmax, np.abs(wide).max(axis=0), out=self.absmax)
+        check_finite(wide, self.count, name)
         self.count += len(wide)
         while len(wide):
             taken = min(_BLOCK - self._filled, len(wide))

@@ -69,27 +69,22 @@ def factor_inverse(hessian: Array, damp: float, runner: TileRunner, name: str = 
 
 
 def _factor(matrix: Array, runner: TileRunner) -> None:
-    """Overwrite the upper triangle with V, from the last tile to the first."""
+    """Overwrite the upper triangle with V, from the last column of tiles to the first."""
     ranges = tiles(len(matrix))
     for index in reversed(range(len(ranges))):
         last = ranges[index]
-        corner = _upper_factor(matrix[last, last])
+        after = slice(last.stop, len(matrix))
+        below_it = matrix[last, after].T
+        corner = _upper_factor(matrix[last, last] - matrix[last, after] @ below_it)
         inverse = np.linalg.inv(corner.astype(np.float64)).astype(np.float32).T.copy()
         _set_upper(matrix, last, corner)
-        before = ranges[:index]
 
-        def divide(rows: slice, last: slice = last, inverse: Array = inverse) -> None:
-            matrix[rows, last] = matrix[rows, last] @ inverse
+        def divide(
+            rows: slice, last: slice = last, after: slice = after, below_it: Array = below_it, inverse: Array = inverse
+        ) -> None:
+            matrix[rows, last] = (matrix[rows, last] - matrix[rows, after] @ below_it) @ inverse
 
-        def subtract(rows: slice, columns: slice, last: slice = last) -> None:
-            product = matrix[rows, last] @ matrix[columns, last].T
-            if rows != columns:
-                matrix[rows, columns] -= product
-            else:
-                _set_upper(matrix, rows, matrix[rows, rows] - product)
-
-        runner.run(functools.partial(divide, rows) for rows in before)
-        runner.run(functools.partial(subtract, *pair) for pair in below(before))
+        runner.run(functools.partial(divide, rows) for rows in ranges[:index])
 
 
 def _upper_factor(tile: Array) -> Array:
@@ -113,8 +108,8 @@ def _invert(matrix: Array, runner: TileRunner) -> None:
             assert panel is not None
             rows = ranges[place]
             found = np.triu(matrix[rows, rows]) @ panel[rows]
-            for other in ranges[place + 1 : ranges.index(column)]:
-                found += matrix[rows, other] @ panel[other]
+            if rows.stop < column.start:
+                found += matrix[rows, rows.stop : column.start] @ panel[rows.stop :]
             matrix[rows, column] = -found
 
         runner.run(functools.partial(multiply, place) for place in range(index))

@@ -10,7 +10,7 @@ import numpy as np
 
 from passopt.calibration.codes import Order
 from passopt.calibration.gram import Gram
-from passopt.calibration.inputs import InputSummary
+from passopt.calibration.inputs import InputSummary, column_absmax
 from passopt.calibration.inverse_factor import factor_inverse
 from passopt.calibration.meter import Meter, flops_of_codes, flops_of_factor, flops_of_gram
 from passopt.calibration.rounding import Codes, Kind, Method, Plan, round_target
@@ -45,7 +45,7 @@ class Settings:
     codes: bool = True
     inputs: bool = True
     cache: bool = True
-    damp: float = 0.01
+    damp: float = 0.1
     act_order: bool = True
     true_sequential: bool = True
     threads: int = 1
@@ -183,14 +183,15 @@ class PartMaker:
         codes = self._round(target, plan, note) if self._settings.codes else None
         entries = () if codes is None else (codes[1],)
         name = target.name
-        absmax = ""
+        absmax = of_weight = ""
         if summary is not None:
-            absmax = f"{name}.absmax"
+            absmax, of_weight = f"{name}.absmax", f"{name}.weight_absmax"
             self._tensors[absmax] = summary.absmax
+            self._tensors[of_weight] = column_absmax(target.weight)
         rows = self._windows * self._length if summary is not None or plan is not None else 0
         shares = summary.percentiles() if summary is not None else {}
         self._weights[target.key] = WeightEntry(
-            name, f"{self.name}.safetensors", self._marks[target.key], rows, absmax, shares, entries
+            name, f"{self.name}.safetensors", self._marks[target.key], rows, absmax, shares, entries, of_weight
         )
         self._known.add(target.key)
         return None if codes is None else codes[0]

@@ -16,7 +16,7 @@ from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, decoder_of
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.decoder_cut import Cut, Piece, cut_decoder
-from passopt.verification.scenarios import empty_cache
+from passopt.verification.sampling.cache_inputs import empty_cache
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -46,7 +46,7 @@ class WindowRunner:
         self._same: dict[str, Array] = {
             ATTENTION_MASK: np.ones((1, length), np.int64),
             POSITION_IDS: np.arange(length, dtype=np.int64)[None, :],
-            **{name: zeros(1) for name, zeros in empty_cache(model).items()},
+            **empty_cache(model),
         }
         prelude = cut.prelude()
         self.shared: dict[str, Array] = {}

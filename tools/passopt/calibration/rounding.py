@@ -21,7 +21,7 @@ Method: TypeAlias = Literal["gptq", "rtn", "mse"]
 
 METHODS: tuple[Method, ...] = ("gptq", "rtn", "mse")
 #: The rows of a weight that are in memory at once; whole tiles of `round_weight`.
-_ROWS = 1024
+_ROWS = 4096
 #: The parts of the largest magnitude that a scale of least squared error may cover.
 _CLIPS = tuple(1 - step / 200 for step in range(1, 25))
 #: The largest codes by their bits.

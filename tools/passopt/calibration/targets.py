@@ -9,6 +9,7 @@ import onnx_ir
 
 from passopt.ir.calibration.keys import peeled, weight_key
 from passopt.ir.errors import ModelError
+from passopt.ir.graph.decoder import degree_of
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.fp32_twin import fp32_twin
 from passopt.ir.graph.linears import find_linear
@@ -73,6 +74,8 @@ def subject_of(model: onnx_ir.Model, *, embedding: bool = False, head: bool = Fa
     Raises:
         ModelError: If the model is quantised or sharded already, or has no linears.
     """
+    if degree_of(model) > 1:
+        raise ModelError("the model is sharded; calibrate it before, and shard it with the codes")
     graph = model.clone()
     FoldNormHead().run(graph)
     tables = _tables(graph) if embedding else ()
@@ -81,9 +84,6 @@ def subject_of(model: onnx_ir.Model, *, embedding: bool = False, head: bool = Fa
     targets = _undo(graph, before)
     if not targets:
         raise ModelError("int8 finds no linear in this model that it would quantise; is it quantised already?")
-    for item in (*targets, *tables):
-        if item.weight.depends_on_rank:
-            raise ModelError(f"{item.name} is a shard; calibrate the model before it is sharded")
     for dtype in (DataType.FLOAT16, DataType.BFLOAT16):
         graph = fp32_twin(graph, dtype)
     return Subject(graph, targets, tables)
@@ -96,14 +96,15 @@ def _tables(model: onnx_ir.Model) -> tuple[Target, ...]:
     looked_up = {node.inputs[0] for node in both.graph if node.op_type == "Gather" and node.inputs[0] is not None}
     made = [value for value in looked_up if value.is_initializer() and value.name not in model.graph.initializers]
     values = [value for value in made if (value.name or "").endswith(_CODES)]
-    return tuple(_target(value, ()) for value in sorted(values, key=lambda value: value.name or ""))
+    found = (_target(value, ()) for value in sorted(values, key=lambda value: value.name or ""))
+    return tuple(target for target in found if target is not None)
 
 
-def _target(codes: onnx_ir.Value, inputs: tuple[str, ...]) -> Target:
+def _target(codes: onnx_ir.Value, inputs: tuple[str, ...]) -> Target | None:
+    """Return the weight that codes were made of; None for one that keeps the codes it was exported with."""
     expression = expression_of(codes)
-    while expression is not None and not isinstance(expression, QuantizeCodes):
-        (expression,) = expression.operands
-    assert expression is not None
+    if not isinstance(expression, QuantizeCodes):
+        return None
     name = (codes.name or "").removesuffix(_CODES)
     return Target(name, weight_key(expression.operand), expression.operand, inputs)
 
@@ -121,6 +122,8 @@ def _undo(model: onnx_ir.Model, before: Collection[str]) -> tuple[Target, ...]:
     found = []
     for codes, inputs in read.items():
         target = _target(codes, tuple(inputs))
+        if target is None:
+            continue
         value = onnx_ir.Value(
             name=target.name,
             type=onnx_ir.TensorType(target.weight.dtype),

@@ -68,7 +68,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--damp",
         type=tolerance,
-        default=0.01,
+        default=0.1,
         help="damping of GPTQ, as a part of the mean of the Hessian's diagonal (default: %(default)s)",
     )
     command.add_argument(

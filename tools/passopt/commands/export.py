@@ -15,7 +15,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="folder with config.json, the model's code and its weights; or FILE.gguf of a decoder like Llama",
+        help="folder with config.json, the model's code and its weights, also quantised ones; or FILE.gguf of a "
+        "decoder like Llama",
     )
     command.add_argument(
         "-o", "--output", metavar="DIR", required=True, help="new folder to write model.onnx and the weights to"
@@ -66,6 +67,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="copy weights into the output, or only refer to the checkpoint's files (default: %(default)s)",
     )
     command.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="write the weights of a checkpoint that was quantised elsewhere as floats, instead of keeping its codes",
+    )
+    command.add_argument(
         "--trust-remote-code", action="store_true", help="run the checkpoint's own Python files; read them first"
     )
     command.add_argument(
@@ -91,6 +97,7 @@ def main(options: argparse.Namespace) -> int:
         attention=options.attention,
         phase=options.phase,
         weights=options.weights,
+        dequantize=options.dequantize,
         trust_remote_code=options.trust_remote_code,
         self_check=not options.no_self_check,
         reporter=Console(options.command),

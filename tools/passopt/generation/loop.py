@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +22,19 @@ from passopt.ir.errors import ModelError, UsageError
 CHUNK = 512
 
 
+End: TypeAlias = Literal["eos", "stop", "length", "positions"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """The continuation of one prompt: its new token ids, without the end token, and the reason why it ended.
 
-    `end` is "eos" if the end token came, "length" if the allowed tokens ran out, "positions" if the model's positions
-    did.
+    `end` is "eos" if the end token came, "stop" if the caller ended it, "length" if the allowed tokens ran out,
+    "positions" if the model's positions did.
     """
 
     ids: tuple[int, ...]
-    end: Literal["eos", "length", "positions"]
+    end: End
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,7 @@ def generate(
     capacity: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
     on_end: Callable[[int], None] | None = None,
+    stop: Callable[[int, Sequence[int]], bool] | None = None,
 ) -> Generation:
     """Continue every prompt by at most `max_new_tokens` tokens, or until a token of `eos`.
 
@@ -80,6 +84,7 @@ def generate(
         capacity: The number of columns of the cache; None for what is needed.
         on_token: A function that gets the row and the token as tokens come, end tokens excepted.
         on_end: A function that gets each row once, after its last token.
+        stop: A function that gets a row and all its new tokens after each of them, and says whether the row ends.
 
     Raises:
         UsageError: In the cases of `cache_size_for`, before anything runs.
@@ -87,7 +92,7 @@ def generate(
     """
     size = cache_size_for(engine, prompts, max_new_tokens, capacity)
     engine.allocate(len(prompts), size.columns)
-    run = _Run(engine, prompts, sampling, size.width, eos, pad, on_token, on_end)
+    run = _Run(engine, prompts, sampling, size.width, eos, pad, on_token, on_end, stop)
     return run.result(size.steps, "length" if size.steps == max_new_tokens else "positions")
 
 
@@ -164,6 +169,7 @@ class _Run:
         pad: int,
         on_token: Callable[[int, int], None] | None,
         on_end: Callable[[int], None] | None,
+        stop: Callable[[int, Sequence[int]], bool] | None,
     ) -> None:
         self.engine = engine
         # A pad token may lie outside of the vocabulary. Its results are never read, so any token will do.
@@ -175,9 +181,9 @@ class _Run:
             self.mask[row, width - len(prompt) :] = 1
         self.sampler = Sampler(sampling, prompts, engine.vocab)
         self.eos = eos
-        self.on_token, self.on_end = on_token, on_end
+        self.on_token, self.on_end, self.stop = on_token, on_end, stop
         self.found: list[list[int]] = [[] for _ in prompts]
-        self.ended = [False] * len(prompts)
+        self.ended: list[End | None] = [None] * len(prompts)
         self.count = 0
 
     def result(self, steps: int, otherwise: Literal["length", "positions"]) -> Generation:
@@ -194,8 +200,7 @@ class _Run:
         for row, ended in enumerate(self.ended):
             if not ended and self.on_end:
                 self.on_end(row)
-        ends: list[Literal["eos", "length", "positions"]] = ["eos" if ended else otherwise for ended in self.ended]
-        rows = tuple(Row(tuple(ids), end) for ids, end in zip(self.found, ends, strict=True))
+        rows = tuple(Row(tuple(ids), end or otherwise) for ids, end in zip(self.found, self.ended, strict=True))
         return Generation(
             rows, int(self.mask[:, : self.ids.shape[1]].sum()), self.count, first, total, self.engine.cache_bytes
         )
@@ -227,10 +232,15 @@ class _Run:
 
     def _take(self, row: int, token: int) -> None:
         if token in self.eos:
-            self.ended[row] = True
-            if self.on_end:
-                self.on_end(row)
+            self._end(row, "eos")
             return
         self.found[row].append(token)
         if self.on_token:
             self.on_token(row, token)
+        if self.stop and self.stop(row, self.found[row]):
+            self._end(row, "stop")
+
+    def _end(self, row: int, end: End) -> None:
+        self.ended[row] = end
+        if self.on_end:
+            self.on_end(row)

@@ -10,7 +10,7 @@ import argparse
 import re
 from collections.abc import Mapping
 
-_ARGUMENT = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+_ARGUMENT = re.compile(r"`([a-z_][a-z0-9_]*)(?:=([^`]*))?`")
 
 
 def flags_of(parser: argparse.ArgumentParser, command: str) -> dict[str, str]:

@@ -43,6 +43,7 @@ class Progress:
         rate = (self._done - self._skipped) / max(seconds, 1e-9)
         left = max(self._total - self._done, 0) / max(rate, 1e-3)
         bar = ("█" * round(share * _WIDTH)).ljust(_WIDTH, "·")
-        speed = f"{self._done}/{self._total}" if self._in_items else f"{rate / 1e9:.2f} GB/s"
+        items = f"{self._done}/{self._total}  {rate:,.{1 if rate < 10 else 0}f}/s"
+        speed = items if self._in_items else f"{rate / 1e9:.2f} GB/s"
         remaining = f"  {left:.0f} s left" if rate > 0 else ""
         print(f"\r{self._label} {bar} {share:4.0%}  {speed}{remaining}\033[K", end="", file=sys.stderr, flush=True)

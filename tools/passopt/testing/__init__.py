@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from passopt.testing.checking import check, compare_numbers
     from passopt.testing.checkpoints import ALIBI, ROTARY, CheckpointSpec, make_checkpoint
     from passopt.testing.decoders import DecoderSpec, tiny_decoder
+    from passopt.testing.quantised_checkpoints import quantise_checkpoint
 
 __all__ = [
     "ALIBI",
@@ -22,6 +23,7 @@ __all__ = [
     "check",
     "compare_numbers",
     "make_checkpoint",
+    "quantise_checkpoint",
     "tiny_decoder",
 ]
 
@@ -36,5 +38,6 @@ __getattr__, __dir__ = lazy_names(
         "make_checkpoint": "passopt.testing.checkpoints",
         "DecoderSpec": "passopt.testing.decoders",
         "tiny_decoder": "passopt.testing.decoders",
+        "quantise_checkpoint": "passopt.testing.quantised_checkpoints",
     },
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from passopt.passes.framework.accuracy import QualityBar
-from passopt.verification.divergence import divergence, judged_rows, logit_pairs
+from passopt.predictions.divergence import divergence
+from passopt.verification.divergence import judged_rows, logit_pairs
 from passopt.verification.report import PREDICTIONS, TOP_1, Row, compare, compare_perplexity
 from passopt.verification.scenarios import Observation, Scenario, perplexity
 from passopt.verification.tolerances import Tolerance
@@ -26,10 +28,14 @@ def compare_all(
     found: Sequence[Observation],
     tolerance: Tolerance,
     bar: QualityBar | None = None,
+    *,
+    in_codes: bool = False,
 ) -> list[Row]:
     """Return the rows for all outputs of all scenarios, and one row for the perplexity of the text.
 
-    With a `bar`, rows for the predictions decide, and the others are only shown.
+    With a `bar`, rows for the predictions decide, and the others are only shown. Of a model that keeps its cache
+    `in_codes`, predictions after a cache of random numbers do not count: quantising numbers that no model has put there
+    says nothing, and a trained model magnifies it.
     """
     rows: list[Row] = []
     for scenario, one, other in zip(scenarios, expected, found, strict=True):
@@ -41,7 +47,9 @@ def compare_all(
         return rows
     pairs, source = logit_pairs(scenarios, expected, found, text=True), "text"
     if not pairs:
-        pairs, source = logit_pairs(scenarios, expected, found, text=False), "random tokens"
+        kept = [not (in_codes and scenario.past) for scenario in scenarios]
+        judged = [list(itertools.compress(each, kept)) for each in (scenarios, expected, found)]
+        pairs, source = logit_pairs(*judged, text=False), "random tokens"
     shown = [dataclasses.replace(row, judged=False) for row in rows if row.output != TOP_1]
     if any(one.shape != other.shape for one, other in pairs):
         return rows

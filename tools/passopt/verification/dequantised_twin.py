@@ -14,8 +14,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir
 
+from passopt.ir.attention.int8_cache import int8_caches
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.builder import MICROSOFT
+from passopt.ir.graph.decoder import SCALES
 from passopt.ir.graph.editor import Editor
 from passopt.ir.graph.linears import Linear, find_dynamic_linear
 from passopt.ir.weights.evaluator import Evaluator
@@ -29,6 +31,8 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 #: The operator of onnxruntime that multiplies codes of few bits.
 _PACKED = "MatMulNBits"
+#: The operators that put a cache together, of codes or of numbers alike.
+_MOVES = frozenset({"Concat", "Pad", "Slice", "Split"})
 _CODES = {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8} | FOUR_BITS
 
 
@@ -126,6 +130,36 @@ def without_quantised_rows(model: onnx_ir.Model) -> onnx_ir.Model:
         matrix = builder.DequantizeLinear(weight.value, weight.scales, axis=0 if weight.transposed else 1)
         turned = builder.Transpose(matrix, perm=[1, 0]) if weight.transposed else matrix
         editor.replace({linear.output: builder.MatMul(linear.input, turned)}, builder.built, [last])
+    return plain
+
+
+def without_int8_cache(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Return a clone that keeps its cache as numbers, and keys as they are; the model itself if it does so."""
+    if not int8_caches(model):
+        return model
+    plain = model.clone()
+    graph = plain.graph
+    for node, cache in int8_caches(plain).items():
+        rows = cache.key.rows if cache.turn is None else cache.turn.key
+        if cache.turn is not None:
+            node.replace_input_with(0, cache.turn.query)
+        for part, new in ((cache.key, rows), (cache.value, cache.value.rows)):
+            for index, value in enumerate(node.inputs):
+                if value is part.past or value is part.stored:
+                    node.replace_input_with(index, part.past_codes if value is part.past else new)
+            part.codes.replace_all_uses_with(new)
+            part.input.type = new.type
+    numbers = {value for value in graph.inputs if (value.name or "").startswith("past.")}
+    for node in graph:
+        if node.op_type in _MOVES and not node.domain and node.inputs[0] in numbers:
+            numbers.update(node.outputs)
+            for value in node.outputs:
+                value.type = node.inputs[0].type
+    for values in (graph.outputs, graph.inputs):
+        if values is graph.inputs:
+            Editor(plain, "plain").remove_dead(list(graph))
+        for value in [item for item in values if (item.name or "").endswith(SCALES)]:
+            values.remove(value)
     return plain
 
 

@@ -17,13 +17,14 @@ import numpy as np
 import onnx_ir
 
 from passopt.ir.errors import ModelError
-from passopt.ir.graph.decoder import LOGITS, decoder_of
+from passopt.ir.graph.decoder import LOGITS, ROTATION
 from passopt.ir.relative_error import relative_error
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.decoder_cut import Cut, Piece, cut_decoder
 from passopt.verification.dequantised_twin import dequantised_twin, is_quantized
 from passopt.verification.report import Row
-from passopt.verification.scenarios import Observation, Scenario, Step, empty_cache, first_cache, vocabulary_of
+from passopt.verification.sampling.cache_inputs import cache_inputs, next_cache, present_numbers
+from passopt.verification.scenarios import Observation, Scenario, Step, first_cache, vocabulary_of
 from passopt.verification.sliced_head import Logits, Part, UnexpectedWidthError, slice_head, whole
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -86,8 +87,10 @@ def run_layerwise(
         on_piece: A function that is called after each piece with its number, counted from 1, and the number of all.
 
     Raises:
-        ModelError: If a graph cannot be cut into layers, or if the models have different numbers of layers.
+        ModelError: If a graph cannot be cut into layers, if the models have different numbers of layers, or if their
+            streams are not rotated alike.
     """
+    _check_same_rotation(reference, candidate)
     ours = _Side("reference", reference, scenarios, open_session, scratch)
     theirs = _Side("candidate", candidate, scenarios, open_session, scratch)
     if len(ours.cut.boundaries) != len(theirs.cut.boundaries):
@@ -112,6 +115,17 @@ def run_layerwise(
     return LayerwiseResult(rows, ours.observations, theirs.observations)
 
 
+def _check_same_rotation(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> None:
+    """Raise ModelError if what layers hand on is rotated in one model only, or by other seeds."""
+    one, other = (model.metadata_props.get(ROTATION) for model in (reference, candidate))
+    if one != other:
+        seeds = [("is not rotated" if seed is None else f"is rotated by seed {seed}") for seed in (one, other)]
+        raise ModelError(
+            f"what layers hand on {seeds[0]} in the reference and {seeds[1]} in the candidate, so layers cannot be "
+            f"compared. Verify without `layerwise`, or against the model as it is after the pipeline rotate."
+        )
+
+
 class _Side:
     """One model, run piece by piece; `hidden` holds what the last piece handed on, per scenario and step."""
 
@@ -133,7 +147,7 @@ class _Side:
         self._scenarios = scenarios
         self._open_session = open_session
         self._scratch = scratch
-        self._empty = empty_cache(model)
+        self._caches = cache_inputs(model)
         self._vocab = vocabulary_of(model)
         self._shared = self._run_prelude()
 
@@ -151,9 +165,10 @@ class _Side:
         """Return caches of the right shape; the prelude reads nothing but their shape."""
         batch, length = step.input_ids.shape
         past = step.attention_mask.shape[1] - length
-        decoder = decoder_of(self._model)
-        blank = np.zeros((batch, decoder.kv_heads, past, decoder.head_dim), decoder.cache_dtype.numpy())
-        return dict.fromkeys(self._empty, blank)
+        found: dict[str, Array] = {}
+        for cache in self._caches:
+            found |= cache.feeds(np.zeros((batch, cache.heads, past, cache.width), np.float32))
+        return found
 
     def graph(self, piece: Piece) -> onnx_ir.Model:
         """Return the piece as a model whose inputs have the dtypes of the activations at hand."""
@@ -222,7 +237,7 @@ class _Side:
             seen = Observation()
             cache: dict[str, Array] = {}
             for position, step in enumerate(scenario.steps):
-                own = {name: zeros for name, zeros in self._empty.items() if name in session.inputs}
+                own = [item for item in self._caches if item.name in session.inputs]
                 cache = cache or first_cache(scenario, own)
                 feeds = {**step.feeds(), **self._shared[index][position], **cache}
                 if piece.carried:
@@ -232,8 +247,8 @@ class _Side:
                     logits[index][position].add(part, outputs.pop(LOGITS))
                 if piece.result:
                     handed.append(outputs.pop(piece.result))
-                cache = {name.replace("present.", "past.", 1): value for name, value in outputs.items()}
-                seen.present = {} if scenario.scored else outputs
+                cache = next_cache(outputs)
+                seen.present = {} if scenario.scored else present_numbers(self._caches, outputs)
             trace.hidden.append(handed)
             trace.seen.append(seen)
         return trace

@@ -7,6 +7,7 @@ numbers, nothing is left that may differ by more than sums in another order do.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir
 
+from passopt.ir.attention.int8_cache import int8_caches
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.evaluator import Evaluator
 from passopt.ir.weights.expressions import DataType
 from passopt.ir.weights.lazy_weight import LazyWeight, expression_of
 from passopt.verification.comparisons import compare_all
-from passopt.verification.dequantised_twin import dequantised_twin, is_quantized, without_quantised_rows
+from passopt.verification.dequantised_twin import (
+    dequantised_twin,
+    is_quantized,
+    without_int8_cache,
+    without_quantised_rows,
+)
 from passopt.verification.layerwise import Label, OpenSession, run_layerwise
 from passopt.verification.quantised_weights import ON_CODES, on_codes, quantised_names
 from passopt.verification.report import Row
@@ -27,6 +34,8 @@ from passopt.verification.scenarios import Scenario, observe
 from passopt.verification.tolerances import TOLERANCES, TWIN_TOLERANCES, deep, judgement_of, precision_of, widened
 from passopt.verification.value_rows import Judge, Opener, Samples, Ties, compare_outputs
 
+#: The comparison of a model whose cache alone is in 8 bits, with the cache as numbers.
+WITH_NUMBERS = "against the original, with a cache of numbers"
 #: Longer scenarios are left out: a wrong weight shows in short ones.
 _LONGEST = 64
 
@@ -41,11 +50,14 @@ def against_original_on_codes(
 ) -> list[Row]:
     """Return the rows of the candidate, with plain activations, against the original with the numbers of its codes.
 
-    The result is empty if some codes stand for no weight of the original, as after its weights were split or rotated.
-    Scenarios that are `far` run layer by layer, if the models can be cut.
+    A cache in 8 bits is kept as numbers there. The result is empty if some codes stand for no weight of the original,
+    as after its weights were split or rotated. Scenarios that are `far` run layer by layer, if the models can be cut.
     """
-    short = [item for item in scenarios if not item.scored and item.past + _tokens(item) <= _LONGEST]
-    if not short or not quantised_names(candidate):
+    has_cache = bool(int8_caches(candidate))
+    # With the same weights, nothing but the cache differs, and late positions are compared as well.
+    longest = _LONGEST if quantised_names(candidate) else math.inf
+    short = [item for item in scenarios if not item.scored and item.past + _tokens(item) <= longest]
+    if not short or not (has_cache or quantised_names(candidate)):
         return []
     exact = not precision_of(candidate).narrow
     allowed = deep(TWIN_TOLERANCES[DataType.FLOAT], candidate) if exact else TOLERANCES["bf16"]
@@ -54,7 +66,7 @@ def against_original_on_codes(
         if both is None:
             return []
         expected, found = (observe(model, short, session) for model in both)
-        rows = compare_all(ON_CODES, short, expected, found, allowed)
+        rows = compare_all(ON_CODES if quantised_names(candidate) else WITH_NUMBERS, short, expected, found, allowed)
         if far:
             label = Label(f"{ON_CODES}, {far[0].name}, layer by layer", allowed.outputs)
             with contextlib.suppress(ModelError):
@@ -89,6 +101,7 @@ def _plain(
     A reference that is quantised itself has numbers of its own. Graphs in 16 bits run as fp32, and where the candidate
     holds a weight of the original rounded, both do.
     """
+    reference, candidate = without_int8_cache(reference), without_int8_cache(candidate)
     own, others = folder / "candidate", folder / "original"
     own.mkdir()
     others.mkdir()
@@ -96,6 +109,8 @@ def _plain(
         original = dequantised_twin(without_quantised_rows(reference), others)
     elif (found := on_codes(reference, candidate, others)) is not None:
         original = found
+    elif not is_quantized(candidate):
+        original = reference
     else:
         return None
     plain = widened(dequantised_twin(without_quantised_rows(candidate), own))

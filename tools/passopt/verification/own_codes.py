@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir
 
+from passopt.ir.attention.int8_cache import int8_caches
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.decoder import decoder_of
 from passopt.ir.graph.linears import Linear
@@ -23,13 +24,17 @@ from passopt.verification.dequantised_twin import (
     dynamic_linears,
     has_dynamic_activations,
     is_quantized,
+    without_int8_cache,
     without_quantised_rows,
 )
 from passopt.verification.layerwise import Label, OpenSession, run_layerwise
 from passopt.verification.report import Row
-from passopt.verification.scenarios import Observation, Scenario, observe
+from passopt.verification.scenarios import Observation, Scenario, Step, observe
 from passopt.verification.tolerances import DYNAMIC_TWIN_TOLERANCE, TWIN_TOLERANCES, Tolerance, deep, widened
 from passopt.verification.value_rows import Judge, Opener, Samples, Ties, compare_outputs
+
+#: The comparison of a model's steps, on the cache that it made, with the same tokens in one step.
+OWN_CACHE = "step by step against one step"
 
 
 def against_own_codes(
@@ -46,12 +51,12 @@ def against_own_codes(
 
     Where activations are quantised, a half that rounds the other way in one layer is a large difference some layers
     later, so layers are compared one by one, each on the activations of the original. A graph in fp16 is compared as
-    fp32, since its roundings are large differences at the end, too.
+    fp32, and a cache in 8 bits as numbers, since their roundings are large differences at the end, too.
     """
     if not is_quantized(candidate):
         return []
-    if (wide := widened(candidate)) is not candidate:
-        reference, candidate = widened(reference), wide
+    if (wide := widened(without_int8_cache(candidate))) is not candidate:
+        reference, candidate = widened(without_int8_cache(reference)), wide
         found = observe(candidate, scenarios, session)
     own = twin_tolerance(candidate)
     if has_dynamic_activations(candidate) and by_layers:
@@ -93,9 +98,9 @@ def _by_layers(
 
 def twin_tolerance(candidate: onnx_ir.Model) -> Tolerance:
     """Return the tolerance of a quantised model against its own codes as numbers."""
-    if has_dynamic_activations(candidate):
+    if has_dynamic_activations(candidate) or int8_caches(candidate):
         return DYNAMIC_TWIN_TOLERANCE
-    return TWIN_TOLERANCES[decoder_of(candidate).cache_dtype]
+    return TWIN_TOLERANCES[decoder_of(candidate).dtype]
 
 
 def outputs_against_own_codes(
@@ -152,3 +157,46 @@ def _numbers(linear: Linear) -> np.ndarray[Any, np.dtype[Any]]:
         numbers, factors = (evaluator.array(part).astype(np.float32) for part in (codes, scales))
     found: np.ndarray[Any, np.dtype[Any]] = numbers.T if linear.weight.transposed else numbers
     return found * factors
+
+
+def against_one_step(
+    scenarios: Sequence[Scenario],
+    found: Sequence[Observation],
+    observed: Callable[[Sequence[Scenario]], Sequence[Observation]],
+) -> list[Row]:
+    """Return a row for the logits of each scenario of several steps that begins with an empty cache.
+
+    Predictions of a text do not read a cache back, so a lossy cache that is read wrongly would not show in them. A row
+    of a cache in 8 bits does not depend on how tokens are cut into steps.
+
+    Args:
+        scenarios: All scenarios.
+        found: What the model gave in them.
+        observed: Runs the same model through other scenarios.
+    """
+    several = [
+        (scenario, seen)
+        for scenario, seen in zip(scenarios, found, strict=True)
+        if len(scenario.steps) > 1 and not scenario.scored and not scenario.past
+    ]
+    whole = [dataclasses.replace(scenario, steps=(_joined(scenario.steps),)) for scenario, _ in several]
+    if not whole:
+        return []
+    expected = [Observation(seen.logits) for seen in observed(whole)]
+    joined = [_in_one(seen, one) for (_, seen), one in zip(several, expected, strict=True)]
+    rows = compare_all(OWN_CACHE, whole, expected, joined, DYNAMIC_TWIN_TOLERANCE)
+    return [row for row in rows if row.output == "logits"]
+
+
+def _joined(steps: Sequence[Step]) -> Step:
+    """Return all steps as one."""
+    ids, positions = (
+        np.concatenate([getattr(step, name) for step in steps], axis=1) for name in ("input_ids", "position_ids")
+    )
+    return Step(ids, steps[-1].attention_mask, positions)
+
+
+def _in_one(seen: Observation, whole: Observation) -> Observation:
+    """Return the logits of all steps as those of one; only the last ones if the model gives no others."""
+    logits = np.concatenate(seen.logits, axis=1)
+    return Observation([logits[:, -whole.logits[0].shape[1] :]])

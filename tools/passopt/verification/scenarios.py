@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir
 
 from passopt.ir.errors import ModelError
-from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, decoder_of
+from passopt.ir.graph.decoder import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
+from passopt.predictions.divergence import log_softmax, row_slices, surprises
+from passopt.predictions.windows import cut_windows
 from passopt.targets.onnxruntime.session import Session
+from passopt.verification.sampling.cache_inputs import CacheInput, cache_inputs, next_cache, present_numbers
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -70,7 +73,8 @@ class Scenario:
 class Observation:
     """The outputs of one model in one scenario.
 
-    `logits` are [b, q or 1, vocab] for each step, `present` is the cache after the last step by output name.
+    `logits` are [b, q or 1, vocab] for each step, `present` is the cache after the last step by output name,
+    as numbers.
     """
 
     logits: list[Array] = dataclasses.field(default_factory=list)
@@ -129,19 +133,13 @@ def spread_over(vocab: int, positions: int, seed: int) -> Scenario:
     return Scenario(f"spread over {positions}", (Step(ids, np.ones((1, _SPREAD), np.int64), places),))
 
 
-def first_cache(
-    scenario: Scenario, empty: Mapping[str, Callable[[int], Array]], scale: float = 1.0
-) -> dict[str, Array]:
+def first_cache(scenario: Scenario, caches: Sequence[CacheInput]) -> dict[str, Array]:
     """Return the cache that the first step of a scenario finds, by the name of the input."""
     batch = scenario.steps[0].input_ids.shape[0]
-    cache = {name: zeros(batch) for name, zeros in empty.items()}
-    if not scenario.past:
-        return cache
-    filled = {}
-    for name, array in cache.items():
-        shape = (batch, array.shape[1], scenario.past, array.shape[3])
-        random = np.random.default_rng([scenario.past, zlib.crc32(name.encode())])
-        filled[name] = (random.standard_normal(shape, np.float32) * scale).astype(array.dtype)
+    filled: dict[str, Array] = {}
+    for cache in caches:
+        random = np.random.default_rng([scenario.past, zlib.crc32(cache.name.encode())])
+        filled |= cache.feeds(random.standard_normal((batch, cache.heads, scenario.past, cache.width), np.float32))
     return filled
 
 
@@ -169,14 +167,10 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Scenar
     if not 0 < stride < window:
         raise ModelError(f"stride {stride} must be positive and less than the window {window}")
     ids = np.array([tokens], np.int64)
-    found: list[Scenario] = []
-    done, start = 1, 0
-    while done < len(tokens):
-        stop = min(start + window, len(tokens))
-        piece = ids[:, start:stop]
-        found.append(Scenario("text", tuple(_steps(piece, [stop - start])), scored=stop - done))
-        done, start = stop, start + stride
-    return found
+    return [
+        Scenario("text", tuple(_steps(ids[:, part.start : part.stop], [part.stop - part.start])), scored=part.scored)
+        for part in cut_windows(len(tokens), window, stride)
+    ]
 
 
 def observe(
@@ -190,13 +184,13 @@ def observe(
     The logits of a text are large; they are kept as `keep` returns them, or not at all.
     """
     session = open_session(model)
-    empty = empty_cache(model)
+    caches = cache_inputs(model)
     found = []
     for scenario in scenarios:
         observation = Observation()
         cache: dict[str, Array] = {}
         for step in scenario.steps:
-            cache = cache or first_cache(scenario, empty)
+            cache = cache or first_cache(scenario, caches)
             outputs = session.run({**step.feeds(), **cache})
             logits = outputs.pop(LOGITS)
             if scenario.scored:
@@ -204,19 +198,10 @@ def observe(
                 observation.logits += [keep(logits)] if keep is not None else []
                 continue
             observation.logits.append(logits)
-            cache = {name.replace("present.", "past.", 1): value for name, value in outputs.items()}
-            observation.present = outputs
+            cache = next_cache(outputs)
+            observation.present = present_numbers(caches, outputs)
         found.append(observation)
     return found
-
-
-def empty_cache(model: onnx_ir.Model) -> dict[str, Callable[[int], Array]]:
-    """Return, for each cache input, a function from a batch size to an empty array [batch, heads, 0, head_dim]."""
-    decoder = decoder_of(model)
-    shape = decoder.kv_heads, 0, decoder.head_dim
-    dtype = decoder.cache_dtype.numpy()
-    names = [value.name or "" for value in model.graph.inputs]
-    return {name: lambda batch: np.zeros((batch, *shape), dtype) for name in names if name.startswith("past.")}
 
 
 def surprise(logits: Array, step: Step, scored: int) -> float | None:
@@ -228,11 +213,9 @@ def surprise(logits: Array, step: Step, scored: int) -> float | None:
     length = step.input_ids.shape[1]
     if logits.shape[1] != length:
         return None
-    rows = logits[0, length - 1 - scored : length - 1].astype(np.float64)
-    rows -= rows.max(axis=-1, keepdims=True)
+    rows = logits[0, length - 1 - scored : length - 1]
     targets = step.input_ids[0, length - scored :]
-    chosen = rows[np.arange(scored), targets] - np.log(np.exp(rows).sum(axis=-1))
-    return float(-chosen.sum())
+    return float(sum(surprises(log_softmax(rows[part]), targets[part]).sum() for part in row_slices(rows)))
 
 
 def perplexity(scenarios: Sequence[Scenario], observations: Sequence[Observation]) -> float | None:

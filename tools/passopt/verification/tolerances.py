@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir
 
+from passopt.ir.attention.int8_cache import int8_caches
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.graph.decoder import decoder_of
 from passopt.ir.graph.fp32_twin import fp32_twin
@@ -19,6 +20,7 @@ from passopt.ir.weights.lazy_weight import constant_tensor
 from passopt.passes.framework.accuracy import QualityBar
 from passopt.passes.precision.cast import CastModel
 from passopt.passes.precision.quantize_activations import QuantizeActivations
+from passopt.passes.precision.quantize_cache import QuantizeCache
 from passopt.passes.precision.quantize_groups import QuantizeGroups
 from passopt.passes.precision.quantize_weights import QuantizeWeights
 from passopt.verification.dequantised_twin import has_dynamic_activations, has_groups, is_quantized
@@ -40,6 +42,7 @@ class Tolerance:
 #:   rounded to bf16 that the original computes while it runs.
 #: - "bf16 and wider": One of the models is bf16 and the other is not.
 #: - "int8": The candidate is quantised and the reference is not.
+#: - "int8 cache": Either model keeps keys and values in 8 bits. If both do, halves round to the other side here, too.
 #: - "int8 activations": Either model quantises activations while it runs. If both do, halves that round to the other
 #:   side still drift apart over layers.
 #: - "int4": The candidate holds weights of 4 bits and the reference does not.
@@ -51,6 +54,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "bf16": Tolerance(outputs=5e-3, perplexity=1e-3),
     "bf16 and wider": Tolerance(outputs=5e-2, perplexity=1e-2),
     "int8": Tolerance(outputs=1e-1, perplexity=5e-3),
+    "int8 cache": Tolerance(outputs=1e-1, perplexity=5e-3),
     "int8 activations": Tolerance(outputs=1e-1, perplexity=1e-2),
     "int4": Tolerance(outputs=6e-1, perplexity=2e-1),
 }
@@ -59,6 +63,7 @@ BARS: Mapping[str, QualityBar | None] = {
     "fp16": CastModel.accuracy.bar,
     "bf16 and wider": CastModel.accuracy.bar,
     "int8": QuantizeWeights.accuracy.bar,
+    "int8 cache": QuantizeCache.accuracy.bar,
     "int8 activations": QuantizeActivations.accuracy.bar,
     "int4": QuantizeGroups.accuracy.bar,
 }
@@ -118,6 +123,7 @@ class Precision:
         quantized: Whether it holds weights as int8 codes.
         dynamic: Whether it quantises activations while it runs, in the form that passopt writes.
         integers: Whether it quantises activations in any form.
+        cache: Whether it keeps keys and values in 8 bits.
         narrow: Those of "fp16" and "bf16" that its inputs, outputs or weights have.
         main: The dtypes of its inputs and outputs, and of most of its weights; empty if these are not known.
         groups: Whether some of its codes are of 4 bits, with scales of groups.
@@ -126,6 +132,7 @@ class Precision:
     quantized: bool = False
     dynamic: bool = False
     integers: bool = False
+    cache: bool = False
     narrow: frozenset[str] = frozenset()
     main: frozenset[str] = frozenset()
     groups: bool = False
@@ -172,6 +179,8 @@ def judgement_of(reference: Precision, candidate: Precision) -> Judgement:
         return Judgement("int8 activations", lossy=True, differ=lossy)
     if candidate.quantized and not reference.quantized:
         return Judgement("int8", lossy=True, differ=lossy)
+    if (reference.cache or candidate.cache) and not lossy:
+        return Judgement("int8 cache", lossy=True, differ=False)
     if "bf16" in narrow:
         return Judgement("bf16 and wider" if lossy else "bf16", lossy, lossy)
     return Judgement("fp16" if narrow else "fp32", lossy, lossy)
@@ -180,8 +189,12 @@ def judgement_of(reference: Precision, candidate: Precision) -> Judgement:
 def precision_of(model: onnx_ir.Model) -> Precision:
     """Return the precision of a graph; the fp32 twin of one in bf16 counts as bf16."""
     dynamic = has_dynamic_activations(model)
-    integers = dynamic or any(_quantises_activations(node) for node in model.graph.all_nodes())
-    of_int8 = is_quantized(model), dynamic, integers
+    caches = int8_caches(model).values()
+    stored = {part.codes for cache in caches for part in (cache.key, cache.value)}
+    integers = dynamic or any(
+        _quantises_activations(node) for node in model.graph.all_nodes() if node.outputs[0] not in stored
+    )
+    of_int8 = is_quantized(model), dynamic, integers, bool(caches)
     if is_bf16_twin(model):
         return Precision(*of_int8, frozenset({"bf16"}), frozenset({"bf16"}), has_groups(model))
     faces = {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)} & FLOATS

@@ -25,7 +25,7 @@ from passopt.verification.comparisons import NUMPY_TWIN, ORIGINAL, compare_all, 
 from passopt.verification.layerwise import Label, run_layerwise
 from passopt.verification.logit_store import LogitStore
 from passopt.verification.original_on_codes import against_original_on_codes
-from passopt.verification.own_codes import against_own_codes, twin_tolerance
+from passopt.verification.own_codes import against_one_step, against_own_codes, twin_tolerance
 from passopt.verification.quantised_weights import LARGEST, channel_errors
 from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
 from passopt.verification.sampling.shaken import nudged_model
@@ -293,8 +293,11 @@ def _verify_whole(
         rows = against_own_codes(reference, candidate, scenarios, found, session, options.scratch, by_layers=own)
         if bar is not None and judgement.is_quantised:
             rows += against_original_on_codes(reference, candidate, scenarios, session, options.scratch, far)
+        if bar is not None and precision_of(candidate).cache:
+            rows += against_one_step(scenarios, found, lambda others: observe(candidate, others, session))
         expected = observe(reference, scenarios, session, keep)
-        rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
+        in_codes = precision_of(candidate).cache
+        rows += compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar, in_codes=in_codes)
     rows += _far_rows(reference, candidate, far, tolerance, bar, options, notes)
     return VerifyReport((*rows, *_weight_rows(reference, candidate, bar)))
 
@@ -363,6 +366,10 @@ def _verify_layerwise(
         options.scratch,
         options.on_piece,
     )
-    pieces = _judged_by_bar(result.rows, bar)
-    ends = compare_all(f"{ORIGINAL}, end to end", scenarios, result.expected, result.found, tolerance, bar)
+    judgement = judgement_of(precision_of(reference), precision_of(candidate))
+    # Of a text, no layer reads its cache back; here each does, on activations that no other layer has changed.
+    pieces = result.rows if judgement.kind == "int8 cache" else _judged_by_bar(result.rows, bar)
+    in_codes = precision_of(candidate).cache
+    name = f"{ORIGINAL}, end to end"
+    ends = compare_all(name, scenarios, result.expected, result.found, tolerance, bar, in_codes=in_codes)
     return VerifyReport((*pieces, *ends, *_weight_rows(reference, candidate, bar)))

@@ -17,9 +17,10 @@ import onnx_ir
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.operators import random_operators
+from passopt.predictions.divergence import divergence
 from passopt.targets.onnxruntime.session import Session
 from passopt.verification.dequantised_twin import is_quantized
-from passopt.verification.divergence import divergence, judged_rows
+from passopt.verification.divergence import judged_rows
 from passopt.verification.original_on_codes import outputs_on_codes
 from passopt.verification.own_codes import outputs_against_own_codes
 from passopt.verification.report import Row, VerifyReport

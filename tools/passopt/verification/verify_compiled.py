@@ -20,6 +20,7 @@ from passopt.targets.onnxruntime.session import Session
 from passopt.targets.tvm.compiled_folder import Library, RankFolders, read_library
 from passopt.verification.comparisons import ORIGINAL, compare_all
 from passopt.verification.logit_store import LogitStore
+from passopt.verification.own_codes import against_one_step
 from passopt.verification.report import PERPLEXITY, VerifyReport
 from passopt.verification.scenarios import Observation, Scenario, observe, surprise, vocabulary_of
 from passopt.verification.tolerances import (
@@ -73,6 +74,8 @@ def verify_compiled(reference: onnx_ir.Model, folder: Path, options: VerifyOptio
         found = observe_compiled(folder, scenarios, options.threads, keep)
         expected = _without_cache(observe(reference, scenarios, session, keep))
         rows = compare_all(ORIGINAL, scenarios, expected, found, tolerance, bar)
+        if bar is not None and library.cache.dtype == "int8":
+            rows += against_one_step(scenarios, found, lambda others: observe_compiled(folder, others, options.threads))
     if options.tokens and not any(row.output == PERPLEXITY for row in rows):
         notes.append("text: no perplexity, since a model gives logits of the last position only")
     return VerifyReport(tuple(rows), tuple(notes), lossy=kind if bar is not None else "")
@@ -125,10 +128,12 @@ def _check_sizes(reference: onnx_ir.Model, library: Library) -> None:
 
 
 def _precision(library: Library) -> Precision:
-    narrow = frozenset({library.cache.dtype} - {"fp32"})
+    in_codes = library.cache.dtype == "int8"
+    narrow = frozenset({library.cache.codes_of if in_codes else library.cache.dtype} - {"fp32"})
     dynamic = library.quantized == "dynamic"
     has_groups = library.quantized == "groups"
-    return Precision(has_groups or library.quantized == "weights", dynamic, dynamic, narrow, groups=has_groups)
+    is_quantized = has_groups or library.quantized == "weights"
+    return Precision(is_quantized, dynamic, dynamic, in_codes, narrow, groups=has_groups)
 
 
 def _without_cache(observations: Sequence[Observation]) -> list[Observation]:

@@ -7,50 +7,23 @@ a fallback that the user must allow, past and new keys are concatenated at every
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir
 
+from passopt.ir.attention.fused import ATTENTION, AttentionParts, find_attention
+from passopt.ir.attention.int8_cache import Int8Cache, Turn
 from passopt.ir.graph.attributes import attribute
 from passopt.ir.graph.functions import ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE, DOMAIN
 from passopt.targets.tvm.compiler.kernels.attention.attention import attention
-from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
+from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache, append_codes
 from passopt.targets.tvm.compiler.kernels.attention.mask_extents import QUERY_BLOCK, mask_extents
+from passopt.targets.tvm.compiler.kernels.attention.turn_rows import turn_rows
 from passopt.targets.tvm.compiler.lowering.registry import lowers
 from passopt.targets.tvm.compiler.lowering.values import CacheSlot, Length, Tvm, Unsupported, Values, product
-
-ATTENTION = "Attention"
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionParts:
-    """The operands of a fused attention, with or without ALiBi.
-
-    Query, key and value are [b, h, s, d], or [b, s, h·d] with the number of heads in an attribute; the past is
-    [b, h, past, d].
-    """
-
-    query: onnx_ir.Value
-    key: onnx_ir.Value
-    value: onnx_ir.Value
-    mask: onnx_ir.Value | None
-    past_key: onnx_ir.Value | None
-    past_value: onnx_ir.Value | None
-    slopes: onnx_ir.Value | None
-    positions: onnx_ir.Value | None
-
-
-def find_attention(node: onnx_ir.Node) -> AttentionParts | None:
-    """Return the operands of a fused attention, or None for any other node."""
-    given = [*node.inputs, *[None] * (8 - len(node.inputs))]
-    query, key, value = given[:3]
-    if query is None or key is None or value is None:
-        return None
-    if (node.domain, node.op_type) == ("", ATTENTION):
-        return AttentionParts(query, key, value, given[3], given[4], given[5], None, None)
-    if node.domain == DOMAIN and node.op_type in {ALIBI_ATTENTION, ALIBI_ATTENTION_NO_CACHE}:
-        return AttentionParts(query, key, value, given[5], given[6], given[7], given[3], given[4])
-    return None
+from passopt.targets.tvm.machines import Isa
 
 
 @lowers(ATTENTION)
@@ -78,10 +51,26 @@ def in_place_refusal(node: onnx_ir.Node) -> str | None:
     return None
 
 
-def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, slot: CacheSlot) -> None:
+def plain_parts(parts: AttentionParts, cache: Int8Cache) -> AttentionParts:
+    """Return the operands of an attention over a cache in 8 bits before they are turned and quantised."""
+    query, key = (parts.query, cache.key.rows) if cache.turn is None else (cache.turn.query, cache.turn.key)
+    return dataclasses.replace(parts, query=query, key=key, value=cache.value.rows)
+
+
+def int8_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, cache: Int8Cache) -> None:
+    """Lower an attention over a cache in 8 bits, whose kernels quantise new rows, and read codes as bytes."""
+    assert at.cache is not None
+    slot = at.cache.slots[cache.key.past]
+    in_place_attention(at, node, plain_parts(parts, cache), slot, cache.turn)
+
+
+def in_place_attention(
+    at: Values, node: onnx_ir.Node, parts: AttentionParts, slot: CacheSlot, turn: Turn | None = None
+) -> None:
     """Lower an attention that appends to the cache and then reads it.
 
-    The `present` outputs are the cache itself and get no tensor, so nothing else may read them.
+    The `present` outputs are the cache itself and get no tensor, so nothing else may read them. Queries and keys are
+    turned first if there is a `turn`.
     """
     from tvm import relax
 
@@ -90,15 +79,19 @@ def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, sl
     dims = at.shape_of(query)
     heads, width = dims[2], dims[3]
     kv_heads = at.shape_of(slot.key)[1]
-    append = at.function(
-        f"append_cache_{kv_heads}_{width}_{slot.dtype}", lambda: append_cache(kv_heads, width, slot.dtype, isa)
-    )
     new = [_by_position(at, value, node, "kv_num_heads") for value in (parts.key, parts.value)]
+    if turn is not None:
+        query, new[0] = _turned(at, query, turn.of_query), _turned(at, new[0], turn.of_key)
+    appending, make_appending = _appending(kv_heads, width, slot.dtype, isa)
     cache = at.emit(
         relax.op.call_tir_inplace(
-            append, [*new, slot.key, slot.value, past], inplace_indices=[2, 3], out_ty=[slot.key.ty, slot.value.ty]
+            at.function(appending, make_appending),
+            [*new, *slot.tensors, past],
+            inplace_indices=[2 + index for index in range(len(slot.tensors))],
+            out_ty=[tensor.ty for tensor in slot.tensors],
         )
     )
+    held = [at.emit(cache[index]) for index in range(len(slot.tensors))]
     mask = _mask(at, node, parts.mask, dims[1], past + dims[1])
     extents = at.once(("extents", mask), lambda: _extents(at, mask))
     scale = _scale(node, width)
@@ -107,13 +100,29 @@ def in_place_attention(at: Values, node: onnx_ir.Node, parts: AttentionParts, sl
     name = f"attention_{heads}_{kv_heads}_{width}_{slot.dtype}_{scale:.9g}" + ("_alibi" if bias else "")
     name = (name + (f"_cap{softcap:g}" if softcap else "")).replace(".", "_").replace("-", "_")
     alibi = bool(bias)
-    arguments = [query, at.emit(cache[0]), at.emit(cache[1]), mask, extents, *bias]
+    arguments = [query, *held, mask, extents, *bias]
 
     def make() -> Tvm:
         return attention(heads, kv_heads, width, scale, slot.dtype, isa, alibi, softcap)
 
     _set_result(at, node, parts, at.call(name, make, arguments, dims))
     at.note(f"attention: {name}")
+
+
+def _appending(kv_heads: int, width: int, dtype: str, isa: Isa) -> tuple[str, Callable[[], Tvm]]:
+    """Return the name of the kernel that appends to a cache of `dtype`, and the function that makes it."""
+    name = f"append_cache_{kv_heads}_{width}_{dtype}"
+    if dtype == "int8":
+        return name, lambda: append_codes(kv_heads, width, isa)
+    return name, lambda: append_cache(kv_heads, width, dtype, isa)
+
+
+def _turned(at: Values, rows: Tvm, matrix: np.ndarray[Any, np.dtype[Any]]) -> Tvm:
+    """Return rows [b, s, h, d] times a matrix [d, d]."""
+    dims, isa = at.shape_of(rows), at.machine.isa
+    heads, width = dims[2], dims[3]
+    held = at.once(("turn", matrix.tobytes()), lambda: at.literal(matrix))
+    return at.call(f"turn_rows_{heads}_{width}", lambda: turn_rows(heads, width, isa), [rows, held], dims)
 
 
 def _by_position(at: Values, value: onnx_ir.Value, node: onnx_ir.Node, heads: str) -> Tvm:

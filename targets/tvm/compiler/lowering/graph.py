@@ -13,9 +13,11 @@ from typing import Any
 
 import onnx_ir
 
+from passopt.ir.attention.fused import find_attention
+from passopt.ir.attention.int8_cache import int8_caches
 from passopt.ir.errors import ModelError
 from passopt.ir.graph.completion import complete_types
-from passopt.ir.graph.decoder import LOGITS, find_decoder
+from passopt.ir.graph.decoder import LOGITS, SCALES, find_decoder
 from passopt.targets.tvm.compiled_folder import BLOCK, Quantized
 from passopt.targets.tvm.compiler.lowering import attention, collectives, elementwise, movement, norms, reductions  # noqa: F401  (they register)
 from passopt.targets.tvm.compiler.lowering.importer import import_node
@@ -72,8 +74,9 @@ class Lowered:
 
     The function takes `inputs` (those of the graph that are not the past, in order), then the number of cached
     positions (as a shape), the caches, and `parameters`. If `in_place`, the caches are [b, h, blocks, d, 16] and
-    [b, h, blocks·16, d] for each layer and are written in place, and the function returns the logits. Otherwise it
-    takes the past [b, h, p, d] and returns the present after the logits.
+    [b, h, blocks·16, d] for each layer, followed by the scales [b, h, blocks·16] of both if they are codes; they are
+    written in place, and the function returns the logits. Otherwise it takes the past [b, h, p, d] and returns the
+    present after the logits.
 
     `kernels` counts the uses of each kernel. `quantized` tells which parts are int8 in the linear that has most of
     them. `fallbacks` are the nodes that have no native kernel and were compiled anyway, and `imported` the small
@@ -134,6 +137,7 @@ class _Lowering:
         self.missing: list[Missing] = []
         self.imported: list[Missing] = []
         self.opset = int(model.graph.opset_imports.get("", 0))
+        self.caches = int8_caches(model)
 
     def run(self) -> Lowered:
         """Lower the whole graph, or raise ModelError that lists the nodes without a native kernel."""
@@ -142,6 +146,8 @@ class _Lowering:
         unfused = _not_in_place(self.model)
         self.missing += unfused
         in_place = not unfused
+        if self.caches and not in_place and self.allow_fallback:
+            raise ModelError(f"{unfused[0]}; a cache in 8 bits is kept in place only, so `allow_fallback` cannot help")
         inputs, leading = self._inputs(in_place=in_place)
         wanted = [value for value in self.model.graph.outputs if value.name == LOGITS or not in_place]
         selections = {node: found for node in self.model.graph if (found := self._select(node)) is not None}
@@ -180,12 +186,14 @@ class _Lowering:
         """
         from tvm import relax
 
-        plain, caches = [], []
+        plain: list[tuple[str, Tvm]] = []
+        caches: list[Tvm] = []
         slots: dict[onnx_ir.Value, CacheSlot] = {}
+        read = {cache.key.input: cache.key.past for cache in self.caches.values()}
         past = self.at.symbol("past")
         values = {str(value.name): value for value in self.model.graph.inputs}
         for name, value in values.items():
-            if _PAST.match(name) is None:
+            if _PAST.match(name) is None and not _is_scales(name):
                 plain.append((name, self._input(name, value)))
         for name, value in values.items():
             match = _PAST.match(name)
@@ -195,8 +203,8 @@ class _Lowering:
             if partner is None:
                 raise ModelError(f"input {name!r} has no past.{match[1]}.value beside it; export with `phase=merged`")
             if in_place:
-                slots[value] = self._slot(int(match[1]), value, partner)
-                caches += [slots[value].key, slots[value].value]
+                slot = slots[read.get(value, value)] = self._slot(int(match[1]), value, partner)
+                caches += slot.tensors
                 self._state_past_shape(value, partner)
             else:
                 caches += [self._input(name, value), self._input(str(partner.name), partner)]
@@ -237,7 +245,10 @@ class _Lowering:
         kinds = [[batch, heads, blocks, width, BLOCK], [batch, heads, blocks * BLOCK, self._dims(value)[3]]]
         names = (f"cache_{layer}_key", f"cache_{layer}_value")
         pair = [relax.Var(name, relax.TensorType(dims, stored)) for name, dims in zip(names, kinds, strict=True)]
-        return CacheSlot(pair[0], pair[1], stored)
+        if stored != "int8":
+            return CacheSlot(pair[0], pair[1], stored)
+        kind = relax.TensorType([batch, heads, blocks * BLOCK], "float32")
+        return CacheSlot(pair[0], pair[1], stored, tuple(relax.Var(f"{name}_scales", kind) for name in names))
 
     def _state_past_shape(self, *values: onnx_ir.Value) -> None:
         """State the shape of the past, which the graph may ask for although there is no such tensor."""
@@ -245,6 +256,13 @@ class _Lowering:
             self.at.state_shape(value, self._dims(value))
 
     def _select(self, node: onnx_ir.Node) -> _Selection | None:
+        cache = self.caches.get(node)
+        if cache is not None:
+            parts = find_attention(node)
+            assert parts is not None
+            plain = attention.plain_parts(parts, cache)
+            operands = (plain.query, plain.key, plain.value, plain.mask, plain.slopes, plain.positions)
+            return _Selection(operands, lambda at: attention.int8_attention(at, node, parts, cache))
         added = find_added_linear(node)
         if added is not None:
             reads = (added.linear.input, added.residual)
@@ -332,11 +350,21 @@ def _not_in_place(model: onnx_ir.Model) -> list[Missing]:
     These are all nodes but suitable fused attentions and Shape. With any of them, no cache is kept in place.
     """
     found = []
+    caches = int8_caches(model)
+    kept = {item for cache in caches.values() for part in (cache.key, cache.value) for item in (part.past, part.codes)}
+    for node, cache in caches.items():
+        refusal = attention.in_place_refusal(node)
+        if not (cache.key.by_largest and cache.value.by_largest):
+            refusal = "rows of its cache are not scaled by their largest magnitude / 127"
+        if refusal is not None:
+            found.append(Missing(str(node.name), node.op_type, refusal))
     for value in model.graph.inputs:
         if _PAST.match(str(value.name)) is None:
             continue
         for node, index in value.uses():
-            parts = attention.find_attention(node)
+            if node.outputs[0] in kept or (node.op_type == "Concat" and kept.intersection(node.inputs)):
+                continue
+            parts = find_attention(node)
             is_past = parts is not None and value in (parts.past_key, parts.past_value)
             refusal = attention.in_place_refusal(node) if is_past else None
             if refusal is not None:
@@ -345,6 +373,11 @@ def _not_in_place(model: onnx_ir.Model) -> list[Missing]:
                 reason = f"reads {value.name} (input {index}), which only a fused attention can keep in place"
                 found.append(Missing(str(node.name), node.op_type, reason))
     return found
+
+
+def _is_scales(name: str) -> bool:
+    """Return whether an input holds the scales of a past in codes."""
+    return name.endswith(SCALES) and _PAST.match(name.removesuffix(SCALES)) is not None
 
 
 def needed_nodes(

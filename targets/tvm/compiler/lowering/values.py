@@ -67,16 +67,25 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class CacheSlot:
-    """The keys and values of one layer as they lie in memory, with room for more positions than are filled."""
+    """The keys and values of one layer as they lie in memory, with room for more positions than are filled.
+
+    `scales` are those of keys and of values if these are codes, and empty otherwise.
+    """
 
     key: Tvm
     value: Tvm
     dtype: str
+    scales: tuple[Tvm, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tvm, ...]:
+        """Return all that a function takes for the cache of this layer, in order."""
+        return self.key, self.value, *self.scales
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The cache of all layers: `slots` by the graph input of the past keys, and `past`, the filled positions."""
+    """The cache of all layers: `slots` by the past keys that an attention reads, and `past`, the filled positions."""
 
     slots: dict[onnx_ir.Value, CacheSlot]
     past: Tvm

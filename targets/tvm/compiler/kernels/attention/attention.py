@@ -39,11 +39,12 @@ def attention(
     alibi: bool,
     softcap: float = 0.0,
 ) -> Any:
-    """Return a PrimFunc (q, kc, vc, mask, extents, [slopes, positions,] y) that computes attention over the cache.
+    """Return a PrimFunc (q, kc, vc, [ks, vs,] mask, extents, [slopes, positions,] y) for attention over the cache.
 
     q and y are f32[b, s, h, d]; kc is [b, hkv, B, d, 16] and vc is [b, hkv, 16·B, d], both in `cache_dtype`; mask is
     f32[mb, 1, s, t]; extents is int32[mb, ceil(s / QUERY_BLOCK), 2]. Only with `alibi` there are slopes f32[h] and
-    positions f32[pb, t]. mb and pb are 1 or b. The cache holds t ≥ s positions. A `softcap` other than 0 caps scores.
+    positions f32[pb, t]. mb and pb are 1 or b. Only a cache of int8 codes has scales ks and vs f32[b, hkv, 16·B], one
+    for each position and head. The cache holds t ≥ s positions. A `softcap` other than 0 caps scores.
 
     A row with a finite mask gets the softmax over that mask, even if it sees nothing (then about the mean of all
     values). A row of -inf gives 0, but with `alibi` the mean, as in the body of passopt::AlibiAttention.
@@ -61,6 +62,10 @@ def attention(
         queries = emit.argument("q", (batch, length, heads, head_dim))
         keys = emit.argument("kc", (batch, kv_heads, blocks, head_dim, BLOCK), cache_dtype)
         values = emit.argument("vc", (batch, kv_heads, blocks * BLOCK, head_dim), cache_dtype)
+        rows_of_scales = (batch, kv_heads, blocks * BLOCK)
+        in_codes = cache_dtype == "int8"
+        key_scales = emit.argument("ks", rows_of_scales) if in_codes else None
+        value_scales = emit.argument("vs", rows_of_scales) if in_codes else None
         mask = emit.argument("mask", (masks, 1, length, columns))
         rows = (length + QUERY_BLOCK - 1) // QUERY_BLOCK
         extents = emit.argument("extents", (masks, rows, 2), "int32")
@@ -75,6 +80,8 @@ def attention(
             queries,
             keys,
             values,
+            key_scales,
+            value_scales,
             mask,
             extents,
             slopes,
@@ -104,6 +111,8 @@ class _Attention:
     queries: Any
     keys: Any
     values: Any
+    key_scales: Any
+    value_scales: Any
     mask: Any
     extents: Any
     slopes: Any
@@ -292,7 +301,7 @@ class _Attention:
         return emit.bind(T.min(number, self.keys.shape[2] - 1))
 
     def _fetch_ahead(self, cache: Any, at: list[Any]) -> None:
-        """Prefetch part of the next tile of a 16-bit cache; an fp32 tile takes long enough to arrive in time."""
+        """Prefetch part of the next tile of a narrow cache; an fp32 tile takes long enough to arrive in time."""
         if cache.dtype != "float32":
             emit.prefetch(cache, at, emit.L2)
 
@@ -376,12 +385,23 @@ class _Attention:
 
         mask_item = emit.bind(T.min(item, self.mask.shape[0] - 1))
         row_position = emit.bind(position)
+        kv_head = emit.bind(head // self.tiles.group) if self.key_scales is not None else None
+
+        def read(score: Any, at: Any, lanes: int) -> Any:
+            """Return a score of numbers, capped; one of codes is multiplied by the scales of their positions."""
+            if kv_head is not None:
+                score = score * emit.load(self.key_scales, [item, kv_head, at], lanes)
+            return self._cap(score, lanes)
+
+        def scaled(weights: Any, at: Any, lanes: int) -> Any:
+            return weights * emit.load(self.value_scales, [item, kv_head, at], lanes)
 
         def masked(score: Any, at: Any, lanes: int) -> Any:
-            return self._cap(score, lanes) + emit.load(self.mask, [mask_item, 0, row_position, at], lanes)
+            return read(score, at, lanes) + emit.load(self.mask, [mask_item, 0, row_position, at], lanes)
 
+        in_codes = scaled if kv_head is not None else None
         if self.slopes is None:
-            emit_softmax(state, row, column, units, self.columns, masked, self.tiles)
+            emit_softmax(state, row, column, units, self.columns, masked, self.tiles, in_codes)
             return
 
         slope = emit.bind(self.slopes[head])
@@ -394,9 +414,9 @@ class _Attention:
             distance = emit.load(self.positions, [alibi_item, at], lanes) - emit.spread(newest, lanes)
             bias = distance * emit.spread(slope, lanes)
             bias = bias + emit.load(self.mask, [mask_item, 0, row_position, at], lanes)
-            return self._cap(score, lanes) + T.max(bias, emit.spread(_LOWEST_BIAS, lanes))
+            return read(score, at, lanes) + T.max(bias, emit.spread(_LOWEST_BIAS, lanes))
 
-        emit_softmax(state, row, column, units, self.columns, biased, self.tiles)
+        emit_softmax(state, row, column, units, self.columns, biased, self.tiles, in_codes)
 
     def _cap(self, score: Any, lanes: int) -> Any:
         """Return softcap·tanh(score / softcap), computed as tanh(z) = 1 - 2 / (e^2z + 1)."""

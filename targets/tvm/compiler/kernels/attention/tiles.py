@@ -168,13 +168,21 @@ def emit_outputs(
 
 
 def emit_softmax(
-    state: RowState, row: Any, column: Any, units: Any, columns: Any, bias: Callable[[Any, Any, int], Any], tiles: Tiles
+    state: RowState,
+    row: Any,
+    column: Any,
+    units: Any,
+    columns: Any,
+    bias: Callable[[Any, Any, int], Any],
+    tiles: Tiles,
+    scaled: Callable[[Any, Any, int], Any] | None = None,
 ) -> None:
     """Emit the update of the running softmax of `row` by one tile.
 
     The scores become weights relative to the largest score so far, and what was summed before is rescaled to it. The
     tile starts at `column` and has `units` units; positions from `columns` on get no weight. `bias(score, column,
-    lanes)` returns the score with cap, mask and ALiBi bias applied.
+    lanes)` returns the score with cap, mask and ALiBi bias applied. `scaled(weight, column, lanes)` returns it times
+    the scales of the values at their columns, which does not change their sum; it is None if values are no codes.
     """
     from tvm.script.ir_builder import tirx as T
 
@@ -204,6 +212,8 @@ def emit_softmax(
         weights = emit.bind(weight(emit.load(scores, [row, index * unit], unit) - emit.spread(largest, unit), unit))
         emit.store(scores, weights, [row, index * unit], unit)
         emit.store(total, emit.load(total, [0], unit) + weights, [0], unit)
+        if scaled is not None:
+            _scale_weights(state, row, column, emit.bind(index * unit), columns, scaled, unit)
     rescale = emit.bind(weight(before - largest, 1))
     T.buffer_store(state.sums, state.sums[row] * rescale + emit.fold_lanes(total, unit, lambda a, b: a + b), [row])
     with T.If(largest > before), T.Then():
@@ -214,6 +224,29 @@ def emit_softmax(
             emit.store(state.outputs, scaled, [row, start], width)
 
         emit.each_span(tiles.channels, lanes, scale)
+
+
+def _scale_weights(
+    state: RowState,
+    row: Any,
+    column: Any,
+    start: Any,
+    columns: Any,
+    scaled: Callable[[Any, Any, int], Any],
+    unit: int,
+) -> None:
+    """Emit the multiplication of a unit of weights by scales, but for columns that have none, where weights are 0."""
+    from tvm.script.ir_builder import tirx as T
+
+    def scale(at: Any, width: int) -> None:
+        found = scaled(emit.load(state.scores, [row, at], width), column + at, width)
+        emit.store(state.scores, found, [row, at], width)
+
+    with T.If(column + start + unit <= columns):
+        with T.Then():
+            scale(start, unit)
+        with T.Else(), T.serial(0, unit) as rest, T.If(column + start + rest < columns), T.Then():
+            scale(start + rest, 1)
 
 
 def weight(difference: Any, lanes: int) -> Any:

@@ -1,8 +1,8 @@
 """Emit linear layers with int8 weights and int8 activations (W8A8).
 
 Sums are exact in int32; they are then multiplied by the row's scale and the weight's scale in fp32. The instruction
-levels use different dot products, but their sums agree in every bit: with |code| ≤ 127, sums over K ≤ 133,000 cannot
-overflow int32, and no step saturates.
+levels use different dot products, but their sums agree in every bit: with codes of x within ±127, and of weights from
+-128 on, sums over K ≤ 132,000 cannot overflow int32, and no step saturates.
 """
 
 from __future__ import annotations

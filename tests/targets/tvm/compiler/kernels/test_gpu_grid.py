@@ -19,8 +19,9 @@ from passopt.ir.weights.expressions import DataType, Expression
 from passopt.ir.weights.literals import Literal
 from passopt.targets.tvm.compiler.gpu_grid import THREADS, bind_threads
 from passopt.targets.tvm.compiler.kernels.attention.attention import attention
-from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache
+from passopt.targets.tvm.compiler.kernels.attention.cache import append_cache, append_codes
 from passopt.targets.tvm.compiler.kernels.attention.mask_extents import mask_extents
+from passopt.targets.tvm.compiler.kernels.attention.turn_rows import turn_rows
 from passopt.targets.tvm.compiler.kernels.computed_rows import rows_kernel
 from passopt.targets.tvm.compiler.kernels.linear.choose import float_kernel, int8_kernel
 from passopt.targets.tvm.compiler.kernels.linear.int8_int8 import int8_int8_kernel
@@ -116,6 +117,16 @@ def append_arguments(dtype: Any) -> Callable[[Isa], Arrays]:
     return make
 
 
+def append_codes_arguments(_: Isa) -> Arrays:
+    caches = [np.zeros((2, 3, 2, 10, 16), np.int8), np.zeros((2, 3, 32, 10), np.int8)]
+    scales = [np.zeros((2, 3, 32), np.float32) for _ in caches]
+    return [numbers(2, 5, 3, 10), numbers(2, 5, 3, 10, seed=1), *caches, *scales, 13]
+
+
+def turn_arguments(_: Isa) -> Arrays:
+    return [numbers(2, 5, 3, 10), numbers(10, 10, seed=1), np.zeros((2, 5, 3, 10), np.float32)]
+
+
 def causal(rows: int, columns: int) -> np.ndarray[Any, Any]:
     seen = np.arange(columns) <= np.arange(columns - rows, columns)[:, None]
     return np.where(seen, 0, -np.inf).astype(np.float32)[None, None]
@@ -140,6 +151,18 @@ def attention_arguments(rows: int) -> Callable[[Isa], Arrays]:
     return make
 
 
+def codes_attention_arguments(rows: int) -> Callable[[Isa], Arrays]:
+    def make(_: Isa) -> Arrays:
+        columns = rows + 7
+        caches = [codes(2, 2, 2, 12, 16), codes(2, 2, 32, 12)]
+        scales = [np.abs(numbers(2, 2, 32, seed=seed)) / 50 for seed in (1, 2)]
+        extents = np.array([[[0, columns]]], np.int32)
+        y = np.zeros((2, rows, 4, 12), np.float32)
+        return [numbers(2, rows, 4, 12), *caches, *scales, causal(rows, columns), extents, y]
+
+    return make
+
+
 def rms_norm_arguments(_: Isa) -> Arrays:
     return [numbers(70, 11), numbers(11, dtype=np.float16), np.zeros((70, 11), np.float32)]
 
@@ -157,6 +180,10 @@ def fp16_attention(isa: Isa) -> Any:
     return attention(4, 2, 12, 0.3, "float16", isa, True, 3.0)
 
 
+def codes_attention(isa: Isa) -> Any:
+    return attention(4, 2, 12, 0.3, "int8", isa, False)
+
+
 def w8a8_linear(isa: Isa) -> Any:
     return int8_int8_kernel(int8_codes(), scales(), isa).function()
 
@@ -168,10 +195,13 @@ CASES = {
     "rotary_interleaved": Case(lambda isa: rotary(3, 10, 8, True, isa), (rotary_arguments,)),
     "append_cache_fp32": Case(lambda isa: append_cache(3, 10, "float32", isa), (append_arguments(np.float32),)),
     "append_cache_fp16": Case(lambda isa: append_cache(3, 10, "float16", isa), (append_arguments(np.float16),)),
+    "append_cache_int8": Case(lambda isa: append_codes(3, 10, isa), (append_codes_arguments,)),
+    "turn_rows": Case(lambda isa: turn_rows(3, 10, isa), (turn_arguments,)),
     "mask_extents": Case(mask_extents, (extents_arguments,)),
     "quantize_rows": Case(lambda isa: quantize_rows(12, isa), (quantize_arguments,)),
     # A kernel for a step of one position, one for more.
     "attention": Case(fp16_attention, (attention_arguments(1), attention_arguments(5)), 2),
+    "attention_int8": Case(codes_attention, (codes_attention_arguments(1), codes_attention_arguments(5)), 2),
     "linear_fp32": linear_case(float_plan(DataType.FLOAT)),
     "linear_fp32_residual": linear_case(float_plan(DataType.FLOAT), residual=True),
     "linear_fp16": linear_case(float_plan(DataType.FLOAT16)),

@@ -137,6 +137,32 @@ class Picture:
             f'<path d="{path}" fill="none" stroke="{_LINE}" stroke-width="{width:g}" marker-end="url(#head)"/>'
         )
 
+    def line(self, start: Point, end: Point, *, ink: str = _LINE, width: float = 1.0, dashes: str = "") -> None:
+        """Draw a straight line.
+
+        Args:
+            start: One end.
+            end: The other end.
+            ink: Its colour.
+            width: Its width.
+            dashes: The lengths of dashes and gaps, such as "4 3"; "" for a line without gaps.
+        """
+        gaps = f' stroke-dasharray="{dashes}"' if dashes else ""
+        self._pieces.append(
+            f'<line x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}" stroke="{ink}" '
+            f'stroke-width="{width:g}"{gaps}/>'
+        )
+
+    def dot(self, middle: Point, radius: float, ink: str) -> None:
+        """Draw a filled circle.
+
+        Args:
+            middle: Its middle.
+            radius: Its radius.
+            ink: Its colour.
+        """
+        self._pieces.append(f'<circle cx="{middle[0]:.1f}" cy="{middle[1]:.1f}" r="{radius:g}" fill="{ink}"/>')
+
     def svg(self) -> str:
         """Return the picture as a file."""
         width, height = self._size

@@ -1,0 +1,1 @@
+"""Write quantised checkpoints in the formats of other tools: compressed-tensors and GPTQ."""

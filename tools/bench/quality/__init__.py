@@ -1,0 +1,1 @@
+"""Measure what each way of quantising costs a trained model, and draw it."""
