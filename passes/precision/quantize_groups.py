@@ -40,7 +40,6 @@ class QuantizeGroups(QuantizeWeights):
     """
 
     name = "quantize-groups"
-    after = ("fold-norm-head", "split-packed-qkv")
     #: A code is off by at most 1/14 of its group's largest weight, and by 1/28 in the mean; a product with normally
     #: distributed weights is off by about 12 %.
     #: A trained model of 135M parameters, which suffers more than large ones, in groups of 64: KL 0.46 to 0.53, 1.6 to
