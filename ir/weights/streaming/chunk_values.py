@@ -14,9 +14,9 @@ from passopt.ir.weights.rotation import Rotate, rotation_of
 from passopt.ir.weights.row_math import Array, pack_rows, scales_of, unpack_rows, widened
 from passopt.ir.weights.scaling import ScaleAlong
 from passopt.ir.weights.streaming.direct_io import PAGE, Arena, Pieces, SourceReader, page_up
-from passopt.ir.weights.streaming.output_groups import Group, is_held, is_plain, is_rounding, is_turned
+from passopt.ir.weights.streaming.output_groups import Group, is_held, is_rounding, is_turned
 from passopt.ir.weights.streaming.row_kernels import RowKernels
-from passopt.ir.weights.streaming.row_spans import GroupRows, is_by_columns, matrix_shape
+from passopt.ir.weights.streaming.row_spans import GroupRows, is_by_columns, is_bytes, matrix_shape
 
 #: What is held whole is computed from pieces of about so many bytes, besides the memory of the arena.
 READ_OF_HELD = 16 << 20
@@ -25,7 +25,7 @@ READ_OF_HELD = 16 << 20
 def row_bytes(group: Group, kernels: RowKernels) -> int:
     """Return the memory in bytes per row of the base: for the row itself and for every result computed from it."""
     base, columns = group.base, matrix_shape(group.base)[1]
-    if is_plain(base):
+    if is_bytes(base):
         total = int(columns * base.dtype.itemsize)
     elif is_held(base):
         total = 0
@@ -61,7 +61,7 @@ class ChunkValues:
             weight: np.zeros(weight.shape[1], np.float32) for weight in group.measured
         }
         self._start = self._rows = 0
-        if is_plain(self._base) or is_turned(self._base):
+        if is_bytes(self._base) or is_turned(self._base):
             nbytes = int(most * self._columns * self._base.dtype.itemsize)
             self._input = arena.take(page_up(nbytes) + 2 * PAGE)
         if is_turned(self._base):
@@ -113,9 +113,8 @@ class ChunkValues:
             return self._of_held(base)[start:stop]
         if is_turned(base):
             return self._turn(base.operand, start, stop)  # type: ignore[attr-defined]
-        if not is_plain(base):
+        if not is_bytes(base):
             return self._evaluated(start, stop)
-        assert isinstance(base, ex.Source)
         size = int(self._columns * base.dtype.itemsize)
         at = self._reader.read(base.file, base.name, base.offset + start * size, self._input, (stop - start) * size)
         raw = np.frombuffer(self._input, np.uint8)[at : at + (stop - start) * size]

@@ -19,6 +19,7 @@ from passopt.ir.weights.streaming.row_spans import (
     base_of,
     in_order,
     is_by_columns,
+    is_bytes,
     matrix_shape,
     spans_of,
 )
@@ -111,7 +112,7 @@ class Group:
     @functools.cached_property
     def grain(self) -> int:
         """Return the number of rows that must be read together, because boxes are cut along the base's first axis."""
-        if is_plain(self.base) or len(self.base.shape) <= 2:
+        if is_bytes(self.base) or len(self.base.shape) <= 2:
             return 1
         return max(1, math.prod(self.base.shape[1:-1]))
 
@@ -140,7 +141,7 @@ class Group:
     @property
     def is_boxed(self) -> bool:
         """Return whether only the evaluator of boxes can read the base."""
-        return not is_plain(self.base) and not is_turned(self.base) and not is_held(self.base)
+        return not is_bytes(self.base) and not is_turned(self.base) and not is_held(self.base)
 
     @property
     def read_bytes(self) -> int:
@@ -158,14 +159,9 @@ class Group:
         return sum(output.nbytes for output in self.outputs)
 
 
-def is_plain(base: ex.Expression) -> bool:
-    """Return whether the base is a tensor of a file whose numbers are whole bytes, which is read as it is."""
-    return isinstance(base, ex.Source) and base.dtype.bitwidth >= 8
-
-
 def is_turned(base: ex.Expression) -> bool:
     """Return whether the base is a transposed matrix of a file, whose rows are read as panels of columns."""
-    return isinstance(base, ex.Transpose) and is_plain(base.operand) and base.permutation == (1, 0)
+    return isinstance(base, ex.Transpose) and is_bytes(base.operand) and base.permutation == (1, 0)
 
 
 def is_held(base: ex.Expression) -> bool:

@@ -11,13 +11,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 
 from passopt.ir.weights import expressions as ex
 from passopt.ir.weights.concat import Concat
-from passopt.ir.weights.groups import GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
+from passopt.ir.weights.groups import FOUR_BITS, GroupCodes, GroupScales, GroupZeros, Nibbles, Unsigned
 from passopt.ir.weights.literals import Fill
 from passopt.ir.weights.packed_codes import PackCodes, UnpackCodes
 from passopt.ir.weights.rotation import Rotate
@@ -92,6 +92,11 @@ def base_of(core: ex.Expression) -> ex.Expression:
     while is_row_operation(core):
         core = core.operand  # type: ignore[attr-defined]
     return core
+
+
+def is_bytes(base: ex.Expression) -> TypeGuard[ex.Source]:
+    """Return whether a base is read from its file as it lies; codes of 4 bits have to be taken apart first."""
+    return isinstance(base, ex.Source) and base.dtype not in FOUR_BITS
 
 
 def is_row_operation(expression: ex.Expression) -> bool:

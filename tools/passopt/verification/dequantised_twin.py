@@ -29,10 +29,10 @@ from passopt.passes.decomposition.contrib.decompose_contrib import DecomposeCont
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-#: The operator of onnxruntime that multiplies codes of few bits.
-_PACKED = "MatMulNBits"
 #: The operators that put a cache together, of codes or of numbers alike.
 _MOVES = frozenset({"Concat", "Pad", "Slice", "Split"})
+#: The operator of onnxruntime that multiplies codes of few bits.
+_PACKED = "MatMulNBits"
 _CODES = {onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8} | FOUR_BITS
 
 
