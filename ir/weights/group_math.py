@@ -58,7 +58,8 @@ def ranges(rows: Array, group: int, dtype: DataType) -> tuple[Array, Array]:
 def codes_in_ranges(rows: Array, scales: Array, zeros: Array) -> Array:
     """Return round-half-even(rows / scales) + zeros within 0 and 15 as uint8, with both [rows, groups]."""
     codes = np.rint(_grouped(rows, rows.shape[1] // scales.shape[1]) / scales.astype(np.float32)[:, :, None])
-    return np.clip(codes + zeros[:, :, None], 0, MOST).astype(np.uint8).reshape(rows.shape)
+    found: Array = np.clip(codes + zeros[:, :, None], 0, MOST).astype(np.uint8)
+    return found.reshape(rows.shape)
 
 
 def group_values(core: Expression, rows: Array) -> Array:
@@ -77,7 +78,8 @@ def group_values(core: Expression, rows: Array) -> Array:
 def joined_codes(codes: Array, distance: int) -> Array:
     """Return the bytes [rows, columns/2] of codes [rows, columns], as `groups.Nibbles` says."""
     low, high = np.moveaxis(_bits(codes).reshape(len(codes), -1, 2, distance), 2, 0)
-    return (low | high << 4).reshape(len(codes), -1)
+    found: Array = low | high << 4
+    return found.reshape(len(codes), -1)
 
 
 def separate_codes(data: Array, dtype: DataType) -> Array:
@@ -134,7 +136,8 @@ def read_packed_bytes(at: Evaluator, core: PackedBytes, box: Box) -> Array:
     codes = _bits(at.array(core.operand)).reshape(-1)
     if len(codes) % 2:
         codes = np.append(codes, np.uint8(0))
-    return joined_codes(codes[None], 1)[0][slice(*box[0])]
+    found: Array = joined_codes(codes[None], 1)[0]
+    return found[slice(*box[0])]
 
 
 def read_view(at: Evaluator, core: View, box: Box) -> Array:

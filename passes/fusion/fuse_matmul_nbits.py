@@ -80,7 +80,7 @@ class FuseMatMulNBits(RewritePass):
         inputs = [x, packed, scales]
         if zeros is not None:
             inputs.append(op.shared(("zeros", zeros), partial(self._zeros, op, zeros.name, op.weight(zeros))))
-        sizes = {"K": columns, "N": rows, "bits": 4, "block_size": int(block)}
+        sizes: dict[str, Any] = {"K": columns, "N": rows, "bits": 4, "block_size": int(block)}
         return op.node("MatMulNBits", *inputs, domain=MICROSOFT, **sizes)
 
     def _codes(self, op: Rewriter, name: str | None, weight: Expression, block: int) -> onnx_ir.Value:

@@ -99,8 +99,19 @@ def test_what_is_not_in_the_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_statistics_without_codes_say_how_to_make_them(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, bits=4, group=3)
+    folder = tmp_path / "calib"
+    folder.mkdir()
+    writer = CalibrationWriter(folder, "key")
+    known = WeightEntry("w", "w.safetensors", fingerprint(WEIGHT), rows=3, absmax="w.absmax")
+    writer.add("w", {"w.absmax": SCALES}, {weight_key(WEIGHT): known})
+    writer.finish({}, {})
     with pytest.raises(CalibrationError, match="what was measured on the input of literal.*and no codes. Make them"):
+        values(WEIGHT, folder)
+
+
+def test_codes_of_other_bits_are_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, bits=4, group=3)
+    with pytest.raises(CalibrationError, match=r"holds codes of 4 bits of literal.*, expected 8 bits. Calibrate with"):
         values(WEIGHT, folder)
 
 

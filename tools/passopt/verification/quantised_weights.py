@@ -69,7 +69,7 @@ def _errors(reference: onnx_ir.Model, candidate: onnx_ir.Model) -> Iterator[Chan
         parts = [expression_of(value) for value in (weight, codes, scales)]
         zeros = _zeros_of(candidate, name.removesuffix(CODES))
         if all(part is not None and not part.depends_on_rank for part in parts):
-            error = _error(name.removesuffix(CODES), *parts, zeros)  # type: ignore[arg-type, call-arg]
+            error = _error(name.removesuffix(CODES), *parts, zeros=zeros)  # type: ignore[arg-type]
             if error is not None:
                 yield error
 
@@ -123,7 +123,7 @@ def _beyond_rounding(one: Expression, two: Expression, dtype: DataType | None) -
 
 
 def numbers_of_codes(
-    weight: Expression, codes: Expression, scales: Expression, zeros: Expression | None = None
+    weight: Expression, codes: Expression, scales: Expression, *, zeros: Expression | None = None
 ) -> Array | None:
     """Return codes times scales, in the orientation of the weight that they stand for; None if they do not fit it."""
     original, candidates = _dequantised(weight, codes, scales, zeros)
@@ -138,7 +138,7 @@ def numbers_of_codes(
 
 
 def _error(
-    name: str, weight: Expression, codes: Expression, scales: Expression, zeros: Expression | None
+    name: str, weight: Expression, codes: Expression, scales: Expression, *, zeros: Expression | None
 ) -> ChannelError | None:
     original, candidates = _dequantised(weight, codes, scales, zeros)
     largest = 7 if codes.dtype in FOUR_BITS else 127
@@ -213,7 +213,7 @@ def on_codes(reference: onnx_ir.Model, candidate: onnx_ir.Model, folder: Path) -
         parts = [None if value is None else expression_of(value) for value in (weight, codes, scales)]
         if any(part is None or part.depends_on_rank for part in parts):
             return None
-        made = numbers_of_codes(*parts, _zeros_of(candidate, name))  # type: ignore[arg-type, call-arg]
+        made = numbers_of_codes(*parts, zeros=_zeros_of(candidate, name))  # type: ignore[arg-type]
         if made is None:
             return None
         source = folder / f"codes-{index}.bin"

@@ -218,11 +218,7 @@ class _FewRows:
             emit.store(total, emit.spread(T.float32(0), lanes), [0], lanes)
         with T.serial(0, shape.groups) as group:
             tile = [[emit.local(lanes, dtype="int32") for _ in vectors] for _ in planes]
-            for vector in vectors:
-                zero = emit.bind(self.weights.zero(panel, group, vector * lanes))
-                for plane in planes:
-                    taken = emit.spread(-sums[row * len(SHIFTS) + plane, group], lanes)
-                    emit.store(tile[plane][vector], taken * zero, [0], lanes)
+            self._take_zeros_off(tile, sums, row, panel, group)
             with T.serial(0, shape.group // RUN) as run:
                 self._add_run(tile, digits, row, panel, group * (shape.group // RUN) + run)
             for vector, total in enumerate(totals):
@@ -230,6 +226,20 @@ class _FewRows:
                 scale = self.weights.scale(panel, group, vector * lanes)
                 emit.store(total, emit.load(total, [0], lanes) + joined * scale, [0], lanes)
         return [emit.load(total, [0], lanes) for total in totals]
+
+    def _take_zeros_off(self, tile: list[list[Any]], sums: Any, row: Any, panel: Any, group: Any) -> None:
+        """Start the int32 sums [planes][vectors] of a group with its zero points times the sums of the digits."""
+        from tvm.script.ir_builder import tirx as T
+
+        lanes = self.shape.isa.lanes
+        taken = [emit.bind(-sums[row * len(SHIFTS) + plane, group]) for plane in range(len(SHIFTS))]
+        if not self.shape.has_zeros:  # One number for all outputs is cheaper than a product of vectors for each.
+            same = [emit.bind(emit.spread(number * T.int32(MIDDLE), lanes)) for number in taken]
+        for vector in range(self.shape.panels.vectors):
+            zero = emit.bind(self.weights.zero(panel, group, vector * lanes)) if self.shape.has_zeros else None
+            for plane, number in enumerate(taken):
+                start = same[plane] if zero is None else emit.spread(number, lanes) * zero
+                emit.store(tile[plane][vector], start, [0], lanes)
 
     def _add_run(self, tile: list[list[Any]], digits: Any, row: Any, panel: Any, run: Any) -> None:
         """Add the products of RUN inputs to the int32 sums [planes][vectors]."""
