@@ -6,7 +6,7 @@ Matrices are [rows, columns]; all computing is done in fp32, as in `row_math`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -25,8 +25,24 @@ from passopt.ir.weights.groups import (
 )
 from passopt.ir.weights.row_math import Array, scales_of
 
-if TYPE_CHECKING:
-    from passopt.ir.weights.evaluator import Box, Evaluator
+Box: TypeAlias = "tuple[tuple[int, int], ...]"
+
+
+class Reading(Protocol):
+    """What is needed of the evaluator of boxes, which calls these functions."""
+
+    def read(self, expression: Expression, box: Box, /) -> Array:
+        """Return a box of an expression."""
+
+    def array(self, expression: Expression, /) -> Array:
+        """Return the whole of an expression."""
+
+    def finite(self, expression: Expression, start: int, stop: int, /) -> Array:
+        """Return rows of floats, none of which is infinite or NaN."""
+
+    def full_rows(self, expression: Expression, box: Box, rows: Callable[[int, int], Array], /) -> Array:
+        """Return a box of what is computed from whole rows."""
+
 
 #: The bytes of copies per element of a row while codes are computed.
 SCRATCH_BYTES = 24
@@ -111,17 +127,17 @@ def _grouped(rows: Array, group: int) -> Array:
 # How the evaluator of boxes reads the expressions.
 
 
-def read_groups(at: Evaluator, core: Any, box: Box) -> Array:
+def read_groups(at: Reading, core: Any, box: Box) -> Array:
     """Return a box of codes, scales or zero points."""
     return at.full_rows(core, box, lambda start, stop: group_values(core, at.finite(core.operand, start, stop)))
 
 
-def read_unsigned(at: Evaluator, core: Unsigned, box: Box) -> Array:
+def read_unsigned(at: Reading, core: Unsigned, box: Box) -> Array:
     """Return a box of unsigned codes."""
     return unsigned_codes(at.read(core.operand, box))
 
 
-def read_nibbles(at: Evaluator, core: Nibbles, box: Box) -> Array:
+def read_nibbles(at: Reading, core: Nibbles, box: Box) -> Array:
     """Return a box of bytes of two codes."""
     width = core.operand.shape[1]
 
@@ -131,7 +147,7 @@ def read_nibbles(at: Evaluator, core: Nibbles, box: Box) -> Array:
     return at.full_rows(core, box, rows)
 
 
-def read_packed_bytes(at: Evaluator, core: PackedBytes, box: Box) -> Array:
+def read_packed_bytes(at: Reading, core: PackedBytes, box: Box) -> Array:
     """Return a range of the bytes of a tensor of 4 bits."""
     codes = _bits(at.array(core.operand)).reshape(-1)
     if len(codes) % 2:
@@ -140,13 +156,13 @@ def read_packed_bytes(at: Evaluator, core: PackedBytes, box: Box) -> Array:
     return found[slice(*box[0])]
 
 
-def read_view(at: Evaluator, core: View, box: Box) -> Array:
+def read_view(at: Reading, core: View, box: Box) -> Array:
     """Return a box of a tensor in another shape."""
     whole = at.array(core.operand).reshape(core.shape)
     return whole[tuple(slice(*bounds) for bounds in box)]
 
 
-READERS: Mapping[type, Callable[[Evaluator, Any, Box], Array]] = {
+READERS: Mapping[type, Callable[[Any, Any, Box], Array]] = {
     GroupCodes: read_groups,
     GroupScales: read_groups,
     GroupZeros: read_groups,

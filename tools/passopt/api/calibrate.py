@@ -13,7 +13,6 @@ import numpy as np
 
 from passopt.api import checked
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing
-from passopt.api.pipelines import PassesLike, as_pipeline
 from passopt.calibration.calibrate import Report
 from passopt.calibration.calibrate import calibrate as calibrate_graph
 from passopt.calibration.data import read_data
@@ -23,6 +22,7 @@ from passopt.calibration.rounding import LARGEST, METHODS
 from passopt.calibration.targets import subject_of
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.decoder import decoder_of
+from passopt.passes.pipeline.as_pipeline import PassesLike, as_pipeline
 from passopt.passes.pipeline.runner import run_passes
 from passopt.passes.precision.group_fit import GROUPS
 from passopt.reporting.reporter import SILENT, Bar, Reporter

@@ -12,13 +12,13 @@ import onnx_ir
 
 from passopt.api import checked
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing
-from passopt.api.pipelines import PassesLike, as_pipeline
 from passopt.ir.errors import UsageError
 from passopt.ir.graph.decoder import degree_of
 from passopt.ir.serialization.model_files import MODEL_NAME, load_model
 from passopt.ir.version import __version__
 from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.write_weights import StreamReport
+from passopt.passes.pipeline.as_pipeline import PassesLike, as_pipeline
 from passopt.passes.pipeline.expectations import parse_expectation
 from passopt.passes.pipeline.runner import run_passes
 from passopt.reporting.reporter import SILENT, Reporter, progress_bar

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from passopt.api import checked
 from passopt.api.model import Model, ModelLike, changeable, refuse_existing, write
-from passopt.api.pipelines import PassesLike, as_pipeline
 from passopt.ir.errors import CalibrationError, ExpectationError, ModelError, PassoptError, UsageError
 from passopt.ir.graph.run_context import RewriteLimit
 from passopt.ir.serialization.model_files import model_path
@@ -18,6 +17,7 @@ from passopt.ir.weights.streaming.budget import StreamOptions
 from passopt.ir.weights.streaming.write_weights import StreamReport
 from passopt.passes.framework.records import PassRecord
 from passopt.passes.framework.suggestions import unknown_name
+from passopt.passes.pipeline.as_pipeline import PassesLike, as_pipeline
 from passopt.passes.pipeline.attention_sites import unfused_attentions
 from passopt.passes.pipeline.expectations import parse_expectation, unwatched_misses
 from passopt.passes.pipeline.instruments import Dump, PrintAfter, rule_table, summary_table
