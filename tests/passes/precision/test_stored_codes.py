@@ -98,8 +98,14 @@ def test_what_is_not_in_the_folder_is_named(tmp_path: Path) -> None:
         values(WEIGHT.pad(0, 15, value=1.0), folder)
 
 
-def test_statistics_without_codes_say_how_to_make_them(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, bits=4, group=3)
+def test_codes_of_other_bits_and_statistics_without_codes_say_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"holds codes of 4 bits of literal.*expected 8 bits. Calibrate with"):
+        values(WEIGHT, folder_of(tmp_path, bits=4, group=3))
+    folder = tmp_path / "measured"
+    folder.mkdir()
+    writer = CalibrationWriter(folder, "key")
+    writer.add("w", {}, {weight_key(WEIGHT): WeightEntry("w", "w.safetensors", fingerprint(WEIGHT))})
+    writer.finish({}, {})
     with pytest.raises(CalibrationError, match="what was measured on the input of literal.*and no codes. Make them"):
         values(WEIGHT, folder)
 
