@@ -154,12 +154,11 @@ class PartMaker:
         hessian = gram.hessian()
         rows, width = gram.count, len(hessian)
         order = Order.of(hessian.diagonal().copy(), by_activity=self._settings.act_order)
-        if self._settings.act_order:
-            ordered = np.empty_like(hessian)
+        if self._settings.act_order:  # in place, since a second matrix would be most of the memory
             for part in tiles(width):
-                ordered[part] = hessian[order.columns[part]][:, order.columns]
-            hessian = ordered
-            del ordered
+                hessian[part] = hessian[part][:, order.columns]
+            for part in tiles(width):
+                hessian[:, part] = hessian[:, part][order.columns]
         factor = factor_inverse(hessian, self._settings.damp, self._runner, named)
         notes = []
         if dead := int(factor.dead.sum()):
