@@ -18,7 +18,7 @@ from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.relative_error import operator_error
 from passopt.ir.weights.expressions import DataType
-from passopt.verification.quantised_weights import LARGEST, channel_errors, rounding_errors
+from passopt.verification.quantised_weights import channel_errors, rounding_errors
 from passopt.verification.report import Row
 from passopt.verification.sampling.shaken import LAST_BITS, TURNS, movement, shaken_feeds, shaken_model
 
@@ -51,9 +51,9 @@ def weight_rows(reference: onnx_ir.Model, candidate: onnx_ir.Model, *, bf16: boo
     errors = channel_errors(reference, candidate)
     if not errors:
         return rows
-    worst = max(errors, key=lambda item: item.steps)
+    worst = max(errors, key=lambda item: item.steps / item.allowed)
     note = f"output channel {worst.channel}, in steps of its codes; {len(errors)} weights"
-    return [*rows, Row(COMPARISON, "codes", worst.weight, worst.steps, LARGEST, note)]
+    return [*rows, Row(COMPARISON, "codes", worst.weight, worst.steps, worst.allowed, note)]
 
 
 class Ties:

@@ -26,7 +26,7 @@ from passopt.verification.layerwise import Label, run_layerwise
 from passopt.verification.logit_store import LogitStore
 from passopt.verification.original_on_codes import against_original_on_codes
 from passopt.verification.own_codes import against_one_step, against_own_codes, twin_tolerance
-from passopt.verification.quantised_weights import LARGEST, channel_errors
+from passopt.verification.quantised_weights import channel_errors
 from passopt.verification.report import PERPLEXITY, PREDICTIONS, Row, VerifyReport
 from passopt.verification.sampling.shaken import nudged_model
 from passopt.verification.scenarios import (
@@ -228,8 +228,8 @@ def _costliest(
 ) -> str:
     """Return the place at which a lossy candidate loses most: a channel of a weight, or else a layer by itself."""
     errors = channel_errors(reference, candidate)
-    worst = max(errors, key=lambda item: item.steps, default=None)
-    if worst is not None and worst.steps > LARGEST:
+    worst = max(errors, key=lambda item: item.steps / item.allowed, default=None)
+    if worst is not None and worst.steps > worst.allowed:
         return f"{worst.weight}, output channel {worst.channel}: off by {worst.steps:.1f} steps of its codes"
     session = functools.partial(Session, threads=options.threads, scratch=options.scratch, fold_qdq=True)
     label = Label(ORIGINAL, 1.0)
