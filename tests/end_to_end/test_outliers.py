@@ -13,11 +13,11 @@ import sentencepiece
 
 from passopt.cli import main
 from passopt.ir.graph.decoder import decoder_of
+from passopt.predictions.divergence import divergence
 from passopt.targets.onnxruntime.joined_ranks import load_any
 from passopt.targets.onnxruntime.session import Session
 from passopt.testing.checkpoints import evaluation_text, training_text
-from passopt.verification.divergence import divergence
-from passopt.verification.scenarios import empty_cache
+from passopt.verification.sampling.cache_inputs import empty_cache
 
 DYNAMIC = "int8{activations=dynamic}"
 LENGTH, WINDOWS = 96, 24
@@ -61,7 +61,7 @@ class Judge:
         session, decoder = Session(model, threads=1), decoder_of(model)
         assert decoder.layers
         same = {"attention_mask": np.ones((1, LENGTH), np.int64), "position_ids": np.arange(LENGTH)[None]}
-        same |= {name: zeros(1) for name, zeros in empty_cache(model).items()}
+        same |= empty_cache(model)
         return [session.run({"input_ids": row[None], **same})["logits"][0] for row in self._ids]
 
     def calibrate(self, folder: Path, passes: str) -> str:

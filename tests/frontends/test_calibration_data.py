@@ -125,7 +125,7 @@ def test_messages_and_plain_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-20], "cannot be read"),
+        ("a.json.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-20], "cannot be read"),
         ("a.json", b'{"text": 3}\n', "line 1: text is 3, expected a text"),
         ("a.json", b'{"text": "x"}\n{"url": "x"}\n', "line 2: has no text"),
         ("a.json", b'{"text": "x"}\n[1]\n', "line 2: is no JSON object"),
