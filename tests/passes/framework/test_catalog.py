@@ -35,7 +35,7 @@ def test_every_entry_is_what_importing_the_class_gives():
     for name, entry in catalog().items():
         cls = pass_class(name)
         assert (cls.name, cls.__name__, cls.__module__) == (name, entry.class_name, entry.module)
-        fields = [(field.name, str(field.type), repr(field.default)) for field in dataclasses.fields(cls)]
+        fields = [(field.name.rstrip("_"), str(field.type), repr(field.default)) for field in dataclasses.fields(cls)]
         assert [option[:2] for option in entry.options] == [field[:2] for field in fields]
         assert entry.origin.endswith(f"{entry.module.rpartition('.')[2]}.py:{entry.origin.rpartition(':')[2]}")
 

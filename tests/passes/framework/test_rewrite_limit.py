@@ -100,7 +100,9 @@ def test_the_output_and_its_manifest_say_what_it_is_a_prefix_of(model, capsys):
     assert main(["run", str(model), *options]) == 0
     folder = model.parent / "graph.int8.until-quantize-weights.limit-1"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["pipeline"] == ("fold-norm-head,quantize-weights{embedding=false,head=true} # rewrite-limit=1")
+    assert manifest["pipeline"] == (
+        "fold-norm-head,quantize-weights{embedding=false,head=true,method=auto,from=} # rewrite-limit=1"
+    )
     assert "a.w.codes" in load_model(folder).graph.initializers
 
 

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "measured" / "quantisation.md"
 PICTURE = PAGE.with_suffix(".svg")
 #: The tokens of each text that are measured, in windows of this length, and those of the calibration.
-TOKENS, WINDOW = 8192 + 2048, 1024
-SAMPLES, LENGTH = 32, 512
+TOKENS, WINDOW = 9 * 1024, 1024
+SAMPLES, LENGTH = 24, 512
 
 
 class Measurement:

@@ -43,9 +43,9 @@ _BOTH = "rotate,smooth{targets=down,from=ROTATED}"
 CALIBRATIONS = {
     "INPUTS": Calibration(options=("--collect", "inputs")),
     "ROTATED": Calibration("rotate", ("--collect", "inputs")),
-    "CODES": Calibration(options=("--collect", "codes")),
-    "SMOOTHED": Calibration(_SMOOTH, ("--collect", "codes")),
-    "CODES4": Calibration(options=("--collect", "codes", "--bits", "4", "--group", "64")),
+    "CODES": Calibration(options=("--collect", "codes", "--damp", "0.01")),
+    "SMOOTHED": Calibration(_SMOOTH, ("--collect", "codes", "--damp", "0.01")),
+    "CODES4": Calibration(options=("--collect", "codes", "--damp", "0.01", "--bits", "4", "--group", "64")),
 }
 
 VARIANTS = (
