@@ -94,7 +94,7 @@ class QuantizeGroups(QuantizeWeights):
             kinds = ", ".join(sorted({f"{item.bits} bits, group {item.group or 'none'}" for item in known}))
             raise CalibrationError(
                 f"{self.name}: {self.from_} holds codes of {kinds}, expected 4 bits in groups of {self.group}. "
-                f"Calibrate with --bits 4 --group {self.group}"
+                f"Calibrate for these: passopt calibrate MODEL --bits 4 --group {self.group} …"
             )
         if self.method != "auto" and made and self.method not in made:
             raise CalibrationError(

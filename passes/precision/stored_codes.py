@@ -114,10 +114,12 @@ def _of_base(
     found = calibration.codes(weight_key(weight), bits=bits, group=group)
     others = [f"{item.bits} bits" for item in calibration.weights[weight_key(weight)].codes]
     if found is None and others:
+        of_groups = f" in groups of {group}" if group else ""
+        wanted = f"--bits {bits}" + (f" --group {group}" if group else "")
         raise CalibrationError(
             f"{who}: {calibration.folder} holds codes of {', '.join(others)} of {weight_key(weight)}, expected {bits} "
-            f"bits{f' in groups of {group}' if group else ''}. Calibrate with --bits {bits}"
-            f"{f' --group {group}' if group else ''}, or quantise with int{12 - bits}{{from={calibration.folder}}}"
+            f"bits{of_groups}. Calibrate for these: passopt calibrate MODEL {wanted} …, or quantise with "
+            f"int{12 - bits}{{from={calibration.folder}}}"
         )
     if found is None:
         raise CalibrationError(

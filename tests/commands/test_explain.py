@@ -32,7 +32,9 @@ def test_every_pass_is_explained_as_it_is(capsys, name):
     assert body["summary"]
     assert body["before"]
     assert body["after"]
-    assert [option["name"] for option in body["options"]] == [field.name for field in dataclasses.fields(cls)]
+    assert [option["name"] for option in body["options"]] == [
+        field.name.rstrip("_") for field in dataclasses.fields(cls)
+    ]
     assert body["after_passes"] == list(cls.after)
     rules = rules_of(item) if isinstance(item, RewritePass) else ()
     assert [rule["name"] for rule in body["rules"]] == [rule.name for rule in rules]

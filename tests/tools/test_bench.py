@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-NAMES = ("rewriting", "weights", "peers", "compiled", "real", "startup", "full-size")
+NAMES = ("rewriting", "weights", "peers", "compiled", "real", "calibrate", "quality", "startup", "full-size")
 
 
 def run(*arguments: str, program: str = "bench") -> subprocess.CompletedProcess[str]:

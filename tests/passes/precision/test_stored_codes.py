@@ -111,7 +111,9 @@ def test_statistics_without_codes_say_how_to_make_them(tmp_path: Path) -> None:
 
 def test_codes_of_other_bits_are_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, bits=4, group=3)
-    with pytest.raises(CalibrationError, match=r"holds codes of 4 bits of literal.*, expected 8 bits. Calibrate with"):
+    with pytest.raises(
+        CalibrationError, match=r"holds codes of 4 bits of literal.*, expected 8 bits. Calibrate for these: passopt"
+    ):
         values(WEIGHT, folder)
 
 
