@@ -128,8 +128,8 @@ def test_calibrated_codes_are_equal_in_either_order_and_at_every_degree(folders)
         (
             "int8{from=CALIB}",
             CalibrationError,
-            r"holds codes of 4 bits of .*, expected 8 bits. Calibrate for these: passopt calibrate MODEL --bits 8 …, or "
-            "quantise with int4",
+            r"holds codes of 4 bits of .*, expected 8 bits. Calibrate for these: passopt calibrate MODEL --bits 8 …, "
+            "or quantise with int4",
         ),
         ("int4{group=32,method=rtn,from=CALIB}", CalibrationError, "of the method gptq, not of rtn"),
     ],
