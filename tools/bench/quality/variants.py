@@ -41,6 +41,7 @@ _SMOOTH = "smooth{from=INPUTS}"
 _BOTH = "rotate,smooth{targets=down,from=ROTATED}"
 
 CALIBRATIONS = {
+    "SQUARES": Calibration(options=("--collect", "codes", "--method", "mse")),
     "INPUTS": Calibration(options=("--collect", "inputs")),
     "ROTATED": Calibration("rotate", ("--collect", "inputs")),
     "CODES": Calibration(options=("--collect", "codes", "--damp", "0.01")),
@@ -50,7 +51,7 @@ CALIBRATIONS = {
 
 VARIANTS = (
     Variant("int8 weights, rounded", "int8"),
-    Variant("int8 weights, least squares", "int8{method=mse}"),
+    Variant("int8 weights, least squares", "int8{from=SQUARES}"),
     Variant("int8 weights, GPTQ", "int8{from=CODES}"),
     Variant("W8A8", "int8{activations=dynamic}"),
     Variant("W8A8, smoothed", f"{_SMOOTH},int8{{activations=dynamic}}"),
