@@ -245,6 +245,25 @@ def test_two_chains_from_one_value_may_be_merged_where_they_end(whole, parsed, c
             checked(whole(merge_ends), model)
 
 
+@pytest.mark.parametrize(("steps", "right"), [(1, True), (24, False)])
+def test_a_root_whose_dtype_is_not_stated_is_judged_by_that_of_its_numbers(whole, parsed, checked, steps, right):
+    """As the values of an inlined function of fp16: one rounding of theirs is a thousand times what fp32 may lose."""
+
+    def scale(model):
+        model.graph[0].replace_input_with(1, model.graph.initializers["near"])
+
+    bits = 0x3C00  # of 1.0
+    constants = f"<float16 one = {{{bits}}}, float16 near = {{{bits + steps}}}>"
+    text = f"g (float16[batch,6] x) => (float16[batch,6] y) {constants} {{ a = Mul(x, one) y = Neg(a) }}"
+    model = parsed(text)
+    model.graph[0].outputs[0].type = None
+    if right:
+        assert 5e-4 < checked(whole(scale, accuracy=REASSOCIATED), model).worst < 2e-3
+    else:
+        with pytest.raises(Violation, match="changed the numbers of a"):
+            checked(whole(scale, accuracy=REASSOCIATED), model)
+
+
 def test_what_a_whole_graph_pass_leaves_alone_is_no_site(whole, parsed, checked):
     summary = checked(whole(lambda model: None), parsed(LINEAR))
     assert (summary.sites, summary.distinct, summary.whole_worst) == (0, 0, 0.0)

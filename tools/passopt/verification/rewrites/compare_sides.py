@@ -156,7 +156,10 @@ class Comparison:
     def _outcome(self, draw: Draw, expected: Sequence[Array], found: Sequence[Array] | ModelError) -> Outcome:
         worst: Outcome | None = None
         for index, root in enumerate(self.cut.before.roots):
-            name, budget = root.name or "", self.accuracy.budget_of(root.dtype or DataType.FLOAT)
+            # Not every graph states the dtype of a root, such as one of a function that was inlined.
+            array, stated = expected[index], root.dtype or self.cut.after.roots[index].dtype
+            dtype = stated or (DataType.from_numpy(array.dtype) if isinstance(array, np.ndarray) else DataType.FLOAT)
+            name, budget = root.name or "", self.accuracy.budget_of(dtype)
             if isinstance(found, ModelError):
                 return Outcome(float("inf"), budget, name, draw, f"the replacement does not run: {found}")
             problem = shape_problem(expected[index], found[index])
