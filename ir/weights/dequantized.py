@@ -7,12 +7,17 @@ other. One that quantises it asks for `own_codes` or `own_groups` first, so that
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
 
 from passopt.ir.dtypes import FLOATS
 from passopt.ir.errors import ModelError
 from passopt.ir.weights.concat import Concat, concat
 from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Cast, DataType, Expression, Pad, Shard, Slice, Transpose
 from passopt.ir.weights.groups import placed
+
+#: Returns the codes and scales of a weight, whose output channels are an axis of it, or None.
+Known: TypeAlias = Callable[[Expression, int], "tuple[Expression, Expression] | None"]
 
 _WORD = 32
 #: The numbers of bits of a code of which a word holds a whole number, without codes that cross bytes.
@@ -155,7 +160,7 @@ def own_codes(weight: Expression, axis: int) -> tuple[Expression, Expression] | 
     Returns:
         Codes and scales, or None if the weight was not quantised, or along another axis.
     """
-    found = _mapped(weight, axis)
+    found = mapped_codes(weight, axis, 0, lambda part, along: _own(part, along, 0))
     return None if found is None else (found[0], found[1].cast(weight.dtype))
 
 
@@ -174,18 +179,38 @@ def own_groups(weight: Expression, group: int) -> tuple[Expression, Expression] 
     Raises:
         ModelError: If a shard, a slice or a padding cuts a group.
     """
-    found = _mapped_groups(weight, 0, group)
+    found = mapped_codes(weight, 0, group, lambda part, along: _own(part, along, group))
     return None if found is None else (found[0], found[1].cast(weight.dtype))
 
 
-def _mapped_groups(weight: Expression, axis: int, group: int) -> tuple[Expression, Expression] | None:
-    """Return codes in the layout of a weight, whose output channels are an axis of it, and scales [out, groups]."""
-    if isinstance(weight, Dequantized):
-        return (weight.codes, weight.scales) if (axis, weight.group) == (0, group) else None
+def mapped_codes(weight: Expression, axis: int, group: int, known: Known) -> tuple[Expression, Expression] | None:
+    """Return codes in the layout of a weight, and its scales, from those of the weight that it was made of.
+
+    Shards, zero padding, slices, transpositions and casts of a weight become those of its codes and scales, and so do
+    weights that are joined along their output channels.
+
+    Args:
+        weight: The weight.
+        axis: The axis of its output channels.
+        group: How many inputs share a scale, which then are [out, groups]; 0 for one scale per output channel, [out].
+        known: A function that returns the codes and scales of a weight with output channels along an axis, or None if
+            it knows none.
+
+    Returns:
+        Codes and scales, or None if nothing is known of what the weight was made of.
+
+    Raises:
+        ModelError: If a shard, a slice or a padding cuts a group.
+    """
+    found = known(weight, axis)
+    if found is not None:
+        return found
+    if isinstance(weight, Concat) and not group:
+        return _joined(weight, axis, known)
     if not isinstance(weight, (Shard, Pad, Slice, Transpose, Cast)):
         return None
     inner = weight.permutation[axis] if isinstance(weight, Transpose) else axis
-    found = _mapped_groups(weight.operand, inner, group)
+    found = mapped_codes(weight.operand, inner, group, known)
     if found is None or (isinstance(weight, Pad) and weight.value != 0):
         return None
     codes, scales = found
@@ -193,43 +218,25 @@ def _mapped_groups(weight: Expression, axis: int, group: int) -> tuple[Expressio
         return codes.transpose(weight.permutation), scales
     if isinstance(weight, Cast):
         return codes, scales
-    # Scales are always [out, groups], so their axis differs from that of codes stored as [in, out].
-    along = 0 if weight.along == axis else 1
-    cut = dataclasses.replace(weight, along=along, shape=weight.shape if axis == 0 else weight.shape[::-1])
-    return placed(weight, codes, 1), placed(cut, scales, group if along else 1, SCALE_OF_ZEROS)
-
-
-def _mapped(weight: Expression, axis: int) -> tuple[Expression, Expression] | None:
-    if isinstance(weight, Dequantized):
-        return (weight.codes, weight.scales) if weight.along == axis and not weight.group else None
-    if isinstance(weight, Concat):
-        return _joined(weight, axis)
-    if not isinstance(weight, (Shard, Pad, Slice, Transpose, Cast)):
-        return None
-    inner = weight.permutation[axis] if isinstance(weight, Transpose) else axis
-    found = _mapped(weight.operand, inner)
-    if found is None or (isinstance(weight, Pad) and weight.value != 0):
-        return None
-    codes, scales = found
-    if isinstance(weight, Transpose):
-        return codes.transpose(weight.permutation), scales
-    if isinstance(weight, Cast):
+    # Scales are always [out] or [out, groups], so their axis differs from that of codes stored as [in, out].
+    is_of_channels, codes = weight.along == axis, placed(weight, codes, 1)
+    if not is_of_channels and not group:
         return codes, scales
-    along, is_scaled, length = weight.along, weight.along == axis, weight.shape[weight.along]
-    if isinstance(weight, Shard):
-        cut = (weight.degree, weight.segments)
-        return codes.shard(along, *cut), scales.shard(0, *cut) if is_scaled else scales
-    if isinstance(weight, Pad):
-        padded = scales.pad(0, length, weight.segments, SCALE_OF_ZEROS) if is_scaled else scales
-        return codes.pad(along, length, weight.segments), padded
-    stop = weight.start + length
-    return codes.slice(along, weight.start, stop), scales.slice(0, weight.start, stop) if is_scaled else scales
+    shape = weight.shape if axis == 0 else weight.shape[::-1]
+    cut = dataclasses.replace(weight, along=0 if is_of_channels else 1, shape=shape)
+    return codes, placed(cut, scales, 1 if is_of_channels else group, SCALE_OF_ZEROS)
 
 
-def _joined(weight: Concat, axis: int) -> tuple[Expression, Expression] | None:
+def _joined(weight: Concat, axis: int, known: Known) -> tuple[Expression, Expression] | None:
     """Return codes and scales of weights that are joined along the axis of their scales, all of which have some."""
-    found = [_mapped(part, axis) for part in weight.parts]
+    found = [mapped_codes(part, axis, 0, known) for part in weight.parts]
     pairs = [pair for pair in found if pair is not None]
     if weight.along != axis or len(pairs) < len(found) or len({scales.dtype for _, scales in pairs}) > 1:
         return None
     return concat([codes for codes, _ in pairs], axis), concat([scales for _, scales in pairs], 0)
+
+
+def _own(weight: Expression, axis: int, group: int) -> tuple[Expression, Expression] | None:
+    """Return the codes and scales that a weight was made of, along an axis and in groups."""
+    is_asked = isinstance(weight, Dequantized) and (weight.along, weight.group) == (axis, group)
+    return (weight.codes, weight.scales) if is_asked else None  # type: ignore[attr-defined]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from passopt.ir.calibration.calibration import Calibration
 from passopt.ir.calibration.keys import weight_key
 from passopt.ir.errors import CalibrationError
-from passopt.ir.weights.expressions import SCALE_OF_ZEROS, Cast, Expression, Pad, Shard, Slice, Transpose
-from passopt.ir.weights.groups import placed
+from passopt.ir.weights.dequantized import Known, mapped_codes
+from passopt.ir.weights.expressions import Cast, Expression, Transpose
 
 
 def stored_codes(weight: Expression, axis: int, calibration: Calibration, who: str) -> tuple[Expression, Expression]:
@@ -26,7 +24,7 @@ def stored_codes(weight: Expression, axis: int, calibration: Calibration, who: s
     Raises:
         CalibrationError: If the folder holds no codes of the weight, or was made of another model.
     """
-    found = _mapped(weight, axis, calibration, who)
+    found = mapped_codes(weight, axis, 0, _known(calibration, who, bits=8))
     if found is None:
         raise calibration.unknown(weight, who)
     codes, scales = found
@@ -51,64 +49,25 @@ def stored_groups(weight: Expression, group: int, calibration: Calibration, who:
         CalibrationError: If the folder holds no such codes of the weight, or was made of another model.
         ModelError: If a group would be cut.
     """
-    found = _mapped_groups(weight, 0, group, calibration, who)
+    found = mapped_codes(weight, 0, group, _known(calibration, who, bits=4, group=group))
     if found is None:
         raise calibration.unknown(weight, who)
     codes, scales = found
     return codes, scales.cast(weight.dtype)
 
 
-def _mapped_groups(
-    weight: Expression, axis: int, group: int, calibration: Calibration, who: str
-) -> tuple[Expression, Expression] | None:
-    """Return codes in the layout of a weight, whose output channels are an axis of it, and scales [out, groups]."""
-    if weight_key(weight) in calibration.weights and not isinstance(weight, (Cast, Transpose)):
-        return _of_base(weight, axis, calibration, who, bits=4, group=group)
-    if not isinstance(weight, (Shard, Pad, Slice, Transpose, Cast)):
-        return None
-    inner = weight.permutation[axis] if isinstance(weight, Transpose) else axis
-    found = _mapped_groups(weight.operand, inner, group, calibration, who)
-    if found is None or (isinstance(weight, Pad) and weight.value != 0):
-        return None
-    codes, scales = found
-    if isinstance(weight, Transpose):
-        return codes.transpose(weight.permutation), scales
-    if isinstance(weight, Cast):
-        return codes, scales
-    # Scales are always [out, groups], so their axis differs from that of codes stored as [in, out].
-    along = 0 if weight.along == axis else 1
-    cut = dataclasses.replace(weight, along=along, shape=weight.shape if axis == 0 else weight.shape[::-1])
-    return placed(weight, codes, 1), placed(cut, scales, group if along else 1, SCALE_OF_ZEROS)
+def _known(calibration: Calibration, who: str, bits: int, group: int = 0) -> Known:
+    """Return the function that looks a weight up in a calibration folder."""
 
+    def known(weight: Expression, axis: int) -> tuple[Expression, Expression] | None:
+        is_there = weight_key(weight) in calibration.weights and not isinstance(weight, (Cast, Transpose))
+        return _of_base(weight, axis, calibration, who, bits, group) if is_there else None
 
-def _mapped(weight: Expression, axis: int, calibration: Calibration, who: str) -> tuple[Expression, Expression] | None:
-    if weight_key(weight) in calibration.weights and not isinstance(weight, (Cast, Transpose)):
-        return _of_base(weight, axis, calibration, who)
-    if not isinstance(weight, (Shard, Pad, Slice, Transpose, Cast)):
-        return None
-    inner = weight.permutation[axis] if isinstance(weight, Transpose) else axis
-    found = _mapped(weight.operand, inner, calibration, who)
-    if found is None or (isinstance(weight, Pad) and weight.value != 0):
-        return None
-    codes, scales = found
-    if isinstance(weight, Transpose):
-        return codes.transpose(weight.permutation), scales
-    if isinstance(weight, Cast):
-        return codes, scales
-    is_along = weight.along == axis
-    length = weight.shape[weight.along]
-    if isinstance(weight, Shard):
-        cut = (weight.degree, weight.segments)
-        return codes.shard(weight.along, *cut), scales.shard(0, *cut) if is_along else scales
-    if isinstance(weight, Pad):
-        padded = scales.pad(0, length, weight.segments, SCALE_OF_ZEROS) if is_along else scales
-        return codes.pad(weight.along, length, weight.segments), padded
-    stop = weight.start + length
-    return codes.slice(weight.along, weight.start, stop), scales.slice(0, weight.start, stop) if is_along else scales
+    return known
 
 
 def _of_base(
-    weight: Expression, axis: int, calibration: Calibration, who: str, bits: int = 8, group: int = 0
+    weight: Expression, axis: int, calibration: Calibration, who: str, bits: int, group: int
 ) -> tuple[Expression, Expression]:
     """Return the codes of a weight that the folder knows by itself."""
     found = calibration.codes(weight_key(weight), bits=bits, group=group)
